@@ -1,0 +1,3 @@
+"""Qwen2-VL."""
+
+BACKBONE = None

@@ -1,0 +1,68 @@
+"""The command line: one click group; a sub-command's module is imported only when it is used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+
+import click
+
+from sta_adapter.errors import STAError
+
+COMMANDS = {
+    "demo": "Train and compare STA on made clips, from nothing, in minutes.",
+    "train": "Train STA, and LoRA beside it, on your clips.",
+    "evaluate": "Measure a model with and without its adapter.",
+    "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in `sta_adapter.commands.NAME`, as an object called `command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the workflow."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"sta_adapter.commands.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest the nearest command for an unknown one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"no command {args[0]!r}.{hint} Known: {', '.join(COMMANDS)}.", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sta-adapter")
+@click.option("-v", "--verbose", is_flag=True, help="Log what is going on.")
+def cli(verbose: bool) -> None:
+    """Stacked temporal attention for video language models.
+
+    Example: sta-adapter demo --out sta-demo
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+def main() -> None:
+    """Run the command line; a `STAError` ends it with its message and exit code 1."""
+    try:
+        cli()
+    except STAError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""The sub-commands of `sta-adapter`, one file each."""

@@ -1,0 +1,1 @@
+"""The demo: tiny base, made clips, the comparison and its report."""

@@ -1,0 +1,41 @@
+"""The errors that a user can cause. Each is a `STAError` and also the builtin that a caller would expect."""
+
+
+class STAError(Exception):
+    """Base class of every error that sta-adapter raises on purpose."""
+
+
+class ConfigError(STAError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or does not fit the model."""
+
+
+class UnknownBackboneError(STAError, LookupError):
+    """No registered backbone fits the model, or no backbone has that name."""
+
+
+class InjectionError(STAError, RuntimeError):
+    """The model cannot take STA as it is: injected already, wrapped for parallel training, compiled."""
+
+
+class LayoutError(STAError, ValueError):
+    """Clips, frames and positions of the tokens are unknown or don't add up."""
+
+
+class BackendError(STAError, RuntimeError):
+    """An attention or decoding backend was asked for by name and can't do the work."""
+
+
+class CheckpointError(STAError, ValueError):
+    """An adapter's files are missing, damaged, or made for another model."""
+
+
+class VideoError(STAError, OSError):
+    """A video file can't be read, or holds no frame where frames were asked for."""
+
+
+class DataError(STAError, ValueError):
+    """A dataset file or one of its samples is not what it should be."""
+
+
+class MissingExtraError(STAError, ImportError):
+    """An optional package is needed and not installed; the message names the extra."""
