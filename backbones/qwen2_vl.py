@@ -1,3 +1,53 @@
-"""Qwen2-VL."""
+"""Qwen2-VL: clips packed one after the other, described by `grid_thw`."""
 
-BACKBONE = None
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
+from sta_adapter.errors import LayoutError
+from sta_adapter.layout import ClipLayout
+
+QWEN_LORA = LoRARecipe(
+    target_modules=(
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    ),
+    rank_pattern={"attn.qkv": 32},
+    alpha_pattern={"attn.qkv": 32},
+)
+
+
+def grid_layout(call: EncoderCall) -> ClipLayout:
+    """Layout from `grid_thw` (clips, 3): t frames of h * w patches each, clip after clip."""
+    grid = call.tensor("grid_thw")
+    if grid.dim() != 2 or grid.shape[1] != 3:
+        raise LayoutError(f"grid_thw has the shape {tuple(grid.shape)}; expected (clips, 3): frames, rows, columns.")
+    return ClipLayout((t, h * w) for t, h, w in grid.tolist())
+
+
+def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A black clip of two frames, 2x2 patches after merging one by one."""
+    config: Any = encoder.config
+    merge = config.spatial_merge_size
+    grid = torch.tensor([[2, merge, merge]], device=next(encoder.parameters()).device)
+    channels = getattr(config, "in_channels", getattr(config, "in_chans", 3))
+    size = channels * config.temporal_patch_size * config.patch_size**2
+    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
+    pixels = torch.zeros(2 * merge * merge, size, device=parameter.device, dtype=parameter.dtype)
+    return (pixels,), {"grid_thw": grid}
+
+
+BACKBONE = Backbone(
+    name="qwen2_vl",
+    encoder_classes=("Qwen2VisionTransformerPretrainedModel",),
+    layout=grid_layout,
+    heads=lambda encoder: encoder.config.num_heads,  # type: ignore[union-attr,return-value]
+    lora=QWEN_LORA,
+    dummy_inputs=grid_dummy,
+    published_names={"norm": "norm3", "to_qkv": "temp_attn.qkv", "to_out": "temp_attn.proj"},
+    published_token_order=True,
+)

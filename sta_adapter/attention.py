@@ -1,0 +1,124 @@
+"""attend(q, k, v): attention over the frames of each position; the kernel is chosen per call, with a reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sta_adapter.errors import BackendError, ConfigError
+
+BACKENDS = ("auto", "xformers", "sdpa", "eager")
+CUDA_BATCH_LIMIT = 65535  # the kernels' grids have one entry per batch row in a dimension of 16 bits
+
+
+class Choice(NamedTuple):
+    """Which kernel computes a call, and why."""
+
+    backend: str
+    reason: str
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: str = "auto") -> Tensor:
+    """Softmax attention over the second axis, scaled by 1/sqrt(D).
+
+    Args:
+        q: queries (P, T, H, D): P independent sequences of T tokens in H heads of size D; floating dtype. Strides are free.
+        k: keys, as q.
+        v: values, as q.
+        causal: token t sees only tokens up to t.
+        backend: "auto", "xformers", "sdpa" or "eager".
+
+    Returns:
+        (P, T, H, D), in q's dtype.
+
+    Raises:
+        ConfigError: for an unknown backend or shapes that differ.
+        BackendError: when the backend asked for can't take these tensors; the message has the reason.
+    """
+    if not q.shape == k.shape == v.shape or q.dim() != 4:
+        raise ConfigError(
+            f"attend takes q, k, v of one shape (positions, frames, heads, head size); found {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    kernel = _KERNELS[choose_backend(q, backend).backend]
+    if q.is_cuda and q.shape[0] > CUDA_BATCH_LIMIT:
+        parts = zip(*(x.split(CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
+        return torch.cat([kernel(a, b, c, causal) for a, b, c in parts])
+    return kernel(q, k, v, causal)
+
+
+def choose_backend(q: Tensor, requested: str = "auto") -> Choice:
+    """The kernel for queries like `q` (P, T, H, D), with the reason for it.
+
+    Raises:
+        ConfigError: for an unknown name.
+        BackendError: when "xformers" was asked for by name and can't take the tensor.
+    """
+    if requested not in BACKENDS:
+        raise ConfigError(f"attention backend {requested!r}: expected one of {', '.join(BACKENDS)}.")
+    if requested in ("sdpa", "eager"):
+        return Choice(requested, "asked for by name")
+    refusal = xformers_refusal(q.device.type, q.dtype, q.shape[-1])
+    if refusal is None:
+        return Choice(
+            "xformers", "asked for by name" if requested == "xformers" else "CUDA tensors that xformers takes"
+        )
+    if requested == "xformers":
+        raise BackendError(
+            f"attention='xformers' can't be used here: {refusal}. Use attention='auto', which falls back to torch's SDPA."
+        )
+    return Choice("sdpa", f"not xformers: {refusal}")
+
+
+@functools.lru_cache(maxsize=256)
+def xformers_refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why xformers can't compute such a call; None when it can."""
+    if device != "cuda":
+        return f"its memory-efficient attention needs CUDA tensors, these are on {device!r}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"it takes head sizes up to 256 that 8 divides, not {head_dim}"
+    try:
+        from xformers.ops import memory_efficient_attention
+    except Exception as error:  # a broken build raises OSError, AttributeError and others
+        return f"xformers can't be imported ({type(error).__name__}: {error}); `pip install sta-adapter[xformers]`"
+    try:  # an import that succeeds proves little: the wheel may hold no kernel for this GPU
+        probe = torch.zeros(1, 8, 1, head_dim, device="cuda", dtype=dtype)
+        memory_efficient_attention(probe, probe, probe)
+    except Exception as error:
+        return f"its kernels don't run here ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return None
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
+    "xformers": _xformers,
+    "sdpa": _sdpa,
+    "eager": _eager,
+}

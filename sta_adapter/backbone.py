@@ -1,0 +1,297 @@
+"""Backbone: what a vision encoder must declare to take STA, the registry of all of them, and entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownBackboneError
+from sta_adapter.layout import ClipLayout
+
+logger = logging.getLogger(__name__)
+ENTRY_POINT_GROUP = "sta_adapter.backbones"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderCall:
+    """One call of an encoder, for a backbone's layout function.
+
+    Attributes:
+        encoder: the module that is called.
+        arguments: its arguments by the names in its `forward`; those not passed are absent.
+        clip_lengths: frames of each clip, when the user told them (`handle.clips(...)`); None otherwise.
+    """
+
+    encoder: nn.Module
+    arguments: Mapping[str, Any]
+    clip_lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def bind(
+        cls, encoder: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], clip_lengths: tuple[int, ...] | None
+    ) -> EncoderCall:
+        """Name the arguments of `encoder(*args, **kwargs)`."""
+        bound = inspect.signature(encoder.forward).bind_partial(*args, **kwargs).arguments
+        extra = {k: v for value in bound.values() if isinstance(value, dict) for k, v in value.items()}
+        return cls(encoder, {**extra, **bound}, clip_lengths)
+
+    def tensor(self, *names: str) -> torch.Tensor:
+        """The first of these arguments that was passed as a tensor.
+
+        Raises:
+            LayoutError: when there is none.
+        """
+        for name in names:
+            if isinstance(self.arguments.get(name), torch.Tensor):
+                return self.arguments[name]
+        raise LayoutError(
+            f"{type(self.encoder).__name__} was called without {' or '.join(names)}, which tells STA where the clips are; "
+            f"found the arguments {', '.join(self.arguments) or 'none'}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRARecipe:
+    """What stage two trains with LoRA (the paper's recipe; see `STAHandle.lora_config`)."""
+
+    target_modules: tuple[str, ...]
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    r: int = 16
+    lora_alpha: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """Where STA goes in one kind of vision encoder: data, and one function that reads the clip layout.
+
+    Attributes:
+        name: what `handle.backbone` and saved adapters say.
+        encoder_classes: class names by which the encoder is found anywhere in a model; subclasses count.
+        layout: from a call of the encoder to the `ClipLayout` of its tokens.
+        heads: from the encoder to its number of attention heads.
+        blocks: path from the encoder to the sequence of its blocks.
+        norm: path from a block to the norm in front of its MLP; its input must be the block's residual stream.
+        accepts: a further condition on (model, encoder); None when the class name is enough.
+        priority: backbones with a higher one are tried first.
+        defaults: values of STAConfig fields that differ from the general ones.
+        qkv_bias: whether the branch's q, k, v projection has a bias.
+        lora: the recipe of stage two; None when there is none.
+        dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes
+            whose batch has no video (see `inject`) and for checks; None when not known.
+        published_names: names of `norm`, `to_qkv`, `to_out` (and `gamma`) in the published STAVEQ2 code's blocks.
+        published_token_order: whether that code adds the branch in another token order than the paper's.
+    """
+
+    name: str
+    encoder_classes: tuple[str, ...]
+    layout: Callable[[EncoderCall], ClipLayout]
+    heads: Callable[[nn.Module], int]
+    blocks: str = "blocks"
+    norm: str = "norm2"
+    accepts: Callable[[nn.Module, nn.Module], bool] | None = None
+    priority: int = 0
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    qkv_bias: bool = True
+    lora: LoRARecipe | None = None
+    dummy_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    published_token_order: bool = False
+
+    def find_encoder(self, model: nn.Module) -> nn.Module | None:
+        """The encoder in `model`, or None.
+
+        Raises:
+            InjectionError: when there are several.
+        """
+        found = [m for m in _active_modules(model) if self._is_encoder(m)]
+        if self.accepts is not None:
+            found = [m for m in found if self.accepts(model, m)]
+        if len(found) > 1:
+            raise InjectionError(
+                f"the model holds {len(found)} encoders of class {type(found[0]).__name__}; pass the one that STA shall go into."
+            )
+        return found[0] if found else None
+
+    def _is_encoder(self, module: nn.Module) -> bool:
+        return any(cls.__name__ in self.encoder_classes for cls in type(module).__mro__)
+
+
+def _active_modules(model: nn.Module) -> list[nn.Module]:
+    """All modules but the frozen originals that PEFT keeps beside a trained copy (`modules_to_save`)."""
+    replaced = {
+        id(inner)
+        for module in model.modules()
+        if hasattr(module, "modules_to_save") and isinstance(getattr(module, "original_module", None), nn.Module)
+        for inner in module.original_module.modules()
+    }
+    return [m for m in model.modules() if id(m) not in replaced]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A backbone's places in one model, checked: what injection works on."""
+
+    backbone: Backbone
+    encoder: nn.Module
+    blocks: tuple[nn.Module, ...]
+    norms: tuple[nn.Module, ...]
+    width: int
+    heads: int
+    head_dim: int
+    norm_kind: str
+    norm_eps: float
+
+
+def locate(model: nn.Module, backbone: str | Backbone | None = None) -> Site:
+    """Find the encoder and the places of the hooks in a model, and check them; changes nothing.
+
+    Raises:
+        UnknownBackboneError: when no backbone fits; lists those known.
+        InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference.
+    """
+    for spec in _candidates(backbone):
+        encoder = spec.find_encoder(model)
+        if encoder is not None:
+            return _site(spec, encoder)
+    if backbone is not None:
+        spec = _candidates(backbone)[0]
+        raise UnknownBackboneError(
+            f"{type(model).__name__!r} holds no encoder for backbone {spec.name!r}: it looks for a module of class "
+            f"{' or '.join(spec.encoder_classes)}{' and a further condition' if spec.accepts else ''}. "
+            f"Leave backbone=None to have it found, or pass another of {', '.join(list_backbones())}."
+        )
+    raise UnknownBackboneError(
+        f"no backbone matches {type(model).__name__!r}; known: {', '.join(list_backbones()) or 'none'}. "
+        "Describe the encoder with register_backbone(Backbone(...)), or install a plug-in."
+    )
+
+
+def _site(spec: Backbone, encoder: nn.Module) -> Site:
+    name = type(encoder).__name__
+    try:
+        blocks = tuple(encoder.get_submodule(spec.blocks).children())
+    except AttributeError:
+        children = ", ".join(n for n, _ in encoder.named_children())
+        raise InjectionError(
+            f"backbone {spec.name!r}: {name} has no {spec.blocks!r}; its children are {children}."
+        ) from None
+    if not blocks:
+        raise InjectionError(f"backbone {spec.name!r}: {name}.{spec.blocks} holds no block.")
+    norms = []
+    for index, block in enumerate(blocks):
+        try:
+            norms.append(block.get_submodule(spec.norm))
+        except AttributeError:
+            children = ", ".join(n for n, _ in block.named_children())
+            raise InjectionError(
+                f"backbone {spec.name!r}: block {index} of {name} has no norm {spec.norm!r} in front of its MLP; "
+                f"its children are {children}."
+            ) from None
+    kind, eps, width = _norm_facts(spec, norms[0])
+    heads = spec.heads(encoder)
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise InjectionError(
+            f"backbone {spec.name!r}: {heads!r} heads do not divide the width {width} of {name}; check Backbone.heads."
+        )
+    return Site(spec, encoder, blocks, tuple(norms), width, heads, width // heads, kind, eps)
+
+
+def _norm_facts(spec: Backbone, norm: nn.Module) -> tuple[str, float, int]:
+    """(kind, eps, width) of the encoder's norm, also of one that PEFT has wrapped."""
+    while isinstance(getattr(norm, "base_layer", None), nn.Module):
+        norm = norm.base_layer
+    if isinstance(getattr(norm, "original_module", None), nn.Module):
+        norm = norm.original_module
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        raise InjectionError(
+            f"backbone {spec.name!r}: {spec.norm!r} is a {type(norm).__name__} without a weight vector; expected a norm."
+        )
+    eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon", "epsilon") if getattr(norm, n, None)), 1e-6)
+    kind = "rmsnorm" if "rms" in type(norm).__name__.lower() else "layernorm"
+    return kind, float(eps), weight.shape[0]
+
+
+_REGISTRY: dict[str, Backbone] = {}
+_LOADED_ENTRY_POINTS = False
+
+
+def register_backbone(spec: Backbone) -> None:
+    """Make a backbone known to `inject_sta` and `load_sta`.
+
+    Raises:
+        ConfigError: when `spec` is no `Backbone`, or another one of that name is registered.
+    """
+    _load_entry_points()
+    _register(spec)
+
+
+def _register(spec: Backbone) -> None:
+    if not isinstance(spec, Backbone):
+        raise ConfigError(f"register_backbone takes a Backbone, not {type(spec).__name__}.")
+    other = _REGISTRY.get(spec.name)
+    if other is not None and other is not spec:
+        raise ConfigError(
+            f"a backbone named {spec.name!r} is registered already: by {other.layout.__module__}, now by "
+            f"{spec.layout.__module__}. Give one of them another name."
+        )
+    _REGISTRY[spec.name] = spec
+
+
+def unregister_backbone(name: str) -> None:
+    """Forget a backbone that `register_backbone` made known; an unknown name is an error."""
+    get_backbone(name)
+    del _REGISTRY[name]
+
+
+def list_backbones() -> list[str]:
+    """Names of all backbones: the built-in ones, those of plug-ins, those registered."""
+    _load_entry_points()
+    return sorted(_REGISTRY)
+
+
+def get_backbone(name: str) -> Backbone:
+    """The backbone of that name.
+
+    Raises:
+        UnknownBackboneError: when there is none; lists those known.
+    """
+    _load_entry_points()
+    if name not in _REGISTRY:
+        hint = "" if _REGISTRY else " The built-in ones can't be found: run `pip install -e .` in the source folder."
+        raise UnknownBackboneError(f"no backbone {name!r}; known: {', '.join(list_backbones()) or 'none'}.{hint}")
+    return _REGISTRY[name]
+
+
+def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
+    if isinstance(backbone, Backbone):
+        register_backbone(backbone)
+        return [backbone]
+    if backbone is not None:
+        return [get_backbone(backbone)]
+    _load_entry_points()
+    return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name))
+
+
+def _load_entry_points() -> None:
+    """Register the backbones of all installed packages; a broken one warns, names itself, and blocks nobody."""
+    global _LOADED_ENTRY_POINTS
+    if _LOADED_ENTRY_POINTS:
+        return
+    _LOADED_ENTRY_POINTS = True
+    for entry in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
+        try:
+            _register(entry.load())
+        except Exception as error:
+            source = entry.dist.name if entry.dist else "unknown package"
+            logger.warning(
+                "backbone plug-in %r of %s is left out: %s: %s", entry.name, source, type(error).__name__, error
+            )

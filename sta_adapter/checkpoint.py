@@ -1,0 +1,291 @@
+"""Adapters on disk: `sta_adapter.safetensors`, `sta_config.json`, and LoRA weights under PEFT's own names beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
+from sta_adapter.files import atomic_folder_write
+from sta_adapter.inject import Plan, get_sta, plan_injection
+
+if TYPE_CHECKING:
+    from sta_adapter.handle import STAHandle
+
+WEIGHTS = "sta_adapter.safetensors"
+CONFIG = "sta_config.json"
+LORA_CONFIG = "adapter_config.json"
+LORA_WEIGHTS = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
+    """Write an adapter: every file in full beside its final place, then all are renamed.
+
+    Args:
+        handle: the injected model's handle.
+        folder: made when it does not exist; an adapter in it is replaced.
+
+    Raises:
+        CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
+    """
+    from safetensors.torch import save
+
+    tensors = adapter_state(handle)
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{len(broken)} STA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
+    description = describe_adapter(handle)
+    files = {
+        WEIGHTS: save(tensors, {"format": "pt", "sta_config_sha256": _digest(description)}),
+        CONFIG: (json.dumps(description, indent=2) + "\n").encode(),
+        **_lora_files(handle.model),
+    }
+    try:
+        atomic_folder_write(Path(folder), files)
+    except OSError as error:
+        raise CheckpointError(f"can't write the adapter to {os.fspath(folder)!r}: {error}") from error
+
+
+def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
+    """STA's tensors on the CPU under the file's keys, `blocks.{i}.norm.weight` and so on."""
+    return {
+        f"blocks.{index}.{name}": _whole(tensor).detach().to("cpu").contiguous()
+        for index, module in handle.blocks.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def describe_adapter(handle: STAHandle) -> dict[str, Any]:
+    """The contents of `sta_config.json`."""
+    import sta_adapter
+
+    block = next(iter(handle.blocks.values()))
+    config = getattr(handle.model, "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    return {
+        "format_version": FORMAT_VERSION,
+        "sta_adapter_version": sta_adapter.__version__,
+        "backbone": handle.backbone,
+        "base_model": {"id": name, "revision": getattr(config, "_commit_hash", None)},
+        "encoder": {
+            "width": block.to_out.out_features,
+            "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
+            "num_heads": block.num_heads,
+            "head_dim": block.head_dim,
+        },
+        "config": handle.config.to_dict(),
+    }
+
+
+def load_sta(
+    model: nn.Module,
+    folder_or_repo_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    is_trainable: bool = False,
+    **hub_options: Any,
+) -> STAHandle:
+    """Put a saved adapter into a model; LoRA weights in the same folder come back too.
+
+    Args:
+        model: the base model that the adapter was trained on, without STA; with LoRA in the adapter it must not be a
+            PeftModel yet. `handle.model` is the model to go on with.
+        folder_or_repo_id: a folder, or the id of a repository on the Hub.
+        revision: branch, tag or commit on the Hub.
+        is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
+        hub_options: further arguments of `huggingface_hub.snapshot_download`, such as `token` or `cache_dir`.
+
+    Returns:
+        The handle of the model.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the adapter is for another backbone, width or depth; every
+            difference is listed. The model is as before.
+        UnknownBackboneError, ConfigError, InjectionError: as `inject_sta`.
+    """
+    from sta_adapter.hub import resolve_adapter
+
+    folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
+    description = read_description(folder)
+    config = _saved_config(folder, description)
+    plan = plan_injection(model, config)
+    _compare_encoder(folder, description, plan)
+    modules = plan.build()
+    state = read_weights(folder, description)
+    expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
+    _compare_tensors(folder, state, expected)
+    for index, module in modules.items():
+        module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
+        module.requires_grad_(is_trainable)
+    handle = plan.attach(modules)
+    if (folder / LORA_CONFIG).exists():
+        try:
+            handle = _load_lora(handle, folder, state, is_trainable)
+        except BaseException:
+            handle.remove()
+            raise
+    return handle
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked contents of an adapter's `sta_config.json`.
+
+    Raises:
+        CheckpointError: missing, too large, not JSON, or of a newer format.
+    """
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; an adapter's configuration has a few hundred."
+            )
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG}, so it is no STA adapter; found: {there or 'nothing'}."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("format_version"), int):
+        raise CheckpointError(f"{path} has no format_version; it is not an adapter's configuration.")
+    if found["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has the format version {found['format_version']}; this sta-adapter reads {FORMAT_VERSION}. Upgrade sta-adapter."
+        )
+    missing = [
+        k for k, kind in (("backbone", str), ("encoder", dict), ("config", dict)) if not isinstance(found.get(k), kind)
+    ]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}, or holds another type there.")
+    return found
+
+
+def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter's `sta_adapter.safetensors`, on the CPU.
+
+    Raises:
+        CheckpointError: missing, damaged, holding non-floating or non-finite tensors, or not belonging to `description`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("sta_config_sha256")
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}.") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    if description is not None and digest is not None and digest != _digest(description):
+        raise CheckpointError(
+            f"{WEIGHTS} and {CONFIG} in {folder} were not saved together: the weights belong to other settings. "
+            "Copy both files again from where they come from."
+        )
+    wrong = [k for k, v in state.items() if not v.is_floating_point() or not torch.isfinite(v).all()]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors are not finite floating-point numbers, the first is {wrong[0]!r}."
+        )
+    return state
+
+
+def _saved_config(folder: Path, description: Mapping[str, Any]) -> STAConfig:
+    try:
+        return STAConfig.from_dict(description["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+
+
+def _compare_encoder(folder: Path, description: Mapping[str, Any], plan: Plan) -> None:
+    site = plan.site
+    here = {
+        "backbone": site.backbone.name,
+        "width": site.width,
+        "depth": len(site.blocks),
+        "num_heads": plan.num_heads,
+        "head_dim": site.head_dim,
+    }
+    saved = {**description["encoder"], "backbone": description["backbone"]}
+    differences = [
+        f"{k}: {saved.get(k)!r} in the adapter, {v!r} in the model" for k, v in here.items() if saved.get(k) != v
+    ]
+    if differences:
+        raise CheckpointError(f"the adapter in {folder} is for another encoder: {'; '.join(differences)}.")
+
+
+def _compare_tensors(folder: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    differences = [f"missing {k}" for k in expected if k not in state]
+    differences += [f"unexpected {k}" for k in state if k not in expected]
+    differences += [
+        f"{k} has the shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if differences:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {'; '.join(differences)}.")
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    """Fingerprint of what the weights depend on, so that files of two adapters can't be mixed up."""
+    parts = {k: description[k] for k in ("backbone", "encoder", "config")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor's full value, gathered when FSDP2 has sharded it (a collective call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _lora_files(model: nn.Module) -> dict[str, bytes]:
+    """LoRA's configuration and weights in PEFT's own format; nothing when the model has no LoRA."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or not configs:
+        return {}
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import save
+
+    name = model.active_adapter if isinstance(model, PeftModel) else next(iter(configs))
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    if not isinstance(model, PeftModel):
+        state = {f"base_model.model.{key}": value for key, value in state.items()}
+    tensors = {key: _whole(value).detach().to("cpu").contiguous() for key, value in state.items()}
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in configs[name].to_dict().items()}
+    text = json.dumps({**fields, "inference_mode": True}, indent=2, default=str)
+    return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
+
+
+def _load_lora(handle: STAHandle, folder: Path, state: Mapping[str, Tensor], is_trainable: bool) -> STAHandle:
+    """The handle of a PeftModel around the handle's model, with the folder's LoRA weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{folder} holds LoRA weights; they need peft: pip install 'sta-adapter[train]'"
+        ) from error
+    if not (folder / LORA_WEIGHTS).exists():
+        raise CheckpointError(f"{folder} holds {LORA_CONFIG} but no {LORA_WEIGHTS}; pickled weights are never read.")
+    try:
+        model = PeftModel.from_pretrained(handle.model, str(folder), is_trainable=is_trainable)
+    except Exception as error:
+        raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
+    loaded = get_sta(model)
+    if loaded is None:
+        raise CheckpointError(
+            f"peft replaced the encoder while loading {folder}; its modules_to_save are not supported."
+        )
+    for index, module in loaded.blocks.items():  # the STA file is the one truth, also for PEFT's copies
+        module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
+        module.requires_grad_(is_trainable)
+    return loaded

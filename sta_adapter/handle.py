@@ -1,0 +1,218 @@
+"""STAHandle: everything that can be done with the STA of one model."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import ConfigError, InjectionError, LayoutError, MissingExtraError
+from sta_adapter.hooks import CHILD, Injection, remove_hooks
+from sta_adapter.modules import TemporalAttention
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class STAHandle:
+    """The STA of one injected model; made by `inject_sta`, `load_sta` and `get_sta`.
+
+    Attributes:
+        model: the model to go on with. After `peft.get_peft_model(handle.model, ...)`, `get_sta(peft_model)` gives a
+            handle whose model is the PeftModel.
+    """
+
+    def __init__(self, model: nn.Module, encoder: nn.Module, injection: Injection) -> None:
+        self.model = model
+        self._encoder = encoder
+        self._injection = injection
+
+    @classmethod
+    def of(cls, model: nn.Module, encoder: nn.Module, injection: Injection) -> STAHandle:
+        """The living handle of an injection, or a new one; it goes on with `model` if that holds its model."""
+        reference = injection.__dict__.get("_handle")
+        handle = reference() if reference is not None else None
+        if handle is None:
+            handle = cls(model, encoder, injection)
+            injection.__dict__["_handle"] = weakref.ref(handle)
+        elif any(module is handle.model for module in model.modules()):
+            handle.model = model
+        return handle
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else "on" if self._injection.is_enabled else "off"
+        return f"STAHandle(backbone={self.backbone!r}, blocks={len(self.blocks)}, parameters={self.num_parameters():,}, {state})"
+
+    @property
+    def config(self) -> STAConfig:
+        """The configuration in force, the backbone's defaults filled in."""
+        return self._injection.config
+
+    @property
+    def backbone(self) -> str:
+        """Name of the backbone."""
+        return self._injection.backbone
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The vision encoder that holds STA."""
+        return self._encoder
+
+    @property
+    def blocks(self) -> dict[int, TemporalAttention]:
+        """The STA module at work in each block, by the block's index; empty after `remove()`."""
+        if self._removed:
+            return {}
+        blocks = self._encoder.get_submodule(self._injection.spec.blocks).children()
+        return {i: _active(getattr(block, CHILD)) for i, block in enumerate(blocks) if hasattr(block, CHILD)}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """STA's parameters, those at work."""
+        for module in self.blocks.values():
+            yield from module.parameters()
+
+    def num_parameters(self) -> int:
+        """How many numbers STA adds."""
+        return sum(p.numel() for p in self.parameters())
+
+    def freeze_base(self) -> STAHandle:
+        """Stage one: of all the model's parameters, only STA's require a gradient."""
+        self._require_injected()
+        self.model.requires_grad_(False)
+        self._encoder.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        return self
+
+    def lora_config(self, **overrides: Any) -> LoraConfig:
+        """Stage two: a `peft.LoraConfig` with the published recipe, which leaves STA's layers alone and trains them.
+
+        `get_peft_model(handle.model, handle.lora_config())` then trains LoRA on language model and vision encoder, and
+        STA whole, through `modules_to_save`.
+
+        Args:
+            overrides: fields of `LoraConfig` in the place of the recipe's.
+
+        Raises:
+            MissingExtraError: peft is not installed.
+            ConfigError: the backbone has no recipe and `target_modules` is not given, or a field is unknown.
+        """
+        self._require_injected()
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise MissingExtraError("stage two needs peft: pip install 'sta-adapter[train]'") from error
+        recipe = self._injection.spec.lora
+        if recipe is None and "target_modules" not in overrides:
+            raise ConfigError(f"backbone {self.backbone!r} has no LoRA recipe; pass target_modules=[...].")
+        fields: dict[str, Any] = {}
+        if recipe is not None:
+            fields = {"target_modules": list(recipe.target_modules), "r": recipe.r, "lora_alpha": recipe.lora_alpha}
+            if "r" not in overrides and "target_modules" not in overrides:
+                fields |= {"rank_pattern": dict(recipe.rank_pattern), "alpha_pattern": dict(recipe.alpha_pattern)}
+        fields |= {"bias": "none", **overrides}
+        fields["modules_to_save"] = sorted({CHILD, *(overrides.get("modules_to_save") or ())})
+        known = inspect.signature(LoraConfig).parameters
+        if isinstance(fields.get("target_modules"), str) and "exclude_modules" in known:
+            fields.setdefault("exclude_modules", rf".*\.{CHILD}(\..*)?")
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ConfigError(f"LoraConfig has no field {', '.join(unknown)}; known: {', '.join(known)}.")
+        return LoraConfig(**fields)
+
+    def disable(self) -> None:
+        """Switch STA off in all threads: the base model's outputs, bit for bit."""
+        self._require_injected()
+        self._injection.enabled = False
+
+    def enable(self) -> None:
+        """Switch STA on again."""
+        self._require_injected()
+        self._injection.enabled = True
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which STA is off, for this thread."""
+        self._require_injected()
+        return self._injection.disabled()
+
+    def clips(self, lengths: Sequence[int] | None) -> contextlib.AbstractContextManager[None]:
+        """Context that tells the frames of each clip, for encoders that get frames as a batch.
+
+        Args:
+            lengths: frames of each clip, in order; their sum must be the encoder's batch.
+
+        Raises:
+            LayoutError: when a length is not a whole number above 0.
+        """
+        self._require_injected()
+        return self._injection.clips(None if lengths is None else checked_lengths(lengths))
+
+    def remove(self) -> nn.Module:
+        """Take STA out: no hook, no parameter, the state keys as before. Removing twice is fine.
+
+        Returns:
+            The model as it was before injection.
+        """
+        for module in {id(m): m for root in (self.model, self._encoder) for m in root.modules()}.values():
+            remove_hooks(module, self._injection)
+            if isinstance(module._modules.get(CHILD), nn.Module) and _is_sta(module._modules[CHILD]):
+                del module._modules[CHILD]
+        return self.model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save STA, and LoRA weights if the model has them, into a folder; see `sta_adapter.checkpoint`."""
+        from sta_adapter.checkpoint import save_adapter
+
+        self._require_injected()
+        save_adapter(self, folder)
+
+    @property
+    def _removed(self) -> bool:
+        hooks = self._encoder._forward_pre_hooks.values()
+        return not any(getattr(hook, "injection", None) is self._injection for hook in hooks)
+
+    def _require_injected(self) -> None:
+        if self._removed:
+            raise InjectionError("this handle's STA has been removed from the model; inject or load again.")
+
+
+def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Clip lengths as a tuple of whole numbers above 0.
+
+    Raises:
+        LayoutError: for anything else.
+    """
+    try:
+        found = tuple(int(n) for n in lengths)
+        exact = all(float(n) == float(m) for n, m in zip(found, lengths, strict=True))
+    except (TypeError, ValueError):
+        found, exact = (), False
+    if not exact or not found or min(found) < 1:
+        raise LayoutError(
+            f"clip lengths {lengths!r}: expected the number of frames of each clip, whole numbers above 0."
+        )
+    return found
+
+
+def _is_sta(module: nn.Module | None) -> bool:
+    return isinstance(module, TemporalAttention) or isinstance(
+        getattr(module, "original_module", None), TemporalAttention
+    )
+
+
+def _active(module: nn.Module) -> TemporalAttention:
+    """The STA module itself, or the copy that PEFT's `modules_to_save` trains."""
+    if isinstance(module, TemporalAttention):
+        return module
+    copies: Any = getattr(module, "modules_to_save", {})
+    name: Any = getattr(module, "active_adapter", None)
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    if isinstance(name, str) and name in copies:
+        return cast("TemporalAttention", copies[name])
+    return cast("TemporalAttention", module.original_module)

@@ -1,0 +1,289 @@
+"""The hooks that put STA into a model, and the record that they share.
+
+An encoder's forward has one layout. The encoder's hook reads it and puts it into the record, per thread; the blocks'
+hooks take it from there, and it is gone when the encoder returns or fails. A block that gradient checkpointing runs
+again during backward finds the layout of *its* forward: gradient hooks on the tensors between the blocks put it back
+just before the block's backward starts, valid for that backward only.
+
+All hooks are objects of module-level classes, so that a copied or unpickled model has working hooks of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sta_adapter.backbone import Backbone, EncoderCall, get_backbone
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import LayoutError
+from sta_adapter.layout import ClipLayout
+
+CHILD = "sta"  # the name of the STA module in its block
+
+
+class Injection:
+    """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work.
+
+    Args:
+        config: the configuration in force.
+        backbone: name of the backbone.
+    """
+
+    def __init__(self, config: STAConfig, backbone: str) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.enabled = True
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=threading.local())
+
+    @property
+    def spec(self) -> Backbone:
+        """The backbone itself."""
+        return get_backbone(self.backbone)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the branch runs in this thread."""
+        return self.enabled and not getattr(self._local, "disabled", 0)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switch the branch off in this thread."""
+        self._local.disabled = getattr(self._local, "disabled", 0) + 1
+        try:
+            yield
+        finally:
+            self._local.disabled -= 1
+
+    @property
+    def clip_lengths(self) -> tuple[int, ...] | None:
+        """Frames of each clip, as the user told them for this thread."""
+        return getattr(self._local, "clip_lengths", None)
+
+    @contextlib.contextmanager
+    def clips(self, lengths: tuple[int, ...] | None) -> Iterator[None]:
+        """Tell the frames of each clip for the forwards in this thread."""
+        before = self.clip_lengths
+        self._local.clip_lengths = lengths
+        try:
+            yield
+        finally:
+            self._local.clip_lengths = before
+
+    def begin(self, layout: ClipLayout | None) -> None:
+        """An encoder forward starts in this thread; None when the branch is switched off."""
+        self._local.forward = (layout,)
+        self._local.ran = getattr(self._local, "ran", False) or torch.is_grad_enabled()
+
+    def end(self) -> None:
+        """The encoder forward of this thread is over."""
+        self._local.forward = None
+
+    def pop_ran(self) -> bool:
+        """Whether an encoder forward with gradients began in this thread since the last call."""
+        ran = getattr(self._local, "ran", False)
+        self._local.ran = False
+        return ran
+
+    def restore(self, layout: ClipLayout | None) -> None:
+        """The backward at work in this thread is about to recompute blocks of the forward with this layout."""
+        self._local.backward = (torch._C._current_graph_task_id(), layout)
+
+    def layout(self) -> ClipLayout | None:
+        """The layout of the forward, or of the recomputation, that this thread is in; None when switched off.
+
+        Raises:
+            LayoutError: when a block runs outside of its encoder.
+        """
+        forward = getattr(self._local, "forward", None)
+        if forward is not None:
+            return forward[0]
+        task, layout = getattr(self._local, "backward", (-1, None))
+        if task != -1 and task == torch._C._current_graph_task_id():
+            return layout
+        if not self.is_enabled:
+            return None
+        raise LayoutError(
+            "a block with STA ran outside of its encoder's forward, so its clips can't be known. "
+            "Call the encoder, or switch STA off with handle.disabled()."
+        )
+
+    def follow(self, tensor: Tensor) -> None:
+        """Put this forward's layout back when the gradient of `tensor`, which lies behind a block, has been computed."""
+        if tensor.requires_grad:
+            tensor.register_hook(_Restore(self, self.layout()))
+
+
+class _Restore:
+    """A gradient hook that changes nothing and puts a layout back."""
+
+    def __init__(self, injection: Injection, layout: ClipLayout | None) -> None:
+        self.injection = injection
+        self.layout = layout
+
+    def __call__(self, grad: Tensor) -> None:
+        self.injection.restore(self.layout)
+
+
+class Hook:
+    """Base of all hooks: knows its injection."""
+
+    def __init__(self, injection: Injection) -> None:
+        self.injection = injection
+
+
+class EncoderBegin(Hook):
+    """Forward pre-hook of the encoder: reads the layout."""
+
+    @torch.compiler.disable
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note the layout; with checkpointing, see to it that gradients reach the blocks."""
+        injection = self.injection
+        injection.end()
+        if not injection.is_enabled:
+            injection.begin(None)
+            return None
+        layout = injection.spec.layout(EncoderCall.bind(encoder, args, kwargs, injection.clip_lengths))
+        injection.begin(layout)
+        if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder, injection.spec):
+            return _require_grad(args, kwargs)
+        return None
+
+
+class EncoderEnd(Hook):
+    """Forward hook of the encoder, called also after an exception: forgets the layout."""
+
+    @torch.compiler.disable
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Follow the outputs into the backward, and end the forward."""
+        try:
+            if torch.is_grad_enabled():
+                for tensor in iterate_tensors(output):
+                    self.injection.follow(tensor)
+        finally:
+            self.injection.end()
+
+
+class BlockBegin(Hook):
+    """Forward pre-hook of a block: follows its input; with order="before_spatial" adds the branch to it."""
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return new arguments, or None to leave them; the block's input is never changed in place."""
+        injection = self.injection
+        layout = injection.layout()
+        name, tokens = _block_input(args, kwargs)
+        if not torch.compiler.is_compiling():
+            injection.follow(tokens)
+        if layout is None or injection.config.order != "before_spatial":
+            return None
+        out = tokens.clone()
+        layout.patches(out).add_(getattr(block, CHILD)(layout.patches(tokens), layout))
+        return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
+
+
+class NormBegin(Hook):
+    """Forward pre-hook of the norm in front of a block's MLP: adds the branch to the residual stream, in place.
+
+    The norm's input is the fresh sum of residual and spatial attention, so that the block's own residual sees the
+    change. The hook runs inside of the block's forward and so of its checkpoint.
+
+    The block is looked up for its STA module at each call: PEFT may have put a copy in its place. A copy of the norm
+    alone (LN tuning, `modules_to_save`) keeps serving the same block; a copy of the whole block serves the copy.
+    """
+
+    def __init__(self, injection: Injection, block: nn.Module) -> None:
+        super().__init__(injection)
+        self.block = block
+
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Add the branch to the first argument (..., C)."""
+        layout = self.injection.layout()
+        if layout is None:
+            return
+        stream = args[0]
+        sta = getattr(self.block, CHILD)
+        saved = torch.is_grad_enabled() and (stream.requires_grad or any(p.requires_grad for p in sta.parameters()))
+        tokens = layout.patches(stream.clone() if saved else stream)
+        layout.patches(stream).add_(sta(tokens, layout))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormBegin:
+        if id(self.block) not in memo:
+            return NormBegin(self.injection, self.block)
+        return NormBegin(copy.deepcopy(self.injection, memo), memo[id(self.block)])
+
+
+def remove_hooks(module: nn.Module, injection: Injection) -> None:
+    """Take every hook of this injection off a module, also those that came with a copy of it."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(module, name)
+        for key in [k for k, hook in hooks.items() if isinstance(hook, Hook) and hook.injection is injection]:
+            del hooks[key]
+            for options in ("_with_kwargs", "_always_called"):
+                getattr(module, name + options, {}).pop(key, None)
+
+
+def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
+    """(encoder, injection) of every injected encoder in a model."""
+    return [
+        (module, hook.injection)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, EncoderBegin)
+    ]
+
+
+def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor]:
+    """(keyword, or "" when it is the first positional argument; tensor) of a block's tokens."""
+    if args and isinstance(args[0], Tensor):
+        return "", args[0]
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name, value
+    raise LayoutError("a block was called without a floating-point tensor; STA can't tell its tokens.")
+
+
+def iterate_tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in the nested tuples, lists and mappings of a module's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from iterate_tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from iterate_tensors(value)
+
+
+def _checkpoints_reentrantly(encoder: nn.Module, spec: Backbone) -> bool:
+    """Whether the encoder's blocks may be run under re-entrant checkpointing, which needs an input with a gradient."""
+    for module in (encoder, *encoder.get_submodule(spec.blocks).children()):
+        if any(
+            getattr(module, flag, False) is True for flag in ("gradient_checkpointing", "with_cp", "use_checkpoint")
+        ):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            keywords = function.keywords if isinstance(function, functools.partial) else {}
+            return keywords.get("use_reentrant") is not False
+    return False
+
+
+def _require_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, the floating-point tensors as leaves that require a gradient."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+            return value.detach().requires_grad_()
+        return value
+
+    return tuple(convert(v) for v in args), {k: convert(v) for k, v in kwargs.items()}

@@ -1,0 +1,184 @@
+"""inject_sta and get_sta: put STA into a model, and find it there again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import Backbone, Site, locate
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import ConfigError, InjectionError
+from sta_adapter.handle import STAHandle
+from sta_adapter.hooks import (
+    CHILD,
+    BlockBegin,
+    EncoderBegin,
+    EncoderEnd,
+    Injection,
+    NormBegin,
+    find_injections,
+    remove_hooks,
+)
+from sta_adapter.modules import TemporalAttention
+from sta_adapter.parallel import LanguageModelBegin, find_language_model, refuse_wrapped
+
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str | Backbone | None = None) -> STAHandle:
+    """Put stacked temporal attention into a model's vision encoder, by hooks; nothing of the model is replaced.
+
+    The STA modules become children named `sta` of the encoder's blocks, on the block's device, in its floating dtype
+    (for quantised blocks: the dtype that they compute in). With the default `init="zero"` the outputs stay what they
+    were, bit for bit, until training changes the branch.
+
+    Args:
+        model: a full video language model, its vision encoder, or a PeftModel around either.
+        cfg: settings; fields that are not given take the backbone's defaults.
+        backbone: name of a registered backbone, or a `Backbone`; None finds it from the model's classes.
+
+    Returns:
+        The handle by which STA is trained, switched, saved and removed.
+
+    Raises:
+        UnknownBackboneError: no backbone fits the model.
+        ConfigError: a setting does not fit the model, such as layers that it does not have.
+        InjectionError: the model has STA already, is wrapped for parallel training or compiled, or is not as the
+            backbone declares. Whatever is raised, the model is as before.
+    """
+    plan = plan_injection(model, cfg, backbone)
+    return plan.attach(plan.build())
+
+
+def get_sta(model: nn.Module) -> STAHandle | None:
+    """The handle of an injected model (also a copied or unpickled one, or a wrapper around it), or None.
+
+    Raises:
+        InjectionError: when several encoders in the model have STA.
+    """
+    found = find_injections(model)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InjectionError(f"the model holds {len(found)} encoders with STA; pass the one that is meant.")
+    encoder, injection = found[0]
+    return STAHandle.of(model, encoder, injection)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked injection that has not happened yet."""
+
+    model: nn.Module
+    site: Site
+    config: STAConfig
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the blocks that get a branch."""
+        return tuple(range(len(self.site.blocks))) if self.config.layers == "all" else self.config.layers
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the branch: the paper's max(1, round(head_scale * heads))."""
+        return max(1, round(self.config.head_scale * self.site.heads))
+
+    def build(self, device: torch.device | str | None = None) -> dict[int, TemporalAttention]:
+        """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own."""
+        return {index: self._build(self.site.blocks[index], device) for index in self.layers}
+
+    def _build(self, block: nn.Module, device: torch.device | str | None) -> TemporalAttention:
+        found_device, dtype = _placement(block)
+        return TemporalAttention(
+            self.site.width,
+            self.num_heads,
+            self.site.head_dim,
+            self.config,
+            norm=self.site.norm_kind,
+            norm_eps=self.site.norm_eps,
+            qkv_bias=self.site.backbone.qkv_bias,
+            device=device or found_device,
+            dtype=dtype,
+        )
+
+    def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
+        """Put the modules and the hooks into the model; undone when anything fails half-way."""
+        site, injection = self.site, Injection(self.config, self.site.backbone.name)
+        try:
+            for index, module in modules.items():
+                block = site.blocks[index]
+                block.add_module(CHILD, module.train(block.training))
+                block.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
+                if self.config.order == "after_spatial":
+                    site.norms[index].register_forward_pre_hook(NormBegin(injection, block))
+            site.encoder.register_forward_pre_hook(EncoderBegin(injection), with_kwargs=True)
+            site.encoder.register_forward_hook(EncoderEnd(injection), always_call=True)
+            language_model = find_language_model(self.model, site.encoder)
+            if language_model is not None:
+                hook = LanguageModelBegin(injection, site.encoder)
+                language_model.register_forward_pre_hook(hook, with_kwargs=True)
+        except BaseException:
+            for index in modules:
+                site.blocks[index]._modules.pop(CHILD, None)
+            for module in self.model.modules():
+                remove_hooks(module, injection)
+            raise
+        return STAHandle.of(self.model, site.encoder, injection)
+
+
+def plan_injection(model: nn.Module, cfg: STAConfig | None = None, backbone: str | Backbone | None = None) -> Plan:
+    """Everything that `inject_sta` checks, without changing the model; raises what it raises."""
+    if not isinstance(model, nn.Module):
+        raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
+    if cfg is not None and not isinstance(cfg, STAConfig):
+        raise ConfigError(f"cfg is a {type(cfg).__name__}; expected an STAConfig, or None for the backbone's defaults.")
+    refuse_wrapped(model)
+    if find_injections(model) or any(isinstance(m, TemporalAttention) for m in model.modules()):
+        raise InjectionError(
+            "this model has STA already. Use get_sta(model) for its handle, or handle.remove() before injecting again."
+        )
+    site = locate(model, backbone)
+    config = (cfg or STAConfig()).with_defaults(site.backbone.defaults)
+    depth = len(site.blocks)
+    missing = [i for i in config.layers if i >= depth] if config.layers != "all" else []
+    if missing:
+        raise ConfigError(f"layers {missing} don't exist: the encoder has {depth} blocks, 0 to {depth - 1}.")
+    if config.token_order == "published" and not site.backbone.published_token_order:
+        raise ConfigError(
+            f"token_order='published' is for weights trained with the released Qwen2-VL code; for {site.backbone.name!r} "
+            "there is no such order. Use token_order='clip'."
+        )
+    taken = [i for i, block in enumerate(site.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)]
+    if taken:
+        raise InjectionError(f"blocks {taken} have an attribute {CHILD!r} already, the name that STA's modules need.")
+    return Plan(model, site, config)
+
+
+def _placement(block: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for a block's STA module.
+
+    The dtype is that of most of the block's weights; a quantised layer (4-bit, 8-bit, float8) counts with the dtype
+    that it computes in, or not at all.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for dtype, size in _compute_dtypes(block):
+        counts[dtype] = counts.get(dtype, 0) + size
+    device = next((p.device for p in block.parameters()), torch.device("cpu"))
+    execution = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+    if device.type == "meta" and execution is not None:  # accelerate keeps an offloaded block's weights elsewhere
+        device = torch.device(execution)
+    return device, max(counts, key=lambda d: counts[d]) if counts else torch.get_default_dtype()
+
+
+def _compute_dtypes(block: nn.Module) -> Iterator[tuple[torch.dtype, int]]:
+    for module in block.modules():
+        compute: Any = getattr(module, "compute_dtype", None)
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in PLAIN_DTYPES:
+                yield parameter.dtype, parameter.numel()
+            elif isinstance(compute, torch.dtype):
+                yield compute, parameter.numel()
