@@ -1,0 +1,241 @@
+"""Turn a conversation with decoded clips into what a model takes, with labels on the assistant's words alone.
+
+Public: `encode(processor, messages, visuals)`, `encode_prompt(...)`, `Visual`, `IGNORE`. It works for any chat template that renders a
+longer conversation as the shorter one plus more; where a template doesn't, or where a token would straddle the border between
+prompt and answer, a `DataError` says so. The prompt's tokens are exactly those that generation would see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sta_adapter.errors import DataError
+
+IGNORE = -100
+Encoded = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A decoded clip or image.
+
+    Attributes:
+        kind: "video" or "image".
+        pixels: `(T, H, W, 3)` uint8, of one frame for an image.
+        metadata: for processors that write times into the text: fps, frames_indices, total_num_frames, duration.
+        resized: whether the pixels have their final size, so that the processor must not resize them.
+    """
+
+    kind: str
+    pixels: np.ndarray
+    metadata: dict[str, Any] | None = None
+    resized: bool = False
+
+
+def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
+    """Encode a conversation for training.
+
+    Args:
+        processor: a transformers processor with a tokenizer and a chat template.
+        messages: as in `Sample.messages`.
+        visuals: the decoded clips and images of each message, in order.
+
+    Returns:
+        `input_ids` and `labels`, each `(L,)`, and the processor's other tensors; labels are `IGNORE` outside the answers.
+
+    Raises:
+        DataError: there is no answer, or the chat template doesn't allow to tell the answers' tokens from the rest.
+    """
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise DataError("no message with role 'assistant'; expected an answer to learn.")
+    messages = messages[: answers[-1] + 1]
+    pieces, labels, done, first = [], [], "", 0
+    for index in answers:
+        before = _grown(done, render(processor, messages[:index], prompt=True))
+        after = _grown(before, render(processor, messages[: index + 1]))
+        pieces.append(_piece(processor, done, before, [v for group in visuals[first:index] for v in group]))
+        labels.append(torch.full_like(pieces[-1]["input_ids"], IGNORE))
+        pieces.append(_piece(processor, before, after, visuals[index]))
+        if index == answers[-1]:
+            pieces[-1] = _ended(processor.tokenizer, pieces[-1])
+        labels.append(_learned(processor.tokenizer, pieces[-1]["input_ids"]))
+        done, first = after, index + 1
+    return {**_join(pieces), "labels": torch.cat(labels)}
+
+
+def encode_prompt(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
+    """Encode a conversation that waits for an answer; arguments and result as for `encode`, without labels."""
+    text = render(processor, messages, prompt=True)
+    return _piece(processor, "", text, [visual for group in visuals for visual in group])
+
+
+def encode_answer(processor: Any, messages: list[dict[str, Any]], answer: str) -> torch.Tensor:
+    """Token ids `(L,)` of an answer to the conversation, its end of turn included."""
+    before = render(processor, messages, prompt=True)
+    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    after = _grown(before, render(processor, [*messages, turn]))
+    ids = _ended(processor.tokenizer, _piece(processor, before, after, []))["input_ids"]
+    return ids[_learned(processor.tokenizer, ids) != IGNORE]
+
+
+def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+    """The conversation as the chat template writes it, with one placeholder for each clip or image.
+
+    Args:
+        processor: has the chat template.
+        messages: the conversation.
+        prompt: end with the words that ask for the assistant's answer.
+    """
+    bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
+    try:
+        return processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        raise DataError(
+            f"the chat template can't render the roles ({roles}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _bare(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}
+
+
+def _grown(shorter: str, longer: str) -> str:
+    """`longer`, if it begins with `shorter`."""
+    if longer.startswith(shorter):
+        return longer
+    same = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    raise DataError(
+        f"the chat template rewrites earlier turns when a turn is added: {shorter[same : same + 40]!r} became "
+        f"{longer[same : same + 40]!r}; expected it only to append. Use a template without that (pass another chat template)."
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _piece(processor: Any, before: str, after: str, visuals: list[Visual]) -> Encoded:
+    """Encode what `after` adds to `before`: each clip is processed once, in the piece that it stands in."""
+    start, tokens = _tokens(processor.tokenizer, before), _tokens(processor.tokenizer, after)
+    if tokens[: len(start)] != start:
+        raise DataError(
+            f"a token straddles the border between {before[-20:]!r} and {after[len(before) :][:20]!r}; expected the prompt's "
+            "tokens to be a prefix of the whole. Remove white space at the start of the answer."
+        )
+    added, text = tokens[len(start) :], after[len(before) :]
+    _check_placeholders(processor, text, visuals)
+    if not visuals:
+        return {"input_ids": torch.tensor(added, dtype=torch.long)}
+    if start and _tokens(processor.tokenizer, text) != added:
+        raise DataError(
+            f"the tokenizer reads {text[:40]!r} differently on its own; clips after the first answer need that."
+        )
+    return _process(processor, text, visuals)
+
+
+def _check_placeholders(processor: Any, text: str, visuals: list[Visual]) -> None:
+    for kind in ("image", "video"):
+        token = getattr(processor, f"{kind}_token", None) or getattr(processor.tokenizer, f"{kind}_token", None)
+        token = token if isinstance(token, str) else f"<|{kind}_pad|>"
+        expected = sum(visual.kind == kind for visual in visuals)
+        known = processor.tokenizer.convert_tokens_to_ids(token) not in (None, processor.tokenizer.unk_token_id)
+        if known and text.count(token) != expected:
+            raise DataError(
+                f"the rendered text has {text.count(token)} times {token}, expected {expected}, one for each {kind}. "
+                "Either the chat template has no place for it, or the sample's text contains the token itself."
+            )
+
+
+def _process(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
+    """One call of the processor, with arrays, never paths, and without any sampling of its own."""
+    clips = [visual for visual in visuals if visual.kind == "video"]
+    images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
+    kwargs: dict[str, Any] = {"videos_kwargs": {}}
+    if any(clip.resized for clip in clips):
+        kwargs["videos_kwargs"]["do_resize"] = False
+    if hasattr(processor, "video_processor"):
+        kwargs["videos_kwargs"]["do_sample_frames"] = False
+        if hasattr(processor.video_processor, "cap_pixels_per_frame"):  # the same sizes whatever the default becomes
+            kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
+        if all(clip.metadata for clip in clips):
+            kwargs["videos_kwargs"]["video_metadata"] = [clip.metadata for clip in clips]
+    out = processor(
+        text=[text],
+        images=images or None,
+        videos=[clip.pixels.transpose(0, 3, 1, 2) for clip in clips] or None,
+        add_special_tokens=False,
+        return_tensors="pt",
+        **{key: value for key, value in kwargs.items() if value and clips},
+    )
+    encoded = {key: value for key, value in out.items() if isinstance(value, torch.Tensor)}
+    encoded.pop("attention_mask", None)
+    for key in ("input_ids", "mm_token_type_ids", "token_type_ids"):
+        if key in encoded:
+            encoded[key] = encoded[key][0]
+    _check_frames(processor, encoded, clips)
+    return encoded
+
+
+def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None:
+    """The model must see the frames that were decoded, no fewer."""
+    grid = encoded.get("video_grid_thw")
+    if grid is None:
+        return
+    step = temporal_patch(processor)
+    seen, given = [int(t) * step for t in grid[:, 0]], [len(clip.pixels) for clip in clips]
+    if len(seen) == len(given) and any(t not in (n, n + -n % step) for t, n in zip(seen, given, strict=True)):
+        raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
+
+
+def temporal_patch(processor: Any) -> int:
+    """How many frames the model merges into one."""
+    part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+    return int(getattr(part, "temporal_patch_size", 1) or 1)
+
+
+def _ended(tokenizer: Any, piece: Encoded) -> Encoded:
+    """The last turn must end with a token to stop at: templates that leave it out get the end-of-text token."""
+    ids = piece["input_ids"]
+    if tokenizer.eos_token_id is None or _end(tokenizer, ids.tolist()) is not None:
+        return piece
+    return {**piece, "input_ids": torch.cat([ids, ids.new_tensor([tokenizer.eos_token_id])])}
+
+
+def _learned(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Labels of an answer: all of it up to and with its end-of-turn token, not the white space after that."""
+    end = _end(tokenizer, ids.tolist())
+    labels = ids.clone()
+    if end is not None:
+        labels[end + 1 :] = IGNORE
+    return labels
+
+
+def _end(tokenizer: Any, ids: list[int]) -> int | None:
+    """Index of the special token that nothing but white space follows."""
+    special = set(tokenizer.all_special_ids)
+    for index in range(len(ids) - 1, -1, -1):
+        if ids[index] in special:
+            return index
+        if tokenizer.decode(ids[index:]).strip():
+            return None
+    return None
+
+
+def _join(pieces: list[Encoded]) -> Encoded:
+    """Put pieces together: what has one value a token along the sequence (0 where a piece has none), the rest along clips."""
+    joined: Encoded = {}
+    for key in dict.fromkeys(key for piece in pieces for key in piece):
+        per_token = key in ("input_ids", "mm_token_type_ids", "token_type_ids")
+        parts = [
+            piece[key] if key in piece else torch.zeros_like(piece["input_ids"])
+            for piece in pieces
+            if key in piece or per_token
+        ]
+        joined[key] = torch.cat(parts)
+    return joined

@@ -1,0 +1,287 @@
+"""One stage of training: what trains in it, in which precision, and the trainer that runs it.
+
+Public: `Stage` (`prepare`, `run`), `lora_config`, `save_adapter`. Used by `sta_adapter.training`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
+
+from sta_adapter.backbone import locate
+from sta_adapter.data import Collator, VideoDataset
+from sta_adapter.errors import ConfigError
+from sta_adapter.handle import STAHandle
+from sta_adapter.inject import get_sta
+from sta_adapter.trainer import AdapterTrainer, ProgressBar, last_checkpoint, load_trained
+from sta_adapter.training_config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+
+
+@dataclass
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: "1" or "2".
+        config: the settings in force in it.
+        folder: for its checkpoints and its result.
+        dataset: what it trains on.
+        eval_dataset: what the loss is measured on.
+        measure: what is measured instead.
+    """
+
+    name: str
+    config: TrainingConfig
+    folder: Path
+    dataset: VideoDataset
+    eval_dataset: VideoDataset | None = None
+    measure: Callable[[nn.Module], dict[str, float]] | None = None
+
+    def prepare(self, model: nn.Module, handle: STAHandle | None) -> tuple[nn.Module, STAHandle | None]:
+        """Decide what trains. PEFT copies the STA modules, so what counts afterwards is the handle that comes back."""
+        if self.name == "1" and handle is not None:
+            handle.freeze_base()
+            return handle.model, handle
+        torch.manual_seed(self.config.seed)
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, lora_config(model, handle, self.config))
+        handle = get_sta(model)
+        model.requires_grad_(False)
+        for parameter in (
+            _lora_parameters(model) if handle is None else [*_lora_parameters(model), *handle.parameters()]
+        ):
+            parameter.requires_grad_(True)
+        return model, handle
+
+    def run(
+        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any] = (), progress: bool = True
+    ) -> dict[str, Any]:
+        """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds."""
+        finished = self.folder / RESULT_FILE
+        if finished.exists():
+            logger.info("stage %s is finished already in %s", self.name, self.folder)
+            load_trained(model, self.folder)
+            return json.loads(finished.read_text(encoding="utf-8"))
+        started = time.perf_counter()
+        with _full_precision(model), _checkpointing(model, handle, self.config.gradient_checkpointing):
+            trainer = self._trainer(model, handle, callbacks, progress)
+            checkpoint = last_checkpoint(self.folder)
+            if checkpoint is not None:
+                logger.info("going on from %s", checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.require_used()
+            trainer.save_model(str(self.folder))
+        result = {
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - started, 3),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "bad_samples": list(trainer.bad_samples),
+            "history": trainer.state.log_history,
+        }
+        write_json(finished, result)
+        return result
+
+    def _trainer(
+        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any], progress: bool
+    ) -> AdapterTrainer:
+        trainer = AdapterTrainer(
+            model=model,
+            args=self._arguments(),
+            train_dataset=self.dataset,
+            eval_dataset=self.eval_dataset or (self.dataset if self.measure else None),
+            data_collator=Collator.of(self.dataset.processor),
+            callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
+            config=self.config,
+            sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
+            save_adapter=lambda folder: save_adapter(model, handle, folder),
+            measure=self.measure,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _arguments(self) -> TrainingArguments:
+        """The settings in the trainer's words."""
+        config = self.config
+        device_batch, accumulation = self._batches()
+        step_clips = config.batch_size
+        total = config.max_steps or math.ceil(config.epochs * math.ceil(len(self.dataset) / step_clips))
+        precision = _precision(config.precision)
+        arguments = TrainingArguments(
+            output_dir=str(self.folder),
+            per_device_train_batch_size=device_batch,
+            per_device_eval_batch_size=device_batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=math.ceil(config.warmup * total),
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps or -1,
+            max_grad_norm=config.max_grad_norm,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            seed=config.seed,
+            logging_steps=config.logging_steps,
+            save_total_limit=config.keep_checkpoints,
+            dataloader_num_workers=0 if self.dataset.cached else config.num_workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            prediction_loss_only=True,
+            report_to=config.report_to,
+            disable_tqdm=True,
+            **self._saving(),
+        )
+        arguments._n_gpu = min(
+            arguments.n_gpu, 1
+        )  # never nn.DataParallel, whose copies of modules lose the hooks' state
+        return arguments
+
+    def _saving(self) -> dict[str, Any]:
+        """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""
+        config = self.config
+        if self.measure is None and self.eval_dataset is None:
+            return {"save_strategy": "steps", "save_steps": config.save_steps, "eval_strategy": "no"}
+        evaluating: dict[str, Any] = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
+        if config.eval_steps:
+            evaluating["eval_steps"] = config.eval_steps
+        if not config.keep_best:
+            return {"save_strategy": "steps", "save_steps": config.save_steps, **evaluating}
+        return {
+            **evaluating,
+            "save_strategy": evaluating["eval_strategy"],
+            "save_steps": config.eval_steps or config.save_steps,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss" if self.measure is None else "eval_score",
+            "greater_is_better": self.measure is not None,
+        }
+
+    def _batches(self) -> tuple[int, int]:
+        """Clips on a device at a time, and how many such batches make a step."""
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        share, rest = divmod(self.config.batch_size, processes)
+        device = min(self.config.device_batch_size, max(share, 1))
+        if rest or share % device:
+            raise ConfigError(
+                f"batch_size {self.config.batch_size} doesn't divide into {processes} processes with batches of {device} clips."
+            )
+        return device, share // device
+
+
+def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
+    """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
+    site = locate(model, None if handle is None else handle.backbone)
+    recipe = site.backbone.lora
+    if recipe is None:
+        raise ConfigError(
+            f"backbone {site.backbone.name!r} has no LoRA recipe; train stage 1, or add the recipe to it."
+        )
+    targets = list(recipe.target_modules)
+    if config.lora_targets == "language":
+        encoder = {id(module) for module in site.encoder.modules()}
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in encoder and _ends(name, recipe.target_modules)
+        ]
+    fields: dict[str, Any] = {
+        "target_modules": targets,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
+        "alpha_pattern": dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha),
+        "lora_dropout": config.lora_dropout,
+    }
+    return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
+
+
+def _ends(name: str, suffixes: Sequence[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.adapter_layer_names:
+                yield from getattr(module, name).parameters()
+
+
+def save_adapter(model: nn.Module, handle: STAHandle | None, folder: Path) -> None:
+    """Write the adapter: STA with LoRA if there is any, or LoRA alone."""
+    if handle is not None:
+        handle.save_pretrained(folder)
+    elif isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file all at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _precision(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+@contextlib.contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    """Train in float32 what is 16 bit wide: small steps would be rounded away."""
+    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any, handle: STAHandle | None, kind: bool | str) -> Iterator[None]:
+    """Gradient checkpointing. The re-entrant kind needs inputs that require a gradient, which a frozen base doesn't give."""
+    if not kind:
+        yield
+        return
+    reentrant = kind == "reentrant"
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    hooks = []
+    if reentrant:
+        model.enable_input_require_grads()
+        encoder = locate(model).encoder if handle is None else handle.encoder
+        hooks.append(encoder.register_forward_pre_hook(_require_gradient, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if reentrant:
+            model.disable_input_require_grads()
+        model.gradient_checkpointing_disable()
+
+
+def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.is_grad_enabled() and value.is_leaf:
+            value.requires_grad_(True)

@@ -1,0 +1,187 @@
+"""Two-stage training of STA, and of LoRA baselines without it.
+
+Public: `train(model, data, output_dir=..., stage="both", config=TrainingConfig(...))`, `TrainingResult`, `TrainingConfig`. Stage one trains
+STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train` again with the same
+arguments after a crash goes on from the last checkpoint, and ends with the weights of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.config import STAConfig
+from sta_adapter.data import VideoDataset
+from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.handle import STAHandle
+from sta_adapter.inject import get_sta, inject_sta
+from sta_adapter.training_config import HARMLESS, TrainingConfig
+
+__all__ = ["TrainingConfig", "TrainingResult", "train"]
+
+RUN_FILE = "run.json"
+STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
+
+
+@dataclass
+class TrainingResult:
+    """What a run made.
+
+    Attributes:
+        model: the trained model (a PeftModel after stage two), in eval mode.
+        handle: its STA; None for a baseline.
+        output_dir: where the adapter is.
+        stages: for "1" and "2" each a dict: `history` (what was logged), `steps`, `seconds`, `trainable_parameters`,
+            `bad_samples`.
+    """
+
+    model: nn.Module
+    handle: STAHandle | None
+    output_dir: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The logs of all stages, one after the other."""
+        return [{"stage": stage, **entry} for stage, result in self.stages.items() for entry in result["history"]]
+
+    @property
+    def bad_samples(self) -> list[str]:
+        """Samples that were skipped, each with the reason."""
+        return list(dict.fromkeys(sample for result in self.stages.values() for sample in result["bad_samples"]))
+
+
+def train(
+    model: nn.Module | STAHandle,
+    data: str | Path | VideoDataset,
+    *,
+    output_dir: str | Path,
+    stage: str = "both",
+    config: TrainingConfig | None = None,
+    processor: Any = None,
+    eval_data: str | Path | VideoDataset | None = None,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    callbacks: Sequence[Any] = (),
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train STA in one or both stages; see `TrainingConfig` for the settings.
+
+    Args:
+        model: a full model, injected or not, or its handle. Only what trains changes.
+        data: a JSON Lines file, or a data set made from one.
+        output_dir: gets the adapter, and a folder `stage1` / `stage2` with checkpoints for each stage.
+        stage: "1" (STA alone), "2" (STA and LoRA) or "both"; a baseline (`config.sta=False`) has stage "2" alone.
+        config: settings; the published recipe by default.
+        processor: the model's processor; needed where `data` or `eval_data` is a file.
+        eval_data: what the loss is measured on during training.
+        measure: what is measured instead: from the model to names and values; the first is the score, more is better.
+        callbacks: `transformers.TrainerCallback`s.
+        overwrite: throw away what another run left in `output_dir`.
+        progress: show bars.
+
+    Raises:
+        ConfigError: settings that don't fit each other, or an `output_dir` with a run of other settings.
+        DataError: the data can't be read, or nothing in it is usable.
+    """
+    try:
+        from sta_adapter.stages import Stage
+    except ImportError as error:
+        raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
+    config = config or TrainingConfig()
+    names = _stage_names(stage, config)
+    dataset = _dataset(data, processor, config)
+    eval_dataset = None if eval_data is None else _dataset(eval_data, processor, config)
+    folder = Path(output_dir)
+    result = TrainingResult(*_injected(model, config), folder)
+    _claim(folder, _identity(stage, config, dataset, result.model), overwrite)
+    for name in names:
+        part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, measure)
+        result.model, result.handle = part.prepare(result.model, result.handle)
+        result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
+    _publish(folder / f"stage{names[-1]}", folder)
+    result.model.eval()
+    return result
+
+
+def _stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
+    if stage not in STAGES:
+        raise ConfigError(f"stage is {stage!r}, expected one of {', '.join(map(repr, STAGES))}.")
+    if not config.sta and stage != "2":
+        raise ConfigError("without STA (sta: false) there is nothing to train in stage one; use stage '2'.")
+    return STAGES[stage]
+
+
+def _dataset(data: str | Path | VideoDataset, processor: Any, config: TrainingConfig) -> VideoDataset:
+    if isinstance(data, VideoDataset):
+        return data
+    if processor is None:
+        raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
+    return VideoDataset(
+        data, processor, frames=config.frames, on_bad_sample=config.on_bad_sample, max_length=config.max_length
+    )
+
+
+def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
+    """The model and its STA, injected now if it wasn't; the seed makes a repeated run start from the same weights."""
+    handle = model if isinstance(model, STAHandle) else get_sta(model)
+    if not config.sta:
+        if handle is not None:
+            raise ConfigError("the settings say sta: false, but the model has STA; call handle.remove() first.")
+        return model, None  # type: ignore[return-value]
+    if handle is None:
+        torch.manual_seed(config.seed)
+        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
+    return handle.model, handle
+
+
+def _identity(stage: str, config: TrainingConfig, dataset: VideoDataset, model: Any) -> dict[str, Any]:
+    """What must be the same for a run to be taken up again."""
+    digest = hashlib.sha256()
+    for sample in dataset.samples:
+        for message in sample.messages:
+            parts = [
+                part.get("text") or Path(str(part.get("video", part.get("image")))).name for part in message["content"]
+            ]
+            digest.update(json.dumps([message["role"], *parts]).encode())
+    settings = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
+    base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return json.loads(json.dumps({"stage": stage, **settings, "model": base, "data": digest.hexdigest()}))
+
+
+def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Make the output folder this run's; a run of other settings in it is only thrown away if asked for."""
+    from sta_adapter.stages import write_json
+
+    file = folder / RUN_FILE
+    if overwrite:
+        for name in ("stage1", "stage2"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        file.unlink(missing_ok=True)
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differ = [key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key)]
+        if differ:
+            raise ConfigError(
+                f"{folder} holds a run that differs in {', '.join(sorted(differ))}. Repeat that run's settings to go on with "
+                "it, take another output folder, or overwrite it (overwrite=True, --overwrite)."
+            )
+    write_json(file, identity)
+
+
+def _publish(stage_folder: Path, folder: Path) -> None:
+    """Copy the last stage's adapter to where users look for it."""
+    from sta_adapter.stages import RESULT_FILE
+    from sta_adapter.trainer import SAMPLES_FILE, TRAINED_FILE
+
+    for file in stage_folder.iterdir():
+        if file.is_file() and file.name not in (RESULT_FILE, SAMPLES_FILE, TRAINED_FILE):
+            shutil.copy2(file, folder / file.name)

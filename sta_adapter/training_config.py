@@ -1,0 +1,189 @@
+"""What can be set about a training run, checked, and read from YAML.
+
+Public: `TrainingConfig`, with `from_yaml`, `from_dict`, `to_dict` and `for_stage`. The defaults are the published recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.data import FrameSettings
+from sta_adapter.errors import ConfigError, MissingExtraError
+
+CHOICES = {
+    "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "precision": ("auto", "bf16", "fp16", "fp32"),
+    "gradient_checkpointing": (False, True, "reentrant"),
+    "lora_targets": ("all", "language"),
+    "on_bad_sample": ("skip", "error"),
+}
+_AT_LEAST_ONE = (
+    "batch_size",
+    "device_batch_size",
+    "max_steps",
+    "save_steps",
+    "eval_steps",
+    "logging_steps",
+    "max_length",
+)
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "sta_learning_rate",
+    "weight_decay",
+    "warmup",
+    "max_grad_norm",
+    "num_workers",
+    "lora_dropout",
+)
+# What may differ when an interrupted run is taken up again: it doesn't change the weights that come out.
+HARMLESS = ("save_steps", "keep_checkpoints", "logging_steps", "num_workers", "report_to")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a run; `stage1` and `stage2` hold what differs in one stage, under the same names."""
+
+    # optimisation
+    learning_rate: float = 1e-4
+    sta_learning_rate: float | None = None  # of STA's parameters; None: as learning_rate
+    weight_decay: float = 0.0  # never on norms, biases and gamma
+    schedule: str = "cosine"
+    warmup: float = 0.02  # share of all steps
+    batch_size: int = 64  # clips a step, over all devices
+    device_batch_size: int = 4  # clips on one device at a time; the rest is gradient accumulation
+    epochs: float = 1.0
+    max_steps: int | None = None  # instead of epochs
+    max_grad_norm: float = 1.0
+    precision: str = "auto"  # bf16 where CUDA supports it, else fp32
+    gradient_checkpointing: bool | str = False  # True, or "reentrant" for the older kind
+    seed: int = 0
+    # what is trained
+    sta: bool = True  # False: LoRA alone, the baseline
+    sta_config: dict[str, Any] = field(default_factory=dict)  # fields of STAConfig
+    lora_targets: str = "all"  # language model and vision encoder, or "language" model only
+    lora_rank: int = 16
+    lora_alpha: int = 16
+    lora_qkv_rank: int = 32  # of the vision encoder's attn.qkv
+    lora_qkv_alpha: int = 32
+    lora_dropout: float = 0.0
+    # data
+    frames: FrameSettings = field(default_factory=FrameSettings)
+    on_bad_sample: str = "skip"
+    max_length: int | None = None  # tokens; longer samples are bad samples
+    num_workers: int = 2  # processes that decode
+    # bookkeeping
+    logging_steps: int = 10
+    save_steps: int = 500
+    keep_checkpoints: int = 2
+    eval_steps: int | None = None  # None: once at the end of each epoch, if there is something to evaluate
+    keep_best: bool = True  # end with the checkpoint of the best evaluation, not the last, if there are evaluations
+    report_to: str = "none"  # "tensorboard", "wandb", ...
+    # per stage
+    stage1: dict[str, Any] = field(default_factory=dict)
+    stage2: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}."
+                )
+        for name in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, "epochs", "lora_rank", "lora_qkv_rank", "keep_checkpoints"):
+            value, least = getattr(self, name), 0 if name in _NOT_NEGATIVE else 1
+            if value is None and name in ("max_steps", "eval_steps", "max_length", "sta_learning_rate"):
+                continue
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or (value < least and name != "epochs")
+                or value < 0
+            ):
+                raise ConfigError(f"{name} is {value!r}, expected a number of at least {least}.")
+        if self.batch_size % min(self.device_batch_size, self.batch_size):
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a multiple of device_batch_size {self.device_batch_size}."
+            )
+        for stage in ("stage1", "stage2"):
+            if getattr(self, stage):
+                _check_names(getattr(self, stage), stage)
+                dataclasses.replace(self, **{"stage1": {}, "stage2": {}, **_typed(getattr(self, stage))})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """Make it from plain values, as YAML gives them.
+
+        Raises:
+            ConfigError: a name is unknown (the nearest known one is suggested) or a value doesn't fit.
+        """
+        _check_names(values)
+        return cls(**_typed(values))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> TrainingConfig:
+        """Read it from a YAML file; `overrides` that are not None win over the file."""
+        values = {**read_yaml(path), **{key: value for key, value in overrides.items() if value is not None}}
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON or YAML."""
+        return dataclasses.asdict(self)
+
+    def for_stage(self, stage: str) -> TrainingConfig:
+        """The settings in force in stage "1" or "2"."""
+        return dataclasses.replace(self, **{**_typed(getattr(self, f"stage{stage}")), "stage1": {}, "stage2": {}})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping from a YAML file."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("reading YAML needs PyYAML: pip install 'sta-adapter[train]'.") from error
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read the settings in {str(path)!r}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected lines like 'learning_rate: 1.0e-4'.")
+    return values
+
+
+def _check_names(values: Mapping[str, Any], where: str = "the settings", known: type = TrainingConfig) -> None:
+    names = [entry.name for entry in dataclasses.fields(known)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
+            raise ConfigError(f"{where}: unknown setting {name!r}. {hint}")
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring plain values to the fields' types: `frames` to its class, and 1e-4, which YAML takes for a text, to a number."""
+    typed = dict(values)
+    kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(TrainingConfig)}
+    for name, value in values.items():
+        if isinstance(value, str) and kinds.get(name, "").startswith("float"):
+            try:
+                typed[name] = float(value)
+            except ValueError as error:
+                raise ConfigError(f"{name} is {value!r}, expected a number.") from error
+    if isinstance(values.get("frames"), Mapping):
+        _check_names(values["frames"], "frames", FrameSettings)
+        typed["frames"] = FrameSettings(**values["frames"])
+    for name in ("sta_config", "stage1", "stage2"):
+        if not isinstance(values.get(name, {}), Mapping):
+            raise ConfigError(f"{name} is {values[name]!r}, expected settings below it.")
+    return typed
