@@ -1,0 +1,209 @@
+"""The three decoding backends. Each gets the file's frame table and indices into it, and returns those frames upright.
+
+decord and torchcodec carry another FFmpeg than PyAV does. They decline (`DeclinedError`) files of which they would
+return something else than PyAV, so that the same call gives the same pixels wherever it runs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
+from sta_adapter.video.table import UNTURNED, FrameTable, import_av, open_video
+
+Pixels = NDArray[np.uint8]
+
+
+class DeclinedError(Exception):
+    """A backend can't read this file, or not as PyAV does; the message says why."""
+
+
+def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
+    """Decode with PyAV: from the key frame before each wanted frame, or in order where the file can't be seeked."""
+    av = import_av()
+    frames = np.empty((len(indices), table.height, table.width, 3), np.uint8)
+    open_slots = {int(index): slot for slot, index in enumerate(indices)}
+    ways = [_by_seeking, _in_order] if table.seekable else [_in_order]
+    failure = "they are damaged or missing"
+    for way in ways:
+        try:
+            for index, frame in way(table, sorted(open_slots)):
+                if not frame.is_corrupt:
+                    _store(frames, open_slots.pop(index), frame, table)
+        except av.FFmpegError as error:
+            failure = str(error)
+        if not open_slots:
+            return frames
+    raise DeclinedError(
+        f"{len(indices) - len(open_slots)} of the {len(indices)} frames asked for decode, {failure}; "
+        f"the first that doesn't begins at {table.times[min(open_slots)]:g} s"
+    )
+
+
+def _store(frames: Pixels, slot: int, frame: Any, table: FrameTable) -> None:
+    picture = table.upright(frame.to_ndarray(format="rgb24"))
+    if picture.shape != frames.shape[1:]:
+        height, width = picture.shape[:2]
+        raise DeclinedError(
+            f"the picture's size changes from {table.width}x{table.height} to {width}x{height} on the way"
+        )
+    frames[slot] = picture
+
+
+def _by_seeking(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+    """Yield (index, frame) of wanted frames, jumping to the key frames in front of them."""
+    from av.video.frame import PictureType
+
+    predicted = (PictureType.P, PictureType.B)
+    keys = np.flatnonzero(table.keys)
+    groups: dict[int, list[int]] = {}
+    for index in wanted:
+        before = keys[keys <= index]
+        groups.setdefault(int(before[-1]) if before.size else 0, []).append(index)
+    with open_video(table.path) as container:
+        stream = container.streams.video[0]
+        for key, group in groups.items():
+            target = int(table.pts[key])
+            container.seek(target, stream=stream, backward=True)
+            decoded = False
+            by_pts = {int(table.pts[index]): index for index in group}
+            for number, packet in enumerate(container.demux(stream)):
+                if number == 0 and not (packet.is_keyframe and packet.pts is not None and packet.pts <= target):
+                    return  # the container's index is no good: what decodes from here may lack what it refers to
+                for frame in _frames_of(packet):
+                    if not decoded and frame.pict_type in predicted:
+                        return  # a recovery point of an intra refresh: pictures are whole only some frames later
+                    decoded = True
+                    if frame.pts in by_pts:
+                        yield by_pts.pop(frame.pts), frame
+                if not by_pts:
+                    break
+
+
+def _in_order(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+    """Yield (index, frame) of wanted frames, decoding from the beginning up to the last of them."""
+    left = set(wanted)
+    index_of = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
+    with open_video(table.path) as container:
+        decoded = (frame for packet in container.demux(container.streams.video[0]) for frame in _frames_of(packet))
+        for number, frame in enumerate(decoded):
+            index = index_of.get(frame.pts, -1) if table.seekable else number
+            if index in left:
+                left.remove(index)
+                yield index, frame
+            if not left:
+                return
+
+
+def _frames_of(packet: Any) -> Iterable[Any]:
+    return () if packet.is_corrupt else packet.decode()
+
+
+def _decline_unlike_pyav(table: FrameTable) -> None:
+    if not table.complete:
+        raise DeclinedError("the file is cut off")
+    if table.blends_colour:
+        raise DeclinedError(
+            "its colour (4:2:0 with an odd height, or subsampled with more than 8 bits) would be "
+            "interpolated into other pixels than PyAV's"
+        )
+
+
+def _compare_times(table: FrameTable, indices: NDArray[np.int64], count: int, times: NDArray[Any]) -> None:
+    """Decline where another backend counts the file's frames in another way. `times` (T,) are its own timestamps."""
+    if count != len(table.times):
+        raise DeclinedError(f"it lists {count} frames where the packets are {len(table.times)}")
+    expected = table.times[indices]
+    if not np.allclose(times, expected, rtol=1e-6, atol=1e-3):  # decord keeps seconds in single precision
+        raise DeclinedError("its timestamps are not those of the packets")
+
+
+def decode_decord(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
+    """Decode with decord, whatever `decord.bridge` is set to."""
+    try:
+        import decord
+    except ImportError as error:
+        raise MissingExtraError(f"decord can't be imported ({error}): pip install decord, or backend='pyav'") from error
+    _decline_unlike_pyav(table)
+    if table.matrix != UNTURNED:
+        raise DeclinedError("the file says to turn its pictures, which decord 0.6 gets wrong in most cases")
+    if not table.fresh_keys:
+        raise DeclinedError("frames refer across its key frames (or it has no index), so decord's seeking is not exact")
+    try:
+        reader = decord.VideoReader(str(table.path), fault_tol=1e-9)  # else it repeats a frame for one it can't decode
+        own = reader.get_frame_timestamp(np.append(indices, 0))[:, 0]
+        _compare_times(table, indices, len(reader), own[:-1] - own[-1])
+        batch = reader.get_batch(indices)
+    except DeclinedError:
+        raise
+    except Exception as error:  # decord raises its own Exception children, RuntimeError, AssertionError, ...
+        raise DeclinedError(_first_line(error)) from error
+    return np.array(batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy())  # a copy: the reader's memory goes
+
+
+def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
+    """Decode with torchcodec on the CPU; it needs FFmpeg's shared libraries on the machine."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except ImportError as error:
+        raise MissingExtraError(f"torchcodec can't be imported ({error}): pip install torchcodec") from error
+    except Exception as error:  # RuntimeError or OSError where FFmpeg's libraries or torch don't fit
+        raise DeclinedError(f"torchcodec is installed and doesn't load: {_first_line(error)}") from error
+    _decline_unlike_pyav(table)
+    try:
+        decoder = VideoDecoder(str(table.path), dimension_order="NHWC", seek_mode="exact")
+        if table.matrix != UNTURNED and getattr(decoder.metadata, "rotation", None) is None:
+            raise DeclinedError("the file says to turn its pictures, which this torchcodec doesn't do")
+        batch = decoder.get_frames_at([*indices.tolist(), 0])
+    except DeclinedError:
+        raise
+    except Exception as error:  # whatever its C++ side throws: RuntimeError, IndexError, ValueError
+        raise DeclinedError(_first_line(error)) from error
+    seconds = batch.pts_seconds.numpy()
+    _compare_times(table, indices, len(decoder), seconds[:-1] - seconds[-1])
+    return batch.data[:-1].numpy().copy()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+DECODERS: dict[str, Callable[[FrameTable, NDArray[np.int64]], Pixels]] = {
+    "decord": decode_decord,
+    "pyav": decode_pyav,
+    "torchcodec": decode_torchcodec,
+}
+AUTOMATIC = ("decord", "pyav")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ConfigError unless `backend` is a backend's name or "auto"."""
+    if backend != "auto" and backend not in DECODERS:
+        raise ConfigError(f"no video backend is called {backend!r}; choose auto, {', '.join(DECODERS)}.")
+
+
+def decode(table: FrameTable, indices: NDArray[np.int64], backend: str) -> tuple[Pixels, str, str]:
+    """Decode the frames `indices` (T,) of a file.
+
+    Returns:
+        The frames (T, H, W, 3), the backend that decoded them, and why it was that one.
+    """
+    failures: list[str] = []
+    for name in AUTOMATIC if backend == "auto" else (backend,):
+        try:
+            frames = DECODERS[name](table, indices)
+        except (DeclinedError, MissingExtraError) as error:
+            if backend != "auto" and isinstance(error, MissingExtraError):
+                raise
+            failures.append(f"{name}: {error}")
+            continue
+        reason = (
+            "asked for by name" if backend != "auto" else f"not {'; '.join(failures)}" if failures else "first choice"
+        )
+        return frames, name, reason
+    message = f"{table.path} can't be decoded ({'; '.join(failures)})."
+    if backend in ("auto", "pyav"):
+        raise VideoError(f"{message} The table of its packets lists {len(table.times)} frames; the file is damaged.")
+    raise BackendError(f"{message} Pass backend='auto' to let another backend read it.")

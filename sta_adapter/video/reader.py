@@ -1,0 +1,121 @@
+"""`read_clip`: frames of a video file, sampled by time."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sta_adapter.errors import VideoError
+from sta_adapter.video.decoders import check_backend, decode
+from sta_adapter.video.sampling import Sampling, choose_frames
+from sta_adapter.video.table import FrameTable, read_table
+
+
+@dataclass(frozen=True)
+class ClipMetadata:
+    """Where a clip's frames come from."""
+
+    path: Path
+    total_frames: int  # of the file
+    fps: float  # of the file, on average
+    duration: float  # of the file in seconds
+    width: int  # upright
+    height: int
+    rotation: int  # degrees counter-clockwise by which stored pictures were turned to be upright: 0, 90, 180 or 270
+    backend: str
+    reason: str  # why that backend
+    indices: tuple[int, ...]  # of the clip's frames among the file's
+
+    def for_transformers(self) -> dict[str, Any]:
+        """The fields of transformers' `VideoMetadata`: `VideoMetadata(**clip.metadata.for_transformers())`."""
+        return {
+            "total_num_frames": self.total_frames,
+            "fps": self.fps,
+            "width": self.width,
+            "height": self.height,
+            "duration": self.duration,
+            "video_backend": self.backend,
+            "frames_indices": list(self.indices),
+        }
+
+
+class Clip(NamedTuple):
+    """Frames of a video: `frames, timestamps, metadata = read_clip(path)`."""
+
+    frames: NDArray[np.uint8]
+    """(T, H, W, 3), RGB, upright."""
+    timestamps: NDArray[np.float64]
+    """(T,) seconds from the file's first frame at which these frames begin."""
+    metadata: ClipMetadata
+
+
+def read_clip(
+    path: str | os.PathLike[str],
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    min_frames: int = 4,
+    max_frames: int = 32,
+    start: float | None = None,
+    end: float | None = None,
+    backend: str = "auto",
+) -> Clip:
+    """Read frames of a video file, sampled by time.
+
+    Target times are `start`, `start + 1 / fps`, ... up to `end`; each gets the frame shown then. Only frames that begin
+    within [start, end) are taken, and none twice, so a file (or range) with fewer frames than asked for gives fewer:
+    a one-frame file gives one. The choice depends on the file's timestamps alone, so every backend returns the same
+    frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV (turned
+    pictures for decord; for both 4:2:0 colour with an odd height, and subsampled colour of more than 8 bits).
+
+    Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error.
+
+    Args:
+        path: A video file.
+        fps: Frames a second, at least `min_frames` and at most `max_frames` in all (then evenly spaced). Default 1.
+        num_frames: That many frames evenly spaced, instead of `fps`; `min_frames` and `max_frames` don't matter.
+        min_frames: Fewest frames taken with `fps`, where the range has as many.
+        max_frames: Most frames taken with `fps`.
+        start: First second wanted, counted from the first frame.
+        end: Second before which the wanted frames begin; past the file's end means up to it.
+        backend: "auto" (decord where it is installed and reads the file as PyAV does, else PyAV), or by name
+            "decord", "pyav" or "torchcodec".
+
+    Raises:
+        VideoError: The file is missing (then also a FileNotFoundError), no video, cut off or damaged where frames are
+            wanted, or no frame begins within the range.
+        ConfigError: An argument is out of range, or both `fps` and `num_frames` are given.
+        BackendError: The backend asked for by name can't read this file.
+        MissingExtraError: The backend asked for by name is not installed.
+    """
+    sampling = Sampling(fps, num_frames, min_frames, max_frames, start, end)
+    check_backend(backend)
+    table = read_table(path)
+    _check_reach(table, sampling)
+    indices = choose_frames(table.times, table.duration, sampling)
+    frames, used, reason = decode(table, indices, backend)
+    metadata = ClipMetadata(
+        path=table.path,
+        total_frames=len(table.times),
+        fps=len(table.times) / table.duration,
+        duration=table.duration,
+        width=table.width,
+        height=table.height,
+        rotation=table.rotation,
+        backend=used,
+        reason=reason,
+        indices=tuple(indices.tolist()),
+    )
+    return Clip(frames, table.times[indices], metadata)
+
+
+def _check_reach(table: FrameTable, sampling: Sampling) -> None:
+    if not table.complete and (sampling.end is None or sampling.end > table.duration):
+        raise VideoError(
+            f"{table.path} is cut off or damaged: {len(table.times)} whole frames, up to {table.duration:g} s, can be "
+            f"read, and frames up to {'the end' if sampling.end is None else f'{sampling.end:g} s'} are asked for. "
+            f"Get the whole file, or pass end={table.duration:g} or less to read what is there."
+        )

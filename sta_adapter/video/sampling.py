@@ -1,0 +1,114 @@
+"""Which frames to take: one rule over presentation timestamps, the same for every decoding backend."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sta_adapter.errors import ConfigError, VideoError
+
+ROUNDING = 1e-3
+"""Seconds by which containers round timestamps (Matroska counts milliseconds); no frame is missed or doubled for it."""
+
+
+def _check_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    bound = f"at least {above:g}" if inclusive else f"above {above:g}"
+    if not is_number or not math.isfinite(value) or value < above or (value == above and not inclusive):  # type: ignore[arg-type, operator]
+        raise ConfigError(f"{name} is {value!r}; expected a finite number {bound}. Change {name} or leave it out.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1. Change {name} or leave it out.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What part of a video is wanted, and how densely. See `sta_adapter.video.read_clip` for the fields."""
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 32
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.num_frames is not None:
+            raise ConfigError(f"fps={self.fps!r} and num_frames={self.num_frames!r} are both given; pass one of them.")
+        if self.fps is not None:
+            _check_number("fps", self.fps, above=0)
+        if self.num_frames is not None:
+            _check_count("num_frames", self.num_frames)
+        _check_count("min_frames", self.min_frames)
+        _check_count("max_frames", self.max_frames)
+        if self.min_frames > self.max_frames:
+            raise ConfigError(
+                f"min_frames={self.min_frames} is above max_frames={self.max_frames}; raise max_frames or lower "
+                "min_frames, or pass num_frames for an exact number."
+            )
+        if self.start is not None:
+            _check_number("start", self.start, above=0, inclusive=True)
+        if self.end is not None:
+            _check_number("end", self.end, above=0)
+        if self.end is not None and self.end <= self.first:
+            raise ConfigError(
+                f"start={self.first:g} and end={self.end:g} leave no time between them; give end > start."
+            )
+
+    @property
+    def first(self) -> float:
+        """The first second wanted."""
+        return 0.0 if self.start is None else float(self.start)
+
+    def plan(self, seconds: float) -> tuple[int, float, int]:
+        """How many target times `seconds` of video get, how far apart, and how many distinct frames are due at least."""
+        if self.num_frames is not None:
+            return self.num_frames, seconds / self.num_frames, self.num_frames
+        fps = 1.0 if self.fps is None else float(self.fps)
+        natural = seconds * fps - ROUNDING  # 4.0001 seconds at one frame a second are four frames, not five
+        if natural > self.max_frames:
+            return self.max_frames, seconds / self.max_frames, self.min_frames
+        count = max(1, math.ceil(natural))
+        if count < self.min_frames:
+            return self.min_frames, seconds / self.min_frames, self.min_frames
+        return count, 1.0 / fps, self.min_frames
+
+
+def choose_frames(times: NDArray[np.float64], duration: float, sampling: Sampling) -> NDArray[np.int64]:
+    """Pick frames by time: for each target time the frame shown then, that is the last one that began by it.
+
+    Target times are `start`, `start + step`, ... below `end`; only frames that begin within [start, end) are taken.
+    A frame is never taken twice: where targets meet in one frame (a video slower than the sampling, a still picture
+    held for long) it counts once, and frames farthest in time from those taken are added until the least number is
+    reached or the range has no more.
+
+    Args:
+        times: (F,) seconds at which the frames begin, ascending, the first one at 0.
+        duration: Seconds from the first frame's beginning to the last frame's end.
+        sampling: What is wanted.
+
+    Returns:
+        (T,) ascending indices into `times`.
+    """
+    start, end = sampling.first, duration if sampling.end is None else min(float(sampling.end), duration)
+    inside = np.flatnonzero((times >= start) & (times < end))
+    if inside.size == 0:
+        nearest = ", ".join(f"{t:g}" for t in times[np.abs(times - start).argsort()[:2]])
+        raise VideoError(
+            f"no frame begins from {start:g} s (included) to {end if sampling.end is None else sampling.end:g} s "
+            f"(excluded); the video lasts {duration:g} s and the frames nearest to the start begin at {nearest} s. "
+            "Choose start and end within it."
+        )
+    count, step, least = sampling.plan(end - start)
+    gaps = np.diff(times)
+    slack = min(ROUNDING, float(np.median(gaps)) / 4) if gaps.size else 0.0
+    shown = np.searchsorted(times, start + step * np.arange(count) + slack, side="right") - 1
+    chosen = np.unique(shown.clip(inside[0], inside[-1]))
+    while chosen.size < min(least, inside.size):
+        distance = np.abs(times[inside, None] - times[chosen]).min(axis=1)
+        distance[np.isin(inside, chosen)] = -1.0
+        chosen = np.sort(np.append(chosen, inside[distance.argmax()]))
+    return chosen.astype(np.int64)
