@@ -29,6 +29,12 @@ def grid_layout(call: EncoderCall) -> ClipLayout:
     return ClipLayout((t, h * w) for t, h, w in grid.tolist())
 
 
+def config_heads(encoder: nn.Module) -> int:
+    """Attention heads, from the encoder's configuration."""
+    config: Any = encoder.config
+    return config.num_heads
+
+
 def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A black clip of two frames, 2x2 patches after merging one by one."""
     config: Any = encoder.config
@@ -45,7 +51,7 @@ BACKBONE = Backbone(
     name="qwen2_vl",
     encoder_classes=("Qwen2VisionTransformerPretrainedModel",),
     layout=grid_layout,
-    heads=lambda encoder: encoder.config.num_heads,  # type: ignore[union-attr,return-value]
+    heads=config_heads,
     lora=QWEN_LORA,
     dummy_inputs=grid_dummy,
     published_names={"norm": "norm3", "to_qkv": "temp_attn.qkv", "to_out": "temp_attn.proj"},

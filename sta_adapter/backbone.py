@@ -126,12 +126,8 @@ class Backbone:
 
 def _active_modules(model: nn.Module) -> list[nn.Module]:
     """All modules but the frozen originals that PEFT keeps beside a trained copy (`modules_to_save`)."""
-    replaced = {
-        id(inner)
-        for module in model.modules()
-        if hasattr(module, "modules_to_save") and isinstance(getattr(module, "original_module", None), nn.Module)
-        for inner in module.original_module.modules()
-    }
+    originals = [getattr(m, "original_module", None) for m in model.modules() if hasattr(m, "modules_to_save")]
+    replaced = {id(inner) for original in originals if isinstance(original, nn.Module) for inner in original.modules()}
     return [m for m in model.modules() if id(m) not in replaced]
 
 
@@ -206,10 +202,8 @@ def _site(spec: Backbone, encoder: nn.Module) -> Site:
 
 def _norm_facts(spec: Backbone, norm: nn.Module) -> tuple[str, float, int]:
     """(kind, eps, width) of the encoder's norm, also of one that PEFT has wrapped."""
-    while isinstance(getattr(norm, "base_layer", None), nn.Module):
-        norm = norm.base_layer
-    if isinstance(getattr(norm, "original_module", None), nn.Module):
-        norm = norm.original_module
+    while isinstance(inner := getattr(norm, "base_layer", getattr(norm, "original_module", None)), nn.Module):
+        norm = inner
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
         raise InjectionError(

@@ -29,7 +29,7 @@ class _Default:
 
 
 def _default(value: object) -> Any:
-    return dataclasses.field(default=_Default(value))  # type: ignore[arg-type]
+    return dataclasses.field(default=_Default(value))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Plan:
         try:
             for index, module in modules.items():
                 block = site.blocks[index]
-                block.add_module(CHILD, module.train(block.training))
+                block.add_module(CHILD, module)
+                module.train(block.training)
                 block.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
                 if self.config.order == "after_spatial":
                     site.norms[index].register_forward_pre_hook(NormBegin(injection, block))
@@ -124,8 +125,8 @@ class Plan:
         except BaseException:
             for index in modules:
                 site.blocks[index]._modules.pop(CHILD, None)
-            for module in self.model.modules():
-                remove_hooks(module, injection)
+            for part in self.model.modules():
+                remove_hooks(part, injection)
             raise
         return STAHandle.of(self.model, site.encoder, injection)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ class TemporalAttention(nn.Module):
         super().__init__()
         if config.rope_theta is not None and head_dim % 2:
             raise ConfigError(f"RoPE needs an even head size, this encoder's is {head_dim}; set rope_theta=None.")
-        at = {"device": device, "dtype": dtype}
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.config = config
@@ -98,7 +100,7 @@ class TemporalAttention(nn.Module):
         if layout.is_uniform:
             frames, positions = layout.clips[0]
             fold = rearrange(qkv, "(b t n) (k h d) -> k b n t h d", t=frames, n=positions, k=3, h=self.num_heads)
-            out = self._attend(*(part.flatten(0, 1) for part in fold.unbind(0)), layout)
+            out = self._attend(fold.flatten(1, 2), layout)
             out = rearrange(out, "(b n) t h d -> (b t n) (h d)", n=positions)
         else:
             out = self._mix_unequal(qkv, layout)
@@ -112,10 +114,12 @@ class TemporalAttention(nn.Module):
         outs = []
         for (frames, _), part in zip(layout.groups, parts, strict=True):
             fold = rearrange(part, "(t p) (k h d) -> k p t h d", t=frames, k=3, h=self.num_heads)
-            outs.append(rearrange(self._attend(*fold.unbind(0), layout), "p t h d -> (t p) (h d)"))
+            outs.append(rearrange(self._attend(fold, layout), "p t h d -> (t p) (h d)"))
         return torch.cat(outs).index_select(0, layout.scatter_index(qkv.device))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: ClipLayout) -> Tensor:
+    def _attend(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
+        """(3, P, T, H, D) -> (P, T, H, D), for P positions of clips with the same number of frames."""
+        q, k, v = qkv.unbind(0)
         if q.shape[1] == 1:
             return v  # a softmax over one frame is 1
         if self.config.rope_theta is not None:

@@ -1,0 +1,206 @@
+"""The tiny models that the contract runs over: a new backbone adds a `Case` here, not new tests.
+
+A case makes a model (the real class, or a stand-in that the goldens prove) with seeded random weights, makes the
+arguments of its encoder for clips of given lengths, and brings the encoder's output into one form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sta_adapter import get_sta
+from sta_adapter.backbone import get_backbone
+
+Arguments = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip of noise: its pixels depend on the seed and the frame alone; frame `changed` holds other pixels."""
+
+    frames: int
+    seed: int = 0
+    changed: int | None = None
+
+    def pixels(self, *shape: int) -> Tensor:
+        """(frames, *shape), seeded standard normal numbers."""
+        seeds = [1000 * self.seed + frame + (500 if frame == self.changed else 0) for frame in range(self.frames)]
+        return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One backbone in one tiny model.
+
+    Attributes:
+        id: shown by pytest.
+        backbone: the name that injection must find.
+        make: the model, evaluating, with seeded random weights.
+        arguments: the encoder's keyword arguments for these clips.
+        features: from the encoder's output for these clips to one tensor (frames, tokens, C) a clip, without class tokens.
+        lengths: batches to try, each the frames of its clips.
+        tell_clips: frames come as a batch, so that the clips are told by `handle.clips(lengths)`.
+        checkpointing: whether the encoder can checkpoint with `gradient_checkpointing_enable`.
+        lora_targets: modules for LoRA where the backbone has no recipe of its own.
+        generate: keyword arguments of `model.generate` for one clip of so many frames; None without a language model.
+    """
+
+    id: str
+    backbone: str
+    make: Callable[[], nn.Module]
+    arguments: Callable[[Sequence[Clip]], Arguments]
+    features: Callable[[Any, Sequence[Clip]], list[Tensor]]
+    lengths: tuple[tuple[int, ...], ...] = ((4,), (3, 3), (2, 5, 1))
+    tell_clips: bool = False
+    checkpointing: bool = True
+    lora_targets: tuple[str, ...] = ()
+    generate: Callable[[int], Arguments] | None = None
+
+    def encoder(self, model: nn.Module) -> nn.Module:
+        """The vision encoder within the model."""
+        encoder = get_backbone(self.backbone).find_encoder(model)
+        assert encoder is not None
+        return encoder
+
+    def run(self, model: nn.Module, clips: Sequence[Clip]) -> list[Tensor]:
+        """Features (frames, tokens, C) of each clip; the clips are told to STA when the model has it."""
+        handle = get_sta(model)
+        told = self.tell_clips and handle is not None
+        with handle.clips([clip.frames for clip in clips]) if told else contextlib.nullcontext():
+            return self.features(self.encoder(model)(**self.arguments(clips)), clips)
+
+
+def clips_of(*lengths: int) -> list[Clip]:
+    """Clips of these lengths, each with its own seed."""
+    return [Clip(frames, seed) for seed, frames in enumerate(lengths)]
+
+
+def randomize(module: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
+    """Give every parameter seeded random values, so that no part is switched off by its initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + 1 if name.endswith("norm.weight") or ("norm" in name and "weight" in name) else noise)
+    return module
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model made under a fixed seed, in evaluation mode, in float32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().float().eval()
+
+
+QWEN2_VL_VISION = {
+    "depth": 3,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "hidden_size": 32,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "in_channels": 3,
+}
+GRIDS = ((4, 4), (2, 4), (2, 2), (4, 6))  # rows and columns of patches, by the clip's seed
+
+
+def grid_of(clip: Clip) -> tuple[int, int, int]:
+    """Frames, rows and columns of a clip's patches."""
+    return (clip.frames, *GRIDS[clip.seed % len(GRIDS)])
+
+
+def qwen2_vl_arguments(clips: Sequence[Clip]) -> Arguments:
+    """Packed patches and their grid."""
+    parts = [clip.pixels(h * w, 96).flatten(0, 1) for clip in clips for _, h, w in [grid_of(clip)]]
+    return {"hidden_states": torch.cat(parts), "grid_thw": torch.tensor([grid_of(clip) for clip in clips])}
+
+
+def merged_tokens(output: Any, clips: Sequence[Clip]) -> list[Tensor]:
+    """The merged tokens of a tower of Qwen2-VL's kind, four patches each, clip by clip."""
+    tokens = output if isinstance(output, Tensor) else output.pooler_output
+    sizes = [t * h * w // 4 for t, h, w in map(grid_of, clips)]
+    return [part.view(clip.frames, -1, part.shape[-1]) for part, clip in zip(tokens.split(sizes), clips, strict=True)]
+
+
+def make_qwen2_vl_tower() -> nn.Module:
+    """The bare vision tower."""
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    return Qwen2VisionTransformerPretrainedModel._from_config(Qwen2VLVisionConfig(**QWEN2_VL_VISION))
+
+
+def qwen2_vl_config() -> Any:
+    """A tiny configuration of the full model, understood by all tested versions of transformers."""
+    from transformers import Qwen2VLConfig
+
+    text = {
+        "vocab_size": 160,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    ids = {
+        "image_token_id": 150,
+        "video_token_id": 151,
+        "vision_start_token_id": 152,
+        "vision_end_token_id": 153,
+        "vision_token_id": 154,
+    }
+    return Qwen2VLConfig(**text, **ids, vision_config=QWEN2_VL_VISION)
+
+
+def make_qwen2_vl() -> nn.Module:
+    """The full model."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    return Qwen2VLForConditionalGeneration(qwen2_vl_config())
+
+
+def qwen2_vl_prompt(frames: int) -> Arguments:
+    """A prompt with one clip of so many temporal steps of 4x4 patches."""
+    tokens = [152, *[151] * (frames * 4), 153, 5, 6]
+    return {
+        "input_ids": torch.tensor([tokens]),
+        "attention_mask": torch.ones(1, len(tokens), dtype=torch.long),
+        "pixel_values_videos": Clip(frames).pixels(16, 96).flatten(0, 1),
+        "video_grid_thw": torch.tensor([[frames, 4, 4]]),
+        **token_types(tokens, video=151, image=150),
+    }
+
+
+def token_types(tokens: list[int], *, video: int, image: int) -> Arguments:
+    """What transformers 5 asks for beside the tokens: 0 for text, 1 for images, 2 for videos."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return {}
+    return {"mm_token_type_ids": torch.tensor([[{image: 1, video: 2}.get(token, 0) for token in tokens]])}
+
+
+CASES = [
+    Case("qwen2_vl-tower", "qwen2_vl", make_qwen2_vl_tower, qwen2_vl_arguments, merged_tokens),
+    Case("qwen2_vl", "qwen2_vl", make_qwen2_vl, qwen2_vl_arguments, merged_tokens, generate=qwen2_vl_prompt),
+]
+
+
+def case_parameters(condition: Callable[[Case], bool] = lambda case: True) -> list[Any]:
+    """The cases that fulfil a condition, as pytest parameters."""
+    return [pytest.param(case, id=case.id) for case in CASES if condition(case)]

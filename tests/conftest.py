@@ -1,0 +1,37 @@
+"""Settings that all tests share."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip, in one place, what this machine can't run."""
+    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    without_code = pytest.mark.skip(reason="STA_REAL_CODE names no folder with the published model files")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
+        if "real_code" in item.keywords and not os.environ.get("STA_REAL_CODE"):
+            item.add_marker(without_code)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
