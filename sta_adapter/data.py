@@ -8,6 +8,8 @@ the training, or an error if asked for, but never replaced.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,6 +92,7 @@ class VideoDataset(Dataset):
         self.on_bad_sample = on_bad_sample
         self.max_length = max_length
         self._cache: dict[int, Encoded | BadSample] | None = {} if cache else None
+        self._prompts: dict[tuple[str, int], VideoDataset] = {}
 
     @property
     def cached(self) -> bool:
@@ -108,6 +111,39 @@ class VideoDataset(Dataset):
         if self._cache is not None:
             self._cache[index] = item
         return item
+
+    def as_prompts(self, frame_order: str = "ordered", seed: int = 0) -> VideoDataset:
+        """The same samples without their last answers, for evaluation; made once if this data set keeps what it encodes."""
+        if self.prompts and (self.frame_order, self.seed) == (frame_order, seed):
+            return self
+        made = self._prompts.get((frame_order, seed))
+        if made is None:
+            made = VideoDataset(
+                self.samples,
+                self.processor,
+                frames=self.frames,
+                prompts=True,
+                frame_order=frame_order,
+                seed=seed,
+                on_bad_sample=self.on_bad_sample,
+                max_length=self.max_length,
+                cache=self.cached,
+            )
+        if self.cached:
+            self._prompts[frame_order, seed] = made
+        return made
+
+    def digest(self) -> str:
+        """Fingerprint of the samples' words and of their files' names (not of the folders that these lie in)."""
+        found = hashlib.sha256()
+        for sample in self.samples:
+            for message in sample.messages:
+                parts = [
+                    part["text"] if part["type"] == "text" else Path(part[part["type"]]).name
+                    for part in message["content"]
+                ]
+                found.update(json.dumps([message["role"], *parts]).encode())
+        return found.hexdigest()
 
     def _load(self, index: int) -> Encoded | BadSample:
         sample = self.samples[index]

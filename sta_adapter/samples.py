@@ -137,6 +137,11 @@ def _parse(record: Any, source: str, folder: Path) -> Sample:
         isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) and option for option in options)
     ):
         raise DataError(f"'options' is {options!r}, expected a list of at least two texts.")
+    last = messages[-1]
+    if options is not None and last["role"] == "assistant":
+        said = "".join(part.get("text", "") for part in last["content"])
+        if said not in options:
+            raise DataError(f"the answer is {said!r}, expected one of the options {options!r}.")
     known = {"messages", "conversations", "videos", "images", "options", "category"}
     extra = {key: value for key, value in record.items() if key not in known}
     category = record.get("category")

@@ -7,7 +7,6 @@ arguments after a crash goes on from the last checkpoint, and ends with the weig
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -145,16 +144,9 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
 
 def _identity(stage: str, config: TrainingConfig, dataset: VideoDataset, model: Any) -> dict[str, Any]:
     """What must be the same for a run to be taken up again."""
-    digest = hashlib.sha256()
-    for sample in dataset.samples:
-        for message in sample.messages:
-            parts = [
-                part.get("text") or Path(str(part.get("video", part.get("image")))).name for part in message["content"]
-            ]
-            digest.update(json.dumps([message["role"], *parts]).encode())
     settings = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
     base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    return json.loads(json.dumps({"stage": stage, **settings, "model": base, "data": digest.hexdigest()}))
+    return json.loads(json.dumps({"stage": stage, **settings, "model": base, "data": dataset.digest()}))
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
