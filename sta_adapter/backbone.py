@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownBackboneError
-from sta_adapter.layout import ClipLayout
+from sta_adapter.layout import ClipLayout, ClipLengths
 
 logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "sta_adapter.backbones"
@@ -26,16 +26,17 @@ class EncoderCall:
     Attributes:
         encoder: the module that is called.
         arguments: its arguments by the names in its `forward`; those not passed are absent.
-        clip_lengths: frames of each clip, when the user told them (`handle.clips(...)`); None otherwise.
+        clip_lengths: of each clip its frames, or (frames, rows of each frame), when they were told: by
+            `handle.clips(...)`, a `clip_lengths` keyword or a `ClipSource`; None otherwise.
     """
 
     encoder: nn.Module
     arguments: Mapping[str, Any]
-    clip_lengths: tuple[int, ...] | None = None
+    clip_lengths: ClipLengths | None = None
 
     @classmethod
     def bind(
-        cls, encoder: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], clip_lengths: tuple[int, ...] | None
+        cls, encoder: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], clip_lengths: ClipLengths | None
     ) -> EncoderCall:
         """Name the arguments of `encoder(*args, **kwargs)`."""
         bound = inspect.signature(encoder.forward).bind_partial(*args, **kwargs).arguments
@@ -55,6 +56,23 @@ class EncoderCall:
             f"{type(self.encoder).__name__} was called without {' or '.join(names)}, which tells STA where the clips are; "
             f"found the arguments {', '.join(self.arguments) or 'none'}."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSource:
+    """Calls of the model around an encoder that tell where the clips of its rows end.
+
+    Each of these methods then takes a keyword `clip_lengths` as well. What the user tells, by that or by
+    `handle.clips(...)`, comes first; the functions are asked only when nothing was told.
+
+    Attributes:
+        model_classes: class names of the model; subclasses count.
+        methods: by the name of a method, `forward` among them, a function from (model, arguments by name) to the clip
+            lengths, or to None when they need no telling; raises LayoutError when they can't be known.
+    """
+
+    model_classes: tuple[str, ...]
+    methods: Mapping[str, Callable[[nn.Module, Mapping[str, Any]], ClipLengths | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +101,7 @@ class Backbone:
         priority: backbones with a higher one are tried first.
         defaults: values of STAConfig fields that differ from the general ones.
         qkv_bias: whether the branch's q, k, v projection has a bias.
+        clip_source: calls of the full model that tell the clips, for encoders that get frames as a batch.
         lora: the recipe of stage two; None when there is none.
         dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes
             whose batch has no video (see `inject`) and for checks; None when not known.
@@ -100,6 +119,7 @@ class Backbone:
     priority: int = 0
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     qkv_bias: bool = True
+    clip_source: ClipSource | None = None
     lora: LoRARecipe | None = None
     dummy_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)

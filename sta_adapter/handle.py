@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import ConfigError, InjectionError, LayoutError, MissingExtraError
+from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
 from sta_adapter.hooks import CHILD, Injection, remove_hooks
+from sta_adapter.layout import checked_lengths
 from sta_adapter.modules import TemporalAttention
+from sta_adapter.telling import remove_methods
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -161,6 +163,7 @@ class STAHandle:
         """
         for module in {id(m): m for root in (self.model, self._encoder) for m in root.modules()}.values():
             remove_hooks(module, self._injection)
+            remove_methods(module, self._injection)
             if isinstance(module._modules.get(CHILD), nn.Module) and _is_sta(module._modules[CHILD]):
                 del module._modules[CHILD]
         return self.model
@@ -180,24 +183,6 @@ class STAHandle:
     def _require_injected(self) -> None:
         if self._removed:
             raise InjectionError("this handle's STA has been removed from the model; inject or load again.")
-
-
-def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Clip lengths as a tuple of whole numbers above 0.
-
-    Raises:
-        LayoutError: for anything else.
-    """
-    try:
-        found = tuple(int(n) for n in lengths)
-        exact = all(float(n) == float(m) for n, m in zip(found, lengths, strict=True))
-    except (TypeError, ValueError):
-        found, exact = (), False
-    if not exact or not found or min(found) < 1:
-        raise LayoutError(
-            f"clip lengths {lengths!r}: expected the number of frames of each clip, whole numbers above 0."
-        )
-    return found
 
 
 def _is_sta(module: nn.Module | None) -> bool:

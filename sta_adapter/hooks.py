@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from sta_adapter.backbone import Backbone, EncoderCall, get_backbone
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout
+from sta_adapter.layout import ClipLayout, ClipLengths, checked_lengths
 
 CHILD = "sta"  # the name of the STA module in its block
 
@@ -68,14 +69,14 @@ class Injection:
             self._local.disabled -= 1
 
     @property
-    def clip_lengths(self) -> tuple[int, ...] | None:
-        """Frames of each clip, as the user told them for this thread."""
-        return getattr(self._local, "clip_lengths", None)
+    def clip_lengths(self) -> ClipLengths | None:
+        """Frames of each clip, as the user or the full model's call told them for this thread."""
+        return getattr(self._local, "told", None) or getattr(self._local, "clip_lengths", None)
 
     @contextlib.contextmanager
-    def clips(self, lengths: tuple[int, ...] | None) -> Iterator[None]:
+    def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
         """Tell the frames of each clip for the forwards in this thread."""
-        before = self.clip_lengths
+        before = getattr(self._local, "clip_lengths", None)
         self._local.clip_lengths = lengths
         try:
             yield
@@ -90,6 +91,10 @@ class Injection:
     def end(self) -> None:
         """The encoder forward of this thread is over."""
         self._local.forward = None
+
+    def tell(self, lengths: ClipLengths | None) -> None:
+        """The full model's forward of this thread starts with these clips, or is over."""
+        self._local.told = lengths
 
     def pop_ran(self) -> bool:
         """Whether an encoder forward with gradients began in this thread since the last call."""
@@ -152,14 +157,15 @@ class EncoderBegin(Hook):
         """Note the layout; with checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
         injection.end()
+        kwargs, told = take_clip_lengths(encoder.forward, kwargs)
         if not injection.is_enabled:
             injection.begin(None)
-            return None
-        layout = injection.spec.layout(EncoderCall.bind(encoder, args, kwargs, injection.clip_lengths))
+            return args, kwargs
+        layout = injection.spec.layout(EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths))
         injection.begin(layout)
-        if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder, injection.spec):
+        if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder):
             return _require_grad(args, kwargs)
-        return None
+        return args, kwargs
 
 
 class EncoderEnd(Hook):
@@ -189,7 +195,8 @@ class BlockBegin(Hook):
         if layout is None or injection.config.order != "before_spatial":
             return None
         out = tokens.clone()
-        layout.patches(out).add_(getattr(block, CHILD)(layout.patches(tokens), layout))
+        stream = tokens + kwargs["residual"] if isinstance(kwargs.get("residual"), Tensor) else tokens
+        layout.patches(out).add_(getattr(block, CHILD)(layout.patches(stream), layout))
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
 
 
@@ -208,15 +215,22 @@ class NormBegin(Hook):
         self.block = block
 
     def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        """Add the branch to the first argument (..., C)."""
+        """Add the branch to the first argument (..., C).
+
+        A fused norm takes the residual as a second argument (..., C) and adds the two itself; the stream is their sum.
+        """
         layout = self.injection.layout()
         if layout is None:
             return
-        stream = args[0]
+        summand = args[0]
         sta = getattr(self.block, CHILD)
-        saved = torch.is_grad_enabled() and (stream.requires_grad or any(p.requires_grad for p in sta.parameters()))
-        tokens = layout.patches(stream.clone() if saved else stream)
-        layout.patches(stream).add_(sta(tokens, layout))
+        if len(args) > 1 and isinstance(args[1], Tensor):
+            stream = summand + args[1]
+        elif torch.is_grad_enabled() and (summand.requires_grad or any(p.requires_grad for p in sta.parameters())):
+            stream = summand.clone()
+        else:
+            stream = summand
+        layout.patches(summand).add_(sta(layout.patches(stream), layout))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormBegin:
         if id(self.block) not in memo:
@@ -244,6 +258,16 @@ def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
     ]
 
 
+def take_clip_lengths(
+    function: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], ClipLengths | None]:
+    """(the keywords without `clip_lengths`, its checked value); a function with a parameter of that name keeps it."""
+    lengths = kwargs.get("clip_lengths")
+    if "clip_lengths" in kwargs and "clip_lengths" not in inspect.signature(function).parameters:
+        kwargs = {k: v for k, v in kwargs.items() if k != "clip_lengths"}
+    return kwargs, None if lengths is None else checked_lengths(lengths)
+
+
 def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor]:
     """(keyword, or "" when it is the first positional argument; tensor) of a block's tokens."""
     if args and isinstance(args[0], Tensor):
@@ -266,9 +290,9 @@ def iterate_tensors(output: Any) -> Iterator[Tensor]:
             yield from iterate_tensors(value)
 
 
-def _checkpoints_reentrantly(encoder: nn.Module, spec: Backbone) -> bool:
+def _checkpoints_reentrantly(encoder: nn.Module) -> bool:
     """Whether the encoder's blocks may be run under re-entrant checkpointing, which needs an input with a gradient."""
-    for module in (encoder, *encoder.get_submodule(spec.blocks).children()):
+    for module in encoder.modules():
         if any(
             getattr(module, flag, False) is True for flag in ("gradient_checkpointing", "with_cp", "use_checkpoint")
         ):

@@ -25,6 +25,7 @@ from sta_adapter.hooks import (
 )
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.parallel import LanguageModelBegin, find_language_model, refuse_wrapped
+from sta_adapter.telling import attach_clip_source, remove_methods
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -118,6 +119,7 @@ class Plan:
                     site.norms[index].register_forward_pre_hook(NormBegin(injection, block))
             site.encoder.register_forward_pre_hook(EncoderBegin(injection), with_kwargs=True)
             site.encoder.register_forward_hook(EncoderEnd(injection), always_call=True)
+            attach_clip_source(self.model, site, injection)
             language_model = find_language_model(self.model, site.encoder)
             if language_model is not None:
                 hook = LanguageModelBegin(injection, site.encoder)
@@ -127,6 +129,7 @@ class Plan:
                 site.blocks[index]._modules.pop(CHILD, None)
             for part in self.model.modules():
                 remove_hooks(part, injection)
+                remove_methods(part, injection)
             raise
         return STAHandle.of(self.model, site.encoder, injection)
 

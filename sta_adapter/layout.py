@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sta_adapter.errors import LayoutError
+
+ClipLengths = tuple[int | tuple[int, int], ...]  # of each clip, its frames or (frames, rows of each frame)
 
 
 class ClipLayout:
@@ -154,3 +156,21 @@ class ClipLayout:
             self._tables[key] = make()  # type: ignore[operator]
         table = self._tables[key]
         return table if isinstance(table, Tensor) else table[0]
+
+
+def checked_lengths(lengths: Sequence[int]) -> ClipLengths:
+    """Clip lengths as a tuple of whole numbers above 0.
+
+    Raises:
+        LayoutError: for anything else.
+    """
+    try:
+        found = tuple(int(n) for n in lengths)
+        exact = all(float(n) == float(m) for n, m in zip(found, lengths, strict=True))
+    except (TypeError, ValueError):
+        found, exact = (), False
+    if not exact or not found or min(found) < 1:
+        raise LayoutError(
+            f"clip lengths {lengths!r}: expected the number of frames of each clip, whole numbers above 0."
+        )
+    return found

@@ -1,0 +1,103 @@
+"""How a full model's own calls tell the clips to an encoder that gets frames as a batch; see `ClipSource`.
+
+The model's forward is followed by hooks. Its other methods, such as `chat`, can't have hooks: an object of the same
+name stands in front of each on the instance, and goes with `handle.remove()`. The class is never touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import Site
+from sta_adapter.hooks import Hook, Injection, take_clip_lengths
+from sta_adapter.layout import ClipLengths
+
+
+class ModelBegin(Hook):
+    """Forward pre-hook of the full model: takes `clip_lengths` away and notes the clips."""
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the arguments without `clip_lengths`."""
+        self.injection.tell(None)
+        kwargs, told = _tell(self.injection, model, "forward", model.forward, args, kwargs)
+        self.injection.tell(told)
+        return args, kwargs
+
+
+class ModelEnd(Hook):
+    """Forward hook of the full model, called also after an exception: forgets the clips."""
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End what `ModelBegin` began."""
+        self.injection.tell(None)
+
+
+class TellingMethod:
+    """A model's method that tells the clips of its arguments while it runs."""
+
+    def __init__(self, injection: Injection, model: nn.Module, name: str) -> None:
+        self.injection = injection
+        self.model = model
+        self.name = name
+        self.before: Callable[..., Any] | None = model.__dict__.get(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method with the same arguments, without `clip_lengths`."""
+        method = self.before or getattr(type(self.model), self.name).__get__(self.model)
+        kwargs, told = _tell(self.injection, self.model, self.name, method, args, kwargs)
+        with self.injection.clips(told):
+            return method(*args, **kwargs)
+
+
+def attach_clip_source(model: nn.Module, site: Site, injection: Injection) -> None:
+    """Follow the calls of each module around the encoder that the backbone's `ClipSource` names."""
+    source = site.backbone.clip_source
+    if source is None:
+        return
+    for module in model.modules():
+        if not any(cls.__name__ in source.model_classes for cls in type(module).__mro__):
+            continue
+        if all(inner is not site.encoder for inner in module.modules()):
+            continue
+        module.register_forward_pre_hook(ModelBegin(injection), with_kwargs=True)
+        module.register_forward_hook(ModelEnd(injection), always_call=True)
+        for name in source.methods:
+            if name != "forward" and hasattr(type(module), name):
+                module.__dict__[name] = TellingMethod(injection, module, name)
+
+
+def remove_methods(module: nn.Module, injection: Injection) -> None:
+    """Take every `TellingMethod` of this injection off a module."""
+    for name, value in list(module.__dict__.items()):
+        if isinstance(value, TellingMethod) and value.injection is injection:
+            del module.__dict__[name]
+            if value.before is not None:
+                module.__dict__[name] = value.before
+
+
+def _tell(
+    injection: Injection,
+    model: nn.Module,
+    name: str,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Any], ClipLengths | None]:
+    """(keywords for the method, clips): what the user told, else what the backbone reads from the arguments."""
+    kwargs, told = take_clip_lengths(method, kwargs)
+    told = told or injection.clip_lengths
+    source = injection.spec.clip_source
+    if told is not None or source is None or name not in source.methods or not injection.is_enabled:
+        return kwargs, told
+    try:
+        arguments: Mapping[str, Any] = inspect.signature(method).bind(*args, **kwargs).arguments
+    except TypeError:  # the method itself says best what is wrong with its arguments
+        return kwargs, None
+    return kwargs, source.methods[name](model, arguments)
