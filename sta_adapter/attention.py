@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,9 +74,18 @@ def choose_backend(q: Tensor, requested: str = "auto") -> Choice:
     return Choice("sdpa", f"not xformers: {refusal}")
 
 
-@functools.lru_cache(maxsize=256)
+_REFUSALS: dict[tuple[str, torch.dtype, int], str | None] = {}
+
+
 def xformers_refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why xformers can't compute such a call; None when it can."""
+    """Why xformers can't compute such a call; None when it can. Found out once per kind of call."""
+    key = (device, dtype, head_dim)
+    if key not in _REFUSALS:
+        _REFUSALS[key] = _try_xformers(device, dtype, head_dim)
+    return _REFUSALS[key]
+
+
+def _try_xformers(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if device != "cuda":
         return f"its memory-efficient attention needs CUDA tensors, these are on {device!r}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -7,13 +7,13 @@ import inspect
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
-from sta_adapter.hooks import CHILD, Injection, remove_hooks
+from sta_adapter.hooks import CHILD, Injection, active_module, remove_hooks
 from sta_adapter.layout import checked_lengths
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.telling import remove_methods
@@ -72,7 +72,7 @@ class STAHandle:
         if self._removed:
             return {}
         blocks = self._encoder.get_submodule(self._injection.spec.blocks).children()
-        return {i: _active(getattr(block, CHILD)) for i, block in enumerate(blocks) if hasattr(block, CHILD)}
+        return {i: active_module(getattr(block, CHILD)) for i, block in enumerate(blocks) if hasattr(block, CHILD)}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """STA's parameters, those at work."""
@@ -189,15 +189,3 @@ def _is_sta(module: nn.Module | None) -> bool:
     return isinstance(module, TemporalAttention) or isinstance(
         getattr(module, "original_module", None), TemporalAttention
     )
-
-
-def _active(module: nn.Module) -> TemporalAttention:
-    """The STA module itself, or the copy that PEFT's `modules_to_save` trains."""
-    if isinstance(module, TemporalAttention):
-        return module
-    copies: Any = getattr(module, "modules_to_save", {})
-    name: Any = getattr(module, "active_adapter", None)
-    name = name[0] if isinstance(name, (list, tuple)) and name else name
-    if isinstance(name, str) and name in copies:
-        return cast("TemporalAttention", copies[name])
-    return cast("TemporalAttention", module.original_module)

@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from sta_adapter.backbone import Backbone, EncoderCall, get_backbone
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout, ClipLengths, checked_lengths
+from sta_adapter.modules import TemporalAttention
 
 CHILD = "sta"  # the name of the STA module in its block
 
@@ -76,12 +77,12 @@ class Injection:
     @contextlib.contextmanager
     def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
         """Tell the frames of each clip for the forwards in this thread."""
-        before = getattr(self._local, "clip_lengths", None)
-        self._local.clip_lengths = lengths
+        before = (getattr(self._local, "clip_lengths", None), getattr(self._local, "told", None))
+        self._local.clip_lengths, self._local.told = lengths, None
         try:
             yield
         finally:
-            self._local.clip_lengths = before
+            self._local.clip_lengths, self._local.told = before
 
     def begin(self, layout: ClipLayout | None) -> None:
         """An encoder forward starts in this thread; None when the branch is switched off."""
@@ -162,6 +163,9 @@ class EncoderBegin(Hook):
             injection.begin(None)
             return args, kwargs
         layout = injection.spec.layout(EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths))
+        for block in encoder.get_submodule(injection.spec.blocks).children():
+            if (sta := getattr(block, CHILD, None)) is not None:
+                active_module(sta).prepare(layout)
         injection.begin(layout)
         if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder):
             return _require_grad(args, kwargs)
@@ -236,6 +240,18 @@ class NormBegin(Hook):
         if id(self.block) not in memo:
             return NormBegin(self.injection, self.block)
         return NormBegin(copy.deepcopy(self.injection, memo), memo[id(self.block)])
+
+
+def active_module(module: nn.Module) -> TemporalAttention:
+    """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
+    if isinstance(module, TemporalAttention):
+        return module
+    copies: Any = getattr(module, "modules_to_save", {})
+    name: Any = getattr(module, "active_adapter", None)
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    if isinstance(name, str) and name in copies:
+        return cast("TemporalAttention", copies[name])
+    return cast("TemporalAttention", module.original_module)
 
 
 def remove_hooks(module: nn.Module, injection: Injection) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +23,12 @@ class ClipLayout:
         clips: (frames, positions) of each clip, in order.
         prefix: leading tokens of each row that belong to no frame position.
 
+    Attributes:
+        groups: (frames, positions) over all clips of equal length, shortest first: the order of `gather_index`.
+        num_tokens: tokens in all clips, without the prefix ones.
+        max_frames: frames of the longest clip.
+        is_uniform: whether all clips have the same number of frames and positions.
+
     Raises:
         LayoutError: when a clip has no frame or no position.
     """
@@ -31,12 +36,20 @@ class ClipLayout:
     def __init__(self, clips: Iterable[tuple[int, int]], *, prefix: int = 0) -> None:
         self.clips = tuple((int(t), int(n)) for t, n in clips)
         self.prefix = prefix
-        self._tables: dict[tuple[object, ...], Tensor | tuple[Tensor, Tensor]] = {}
         for index, (frames, positions) in enumerate(self.clips):
             if frames < 1 or positions < 1:
                 raise LayoutError(
                     f"clip {index} has {frames} frames of {positions} positions; expected at least 1 of each."
                 )
+
+        totals: dict[int, int] = {}
+        for frames, positions in self.clips:
+            totals[frames] = totals.get(frames, 0) + positions
+        self.groups = tuple(sorted(totals.items()))
+        self.num_tokens = sum(t * n for t, n in self.clips)
+        self.max_frames = max(totals, default=0)
+        self.is_uniform = len(set(self.clips)) <= 1
+        self._tables: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def __repr__(self) -> str:
         return f"ClipLayout({list(self.clips)}, prefix={self.prefix})"
@@ -46,29 +59,6 @@ class ClipLayout:
 
     def __hash__(self) -> int:
         return hash((self.clips, self.prefix))
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Tokens in all clips, without the prefix ones."""
-        return sum(t * n for t, n in self.clips)
-
-    @cached_property
-    def max_frames(self) -> int:
-        """Frames of the longest clip."""
-        return max((t for t, _ in self.clips), default=0)
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether all clips have the same number of frames and positions."""
-        return len(set(self.clips)) <= 1
-
-    @cached_property
-    def groups(self) -> tuple[tuple[int, int], ...]:
-        """(frames, positions) over all clips of equal length, shortest first: the order of `gather_index`."""
-        totals: dict[int, int] = {}
-        for frames, positions in self.clips:
-            totals[frames] = totals.get(frames, 0) + positions
-        return tuple(sorted(totals.items()))
 
     def patches(self, tokens: Tensor) -> Tensor:
         """View of the tokens that belong to frames.
@@ -90,72 +80,59 @@ class ClipLayout:
 
     def gather_index(self, device: torch.device) -> Tensor:
         """Indices (tokens,) that bring flattened tokens into the order `(group frame position)`, see `groups`."""
-        return self._cached(("gather", device), lambda: self._gather_index().to(device))
+
+        def make() -> Tensor:
+            grids = self._grids()
+            parts = [torch.cat([g for g in grids if len(g) == length], dim=1).flatten() for length, _ in self.groups]
+            return torch.cat(parts)
+
+        return self._index("gather", device, make)
 
     def scatter_index(self, device: torch.device) -> Tensor:
         """The inverse of `gather_index`."""
-        return self._cached(("scatter", device), lambda: torch.argsort(self.gather_index(device)))
-
-    def _gather_index(self) -> Tensor:
-        starts = []
-        start = 0
-        for frames, positions in self.clips:
-            starts.append(start)
-            start += frames * positions
-        parts = []
-        for length, _ in self.groups:
-            grids = [
-                torch.arange(s, s + t * n).view(t, n)
-                for s, (t, n) in zip(starts, self.clips, strict=True)
-                if t == length
-            ]
-            parts.append(torch.cat(grids, dim=1).flatten())
-        return torch.cat(parts)
+        return self._index("scatter", device, lambda: torch.argsort(self.gather_index(torch.device("cpu"))))
 
     def published_index(self, device: torch.device) -> Tensor:
         """Indices (tokens,) that take, for each clip, the token at `(position frame)` to `(frame position)`'s place.
 
         This is the order in which the released Qwen2-VL code adds its branch (STAConfig.token_order="published").
         """
-        return self._cached(("published", device), lambda: self._published_index().to(device))
-
-    def _published_index(self) -> Tensor:
-        parts = []
-        start = 0
-        for frames, positions in self.clips:
-            grid = torch.arange(start, start + frames * positions).view(frames, positions)
-            parts.append(grid.t().flatten())
-            start += frames * positions
-        return torch.cat(parts)
+        return self._index("published", device, lambda: torch.cat([grid.t().flatten() for grid in self._grids()]))
 
     def single_frame_mask(self, device: torch.device) -> Tensor:
         """Booleans (tokens, 1): True where the token's clip has one frame only."""
-        counts = torch.tensor([t * n for t, n in self.clips])
-        single = torch.tensor([t == 1 for t, _ in self.clips])
-        return self._cached(("single", device), lambda: single.repeat_interleave(counts)[:, None].to(device))
 
-    def rotary_tables(
-        self, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+        def make() -> Tensor:
+            counts = torch.tensor([t * n for t, n in self.clips])
+            return torch.tensor([t == 1 for t, _ in self.clips]).repeat_interleave(counts)[:, None]
+
+        return self._index("single", device, make)
+
+    def rotary_tables(self, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin, each (max_frames, 1, head_dim), of the rotary embedding on the frame index.
 
-        Half-rotation over the whole head size, as in the paper's 1-d RoPE; computed in float32, given in `dtype`. The
-        tables are made once per forward and shared by its blocks.
+        Half-rotation over the whole head size, as in the paper's 1-d RoPE; computed in float32, given in the dtype and
+        on the device of `like`. The tables are made once per forward and shared by its blocks.
         """
-        key = ("rotary", head_dim, theta, device, dtype)
+        key = ("rotary", head_dim, theta, like.device, like.dtype)
         if key not in self._tables:
-            inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-            angles = torch.outer(torch.arange(self.max_frames, dtype=torch.float32, device=device), inverse)
-            angles = torch.cat([angles, angles], dim=-1)[:, None]
-            self._tables[key] = (angles.cos().to(dtype), angles.sin().to(dtype))
-        tables = self._tables[key]
-        return tables[0], tables[1]
+            at = {"dtype": torch.float32, "device": like.device}
+            inverse = theta ** (-torch.arange(0, head_dim, 2, **at) / head_dim)
+            angles = torch.outer(torch.arange(self.max_frames, **at), inverse).repeat(1, 2)[:, None]
+            self._tables[key] = (angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+        cos, sin = self._tables[key]
+        return cos, sin
 
-    def _cached(self, key: tuple[object, ...], make: object) -> Tensor:
-        if key not in self._tables:
-            self._tables[key] = make()  # type: ignore[operator]
-        table = self._tables[key]
-        return table if isinstance(table, Tensor) else table[0]
+    def _grids(self) -> list[Tensor]:
+        """Indices (frames, positions) of the tokens of each clip."""
+        sizes = [t * n for t, n in self.clips]
+        parts = torch.arange(self.num_tokens).split(sizes)
+        return [part.view(clip) for part, clip in zip(parts, self.clips, strict=True)]
+
+    def _index(self, kind: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        if (kind, device) not in self._tables:
+            self._tables[kind, device] = (make().to(device),)
+        return self._tables[kind, device][0]
 
 
 def checked_lengths(lengths: Sequence[int]) -> ClipLengths:

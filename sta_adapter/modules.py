@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sta_adapter.attention import attend
+from sta_adapter.attention import attend, choose_backend
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 from sta_adapter.layout import ClipLayout
@@ -95,6 +95,28 @@ class TemporalAttention(nn.Module):
             branch = branch.masked_fill(layout.single_frame_mask(branch.device), 0)
         return branch.view(tokens.shape)
 
+    def prepare(self, layout: ClipLayout) -> None:
+        """Make the tables and the choice that `forward` needs ahead of it, where `torch.compile` does not look.
+
+        Raises:
+            BackendError: the attention kernel asked for by name can't be used.
+        """
+        weight = self.to_qkv.weight
+        device = weight.device
+        if not layout.is_uniform:
+            layout.scatter_index(device)
+            layout.gather_index(device)
+        if self.config.token_order == "published":
+            layout.published_index(device)
+        if not self.config.single_frames:
+            layout.single_frame_mask(device)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        like = weight.new_empty((1, 1, self.num_heads, self.head_dim), dtype=dtype)
+        choose_backend(like, self.config.attention)
+        if self.config.rope_theta is not None:
+            layout.rotary_tables(self.head_dim, self.config.rope_theta, like)
+
     def mix_frames(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
         """Attention over the frames of each position: (tokens, 3 * heads * head_dim) -> (tokens, heads * head_dim)."""
         if layout.is_uniform:
@@ -123,7 +145,7 @@ class TemporalAttention(nn.Module):
         if q.shape[1] == 1:
             return v  # a softmax over one frame is 1
         if self.config.rope_theta is not None:
-            cos, sin = layout.rotary_tables(self.head_dim, self.config.rope_theta, q.device, q.dtype)
+            cos, sin = layout.rotary_tables(self.head_dim, self.config.rope_theta, q)
             cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         return attend(q, k, v, causal=self.config.causal, backend=self.config.attention)
