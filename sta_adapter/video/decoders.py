@@ -23,6 +23,9 @@ class DeclinedError(Exception):
 def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     """Decode with PyAV: from the key frame before each wanted frame, or in order where the file can't be seeked."""
     av = import_av()
+    converter = (
+        av.video.reformatter.VideoReformatter()
+    )  # one for all frames: a new one for each costs more than decoding
     frames = np.empty((len(indices), table.height, table.width, 3), np.uint8)
     open_slots = {int(index): slot for slot, index in enumerate(indices)}
     ways = [_by_seeking, _in_order] if table.seekable else [_in_order]
@@ -31,7 +34,9 @@ def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
         try:
             for index, frame in way(table, sorted(open_slots)):
                 if not frame.is_corrupt:
-                    _store(frames, open_slots.pop(index), frame, table)
+                    picture = table.upright(converter.reformat(frame, format="rgb24").to_ndarray())
+                    _check_size(picture, table)
+                    frames[open_slots.pop(index)] = picture
         except av.FFmpegError as error:
             failure = str(error)
         if not open_slots:
@@ -42,14 +47,12 @@ def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     )
 
 
-def _store(frames: Pixels, slot: int, frame: Any, table: FrameTable) -> None:
-    picture = table.upright(frame.to_ndarray(format="rgb24"))
-    if picture.shape != frames.shape[1:]:
-        height, width = picture.shape[:2]
+def _check_size(picture: Pixels, table: FrameTable) -> None:
+    height, width = picture.shape[:2]
+    if (height, width) != (table.height, table.width):
         raise DeclinedError(
             f"the picture's size changes from {table.width}x{table.height} to {width}x{height} on the way"
         )
-    frames[slot] = picture
 
 
 def _by_seeking(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any]]:
@@ -109,6 +112,8 @@ def _decline_unlike_pyav(table: FrameTable) -> None:
             "its colour (4:2:0 with an odd height, or subsampled with more than 8 bits) would be "
             "interpolated into other pixels than PyAV's"
         )
+    if not table.fresh_keys:
+        raise DeclinedError("frames refer across its key frames, or it has no index: seeking in it is not exact")
 
 
 def _compare_times(table: FrameTable, indices: NDArray[np.int64], count: int, times: NDArray[Any]) -> None:
@@ -129,8 +134,6 @@ def decode_decord(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     _decline_unlike_pyav(table)
     if table.matrix != UNTURNED:
         raise DeclinedError("the file says to turn its pictures, which decord 0.6 gets wrong in most cases")
-    if not table.fresh_keys:
-        raise DeclinedError("frames refer across its key frames (or it has no index), so decord's seeking is not exact")
     try:
         reader = decord.VideoReader(str(table.path), fault_tol=1e-9)  # else it repeats a frame for one it can't decode
         own = reader.get_frame_timestamp(np.append(indices, 0))[:, 0]
@@ -154,8 +157,9 @@ def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     _decline_unlike_pyav(table)
     try:
         decoder = VideoDecoder(str(table.path), dimension_order="NHWC", seek_mode="exact")
-        if table.matrix != UNTURNED and getattr(decoder.metadata, "rotation", None) is None:
-            raise DeclinedError("the file says to turn its pictures, which this torchcodec doesn't do")
+        turns = getattr(decoder.metadata, "rotation", None) is not None
+        if table.mirrored or (table.matrix != UNTURNED and not turns):
+            raise DeclinedError("the file says to turn or mirror its pictures, which this torchcodec doesn't do")
         batch = decoder.get_frames_at([*indices.tolist(), 0])
     except DeclinedError:
         raise

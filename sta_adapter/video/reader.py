@@ -68,10 +68,12 @@ def read_clip(
     Target times are `start`, `start + 1 / fps`, ... up to `end`; each gets the frame shown then. Only frames that begin
     within [start, end) are taken, and none twice, so a file (or range) with fewer frames than asked for gives fewer:
     a one-frame file gives one. The choice depends on the file's timestamps alone, so every backend returns the same
-    frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV (turned
-    pictures for decord; for both 4:2:0 colour with an odd height, and subsampled colour of more than 8 bits).
+    frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV (4:2:0 colour
+    with an odd height, subsampled colour of more than 8 bits; decord also turned pictures, very narrow ones, and key
+    frames that later frames refer across). "auto" then takes PyAV, and `metadata.reason` says why.
 
-    Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error.
+    Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error. Damage
+    inside a file is an error where the decoder reports it; most decoders paint over small damage without a word.
 
     Args:
         path: A video file.
@@ -113,9 +115,10 @@ def read_clip(
 
 
 def _check_reach(table: FrameTable, sampling: Sampling) -> None:
-    if not table.complete and (sampling.end is None or sampling.end > table.duration):
+    reach = round(table.duration, 3)
+    if not table.complete and (sampling.end is None or sampling.end > reach):
         raise VideoError(
-            f"{table.path} is cut off or damaged: {len(table.times)} whole frames, up to {table.duration:g} s, can be "
-            f"read, and frames up to {'the end' if sampling.end is None else f'{sampling.end:g} s'} are asked for. "
-            f"Get the whole file, or pass end={table.duration:g} or less to read what is there."
+            f"{table.path} is cut off or damaged: {len(table.times)} whole frames, up to {reach} s, can be read, and "
+            f"frames up to {'the end' if sampling.end is None else f'{sampling.end:g} s'} are asked for. Get the whole "
+            f"file, or pass end={reach} or less to read what is there."
         )

@@ -58,6 +58,12 @@ class FrameTable:
         return abs(c) > abs(a)
 
     @property
+    def mirrored(self) -> bool:
+        """Whether the picture is shown as in a mirror."""
+        a, b, c, d = self.matrix
+        return a * d < b * c
+
+    @property
     def rotation(self) -> int:
         """Degrees (0, 90, 180, 270) counter-clockwise that stored pictures are turned by."""
         _, b, _, d = self.matrix
@@ -137,7 +143,7 @@ def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[Pack
     for packet in container.demux(stream):
         if packet.is_corrupt:
             damaged = True
-            continue
+            break
         if first is None:
             first = next(iter(packet.decode()), None)
         is_flush = packet.size == 0 and packet.dts is None  # what PyAV ends with; an empty packet repeats a frame
@@ -148,15 +154,20 @@ def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[Pack
     return rows, not damaged and seen >= stream.frames, first
 
 
+def _without_gaps(rows: list[PacketRow]) -> list[PacketRow]:
+    """The rows of a cut-off file up to where frames may be missing: a lost packet is shown after the last one's dts."""
+    last = max((row.dts for row in rows if row.dts is not None), default=None)
+    return [row for row in rows if last is None or row.pts is None or row.pts <= last]
+
+
 def _timeline(
     stream: "VideoStream", rows: list[PacketRow], avi: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], bool]:
     """Ascending timestamps (F,), key flags (F,) in the same order, and whether timestamps name frames."""
     pts, dts, keys = [row.pts for row in rows], [row.dts for row in rows], [row.key for row in rows]
     distinct = {stamp for stamp in pts if stamp is not None}
-    if len(distinct) == len(rows) and not (
-        avi and stream.codec_context.has_b_frames
-    ):  # AVI has no pts: what is there is made up
+    made_up = avi and stream.codec_context.has_b_frames  # AVI has no pts
+    if len(distinct) == len(rows) and not made_up:
         stamps = np.array(pts, np.int64)
         order = stamps.argsort()
         return stamps[order], np.array(keys, bool)[order], True
@@ -181,6 +192,9 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
             stream = container.streams.video[0]
             rows, whole, first = _scan(container, stream)
             name, base = container.format.name, float(stream.time_base or 1)
+            if "matroska" in name:
+                whole = whole and not _matroska_cut_off(path)
+            rows = rows if whole else _without_gaps(rows)
             if first is None or not rows:
                 raise VideoError(f"{path}: not one of its {len(rows)} frames decodes; the file is cut off or damaged.")
             pts, keys, seekable = _timeline(stream, rows, name == "avi")
@@ -207,7 +221,7 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
         height=first.width if turned else first.height,
         matrix=matrix,
         seekable=seekable,
-        complete=whole and not ("matroska" in name and _matroska_cut_off(path)),
+        complete=whole,
         fresh_keys="mpeg" not in name.split(",")[0]
         and keys_are_fresh(rows),  # transport and program streams have no index
         blends_colour=_blends_colour(first),
