@@ -1,12 +1,13 @@
 """Shared by encoders that take frames as a batch of images: rows (F, prefix + N, C), one row a frame or a tile of it.
 
-Such an encoder can't see where a clip ends. The rows are one clip, unless `EncoderCall.clip_lengths` says otherwise:
-told by `handle.clips([...])`, by a `clip_lengths` keyword, or read from the full model's call by its backbone.
+Such an encoder can't see where a clip ends. `EncoderCall.clip_lengths` says it: told by `handle.clips([...])`, by a
+`clip_lengths` keyword, or read from the full model's call by its backbone. Of rows that nobody has told about, some
+backbones take all as one clip; the others take a single row as a picture and refuse several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +15,31 @@ from torch import nn
 
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout
+from sta_adapter.layout import ClipLayout, ClipLengths
 
 
-def row_clips(
-    rows: int, positions: int, lengths: Sequence[int | tuple[int, int]] | None, *, prefix: int = 0
-) -> ClipLayout:
+class EachRow(tuple[int, ...]):
+    """Clip lengths for any number of rows, each a clip of one frame: pictures, or tiles of pictures."""
+
+
+EACH_ROW: ClipLengths = EachRow((1,))
+
+
+def row_clips(rows: int, positions: int, lengths: ClipLengths | None, *, prefix: int = 0) -> ClipLayout:
     """Layout of rows (rows, prefix + positions, C) that are the frames of one clip after the other.
 
     Args:
         rows: size of the encoder's batch.
         positions: patch positions of a row.
         lengths: of each clip, its frames, or (frames, tiles of each frame) where a frame takes several rows;
-            None for one clip of all rows.
+            `EACH_ROW`; None for one clip of all rows.
         prefix: class and register tokens in front of a row's patches.
 
     Raises:
         LayoutError: when the clips don't add up to the rows.
     """
+    if isinstance(lengths, EachRow):
+        lengths = (1,) * rows
     clips = [(rows, 1)] if lengths is None else [n if isinstance(n, tuple) else (n, 1) for n in lengths]
     total = sum(frames * tiles for frames, tiles in clips)
     if total != rows:
@@ -42,14 +50,26 @@ def row_clips(
     return ClipLayout([(frames, tiles * positions) for frames, tiles in clips], prefix=prefix)
 
 
+def unknown_clips(found: str) -> LayoutError:
+    """The error for rows of which nobody has told whether they are frames of one clip or pictures."""
+    return LayoutError(
+        f"where the clips end can't be known: {found} may be frames of one clip or separate pictures. Tell the frames "
+        "of each clip: `with handle.clips([8, 1]):` around the call means a clip of 8 frames, then a picture."
+    )
+
+
 def pixel_layout(
-    *, patch_size: Callable[[Any], int] = lambda encoder: encoder.config.patch_size, prefix: int = 1
+    *,
+    patch_size: Callable[[Any], int | tuple[int, int]] = lambda encoder: encoder.config.patch_size,
+    prefix: int | Callable[[Any], int] = 1,
+    must_be_told: bool = False,
 ) -> Callable[[EncoderCall], ClipLayout]:
     """A layout function for encoders called with `pixel_values` (F, channels, H, W).
 
     Args:
-        patch_size: from the encoder to the side of its square patches.
-        prefix: class and register tokens in front of a row's patches.
+        patch_size: from the encoder to the side of its square patches, or (height, width) of a patch.
+        prefix: class and register tokens in front of a row's patches, or a function from the encoder to them.
+        must_be_told: whether several rows without told clips are an error; else they are one clip.
     """
 
     def layout(call: EncoderCall) -> ClipLayout:
@@ -59,17 +79,32 @@ def pixel_layout(
                 f"pixel_values have the shape {tuple(pixels.shape)}; expected (frames, channels, height, width)."
             )
         rows, _, height, width = pixels.shape
-        patch = patch_size(call.encoder)
-        return row_clips(rows, (height // patch) * (width // patch), call.clip_lengths, prefix=prefix)
+        if must_be_told and rows > 1 and call.clip_lengths is None:
+            raise unknown_clips(f"the {rows} rows of {type(call.encoder).__name__}'s pixel_values")
+        size = patch_size(call.encoder)
+        down, across = (size, size) if isinstance(size, int) else size
+        leading = prefix if isinstance(prefix, int) else prefix(call.encoder)
+        return row_clips(rows, (height // down) * (width // across), call.clip_lengths, prefix=leading)
 
     return layout
 
 
-def pixel_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A clip of two black frames, of the size that the encoder's configuration names."""
+def attention_heads(encoder: nn.Module) -> int:
+    """Attention heads, from the encoder's configuration."""
+    config: Any = encoder.config
+    return config.num_attention_heads
+
+
+def picture_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One black picture, for encoders that must be told about several rows."""
+    return pixel_dummy(encoder, 1)
+
+
+def pixel_dummy(encoder: nn.Module, frames: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A clip of black frames, of the size that the encoder's configuration names."""
     config: Any = encoder.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    shape = (2, getattr(config, "num_channels", 3), height, width)
+    shape = (frames, getattr(config, "num_channels", 3), height, width)
     return (), {"pixel_values": torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)}
