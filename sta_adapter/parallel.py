@@ -72,7 +72,7 @@ def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | Non
     """The module that takes `inputs_embeds` once the encoder's output is among them; None for a bare encoder."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
-    for candidate in (decoder, getattr(model, "language_model", None)):
+    for candidate in (decoder, getattr(model, "language_model", None), getattr(model, "lm", None)):
         if isinstance(candidate, nn.Module) and all(module is not encoder for module in candidate.modules()):
             return candidate
     return None
