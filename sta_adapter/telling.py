@@ -23,8 +23,7 @@ class ModelBegin(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the arguments without `clip_lengths`."""
-        self.injection.tell(None)
+        """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", model.forward, args, kwargs)
         self.injection.tell(told)
         return args, kwargs
@@ -48,12 +47,20 @@ class TellingMethod:
         self.name = name
         self.before: Callable[..., Any] | None = model.__dict__.get(name)
 
+    @property
+    def method(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return self.before or getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # generate() picks a method's arguments by it
+        return inspect.signature(self.method)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method with the same arguments, without `clip_lengths`."""
-        method = self.before or getattr(type(self.model), self.name).__get__(self.model)
-        kwargs, told = _tell(self.injection, self.model, self.name, method, args, kwargs)
+        kwargs, told = _tell(self.injection, self.model, self.name, self.method, args, kwargs)
         with self.injection.clips(told):
-            return method(*args, **kwargs)
+            return self.method(*args, **kwargs)
 
 
 def attach_clip_source(model: nn.Module, site: Site, injection: Injection) -> None:
