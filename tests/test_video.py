@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,16 @@ def test_size_that_changes_on_the_way_is_an_error(tmp_path):
     path.write_bytes(small.read_bytes() + large.read_bytes())
     with pytest.raises(VideoError, match="size changes from 64x48 to 96x48"):
         read_clip(path, num_frames=100)
+
+
+def test_reading_leaves_no_file_open(video):
+    path = video("groups.mp4")
+    for backend in ("auto", "pyav"):
+        read_clip(path, backend=backend)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    for backend in ("auto", "pyav") * 5:
+        read_clip(path, backend=backend)
+    assert opened == (len(list(Path("/proc/self/fd").iterdir())) if opened else 0)
 
 
 # timestamps and sampling

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
-from sta_adapter.video.table import UNTURNED, FrameTable, import_av, open_video
+from sta_adapter.video.table import UNTURNED, FrameTable, import_av, open_video, video_stream
 
 Pixels = NDArray[np.uint8]
 
@@ -23,9 +23,7 @@ class DeclinedError(Exception):
 def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     """Decode with PyAV: from the key frame before each wanted frame, or in order where the file can't be seeked."""
     av = import_av()
-    converter = (
-        av.video.reformatter.VideoReformatter()
-    )  # one for all frames: a new one for each costs more than decoding
+    converter = av.video.reformatter.VideoReformatter()  # one for all: making it costs more than a small frame
     frames = np.empty((len(indices), table.height, table.width, 3), np.uint8)
     open_slots = {int(index): slot for slot, index in enumerate(indices)}
     ways = [_by_seeking, _in_order] if table.seekable else [_in_order]
@@ -66,7 +64,7 @@ def _by_seeking(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any
         before = keys[keys <= index]
         groups.setdefault(int(before[-1]) if before.size else 0, []).append(index)
     with open_video(table.path) as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         for key, group in groups.items():
             target = int(table.pts[key])
             container.seek(target, stream=stream, backward=True)
@@ -90,7 +88,7 @@ def _in_order(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any]]
     left = set(wanted)
     index_of = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
     with open_video(table.path) as container:
-        decoded = (frame for packet in container.demux(container.streams.video[0]) for frame in _frames_of(packet))
+        decoded = (frame for packet in container.demux(video_stream(container)) for frame in _frames_of(packet))
         for number, frame in enumerate(decoded):
             index = index_of.get(frame.pts, -1) if table.seekable else number
             if index in left:
@@ -129,7 +127,7 @@ def decode_decord(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     """Decode with decord, whatever `decord.bridge` is set to."""
     try:
         import decord
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise MissingExtraError(f"decord can't be imported ({error}): pip install decord, or backend='pyav'") from error
     _decline_unlike_pyav(table)
     if table.matrix != UNTURNED:
@@ -203,11 +201,10 @@ def decode(table: FrameTable, indices: NDArray[np.int64], backend: str) -> tuple
                 raise
             failures.append(f"{name}: {error}")
             continue
-        reason = (
-            "asked for by name" if backend != "auto" else f"not {'; '.join(failures)}" if failures else "first choice"
-        )
-        return frames, name, reason
+        if backend != "auto":
+            return frames, name, "asked for by name"
+        return frames, name, f"not {'; '.join(failures)}" if failures else "first choice"
     message = f"{table.path} can't be decoded ({'; '.join(failures)})."
     if backend in ("auto", "pyav"):
-        raise VideoError(f"{message} The table of its packets lists {len(table.times)} frames; the file is damaged.")
+        raise VideoError(f"{message} It lists {len(table.times)} frames. Write or download the file again.")
     raise BackendError(f"{message} Pass backend='auto' to let another backend read it.")

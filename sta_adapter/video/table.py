@@ -91,6 +91,15 @@ def open_video(path: Path) -> "InputContainer":
     return import_av().open(str(path.absolute()), metadata_errors="replace")
 
 
+def video_stream(container: "InputContainer") -> "VideoStream":
+    """The stream with the pictures; the largest moving one where there are several (a cover image, say)."""
+    stream: Any = container.streams.best("video")
+    if stream is None:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
+        raise VideoError(f"{container.name} has no video stream (streams: {kinds}); expected a file with pictures.")
+    return stream
+
+
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path is {path!r}; expected a str or a pathlib.Path that names a video file.")
@@ -143,6 +152,7 @@ def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[Pack
     for packet in container.demux(stream):
         if packet.is_corrupt:
             damaged = True
+            first = first or next(iter(stream.decode(None)), None)
             break
         if first is None:
             first = next(iter(packet.decode()), None)
@@ -186,19 +196,7 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
     av = import_av()
     try:
         with open_video(path) as container:
-            if not container.streams.video:
-                kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"
-                raise VideoError(f"{path} has no video stream (streams: {kinds}); expected a file with pictures.")
-            stream = container.streams.video[0]
-            rows, whole, first = _scan(container, stream)
-            name, base = container.format.name, float(stream.time_base or 1)
-            if "matroska" in name:
-                whole = whole and not _matroska_cut_off(path)
-            rows = rows if whole else _without_gaps(rows)
-            if first is None or not rows:
-                raise VideoError(f"{path}: not one of its {len(rows)} frames decodes; the file is cut off or damaged.")
-            pts, keys, seekable = _timeline(stream, rows, name == "avi")
-            rate = float(stream.average_rate or 25)
+            return _table_of(container, path)
     except VideoError:
         raise
     except (av.FFmpegError, OSError, ValueError, RuntimeError) as error:
@@ -206,11 +204,23 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
             f"{path} can't be read as a video (pyav: {error}); expected a file that FFmpeg understands. "
             "It may be cut off, damaged, or not a video at all."
         ) from error
+
+
+def _table_of(container: "InputContainer", path: Path) -> FrameTable:
+    stream, formats = video_stream(container), container.format.name.split(",")
+    rows, complete, first = _scan(container, stream)
+    complete = complete and not ("matroska" in formats and _matroska_cut_off(path))
+    rows = rows if complete else _without_gaps(rows)
+    if first is None or not rows:
+        raise VideoError(f"{path} has no frame that decodes ({len(rows)} listed); the file is cut off or damaged.")
+    pts, keys, seekable = _timeline(stream, rows, "avi" in formats)
+    base = float(stream.time_base or 1)
     times = (pts - pts[0]) * base
-    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate or 25)
     last = next((row.duration for row in rows if row.pts == pts[-1]), 0) * base
     matrix = _display_matrix(first)
     turned = abs(matrix[2]) > abs(matrix[0])
+    indexed = not {"mpegts", "mpeg"} & set(formats)
     return FrameTable(
         path=path,
         pts=pts,
@@ -221,8 +231,7 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
         height=first.width if turned else first.height,
         matrix=matrix,
         seekable=seekable,
-        complete=whole,
-        fresh_keys="mpeg" not in name.split(",")[0]
-        and keys_are_fresh(rows),  # transport and program streams have no index
+        complete=complete,
+        fresh_keys=indexed and keys_are_fresh(rows),
         blends_colour=_blends_colour(first),
     )
