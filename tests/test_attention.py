@@ -1,0 +1,116 @@
+"""attend: every kernel against float64, and the choice of the kernel."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sta_adapter import attend
+from sta_adapter.attention import choose_backend, xformers_refusal
+from sta_adapter.errors import BackendError, ConfigError
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def plain(q, k, v, causal):
+    """Written out in float64, sequence by sequence and head by head."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros_like(q)
+    for p, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
+        scores = q[p, :, h] @ k[p, :, h].T / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        out[p, :, h] = scores.softmax(-1) @ v[p, :, h]
+    return out
+
+
+def random_qkv(shape, dtype, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(3)]
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 3), st.sampled_from([1, 3, 16, 40, 80, 128])),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    causal=st.booleans(),
+    backend=st.sampled_from(["auto", "sdpa", "eager"]),
+    seed=st.integers(0, 99),
+)
+def test_against_float64(shape, dtype, causal, backend, seed):
+    q, k, v = random_qkv(shape, dtype, seed)
+    expected = plain(q, k, v, causal)
+    found = attend(q, k, v, causal=causal, backend=backend)
+    assert found.dtype == dtype
+    assert found.shape == q.shape
+    assert (found - expected).abs().max() <= TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_against_float64(backend, causal):
+    inputs = [x.requires_grad_() for x in random_qkv((5, 7, 2, 16), torch.float32)]
+    references = [x.detach().double().requires_grad_() for x in inputs]
+    weight = torch.linspace(-1, 1, 5 * 7 * 2 * 16).view(5, 7, 2, 16)
+    (attend(*inputs, causal=causal, backend=backend) * weight).sum().backward()
+    (plain(*references, causal) * weight).sum().backward()
+    for found, expected in zip(inputs, references, strict=True):
+        assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm()
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_strided_views_and_large_scores(backend):
+    qkv = torch.randn(11, 5, 3, 2, 16) * 30
+    q, k, v = qkv.unbind(2)
+    found = attend(q, k, v, backend=backend)
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found.double(), plain(q, k, v, False), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.zeros(1, 2, 1, 16), "needs CUDA tensors, these are on 'cpu'"),
+        (torch.zeros(1, 2, 1, 16, device="meta"), "needs CUDA tensors, these are on 'meta'"),
+    ],
+    ids=["cpu", "meta"],
+)
+def test_xformers_refuses_with_a_reason(tensor, reason):
+    choice = choose_backend(tensor)
+    assert choice.backend == "sdpa"
+    assert reason in choice.reason
+    with pytest.raises(BackendError, match=f"(?s){reason}.*Use attention='auto'"):
+        choose_backend(tensor, "xformers")
+
+
+def test_xformers_refuses_dtypes_and_head_sizes_that_it_does_not_take():
+    assert "not torch.float64" in xformers_refusal("cuda", torch.float64, 16)
+    assert "not 20" in xformers_refusal("cuda", torch.float16, 20)
+    assert "not 264" in xformers_refusal("cuda", torch.float16, 264)
+
+
+def test_asked_for_by_name():
+    assert choose_backend(torch.zeros(1, 1, 1, 1), "eager") == ("eager", "asked for by name")
+    with pytest.raises(ConfigError, match="'flash': expected one of auto, xformers, sdpa, eager"):
+        attend(*random_qkv((1, 2, 1, 4), torch.float32), backend="flash")
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 1, 4), (2, 4, 1, 4)), ((3, 1, 4), (3, 1, 4))], ids=["unequal", "three axes"])
+def test_shapes_that_do_not_fit(shapes):
+    q, k = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ConfigError, match="one shape .positions, frames, heads, head size.; found"):
+        attend(q, k, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("positions", [7, 70000])
+@pytest.mark.parametrize("backend", ["auto", "xformers", "sdpa"])
+def test_on_cuda(dtype, positions, backend):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    q, k, v = (x.cuda() for x in random_qkv((positions, 8, 2, 80), dtype))
+    found = attend(q, k, v, backend=backend)[:5].cpu()
+    assert (found - plain(q[:5].cpu(), k[:5].cpu(), v[:5].cpu(), False)).abs().max() <= max(TOLERANCE[dtype], 1e-3)

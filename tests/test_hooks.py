@@ -1,0 +1,361 @@
+"""The traps of hooks in somebody else's model, each on an encoder small enough to reason about."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from cases import randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
+
+from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
+from sta_adapter.errors import LayoutError
+from sta_adapter.hooks import Hook
+
+A, B = ((4, 2), (1, 3)), ((2, 5), (3, 1))
+styles = pytest.mark.parametrize("style", ["call", "forward", "inside"])
+reentrancy = pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
+orders = pytest.mark.parametrize("order", ["after_spatial", "before_spatial"])
+
+
+def injected(encoder, **config):
+    handle = inject_sta(encoder, STAConfig(**config))
+    for module in handle.blocks.values():
+        randomize(module)
+    return handle
+
+
+def reference(encoder, handle, pixels, clips):
+    """The equations written out: one attention a clip, position and head, no hooks."""
+    with handle.disabled():
+        x = encoder.embed(pixels)
+        for index, block in enumerate(encoder.blocks):
+            sta = handle.blocks.get(index)
+            before = handle.config.order == "before_spatial"
+            if sta is not None and before:
+                x = x + branch(sta, x, clips)
+            x = x + block.attn(block.norm1(x))
+            if sta is not None and not before:
+                x = x + branch(sta, x, clips)
+            x = x + block.mlp(block.norm2(x))
+    return x
+
+
+def branch(sta, x, clips):
+    out = []
+    start = 0
+    for frames, positions in clips:
+        clip = sta.norm(x[start : start + frames * positions]).view(frames, positions, -1)
+        start += frames * positions
+        heads = torch.stack([one_position(sta, clip[:, n]) for n in range(positions)], dim=1)
+        out.append(sta.to_out(heads).flatten(0, 1))
+    return torch.cat(out) * (1 if sta.gamma is None else sta.gamma)
+
+
+def one_position(sta, tokens):
+    q, k, v = sta.to_qkv(tokens).view(len(tokens), 3, sta.num_heads, sta.head_dim).unbind(1)
+    if sta.config.rope_theta is not None:
+        q, k = rotated(q, sta.config.rope_theta), rotated(k, sta.config.rope_theta)
+    out = []
+    for h in range(sta.num_heads):
+        scores = q[:, h] @ k[:, h].T / sta.head_dim**0.5
+        if sta.config.causal:
+            scores = scores + torch.full_like(scores, float("-inf")).triu(1)
+        out.append(scores.softmax(-1) @ v[:, h])
+    return torch.cat(out, dim=-1)
+
+
+def rotated(x, theta):
+    frames, _, size = x.shape
+    out = torch.empty_like(x)
+    for t in range(frames):
+        for i in range(size // 2):
+            angle = torch.tensor(t * theta ** (-2 * i / size))
+            a, b = x[t, :, i], x[t, :, i + size // 2]
+            out[t, :, i] = a * angle.cos() - b * angle.sin()
+            out[t, :, i + size // 2] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+@settings(max_examples=25)
+@given(
+    clips=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4),
+    order=st.sampled_from(["after_spatial", "before_spatial"]),
+    layers=st.sampled_from(["all", (0,), (1, 2)]),
+    theta=st.sampled_from([None, 50.0]),
+    gamma=st.sampled_from([None, 0.5]),
+    causal=st.booleans(),
+    scale=st.sampled_from([0.25, 1.0]),
+)
+def test_outputs_and_gradients_are_those_of_the_equations(toy, clips, order, layers, theta, gamma, causal, scale):  # noqa: F811
+    encoder = copy.deepcopy(toy)
+    handle = injected(
+        encoder, order=order, layers=layers, rope_theta=theta, gamma_init=gamma, causal=causal, head_scale=scale
+    )
+    pixels = toy_pixels(clips)
+    expected = reference(encoder, handle, pixels, clips)
+    wanted = torch.autograd.grad(expected.square().mean(), list(handle.parameters()))
+    found = encoder(pixels, clips)
+    grads = torch.autograd.grad(found.square().mean(), list(handle.parameters()))
+    assert torch.allclose(found, expected, atol=1e-5)
+    for a, b in zip(grads, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
+
+
+def losses(encoder, batches):
+    return [encoder(toy_pixels(clips), clips).square().mean() for clips in batches]
+
+
+def gradients(handle, encoder, batches, how):
+    for parameter in handle.parameters():
+        parameter.grad = None
+    found = losses(encoder, batches)
+    if how == "together":
+        sum(found).backward()
+    else:
+        for loss in found if how == "in order" else found[::-1]:
+            loss.backward()
+    return [p.grad.clone() for p in handle.parameters()]
+
+
+@styles
+@reentrancy
+@orders
+@pytest.mark.parametrize("how", ["together", "in order", "in reverse"])
+def test_checkpointing_recomputes_with_the_layout_of_its_own_forward(toy, style, reentrant, order, how):  # noqa: F811
+    handle = injected(toy, order=order).freeze_base()
+    expected = gradients(handle, toy, [A, B], how)
+    toy.checkpoint_with(style, reentrant)
+    for batches in ([A, B], [B, A]):
+        for found, wanted in zip(gradients(handle, toy, batches, how), expected, strict=True):
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@styles
+@reentrancy
+def test_checkpointing_when_only_a_middle_output_is_used(toy, style, reentrant):  # noqa: F811
+    handle = injected(toy)
+    toy.embed.requires_grad_(True)
+
+    def middle():
+        kept = []
+        hook = toy.blocks[1].register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+        toy(toy_pixels(A), A)
+        hook.remove()
+        toy(toy_pixels(B), B)
+        return kept[0].square().mean()
+
+    wanted = torch.autograd.grad(middle(), list(handle.blocks[0].parameters()))
+    toy.checkpoint_with(style, reentrant)
+    for parameter in toy.parameters():
+        parameter.grad = None
+    middle().backward()
+    for parameter, expected in zip(handle.blocks[0].parameters(), wanted, strict=True):
+        assert (parameter.grad - expected).norm() <= 1e-5 * expected.norm()
+
+
+@reentrancy
+def test_the_whole_encoder_checkpointed_by_the_user(toy, reentrant):  # noqa: F811
+    handle = injected(toy)
+    expected = gradients(handle, toy, [A, B], "together")
+    for parameter in handle.parameters():
+        parameter.grad = None
+    inputs = [toy_pixels(clips).requires_grad_() for clips in (A, B)]
+    outputs = [checkpoint(toy, x, clips, use_reentrant=reentrant) for x, clips in zip(inputs, (A, B), strict=True)]
+    sum(out.square().mean() for out in outputs).backward()
+    for parameter, wanted in zip(handle.parameters(), expected, strict=True):
+        assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm()
+    with pytest.raises(LayoutError, match="outside of its encoder"):
+        toy.blocks[0](torch.zeros(8, 16))
+
+
+@styles
+def test_recomputation_in_the_state_of_its_forward_when_switched_since(toy, style):  # noqa: F811
+    handle = injected(toy)
+    toy.requires_grad_(True)
+    base = list(toy.embed.parameters())
+
+    def both():
+        with handle.disabled():
+            off = toy(toy_pixels(A), A).square().mean()
+        on = toy(toy_pixels(A), A).square().mean()
+        return off + 2 * on
+
+    expected = torch.autograd.grad(both(), base)
+    toy.checkpoint_with(style, True)
+    for parameter in toy.parameters():
+        parameter.grad = None
+    both().backward()
+    for parameter, wanted in zip(base, expected, strict=True):
+        assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@orders
+def test_a_block_outside_of_its_encoder_is_an_error(toy, order):  # noqa: F811
+    handle = injected(toy, order=order)
+    tokens = torch.zeros(8, 16)
+    with pytest.raises(LayoutError, match="outside of its encoder's forward"):
+        toy.blocks[0](tokens)
+    toy(toy_pixels(A), A).square().mean().backward()
+    with pytest.raises(LayoutError, match="outside of its encoder's forward"):
+        toy.blocks[0](tokens)
+    with handle.disabled():
+        toy.blocks[0](tokens)
+
+
+def test_an_exception_in_mid_forward_leaves_nothing_behind(toy):  # noqa: F811
+    handle = injected(toy)
+    expected = toy(toy_pixels(A), A)
+    failing = toy.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy(toy_pixels(B), B)
+    failing.remove()
+    with pytest.raises(LayoutError, match="outside of its encoder's forward"):
+        toy.blocks[0](torch.zeros(8, 16))
+    assert torch.equal(toy(toy_pixels(A), A), expected)
+    with pytest.raises(LayoutError, match="have 11 tokens"):
+        toy(toy_pixels(A)[1:], A)
+    assert torch.equal(toy(toy_pixels(A), A), expected)
+    handle.remove()
+
+
+def test_threads_do_not_see_each_others_layout(toy):  # noqa: F811
+    handle = injected(toy)
+    with torch.no_grad():
+        expected = {clips: toy(toy_pixels(clips), clips) for clips in (A, B)}
+        with handle.disabled():
+            base = toy(toy_pixels(A), A)
+    wrong = []
+    start = threading.Barrier(3)
+
+    def work(clips, off):
+        with torch.no_grad():
+            start.wait()
+            for _ in range(150):
+                if off:
+                    with handle.disabled():
+                        wrong.append(not torch.equal(toy(toy_pixels(clips), clips), base))
+                else:
+                    wrong.append(not torch.equal(toy(toy_pixels(clips), clips), expected[clips]))
+
+    threads = [threading.Thread(target=work, args=a) for a in ((A, False), (B, False), (A, True))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 450
+    assert not any(wrong)
+
+
+class Wrapped(nn.Module):
+    """What PEFT's LN tuning and `modules_to_save` do: a wrapper that runs a deep copy of the module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
+        self.active_adapter = "default"
+
+    def forward(self, *args):
+        return self.modules_to_save["default"](*args)
+
+
+def test_a_copied_norm_serves_the_same_block_and_drags_no_tower_along(toy):  # noqa: F811
+    handle = injected(toy)
+    expected = toy(toy_pixels(A), A)
+    block = toy.blocks[1]
+    block.norm2 = Wrapped(block.norm2)
+    assert sum(p.numel() for p in block.norm2.parameters()) == 4 * 16
+    (hook,) = [h for h in block.norm2.modules_to_save["default"]._forward_pre_hooks.values() if isinstance(h, Hook)]
+    assert hook.block is block
+    assert torch.equal(toy(toy_pixels(A), A), expected)
+    randomize(handle.blocks[1], seed=9)
+    assert not torch.equal(toy(toy_pixels(A), A), expected)
+    handle.remove()
+    assert not [h for m in toy.modules() for h in m._forward_pre_hooks.values()]
+
+
+def test_a_copied_sta_module_takes_over(toy):  # noqa: F811
+    handle = injected(toy)
+    block = toy.blocks[0]
+    block.sta = Wrapped(block.sta)
+    trained = block.sta.modules_to_save["default"]
+    assert handle.blocks[0] is trained
+    assert sum(isinstance(m, TemporalAttention) for m in block.sta.modules()) == 2
+    toy(toy_pixels(A), A).square().mean().backward()
+    assert all(p.grad is not None for p in trained.parameters())
+    assert all(p.grad is None for p in block.sta.original_module.parameters())
+    handle.remove()
+    assert not any(isinstance(m, TemporalAttention) for m in toy.modules())
+    assert not hasattr(block, "sta")
+
+
+def test_a_copied_block_never_runs_with_a_foreign_layout(toy):  # noqa: F811
+    injected(toy)
+    twin = copy.deepcopy(toy.blocks[0])
+    kept = []
+    hook = toy.blocks[1].register_forward_pre_hook(lambda module, args: kept.append(pytest.raises(LayoutError, twin, args[0])))
+    toy(toy_pixels(A), A)
+    hook.remove()
+    assert "outside of its encoder" in str(kept[0].value)
+
+
+def test_a_copied_encoder_keeps_its_own_layout(toy):  # noqa: F811
+    handle = injected(toy)
+    twin = copy.deepcopy(toy)
+    expected = toy(toy_pixels(A), A)
+    handle.remove()
+    assert torch.equal(twin(toy_pixels(A), A), expected)
+    assert get_sta(twin).blocks.keys() == {0, 1, 2}
+
+
+@orders
+def test_the_encoders_input_is_never_changed(toy, order):  # noqa: F811
+    injected(toy, order=order)
+    toy.embed = nn.Identity()
+    tokens = torch.randn(11, 16)
+    before = tokens.clone()
+    with torch.no_grad():
+        toy(tokens, A)
+    assert torch.equal(tokens, before)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_no_copy_is_kept_when_nothing_needs_a_gradient(toy, trainable):  # noqa: F811
+    handle = injected(toy)
+    toy.requires_grad_(False)
+    for parameter in handle.parameters():
+        parameter.requires_grad_(trainable)
+    assert toy(toy_pixels(A), A).requires_grad == trainable
+
+
+def test_compile_finds_no_graph_break_in_a_block(toy):  # noqa: F811
+    import torch._dynamo
+
+    def breaks(**arguments):
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(toy)(**arguments).graph_break_count
+        torch._dynamo.reset()
+        return found
+
+    arguments = {"pixels": toy_pixels(A), "clips": A}
+    before = breaks(**arguments)
+    injected(toy)
+    assert before == 0
+    assert breaks(**arguments) <= 1
+
+
+def test_compiled_output_and_gradients(toy):  # noqa: F811
+    handle = injected(toy)
+    expected = toy(toy_pixels(A), A)
+    wanted = torch.autograd.grad(expected.square().mean(), list(handle.parameters()))
+    torch._dynamo.reset()
+    found = torch.compile(toy, backend="aot_eager")(toy_pixels(A), A)
+    grads = torch.autograd.grad(found.square().mean(), list(handle.parameters()))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads, wanted, strict=True))
+    torch._dynamo.reset()

@@ -1,0 +1,90 @@
+"""ClipLayout: which token is which frame's and which position's."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sta_adapter import ClipLayout
+from sta_adapter.errors import LayoutError
+
+clips = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=5)
+cpu = torch.device("cpu")
+
+
+def places(layout):
+    """(clip, frame, position) of each token, written out."""
+    return [(c, f, p) for c, (frames, positions) in enumerate(layout.clips) for f in range(frames) for p in range(positions)]
+
+
+@given(clips)
+def test_counts(pairs):
+    layout = ClipLayout(pairs)
+    assert layout.num_tokens == len(places(layout))
+    assert layout.max_frames == max(t for t, _ in pairs)
+    assert layout.is_uniform == (len(set(pairs)) == 1)
+
+
+@given(clips)
+def test_gather_brings_equal_lengths_together_and_scatter_undoes_it(pairs):
+    layout = ClipLayout(pairs)
+    tokens = places(layout)
+    gathered = [tokens[i] for i in layout.gather_index(cpu)]
+    start = 0
+    for frames, positions in layout.groups:
+        group = gathered[start : start + frames * positions]
+        start += frames * positions
+        for position in range(positions):
+            sequence = group[position::positions]
+            assert [frame for _, frame, _ in sequence] == list(range(frames))
+            assert len({(clip, place) for clip, _, place in sequence}) == 1
+    assert [gathered[i] for i in layout.scatter_index(cpu)] == tokens
+
+
+@given(clips)
+def test_published_order_swaps_frames_and_positions_within_each_clip(pairs):
+    layout = ClipLayout(pairs)
+    tokens = places(layout)
+    expected = [(c, f, p) for c, (frames, positions) in enumerate(pairs) for p in range(positions) for f in range(frames)]
+    assert [tokens[i] for i in layout.published_index(cpu)] == expected
+
+
+@given(clips)
+def test_single_frames(pairs):
+    layout = ClipLayout(pairs)
+    assert layout.single_frame_mask(cpu)[:, 0].tolist() == [pairs[c][0] == 1 for c, _, _ in places(layout)]
+
+
+def test_patches_leave_class_tokens_out():
+    tokens = torch.arange(2 * 7 * 3).view(2, 7, 3)
+    layout = ClipLayout([(2, 3), (2, 3)], prefix=1)
+    assert torch.equal(layout.patches(tokens), tokens[:, 1:])
+    assert layout.patches(tokens).data_ptr() == tokens[:, 1:].data_ptr()
+
+
+def test_wrong_number_of_tokens():
+    with pytest.raises(LayoutError, match=r"shape \(5, 3\).*\[\(2, 3\)\].*have 6 tokens"):
+        ClipLayout([(2, 3)]).patches(torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("pair", [(0, 4), (3, 0), (-1, 2)])
+def test_empty_clips(pair):
+    with pytest.raises(LayoutError, match="clip 1 has .* expected at least 1"):
+        ClipLayout([(2, 2), pair])
+
+
+def test_equality_and_hash():
+    assert ClipLayout([(2, 3)]) == ClipLayout([[2, 3]])
+    assert hash(ClipLayout([(2, 3)])) == hash(ClipLayout([(2, 3)]))
+    assert ClipLayout([(2, 3)]) != ClipLayout([(2, 3)], prefix=1)
+    assert repr(ClipLayout([(2, 3)])) == "ClipLayout([(2, 3)], prefix=0)"
+
+
+def test_rotary_tables_are_those_of_the_equation():
+    cos, sin = ClipLayout([(5, 1)]).rotary_tables(8, 100.0, torch.zeros(0))
+    for frame in range(5):
+        for pair in range(4):
+            angle = torch.tensor(frame * 100.0 ** (-2 * pair / 8))
+            for half in (pair, pair + 4):
+                assert cos[frame, 0, half].item() == pytest.approx(angle.cos().item(), abs=1e-6)
+                assert sin[frame, 0, half].item() == pytest.approx(angle.sin().item(), abs=1e-6)
