@@ -1,0 +1,89 @@
+"""What the commands share: options under headings, settings by name, and the options that say how a model is loaded.
+
+Public: `Grouped`, `option`, `model_options`, `parse_settings`, `merged`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sta_adapter.errors import ConfigError
+
+
+class _GroupedOption(click.Option):
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class Grouped(click.Command):
+    """A command whose help begins with its example and lists options under headings, short enough for a screen."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, _GroupedOption):
+                groups.setdefault(parameter.group, []).append(record)
+        formatter.write_paragraph()
+        for heading, records in groups.items():
+            formatter.write_heading(heading)
+            with formatter.indentation():
+                formatter.write_dl(records, col_max=26)
+
+
+def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
+    """A click option below a heading."""
+    return click.option(*names, cls=_GroupedOption, group=group, **settings)
+
+
+def model_options(command: Any) -> Any:
+    """How the model is loaded."""
+    choice = click.Choice(["auto", "bf16", "fp16", "fp32"])
+    for decorate in (
+        option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+        option("Model", "--dtype", type=choice, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32."),
+        option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("lora_rank=8", "frames.fps=2")` as nested values, read as YAML would.
+
+    Raises:
+        ConfigError: a pair has no "=".
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {pair!r}: expected NAME=VALUE, such as --set lora_rank=8.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {pair!r}: {text!r} is not a YAML value.") from error
+        *path, last = name.split(".")
+        place = values
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {pair!r}: {part!r} has a value already.")
+        place[last] = value
+    return values
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """`first` with what `second` says in its place, also one level down."""
+    result = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = {**result[key], **value} if both else value
+    return result

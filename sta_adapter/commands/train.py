@@ -1,0 +1,101 @@
+"""`sta-adapter train`: both stages of training on your clips.
+
+Public: `command`. Every option can also stand in the YAML file, under its own name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, merged, model_options, option, parse_settings
+from sta_adapter.errors import ConfigError
+
+# options that are settings of the run itself, not of TrainingConfig
+RUN_OPTIONS = ("model", "data", "eval_data", "out", "stage", "adapter", "revision", "dtype")
+STAGES = click.Choice(["1", "2", "both"])
+
+
+HELP = """\b
+Example: sta-adapter train --model Qwen/Qwen2-VL-2B-Instruct \\
+             --data clips.jsonl --out my-adapter
+
+Trains STA in the model's vision encoder, then LoRA beside it.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Train STA, and LoRA beside it, on your clips.")
+@option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
+@option("Run", "--data", metavar="FILE", help="JSON Lines to train on.")
+@option("Run", "--out", metavar="FOLDER", help="Gets the adapter; a begun run in it goes on.")
+@option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
+@option("Run", "--eval-data", metavar="FILE", help="JSON Lines to measure on; the best is kept.")
+@option("Run", "--adapter", metavar="ID", help="Start from this adapter, not a fresh one.")
+@option("Run", "--overwrite", is_flag=True, help="Throw away the run that is in FOLDER.")
+@option("Settings", "--config", metavar="FILE.yaml", help="Settings, and any option; options win.")
+@option("Settings", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
+@option("Settings", "--learning-rate", type=float, metavar="RATE", help="[default: 1e-4]")
+@option("Settings", "--batch-size", type=int, metavar="N", help="Clips a step. [default: 64]")
+@option("Settings", "--epochs", type=float, metavar="N", help="[default: 1]")
+@option("Settings", "--on-bad-sample", type=click.Choice(["skip", "error"]), metavar="WHAT", help="skip or error.")
+@model_options
+def command(
+    config: str | None, pairs: tuple[str, ...], overwrite: bool, trust_remote_code: bool, **options: Any
+) -> None:
+    """Train as the options and the file of settings say."""
+    from sta_adapter.training_config import TrainingConfig, read_yaml
+
+    values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
+    values = merged(values, {name: value for name, value in options.items() if value is not None})
+    run = {name: values.pop(name, None) for name in RUN_OPTIONS}
+    missing = [f"--{name}" for name in ("model", "data", "out") if not run[name]]
+    if missing:
+        raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter train --help.")
+    try:
+        settings = TrainingConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}" if config else str(error)) from error
+    run["stage"] = str(run["stage"] or ("both" if settings.sta else "2"))
+    _train(run, settings, overwrite, trust_remote_code)
+
+
+def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_code: bool) -> None:
+    from sta_adapter.data import VideoDataset
+    from sta_adapter.loading import load_adapter, load_model, load_processor
+    from sta_adapter.training import train
+
+    source = {"revision": run["revision"], "trust_remote_code": trust_remote_code}
+    processor = load_processor(run["model"], **source)
+    sets = {}
+    for name in ("data", "eval_data"):
+        if run[name]:
+            sets[name] = VideoDataset(
+                run[name],
+                processor,
+                frames=settings.frames,
+                on_bad_sample=settings.on_bad_sample,
+                max_length=settings.max_length,
+            )
+    model = load_model(run["model"], dtype=run["dtype"] or "auto", device="cpu", **source)  # the trainer moves it
+    if run["adapter"]:
+        model = load_adapter(model, run["adapter"], is_trainable=True)
+    result = train(
+        model,
+        sets["data"],
+        output_dir=run["out"],
+        stage=run["stage"],
+        config=settings,
+        eval_data=sets.get("eval_data"),
+        overwrite=overwrite,
+    )
+    for name, stage in result.stages.items():
+        losses = [entry["loss"] for entry in stage["history"] if "loss" in entry]
+        loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+        click.echo(
+            f"stage {name}: {stage['trainable_parameters']:,} parameters, {stage['steps']} steps, {stage['seconds']:.0f} s{loss}"
+        )
+    if result.bad_samples:
+        click.secho(f"{len(result.bad_samples)} bad samples were skipped; stage*/result.json lists them.", fg="yellow")
+    click.echo(f"The adapter is in {result.output_dir}.")
+    click.echo(f"Next: sta-adapter evaluate --model {run['model']} --adapter {result.output_dir} --data FILE")

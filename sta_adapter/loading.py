@@ -1,0 +1,126 @@
+"""Models and processors from the Hub or a folder, the same way on every version of transformers.
+
+Public: `load_model(id_or_folder)`, `load_processor(id_or_folder)`, `load_adapter(model, id_or_folder)`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
+
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a video language model.
+
+    Args:
+        name: Hub id or folder.
+        dtype: "auto" (as saved; fp32 where there is no CUDA), "bf16", "fp16" or "fp32".
+        device: where to; None takes CUDA if there is one.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        CheckpointError: it can't be had, or is no model for images or video and text.
+    """
+    import transformers
+
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted: Any = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        loader = _auto_class(transformers, config)
+        model = loader.from_pretrained(name, **{"dtype" if release >= (4, 56) else "torch_dtype": wanted}, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
+    return model.to(where).eval()
+
+
+def _auto_class(transformers: Any, config: Any) -> Any:
+    """The auto class that has an entry for this config, from the most to the least special."""
+    remote = getattr(config, "auto_map", None) or {}
+    for name in AUTO_CLASSES:
+        loader = getattr(transformers, name, None)
+        if loader is not None and (name in remote or type(config) in loader._model_mapping):
+            return loader
+    raise ValueError(f"transformers {transformers.__version__} knows no model class for {type(config).__name__}")
+
+
+def load_processor(
+    name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model's processor.
+
+    Raises:
+        CheckpointError: it can't be had, or has no tokenizer or chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"can't load the processor of {os.fspath(name)!r}: {error}") from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if tokenizer is None or template is None:
+        missing = "tokenizer" if tokenizer is None else "chat template"
+        raise CheckpointError(
+            f"the processor of {os.fspath(name)!r} has no {missing}; expected a chat model's processor."
+        )
+    return processor
+
+
+def load_adapter(
+    model: nn.Module, name: str | os.PathLike[str], *, revision: str | None = None, is_trainable: bool = False
+) -> nn.Module:
+    """Put a saved adapter into a model: STA, STA with LoRA, or a LoRA baseline.
+
+    Returns:
+        The model to go on with.
+
+    Raises:
+        CheckpointError: no adapter, or one for another model.
+    """
+    from sta_adapter.checkpoint import CONFIG, LORA_CONFIG, load_sta
+    from sta_adapter.hub import resolve_adapter
+
+    folder = resolve_adapter(name, revision)
+    if (folder / CONFIG).exists() or not (folder / LORA_CONFIG).exists():
+        return load_sta(model, folder, is_trainable=is_trainable).model.eval()
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("LoRA weights need peft: pip install 'sta-adapter[train]'.") from error
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
+
+
+def saved_frame_settings(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """How clips were sampled when the adapter in this folder was trained; empty if it isn't known."""
+    import json
+
+    from sta_adapter.training import RUN_FILE
+
+    file = Path(name) / RUN_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get("frames", {}) if file.is_file() else {}
