@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -295,7 +297,7 @@ def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Te
 
 
 def iterate_tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors in the nested tuples, lists and mappings of a module's output."""
+    """All tensors in the nested tuples, lists, mappings and data classes of a module's output."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
@@ -304,6 +306,8 @@ def iterate_tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from iterate_tensors(value)
+    elif dataclasses.is_dataclass(output) or isinstance(output, types.SimpleNamespace):
+        yield from iterate_tensors(vars(output))
 
 
 def _checkpoints_reentrantly(encoder: nn.Module) -> bool:

@@ -146,7 +146,7 @@ def checked_lengths(lengths: Sequence[int]) -> ClipLengths:
         exact = all(float(n) == float(m) for n, m in zip(found, lengths, strict=True))
     except (TypeError, ValueError):
         found, exact = (), False
-    if not exact or not found or min(found) < 1:
+    if isinstance(lengths, str) or not exact or not found or min(found) < 1:
         raise LayoutError(
             f"clip lengths {lengths!r}: expected the number of frames of each clip, whole numbers above 0."
         )

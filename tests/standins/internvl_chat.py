@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from standins.internvideo2 import DropPath, Mlp
 
@@ -87,8 +88,8 @@ class InternVisionModel(nn.Module):
 
     def forward(self, pixel_values=None, output_hidden_states=None, return_dict=None, pixel_embeds=None):
         states = self.encoder(self.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds)
-        last = states[-1]
-        return SimpleNamespace(last_hidden_state=last, pooler_output=last[:, 0], hidden_states=states)
+        states, last = tuple(states), states[-1]
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=last[:, 0], hidden_states=states)
 
 
 class Tokenizer:
