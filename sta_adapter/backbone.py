@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownBackboneError
 from sta_adapter.layout import ClipLayout, ClipLengths
+from sta_adapter.places import Site, find_places
 
 logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "sta_adapter.backbones"
@@ -151,21 +153,6 @@ def _active_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if id(m) not in replaced]
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A backbone's places in one model, checked: what injection works on."""
-
-    backbone: Backbone
-    encoder: nn.Module
-    blocks: tuple[nn.Module, ...]
-    norms: tuple[nn.Module, ...]
-    width: int
-    heads: int
-    head_dim: int
-    norm_kind: str
-    norm_eps: float
-
-
 def locate(model: nn.Module, backbone: str | Backbone | None = None) -> Site:
     """Find the encoder and the places of the hooks in a model, and check them; changes nothing.
 
@@ -176,62 +163,21 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None) -> Site:
     for spec in _candidates(backbone):
         encoder = spec.find_encoder(model)
         if encoder is not None:
-            return _site(spec, encoder)
+            return find_places(spec, encoder)
     if backbone is not None:
         spec = _candidates(backbone)[0]
+        classes = {type(m).__name__ for m in model.modules()}
+        near = sorted({n for c in spec.encoder_classes for n in difflib.get_close_matches(c, classes)})
         raise UnknownBackboneError(
             f"{type(model).__name__!r} holds no encoder for backbone {spec.name!r}: it looks for a module of class "
-            f"{' or '.join(spec.encoder_classes)}{' and a further condition' if spec.accepts else ''}. "
+            f"{' or '.join(spec.encoder_classes)}{' and a further condition' if spec.accepts else ''}; "
+            f"the model's nearest are {', '.join(near) or 'none'}. "
             f"Leave backbone=None to have it found, or pass another of {', '.join(list_backbones())}."
         )
     raise UnknownBackboneError(
         f"no backbone matches {type(model).__name__!r}; known: {', '.join(list_backbones()) or 'none'}. "
         "Describe the encoder with register_backbone(Backbone(...)), or install a plug-in."
     )
-
-
-def _site(spec: Backbone, encoder: nn.Module) -> Site:
-    name = type(encoder).__name__
-    try:
-        blocks = tuple(encoder.get_submodule(spec.blocks).children())
-    except AttributeError:
-        children = ", ".join(n for n, _ in encoder.named_children())
-        raise InjectionError(
-            f"backbone {spec.name!r}: {name} has no {spec.blocks!r}; its children are {children}."
-        ) from None
-    if not blocks:
-        raise InjectionError(f"backbone {spec.name!r}: {name}.{spec.blocks} holds no block.")
-    norms = []
-    for index, block in enumerate(blocks):
-        try:
-            norms.append(block.get_submodule(spec.norm))
-        except AttributeError:
-            children = ", ".join(n for n, _ in block.named_children())
-            raise InjectionError(
-                f"backbone {spec.name!r}: block {index} of {name} has no norm {spec.norm!r} in front of its MLP; "
-                f"its children are {children}."
-            ) from None
-    kind, eps, width = _norm_facts(spec, norms[0])
-    heads = spec.heads(encoder)
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise InjectionError(
-            f"backbone {spec.name!r}: {heads!r} heads do not divide the width {width} of {name}; check Backbone.heads."
-        )
-    return Site(spec, encoder, blocks, tuple(norms), width, heads, width // heads, kind, eps)
-
-
-def _norm_facts(spec: Backbone, norm: nn.Module) -> tuple[str, float, int]:
-    """(kind, eps, width) of the encoder's norm, also of one that PEFT has wrapped."""
-    while isinstance(inner := getattr(norm, "base_layer", getattr(norm, "original_module", None)), nn.Module):
-        norm = inner
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
-        raise InjectionError(
-            f"backbone {spec.name!r}: {spec.norm!r} is a {type(norm).__name__} without a weight vector; expected a norm."
-        )
-    eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon", "epsilon") if getattr(norm, n, None)), 1e-6)
-    kind = "rmsnorm" if "rms" in type(norm).__name__.lower() else "layernorm"
-    return kind, float(eps), weight.shape[0]
 
 
 _REGISTRY: dict[str, Backbone] = {}
@@ -249,6 +195,11 @@ def register_backbone(spec: Backbone) -> None:
 
 
 def _register(spec: Backbone) -> None:
+    _check_name(spec)
+    _REGISTRY[spec.name] = spec
+
+
+def _check_name(spec: Backbone) -> None:
     if not isinstance(spec, Backbone):
         raise ConfigError(f"register_backbone takes a Backbone, not {type(spec).__name__}.")
     other = _REGISTRY.get(spec.name)
@@ -257,7 +208,6 @@ def _register(spec: Backbone) -> None:
             f"a backbone named {spec.name!r} is registered already: by {other.layout.__module__}, now by "
             f"{spec.layout.__module__}. Give one of them another name."
         )
-    _REGISTRY[spec.name] = spec
 
 
 def unregister_backbone(name: str) -> None:
@@ -286,12 +236,12 @@ def get_backbone(name: str) -> Backbone:
 
 
 def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
-    if isinstance(backbone, Backbone):
-        register_backbone(backbone)
+    _load_entry_points()
+    if isinstance(backbone, Backbone):  # registered once it is injected, so that a spec can be mended and tried again
+        _check_name(backbone)
         return [backbone]
     if backbone is not None:
         return [get_backbone(backbone)]
-    _load_entry_points()
     return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name))
 
 

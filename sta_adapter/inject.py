@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.backbone import Backbone, Site, locate
+from sta_adapter.backbone import Backbone, Site, locate, register_backbone
+from sta_adapter.check import check_site
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.handle import STAHandle
@@ -109,6 +110,7 @@ class Plan:
     def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
         site, injection = self.site, Injection(self.config, self.site.backbone.name)
+        register_backbone(site.backbone)
         try:
             for index, module in modules.items():
                 block = site.blocks[index]
@@ -159,6 +161,7 @@ def plan_injection(model: nn.Module, cfg: STAConfig | None = None, backbone: str
     taken = [i for i, block in enumerate(site.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)]
     if taken:
         raise InjectionError(f"blocks {taken} have an attribute {CHILD!r} already, the name that STA's modules need.")
+    check_site(site)
     return Plan(model, site, config)
 
 

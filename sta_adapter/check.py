@@ -1,0 +1,243 @@
+"""Whether a model's blocks are what its backbone declares, seen in a run of the backbone's dummy clip.
+
+The hook of STA adds to the input of the norm in front of the MLP. That is right exactly if this input is the block's
+residual stream: the norm's output kept as it was, what is added must come out of the block, unchanged and once. The
+check does just that to the first and the last block, each run on its own with the tokens that reach the first one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sta_adapter.backbone import Backbone, EncoderCall
+from sta_adapter.errors import InjectionError
+from sta_adapter.hooks import iterate_tensors
+from sta_adapter.layout import ClipLayout
+from sta_adapter.places import Site
+
+logger = logging.getLogger(__name__)
+FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """Ends the encoder's forward at its first block."""
+
+
+def check_site(site: Site) -> None:
+    """Run the backbone's dummy clip as far as the first block, and probe the blocks; the model stays as it is.
+
+    Nothing is done for a backbone without `dummy_inputs`, or while parameters are on the meta device. When a built-in
+    backbone's dummy clip can't be run (an attention kernel that needs another device, say), that is logged.
+
+    Raises:
+        InjectionError: the blocks or the layout function are not as the backbone declares; lists all that was found.
+    """
+    spec = site.backbone
+    if spec.dummy_inputs is None:
+        return
+    if any(t.is_meta for t in (*site.encoder.parameters(), *site.encoder.buffers())):
+        logger.info("backbone %r is not checked: parameters are on the meta device", spec.name)
+        return
+    with _undisturbed(site.encoder):
+        problems = _find_problems(site, spec.dummy_inputs)
+    if problems:
+        raise InjectionError(
+            f"backbone {spec.name!r} does not fit {type(site.encoder).__name__}: {'; '.join(problems)}."
+        )
+
+
+@contextlib.contextmanager
+def _undisturbed(encoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random states are put back."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    devices = sorted({p.device.index or 0 for p in encoder.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _find_problems(site: Site, dummy_inputs: Callable[[nn.Module], Call]) -> list[str]:
+    spec = site.backbone
+    try:
+        args, kwargs = dummy_inputs(site.encoder)
+        call = _first_block_call(site, args, kwargs)
+    except Exception as error:
+        return _unable(spec, "the encoder can't run on Backbone.dummy_inputs", error)
+    if call is None:
+        return [f"its forward does not call the first of Backbone.blocks={spec.blocks!r}"]
+    tokens = next(iterate_tensors(call), None)
+    if tokens is None or tokens.dim() not in (2, 3) or not tokens.is_floating_point():
+        shape = None if tokens is None else tuple(tokens.shape)
+        return [f"its blocks' first tensor has the shape {shape}; expected tokens (tokens, C) or (rows, tokens, C)"]
+    problems = _layout_problems(site, EncoderCall.bind(site.encoder, args, kwargs, None), tokens)
+    call = _fewer_tokens(call, tokens)
+    try:
+        problems += _block_problems(site, 0, call)
+    except Exception as error:
+        return problems + _unable(spec, "block 0 can't run", error)
+    if not problems and len(site.blocks) > 1:
+        try:
+            problems += _block_problems(site, len(site.blocks) - 1, call)
+        except Exception as error:
+            logger.info("backbone %r: the last block is not checked: %s: %s", spec.name, type(error).__name__, error)
+    return problems
+
+
+def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
+    """A problem, or only a line in the log for a backbone of ours, whose spec is tested."""
+    text = f"{what}: {type(error).__name__}: {error}"
+    if all(getattr(f, "__module__", "").startswith("sta_adapter.") for f in (spec.layout, spec.heads)):
+        logger.info("backbone %r is not checked: %s", spec.name, text)
+        return []
+    return [f"{text} (without dummy_inputs, nothing is run and checked)"]
+
+
+def _first_block_call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """What the encoder calls its first block with; None when it does not call it."""
+    found: list[Call] = []
+
+    def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    hook = site.blocks[0].register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
+    try:
+        site.encoder(*args, **kwargs)
+    except _Reached:
+        return found[0]
+    finally:
+        hook.remove()
+    return None
+
+
+def _layout_problems(site: Site, call: EncoderCall, tokens: Tensor) -> list[str]:
+    try:
+        layout = site.backbone.layout(call)
+    except Exception as error:
+        return _unable(site.backbone, "Backbone.layout fails on Backbone.dummy_inputs", error)
+    if not isinstance(layout, ClipLayout):
+        return [f"Backbone.layout returns a {type(layout).__name__}; expected a ClipLayout"]
+    rows = tokens.shape[0] if tokens.dim() == 3 else 1
+    if layout.num_tokens + rows * layout.prefix != tokens.shape[:-1].numel():
+        return [
+            f"Backbone.layout returns {layout} for Backbone.dummy_inputs, {layout.num_tokens} tokens and {layout.prefix} "
+            f"class tokens a row, but the blocks get tokens of the shape {tuple(tokens.shape)}"
+        ]
+    return []
+
+
+def _fewer_tokens(call: Call, tokens: Tensor) -> Call:
+    """The call with few of its tokens, where nothing else in it depends on their number."""
+    if sum(1 for _ in iterate_tensors(call)) > 1 or tokens.shape[-2] <= FEW_TOKENS:
+        return call
+    few = tokens[..., :FEW_TOKENS, :]
+    args, kwargs = call
+    return tuple(few if a is tokens else a for a in args), {k: few if v is tokens else v for k, v in kwargs.items()}
+
+
+def _block_problems(site: Site, index: int, call: Call) -> list[str]:
+    """What is wrong with a block's norm, from two runs of the block."""
+    name = f"{site.backbone.norm!r} of block {index}"
+    first = _Probe(site, index, call)
+    if len(first.inputs) != 1:
+        return [
+            f"{name} is called {len(first.inputs)} times in the block's forward; expected once, in front of the MLP"
+        ]
+    stream, normed = first.inputs[0], first.normed[0]
+    if not isinstance(stream, Tensor):
+        return [f"{name} is called without a tensor as its first positional argument"]
+    if stream.shape != first.tokens.shape:
+        found, expected = tuple(stream.shape), tuple(first.tokens.shape)
+        return [f"{name} gets a tensor of the shape {found}, where the block's tokens are {expected}"]
+    if first.shares_input:
+        return [f"{name} gets the block's own input: it stands in front of spatial attention, not of the MLP"]
+    before = first.output(stream)
+    scale = before.abs().max().clamp(min=1, max=1000 if stream.dtype == torch.float16 else None)
+    delta = (torch.arange(stream.numel(), device=stream.device) * 0.7).cos().view(stream.shape) * scale
+    delta = delta.to(stream.dtype)
+    change = _Probe(site, index, call, delta, normed).output(stream) - before
+    if not change.isfinite().all():
+        logger.info("backbone %r is not checked: block %d gives NaN or infinity", site.backbone.name, index)
+        return []
+    tolerance = 1e-3 if torch.finfo(stream.dtype).eps < 1e-4 else 5e-2
+    if ((change - delta.float()).abs() <= tolerance * (scale + before.abs())).all():
+        return []
+    if not change.abs().max() > tolerance * scale:
+        return [
+            f"what is added to the input of {name} does not come out of the block: the norm gets a copy of the residual "
+            "stream, or the block is post-norm (norms behind the sums), which STA can't serve"
+        ]
+    return [
+        f"what is added to the input of {name} comes out of the block changed: it is not the last norm in front of the "
+        "MLP, or the block is not pre-norm"
+    ]
+
+
+class _Probe:
+    """One run of a block, with what its norm got and gave.
+
+    Args:
+        site: the places.
+        index: which block.
+        call: arguments of the block.
+        delta: added in place to the norm's first input.
+        normed: put in the place of the norm's (first) output.
+    """
+
+    def __init__(
+        self, site: Site, index: int, call: Call, delta: Tensor | None = None, normed: Tensor | None = None
+    ) -> None:
+        self.inputs: list[Any] = []
+        self.normed: list[Any] = []
+        self.delta, self.replacement = delta, normed
+        self.shares_input = False
+        args, kwargs = _copied(call)
+        self.tokens: Tensor = next(iterate_tensors((args, kwargs)))
+        norm = site.norms[index]
+        hooks = [norm.register_forward_pre_hook(self._before), norm.register_forward_hook(self._after)]
+        try:
+            self.result = site.blocks[index](*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _before(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        stream = args[0] if args and isinstance(args[0], Tensor) else None
+        self.inputs.append(stream if stream is None else stream.clone())
+        if stream is not None:
+            self.shares_input |= stream.untyped_storage().data_ptr() == self.tokens.untyped_storage().data_ptr()
+            if self.delta is not None:
+                stream.add_(self.delta)
+
+    def _after(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output if isinstance(output, Tensor) else next(iterate_tensors(output))
+        self.normed.append(first.clone())
+        if self.replacement is None:
+            return None
+        return self.replacement if isinstance(output, Tensor) else (self.replacement, *output[1:])
+
+    def output(self, like: Tensor) -> Tensor:
+        """The block's output; where it returns the branch and the residual apart (fused norms), their sum."""
+        parts = [t.float() for t in iterate_tensors(self.result) if t.shape == like.shape and t.is_floating_point()]
+        return torch.stack(parts).sum(0) if parts else torch.zeros_like(like, dtype=torch.float32)
+
+
+def _copied(value: Any) -> Any:
+    """Arguments whose tensors may be changed in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(v) for v in value)
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value

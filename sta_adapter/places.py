@@ -1,0 +1,105 @@
+"""The places in one model that a backbone names, found and compared with what it declares."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sta_adapter.errors import InjectionError
+
+if TYPE_CHECKING:
+    from sta_adapter.backbone import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A backbone's places in one model, checked: what injection works on."""
+
+    backbone: Backbone
+    encoder: nn.Module
+    blocks: tuple[nn.Module, ...]
+    norms: tuple[nn.Module, ...]
+    width: int
+    heads: int
+    head_dim: int
+    norm_kind: str
+    norm_eps: float
+
+
+def find_places(spec: Backbone, encoder: nn.Module) -> Site:
+    """The places in an encoder.
+
+    Raises:
+        InjectionError: naming every difference from what the backbone declares.
+    """
+    problems: list[str] = []
+    blocks = _blocks(spec, encoder, problems)
+    norms = _norms(spec, blocks, problems)
+    facts = _norm_facts(norms[0]) if norms else None
+    if norms and facts is None:
+        problems.append(f"Backbone.norm={spec.norm!r} is a {type(norms[0]).__name__} without a weight vector, no norm")
+    kind, eps, width = facts or ("", 0.0, 0)
+    widths = sorted({found[2] for norm in norms if (found := _norm_facts(norm))})
+    if len(widths) > 1:
+        problems.append(f"the norms {spec.norm!r} have different widths, {widths}; STA needs blocks of one width")
+    heads = _heads(spec, encoder, width, problems)
+    if problems:
+        raise InjectionError(f"backbone {spec.name!r} does not fit {type(encoder).__name__}: {'; '.join(problems)}.")
+    return Site(spec, encoder, blocks, norms, width, heads, width // heads, kind, eps)
+
+
+def _blocks(spec: Backbone, encoder: nn.Module, problems: list[str]) -> tuple[nn.Module, ...]:
+    try:
+        blocks = tuple(encoder.get_submodule(spec.blocks).children())
+    except AttributeError:
+        problems.append(f"it has no Backbone.blocks={spec.blocks!r}; its children are {_children(encoder)}")
+        return ()
+    if not blocks:
+        problems.append(f"Backbone.blocks={spec.blocks!r} holds no block")
+    return blocks
+
+
+def _norms(spec: Backbone, blocks: tuple[nn.Module, ...], problems: list[str]) -> tuple[nn.Module, ...]:
+    norms, missing = [], []
+    for index, block in enumerate(blocks):
+        try:
+            norms.append(block.get_submodule(spec.norm))
+        except AttributeError:
+            missing.append(index)
+    if missing:
+        which = f"block{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        found = _children(blocks[missing[0]])
+        problems.append(f"{which}: no norm {spec.norm!r} in front of the MLP; the children there are {found}")
+    return tuple(norms)
+
+
+def _heads(spec: Backbone, encoder: nn.Module, width: int, problems: list[str]) -> int:
+    try:
+        heads = spec.heads(encoder)
+    except Exception as error:
+        problems.append(f"Backbone.heads fails: {type(error).__name__}: {error}")
+        return 1
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
+        of = f", which don't divide the width {width}" if width else ""
+        problems.append(f"Backbone.heads gives {heads!r} heads{of}")
+        return 1
+    return heads
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "none"
+
+
+def _norm_facts(norm: nn.Module) -> tuple[str, float, int] | None:
+    """(kind, eps, width) of the encoder's norm, also of one that PEFT has wrapped; None when it is no norm."""
+    while isinstance(inner := getattr(norm, "base_layer", getattr(norm, "original_module", None)), nn.Module):
+        norm = inner
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+    eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon", "epsilon") if getattr(norm, n, None)), 1e-6)
+    kind = "rmsnorm" if "rms" in type(norm).__name__.lower() else "layernorm"
+    return kind, float(eps), weight.shape[0]

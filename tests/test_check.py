@@ -1,0 +1,341 @@
+"""What injection finds out about a backbone that does not fit its model, before anything changes."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from cases import case_parameters, seeded
+from torch import nn
+
+from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
+from sta_adapter.check import check_site
+from sta_adapter.errors import InjectionError, UnknownBackboneError
+from sta_adapter.places import find_places
+
+WIDTH, HEADS, PATCHES = 16, 4, 3
+
+
+class Mixer(nn.Module):
+    """Stands for spatial attention: mixes the tokens of a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+        self.q_norm = nn.LayerNorm(WIDTH // HEADS)
+
+    def forward(self, x):
+        heads = self.q_norm(x.unflatten(-1, (HEADS, -1))).flatten(-2)
+        return self.proj(heads + x.mean(-2, keepdim=True))
+
+
+class Block(nn.Module):
+    """Pre-norm, as STA needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn, self.mlp = Mixer(), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TupleBlock(Block):
+    def forward(self, x):
+        return super().forward(x), torch.zeros(1, HEADS)
+
+
+class PostNormBlock(Block):
+    """As in BERT."""
+
+    def forward(self, x):
+        x = self.norm1(x + self.attn(x))
+        return self.norm2(x + self.mlp(x))
+
+
+class SandwichBlock(Block):
+    """Norms before and behind each branch, the residual stream left alone: pre-norm for STA."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm3 = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.norm3(self.mlp(self.norm2(x)))
+
+
+class ParallelBlock(Block):
+    """Attention and MLP read the same norm."""
+
+    def forward(self, x):
+        normed = self.norm2(x)
+        return x + self.attn(normed) + self.mlp(normed)
+
+
+class CopyBlock(Block):
+    """The norm gets a copy, so that what is added in place is lost."""
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x.clone()))
+
+
+class ScaledBlock(Block):
+    """Halves the residual stream behind the norm."""
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        branch = self.mlp(self.norm2(x))
+        return 0.5 * x + branch
+
+
+class SharedNormBlock(Block):
+    """One norm for both branches."""
+
+    def forward(self, x):
+        x = x + self.attn(self.norm2(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ForgetfulBlock(Block):
+    """Has a norm that it does not use."""
+
+    def forward(self, x):
+        return x + self.mlp(x + self.attn(self.norm1(x)))
+
+
+class Encoder(nn.Module):
+    """Frames as rows (F, N, 4) of patches; a class token in front of each row."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.embed = nn.Linear(4, WIDTH)
+        self.cls = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.dropout = nn.Dropout(0.5)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, patches):
+        x = self.embed(patches)
+        x = self.dropout(torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1))
+        for block in self.blocks:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def row_layout(call):
+    patches = call.tensor("patches")
+    return ClipLayout([patches.shape[:2]], prefix=1)
+
+
+def dummy(encoder):
+    return (torch.ones(2, PATCHES, 4, dtype=encoder.embed.weight.dtype),), {}
+
+
+SPEC = Backbone(
+    name="toy", encoder_classes=("Encoder",), layout=row_layout, heads=lambda encoder: HEADS, dummy_inputs=dummy
+)
+
+
+def spec(**changes):
+    return dataclasses.replace(SPEC, **changes)
+
+
+def toy(kind=Block, depth=2, dtype=torch.float32):
+    return Encoder(*[kind() for _ in range(depth)]).to(dtype)
+
+
+def count_hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def assert_refused(model, backbone, match):
+    """The error, and that the model, its mode and the random state are as before."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
+    with pytest.raises(InjectionError, match=match):
+        inject_sta(model, backbone=backbone)
+    assert get_sta(model) is None
+    assert count_hooks(model) == 0
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert "toy" not in list_backbones()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [Block, TupleBlock, SandwichBlock], ids=lambda kind: kind.__name__)
+def test_a_pre_norm_block_passes_and_nothing_changes(kind, dtype, caplog):
+    model = toy(kind, dtype=dtype).train()
+    model.blocks[1].eval()
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
+    caplog.set_level(logging.INFO)
+    check_site(find_places(SPEC, model))
+    assert not [r for r in caplog.records if r.name == "sta_adapter.check"]
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert count_hooks(model) == 0
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "match"),
+    [
+        pytest.param(PostNormBlock, "norm2", "'norm2' of block 0 does not come out of the block", id="post-norm"),
+        pytest.param(PostNormBlock, "norm1", "'norm1' of block 0 does not come out", id="post-norm, first norm"),
+        pytest.param(Block, "norm1", "'norm1' of block 0 gets the block's own input", id="the norm of attention"),
+        pytest.param(Block, "attn.q_norm", r"gets a tensor of the shape \(2, 4, 4, 4\)", id="a norm of heads"),
+        pytest.param(SandwichBlock, "norm3", "'norm3' of block 0 does not come out", id="the norm behind the MLP"),
+        pytest.param(ParallelBlock, "norm2", "gets the block's own input", id="parallel branches"),
+        pytest.param(CopyBlock, "norm2", "gets a copy of the residual stream", id="a copy"),
+        pytest.param(ScaledBlock, "norm2", "comes out of the block changed", id="a scaled residual"),
+        pytest.param(SharedNormBlock, "norm2", "is called 2 times", id="one norm for two"),
+        pytest.param(ForgetfulBlock, "norm2", "is called 0 times", id="an unused norm"),
+    ],
+)
+def test_a_norm_that_is_not_in_front_of_the_mlp_is_refused(kind, norm, match):
+    assert_refused(toy(kind), spec(norm=norm), match)
+
+
+def test_the_last_block_is_looked_at_too():
+    assert_refused(Encoder(Block(), Block(), PostNormBlock()), SPEC, "'norm2' of block 2 does not come out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        pytest.param({"blocks": "layers"}, "no Backbone.blocks='layers'; its children are embed, dropout", id="blocks"),
+        pytest.param({"norm": "ln"}, "blocks 0, 1: no norm 'ln' .*children there are norm1, norm2, attn", id="norm"),
+        pytest.param({"norm": "mlp"}, "Backbone.norm='mlp' is a Sequential without a weight vector", id="no norm"),
+        pytest.param({"heads": lambda e: 5}, "gives 5 heads, which don't divide the width 16", id="heads"),
+        pytest.param({"heads": lambda e: "4"}, "gives '4' heads", id="heads of a wrong type"),
+        pytest.param({"heads": lambda e: e.config.heads}, "Backbone.heads fails: AttributeError", id="heads fail"),
+        pytest.param({"layout": lambda call: [(2, 3)]}, "returns a list; expected a ClipLayout", id="layout's type"),
+        pytest.param(
+            {"layout": lambda call: ClipLayout([(2, PATCHES)])},
+            r"6 tokens and 0 class tokens a row, but the blocks get tokens of the shape \(2, 4, 16\)",
+            id="layout forgets the class token",
+        ),
+        pytest.param({"layout": lambda call: ClipLayout([(2, 9)])}, r"18 tokens .* \(2, 4, 16\)", id="too many tokens"),
+        pytest.param(
+            {"layout": lambda call: ClipLayout([call.tensor("video").shape[:2]])},
+            "layout fails on Backbone.dummy_inputs: LayoutError: Encoder was called without video",
+            id="layout fails",
+        ),
+        pytest.param(
+            {"dummy_inputs": lambda e: ((torch.ones(2, 3),), {})},
+            "can't run on Backbone.dummy_inputs: RuntimeError",
+            id="dummy inputs",
+        ),
+    ],
+)
+def test_a_spec_with_a_mistake_is_refused(changes, match):
+    assert_refused(toy(), spec(**changes), match)
+
+
+def test_several_mistakes_are_listed_together():
+    with pytest.raises(InjectionError, match=r"no norm 'ln'.*; Backbone.heads gives 0 heads"):
+        inject_sta(toy(), backbone=spec(norm="ln", heads=lambda encoder: 0))
+
+
+def test_a_class_that_is_not_there_names_the_nearest():
+    with pytest.raises(UnknownBackboneError, match="class Encoders; the model's nearest are Encoder"):
+        inject_sta(toy(), backbone=spec(encoder_classes=("Encoders",)))
+
+
+def test_blocks_of_different_widths_are_refused():
+    model = toy()
+    model.blocks[1].norm2 = nn.LayerNorm(8)
+    assert_refused(model, SPEC, r"different widths, \[8, 16\]")
+
+
+def test_an_encoder_that_leaves_out_its_blocks_is_refused():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(4, WIDTH)
+            self.blocks = nn.ModuleList([Block()])
+
+        def forward(self, patches):
+            return self.embed(patches)
+
+    assert_refused(Encoder(), SPEC, "does not call the first of Backbone.blocks")
+
+
+def test_a_mended_spec_of_the_same_name_is_taken():
+    from sta_adapter.backbone import unregister_backbone
+
+    model = toy()
+    assert_refused(model, spec(norm="norm1"), "own input")
+    handle = inject_sta(model, STAConfig(init="normal"), backbone=SPEC)
+    try:
+        assert handle.backbone == "toy"
+        assert "toy" in list_backbones()
+    finally:
+        handle.remove()
+        unregister_backbone("toy")
+
+
+def test_no_dummy_inputs_means_no_run():
+    check_site(find_places(spec(dummy_inputs=None), toy(PostNormBlock)))
+
+
+def test_the_meta_device_is_left_alone(caplog):
+    caplog.set_level(logging.INFO)
+    check_site(find_places(SPEC, toy(PostNormBlock).to("meta")))
+    assert "not checked: parameters are on the meta device" in caplog.text
+
+
+def test_a_block_that_gives_nan_is_no_verdict(caplog):
+    caplog.set_level(logging.INFO)
+    model = toy()
+    nn.init.constant_(model.blocks[0].mlp[0].bias, float("nan"))
+    check_site(find_places(SPEC, model))
+    assert "gives NaN or infinity" in caplog.text
+
+
+@pytest.mark.parametrize("case", case_parameters())
+def test_built_in_backbones_are_really_checked(case, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "sta_adapter.check")
+    model = seeded(case.make)
+    site = find_places(_backbone(case), case.encoder(model))
+    check_site(site)
+    assert not [r for r in caplog.records if r.name == "sta_adapter.check"]
+    monkeypatch.setattr(type(site.blocks[0]), "forward", _post_norm(type(site.blocks[0]).forward))
+    with pytest.raises(InjectionError, match="block 0"):
+        check_site(site)
+
+
+@pytest.mark.parametrize("case", case_parameters())
+def test_a_built_in_backbone_that_can_not_run_is_logged_and_goes_on(case, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "sta_adapter.check")
+    model = seeded(case.make)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no kernel for this device")
+
+    site = find_places(_backbone(case), case.encoder(model))
+    monkeypatch.setattr(type(site.blocks[0]), "forward", fail)
+    check_site(site)
+    assert "is not checked" in caplog.text
+    assert "no kernel for this device" in caplog.text
+
+
+def _backbone(case):
+    from sta_adapter.backbone import get_backbone
+
+    return get_backbone(case.backbone)
+
+
+def _post_norm(forward):
+    """A block that forgets what it got: its output no longer holds the residual stream."""
+
+    def changed(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return tuple(t * 0.5 for t in output if t is not None) if isinstance(output, tuple) else output * 0.5
+
+    return changed
