@@ -252,7 +252,7 @@ def _read_image(path: str) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))[None]
+            return np.array(image.convert("RGB"))[None]
     except UnidentifiedImageError as error:
         raise DataError(f"{path!r} is not an image that can be read.") from error
 
