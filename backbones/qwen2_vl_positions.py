@@ -277,5 +277,7 @@ class GenerationPositions:
             model_kwargs = {**model_kwargs, "mm_token_type_ids": types}
         positions = getattr(type(head), GENERATION_METHOD)(head, inputs_tensor, model_kwargs)
         if positions.shape[0] == 4:
+            if model_kwargs.get("image_grid_thw") is None and model_kwargs.get("video_grid_thw") is None:
+                head.model.rope_deltas = positions[1, :, -1:] + 1 - positions.shape[-1]
             return positions
         return (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]

@@ -1,0 +1,316 @@
+"""VideoRoPE: the golden numbers, generation, training, and taking it off again."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from qwen2_vl_prompts import END, IMAGE, START, VIDEO, batch_of, check_positions, needs_seams, rows_of_prompts
+from safetensors.torch import load_file
+
+from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
+from sta_adapter.errors import ConfigError, InjectionError
+
+pytestmark = needs_seams
+GOLDEN = Path(__file__).parent / "goldens" / "videorope"
+SPECIAL = [IMAGE, VIDEO, START, END, 154]
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": SPECIAL, "eos_token_id": None, "pad_token_id": 0}
+BATCHES = {
+    "text": ([(7,)], [(4,)]),
+    "one-clip": ([(3,), (3, 2, 3), (4,)],),
+    "clips-and-images": ([(2,), (2, 2, 2), (1,), (3, 1, 2), (2, 3), (3,)], [(2,), (4, 1, 2), (5,)], [(6,)]),
+}
+batches = pytest.mark.parametrize("rows", [pytest.param(rows, id=name) for name, rows in BATCHES.items()])
+
+
+def load_model(**options):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    return Qwen2VLForConditionalGeneration.from_pretrained(GOLDEN, **options).float().eval()
+
+
+@pytest.fixture
+def model():
+    return load_model(attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "golden.safetensors")
+
+
+def inputs_of(golden):
+    names = ("input_ids", "attention_mask", "pixel_values_videos", "video_grid_thw")
+    types = {"mm_token_type_ids": 2 * (golden["input_ids"] == VIDEO)}
+    return {name: golden[name] for name in names} | (types if "mm_token_type_ids" in batch_of([(2,)]) else {})
+
+
+def assert_near(found, expected, tolerance=1e-4):
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def recomputed(model, batch, steps):
+    """Greedy tokens (batch, steps) and their logits, each from a forward over everything so far, without a cache."""
+    batch, logits = dict(batch), []
+    for _ in range(steps):
+        with torch.no_grad():
+            last = model(**batch, use_cache=False).logits[:, -1]
+        last[:, SPECIAL] = -torch.inf
+        logits.append(last)
+        extra = {"input_ids": last.argmax(-1, keepdim=True)}
+        extra["attention_mask"] = torch.ones_like(extra["input_ids"])
+        extra["mm_token_type_ids"] = torch.zeros_like(extra["input_ids"])
+        batch |= {name: torch.cat([batch[name], extra[name]], dim=1) for name in extra if name in batch}
+    return batch["input_ids"][:, -steps:], torch.stack(logits, dim=1)
+
+
+def test_golden(model, golden):
+    inputs = inputs_of(golden)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        assert_near(plain, golden["mrope_logits"])
+        assert apply_videorope(model) is model
+        assert_near(model(**inputs).logits, golden["logits"])
+        assert torch.equal(model.model.rope_deltas, golden["rope_deltas"])
+        remove_videorope(model)
+        assert torch.equal(model(**inputs).logits, plain)
+    assert (golden["logits"] - golden["mrope_logits"]).abs().max() > 0.01 * golden["logits"].abs().max()
+
+
+def test_golden_positions(model, golden):
+    apply_videorope(model)
+    inputs = inputs_of(golden)
+    del inputs["pixel_values_videos"]
+    positions, deltas = model.model.get_rope_index(**inputs)
+    assert positions.dtype == torch.float32
+    assert torch.equal(positions, golden["position_ids"])
+    assert torch.equal(deltas, golden["rope_deltas"])
+
+
+@pytest.mark.parametrize("scale", [pytest.param(2.0, id="2"), pytest.param(0.75, id="0.75")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_follow_the_formula(model, scale, side):
+    apply_videorope(model, scale)
+
+    @settings(max_examples=25)
+    @given(rows=rows_of_prompts)
+    def check(rows):
+        batch = batch_of(*rows, side=side, pixels=False)
+        check_positions(rows, batch, model.model.get_rope_index(**batch), scale)
+
+    check()
+
+
+@batches
+@pytest.mark.parametrize("types", [pytest.param(True, id="types"), pytest.param(False, id="no-types")])
+def test_generation_with_a_cache_equals_recomputation(model, rows, types):
+    apply_videorope(model, 1.5)
+    batch = batch_of(*rows, types=types)
+    tokens, logits = recomputed(model, batch, 4)
+    found = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(found.sequences[:, -4:], tokens)
+    finite = torch.isfinite(logits)
+    assert_near(torch.stack(found.scores, dim=1)[finite], logits[finite])
+
+
+@batches
+def test_forward_with_a_cache_equals_recomputation(model, rows):
+    apply_videorope(model)
+    batch = batch_of(*rows)
+    tokens, logits = recomputed(model, batch, 3)
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        out = model(**batch, use_cache=True)
+        for step in range(2):
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
+            token = tokens[:, step, None]
+            out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            finite = torch.isfinite(logits[:, step + 1])
+            assert_near(out.logits[:, -1][finite], logits[:, step + 1][finite])
+
+
+@batches
+def test_generation_goes_on_from_a_cache(model, rows):
+    apply_videorope(model)
+    batch = batch_of(*rows)
+    tokens, _ = recomputed(model, batch, 6)
+    first = model.generate(**batch, **{**GREEDY, "max_new_tokens": 3}, return_dict_in_generate=True)
+    mask = torch.cat([batch["attention_mask"], torch.ones(len(tokens), 3, dtype=torch.long)], dim=1)
+    second = model.generate(
+        input_ids=first.sequences,
+        attention_mask=mask,
+        past_key_values=first.past_key_values,
+        **{**GREEDY, "max_new_tokens": 3},
+    )
+    assert torch.equal(second[:, -6:], tokens)
+
+
+def test_beam_search_with_a_cache_equals_beam_search_without(model):
+    apply_videorope(model)
+    batch = batch_of(*BATCHES["clips-and-images"])
+    found = [model.generate(**batch, **GREEDY, num_beams=2, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*found)
+
+
+@batches
+def test_padding_on_the_right_changes_nothing_for_a_row(model, rows):
+    apply_videorope(model)
+    model.train()
+    batch = batch_of(*rows, side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    out = model(**batch, labels=labels)
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.model.language_model.parameters())
+    left = model(**batch_of(*rows, side="left"))
+    for row, mask in enumerate(batch["attention_mask"]):
+        length = int(mask.sum())
+        assert_near(out.logits[row, :length], left.logits[row, -length:])
+
+
+def test_a_clip_has_the_same_logits_with_its_neighbours_before_or_without(model):
+    apply_videorope(model)
+    rows = [[(2,), (3, 2, 2), (3,)], [(9,)]]
+    both, alone = batch_of(*rows), batch_of(rows[0])
+    assert_near(model(**both).logits[0], model(**alone).logits[0])
+
+
+def test_text_as_embeddings(model):
+    apply_videorope(model)
+    batch = batch_of([(7,)], [(4,)])
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    mask = batch["attention_mask"]
+    assert_near(model(inputs_embeds=embeddings, attention_mask=mask).logits, model(**batch).logits, 1e-6)
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
+    assert torch.equal(found, model.generate(**batch, **GREEDY)[:, -4:])
+
+
+def test_gradient_checkpointing(model):
+    apply_videorope(model)
+    model.train()
+    batch = batch_of(*BATCHES["clips-and-images"])
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_positions_stay_exact_in_half_precision(model, dtype):
+    apply_videorope(model, 0.5)
+    model.to(dtype)
+    seen = []
+    model.model.language_model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    batch = batch_of([(3001,), (2, 1, 1), (2,)])
+    model.generate(**batch, **{**GREEDY, "max_new_tokens": 2})
+    prompt, step = [[*args, *kwargs.values()][1] for args, kwargs in seen]
+    assert prompt[0, 0, -5:].tolist() == [3002.0, 3002.5, 3003.5, 3004.5, 3005.5]
+    assert step.flatten().tolist() == [3006.5] * 3
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(lambda model: pickled(model), id="pickle"),
+    ],
+)
+def test_a_copy_works_and_is_independent(model, clone):
+    apply_videorope(model)
+    batch = batch_of(*BATCHES["clips-and-images"])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        twin = clone(model)
+        assert torch.equal(twin(**batch).logits, expected)
+        remove_videorope(model)
+        assert torch.equal(twin(**batch).logits, expected)
+        assert torch.equal(twin.generate(**batch, **GREEDY), apply_videorope(model).generate(**batch, **GREEDY))
+        remove_videorope(twin)
+        assert torch.equal(model(**batch).logits, expected)
+    assert twin.model.config is not model.model.config
+    assert "get_rope_index" not in vars(twin.model)
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("first", ["videorope", "peft"])
+def test_with_lora(model, first):
+    peft = pytest.importorskip("peft")
+    batch = batch_of(*BATCHES["clips-and-images"])
+    expected = apply_videorope(copy.deepcopy(model))(**batch).logits
+    tokens = recomputed(apply_videorope(copy.deepcopy(model)), batch, 4)[0]
+    if first == "videorope":
+        apply_videorope(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    if first == "peft":
+        apply_videorope(wrapped)
+    wrapped.eval()
+    assert_near(wrapped(**batch).logits, expected, 1e-6)
+    assert torch.equal(wrapped.generate(**batch, **GREEDY)[:, -4:], tokens)
+    remove_videorope(wrapped)
+    assert not torch.equal(wrapped(**batch).logits, expected)
+
+
+def traces(model):
+    """What modules hold beside tensors and children, and the hooks among it."""
+    return {
+        name: (
+            sorted(vars(module)),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._forward_pre_hooks_with_kwargs),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def test_removal_leaves_no_trace_and_may_be_repeated(model):
+    batch, before = batch_of(*BATCHES["one-clip"]), traces(model)
+    keys = list(model.state_dict())
+    plain = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    apply_videorope(model)
+    assert list(model.state_dict()) == keys
+    changed = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert remove_videorope(model) is model
+    remove_videorope(model)
+    again = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert traces(model) == before
+    assert not torch.equal(changed.scores[0], plain.scores[0])
+    assert all(torch.equal(*scores) for scores in zip(plain.scores, again.scores, strict=True))
+
+
+def test_applying_twice_is_an_error(model):
+    apply_videorope(model)
+    with pytest.raises(
+        InjectionError, match=r"follow VideoRopePositions\(scale_factor=2.0\) already.*remove_videorope"
+    ):
+        apply_videorope(model)
+
+
+@pytest.mark.parametrize("change", [apply_videorope, remove_videorope], ids=["apply", "remove"])
+def test_another_model_is_an_error(change):
+    with pytest.raises(InjectionError, match="Linear is no Qwen2-VL and holds none; expected a Qwen2VLModel"):
+        change(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "2", True, None], ids=repr)
+def test_scale_factor_is_a_number_above_zero(model, scale):
+    before = traces(model)
+    with pytest.raises(ConfigError, match="expected a number above 0"):
+        apply_videorope(model, scale)
+    assert traces(model) == before
