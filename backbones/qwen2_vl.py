@@ -21,12 +21,17 @@ QWEN_LORA = LoRARecipe(
 )
 
 
-def grid_layout(call: EncoderCall) -> ClipLayout:
-    """Layout from `grid_thw` (clips, 3): t frames of h * w patches each, clip after clip."""
+def grid_rows(call: EncoderCall) -> list[list[int]]:
+    """The rows of `grid_thw` (clips, 3): frames, rows and columns of patches."""
     grid = call.tensor("grid_thw")
     if grid.dim() != 2 or grid.shape[1] != 3:
         raise LayoutError(f"grid_thw has the shape {tuple(grid.shape)}; expected (clips, 3): frames, rows, columns.")
-    return ClipLayout((t, h * w) for t, h, w in grid.tolist())
+    return grid.tolist()
+
+
+def grid_layout(call: EncoderCall) -> ClipLayout:
+    """Layout from `grid_thw` (clips, 3): t frames of h * w patches each, clip after clip."""
+    return ClipLayout((t, h * w) for t, h, w in grid_rows(call))
 
 
 def config_heads(encoder: nn.Module) -> int:
@@ -55,5 +60,6 @@ BACKBONE = Backbone(
     lora=QWEN_LORA,
     dummy_inputs=grid_dummy,
     published_names={"norm": "norm3", "to_qkv": "temp_attn.qkv", "to_out": "temp_attn.proj"},
+    published_prefix="visual.",
     published_token_order=True,
 )

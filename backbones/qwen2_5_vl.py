@@ -1,0 +1,32 @@
+"""Qwen2.5-VL: Qwen2-VL's packed clips in a tower with RMSNorm, a gated MLP and windowed attention.
+
+The tower reorders its tokens so that windows lie together. It does so frame by frame and alike in each frame of a
+clip, also where windows don't divide the grid: row n of a frame's tokens is the same position in every frame, and
+`(frames, rows * columns)` describes the reordered tokens as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sta_adapter.backbone import Backbone
+from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout
+
+# The vision MLP has the language model's names, gate_proj, up_proj and down_proj; Omni's attention has q, k, v apart.
+GATED_LORA = dataclasses.replace(
+    QWEN_LORA,
+    target_modules=(
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("attn.qkv", "attn.proj"),
+    ),
+)
+
+
+BACKBONE = Backbone(
+    name="qwen2_5_vl",
+    encoder_classes=("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"),
+    layout=grid_layout,
+    heads=config_heads,
+    lora=GATED_LORA,
+    dummy_inputs=grid_dummy,
+)

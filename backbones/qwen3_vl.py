@@ -1,0 +1,30 @@
+"""Qwen3-VL, its mixture of experts, and the towers of Qwen3-Omni and Qwen3.5: Qwen2-VL's packed clips.
+
+The features that some blocks hand to the language model (deepstack) are block outputs, so they carry STA's update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sta_adapter.backbone import Backbone
+from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout
+
+QWEN3_LORA = dataclasses.replace(
+    QWEN_LORA,
+    target_modules=tuple(
+        {"mlp.fc1": "mlp.linear_fc1", "mlp.fc2": "mlp.linear_fc2"}.get(name, name) for name in QWEN_LORA.target_modules
+    ),
+)
+
+BACKBONE = Backbone(
+    name="qwen3_vl",
+    encoder_classes=(
+        *("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder"),
+        *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
+    ),
+    layout=grid_layout,
+    heads=config_heads,
+    lora=QWEN3_LORA,
+    dummy_inputs=grid_dummy,
+)
