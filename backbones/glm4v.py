@@ -1,0 +1,79 @@
+"""GLM-4.1V, 4.5V and 4.6V: a tower that gets each frame of a video as a grid of its own.
+
+The full model turns a video's (t, h, w) into t rows (1, h, w) before it calls the tower, so that a clip looks like as
+many pictures. The clips are read where they are still known, from the model's `get_video_features` and
+`get_image_features`. A tower that is called by itself with several rows of one frame must be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import Backbone, ClipSource, EncoderCall
+from sta_adapter.backbones.frames import unknown_clips
+from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
+from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows
+from sta_adapter.errors import LayoutError
+from sta_adapter.layout import ClipLayout, ClipLengths
+
+
+def frame_grid_layout(call: EncoderCall) -> ClipLayout:
+    """Layout from `grid_thw` (rows, 3) and the frames of each clip, which may be several rows."""
+    rows = grid_rows(call)
+    frames = [(h, w) for t, h, w in rows for _ in range(t)]
+    if call.clip_lengths is None:
+        if sum(t == 1 for t, _, _ in rows) > 1:
+            raise unknown_clips(f"the {len(rows)} rows {rows} of {type(call.encoder).__name__}'s grid_thw")
+        return ClipLayout((t, h * w) for t, h, w in rows)
+    lengths = [n if isinstance(n, int) else n[0] for n in call.clip_lengths]
+    if sum(lengths) != len(frames):
+        raise LayoutError(
+            f"the encoder got {len(frames)} frames, but the clips {lengths} have {sum(lengths)}. "
+            "Tell the frames of each clip with handle.clips([...]); one frame here is one temporal step of grid_thw."
+        )
+    clips = [frames[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    for clip in clips:
+        if len(set(clip)) > 1:
+            raise LayoutError(f"the frames of a clip have {clip} rows and columns; expected the same in each frame.")
+    return ClipLayout((len(clip), clip[0][0] * clip[0][1]) for clip in clips)
+
+
+def grid_frames(name: str) -> Any:
+    """A function that reads the frames of each clip from the argument `name`, a grid (clips, 3)."""
+
+    def lengths(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+        grid = arguments.get(name)
+        return tuple(grid[:, 0].tolist()) if isinstance(grid, torch.Tensor) and len(grid) else None
+
+    return lengths
+
+
+def frame_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A black clip of one frame."""
+    (pixels,), arguments = grid_dummy(encoder)
+    grid = arguments["grid_thw"].clone()
+    grid[:, 0] = 1
+    return (pixels[: len(pixels) // 2],), {"grid_thw": grid}
+
+
+BACKBONE = Backbone(
+    name="glm4v",
+    encoder_classes=("Glm4vVisionModel", "Glm4vMoeVisionModel"),
+    layout=frame_grid_layout,
+    heads=config_heads,
+    qkv_bias=False,
+    clip_source=ClipSource(
+        model_classes=("Glm4vModel", "Glm4vMoeModel", "Glm46VModel"),
+        methods={
+            "get_video_features": grid_frames("video_grid_thw"),
+            "get_image_features": grid_frames("image_grid_thw"),
+        },
+    ),
+    lora=GATED_LORA,
+    dummy_inputs=frame_dummy,
+)
