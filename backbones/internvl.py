@@ -1,0 +1,50 @@
+"""InternVL 2.5, 3 and 3.5 in transformers: a tower with a class token, layer scale, and frames as its batch.
+
+The processor puts the frames of videos and the tiles of pictures into one `pixel_values`, so that the full model
+can't tell one from the other: several rows without told clips are an error there. The tower by itself takes all its
+rows as one clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sta_adapter.backbone import Backbone, ClipSource, LoRARecipe
+from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, unknown_clips
+from sta_adapter.layout import ClipLengths
+
+
+def feature_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    """Clips of `get_image_features(pixel_values)`: one row is a picture, more must be told."""
+    rows = len(arguments["pixel_values"])
+    if rows > 1:
+        raise unknown_clips(f"the {rows} rows of {type(model).__name__}'s pixel_values")
+    return (1,)
+
+
+INTERNVL_LORA = LoRARecipe(
+    target_modules=(
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("attention.projection_layer", "mlp.fc1", "mlp.fc2"),
+    ),
+    rank_pattern={r"attention\.[qkv]_proj": 32},
+    alpha_pattern={r"attention\.[qkv]_proj": 32},
+)
+
+BACKBONE = Backbone(
+    name="internvl",
+    encoder_classes=("InternVLVisionModel",),
+    layout=pixel_layout(),
+    heads=attention_heads,
+    blocks="encoder.layer",
+    norm="layernorm_after",
+    clip_source=ClipSource(
+        model_classes=("InternVLModel", "InternVLForConditionalGeneration"),
+        methods={"get_image_features": feature_clips},
+    ),
+    lora=INTERNVL_LORA,
+    dummy_inputs=pixel_dummy,
+)

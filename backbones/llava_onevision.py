@@ -1,0 +1,73 @@
+"""LLaVA-OneVision, and LLaVA-Video weights in its classes: a SigLIP tower with the frames of all clips as its batch.
+
+The full model takes videos as (clips, frames, 3, H, W) and flattens them before it calls the tower, so the clips are
+read from its own calls: `get_video_features` and `get_image_features`, or `forward` in releases without them. Every
+row of its `pixel_values` is a picture or a tile of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import ClipSource
+from sta_adapter.backbones.frames import EACH_ROW
+from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
+from sta_adapter.backbones.siglip import holds_blocks
+from sta_adapter.errors import LayoutError
+from sta_adapter.layout import ClipLengths
+
+MODELS = ("LlavaOnevisionModel", "LlavaOnevisionForConditionalGeneration")
+
+
+def is_within_llava(model: nn.Module, encoder: nn.Module) -> bool:
+    """Whether the tower belongs to a LLaVA-OneVision."""
+    return holds_blocks(model, encoder) and any(
+        cls.__name__ in MODELS for module in model.modules() for cls in type(module).__mro__
+    )
+
+
+def video_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    """Clips of videos (clips, frames, 3, H, W)."""
+    videos = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
+    if not isinstance(videos, torch.Tensor) or videos.dim() != 5:
+        return None
+    return (videos.shape[1],) * videos.shape[0]
+
+
+def picture_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    """Pictures: each tile is a clip of one frame."""
+    return EACH_ROW
+
+
+def forward_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    """Clips of a whole forward, where the model has no methods for pictures and videos."""
+    pictures, videos = arguments.get("pixel_values"), arguments.get("pixel_values_videos")
+    if hasattr(model, "get_video_features") or (pictures is None and videos is None):
+        return None
+    if pictures is not None and videos is not None:
+        raise LayoutError(
+            "this release of transformers encodes pictures and videos in one forward, and STA can't tell them apart. "
+            "Use transformers 4.50 or newer, or pictures and videos in calls of their own."
+        )
+    return EACH_ROW if videos is None else video_clips(model, {"pixel_values_videos": videos})
+
+
+BACKBONE = dataclasses.replace(
+    SIGLIP,
+    name="llava_onevision",
+    accepts=is_within_llava,
+    priority=1,
+    clip_source=ClipSource(
+        model_classes=MODELS,
+        methods={
+            "forward": forward_clips,
+            "get_video_features": video_clips,
+            "get_image_features": picture_clips,
+        },
+    ),
+)

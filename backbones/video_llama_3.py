@@ -1,0 +1,35 @@
+"""VideoLLaMA 3: packed clips of any size, described by `grid_thw`; each clip has its own spatial merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import Backbone
+from sta_adapter.backbones.frames import attention_heads
+from sta_adapter.backbones.qwen2_vl import grid_layout
+from sta_adapter.backbones.siglip import SIGLIP_LORA
+
+
+def merged_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A black clip of two frames of 2x2 patches."""
+    config: Any = encoder.config
+    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
+    shape = (8, config.num_channels * config.patch_size**2)
+    pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
+    grid = torch.tensor([[2, 2, 2]], device=parameter.device)
+    return (), {"pixel_values": pixels, "grid_thw": grid, "merge_sizes": grid.new_tensor([2])}
+
+
+BACKBONE = Backbone(
+    name="video_llama_3",
+    encoder_classes=("VideoLlama3VisionModel",),
+    layout=grid_layout,
+    heads=attention_heads,
+    blocks="encoder.layers",
+    norm="layer_norm2",
+    lora=SIGLIP_LORA,
+    dummy_inputs=merged_dummy,
+)
