@@ -1,11 +1,10 @@
 """Stand-in of InternVideo2.5-Chat: InternViT with frames as its batch, and the chat model with its four ways in."""
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from standins.internvideo2 import DropPath, Mlp
@@ -82,7 +81,7 @@ class InternVisionModel(nn.Module):
         defaults = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
         defaults |= {"image_size": 8, "patch_size": 4, "qkv_bias": True, "layer_norm_eps": 1e-6}
         defaults |= {"initializer_factor": 0.1, "drop_path_rate": 0.0}
-        self.config = SimpleNamespace(**{**defaults, **settings})
+        self.config = PretrainedConfig(**{**defaults, **settings})
         self.embeddings = InternVisionEmbeddings(self.config)
         self.encoder = InternVisionEncoder(self.config)
 
