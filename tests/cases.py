@@ -263,7 +263,94 @@ def internvl_chat_prompt(frames: int) -> Arguments:
 
 
 EQUAL = ((4,), (3, 3), (1, 1), (2, 2, 2))
+def clip_videos(clips: Sequence[Clip]) -> Arguments:
+    """Clips of equal length as the rows of a batch."""
+    return {"x": torch.stack([clip.pixels(3, 8, 8).transpose(0, 1) for clip in clips])}
+
+
+def clip_rows(output: Any, clips: Sequence[Clip]) -> list[Tensor]:
+    """Rows that hold a whole clip behind a class token, frame by frame."""
+    return [row[1:].unflatten(0, (clip.frames, -1)) for row, clip in zip(output, clips, strict=True)]
+
+
+def make_internvideo2(**settings: Any) -> nn.Module:
+    """InternVideo2's bare tower; gains of 0.5 in the place of the published 1e-5, which hide a tiny model's blocks."""
+    from standins.internvideo2 import PretrainVisionTransformer
+
+    return PretrainVisionTransformer(**{"init_values": 0.5, **settings})
+
+
+def make_fused_internvideo2() -> nn.Module:
+    """The same with norms that take and give the residual."""
+    return make_internvideo2(use_fused_rmsnorm=True)
+
+
+def make_internvideo2_chat() -> nn.Module:
+    """The chat model around the tower."""
+    from standins.internvideo2 import InternVideo2_VideoChat2
+
+    return InternVideo2_VideoChat2(init_values=0.5)
+
+
+def frame_pixels(clips: Sequence[Clip]) -> Arguments:
+    """All frames of all clips as a batch of pictures."""
+    return {"pixel_values": torch.cat([clip.pixels(3, 8, 8) for clip in clips])}
+
+
+def frame_rows(output: Any, clips: Sequence[Clip]) -> list[Tensor]:
+    """Rows that hold a frame behind a class token."""
+    return list(output.last_hidden_state[:, 1:].split([clip.frames for clip in clips]))
+
+
+def make_intern_vit() -> nn.Module:
+    """InternVideo2.5's bare tower."""
+    from standins.internvl_chat import InternVisionModel
+
+    return InternVisionModel()
+
+
+def make_internvl_chat() -> nn.Module:
+    """InternVideo2.5-Chat."""
+    from standins.internvl_chat import InternVLChatModel
+
+    model = InternVLChatModel()
+    model.img_context_token_id = 60
+    return model
+
+
+def internvl_chat_prompt(frames: int) -> Arguments:
+    """A prompt with one clip of so many frames, one image token each."""
+    tokens = [61, *[60] * frames, 62, 5, 6]
+    mask = torch.ones(1, len(tokens), dtype=torch.long)
+    return {**frame_pixels([Clip(frames)]), "input_ids": torch.tensor([tokens]), "attention_mask": mask}
+
+
+EQUAL = ((4,), (3, 3), (1, 1), (2, 2, 2))
 CASES = [
+    Case("internvideo2", "internvideo2", make_internvideo2, clip_videos, clip_rows, EQUAL, checkpointing=False),
+    Case(
+        "internvideo2-fused",
+        "internvideo2",
+        make_fused_internvideo2,
+        clip_videos,
+        clip_rows,
+        EQUAL,
+        checkpointing=False,
+    ),
+    Case(
+        "internvideo2-chat", "internvideo2", make_internvideo2_chat, clip_videos, clip_rows, EQUAL, checkpointing=False
+    ),
+    Case(
+        *("internvideo2_5-tower", "internvideo2_5", make_intern_vit, frame_pixels, frame_rows),
+        tell_clips=True,
+        checkpointing=False,
+    ),
+    Case(
+        *("internvideo2_5", "internvideo2_5", make_internvl_chat, frame_pixels, frame_rows),
+        tell_clips=True,
+        checkpointing=False,
+        generate=internvl_chat_prompt,
+    ),
     Case("internvideo2", "internvideo2", make_internvideo2, clip_videos, clip_rows, EQUAL, checkpointing=False),
     Case(
         "internvideo2-fused",
