@@ -1,0 +1,51 @@
+# `make demo` and `make test` need nothing but Python: either makes the environment once and uses it from then on.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= sta-demo
+DEMO_ARGS ?=
+PYTEST_ARGS ?= -n 2
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-old lint build clean
+
+demo: $(VENV)/.ready
+	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The contract, the goldens and the adapter format on the oldest and the last 4.x release of transformers.
+test-old: .venv-4.45.2/.ready .venv-4.57.6/.ready
+	.venv-4.45.2/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS)
+	.venv-4.57.6/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS)
+
+OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.py tests/test_inject.py \
+	tests/test_tiny_base.py tests/test_videorope.py tests/test_internvideo2.py tests/test_internvideo2_5.py
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sta_adapter backbones
+
+build: $(VENV)/.ready
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 build dist *.egg-info
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+# Older releases of transformers lie over the main environment, so that torch is installed once.
+.venv-4.45.2/.ready: PINS := transformers==4.45.2 peft==0.13.2 'accelerate<1.5'
+.venv-4.57.6/.ready: PINS := transformers==4.57.6 'peft<0.19'
+.venv-%/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv .venv-$*
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "$$main" > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
+	.venv-$*/bin/python -m pip install --quiet $(PINS)
+	.venv-$*/bin/python -m pip install --quiet --no-deps -e .
+	touch $@

@@ -1,0 +1,281 @@
+"""inject_sta, get_sta and the handle: what they refuse, and that a refusal changes nothing."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import clips_of, make_qwen2_vl, make_qwen2_vl_tower, merged_tokens, qwen2_vl_arguments, randomize, seeded
+from torch import nn
+from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
+
+from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones
+from sta_adapter.errors import ConfigError, InjectionError, LayoutError, STAError, UnknownBackboneError
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}, [
+        len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()
+    ]
+
+
+def assert_unchanged(model, before):
+    tensors, hooks = state(model)
+    assert tensors.keys() == before[0].keys()
+    assert all(torch.equal(tensors[k], before[0][k]) for k in tensors)
+    assert hooks == before[1]
+
+
+def test_a_foreign_model_gets_the_list_of_backbones():
+    with pytest.raises(UnknownBackboneError, match="no backbone matches 'Linear'; known: .*qwen2_vl") as caught:
+        inject_sta(nn.Linear(2, 2))
+    assert isinstance(caught.value, STAError)
+    assert isinstance(caught.value, LookupError)
+
+
+def test_an_unknown_backbone_name():
+    with pytest.raises(UnknownBackboneError, match="no backbone 'qwen9'; known: .*qwen2_vl"):
+        inject_sta(nn.Linear(2, 2), backbone="qwen9")
+
+
+def test_a_backbone_that_does_not_fit_the_model():
+    with pytest.raises(UnknownBackboneError, match="'Linear' holds no encoder for backbone 'qwen2_vl'.*Qwen2Vision"):
+        inject_sta(nn.Linear(2, 2), backbone="qwen2_vl")
+
+
+def test_wrong_arguments(toy):  # noqa: F811
+    with pytest.raises(InjectionError, match="takes a torch module, found str"):
+        inject_sta("Qwen/Qwen2-VL-2B-Instruct")
+    with pytest.raises(ConfigError, match="cfg is a dict; expected an STAConfig"):
+        inject_sta(toy, {"head_scale": 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layers": [1, 3, 8]}, r"layers \[3, 8\] don't exist: the encoder has 3 blocks, 0 to 2"),
+        ({"token_order": "published"}, "token_order='published' is for weights trained with the released Qwen2-VL code"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(toy, config, message):  # noqa: F811
+    before = state(toy)
+    with pytest.raises(ConfigError, match=message):
+        inject_sta(toy, STAConfig(**config))
+    assert_unchanged(toy, before)
+
+
+def test_a_failure_half_way_is_undone(toy, monkeypatch):  # noqa: F811
+    before = state(toy)
+    monkeypatch.setattr(toy, "register_forward_pre_hook", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        inject_sta(toy)
+    monkeypatch.undo()
+    assert_unchanged(toy, before)
+
+
+def test_a_name_that_is_taken(toy):  # noqa: F811
+    toy.blocks[1].sta = nn.Identity()
+    before = state(toy)
+    with pytest.raises(InjectionError, match=r"blocks \[1\] have an attribute 'sta' already"):
+        inject_sta(toy)
+    assert_unchanged(toy, before)
+
+
+class DistributedDataParallel(nn.Module):
+    """Named as torch's, which needs a process group to be made."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (DistributedDataParallel, "wrapped in DistributedDataParallel already.*before wrapping"),
+        (nn.DataParallel, "wrapped in DataParallel already"),
+        (torch.compile, "wrapped in OptimizedModule already.*then torch.compile it"),
+        (lambda m: (m.blocks[0].compile(), m)[1], "ToyBlock is compiled already. Inject first"),
+    ],
+    ids=["DDP", "DataParallel", "torch.compile", "module.compile"],
+)
+def test_after_wrapping(toy, wrap, message):  # noqa: F811
+    wrapped = wrap(toy)
+    before = state(toy)
+    with pytest.raises(InjectionError, match=message):
+        inject_sta(wrapped)
+    assert_unchanged(toy, before)
+
+
+def test_the_modules_follow_their_block(toy):  # noqa: F811
+    toy.to(torch.bfloat16).eval()
+    toy.blocks[1].to(torch.float64).train()
+    handle = inject_sta(toy, STAConfig(gamma_init=1e-5))
+    assert [m.to_qkv.weight.dtype for m in handle.blocks.values()] == [torch.bfloat16, torch.float64, torch.bfloat16]
+    assert [m.training for m in handle.blocks.values()] == [False, True, False]
+    assert [n for n, _ in handle.blocks[0].named_children()] == ["norm", "to_qkv", "to_out"]
+    assert handle.blocks[0].gamma.unique().item() == pytest.approx(1e-5, rel=1e-2)
+
+
+class Quantised(nn.Module):
+    """A 4-bit linear layer as bitsandbytes has it: packed bytes, and the dtype that it computes in."""
+
+    def __init__(self, compute_dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(500, dtype=torch.uint8), requires_grad=False)
+        self.compute_dtype = compute_dtype
+
+
+def test_a_quantised_block_gives_its_compute_dtype(toy):  # noqa: F811
+    toy.blocks[0].mlp = nn.Sequential(Quantised(torch.bfloat16), Quantised(torch.bfloat16))
+    toy.blocks[1].mlp[0].weight = nn.Parameter(torch.zeros(900, 9, dtype=torch.int8), requires_grad=False)
+    toy.blocks[2].mlp[0].weight = nn.Parameter(torch.zeros(900, 9).to(torch.float8_e4m3fn), requires_grad=False)
+    handle = inject_sta(toy)
+    assert [m.to_qkv.weight.dtype for m in handle.blocks.values()] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_normal_initialisation(toy):  # noqa: F811
+    handle = inject_sta(toy, STAConfig(init="normal", head_scale=8))
+    for module in handle.blocks.values():
+        assert module.to_out.weight.std().item() == pytest.approx(0.02, rel=0.2)
+        assert module.to_qkv.weight.std().item() == pytest.approx(0.02, rel=0.2)
+        assert module.num_heads == 16
+
+
+@pytest.mark.parametrize(("scale", "heads"), [(0.25, 1), (0.01, 1), (0.5, 1), (1.0, 2), (1.3, 3)])
+def test_number_of_heads(toy, scale, heads):  # noqa: F811
+    assert {m.num_heads for m in inject_sta(toy, STAConfig(head_scale=scale)).blocks.values()} == {heads}
+
+
+def test_odd_head_size_with_rope(toy, monkeypatch):  # noqa: F811
+    import toy as module
+
+    monkeypatch.setattr(module, "HEADS", 16)
+    before = state(toy)
+    with pytest.raises(ConfigError, match="RoPE needs an even head size, this encoder's is 1"):
+        inject_sta(toy)
+    assert_unchanged(toy, before)
+    assert inject_sta(toy, STAConfig(rope_theta=None)).num_parameters() > 0
+
+
+def test_get_sta(toy):  # noqa: F811
+    assert get_sta(toy) is None
+    handle = inject_sta(toy)
+    assert get_sta(toy) is handle
+    assert get_sta(nn.Sequential(toy)) is handle
+    assert repr(handle).startswith("STAHandle(backbone='toy', blocks=3, parameters=")
+    two = nn.ModuleList([toy, ToyEncoder()])
+    inject_sta(two[1])
+    with pytest.raises(InjectionError, match="holds 2 encoders with STA"):
+        get_sta(two)
+
+
+def test_layers(toy):  # noqa: F811
+    handle = inject_sta(toy, STAConfig(layers=[2, 0]))
+    assert list(handle.blocks) == [0, 2]
+    assert not hasattr(toy.blocks[1], "sta")
+
+
+def test_a_removed_handle(toy):  # noqa: F811
+    handle = inject_sta(toy)
+    handle.remove()
+    assert handle.blocks == {}
+    assert handle.num_parameters() == 0
+    assert "removed" in repr(handle)
+    for use in (handle.disable, handle.enable, handle.disabled, handle.freeze_base, handle.lora_config):
+        with pytest.raises(InjectionError, match="has been removed"):
+            use()
+
+
+def test_the_model_is_freed(toy):  # noqa: F811
+    model = ToyEncoder()
+    inject_sta(model)
+    model(toy_pixels(((4, 2),))).sum().backward()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [4, -1], [1.5], "44", 8, [None]])
+def test_bad_clip_lengths(toy, lengths):  # noqa: F811
+    handle = inject_sta(toy)
+    with pytest.raises(LayoutError, match="expected the number of frames of each clip"):
+        handle.clips(lengths)
+
+
+def test_freeze_base_and_back(toy):  # noqa: F811
+    handle = inject_sta(toy)
+    assert handle.freeze_base() is handle
+    assert {n for n, p in toy.named_parameters() if p.requires_grad} == {
+        n for n, _ in toy.named_parameters() if ".sta." in n
+    }
+    assert handle.num_parameters() == sum(p.numel() for p in toy.parameters() if p.requires_grad)
+
+
+def test_lora_config_of_qwen2_vl_is_the_published_recipe():
+    peft = pytest.importorskip("peft")
+    model = seeded(make_qwen2_vl)
+    handle = inject_sta(model)
+    config = handle.lora_config()
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (
+        16,
+        16,
+        {"attn.qkv": 32},
+        {"attn.qkv": 32},
+    )
+    assert config.modules_to_save == ["sta"]
+    assert handle.lora_config(r=4, lora_alpha=8).rank_pattern == {}
+    with pytest.raises(ConfigError, match="LoraConfig has no field rank; known: .*lora_alpha"):
+        handle.lora_config(rank=4)
+    wrapped = peft.get_peft_model(model, config)
+    adapted = {n.split(".lora_A")[0] for n, _ in wrapped.named_modules() if n.endswith("lora_A")}
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        assert any(n.endswith(name) for n in adapted), name
+    assert not any(".sta" in n for n in adapted)
+    ranks = {n: m.weight.shape[0] for n, m in wrapped.named_modules() if n.endswith("lora_A.default")}
+    assert {r for n, r in ranks.items() if "attn.qkv" in n} == {32}
+    assert {r for n, r in ranks.items() if "attn.qkv" not in n} == {16}
+    trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "sta.modules_to_save" in n for n in trained)
+
+
+def test_lora_config_without_a_recipe(toy):  # noqa: F811
+    pytest.importorskip("peft")
+    handle = inject_sta(toy)
+    with pytest.raises(ConfigError, match="backbone 'toy' has no LoRA recipe; pass target_modules"):
+        handle.lora_config()
+    assert handle.lora_config(target_modules=["attn"]).modules_to_save == ["sta"]
+
+
+def test_all_linear_leaves_sta_alone(toy):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    from inspect import signature
+
+    if "exclude_modules" not in signature(peft.LoraConfig).parameters:
+        pytest.skip("this version of peft can't exclude modules")
+    handle = inject_sta(toy)
+    wrapped = peft.get_peft_model(toy, handle.lora_config(target_modules=r".*(attn|mlp\.[02]|to_qkv|to_out)"))
+    assert not any("lora" in n for m in get_sta(wrapped).blocks.values() for n, _ in m.named_parameters())
+    assert any("lora" in n for n, _ in wrapped.named_parameters())
+
+
+def test_ln_tuning_beside_sta():
+    peft = pytest.importorskip("peft")
+    model = seeded(make_qwen2_vl_tower)
+    handle = inject_sta(model)
+    for module in handle.blocks.values():
+        randomize(module)
+    clips = clips_of(4, 2)
+    expected = merged_tokens(model(**qwen2_vl_arguments(clips)), clips)
+    wrapped = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["norm2"], modules_to_save=["sta"]))
+    found = merged_tokens(model(**qwen2_vl_arguments(clips)), clips)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    handle = get_sta(wrapped)
+    merged_tokens(model(**qwen2_vl_arguments(clips)), clips)[0].square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
+
+
+def test_list_backbones_is_sorted():
+    assert list_backbones() == sorted(list_backbones())
+    assert "qwen2_vl" in list_backbones()
