@@ -108,6 +108,7 @@ class Backbone:
         dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes
             whose batch has no video (see `inject`) and for checks; None when not known.
         published_names: names of `norm`, `to_qkv`, `to_out` (and `gamma`) in the published STAVEQ2 code's blocks.
+        published_prefix: what stands in front of `blocks` in the keys of that code's checkpoints, "visual." for one.
         published_token_order: whether that code adds the branch in another token order than the paper's.
     """
 
@@ -125,6 +126,7 @@ class Backbone:
     lora: LoRARecipe | None = None
     dummy_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    published_prefix: str = ""
     published_token_order: bool = False
 
     def find_encoder(self, model: nn.Module) -> nn.Module | None:

@@ -38,17 +38,35 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
     """
+    write_adapter(folder, adapter_state(handle), describe_adapter(handle), _lora_files(handle.model))
+
+
+def write_adapter(
+    folder: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    description: Mapping[str, Any],
+    others: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write an adapter's files.
+
+    Args:
+        folder: made when it does not exist; an adapter in it is replaced.
+        tensors: on the CPU, under the file's keys.
+        description: contents of `sta_config.json`, from `make_description`.
+        others: contents of further files by name.
+
+    Raises:
+        CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
+    """
     from safetensors.torch import save
 
-    tensors = adapter_state(handle)
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(f"{len(broken)} STA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
-    description = describe_adapter(handle)
     files = {
         WEIGHTS: save(tensors, {"format": "pt", "sta_config_sha256": _digest(description)}),
         CONFIG: (json.dumps(description, indent=2) + "\n").encode(),
-        **_lora_files(handle.model),
+        **(others or {}),
     }
     try:
         atomic_folder_write(Path(folder), files)
@@ -67,23 +85,39 @@ def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
 
 def describe_adapter(handle: STAHandle) -> dict[str, Any]:
     """The contents of `sta_config.json`."""
-    import sta_adapter
-
     block = next(iter(handle.blocks.values()))
     config = getattr(handle.model, "config", None)
-    name = getattr(config, "_name_or_path", None) or None
+    encoder = {
+        "width": block.to_out.out_features,
+        "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
+        "num_heads": block.num_heads,
+        "head_dim": block.head_dim,
+    }
+    base = (getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None))
+    return make_description(handle.backbone, encoder, handle.config, *base)
+
+
+def make_description(
+    backbone: str, encoder: Mapping[str, int], config: STAConfig, base: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """The contents of `sta_config.json`.
+
+    Args:
+        backbone: its name.
+        encoder: `width`, `depth`, the branch's `num_heads`, `head_dim`.
+        config: settings in force.
+        base: Hub id or folder of the base model.
+        revision: commit of the base model on the Hub.
+    """
+    import sta_adapter
+
     return {
         "format_version": FORMAT_VERSION,
         "sta_adapter_version": sta_adapter.__version__,
-        "backbone": handle.backbone,
-        "base_model": {"id": name, "revision": getattr(config, "_commit_hash", None)},
-        "encoder": {
-            "width": block.to_out.out_features,
-            "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
-            "num_heads": block.num_heads,
-            "head_dim": block.head_dim,
-        },
-        "config": handle.config.to_dict(),
+        "backbone": backbone,
+        "base_model": {"id": base or None, "revision": revision},
+        "encoder": dict(encoder),
+        "config": config.to_dict(),
     }
 
 
@@ -123,7 +157,7 @@ def load_sta(
     modules = plan.build()
     state = read_weights(folder, description)
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
-    _compare_tensors(folder, state, expected)
+    compare_tensors(folder / WEIGHTS, state, expected)
     for index, module in modules.items():
         module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
         module.requires_grad_(is_trainable)
@@ -225,7 +259,8 @@ def _compare_encoder(folder: Path, description: Mapping[str, Any], plan: Plan) -
         raise CheckpointError(f"the adapter in {folder} is for another encoder: {'; '.join(differences)}.")
 
 
-def _compare_tensors(folder: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def compare_tensors(file: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise a CheckpointError that lists every key and shape that `state`, read from `file`, has otherwise."""
     differences = [f"missing {k}" for k in expected if k not in state]
     differences += [f"unexpected {k}" for k in state if k not in expected]
     differences += [
@@ -234,7 +269,7 @@ def _compare_tensors(folder: Path, state: Mapping[str, Tensor], expected: Mappin
         if k in state and state[k].shape != v.shape
     ]
     if differences:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {'; '.join(differences)}.")
+        raise CheckpointError(f"{file} does not fit the model: {'; '.join(differences)}.")
 
 
 def _digest(description: Mapping[str, Any]) -> str:

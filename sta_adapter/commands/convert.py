@@ -1,0 +1,52 @@
+"""`sta-adapter convert`: weights of the published STAVEQ2 code as an adapter, or back.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, option
+from sta_adapter.errors import ConfigError
+
+
+@click.command(cls=Grouped, short_help="Turn a published STAVEQ2 checkpoint into an adapter, or back.")
+@click.argument("source", type=click.Path())
+@click.argument("out", type=click.Path())
+@option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Where the branch stands, which weights don't tell. [default: after_spatial]")  # fmt: skip
+@option("What", "--backbone", metavar="NAME", help="When the tensors' names fit several.")
+@option("What", "--config", metavar="FILE", help="The model's config.json. [default: the one beside the weights]")
+@option("What", "--heads", type=click.IntRange(1), help="The encoder's heads, if no config.json tells them.")
+@option("Back", "--to-published", is_flag=True, help="SOURCE is an adapter; write it under the published names.")
+@option("Back", "--prefix", metavar="TEXT", help="In front of 'blocks.0'. [default: the published one]")
+def command(source: str, out: str, to_published: bool, prefix: str | None, **options: Any) -> None:
+    """Turn a published STAVEQ2 checkpoint into an adapter, or back.
+
+    \b
+    Example: sta-adapter convert STAVEQ2-2B my-adapter
+             sta-adapter convert my-adapter staveq2.safetensors --to-published
+
+    SOURCE is a folder with config.json and safetensors files, or one such
+    file. Only STA's tensors are read and written, bit for bit; the base
+    model's and LoRA's stay where they are.
+    """  # noqa: D301
+    from sta_adapter.conversion import convert_published, convert_to_published
+
+    if to_published:
+        given = [f"--{name}" for name, value in options.items() if value is not None]
+        if given:
+            raise ConfigError(f"{', '.join(given)} and --to-published exclude each other: the adapter knows it itself.")
+        click.echo(f"wrote {convert_to_published(source, out, prefix=prefix)}")
+        return
+    if prefix is not None:
+        raise ConfigError("--prefix goes with --to-published; reading takes any prefix.")
+    found = convert_published(source, out, **options)
+    encoder, config = found["encoder"], found["config"]
+    blocks = encoder["depth"] if config["layers"] == "all" else len(config["layers"])
+    click.echo(
+        f"wrote {out}: {found['backbone']}, {blocks} of {encoder['depth']} blocks, {encoder['num_heads']} heads of "
+        f"{encoder['head_dim']}, order={config['order']}, token_order={config['token_order']}"
+    )

@@ -1,0 +1,197 @@
+"""Files of the published STAVEQ2 code: which tensors in them are STA's, whatever stands in front of their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sta_adapter.backbone import Backbone
+from sta_adapter.errors import CheckpointError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PARAMETERS = {
+    "norm": ("weight", "bias"),
+    "to_qkv": ("weight", "bias"),
+    "to_out": ("weight", "bias"),
+    "gamma": ("gamma",),
+}
+WRAPPED = r"(?:\.modules_to_save(?:\.[^.]+?)?)?"  # as PEFT names the copy that it trains
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A published checkpoint: its configuration, and which file holds which tensor; no tensor is read.
+
+    Attributes:
+        folder: where the files are.
+        files: the file of each key.
+        config: contents of `config.json`; empty without one.
+        metadata: header fields of the first file.
+    """
+
+    folder: Path
+    files: Mapping[str, Path]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    def read(self, keys: list[str]) -> dict[str, Tensor]:
+        """These tensors, and no other, on the CPU.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        from safetensors import safe_open
+
+        found = {}
+        for file in sorted({self.files[key] for key in keys}):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    found.update({key: opened.get_tensor(key) for key in keys if self.files[key] == file})
+            except (OSError, ValueError, RuntimeError) as error:
+                raise CheckpointError(f"{file} is damaged: {error}") from error
+        return found
+
+
+def open_source(source: str | Path, config: str | Path | None = None) -> Source:
+    """List a checkpoint's tensors.
+
+    Args:
+        source: a folder with safetensors files, in one piece or sharded, or one such file.
+        config: its `config.json`; by default the one in the folder.
+
+    Raises:
+        CheckpointError: there is no safetensors file, or one is missing or damaged, or the configuration is.
+    """
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    metadata: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for file in _safetensors(path):
+        keys, header = _header(file)
+        metadata = metadata or header
+        twice = [key for key in keys if key in files]
+        if twice:
+            raise CheckpointError(
+                f"{twice[0]!r} stands in {files[twice[0]].name} and in {file.name}; pass the file that is meant."
+            )
+        files |= dict.fromkeys(keys, file)
+    return Source(
+        folder, files, _read_config(Path(config) if config else folder / "config.json", bool(config)), metadata
+    )
+
+
+def _safetensors(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return [path]
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise CheckpointError(_pickle_message(path))
+        raise CheckpointError(f"{path} is no safetensors file; expected one, or a folder with them.")
+    if not path.is_dir():
+        raise CheckpointError(f"there is no file or folder {path}.")
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        wrong = [n for n in names if Path(n).name != n or not (path / n).is_file()]
+        if wrong or not names:
+            raise CheckpointError(f"{index} names {', '.join(map(repr, wrong)) or 'no file'}, not found in {path}.")
+        return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(_pickle_message(pickles[0]))
+    raise CheckpointError(f"{path} holds no safetensors file; found: {_listing(path)}.")
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run code when it is opened and is never read here. If you trust it, make "
+        'safetensors of it once: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for '
+        f"k, v in torch.load('{path}', map_location='cpu', weights_only=True).items()}}, '{path.with_suffix('.safetensors')}')\""
+    )
+
+
+def _header(file: Path) -> tuple[list[str], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys()), dict(opened.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def _read_config(path: Path, must_exist: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if must_exist:
+            raise CheckpointError(f"there is no configuration {path}.")
+        return {}
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return found
+
+
+def published_keys(spec: Backbone) -> dict[str, str]:
+    """From our names within a block, `to_qkv.weight`, to the published ones, `temp_attn.qkv.weight`."""
+    return {
+        (name if name == "gamma" else f"{name}.{leaf}"): f"{module}.{leaf}"
+        for name, module in spec.published_names.items()
+        for leaf in PARAMETERS[name]
+    }
+
+
+def match_keys(spec: Backbone, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Find STA's tensors of a backbone under their published names.
+
+    Returns:
+        (from our key, `blocks.{i}.to_qkv.weight`, to the checkpoint's; keys below STA's modules that we have no place for).
+
+    Raises:
+        CheckpointError: a tensor stands there twice, as with several PEFT adapters.
+    """
+    block = rf"(?:^|\.){re.escape(spec.blocks)}\.(\d+)\."
+    patterns = {n: re.compile(f"{block}{_with_wrappers(p)}$") for n, p in published_keys(spec).items()}
+    roots = "|".join({re.escape(module.split(".")[0]) for module in spec.published_names.values()})
+    below = re.compile(rf"{block}(?:{roots})(?:\.|$)")
+    found: dict[str, str] = {}
+    unknown = []
+    for key in keys:
+        if not below.search(key) or ".original_module." in key:
+            continue
+        match = next(((name, m[1]) for name, pattern in patterns.items() if (m := pattern.search(key))), None)
+        if match is None:
+            unknown.append(key)
+            continue
+        ours = f"blocks.{match[1]}.{match[0]}"
+        if ours in found:
+            raise CheckpointError(f"{found[ours]!r} and {key!r} are the same tensor of STA; keep one of them.")
+        found[ours] = key
+    return found, unknown
+
+
+def _with_wrappers(name: str) -> str:
+    """Pattern of a published name, also below the copies that PEFT trains; a `gamma` may stand there without its module."""
+    pattern = rf"{WRAPPED}\.".join(map(re.escape, name.split(".")))
+    return (
+        pattern.removesuffix(rf"{WRAPPED}\.gamma") + rf"(?:{WRAPPED}\.gamma)?" if name.endswith(".gamma") else pattern
+    )
