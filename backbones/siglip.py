@@ -50,7 +50,7 @@ def siglip_layout(call: EncoderCall) -> ClipLayout:
 def siglip_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One black picture."""
     config: Any = encoder.config
-    if hasattr(config, "image_size"):
+    if not hasattr(config, "num_patches"):
         return picture_dummy(encoder)
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
     shape = (1, 1, config.num_channels * config.patch_size**2)

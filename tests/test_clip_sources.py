@@ -1,0 +1,198 @@
+"""Where full models of transformers tell their clips, and what is refused where they can't."""
+
+import pytest
+import torch
+from cases import Clip, all_cases, case_parameters, lacks, randomize, seeded
+from cases_transformers import CASES, FRAME, glm_prompt, llava_prompt, picture_prompt, prompt, tiny
+
+from sta_adapter import STAConfig, get_sta, inject_sta
+from sta_adapter.errors import LayoutError, UnknownBackboneError
+
+LLAVA = pytest.param("llava_onevision", id="llava_onevision")
+GLM = pytest.param("glm4v", id="glm4v", marks=lacks("glm4v"))
+GLM_MOE = pytest.param("glm4v_moe", id="glm4v_moe", marks=lacks("glm4v_moe"))
+INTERNVL = lacks("internvl")
+TOWERS = ["siglip", "clip", "dinov2", pytest.param("siglip2", marks=lacks("siglip2"))]
+
+
+def injected(case_id):
+    """A tiny model with random STA, and a list of the clips (frames, positions) of each call of its encoder."""
+    model = seeded(lambda: tiny(case_id))
+    handle = inject_sta(model, STAConfig(order="before_spatial"))
+    seen = []
+    for module in handle.blocks.values():
+        randomize(module)
+    handle.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(list(args[1].clips)))
+    return model, handle, seen
+
+
+def two_videos(case_id):
+    """A batch of two prompts with a clip of four frames each, and their layout."""
+    one = llava_prompt(4) if case_id == "llava_onevision" else glm_prompt(4)
+    return {name: torch.cat([value, value]) for name, value in one.items()}, [(4, 16), (4, 16)]
+
+
+@pytest.mark.parametrize("case_id", [LLAVA, GLM, GLM_MOE])
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_clips_are_read_from_the_models_call(case_id, call):
+    model, handle, seen = injected(case_id)
+    batch, clips = two_videos(case_id)
+    with torch.no_grad():
+        if call == "forward":
+            model(**batch)
+        else:
+            model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert seen == [clips], "the encoder ran once, on the clips of the prompt"
+    with handle.clips([2, 6]), torch.no_grad():
+        model(**batch)
+    assert seen[1] == [(2, 16), (6, 16)], "what the user tells comes first"
+
+
+@pytest.mark.parametrize("case_id", [LLAVA, GLM, GLM_MOE])
+def test_clips_are_read_beneath_peft_and_in_copies(case_id):
+    import copy
+
+    peft = pytest.importorskip("peft")
+    model, handle, seen = injected(case_id)
+    wrapped = peft.get_peft_model(model, handle.lora_config())
+    batch, clips = two_videos(case_id)
+    if not hasattr(model, "get_video_features"):
+        pytest.skip(
+            "peft calls forward past the hooks, and this release has no methods that tell; see the error's test"
+        )
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        wrapped(**batch)
+        assert [clips] * len(seen) == seen == [clips]
+        twin(**batch)
+    get_sta(twin).remove()
+    assert not any(type(v).__name__ == "TellingMethod" for m in twin.modules() for v in vars(m).values())
+
+
+@pytest.mark.parametrize("case_id", [LLAVA, GLM])
+def test_pictures_are_clips_of_one_frame(case_id):
+    model, _, seen = injected(case_id)
+    if case_id == "glm4v":
+        arguments = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    else:
+        arguments = {"pixel_values": torch.randn(2, 3, *FRAME), "image_sizes": torch.tensor([[16, 16], [16, 32]])}
+    if not hasattr(model, "get_image_features"):
+        pytest.skip("this release has no method for pictures alone")
+    with torch.no_grad():
+        model.model.get_image_features(**arguments)
+    rows = sum(frames for frames, _ in seen[0])
+    assert seen == [[(1, 16)] * rows]
+    assert rows >= 2
+
+
+def test_llava_refuses_what_an_old_release_can_not_tell_apart():
+    model, _, _ = injected("llava_onevision")
+    if hasattr(model, "get_video_features"):
+        pytest.skip("this release has a method for each")
+    both = {**llava_prompt(4), "pixel_values": torch.randn(1, 1, *FRAME), "image_sizes": torch.tensor([[16, 16]])}
+    with pytest.raises(LayoutError, match="pictures and videos in calls of their own"):
+        model(**both)
+    with pytest.raises(LayoutError, match=r"handle.clips\(\[8, 1\]\)"):
+        model.forward(**llava_prompt(4))
+
+
+@INTERNVL
+def test_internvl_refuses_rows_that_may_be_pictures_or_frames():
+    model, handle, seen = injected("internvl")
+    several = prompt([5, *[150] * 16, 5, 6], Clip(4).pixels(*FRAME), "pixel_values")
+    for call in (model, lambda **batch: model.generate(**batch, max_new_tokens=2)):
+        with pytest.raises(LayoutError, match=r"can't be known: the 4 rows.*with handle.clips\(\[8, 1\]\)"):
+            call(**several)
+    assert seen == []
+    with torch.no_grad():
+        model(**picture_prompt(1))
+        model(**several, clip_lengths=[3, 1])
+        with handle.clips([4]):
+            model(**several)
+            model.generate(**several, max_new_tokens=2, do_sample=False)
+        model.model.vision_tower(several["pixel_values"])
+        with handle.disabled():
+            model(**several)
+    assert seen == [[(1, 16)], [(3, 16), (1, 16)], [(4, 16)], [(4, 16)], [(4, 16)]]
+
+
+@pytest.mark.parametrize("case_id", TOWERS)
+def test_plain_towers_take_one_picture_and_must_be_told_of_several_rows(case_id):
+    case = next(case for case in all_cases() if case.id == case_id)
+    model, handle, seen = injected(case_id)
+    encoder = case.encoder(model)
+    with torch.no_grad():
+        encoder(**case.arguments([Clip(1)]))
+        with pytest.raises(LayoutError, match=r"can't be known.*with handle.clips\(\[8, 1\]\)"):
+            encoder(**case.arguments([Clip(2)]))
+        with handle.clips([2, 1]):
+            encoder(**case.arguments([Clip(3)]))
+        with pytest.raises(LayoutError, match="must add up"), handle.clips([2, 2]):
+            encoder(**case.arguments([Clip(3)]))
+    assert [[frames for frames, _ in clips] for clips in seen] == [[1], [2, 1]]
+
+
+@lacks("siglip2")
+def test_siglip2_refuses_a_clip_of_frames_of_different_shapes():
+    case = next(case for case in all_cases() if case.id == "siglip2")
+    model, handle, _ = injected("siglip2")
+    arguments = case.arguments([Clip(3)])
+    arguments["spatial_shapes"] = torch.tensor([[4, 4], [4, 4], [2, 8]])
+    with torch.no_grad(), handle.clips([2, 1]):
+        case.encoder(model)(**arguments)
+    with pytest.raises(LayoutError, match="expected all alike"), handle.clips([3]):
+        case.encoder(model)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("grid", "told", "message"),
+    [
+        ([[1, 4, 4], [1, 4, 4]], None, "can't be known"),
+        ([[1, 4, 4], [1, 4, 4]], [3], "the encoder got 2 frames"),
+        ([[1, 4, 4], [1, 2, 8]], [2], "expected the same in each frame"),
+    ],
+    ids=["not told", "don't add up", "different grids"],
+)
+@lacks("glm4v")
+def test_glms_tower_by_itself_must_be_told(grid, told, message):
+    model, handle, _ = injected("glm4v-tower")
+    pixels = torch.randn(sum(t * h * w for t, h, w in grid), 96)
+    with handle.clips(told), pytest.raises(LayoutError, match=message):
+        model(pixels, grid_thw=torch.tensor(grid))
+
+
+@pytest.mark.parametrize("case", case_parameters())
+def test_the_dummy_clip_runs_without_being_told(case):
+    model = seeded(case.make)
+    handle = inject_sta(model)
+    args, kwargs = handle._injection.spec.dummy_inputs(handle.encoder)
+    sum(t.sum() for t in outputs(handle.encoder(*args, **kwargs))).backward()
+    assert all(p.grad is not None for p in handle.parameters())
+
+
+def outputs(found):
+    """The tensors of an encoder's output that depend on STA."""
+    from sta_adapter.hooks import iterate_tensors
+
+    return [t for t in iterate_tensors(found) if t.requires_grad]
+
+
+@pytest.mark.parametrize("case", case_parameters(lambda case: case in CASES and case.generate is not None))
+def test_every_name_of_the_lora_recipe_is_in_the_model(case):
+    import transformers
+
+    model = seeded(case.make)
+    config = inject_sta(model).lora_config()
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    missing = {t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)}
+    assert missing == set(), transformers.__version__
+
+
+def test_a_tower_within_llava_is_not_taken_for_a_plain_one():
+    model = seeded(lambda: tiny("llava_onevision"))
+    assert inject_sta(model).backbone == "llava_onevision"
+    other = seeded(lambda: tiny("llava_onevision"))
+    tower = next(m for n, m in other.named_modules() if n.endswith("vision_tower"))
+    assert inject_sta(tower).backbone == "siglip"
+    with pytest.raises(UnknownBackboneError, match="holds no encoder for backbone 'llava_onevision'"):
+        inject_sta(seeded(lambda: tiny("siglip")), backbone="llava_onevision")
