@@ -4,12 +4,12 @@ Rows are frames, in order, as the model's own token merging takes them. They are
 otherwise; what the user tells comes first (`handle.clips([...])`, `clip_lengths=[...]` in any of the calls). Then:
 
 - `batch_chat(num_patches_list=[n, m])`: one clip a question;
-- `chat(...)`: one `<image>` in the prompt is one clip. Where each frame has its own, as in the model's documented use,
-  `Frame1: <image> Frame2: <image> ...`, the labels tell: a clip goes on as long as its numbers grow, and a frame may
-  consist of tiles if all frames of the clip have as many. Several `<image>` of more than one row each are a clip each;
+- `chat(...)`: an `<image>` of several rows is a clip. Where each frame has an `<image>`, as in the documented use, the
+  labels tell, `Frame1: <image> Frame2: <image>`: a clip goes on as long as the numbers grow; tiled frames have equal rows;
 - `forward` and `generate`: one clip a sample, counted by its image tokens, when these are in one piece.
 
 All else, such as two rows behind two unlabelled `<image>`, may be frames of a clip or separate pictures: an error.
+InternVL 2.5, whose chat model has the same class, cuts a picture into rows: tell `clip_lengths=[1] * rows` there.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | 
     if arguments.get("pixel_values") is None or not arguments.get("num_patches_list"):
         return None
     rows = [int(n) for n in arguments["num_patches_list"]]
-    turns = [text for turn in arguments.get("history") or () for text in turn]
-    labels = PLACEHOLDER.findall("\n".join([*turns, arguments["question"]]))
+    turns = [*(text for turn in arguments.get("history") or () for text in turn), arguments["question"]]
+    labels = PLACEHOLDER.findall("\n".join(turns))
     if len(rows) == 1 or (not labels and set(rows) == {1}):
         return (sum(rows),)
     if len(labels) == len(rows) and all(labels):

@@ -87,6 +87,10 @@ def test_defaults_are_the_published_variant(fused):
         assert module.norm.eps == 1e-6
         assert torch.equal(module.gamma, torch.full_like(module.gamma, 1e-5))
         assert module.to_qkv.bias is not None
+    published = inject_sta(tower(embed_dim=64), STAConfig(init="normal")).blocks[0]
+    for layer in (published.to_qkv, published.to_out):
+        assert 0.018 < layer.weight.std() < 0.022
+        assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
     given = inject_sta(tower(), STAConfig(rope_theta=100.0, gamma_init=None, head_scale=0.25))
     assert (given.config.rope_theta, given.config.gamma_init) == (100.0, None)
     assert {module.num_heads for module in given.blocks.values()} == {1}
