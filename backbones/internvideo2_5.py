@@ -46,10 +46,10 @@ def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | 
     rows = [int(n) for n in arguments["num_patches_list"]]
     turns = [*(text for turn in arguments.get("history") or () for text in turn), arguments["question"]]
     labels = PLACEHOLDER.findall("\n".join(turns))
-    if len(rows) == 1 or (not labels and set(rows) == {1}):
-        return (sum(rows),)
     if len(labels) == len(rows) and all(labels):
         return _labelled_clips(rows, [int(label) for label in labels])
+    if len(rows) == 1 or (not labels and set(rows) == {1}):
+        return (sum(rows),)
     if min(rows) > 1 and not any(labels):
         return tuple(rows)
     raise _unknown(f"{len(rows)} <image> of {rows} rows in one prompt")

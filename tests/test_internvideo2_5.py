@@ -155,6 +155,7 @@ KNOWN = {
     "a picture": (1, "<image> What?", [1], [(1, 4)]),
     "labelled frames": (4, FRAMES + "What?", [1] * 4, [(4, 4)]),
     "labelled frames of tiles": (12, FRAMES + "What?", [3] * 4, [(4, 12)]),
+    "one labelled frame of tiles": (3, "Frame1: <image>", [3], [(1, 12)]),
     "labels by the sampled frame": (3, "frame 3 <image> frame 17 <image> frame 40 <image>", [1] * 3, [(3, 4)]),
     "two labelled videos": (6, FRAMES + "And: Frame1: <image>\nFrame2: <image>", [1] * 6, [(4, 4), (2, 4)]),
     "two videos": (8, "First <image> then <image>. Same?", [5, 3], [(5, 4), (3, 4)]),
