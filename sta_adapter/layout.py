@@ -116,9 +116,9 @@ class ClipLayout:
         """
         key = ("rotary", head_dim, theta, like.device, like.dtype)
         if key not in self._tables:
-            at = {"dtype": torch.float32, "device": like.device}
-            inverse = theta ** (-torch.arange(0, head_dim, 2, **at) / head_dim)
-            angles = torch.outer(torch.arange(self.max_frames, **at), inverse).repeat(1, 2)[:, None]
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+            frames = torch.arange(self.max_frames, dtype=torch.float32, device=like.device)
+            angles = torch.outer(frames, theta**-exponents).repeat(1, 2)[:, None]
             self._tables[key] = (angles.cos().to(like.dtype), angles.sin().to(like.dtype))
         cos, sin = self._tables[key]
         return cos, sin
