@@ -13,6 +13,7 @@ from sta_adapter.errors import STAError
 
 COMMANDS = {
     "demo": "Train and compare STA on made clips, from nothing, in minutes.",
+    "inspect": "Show where STA would go in a model, and what it costs.",
     "train": "Train STA, and LoRA beside it, on your clips.",
     "evaluate": "Measure a model with and without its adapter.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
@@ -66,3 +67,7 @@ def main() -> None:
     except STAError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

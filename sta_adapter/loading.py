@@ -48,14 +48,14 @@ def load_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        loader = _auto_class(transformers, config)
+        loader = auto_class(transformers, config)
         model = loader.from_pretrained(name, **{"dtype" if release >= (4, 56) else "torch_dtype": wanted}, **options)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
     return model.to(where).eval()
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
+def auto_class(transformers: Any, config: Any) -> Any:
     """The auto class that has an entry for this config, from the most to the least special."""
     remote = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:

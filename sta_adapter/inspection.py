@@ -1,0 +1,209 @@
+"""What injection would do to a model, from its configuration alone: weights are never loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.inject import Plan, plan_injection
+
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+FORMULA = (
+    "percent = 100 L' (4 C H + 2 T H) / (L (W + 2 N C) + E), in multiplications per token: C width, H = heads of STA x "
+    "head size, T frames, N patches of a frame, W numbers in a block's weight matrices, E in the patch embedding, L "
+    "blocks, L' blocks with STA; the projector behind the blocks is not counted, an operation is half a multiply-add"
+)
+POSITIONS = (
+    "transformers {version} numbers the text after a clip from the larger of the clip's rows and columns (merged "
+    "patches); Qwen2-VL was trained with the largest of frames, rows and columns, as in transformers 4. With more "
+    "temporal steps than rows and columns the text overlaps the clip's positions. "
+    "restore_original_positions(model) of sta_adapter.backbones.qwen2_vl_positions brings the original rule back."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSize:
+    """The clip that arithmetic is counted for: frames (temporal steps), rows and columns of patches."""
+
+    frames: int = 16
+    rows: int = 32
+    columns: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> ClipSize:
+        """From "16x32x32".
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        parts = text.lower().split("x")
+        if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+            raise ConfigError(f"clip {text!r}: expected FRAMESxROWSxCOLUMNS of patches, such as 16x32x32.")
+        return cls(*map(int, parts))
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.rows}x{self.columns} patches"
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Makes new parameters on the meta device; small tables of numbers stay real, as some models read them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in MAKERS and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def empty_model(
+    source: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """A model of the class that its configuration names, its parameters on the meta device.
+
+    Args:
+        source: Hub id, folder, or path of a `config.json`; no other file is read or downloaded.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        CheckpointError: the configuration can't be had, or names a model that this transformers does not know.
+    """
+    import transformers
+
+    name, path = os.fspath(source), Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+        raise CheckpointError(f"{name} holds no config.json; found: {there}. Pass a model's folder, not an adapter's.")
+    try:
+        found, _ = transformers.PretrainedConfig.get_config_dict(name, revision=revision)
+        kind = found.get("model_type")
+        if "auto_map" in found and kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
+            raise CheckpointError(
+                f"{name!r} comes with Python code of its own ({kind}). If you trust it, pass trust_remote_code=True "
+                "(--trust-remote-code)."
+            )
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with _WithoutWeights():
+            return _make(config, trust_remote_code).eval()
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"can't make the model of {name!r} with transformers {transformers.__version__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _make(config: Any, trust_remote_code: bool) -> nn.Module:
+    import transformers
+
+    from sta_adapter.loading import auto_class
+
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            return cls(config)
+    return auto_class(transformers, config).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def inspect_model(
+    model: nn.Module, cfg: STAConfig | None = None, *, backbone: str | None = None, clip: ClipSize | None = None
+) -> dict[str, Any]:
+    """What `inject_sta` would put where, and what it costs; the model stays as it is.
+
+    Args:
+        model: with or without weights (`empty_model`).
+        cfg: settings to try.
+        backbone: its name; None finds it.
+        clip: for which arithmetic is counted; None for 16 frames of 32x32 patches.
+
+    Returns:
+        Plain values, ready for JSON: `model`, `backbone`, `encoder`, `config`, `blocks`, `parameters`, `arithmetic`,
+        `warnings`.
+
+    Raises:
+        STAError: as `inject_sta`.
+    """
+    plan = plan_injection(model, cfg, backbone)
+    site, config = plan.site, plan.config
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    modules = plan.build("meta")
+    hooked = site.norms if config.order == "after_spatial" else site.blocks
+    blocks = [
+        {
+            "index": index,
+            "hook": names[id(hooked[index])],
+            "width": site.width,
+            "heads": module.num_heads,
+            "head_size": module.head_dim,
+            "parameters": sum(p.numel() for p in module.parameters()),
+        }
+        for index, module in modules.items()
+    ]
+    return {
+        "model": type(model).__name__,
+        "backbone": site.backbone.name,
+        "encoder": {
+            "class": type(site.encoder).__name__,
+            "path": names[id(site.encoder)],
+            "blocks": len(site.blocks),
+            "width": site.width,
+            "heads": site.heads,
+            "head_size": site.head_dim,
+        },
+        "config": config.to_dict(),
+        "blocks": blocks,
+        "parameters": {
+            "sta": sum(block["parameters"] for block in blocks),
+            "encoder": sum(p.numel() for p in site.encoder.parameters()),
+            "model": sum(p.numel() for p in model.parameters()),
+        },
+        "arithmetic": count_arithmetic(plan, clip or ClipSize()),
+        "warnings": _warnings(plan),
+    }
+
+
+def count_arithmetic(plan: Plan, clip: ClipSize) -> dict[str, Any]:
+    """Operations of the tower and of STA for one clip, as `formula` says, and STA's in percent of the tower's."""
+    site = plan.site
+    positions = clip.rows * clip.columns
+    blocks = {id(p): p for block in site.blocks for p in block.parameters()}
+    matrices = sum(p.numel() for p in blocks.values() if p.dim() == 2)
+    embedding = sum(p.numel() for p in site.encoder.parameters() if p.dim() > 2 and id(p) not in blocks)
+    base = matrices + embedding + len(site.blocks) * 2 * positions * site.width
+    inner = plan.num_heads * site.head_dim
+    added = len(plan.layers) * (4 * site.width * inner + 2 * clip.frames * inner)
+    tokens = clip.frames * positions
+    return {
+        "clip": dataclasses.asdict(clip),
+        "encoder_gflop": 2e-9 * base * tokens,
+        "sta_gflop": 2e-9 * added * tokens,
+        "percent": 100 * added / base,
+        "formula": FORMULA,
+    }
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What the user should know about this model before training."""
+    import transformers
+
+    found = []
+    site = plan.site
+    release = int(transformers.__version__.split(".")[0])
+    if site.backbone.name == "qwen2_vl" and site.encoder is not plan.model and release >= 5:
+        found.append(POSITIONS.format(version=transformers.__version__))
+    if site.backbone.clip_source is not None and site.encoder is plan.model:
+        found.append(
+            "this encoder gets frames as a batch: tell the frames of each clip with handle.clips([...]), or all rows are one."
+        )
+    if getattr(getattr(site.encoder, "config", None), "window_size", None):
+        found.append("windowed attention is counted as attention over whole frames, so STA's share is a little higher.")
+    if site.backbone.name == "internvideo2":
+        found.append("attention over all frames is counted as attention over one frame each, so STA's share is lower.")
+    return found

@@ -1,0 +1,256 @@
+"""`sta-adapter inspect`: what it says must be what injection does, and no weight is ever made."""
+
+import importlib
+import json
+
+import pytest
+import torch
+import transformers
+from cases import case_parameters, qwen2_vl_config, seeded
+from click.testing import CliRunner
+
+from sta_adapter import STAConfig, inject_sta
+from sta_adapter.cli import cli
+from sta_adapter.commands.inspect import describe, parse_layers
+from sta_adapter.errors import CheckpointError, ConfigError, UnknownBackboneError
+from sta_adapter.inspection import ClipSize, empty_model, inspect_model
+
+RELEASE = int(transformers.__version__.split(".")[0])
+QWEN2_VL_2B = {  # as on the Hub
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 1536,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+}
+REMOTE_CONFIG = """
+from transformers import PretrainedConfig
+
+class MineConfig(PretrainedConfig):
+    model_type = "mine"
+"""
+REMOTE_MODEL = """
+import torch
+from transformers import PreTrainedModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from .configuration_mine import MineConfig
+
+class MineModel(PreTrainedModel):
+    config_class = MineConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]  # as drop path in many encoders
+        sizes = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+        self.visual = Qwen2VisionTransformerPretrainedModel._from_config(Qwen2VLVisionConfig(**sizes))
+        self.post_init()
+"""
+
+
+@pytest.fixture
+def real_sizes(tmp_path):
+    """A folder with the configuration of Qwen2-VL-2B, and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL_2B))
+    return tmp_path
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli, ["inspect", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout if hasattr(result, "stdout") else result.output
+
+
+def test_qwen2_vl_2b_by_the_numbers(real_sizes):
+    model = empty_model(real_sizes)
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert all(p.is_meta for p in model.parameters())
+    report = inspect_model(model)
+    assert report["backbone"] == "qwen2_vl"
+    assert (report["encoder"]["width"], report["encoder"]["heads"], report["encoder"]["blocks"]) == (1280, 16, 32)
+    block = 2 * 1280 + (1280 + 1) * 3 * 320 + (320 + 1) * 1280  # norm, to_qkv, to_out
+    assert [b["parameters"] for b in report["blocks"]] == [block] * 32
+    assert {b["heads"] for b in report["blocks"]} == {4}
+    assert round(report["parameters"]["sta"] / 1e6, 1) == 52.6
+    assert round(report["parameters"]["encoder"] / 1e6) == 665
+
+
+def test_arithmetic_by_hand(real_sizes):
+    """Per token and block: 12 width squared and 2 N width against 4 width H and 2 T H, H = 4 heads of 80."""
+    for clip in (ClipSize(), ClipSize(8, 16, 16)):
+        found = inspect_model(empty_model(real_sizes), clip=clip)["arithmetic"]
+        patches = clip.rows * clip.columns
+        base = 32 * (12 * 1280**2 + 2 * patches * 1280) + 1280 * 3 * 2 * 14 * 14
+        added = 32 * (4 * 1280 * 320 + 2 * clip.frames * 320)
+        assert found["percent"] == pytest.approx(100 * added / base)
+        assert found["encoder_gflop"] == pytest.approx(2e-9 * base * clip.frames * patches)
+        assert found["sta_gflop"] == pytest.approx(2e-9 * added * clip.frames * patches)
+        assert 7 < found["percent"] < 8.5
+
+
+def test_half_the_layers_cost_half(real_sizes):
+    model = empty_model(real_sizes)
+    whole, half = (inspect_model(model, STAConfig(layers=layers)) for layers in ("all", tuple(range(0, 32, 2))))
+    assert half["parameters"]["sta"] * 2 == whole["parameters"]["sta"]
+    assert half["arithmetic"]["percent"] * 2 == pytest.approx(whole["arithmetic"]["percent"])
+    assert [b["index"] for b in half["blocks"]] == list(range(0, 32, 2))
+
+
+@pytest.mark.parametrize("order", ["after_spatial", "before_spatial"])
+@pytest.mark.parametrize("case", case_parameters())
+def test_it_says_what_injection_does(case, order, tmp_path):
+    model = seeded(case.make)
+    if not hasattr(transformers, type(model).__name__):
+        pytest.skip("not a model that a configuration names")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    settings = STAConfig(order=order, layers=(0, 1))
+    report = inspect_model(empty_model(tmp_path), settings)
+    handle = inject_sta(model, settings)
+    assert report["backbone"] == handle.backbone == case.backbone
+    assert report["config"] == handle.config.to_dict()
+    assert report["parameters"]["sta"] == handle.num_parameters()
+    assert [block["index"] for block in report["blocks"]] == list(handle.blocks)
+    for block, module in zip(report["blocks"], handle.blocks.values(), strict=True):
+        assert (block["heads"], block["head_size"]) == (module.num_heads, module.head_dim)
+        hooks = [type(h).__name__ for h in model.get_submodule(block["hook"])._forward_pre_hooks.values()]
+        assert ("NormBegin" if order == "after_spatial" else "BlockBegin") in hooks
+    assert 0 < report["arithmetic"]["percent"] < 200
+
+
+def test_the_printed_report(real_sizes):
+    lines = invoke(real_sizes).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    path = "visual.blocks.*.norm2" if transformers.__version__ < "4.52" else "model.visual.blocks.*.norm2"
+    assert f"0-31 {path} 1280 4 1,643,200 x 32" in text
+    assert "32 in all 52,582,400" in text
+    assert "52.6 M added: 7.9 % of the tower's 665.3 M" in text
+    assert "+7.4 %: 1.73 TFLOP on the tower's 23.41 TFLOP, for 16 frames of 32x32 patches" in text
+
+
+def test_options(real_sizes):
+    text = invoke(real_sizes / "config.json", "--layers", "0-2,8", "--head-scale", "0.5", "--order", "before_spatial")
+    rows = [line.split() for line in text.splitlines() if "visual.blocks." in line]
+    assert [(row[0], row[2], row[3]) for row in rows] == [("0-2", "1280", "8"), ("8", "1280", "8")]
+    assert [row[1].split("visual.")[1] for row in rows] == ["blocks.*", "blocks.8"]
+
+
+def test_json(real_sizes):
+    report = json.loads(invoke(real_sizes, "--json", "--clip", "4x16x16"))
+    assert len(report["blocks"]) == 32
+    assert report["blocks"][31]["hook"].endswith("visual.blocks.31.norm2")
+    assert report["arithmetic"]["clip"] == {"frames": 4, "rows": 16, "columns": 16}
+
+
+def test_text_positions_are_warned_of_on_transformers_5_only(real_sizes):
+    warnings = inspect_model(empty_model(real_sizes))["warnings"]
+    if RELEASE < 5:
+        assert warnings == []
+        return
+    assert len(warnings) == 1
+    assert "numbers the text after a clip from the larger" in warnings[0]
+    positions = importlib.import_module("sta_adapter.backbones.qwen2_vl_positions")
+    assert callable(positions.restore_original_positions)  # which the warning names
+    assert "restore_original_positions(model) of sta_adapter.backbones.qwen2_vl_positions" in warnings[0]
+
+
+def test_no_file_but_the_configuration_is_needed_and_random_numbers_go_on(real_sizes):
+    before = torch.get_rng_state()
+    empty_model(real_sizes)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [p.name for p in real_sizes.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        pytest.param({}, "holds no config.json; found: nothing", id="empty"),
+        pytest.param({"sta_config.json": "{}"}, "found: sta_config.json. Pass a model's folder", id="adapter"),
+        pytest.param({"config.json": "{"}, "can't make the model", id="no JSON"),
+        pytest.param({"config.json": '{"model_type": "nothing-like-it"}'}, "can't make the model", id="unknown kind"),
+        pytest.param(
+            {"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}'},
+            "comes with Python code of its own .mine.*--trust-remote-code",
+            id="remote code",
+        ),
+    ],
+)
+def test_models_that_can_not_be_made(files, match, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=match):
+        empty_model(tmp_path)
+
+
+def test_remote_code_runs_only_when_trusted(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    auto = {"AutoConfig": "configuration_mine.MineConfig", "AutoModel": "modeling_mine.MineModel"}
+    config = {"model_type": "mine", "architectures": ["MineModel"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_mine.py").write_text(REMOTE_CONFIG)
+    (folder / "modeling_mine.py").write_text(REMOTE_MODEL)
+    with pytest.raises(CheckpointError, match="code of its own"):
+        invoke(folder)
+    assert not (tmp_path / "modules").exists()
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    assert json.loads(invoke(folder, "--trust-remote-code", "--json"))["model"] == "MineModel"
+
+
+def test_a_model_without_a_backbone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    with pytest.raises(UnknownBackboneError, match=r"no backbone matches 'BertModel'; known: .*qwen2_vl"):
+        invoke(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1;2"])
+def test_layers_that_are_none(text):
+    with pytest.raises(ConfigError, match="expected block indices such as"):
+        parse_layers(text)
+
+
+@pytest.mark.parametrize("text", ["", "8", "0x4x4", "8x16", "8x16x-1"])
+def test_clips_that_are_none(text):
+    with pytest.raises(ConfigError, match="expected FRAMESxROWSxCOLUMNS"):
+        ClipSize.parse(text)
+
+
+def test_layers_as_written():
+    assert parse_layers("all") == "all"
+    assert parse_layers("0-3, 8") == (0, 1, 2, 3, 8)
+
+
+def test_a_bare_tower_has_no_share_of_a_model():
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    tower = Qwen2VisionTransformerPretrainedModel._from_config(qwen2_vl_config().vision_config)
+    lines = describe(inspect_model(tower), "a clip")
+    assert not any("model's" in line for line in lines)
+    assert any("GFLOP" in line for line in lines)
+
+
+def test_help_begins_with_an_example():
+    assert "Example: sta-adapter inspect Qwen/Qwen2-VL-2B-Instruct\n" in invoke("--help")
