@@ -7,47 +7,18 @@ that knows at most modules of that model, so that copied and unpickled models ke
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.errors import InjectionError, LayoutError
+from sta_adapter.backbones.qwen2_vl_rope_index import OriginalPositions, PositionRule, RopeIndex
+from sta_adapter.errors import InjectionError
 
 METHOD = "get_rope_index"
 GENERATION_METHOD = "_prepare_position_ids_for_generation"
-
-
-class PositionRule(Protocol):
-    """Where the tokens of a clip stand, and where the text goes on."""
-
-    dtype: torch.dtype
-
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
-        """Positions (3, frames * rows * columns) of a clip on temporal, row and column axis, and the next free one.
-
-        Args:
-            start: the first free position.
-            frames: temporal steps.
-            rows: rows of merged tokens.
-            columns: columns of merged tokens.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class OriginalPositions:
-    """Qwen2-VL's own rule, as in transformers 4: the text after a clip goes on behind its largest position."""
-
-    dtype = torch.long
-
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
-        """See `PositionRule`."""
-        axes = [torch.arange(size) + start for size in (frames, rows, columns)]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1), start + max(frames, rows, columns)
 
 
 def restore_original_positions(model: nn.Module) -> nn.Module:
@@ -142,93 +113,6 @@ def _generating(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if getattr(module, "model", None) is owner and hasattr(type(module), GENERATION_METHOD):
             yield module
-
-
-class RopeIndex:
-    """`get_rope_index` by a rule: takes what the method of the installed transformers takes.
-
-    Args:
-        rule: the rule.
-        config: the model's.
-        names: the method's arguments, in order.
-    """
-
-    def __init__(self, rule: PositionRule, config: Any, names: Sequence[str]) -> None:
-        self.rule = rule
-        self.config = config
-        self.names = tuple(names)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Positions (3, batch, tokens), and what to add to a later token's index for its position: (batch, 1).
-
-        Padding has position 1.
-
-        Raises:
-            LayoutError: when tokens and grids don't add up, or can't be known.
-        """
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise LayoutError("positions need an attention_mask of the shape (batch, tokens), or pass position_ids.")
-        ids = self._token_ids(given)
-        grids = {kind: self._grids(given.get(f"{kind}_grid_thw")) for kind in ("image", "video")}
-        positions = torch.ones(3, *ids.shape, dtype=self.rule.dtype, device=ids.device)
-        deltas = []
-        for row, tokens in enumerate(ids):
-            kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[row].to(ids.device) == 1
-            found, following = self._row(tokens[kept].tolist(), grids)
-            positions[:, row, kept] = found.to(positions)
-            deltas.append(following - len(tokens))
-        for kind, left in grids.items():
-            if next(left, None) is not None:
-                raise LayoutError(f"{kind}_grid_thw describes more {kind}s than there are tokens for in input_ids.")
-        return positions, torch.tensor(deltas, dtype=self.rule.dtype, device=ids.device)[:, None]
-
-    def _row(self, tokens: list[int], grids: dict[str, Iterator[list[int]]]) -> tuple[Tensor, float]:
-        """Positions (3, tokens) of one prompt without padding, and the next free one."""
-        kinds = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
-        parts: list[Tensor] = [torch.empty(3, 0, dtype=self.rule.dtype)]
-        start: float = 0
-        for kind, run in itertools.groupby(tokens, key=kinds.get):
-            left = len(list(run))
-            if kind is None:
-                parts.append((torch.arange(left, dtype=self.rule.dtype) + start).expand(3, -1))
-                start += left
-                continue
-            while left:
-                frames, rows, columns = next(grids[kind], (0, 0, 0))
-                size = frames * rows * columns
-                if not 0 < size <= left:
-                    raise LayoutError(
-                        f"input_ids holds {left} {kind} tokens where {kind}_grid_thw tells of {size or 'none'}: the two "
-                        "must describe the same prompt."
-                    )
-                clip, start = self.rule.clip(start, frames, rows, columns)
-                parts.append(clip)
-                left -= size
-        return torch.cat(parts, dim=1), start
-
-    def _grids(self, grid: Tensor | None) -> Iterator[list[int]]:
-        """(frames, rows, columns) of each clip in merged tokens."""
-        merge = self.config.vision_config.spatial_merge_size
-        return iter([] if grid is None else [[t, h // merge, w // merge] for t, h, w in grid.tolist()])
-
-    def _token_ids(self, given: dict[str, Any]) -> Tensor:
-        """(batch, tokens), also where only embeddings were passed: then text is -1."""
-        ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
-        if ids is not None:
-            return ids
-        if types is not None:
-            ids = torch.full_like(types, -1)
-            return ids.masked_fill(types == 1, self.config.image_token_id).masked_fill(
-                types == 2, self.config.video_token_id
-            )
-        shape = given.get("attention_mask") if given.get("inputs_embeds") is None else given["inputs_embeds"][..., 0]
-        if shape is None or given.get("image_grid_thw") is not None or given.get("video_grid_thw") is not None:
-            raise LayoutError(
-                "the places of images and clips can't be known without input_ids; pass them or position_ids."
-            )
-        return torch.full(shape.shape, -1, device=shape.device)
 
 
 class FillPositions:

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from qwen2_vl_prompts import END, IMAGE, START, VIDEO, batch_of, check_positions, needs_seams, rows_of_prompts
+from qwen2_vl_prompts import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    batch_of,
+    check_positions,
+    is_transformers_5,
+    needs_seams,
+    rows_of_prompts,
+)
 from safetensors.torch import load_file
 
 from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
@@ -137,16 +147,15 @@ def test_forward_with_a_cache_equals_recomputation(model, rows):
 def test_generation_goes_on_from_a_cache(model, rows):
     apply_videorope(model)
     batch = batch_of(*rows)
-    tokens, _ = recomputed(model, batch, 6)
-    first = model.generate(**batch, **{**GREEDY, "max_new_tokens": 3}, return_dict_in_generate=True)
+    tokens, logits = recomputed(model, batch, 6)
+    options = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True}
+    first = model.generate(**batch, **options)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(tokens), 3, dtype=torch.long)], dim=1)
-    second = model.generate(
-        input_ids=first.sequences,
-        attention_mask=mask,
-        past_key_values=first.past_key_values,
-        **{**GREEDY, "max_new_tokens": 3},
-    )
-    assert torch.equal(second[:, -6:], tokens)
+    cache = first.past_key_values
+    second = model.generate(input_ids=first.sequences, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(second.sequences[:, -6:], tokens)
+    finite = torch.isfinite(logits[:, 3:])
+    assert_near(torch.stack(second.scores, dim=1)[finite], logits[:, 3:][finite])
 
 
 def test_beam_search_with_a_cache_equals_beam_search_without(model):
@@ -154,6 +163,16 @@ def test_beam_search_with_a_cache_equals_beam_search_without(model):
     batch = batch_of(*BATCHES["clips-and-images"])
     found = [model.generate(**batch, **GREEDY, num_beams=2, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*found)
+
+
+def test_a_static_cache_and_a_prompt_in_chunks(model):
+    apply_videorope(model)
+    batch = batch_of(*BATCHES["clips-and-images"])
+    expected = model.generate(**batch, **GREEDY)
+    found = model.generate(**batch, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, expected)
+    if is_transformers_5():
+        assert torch.equal(model.generate(**batch, **GREEDY, prefill_chunk_size=5), expected)
 
 
 @batches
@@ -231,6 +250,7 @@ def test_a_copy_works_and_is_independent(model, clone):
     with torch.no_grad():
         expected = model(**batch).logits
         twin = clone(model)
+        assert twin.model.get_rope_index.config is twin.model.config
         assert torch.equal(twin(**batch).logits, expected)
         remove_videorope(model)
         assert torch.equal(twin(**batch).logits, expected)
