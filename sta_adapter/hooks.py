@@ -91,9 +91,19 @@ class Injection:
         self._local.forward = (layout,)
         self._local.ran = getattr(self._local, "ran", False) or torch.is_grad_enabled()
 
+    def note(self, output: Any) -> None:
+        """A block of the encoder forward of this thread gave this output; nothing is kept when it is recomputed."""
+        if getattr(self._local, "forward", None) is not None:
+            self._local.output = output
+
+    @property
+    def noted(self) -> Any:
+        """The output of the block that ran last in the encoder forward of this thread."""
+        return getattr(self._local, "output", None)
+
     def end(self) -> None:
         """The encoder forward of this thread is over."""
-        self._local.forward = None
+        self._local.forward = self._local.output = None
 
     def tell(self, lengths: ClipLengths | None) -> None:
         """The full model's forward of this thread starts with these clips, or is over."""
@@ -182,7 +192,7 @@ class EncoderEnd(Hook):
         """Follow the outputs into the backward, and end the forward."""
         try:
             if torch.is_grad_enabled():
-                for tensor in iterate_tensors(output):
+                for tensor in iterate_tensors((output, self.injection.noted)):
                     self.injection.follow(tensor)
         finally:
             self.injection.end()
@@ -204,6 +214,15 @@ class BlockBegin(Hook):
         stream = tokens + kwargs["residual"] if isinstance(kwargs.get("residual"), Tensor) else tokens
         layout.patches(out).add_(getattr(block, CHILD)(layout.patches(stream), layout))
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
+
+
+class BlockEnd(Hook):
+    """Forward hook of a block: notes its output, which a model may take as it is, past the end of the encoder."""
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Change nothing."""
+        if not torch.compiler.is_compiling():
+            self.injection.note(output)
 
 
 class NormBegin(Hook):

@@ -17,6 +17,7 @@ from sta_adapter.handle import STAHandle
 from sta_adapter.hooks import (
     CHILD,
     BlockBegin,
+    BlockEnd,
     EncoderBegin,
     EncoderEnd,
     Injection,
@@ -117,6 +118,7 @@ class Plan:
                 block.add_module(CHILD, module)
                 module.train(block.training)
                 block.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
+                block.register_forward_hook(BlockEnd(injection))
                 if self.config.order == "after_spatial":
                     site.norms[index].register_forward_pre_hook(NormBegin(injection, block))
             site.encoder.register_forward_pre_hook(EncoderBegin(injection), with_kwargs=True)
