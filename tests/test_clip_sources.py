@@ -15,10 +15,10 @@ INTERNVL = lacks("internvl")
 TOWERS = ["siglip", "clip", "dinov2", pytest.param("siglip2", marks=lacks("siglip2"))]
 
 
-def injected(case_id):
+def injected(case_id, order="before_spatial"):
     """A tiny model with random STA, and a list of the clips (frames, positions) of each call of its encoder."""
     model = seeded(lambda: tiny(case_id))
-    handle = inject_sta(model, STAConfig(order="before_spatial"))
+    handle = inject_sta(model, STAConfig(order=order))
     seen = []
     for module in handle.blocks.values():
         randomize(module)
@@ -196,3 +196,45 @@ def test_a_tower_within_llava_is_not_taken_for_a_plain_one():
     assert inject_sta(tower).backbone == "siglip"
     with pytest.raises(UnknownBackboneError, match="holds no encoder for backbone 'llava_onevision'"):
         inject_sta(seeded(lambda: tiny("siglip")), backbone="llava_onevision")
+
+
+def test_a_picture_and_a_video_in_one_prompt():
+    model, _, seen = injected("llava_onevision")
+    if not hasattr(model, "get_image_features"):
+        pytest.skip("this release takes pictures and videos in one call; see the error's test")
+    video = llava_prompt(4)
+    picture = {"pixel_values": torch.randn(1, 2, *FRAME), "image_sizes": torch.tensor([[16, 16]])}
+    tokens = 16 + 4 * (4 + 1)  # the whole picture, then four rows of the one tile, each with its newline
+    ids = torch.cat([video["input_ids"], torch.full((1, tokens), 150)], dim=1)
+    batch = {**video, **picture, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        model(**batch)
+        model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert seen == [[(1, 16), (1, 16)], [(4, 16)]] * 2
+
+
+@pytest.mark.parametrize("case_id", [LLAVA, GLM])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
+def test_gradients_of_a_full_model_under_checkpointing(case_id, reentrant):
+    model, handle, seen = injected(case_id, order="after_spatial")
+    handle.freeze_base()
+    batch, clips = two_videos(case_id)
+    shorter = llava_prompt(3) if case_id == "llava_onevision" else glm_prompt(3)
+
+    def gradients():
+        for parameter in handle.parameters():
+            parameter.grad = None
+        losses = [model(**b, use_cache=False).logits.square().mean() for b in (batch, shorter)]
+        for loss in losses:
+            loss.backward()
+        return [p.grad.clone() for p in handle.parameters()]
+
+    model.train()
+    expected = gradients()
+    assert all(g.abs().sum() > 0 for g in expected)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = gradients()
+    assert len(seen) > 4, "nothing was computed again"
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    assert set(map(tuple, seen)) == {tuple(clips), ((3, 16),)}
