@@ -296,8 +296,9 @@ CASES = [
 def all_cases() -> list[Case]:
     """The cases of this file and of the files beside it."""
     import cases_transformers
+    import cases_videorope
 
-    return [*CASES, *cases_transformers.CASES]
+    return [*CASES, *cases_transformers.CASES, *cases_videorope.CASES]
 
 
 def lacks(needs: str) -> pytest.MarkDecorator:

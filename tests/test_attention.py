@@ -97,7 +97,9 @@ def test_asked_for_by_name():
         attend(*random_qkv((1, 2, 1, 4), torch.float32), backend="flash")
 
 
-@pytest.mark.parametrize("shapes", [((2, 3, 1, 4), (2, 4, 1, 4)), ((3, 1, 4), (3, 1, 4))], ids=["unequal", "three axes"])
+@pytest.mark.parametrize(
+    "shapes", [((2, 3, 1, 4), (2, 4, 1, 4)), ((3, 1, 4), (3, 1, 4))], ids=["unequal", "three axes"]
+)
 def test_shapes_that_do_not_fit(shapes):
     q, k = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ConfigError, match="one shape .positions, frames, heads, head size.; found"):

@@ -92,7 +92,9 @@ def test_bad_values(field, value, message):
 
 
 def test_unknown_fields_are_all_named_with_a_suggestion():
-    with pytest.raises(ConfigError, match=r"'head_scales' \(did you mean 'head_scale'\?\), 'zzz'; known: head_scale, order"):
+    with pytest.raises(
+        ConfigError, match=r"'head_scales' \(did you mean 'head_scale'\?\), 'zzz'; known: head_scale, order"
+    ):
         STAConfig.from_dict({"head_scales": 1, "zzz": 2})
     with pytest.raises(ConfigError, match="mapping of fields, not list"):
         STAConfig.from_dict([1])

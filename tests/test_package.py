@@ -1,0 +1,120 @@
+"""What is installed, and what importing it costs."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import sta_adapter
+
+ROOT = Path(__file__).parent.parent
+HEAVY = [
+    "transformers",
+    "peft",
+    "xformers",
+    "decord",
+    "av",
+    "torchcodec",
+    "matplotlib",
+    "huggingface_hub",
+    "accelerate",
+]
+
+
+def run(code, **options):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light():
+    found = run(f"import sta_adapter, sys, json; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))")
+    assert json.loads(found) == []
+
+
+def test_no_network_at_import():
+    run(
+        "import socket\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "import sta_adapter; sta_adapter.list_backbones()"
+    )
+
+
+def test_public_names_exist():
+    assert set(sta_adapter.__all__) <= set(dir(sta_adapter))
+    for name in ("inject_sta", "load_sta", "get_sta", "STAConfig", "STAHandle", "Backbone", "register_backbone"):
+        assert name in sta_adapter.__all__
+        assert getattr(sta_adapter, name).__doc__
+
+
+def test_version_is_told_once():
+    assert metadata.version("sta-adapter") == sta_adapter.__version__
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A built wheel."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("building needs setuptools 77")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder,
+        source,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    listed = subprocess.run(["git", "ls-files", "sta_adapter", "backbones"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        place = name.replace("backbones/", "sta_adapter/backbones/", 1) if name.startswith("backbones/") else name
+        assert place in names, f"{place} is not in the wheel"
+    assert not [n for n in names if n.startswith(("backbones/", "tests/"))]
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_another_folder(wheel, tmp_path):
+    target = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import sta_adapter, sta_adapter.backbones.qwen2_vl as q\n"
+        f"assert sta_adapter.__file__.startswith({str(target)!r}), sta_adapter.__file__\n"
+        f"assert q.__file__.startswith({str(target)!r}), q.__file__\n"
+        "print('qwen2_vl' in sta_adapter.list_backbones())"
+    )
+    assert run(code, cwd=tmp_path).strip() == "True"
+
+
+def test_the_command_line_starts():
+    result = subprocess.run(
+        [sys.executable, "-m", "sta_adapter.cli", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Example: sta-adapter demo" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    wrong = subprocess.run(
+        [sys.executable, "-m", "sta_adapter.cli", "trian"], capture_output=True, text=True, timeout=120
+    )
+    assert wrong.returncode == 2
+    assert "Did you mean 'train'?" in wrong.stderr
