@@ -1,0 +1,179 @@
+"""Backbones from other packages: the example, installed for real, and everything that can go wrong with a plug-in."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sta_adapter import STAConfig, backbone, inject_sta, list_backbones, load_sta, register_backbone
+from sta_adapter.backbone import ENTRY_POINT_GROUP, get_backbone, unregister_backbone
+from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "my_vit_plugin"
+USE = """
+import torch
+from my_vit_plugin import MyViT
+from sta_adapter import STAConfig, inject_sta, list_backbones
+
+assert "my_vit" in list_backbones(), list_backbones()
+assert "qwen2_vl" in list_backbones(), list_backbones()
+encoder, frames = MyViT().eval(), torch.randn(8, 3, 16, 16)
+before = encoder(frames)
+handle = inject_sta(encoder, STAConfig(init="normal"))
+other = frames.clone()
+other[1] = 0
+with handle.clips([3, 5]):
+    changed = (encoder(frames) - encoder(other)).abs().amax((1, 2)) > 0
+assert changed.tolist() == [True] * 3 + [False] * 5, changed
+handle.remove()
+assert torch.equal(encoder(frames), before)
+print("works:", handle.backbone)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the example package in it, installed by pip from a copy of its source."""
+    missing = [name for name in ("setuptools", "pip") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"building a package needs {' and '.join(missing)}")
+    source, target = tmp_path_factory.mktemp("source") / "my_vit_plugin", tmp_path_factory.mktemp("site")
+    shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(target)]
+    command = [sys.executable, "-m", "pip", "install", *options, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The example's modules, without installing it."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import my_vit_plugin.backbone
+
+    yield my_vit_plugin
+    if "my_vit" in list_backbones():
+        unregister_backbone("my_vit")
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch):
+    """A registry that has not looked for plug-ins yet, and the built-in entry points."""
+    found = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    monkeypatch.setattr(backbone, "_REGISTRY", {})
+    monkeypatch.setattr(backbone, "_LOADED_ENTRY_POINTS", False)
+    return [entry for entry in found if entry.name == "qwen2_vl"]
+
+
+def with_plugins(monkeypatch, entries, **plugins):
+    """Let the installed packages offer these entry points."""
+    added = [importlib.metadata.EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in plugins.items()]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*entries, *added])
+
+
+def test_the_installed_example_is_found_and_works(installed, tmp_path):
+    path = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "works: my_vit\n"
+
+
+def test_the_readme_of_the_example_runs(installed, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLE / "README.md").read_text(encoding="utf-8"), re.S)
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    code = "\n".join([*blocks, "print(tuple(tokens.shape))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (0, "(8, 17, 32)\n"), done.stderr
+
+
+def test_the_error_in_the_readme_is_what_is_raised(example):
+    wrong = dataclasses.replace(example.backbone.BACKBONE, norm="attention_norm")
+    with pytest.raises(InjectionError) as caught:
+        inject_sta(example.MyViT(), backbone=wrong)
+    readme = " ".join((EXAMPLE / "README.md").read_text(encoding="utf-8").split())
+    assert f"InjectionError: {caught.value}" in readme
+
+
+def test_registered_in_the_process(example, tmp_path):
+    with pytest.raises(UnknownBackboneError, match="no backbone matches 'MyViT'"):
+        inject_sta(example.MyViT())
+    register_backbone(example.backbone.BACKBONE)
+    register_backbone(example.backbone.BACKBONE)  # twice is fine
+    assert "my_vit" in list_backbones()
+    torch.manual_seed(1)
+    encoder = example.MyViT().eval()
+    twin = example.MyViT().eval()
+    twin.load_state_dict(encoder.state_dict())
+    handle = inject_sta(encoder, STAConfig(init="normal"))
+    assert handle.backbone == "my_vit"
+    handle.save_pretrained(tmp_path)
+    load_sta(twin, tmp_path)
+    frames = torch.randn(4, 3, 16, 16)
+    assert torch.equal(twin(frames), encoder(frames))
+
+
+def test_unregistered(example):
+    register_backbone(example.backbone.BACKBONE)
+    unregister_backbone("my_vit")
+    assert "my_vit" not in list_backbones()
+    with pytest.raises(UnknownBackboneError, match=r"no backbone 'my_vit'; known: .*qwen2_vl"):
+        unregister_backbone("my_vit")
+
+
+def test_a_name_that_is_taken_names_both_modules(example):
+    mine = dataclasses.replace(example.backbone.BACKBONE, name="qwen2_vl")
+    match = r"'qwen2_vl' is registered already: by sta_adapter\.backbones\.qwen2_vl, now by my_vit_plugin\.backbone"
+    for attempt in (lambda: register_backbone(mine), lambda: inject_sta(example.MyViT(), backbone=mine)):
+        with pytest.raises(ConfigError, match=match):
+            attempt()
+    assert get_backbone("qwen2_vl").encoder_classes == ("Qwen2VisionTransformerPretrainedModel",)
+
+
+def test_only_a_backbone_can_be_registered():
+    with pytest.raises(ConfigError, match="takes a Backbone, not dict"):
+        register_backbone({"name": "mine"})
+
+
+def test_a_plugin_is_loaded_when_it_is_needed(example, fresh_registry, monkeypatch):
+    with_plugins(monkeypatch, fresh_registry, my_vit="my_vit_plugin.backbone:BACKBONE")
+    assert list_backbones() == ["my_vit", "qwen2_vl"]
+    assert inject_sta(example.MyViT()).backbone == "my_vit"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        pytest.param("no_such_package_at_all:BACKBONE", "ModuleNotFoundError", id="no module"),
+        pytest.param("my_vit_plugin.backbone:NOTHING", "AttributeError", id="no such name"),
+        pytest.param("my_vit_plugin.model:MyViT", "takes a Backbone, not type", id="no Backbone"),
+        pytest.param("my_vit_clash:BACKBONE", "'qwen2_vl' is registered already", id="a name that is taken"),
+        pytest.param("my_vit_broken:BACKBONE", "ZeroDivisionError", id="fails on import"),
+    ],
+)
+def test_a_broken_plugin_warns_and_blocks_nobody(value, reason, example, fresh_registry, monkeypatch, tmp_path, caplog):
+    (tmp_path / "my_vit_broken.py").write_text("1 / 0\n")
+    (tmp_path / "my_vit_clash.py").write_text(
+        "import dataclasses\nfrom my_vit_plugin.backbone import BACKBONE\n"
+        "BACKBONE = dataclasses.replace(BACKBONE, name='qwen2_vl')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins = {"zz_broken": value, "my_vit": "my_vit_plugin.backbone:BACKBONE"}
+    with_plugins(monkeypatch, fresh_registry, **plugins)
+    with caplog.at_level(logging.WARNING, "sta_adapter.backbone"):
+        assert list_backbones() == ["my_vit", "qwen2_vl"]
+    (record,) = [r for r in caplog.records if r.name == "sta_adapter.backbone"]
+    assert "backbone plug-in 'zz_broken' of unknown package is left out" in record.getMessage()
+    assert reason in record.getMessage()
+    assert inject_sta(example.MyViT()).backbone == "my_vit"
+    assert get_backbone("qwen2_vl").encoder_classes == ("Qwen2VisionTransformerPretrainedModel",)
