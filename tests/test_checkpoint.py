@@ -130,7 +130,9 @@ def test_unknown_or_bad_configuration_fields(adapter):
 
 def test_another_encoder_lists_every_difference(adapter, toy):  # noqa: F811
     before = state(toy)
-    with pytest.raises(CheckpointError, match="backbone: 'qwen2_vl' in the adapter, 'toy' in the model; width: 32 in the adapter, 16"):
+    with pytest.raises(
+        CheckpointError, match="backbone: 'qwen2_vl' in the adapter, 'toy' in the model; width: 32 in the adapter, 16"
+    ):
         load_sta(toy, adapter)
     assert_unchanged(toy, before)
     edit(adapter, encoder={"width": 64, "depth": 9, "num_heads": 1, "head_dim": 8})
@@ -142,7 +144,10 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
     tensors["blocks.1.gamma"] = tensors.pop("blocks.0.gamma")
     tensors["blocks.2.gamma"] = tensors["blocks.2.gamma"][:5].clone()
     save_file(tensors, adapter / WEIGHTS)
-    refused(adapter, r"missing blocks.0.gamma; unexpected blocks.1.gamma; blocks.2.gamma has the shape \(5,\), expected \(32,\)")
+    refused(
+        adapter,
+        r"missing blocks.0.gamma; unexpected blocks.1.gamma; blocks.2.gamma has the shape \(5,\), expected \(32,\)",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -214,7 +219,12 @@ def test_lora_travels_along_and_the_hub_id_is_kept(tmp_path):
         expected = wrapped(**prompt).logits
     handle.save_pretrained(tmp_path)  # the handle has not been told of the PeftModel
     assert json.loads((tmp_path / CONFIG).read_text())["base_model"]["id"] == "Qwen/Qwen2-VL-2B-Instruct"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", WEIGHTS, CONFIG]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        WEIGHTS,
+        CONFIG,
+    ]
     loaded = load_sta(seeded(make_qwen2_vl), tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded.model(**prompt).logits, expected)

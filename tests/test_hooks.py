@@ -298,7 +298,9 @@ def test_a_copied_block_never_runs_with_a_foreign_layout(toy):  # noqa: F811
     injected(toy)
     twin = copy.deepcopy(toy.blocks[0])
     kept = []
-    hook = toy.blocks[1].register_forward_pre_hook(lambda module, args: kept.append(pytest.raises(LayoutError, twin, args[0])))
+    hook = toy.blocks[1].register_forward_pre_hook(
+        lambda module, args: kept.append(pytest.raises(LayoutError, twin, args[0]))
+    )
     toy(toy_pixels(A), A)
     hook.remove()
     assert "outside of its encoder" in str(kept[0].value)

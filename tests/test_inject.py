@@ -54,7 +54,10 @@ def test_wrong_arguments(toy):  # noqa: F811
     ("config", "message"),
     [
         ({"layers": [1, 3, 8]}, r"layers \[3, 8\] don't exist: the encoder has 3 blocks, 0 to 2"),
-        ({"token_order": "published"}, "token_order='published' is for weights trained with the released Qwen2-VL code"),
+        (
+            {"token_order": "published"},
+            "token_order='published' is for weights trained with the released Qwen2-VL code",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(toy, config, message):  # noqa: F811
@@ -230,7 +233,15 @@ def test_lora_config_of_qwen2_vl_is_the_published_recipe():
         handle.lora_config(rank=4)
     wrapped = peft.get_peft_model(model, config)
     adapted = {n.split(".lora_A")[0] for n, _ in wrapped.named_modules() if n.endswith("lora_A")}
-    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+    for name in (
+        "attn.qkv",
+        "attn.proj",
+        "mlp.fc1",
+        "mlp.fc2",
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    ):
         assert any(n.endswith(name) for n in adapted), name
     assert not any(".sta" in n for n in adapted)
     ranks = {n: m.weight.shape[0] for n, m in wrapped.named_modules() if n.endswith("lora_A.default")}

@@ -14,7 +14,9 @@ cpu = torch.device("cpu")
 
 def places(layout):
     """(clip, frame, position) of each token, written out."""
-    return [(c, f, p) for c, (frames, positions) in enumerate(layout.clips) for f in range(frames) for p in range(positions)]
+    return [
+        (c, f, p) for c, (frames, positions) in enumerate(layout.clips) for f in range(frames) for p in range(positions)
+    ]
 
 
 @given(clips)
@@ -45,7 +47,9 @@ def test_gather_brings_equal_lengths_together_and_scatter_undoes_it(pairs):
 def test_published_order_swaps_frames_and_positions_within_each_clip(pairs):
     layout = ClipLayout(pairs)
     tokens = places(layout)
-    expected = [(c, f, p) for c, (frames, positions) in enumerate(pairs) for p in range(positions) for f in range(frames)]
+    expected = [
+        (c, f, p) for c, (frames, positions) in enumerate(pairs) for p in range(positions) for f in range(frames)
+    ]
     assert [tokens[i] for i in layout.published_index(cpu)] == expected
 
 
