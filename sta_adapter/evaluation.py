@@ -119,7 +119,8 @@ def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
     share, spread = correct / total, z * z / total
     middle = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+    low = 0.0 if correct == 0 else (middle - half) / (1 + spread)  # exactly, where rounding would miss it
+    return low, 1.0 if correct == total else (middle + half) / (1 + spread)
 
 
 def _score(predictions: Iterable[Prediction]) -> Score:

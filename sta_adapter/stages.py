@@ -194,7 +194,12 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
             f"backbone {site.backbone.name!r} has no LoRA recipe; train stage 1, or add the recipe to it."
         )
     targets = list(recipe.target_modules)
+    patterns: dict[str, dict[str, int]] = {
+        "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
+        "alpha_pattern": dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha),
+    }
     if config.lora_targets == "language":
+        patterns = {"rank_pattern": {}, "alpha_pattern": {}}
         encoder = {id(module) for module in site.encoder.modules()}
         targets = [
             name
@@ -205,9 +210,8 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
         "target_modules": targets,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
-        "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
-        "alpha_pattern": dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha),
         "lora_dropout": config.lora_dropout,
+        **patterns,
     }
     return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
 
@@ -265,7 +269,10 @@ def _checkpointing(model: Any, handle: STAHandle | None, kind: bool | str) -> It
         yield
         return
     reentrant = kind == "reentrant"
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    name = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # renamed in transformers 5
+    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
     hooks = []
     if reentrant:
         model.enable_input_require_grads()
@@ -278,7 +285,7 @@ def _checkpointing(model: Any, handle: STAHandle | None, kind: bool | str) -> It
             hook.remove()
         if reentrant:
             model.disable_input_require_grads()
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

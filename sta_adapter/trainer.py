@@ -80,6 +80,14 @@ class AdapterTrainer(Trainer):
         self.batches_used += 1
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the base class; a batch that nothing trained takes part in (text alone, in stage one) has zero gradients."""
+        outcome = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, *rest = outcome if isinstance(outcome, tuple) else (outcome,)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            loss = loss + 0 * sum(p.sum() for p in self._net.parameters() if p.requires_grad)
+        return (loss, *rest) if rest else loss
+
     def require_used(self) -> None:
         """Refuse to call a run finished that had nothing to learn from."""
         if not self.batches_used and self.bad_samples:

@@ -1,0 +1,275 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_qwen import make_model, make_processor, write_samples
+
+from sta_adapter import STAConfig, inject_sta
+from sta_adapter.cli import cli
+from sta_adapter.commands.evaluate import _table
+from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.encoding import encode_answer
+from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.evaluation import EvaluationResult, Prediction, evaluate, wilson
+from sta_adapter.training import TrainingConfig, train
+
+AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_samples(path, 6)
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return make_processor(folder / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder, processor):
+    return VideoDataset(folder / "data.jsonl", processor, frames=AS_IS, on_bad_sample="error", cache=True)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, processor, dataset):
+    """A model that has learned to say "left" or "right"; and its adapter's folder."""
+    config = TrainingConfig(batch_size=6, device_batch_size=6, max_steps=80, learning_rate=5e-3)
+    out = tmp_path_factory.mktemp("adapter")
+    result = train(make_model(processor.tokenizer), dataset, output_dir=out, config=config, stage="2", progress=False)
+    return result.model, out
+
+
+@pytest.fixture(scope="module")
+def choices(dataset, processor):
+    samples = [dataclasses.replace(s, options=["right", "left", "straight up"]) for s in dataset.samples]
+    return VideoDataset(samples, processor, frames=AS_IS, on_bad_sample="error", cache=True)
+
+
+# ---- counting
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "expected"),
+    [
+        (0, 0, (0, 1)),
+        (0, 10, (0, 0.2775)),
+        (5, 10, (0.2366, 0.7634)),
+        (10, 10, (0.7225, 1)),
+        (81, 263, (0.2553, 0.3662)),
+    ],
+    ids=["nothing", "none", "half", "all", "wilson_1927"],
+)
+def test_wilson(correct, total, expected):
+    assert wilson(correct, total) == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.integers(0, 1000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilson_holds_the_share_and_solves_its_equation(counts):
+    correct, total = counts
+    low, high = wilson(correct, total)
+    assert 0 <= low <= (correct / total if total else 0.5) <= high <= 1
+    for bound in (low, high) if 0 < correct < total else ():
+        z = abs(correct / total - bound) / math.sqrt(bound * (1 - bound) / total)
+        assert z == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_categories_and_json():
+    predictions = [Prediction(i, f"line {i}", "ab"[i % 2], "x", "y", i < 3) for i in range(4)]
+    result = EvaluationResult([*predictions, Prediction(4, "line 4", None, "x", "x", True)], ["line 9: gone"])
+    assert {name: (s.correct, s.total) for name, s in result.categories.items()} == {"a": (2, 2), "b": (1, 2)}
+    assert (result.overall.correct, result.overall.total, result.accuracy) == (4, 5, 0.8)
+    values = json.loads(json.dumps(result.to_dict()))
+    assert values["predictions"][4] == dataclasses.asdict(result.predictions[4])
+    assert values["overall"]["low"] == pytest.approx(wilson(4, 5)[0])
+
+
+# ---- asking
+
+
+def test_taught_model_is_right_and_base_is_not(taught, dataset, processor):
+    model, _ = taught
+    result = evaluate(model, dataset, batch_size=4)
+    assert [p.prediction for p in result.predictions] == ["left", "right"] * 3
+    assert result.accuracy == 1
+    assert set(result.categories) == {"left", "right"}
+    assert evaluate(make_model(processor.tokenizer), dataset, max_new_tokens=4).accuracy == 0
+    assert not model.training
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_batches_do_not_matter(taught, dataset, choices, size):
+    for data in (dataset, choices):
+        one, many = (evaluate(taught[0], data, batch_size=n).predictions for n in (1, size))
+        assert [p.prediction for p in one] == [p.prediction for p in many]
+        for a, b in zip(one, many, strict=True):
+            assert a.scores == (b.scores and pytest.approx(b.scores, abs=1e-4))
+
+
+def test_options_are_scored_as_complete_answers(taught, choices, processor):
+    model = taught[0]
+    result = evaluate(model, choices)
+    assert result.accuracy == 1
+    sample, prompt = choices.samples[0], choices.as_prompts()[0]
+    for option, score in zip(sample.options, result.predictions[0].scores, strict=True):
+        ids = encode_answer(processor, sample.prompt, option)
+        inputs = {
+            key: value[None] if key in ("input_ids", "mm_token_type_ids") else value for key, value in prompt.items()
+        }
+        total = 0.0
+        for token in ids:
+            with torch.no_grad():
+                total += model(**inputs).logits[0, -1].log_softmax(-1)[token].item()
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], token.view(1, 1)], dim=1)
+            if "mm_token_type_ids" in inputs:
+                inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 1))
+        assert score == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("left", True), (" Left.", True), ("left\n", True), ("left right", False), ("", False), ("lef", False)],
+)
+def test_exact_labels(dataset, processor, said, right):
+    class Parrot(torch.nn.Module):
+        generation_config = type("Config", (), {"eos_token_id": None})
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def generate(self, input_ids, **kwargs):
+            answer = torch.tensor([processor.tokenizer(said + "<|im_end|>")["input_ids"]])
+            return torch.cat([input_ids, answer.expand(len(input_ids), -1)], dim=1)
+
+    predictions = evaluate(Parrot(), dataset).predictions
+    assert [p.correct for p in predictions] == [right, False] * 3
+
+
+@pytest.mark.parametrize("frames", ["shuffled", "reversed"])
+def test_frame_order_reaches_the_model(dataset, processor, frames):
+    model = make_model(processor.tokenizer)
+    seen = []
+    model.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    inject_sta(model, STAConfig(init="normal"))
+    straight, other = (dataset.as_prompts(order, 5)[0]["pixel_values_videos"] for order in ("ordered", frames))
+    assert not torch.equal(straight, other)
+    assert torch.equal(straight.sort(0).values.sum(), other.sort(0).values.sum())
+    result = evaluate(model, dataset, frames=frames, seed=5, max_new_tokens=1)
+    assert result.frames == frames
+    again = evaluate(model, dataset, frames=frames, seed=5, max_new_tokens=1)
+    assert [p.prediction for p in result.predictions] == [p.prediction for p in again.predictions]
+
+
+# ---- going on
+
+
+def test_predictions_are_kept_and_not_asked_again(taught, dataset, tmp_path):
+    model, file = taught[0], tmp_path / "kept" / "predictions.jsonl"
+    whole = evaluate(model, dataset, batch_size=2, predictions_file=file, tag="mine")
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 6
+    file.write_text("".join(lines[:4]) + lines[4][:10])  # cut off while writing
+    asked = []
+    hook = model.get_base_model().register_forward_hook(lambda *args: asked.append(1))
+    resumed = evaluate(model, dataset, batch_size=2, predictions_file=file, tag="mine")
+    assert resumed.predictions == whole.predictions
+    assert file.read_text().splitlines(keepends=True) == lines
+    assert asked
+    asked.clear()
+    assert evaluate(model, dataset, predictions_file=file, tag="mine").predictions == whole.predictions
+    assert not asked
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"tag": "other"}, "tag"), ({"frames": "reversed"}, "frames"), ({"max_new_tokens": 3}, "max_new_tokens")],
+    ids=["tag", "frames", "length"],
+)
+def test_predictions_of_another_evaluation_are_refused(taught, dataset, tmp_path, options, name):
+    file = tmp_path / "predictions.jsonl"
+    evaluate(taught[0], dataset, predictions_file=file, tag="mine")
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=f"holds predictions of an evaluation that differs in {name}"):
+        evaluate(taught[0], dataset, predictions_file=file, **{"tag": "mine", **options})
+    assert file.read_bytes() == before
+
+
+def test_a_foreign_file_is_refused(taught, dataset, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("my notes\n")
+    with pytest.raises(ConfigError, match=r"notes\.txt, line 1 is not a prediction"):
+        evaluate(taught[0], dataset, predictions_file=file)
+    assert file.read_text() == "my notes\n"
+
+
+def test_bad_samples_do_not_count(taught, processor, tmp_path):
+    file = write_samples(tmp_path, 3)
+    (tmp_path / "1.mp4").unlink()
+    result = evaluate(taught[0], file, processor=processor, frame_settings=AS_IS)
+    assert (result.overall.total, len(result.bad_samples)) == (2, 1)
+    assert "line 2: " in result.bad_samples[0]
+    with pytest.raises(DataError, match=r"line 2: .*1\.mp4"):
+        evaluate(taught[0], file, processor=processor, frame_settings=AS_IS, on_bad_sample="error")
+
+
+def test_a_file_needs_a_processor(taught, folder):
+    with pytest.raises(ConfigError, match="pass processor="):
+        evaluate(taught[0], folder / "data.jsonl")
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, processor):
+    path = tmp_path_factory.mktemp("base")
+    make_model(processor.tokenizer).save_pretrained(path)
+    processor.save_pretrained(path)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.tokenizer.save_pretrained(path)
+    return path
+
+
+def test_command_compares_base_and_adapter(base, taught, folder, tmp_path):
+    run = taught[1] / "run.json"
+    settings = json.loads(run.read_text())
+    run.write_text(json.dumps({**settings, "frames": dataclasses.asdict(AS_IS)}))  # the clips' own size, as trained
+    line = ["evaluate", "--model", str(base), "--adapter", str(taught[1]), "--data", str(folder / "data.jsonl")]
+    more = ["--base", "--frames", "all", "--num-workers", "0", "--max-new-tokens", "4"]
+    done = CliRunner().invoke(cli, [*line, *more, "--json", "--out", str(tmp_path)], catch_exceptions=False)
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert report["adapter"]["ordered"]["overall"]["accuracy"] == 1
+    assert report["base"]["ordered"]["overall"]["accuracy"] == 0
+    assert set(report["adapter"]) == {"ordered", "shuffled", "reversed"}
+    assert json.loads((tmp_path / "results.json").read_text()) == report
+    assert len((tmp_path / "adapter-shuffled.jsonl").read_text().splitlines()) == 7
+    table = _table(report)
+    assert "adapter, ordered   100.0 [61.0, 100.0]  6" in table
+    assert table.splitlines()[-1].startswith("right ")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--model", "nowhere/at/all"], "can't load the processor of 'nowhere/at/all'"),
+        (["--fps", "1", "--nframes", "2"], "--fps and --nframes exclude each other"),
+        (["--adapter", "/no/folder"], "there is no folder '/no/folder'"),
+        (["--data", "/no/file"], "can't read the data file '/no/file'"),
+    ],
+    ids=["model", "rates", "adapter", "data"],
+)
+def test_command_errors(base, folder, options, error):
+    from sta_adapter.errors import STAError
+
+    line = ["evaluate", "--model", str(base), "--data", str(folder / "data.jsonl"), *options]
+    with pytest.raises(STAError, match=error):
+        CliRunner().invoke(cli, line, catch_exceptions=False)
