@@ -82,6 +82,10 @@ def empty_model(
     if path.is_dir() and not (path / "config.json").exists():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
         raise CheckpointError(f"{name} holds no config.json; found: {there}. Pass a model's folder, not an adapter's.")
+    if not path.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix == ".json"):
+        raise CheckpointError(
+            f"there is no folder or file {name!r}, and it is no repository id on the Hub (user/name)."
+        )
     try:
         found, _ = transformers.PretrainedConfig.get_config_dict(name, revision=revision)
         kind = found.get("model_type")
@@ -93,6 +97,8 @@ def empty_model(
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         with _WithoutWeights():
             return _make(config, trust_remote_code).eval()
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"can't make the model of {name!r} with transformers {transformers.__version__}: "

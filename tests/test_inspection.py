@@ -192,7 +192,7 @@ def test_no_file_but_the_configuration_is_needed_and_random_numbers_go_on(real_s
         pytest.param({"config.json": '{"model_type": "nothing-like-it"}'}, "can't make the model", id="unknown kind"),
         pytest.param(
             {"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}'},
-            "comes with Python code of its own .mine.*--trust-remote-code",
+            "^'.*' comes with Python code of its own .mine.*--trust-remote-code",
             id="remote code",
         ),
     ],
@@ -202,6 +202,12 @@ def test_models_that_can_not_be_made(files, match, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=match):
         empty_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "nowhere.json"])
+def test_a_path_that_is_not_there(name):
+    with pytest.raises(CheckpointError, match=f"there is no folder or file '{name}'"):
+        empty_model(name)
 
 
 def test_remote_code_runs_only_when_trusted(tmp_path, monkeypatch):
