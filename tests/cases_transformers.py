@@ -213,6 +213,15 @@ GLM_IDS = {
 }
 
 
+def make_llava_video() -> nn.Module:
+    """The stand-in for LLaVA-NeXT's own code, which is no package."""
+    from standins.llava_next import LlavaQwenForCausalLM
+
+    config = transformers_class("SiglipVisionConfig")(**ROW_VISION)
+    config._attn_implementation = "sdpa"
+    return LlavaQwenForCausalLM(config)
+
+
 def _grid_case(id: str, backbone: str, make: Any, needs: str, features: Any = merged_tokens, **more: Any) -> Case:
     return Case(id, backbone, make, qwen2_vl_arguments, features, needs=needs, **more)
 
@@ -380,6 +389,7 @@ CASES = [
         0,
         generate=llava_prompt,
     ),
+    _row_case("llava_video", "llava_video", make_llava_video, 0, checkpointing=False),
     _row_case("siglip", "siglip", tower("SiglipVisionModel", "SiglipVisionConfig", **ROW_VISION), 0),
     Case(
         "siglip2",

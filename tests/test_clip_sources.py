@@ -96,6 +96,31 @@ def test_llava_refuses_what_an_old_release_can_not_tell_apart():
         model.forward(**llava_prompt(4))
 
 
+@pytest.mark.parametrize(
+    ("images", "modalities", "lengths"),
+    [
+        ([torch.zeros(4, *FRAME), torch.zeros(2, *FRAME)], ["video", "video"], [4, 2]),
+        ([torch.zeros(3, *FRAME), torch.zeros(4, *FRAME)], ["image", "video"], [1, 1, 1, 4]),
+        ([torch.zeros(FRAME), torch.zeros(4, *FRAME)], ["video", "video"], [1, 4]),
+        (torch.zeros(2, 4, *FRAME), ["video", "video"], [4, 4]),
+        (torch.zeros(2, *FRAME), ["image"], [1, 1]),
+        ([torch.zeros(2, *FRAME)], "video", [2]),
+    ],
+    ids=["two videos", "tiles and a video", "a frame and a video", "one tensor", "pictures", "a word"],
+)
+def test_llava_video_reads_modalities(images, modalities, lengths):
+    model, handle, seen = injected("llava_video")
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    model(ids, images, modalities)
+    model(ids[:, :1], images, modalities)
+    model(ids)
+    assert seen == [[(frames, 16) for frames in lengths]]
+    with pytest.raises(LayoutError, match="can't be known"):
+        model.vision_tower(torch.zeros(2, *FRAME))
+    handle.remove()
+    assert "prepare_inputs_labels_for_multimodal" not in vars(model)
+
+
 @INTERNVL
 def test_internvl_refuses_rows_that_may_be_pictures_or_frames():
     model, handle, seen = injected("internvl")
