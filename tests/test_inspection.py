@@ -121,8 +121,8 @@ def test_half_the_layers_cost_half(real_sizes):
 @pytest.mark.parametrize("case", case_parameters())
 def test_it_says_what_injection_does(case, order, tmp_path):
     model = seeded(case.make)
-    if not hasattr(transformers, type(model).__name__):
-        pytest.skip("not a model that a configuration names")
+    if not hasattr(transformers, type(model).__name__) or case.backbone == "videorope":  # applied to a made model
+        pytest.skip("not a model that a configuration alone names")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
     settings = STAConfig(order=order, layers=(0, 1))
