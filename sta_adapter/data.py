@@ -1,6 +1,6 @@
 """Samples on disk to batches for a model.
 
-Public: `FrameSettings`, `VideoDataset`, `Collator`, `BadSample`; `read_samples` and `Sample` come from `sta_adapter.samples`. Clips are
+Public: `FrameSettings`, `VideoDataset`; and from their own modules `Collator`, `Sample`, `BadSample`, `read_samples`. Clips are
 decoded by `sta_adapter.video.read_clip` and reach the processor as arrays, so the model sees exactly the frames that were
 decoded, on every version of transformers. A sample that can't be used is a `BadSample` in the data set: counted and logged by
 the training, or an error if asked for, but never replaced.
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from sta_adapter.encoding import IGNORE, Encoded, Visual, encode, encode_prompt, temporal_patch
+from sta_adapter.collator import Collator
+from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt, temporal_patch
 from sta_adapter.errors import ConfigError, DataError, STAError
-from sta_adapter.samples import Sample, read_samples
+from sta_adapter.frames import fit_frames, read_image
+from sta_adapter.samples import BadSample, Sample, read_samples
 from sta_adapter.video import Clip, read_clip
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]
@@ -41,14 +42,6 @@ class FrameSettings:
     min_tokens: int | None = 16  # visual tokens a frame; with None for both limits the processor's own size rule holds
     max_tokens: int | None = 256
     backend: str = "auto"  # what decodes; see read_clip
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that can't be used, and why."""
-
-    source: str
-    reason: str
 
 
 class VideoDataset(Dataset):
@@ -170,7 +163,7 @@ class VideoDataset(Dataset):
 
     def _visual(self, part: dict[str, Any], index: int) -> Visual:
         if part["type"] == "image":
-            return Visual("image", _read_image(part["image"]))
+            return Visual("image", read_image(part["image"]))
         frames, _, metadata = self._read(part)
         frames = np.ascontiguousarray(frames[self._order(len(frames), index)])
         low, high = self._pixel_limits(part)
@@ -217,89 +210,3 @@ class VideoDataset(Dataset):
         if low_pixels is not None and high_pixels is not None:
             low_pixels = min(low_pixels, high_pixels)
         return low_pixels, high_pixels
-
-
-def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels: float) -> np.ndarray:
-    """Resize frames so that both edges are multiples of `factor` and the area is within the limits, about in proportion.
-
-    Args:
-        frames: `(T, H, W, 3)` uint8.
-        factor: edge length of a visual token.
-        min_pixels: least area of a frame.
-        max_pixels: largest area of a frame.
-
-    Returns:
-        `(T, H', W', 3)` uint8.
-    """
-    height, width = frames.shape[1:3]
-    new_height, new_width = (max(factor, round(edge / factor) * factor) for edge in (height, width))
-    area = new_height * new_width
-    if area > max_pixels or area < min_pixels:
-        fit, bound = (math.floor, max_pixels) if area > max_pixels else (math.ceil, min_pixels)
-        scale = math.sqrt(bound / (height * width)) / factor
-        new_height, new_width = (max(1, fit(edge * scale)) * factor for edge in (height, width))
-    if (new_height, new_width) == (height, width):
-        return frames
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (new_height, new_width), mode="bicubic", antialias=True
-    )
-    return resized.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _read_image(path: str) -> np.ndarray:
-    """An image as `(1, H, W, 3)` uint8."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))[None]
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path!r} is not an image that can be read.") from error
-
-
-class Collator:
-    """Pad samples to one batch; bad samples are left out and named in `bad_samples`.
-
-    Args:
-        pad_id: what fills `input_ids`.
-        side: "right" for training, "left" for generation.
-    """
-
-    def __init__(self, pad_id: int, *, side: str = "right") -> None:
-        self.pad_id = pad_id
-        self.side = side
-
-    @classmethod
-    def of(cls, processor: Any, *, side: str = "right") -> Collator:
-        """The collator for a processor's padding token."""
-        tokenizer = processor.tokenizer
-        return cls(tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id, side=side)
-
-    def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, Any]:
-        """Batch of `(B, L)` token tensors with `attention_mask`, and the clips' tensors one after the other.
-
-        Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
-        """
-        good = [item for item in items if not isinstance(item, BadSample)]
-        batch: dict[str, Any] = {"bad_samples": [f"{i.source}: {i.reason}" for i in items if isinstance(i, BadSample)]}
-        if not good:
-            return {**batch, "labels": torch.full((1, 1), IGNORE)}
-        fill = {"input_ids": self.pad_id, "labels": IGNORE, "mm_token_type_ids": 0, "token_type_ids": 0}
-        length = max(len(item["input_ids"]) for item in good)
-        for key in dict.fromkeys(key for item in good for key in item):
-            values = [item.get(key) for item in good]
-            if key in fill:
-                batch[key] = torch.stack(
-                    [self._pad(value, fill[key], item, length) for value, item in zip(values, good, strict=True)]
-                )
-            else:
-                batch[key] = torch.cat([value for value in values if value is not None])
-        ones = [torch.ones_like(item["input_ids"]) for item in good]
-        batch["attention_mask"] = torch.stack([self._pad(one, 0, one, length) for one in ones])
-        return batch
-
-    def _pad(self, value: torch.Tensor | None, fill: int, item: Any, length: int) -> torch.Tensor:
-        if value is None:
-            value = torch.zeros_like(item["input_ids"])
-        missing = length - len(value)
-        return torch.nn.functional.pad(value, (missing, 0) if self.side == "left" else (0, missing), value=fill)

@@ -1,6 +1,6 @@
 """Read training and evaluation samples from JSON Lines files.
 
-Public: `Sample`, `read_samples(path)`. Two ways of writing a sample are understood, also within one file: visual parts inside the
+Public: `Sample`, `BadSample`, `read_samples(path)`, `parse_sample(record)`. Two ways of writing a sample are understood, also within one file: visual parts inside the
 messages' content (`{"type": "video", "video": "a.mp4", "nframes": 8}`), and `<video>` / `<image>` in plain text with the
 paths in lists beside the messages (`"videos": ["a.mp4"]`). Paths are relative to the file. Every error names file and line.
 """
@@ -63,6 +63,14 @@ class Sample:
         raise DataError(
             f"{self.source}: no message with role 'assistant'; expected an answer to learn or to compare with."
         )
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that can't be used, and why."""
+
+    source: str
+    reason: str
 
 
 def read_samples(path: str | Path) -> list[Sample]:

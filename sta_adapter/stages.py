@@ -5,7 +5,6 @@ Public: `Stage` (`prepare`, `run`), `lora_config`, `save_adapter`. Used by `sta_
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.errors import ConfigError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta
+from sta_adapter.modes import activation_checkpointing, full_precision
 from sta_adapter.trainer import AdapterTrainer, ProgressBar, last_checkpoint, load_trained
 from sta_adapter.training_config import TrainingConfig
 
@@ -81,7 +81,7 @@ class Stage:
             load_trained(model, self.folder)
             return json.loads(finished.read_text(encoding="utf-8"))
         started = time.perf_counter()
-        with _full_precision(model), _checkpointing(model, handle, self.config.gradient_checkpointing):
+        with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
             trainer = self._trainer(model, handle, callbacks, progress)
             checkpoint = last_checkpoint(self.folder)
             if checkpoint is not None:
@@ -247,48 +247,3 @@ def _precision(asked: str) -> str:
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-
-
-@contextlib.contextmanager
-def _full_precision(model: nn.Module) -> Iterator[None]:
-    """Train in float32 what is 16 bit wide: small steps would be rounded away."""
-    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in narrow.items():
-            parameter.data = parameter.data.to(dtype)
-
-
-@contextlib.contextmanager
-def _checkpointing(model: Any, handle: STAHandle | None, kind: bool | str) -> Iterator[None]:
-    """Gradient checkpointing. The re-entrant kind needs inputs that require a gradient, which a frozen base doesn't give."""
-    if not kind:
-        yield
-        return
-    reentrant = kind == "reentrant"
-    name = (
-        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    )  # renamed in transformers 5
-    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
-    hooks = []
-    if reentrant:
-        model.enable_input_require_grads()
-        encoder = locate(model).encoder if handle is None else handle.encoder
-        hooks.append(encoder.register_forward_pre_hook(_require_gradient, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if reentrant:
-            model.disable_input_require_grads()
-        getattr(model, f"{name}_checkpointing_disable")()
-
-
-def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.is_grad_enabled() and value.is_leaf:
-            value.requires_grad_(True)

@@ -1,0 +1,116 @@
+"""A model's answers to encoded prompts: generated, or chosen among options.
+
+Public: `Questioner`, `Prediction`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sta_adapter.collator import Collator
+from sta_adapter.encoding import Encoded, encode_answer
+from sta_adapter.samples import Sample
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said about one sample; `scores` are the options' log-likelihoods."""
+
+    index: int
+    source: str
+    category: str | None
+    answer: str
+    prediction: str
+    correct: bool
+    scores: list[float] | None = None
+
+
+Question = tuple[int, Sample, Encoded]
+
+
+class Questioner:
+    """Answers of a model to encoded prompts, in batches padded on the left."""
+
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int) -> None:
+        self.model = model
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.collate = Collator.of(processor, side="left")
+        self.device = next(model.parameters()).device
+
+    def answer(self, questions: list[Question]) -> Iterator[Prediction]:
+        """Predictions, those of open questions first."""
+        open_questions = [q for q in questions if q[1].options is None]
+        if open_questions:
+            yield from self._generate(open_questions)
+        for question in questions:
+            if question[1].options is not None:
+                yield self._choose(question)
+
+    def _batch(self, items: list[Encoded]) -> dict[str, torch.Tensor]:
+        batch = self.collate(items)
+        return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
+        batch = self._batch([item for _, _, item in questions])
+        tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ends = [own] if isinstance(own, int) else list(own or [])
+        out = self.model.generate(
+            **batch,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=sorted({*ends, tokenizer.eos_token_id} - {None}) or None,
+            pad_token_id=self.collate.pad_id,
+        )
+        said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for (index, sample, _), text in zip(questions, said, strict=True):
+            right = _plain(text) == _plain(sample.answer)
+            yield Prediction(index, sample.source, sample.category, sample.answer, text.strip(), right)
+
+    def _choose(self, question: Question) -> Prediction:
+        """The option that is likeliest as a complete answer."""
+        index, sample, item = question
+        options = sample.options or []
+        scores: list[float] = []
+        answers = [encode_answer(self.processor, sample.prompt, option) for option in options]
+        for start in range(0, len(options), self.batch_size):
+            scores += self._log_likelihoods(item, answers[start : start + self.batch_size])
+        best = options[max(range(len(options)), key=scores.__getitem__)]
+        return Prediction(index, sample.source, sample.category, sample.answer, best, best == sample.answer, scores)
+
+    def _log_likelihoods(self, prompt: Encoded, answers: list[torch.Tensor]) -> list[float]:
+        rows = [_extended(prompt, answer) for answer in answers]
+        batch, longest = self._batch(rows), max(map(len, answers))
+        last = {}
+        parameters = inspect.signature(self.model.forward).parameters
+        base = getattr(self.model, "get_base_model", lambda: self.model)()
+        if "logits_to_keep" in {*parameters, *inspect.signature(base.forward).parameters}:
+            last["logits_to_keep"] = longest + 1
+        logits = self.model(**batch, **last).logits[:, -longest - 1 : -1].float()
+        targets = batch["input_ids"][:, -longest:]
+        chosen = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        return [float(row[longest - len(answer) :].sum()) for row, answer in zip(chosen, answers, strict=True)]
+
+
+def _extended(prompt: Encoded, answer: torch.Tensor) -> Encoded:
+    """A prompt with an answer's tokens behind it."""
+    longer = {**prompt, "input_ids": torch.cat([prompt["input_ids"], answer])}
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in longer:
+            longer[key] = torch.cat([prompt[key], torch.zeros_like(answer)])
+    return longer
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".").casefold()

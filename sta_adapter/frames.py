@@ -1,0 +1,51 @@
+"""Pixels of frames: sizes that a vision encoder takes, and images read from disk.
+
+Public: `fit_frames`, `read_image`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from sta_adapter.errors import DataError
+
+
+def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels: float) -> np.ndarray:
+    """Resize frames so that both edges are multiples of `factor` and the area is within the limits, about in proportion.
+
+    Args:
+        frames: `(T, H, W, 3)` uint8.
+        factor: edge length of a visual token.
+        min_pixels: least area of a frame.
+        max_pixels: largest area of a frame.
+
+    Returns:
+        `(T, H', W', 3)` uint8.
+    """
+    height, width = frames.shape[1:3]
+    new_height, new_width = (max(factor, round(edge / factor) * factor) for edge in (height, width))
+    area = new_height * new_width
+    if area > max_pixels or area < min_pixels:
+        fit, bound = (math.floor, max_pixels) if area > max_pixels else (math.ceil, min_pixels)
+        scale = math.sqrt(bound / (height * width)) / factor
+        new_height, new_width = (max(1, fit(edge * scale)) * factor for edge in (height, width))
+    if (new_height, new_width) == (height, width):
+        return frames
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (new_height, new_width), mode="bicubic", antialias=True
+    )
+    return resized.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def read_image(path: str) -> np.ndarray:
+    """An image as `(1, H, W, 3)` uint8."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))[None]
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path!r} is not an image that can be read.") from error

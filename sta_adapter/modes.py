@@ -1,0 +1,61 @@
+"""States that a model is in while it trains, and leaves afterwards: full precision, activation checkpointing.
+
+Public: `full_precision`, `activation_checkpointing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.backbone import locate
+from sta_adapter.handle import STAHandle
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Train in float32 what is 16 bit wide: small steps would be rounded away."""
+    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | str) -> Iterator[None]:
+    """Gradient checkpointing. The re-entrant kind needs inputs that require a gradient, which a frozen base doesn't give."""
+    if not kind:
+        yield
+        return
+    reentrant = kind == "reentrant"
+    name = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # renamed in transformers 5
+    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+    hooks = []
+    if reentrant:
+        model.enable_input_require_grads()
+        encoder = locate(model).encoder if handle is None else handle.encoder
+        hooks.append(encoder.register_forward_pre_hook(_require_gradient, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if reentrant:
+            model.disable_input_require_grads()
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.is_grad_enabled() and value.is_leaf:
+            value.requires_grad_(True)
