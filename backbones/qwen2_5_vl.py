@@ -12,7 +12,8 @@ import dataclasses
 from sta_adapter.backbone import Backbone
 from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout
 
-# The vision MLP has the language model's names, gate_proj, up_proj and down_proj; Omni's attention has q, k, v apart.
+# The vision MLP has the names of the language model: gate_proj, up_proj and down_proj. Omni keeps q, k and v apart,
+# so that its vision attention takes part by attn.proj alone.
 GATED_LORA = dataclasses.replace(
     QWEN_LORA,
     target_modules=(
