@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
+from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.files import atomic_folder_write
 from sta_adapter.inject import Plan, get_sta, plan_injection
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS, load_lora, lora_files, whole
 
 if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle
 
 WEIGHTS = "sta_adapter.safetensors"
 CONFIG = "sta_config.json"
-LORA_CONFIG = "adapter_config.json"
-LORA_WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -38,7 +37,7 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
     """
-    write_adapter(folder, adapter_state(handle), describe_adapter(handle), _lora_files(handle.model))
+    write_adapter(folder, adapter_state(handle), describe_adapter(handle), lora_files(handle.model))
 
 
 def write_adapter(
@@ -63,21 +62,34 @@ def write_adapter(
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(f"{len(broken)} STA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
+    description = {**description, "lora": bool(others)}
     files = {
         WEIGHTS: save(tensors, {"format": "pt", "sta_config_sha256": _digest(description)}),
         CONFIG: (json.dumps(description, indent=2) + "\n").encode(),
         **(others or {}),
     }
     try:
+        stale = () if others else _own_lora_files(Path(folder))
         atomic_folder_write(Path(folder), files)
+        for path in stale:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"can't write the adapter to {os.fspath(folder)!r}: {error}") from error
+
+
+def _own_lora_files(folder: Path) -> tuple[Path, ...]:
+    """LoRA's files of an adapter that is about to be replaced by one without LoRA; not those that others put there."""
+    try:
+        replaced = read_description(folder)
+    except CheckpointError:
+        return ()
+    return (folder / LORA_CONFIG, folder / LORA_WEIGHTS) if replaced.get("lora") is True else ()
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
     """STA's tensors on the CPU under the file's keys, `blocks.{i}.norm.weight` and so on."""
     return {
-        f"blocks.{index}.{name}": _whole(tensor).detach().to("cpu").contiguous()
+        f"blocks.{index}.{name}": whole(tensor).detach().to("cpu").contiguous()
         for index, module in handle.blocks.items()
         for name, tensor in module.state_dict().items()
     }
@@ -162,13 +174,19 @@ def load_sta(
         module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
         module.requires_grad_(is_trainable)
     handle = plan.attach(modules)
-    if (folder / LORA_CONFIG).exists():
-        try:
-            handle = _load_lora(handle, folder, state, is_trainable)
-        except BaseException:
-            handle.remove()
-            raise
-    return handle
+    if not (folder / LORA_CONFIG).exists():
+        return handle
+    try:
+        loaded = get_sta(load_lora(model, folder, is_trainable))
+    except BaseException:
+        handle.remove()
+        raise
+    if loaded is None:
+        raise CheckpointError(f"peft replaced the encoder with a copy while loading {folder}, which is not supported.")
+    for index, module in loaded.blocks.items():  # the STA file is the one truth, also for PEFT's copies
+        module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
+        module.requires_grad_(is_trainable)
+    return loaded
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -276,51 +294,3 @@ def _digest(description: Mapping[str, Any]) -> str:
     """Fingerprint of what the weights depend on, so that files of two adapters can't be mixed up."""
     parts = {k: description[k] for k in ("backbone", "encoder", "config")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor's full value, gathered when FSDP2 has sharded it (a collective call)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _lora_files(model: nn.Module) -> dict[str, bytes]:
-    """LoRA's configuration and weights in PEFT's own format; nothing when the model has no LoRA."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping) or not configs:
-        return {}
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import save
-
-    name = model.active_adapter if isinstance(model, PeftModel) else next(iter(configs))
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    if not isinstance(model, PeftModel):
-        state = {f"base_model.model.{key}": value for key, value in state.items()}
-    tensors = {key: _whole(value).detach().to("cpu").contiguous() for key, value in state.items()}
-    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in configs[name].to_dict().items()}
-    text = json.dumps({**fields, "inference_mode": True}, indent=2, default=str)
-    return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
-
-
-def _load_lora(handle: STAHandle, folder: Path, state: Mapping[str, Tensor], is_trainable: bool) -> STAHandle:
-    """The handle of a PeftModel around the handle's model, with the folder's LoRA weights."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{folder} holds LoRA weights; they need peft: pip install 'sta-adapter[train]'"
-        ) from error
-    if not (folder / LORA_WEIGHTS).exists():
-        raise CheckpointError(f"{folder} holds {LORA_CONFIG} but no {LORA_WEIGHTS}; pickled weights are never read.")
-    try:
-        model = PeftModel.from_pretrained(handle.model, str(folder), is_trainable=is_trainable)
-    except Exception as error:
-        raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
-    loaded = get_sta(model)
-    if loaded is None:
-        raise CheckpointError(
-            f"peft replaced the encoder while loading {folder}; its modules_to_save are not supported."
-        )
-    for index, module in loaded.blocks.items():  # the STA file is the one truth, also for PEFT's copies
-        module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
-        module.requires_grad_(is_trainable)
-    return loaded

@@ -100,8 +100,9 @@ def load_adapter(
     Raises:
         CheckpointError: no adapter, or one for another model.
     """
-    from sta_adapter.checkpoint import CONFIG, LORA_CONFIG, load_sta
+    from sta_adapter.checkpoint import CONFIG, load_sta
     from sta_adapter.hub import resolve_adapter
+    from sta_adapter.lora_files import LORA_CONFIG
 
     folder = resolve_adapter(name, revision)
     if (folder / CONFIG).exists() or not (folder / LORA_CONFIG).exists():

@@ -158,7 +158,7 @@ def test_weights_that_are_not_finite(adapter, value, tmp_path):
     refused(adapter, "not finite floating-point numbers, the first is 'blocks.0.gamma'")
     handle = inject_sta(seeded(make_qwen2_vl_tower))
     torch.nn.init.constant_(handle.blocks[1].to_out.bias, value)
-    with pytest.raises(CheckpointError, match="hold NaN or infinity, the first is blocks.1.to_out.bias; not saved"):
+    with pytest.raises(CheckpointError, match=r"hold NaN or infinity, the first is blocks\.1\.to_out\.bias; not saved"):
         handle.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -197,7 +197,7 @@ def test_saving_over_an_adapter_is_all_or_nothing(adapter, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="can't write the adapter to .*No space left"):
+    with pytest.raises(CheckpointError, match=r"can.t write the adapter to .*No space left"):
         handle.save_pretrained(adapter)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
@@ -247,3 +247,39 @@ def test_saved_from_a_disabled_handle(adapter):
     arguments = qwen2_vl_arguments([Clip(3)])
     found, expected = twin.model(**arguments), model(**arguments)
     assert torch.equal(*(o if isinstance(o, torch.Tensor) else o.pooler_output for o in (found, expected)))
+
+
+def with_lora(folder):
+    """A folder with an adapter that has LoRA beside it."""
+    peft = pytest.importorskip("peft")
+    handle = inject_sta(seeded(make_qwen2_vl_tower))
+    peft.get_peft_model(handle.model, handle.lora_config(r=2))
+    handle.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 99], ids=["empty", "foreign"])
+def test_damaged_lora_weights(tmp_path, content):
+    with_lora(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    refused(tmp_path, "peft can't load the LoRA weights")
+
+
+def test_lora_for_another_model(tmp_path):
+    with_lora(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["attn.qkv"], "r": 5}))
+    refused(tmp_path, "(?s)peft can't load the LoRA weights.*size mismatch")
+
+
+def test_an_adapter_without_lora_replaces_one_with_it(tmp_path):
+    with_lora(tmp_path)
+    inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [WEIGHTS, CONFIG]
+
+
+def test_lora_that_was_saved_beside_by_peft_itself_is_kept_and_loaded(adapter, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = seeded(make_qwen2_vl_tower)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["attn.qkv"])).save_pretrained(adapter)
+    inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(adapter)
+    assert isinstance(load_sta(seeded(make_qwen2_vl_tower), adapter).model, peft.PeftModel)
