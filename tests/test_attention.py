@@ -102,7 +102,7 @@ def test_asked_for_by_name():
 )
 def test_shapes_that_do_not_fit(shapes):
     q, k = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ConfigError, match="one shape .positions, frames, heads, head size.; found"):
+    with pytest.raises(ConfigError, match=r"one shape .positions, frames, heads, head size.; found"):
         attend(q, k, k)
 
 

@@ -27,19 +27,19 @@ def assert_unchanged(model, before):
 
 
 def test_a_foreign_model_gets_the_list_of_backbones():
-    with pytest.raises(UnknownBackboneError, match="no backbone matches 'Linear'; known: .*qwen2_vl") as caught:
+    with pytest.raises(UnknownBackboneError, match=r"no backbone matches 'Linear'; known: .*qwen2_vl") as caught:
         inject_sta(nn.Linear(2, 2))
     assert isinstance(caught.value, STAError)
     assert isinstance(caught.value, LookupError)
 
 
 def test_an_unknown_backbone_name():
-    with pytest.raises(UnknownBackboneError, match="no backbone 'qwen9'; known: .*qwen2_vl"):
+    with pytest.raises(UnknownBackboneError, match=r"no backbone 'qwen9'; known: .*qwen2_vl"):
         inject_sta(nn.Linear(2, 2), backbone="qwen9")
 
 
 def test_a_backbone_that_does_not_fit_the_model():
-    with pytest.raises(UnknownBackboneError, match="'Linear' holds no encoder for backbone 'qwen2_vl'.*Qwen2Vision"):
+    with pytest.raises(UnknownBackboneError, match=r"'Linear' holds no encoder for backbone 'qwen2_vl'.*Qwen2Vision"):
         inject_sta(nn.Linear(2, 2), backbone="qwen2_vl")
 
 
@@ -229,7 +229,7 @@ def test_lora_config_of_qwen2_vl_is_the_published_recipe():
     )
     assert config.modules_to_save == ["sta"]
     assert handle.lora_config(r=4, lora_alpha=8).rank_pattern == {}
-    with pytest.raises(ConfigError, match="LoraConfig has no field rank; known: .*lora_alpha"):
+    with pytest.raises(ConfigError, match=r"LoraConfig has no field rank; known: .*lora_alpha"):
         handle.lora_config(rank=4)
     wrapped = peft.get_peft_model(model, config)
     adapted = {n.split(".lora_A")[0] for n, _ in wrapped.named_modules() if n.endswith("lora_A")}

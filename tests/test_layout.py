@@ -73,7 +73,7 @@ def test_wrong_number_of_tokens():
 
 @pytest.mark.parametrize("pair", [(0, 4), (3, 0), (-1, 2)])
 def test_empty_clips(pair):
-    with pytest.raises(LayoutError, match="clip 1 has .* expected at least 1"):
+    with pytest.raises(LayoutError, match=r"clip 1 has .* expected at least 1"):
         ClipLayout([(2, 2), pair])
 
 
