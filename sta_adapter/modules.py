@@ -147,11 +147,11 @@ class TemporalAttention(nn.Module):
         if self.config.rope_theta is not None:
             cos, sin = layout.rotary_tables(self.head_dim, self.config.rope_theta, q)
             cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return attend(q, k, v, causal=self.config.causal, backend=self.config.attention)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding by half-rotation; x is (P, T, H, D), the tables (T, 1, D)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
