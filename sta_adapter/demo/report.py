@@ -1,0 +1,176 @@
+"""The demo's report: a table in the terminal, figures, and a page with clips. Public: `print_table`, `write_report`."""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from sta_adapter.demo.clips import LABELS
+from sta_adapter.demo.run import METHODS, answer_inputs, summary
+from sta_adapter.errors import MissingExtraError
+
+COLOURS = {"sta": "#0072B2", "lora": "#D55E00", "lora_language": "#009E73"}  # Okabe and Ito: told apart by everybody
+MARKERS = {"sta": "o", "lora": "s", "lora_language": "^"}
+SHORT = {"sta": "STA + LoRA", "lora": "LoRA, both", "lora_language": "LoRA, language"}
+
+
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, one row a method."""
+    rows = [summary(results, method) for method in METHODS]
+    heads = ["", "accuracy %", *(f"{pair} %" for pair in rows[0]["pairs"])]
+    heads += ["shuffled frames %", "parameters", "training s"]
+    return heads, [
+        [
+            SHORT[row["method"]],
+            _percent(row["ordered"], interval=True),
+            *(_percent(score) for score in row["pairs"].values()),
+            _percent(row["shuffled"], interval=True),
+            f"{row['trainable_parameters']:,}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """The table, fitted to the terminal: a line a quantity, a column a method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    heads, rows = table(results)
+    settings, seeds = results["settings"], results["seeds"]
+    grid = Table(
+        title=f"{settings['test_clips']} clips never trained on, {len(seeds)} seed(s), {settings['steps']} steps"
+    )
+    grid.add_column("95 % intervals below", no_wrap=True)
+    for row in rows:
+        grid.add_column(row[0], justify="right")
+    for index, head in enumerate(heads[1:], 1):
+        grid.add_row(head, *(row[index] for row in rows), end_section=index == 1)
+    Console().print(grid)
+
+
+def write_report(folder: Path, results: dict[str, Any], model: Any, test: Any) -> Path:
+    """Write `curves.png`, `attention.png` and `index.html` into the folder; the page's path.
+
+    Args:
+        folder: of the demo's run.
+        results: what `run_demo` gave.
+        model: handle of the first seed's STA model.
+        test: the test clips.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("the report's figures need matplotlib: pip install 'sta-adapter[viz]'") from error
+    matplotlib.use("Agg")
+    draw_curves(folder / "curves.png", results)
+    draw_attention(folder / "attention.png", model, test)
+    page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    text = page.substitute(
+        table=_html_table(results),
+        method_names="".join(f"<li><b>{SHORT[m]}</b>: {html.escape(name)}</li>" for m, name in METHODS.items()),
+        clips=_html_clips(folder, test),
+        settings=html.escape(", ".join(f"{k} {v}" for k, v in results["settings"].items())),
+        versions=html.escape(", ".join(f"{k} {v}" for k, v in results["versions"].items())),
+        seeds=", ".join(map(str, results["seeds"])),
+        reloaded=f"{results['reloaded']['clips']} clips" if results["reloaded"]["bit_equal"] else "none",
+        seconds=f"{results['seconds']:.0f}",
+    )
+    (folder / "index.html").write_text(text, encoding="utf-8")
+    return folder / "index.html"
+
+
+def draw_curves(path: Path, results: dict[str, Any]) -> None:
+    """Accuracy over steps: a line a method (the mean), a thin one a seed."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method in METHODS:
+        curves = [np.array(run["curve"]) for run in results["runs"] if run["method"] == method]
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(curve[:, 0], 100 * curve[:, 1], color=COLOURS[method], alpha=0.3, linewidth=1)
+        mean = np.mean(curves, axis=0)
+        axes.plot(
+            mean[:, 0],
+            100 * mean[:, 1],
+            color=COLOURS[method],
+            marker=MARKERS[method],
+            linewidth=2,
+            label=SHORT[method],
+        )
+    axes.axhline(100 / len(LABELS), color="0.4", linestyle=":", label="chance")
+    first = results["settings"]["steps"] * results["settings"]["stage_one"]
+    if first:
+        axes.axvline(first, color="0.6", linestyle="--", linewidth=1)
+        axes.text(first, 101, "stage two of STA begins", fontsize=8, ha="center", va="bottom", color="0.35")
+    count = min(results["settings"]["curve_clips"], results["settings"]["test_clips"])
+    axes.set(xlabel="optimiser steps", ylabel=f"accuracy on {count} clips never trained on (%)", ylim=(0, 100))
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_attention(path: Path, model: Any, test: Any) -> None:
+    """Which frame looks at which in each block, for a clip and the movement that is its opposite."""
+    from matplotlib import pyplot as plt
+
+    from sta_adapter.visualization import temporal_attention
+
+    pictures = {}
+    for index in (0, 1):
+        sample = test.samples[index]
+        pictures[str(sample.answer)] = temporal_attention(model, answer_inputs(test, index))
+    blocks = list(next(iter(pictures.values())))
+    highest = max(weights.mean((0, 1)).max() for blocks_ in pictures.values() for weights in blocks_.values())
+    figure, axes = plt.subplots(
+        len(pictures), len(blocks), figsize=(2.3 * len(blocks) + 1, 5), layout="constrained", squeeze=False
+    )
+    for row, (label, weights) in zip(axes, pictures.items(), strict=True):
+        for axis, block in zip(row, blocks, strict=True):
+            shown = axis.imshow(weights[block].mean((0, 1)), vmin=0, vmax=highest, cmap="cividis")
+            axis.set(title=f"block {block}", xticks=[], yticks=[])
+        row[0].set_ylabel(f"{label!r}\nframe that looks")
+    for axis in axes[-1]:
+        axis.set_xlabel("frame looked at")
+    figure.colorbar(shown, ax=axes, label="attention, mean over heads and positions", shrink=0.8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _percent(score: dict[str, float], *, interval: bool = False) -> str:
+    text = f"{100 * score['accuracy']:.1f}"
+    return f"{text}\n{100 * score['low']:.1f} to {100 * score['high']:.1f}" if interval else text
+
+
+def _html_table(results: dict[str, Any]) -> str:
+    heads, rows = table(results)
+    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
+    lines += [
+        "<tr>" + "".join(f"<td>{html.escape(cell).replace(chr(10), '<br>')}</td>" for cell in row) + "</tr>"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _html_clips(folder: Path, test: Any) -> str:
+    """One clip of each label."""
+    figures = []
+    for sample in test.samples[: len(LABELS)]:
+        clip = next(part["video"] for part in sample.messages[0]["content"] if part["type"] == "video")
+        source = os.path.relpath(clip, folder)
+        figures.append(
+            f'<figure><video src="{html.escape(source)}" loop autoplay muted playsinline controls></video>'
+            f"<figcaption>{html.escape(str(sample.answer))}</figcaption></figure>"
+        )
+    return "\n".join(figures)
