@@ -1,34 +1,40 @@
-"""Adapters on disk: `sta_adapter.safetensors`, `sta_config.json`, and LoRA weights under PEFT's own names beside them."""
+"""Adapters on disk: `sta_adapter.safetensors`, `sta_config.json`, and LoRA weights under PEFT's own names beside them.
+
+Public: `save_adapter`, `load_sta`, `adapter_contents`.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from sta_adapter.adapter_format import (
+    CONFIG,
+    WEIGHTS,
+    compare_tensors,
+    make_description,
+    read_description,
+    read_weights,
+    write_adapter,
+)
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.files import atomic_folder_write
 from sta_adapter.inject import Plan, get_sta, plan_injection
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS, load_lora, lora_files, whole
+from sta_adapter.lora_files import LORA_CONFIG, load_lora, lora_files
+from sta_adapter.sharding import is_sharded, whole, write_once
 
 if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle
 
-WEIGHTS = "sta_adapter.safetensors"
-CONFIG = "sta_config.json"
-FORMAT_VERSION = 1
-MAX_CONFIG_BYTES = 1 << 20
-
 
 def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
     """Write an adapter: every file in full beside its final place, then all are renamed.
+
+    Sharded weights (FSDP2, ZeRO-3) are gathered: then all processes must call this, and process 0 writes.
 
     Args:
         handle: the injected model's handle.
@@ -37,53 +43,16 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
     """
-    write_adapter(folder, adapter_state(handle), describe_adapter(handle), lora_files(handle.model))
+    contents = adapter_contents(handle)
+    if is_sharded(handle.model.parameters()):
+        write_once(lambda: write_adapter(folder, *contents))
+    else:
+        write_adapter(folder, *contents)
 
 
-def write_adapter(
-    folder: str | os.PathLike[str],
-    tensors: dict[str, Tensor],
-    description: Mapping[str, Any],
-    others: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write an adapter's files.
-
-    Args:
-        folder: made when it does not exist; an adapter in it is replaced.
-        tensors: on the CPU, under the file's keys.
-        description: contents of `sta_config.json`, from `make_description`.
-        others: contents of further files by name.
-
-    Raises:
-        CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
-    """
-    from safetensors.torch import save
-
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CheckpointError(f"{len(broken)} STA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
-    description = {**description, "lora": bool(others)}
-    files = {
-        WEIGHTS: save(tensors, {"format": "pt", "sta_config_sha256": _digest(description)}),
-        CONFIG: (json.dumps(description, indent=2) + "\n").encode(),
-        **(others or {}),
-    }
-    try:
-        stale = () if others else _own_lora_files(Path(folder))
-        atomic_folder_write(Path(folder), files)
-        for path in stale:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"can't write the adapter to {os.fspath(folder)!r}: {error}") from error
-
-
-def _own_lora_files(folder: Path) -> tuple[Path, ...]:
-    """LoRA's files of an adapter that is about to be replaced by one without LoRA; not those that others put there."""
-    try:
-        replaced = read_description(folder)
-    except CheckpointError:
-        return ()
-    return (folder / LORA_CONFIG, folder / LORA_WEIGHTS) if replaced.get("lora") is True else ()
+def adapter_contents(handle: STAHandle) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+    """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
+    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model)
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
@@ -91,7 +60,7 @@ def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
     return {
         f"blocks.{index}.{name}": whole(tensor).detach().to("cpu").contiguous()
         for index, module in handle.blocks.items()
-        for name, tensor in module.state_dict().items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
     }
 
 
@@ -107,30 +76,6 @@ def describe_adapter(handle: STAHandle) -> dict[str, Any]:
     }
     base = (getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None))
     return make_description(handle.backbone, encoder, handle.config, *base)
-
-
-def make_description(
-    backbone: str, encoder: Mapping[str, int], config: STAConfig, base: str | None = None, revision: str | None = None
-) -> dict[str, Any]:
-    """The contents of `sta_config.json`.
-
-    Args:
-        backbone: its name.
-        encoder: `width`, `depth`, the branch's `num_heads`, `head_dim`.
-        config: settings in force.
-        base: Hub id or folder of the base model.
-        revision: commit of the base model on the Hub.
-    """
-    import sta_adapter
-
-    return {
-        "format_version": FORMAT_VERSION,
-        "sta_adapter_version": sta_adapter.__version__,
-        "backbone": backbone,
-        "base_model": {"id": base or None, "revision": revision},
-        "encoder": dict(encoder),
-        "config": config.to_dict(),
-    }
 
 
 def load_sta(
@@ -189,70 +134,6 @@ def load_sta(
     return loaded
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The checked contents of an adapter's `sta_config.json`.
-
-    Raises:
-        CheckpointError: missing, too large, not JSON, or of a newer format.
-    """
-    path = folder / CONFIG
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; an adapter's configuration has a few hundred."
-            )
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{folder} holds no {CONFIG}, so it is no STA adapter; found: {there or 'nothing'}."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("format_version"), int):
-        raise CheckpointError(f"{path} has no format_version; it is not an adapter's configuration.")
-    if found["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has the format version {found['format_version']}; this sta-adapter reads {FORMAT_VERSION}. Upgrade sta-adapter."
-        )
-    missing = [
-        k for k, kind in (("backbone", str), ("encoder", dict), ("config", dict)) if not isinstance(found.get(k), kind)
-    ]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}, or holds another type there.")
-    return found
-
-
-def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The tensors of an adapter's `sta_adapter.safetensors`, on the CPU.
-
-    Raises:
-        CheckpointError: missing, damaged, holding non-floating or non-finite tensors, or not belonging to `description`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get("sta_config_sha256")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}.") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-    if description is not None and digest is not None and digest != _digest(description):
-        raise CheckpointError(
-            f"{WEIGHTS} and {CONFIG} in {folder} were not saved together: the weights belong to other settings. "
-            "Copy both files again from where they come from."
-        )
-    wrong = [k for k, v in state.items() if not v.is_floating_point() or not torch.isfinite(v).all()]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: {len(wrong)} tensors are not finite floating-point numbers, the first is {wrong[0]!r}."
-        )
-    return state
-
-
 def _saved_config(folder: Path, description: Mapping[str, Any]) -> STAConfig:
     try:
         return STAConfig.from_dict(description["config"])
@@ -275,22 +156,3 @@ def _compare_encoder(folder: Path, description: Mapping[str, Any], plan: Plan) -
     ]
     if differences:
         raise CheckpointError(f"the adapter in {folder} is for another encoder: {'; '.join(differences)}.")
-
-
-def compare_tensors(file: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise a CheckpointError that lists every key and shape that `state`, read from `file`, has otherwise."""
-    differences = [f"missing {k}" for k in expected if k not in state]
-    differences += [f"unexpected {k}" for k in state if k not in expected]
-    differences += [
-        f"{k} has the shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if differences:
-        raise CheckpointError(f"{file} does not fit the model: {'; '.join(differences)}.")
-
-
-def _digest(description: Mapping[str, Any]) -> str:
-    """Fingerprint of what the weights depend on, so that files of two adapters can't be mixed up."""
-    parts = {k: description[k] for k in ("backbone", "encoder", "config")}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sta_adapter.backbone import Backbone, get_backbone, list_backbones
-from sta_adapter.checkpoint import (
+from sta_adapter.adapter_format import (
     compare_tensors,
     make_description,
     read_description,
     read_weights,
     write_adapter,
 )
+from sta_adapter.backbone import Backbone, get_backbone, list_backbones
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.files import atomic_folder_write

@@ -100,7 +100,8 @@ def load_adapter(
     Raises:
         CheckpointError: no adapter, or one for another model.
     """
-    from sta_adapter.checkpoint import CONFIG, load_sta
+    from sta_adapter.adapter_format import CONFIG
+    from sta_adapter.checkpoint import load_sta
     from sta_adapter.hub import resolve_adapter
     from sta_adapter.lora_files import LORA_CONFIG
 

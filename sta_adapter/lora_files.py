@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from sta_adapter.errors import CheckpointError, MissingExtraError
+from sta_adapter.sharding import whole
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
@@ -16,6 +17,8 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 
 def lora_files(model: nn.Module) -> dict[str, bytes]:
     """Contents of LoRA's configuration and weights, by file name; nothing when the model has no LoRA.
+
+    Sharded weights are gathered: then all processes must call this.
 
     Args:
         model: a PeftModel, or the model inside of one.
@@ -27,7 +30,8 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
     from safetensors.torch import save
 
     name = model.active_adapter if isinstance(model, PeftModel) else next(iter(configs))
-    state = get_peft_model_state_dict(model, adapter_name=name)
+    kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
+    state = get_peft_model_state_dict(model, kept, adapter_name=name)
     if not isinstance(model, PeftModel):
         state = {f"base_model.model.{key}": value for key, value in state.items()}
     tensors = {key: whole(value).detach().to("cpu").contiguous() for key, value in state.items()}
@@ -59,11 +63,6 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor's full value, gathered when FSDP2 has sharded it (a collective call)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _unwrap(model: nn.Module) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from sta_adapter.errors import InjectionError
 from sta_adapter.hooks import Hook, Injection, iterate_tensors
+from sta_adapter.sharding import is_parallel
 
 WRAPPERS = {
     "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
@@ -57,7 +58,7 @@ class LanguageModelBegin(Hook):
         dummy_inputs = self.injection.spec.dummy_inputs
         if ran or embeddings is None or dummy_inputs is None:
             return None
-        if not (module.training and torch.is_grad_enabled() and self.injection.is_enabled and _is_parallel()):
+        if not (module.training and torch.is_grad_enabled() and self.injection.is_enabled and is_parallel()):
             return None
         encoder = self.encoder
         dummy_args, dummy_kwargs = dummy_inputs(encoder)
@@ -76,7 +77,3 @@ def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | Non
         if isinstance(candidate, nn.Module) and all(module is not encoder for module in candidate.modules()):
             return candidate
     return None
-
-
-def _is_parallel() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -11,7 +11,7 @@ from test_inject import assert_unchanged, state
 from toy import toy  # noqa: F401
 
 from sta_adapter import STAConfig, inject_sta, load_sta
-from sta_adapter.checkpoint import CONFIG, WEIGHTS
+from sta_adapter.adapter_format import CONFIG, WEIGHTS
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAError, UnknownBackboneError
 
 
