@@ -1,241 +1,114 @@
-"""Read training and evaluation samples from JSON Lines files.
+"""Read files of samples: JSON Lines or JSON arrays, in any of the formats.
 
-Public: `Sample`, `BadSample`, `read_samples(path)`, `parse_sample(record)`. Two ways of writing a sample are understood, also within one file: visual parts inside the
-messages' content (`{"type": "video", "video": "a.mp4", "nframes": 8}`), and `<video>` / `<image>` in plain text with the
-paths in lists beside the messages (`"videos": ["a.mp4"]`). Paths are relative to the file. Every error names file and line.
+Public: `read_samples(path)`, `scan_samples(path)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
+unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.errors import DataError
+from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.formats import FORMATS, read_classes
 
-_POSITIVE = {"nframes": int, "min_frames": int, "max_frames": int, "min_pixels": int, "max_pixels": int, "fps": float}
-_SECONDS = ("video_start", "video_end")
-_PART_KEYS = {
-    "text": {"type", "text"},
-    "image": {"type", "image", "min_pixels", "max_pixels"},
-    "video": {"type", "video", *_POSITIVE, *_SECONDS},
-}
-_ROLES = {"human": "user", "gpt": "assistant"}
-_PLACEHOLDER = re.compile(r"<(video|image)>")
+__all__ = ["BadSample", "Sample", "parse_sample", "read_samples", "scan_samples"]
+from sta_adapter.conversations import BadSample, Sample, parse_sample
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One conversation.
+def read_samples(path: str | Path, *, format: str | None = None, videos: str | Path | None = None) -> list[Sample]:
+    """Read every sample of a file.
 
-    Attributes:
-        messages: `{"role": ..., "content": [part, ...]}`; parts are of type text, image or video, with absolute paths.
-        source: where it stands, "file, line 3".
-        category: what evaluation groups by.
-        options: the answers to choose from, for multiple choice.
-        extra: other fields of the record, as they were.
-    """
-
-    messages: list[dict[str, Any]]
-    source: str = "sample"
-    category: str | None = None
-    options: list[str] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def prompt(self) -> list[dict[str, Any]]:
-        """The messages up to the last answer."""
-        return self.messages[: self._last_answer()]
-
-    @property
-    def answer(self) -> str:
-        """The text of the last answer."""
-        return "".join(part["text"] for part in self.messages[self._last_answer()]["content"] if part["type"] == "text")
-
-    def _last_answer(self) -> int:
-        for index in range(len(self.messages) - 1, -1, -1):
-            if self.messages[index]["role"] == "assistant":
-                return index
-        raise DataError(
-            f"{self.source}: no message with role 'assistant'; expected an answer to learn or to compare with."
-        )
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that can't be used, and why."""
-
-    source: str
-    reason: str
-
-
-def read_samples(path: str | Path) -> list[Sample]:
-    """Read every sample of a JSON Lines file.
+    Args:
+        path: JSON Lines, or a JSON array.
+        format: "conversations", "multiple-choice" or "ssv2"; None recognises each record by its keys.
+        videos: the folder that relative paths start from; None takes the file's own.
 
     Raises:
-        DataError: the file is missing or empty, or a line is not a sample.
+        DataError: the file is missing or empty, or a record is not a sample.
+        ConfigError: there is no such format.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"can't read the data file {str(file)!r}: {error.strerror}. Expected a JSON Lines file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(file)!r} is not UTF-8 text (byte {error.start}); expected a JSON Lines file.") from error
-    if text.lstrip().startswith("["):
-        raise DataError(
-            f"{file}: a JSON array; expected JSON Lines, one object a line (`jq -c '.[]' FILE` converts it)."
-        )
-    samples = list(_read_lines(text, file))
-    if not samples:
-        raise DataError(f"{file}: no sample in it; expected one JSON object a line.")
+    samples = []
+    for item in scan_samples(path, format=format, videos=videos):
+        if isinstance(item, BadSample):
+            raise DataError(f"{item.source}: {item.reason}")
+        samples.append(item)
     return samples
 
 
-def _read_lines(text: str, file: Path) -> Iterator[Sample]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        source = f"{file}, line {number}"
+def scan_samples(
+    path: str | Path, *, format: str | None = None, videos: str | Path | None = None
+) -> list[Sample | BadSample]:
+    """As `read_samples`, with a `BadSample` in the place of each record that is not a sample."""
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
+    file = Path(path)
+    folder = file.parent if videos is None else Path(videos)
+    if not folder.is_dir():
+        raise DataError(f"the folder of videos {str(folder)!r} is not there.")
+    text, classes = _read_text(file), read_classes(file)
+    found: list[Sample | BadSample] = []
+    for source, record in _records(text, file):
         try:
-            record = json.loads(line)
+            found.append(_sample(record, source, folder, format, classes))
+        except DataError as error:
+            found.append(BadSample(source, str(error).removeprefix(f"{source}: ")))
+    if not found:
+        raise DataError(f"{file}: no sample in it; expected one JSON object a line, or a JSON array of them.")
+    return found
+
+
+def _sample(record: Any, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:
+    if isinstance(record, json.JSONDecodeError):
+        raise DataError(f"not JSON ({record.msg} at column {record.colno}); expected one object.")
+    return parse_sample(record, source=source, folder=folder, format=format, classes=classes)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(
+            f"can't read the data file {str(file)!r}: {error.strerror}. Expected a JSON Lines file or a JSON array."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(file)!r} is not UTF-8 text (byte {error.start}); expected a JSON Lines file or a JSON array."
+        ) from error
+
+
+def _records(text: str, file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each record stands, and the record, or the error in its place."""
+    whole = _whole(text, file)
+    if whole is not None:
+        yield from ((f"{file}, entry {number}", record) for number, record in enumerate(whole, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{file}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                yield f"{file}, line {number}", error
+
+
+def _whole(text: str, file: Path) -> list[Any] | None:
+    """The entries of a JSON array, or one object written over several lines; None for JSON Lines."""
+    start = text.lstrip()
+    if start.startswith("["):
+        try:
+            return json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{source}: not JSON ({error.msg} at column {error.colno}); expected one object."
+                f"{file}: not a JSON array ({error.msg} at line {error.lineno}, column {error.colno})."
             ) from error
-        yield parse_sample(record, source=source, folder=file.parent)
-
-
-def parse_sample(record: Any, *, source: str = "sample", folder: str | Path = ".") -> Sample:
-    """Check one record and bring it into the form of `Sample`.
-
-    Args:
-        record: the object of one line.
-        source: how errors name it.
-        folder: what relative paths are relative to.
-
-    Raises:
-        DataError: with the source, what was found and what was expected.
-    """
-    try:
-        return _parse(record, source, Path(folder))
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
-
-
-def _parse(record: Any, source: str, folder: Path) -> Sample:
-    if not isinstance(record, dict):
-        raise DataError(f"found {_kind(record)}, expected an object with 'messages'.")
-    raw = record.get("messages", record.get("conversations"))
-    if not isinstance(raw, list) or not raw:
-        raise DataError(f"'messages' is {_kind(raw)}, expected a list of messages. Keys: {', '.join(record)}.")
-    paths = {kind: _path_list(record, kind) for kind in ("video", "image")}
-    messages = [_message(message, index, folder, paths) for index, message in enumerate(raw)]
-    for kind, left in paths.items():
-        if left:
-            raise DataError(f"'{kind}s' holds {len(left)} more than there are <{kind}> in the text, first {left[0]!r}.")
-    options = record.get("options")
-    if options is not None and not (
-        isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) and option for option in options)
-    ):
-        raise DataError(f"'options' is {options!r}, expected a list of at least two texts.")
-    last = messages[-1]
-    if options is not None and last["role"] == "assistant":
-        said = "".join(part.get("text", "") for part in last["content"])
-        if said not in options:
-            raise DataError(f"the answer is {said!r}, expected one of the options {options!r}.")
-    known = {"messages", "conversations", "videos", "images", "options", "category"}
-    extra = {key: value for key, value in record.items() if key not in known}
-    category = record.get("category")
-    return Sample(messages, source, None if category is None else str(category), options, extra)
-
-
-def _path_list(record: dict[str, Any], kind: str) -> list[Any]:
-    """The paths beside the messages, as a list that `_message` consumes."""
-    paths = record.get(f"{kind}s") or []
-    if not isinstance(paths, list):
-        raise DataError(f"'{kind}s' is {_kind(paths)}, expected a list of paths.")
-    return list(paths)
-
-
-def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]) -> dict[str, Any]:
-    where = f"message {index}"
-    if not isinstance(message, dict):
-        raise DataError(f"{where} is {_kind(message)}, expected an object with 'role' and 'content'.")
-    role = message.get("role", message.get("from"))
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ("system", "user", "assistant"):
-        raise DataError(f"{where} has the role {role!r}, expected system, user or assistant.")
-    content = message.get("content", message.get("value"))
-    if isinstance(content, str):
-        parts = [{"type": "text", "text": content}] if role == "assistant" else _split(content, where, paths)
-    elif isinstance(content, list) and content:
-        parts = content
-    else:
-        raise DataError(f"{where} has {_kind(content)} as content, expected a text or a list of parts.")
-    checked = [_part(part, f"{where}, part {number}", folder) for number, part in enumerate(parts)]
-    if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
-        raise DataError(f"{where} is an empty answer; expected words to learn.")
-    return {"role": role, "content": checked}
-
-
-def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Turn "<video>What is it?" into parts, taking the paths from the lists."""
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(_PLACEHOLDER.split(text)):
-        if number % 2 == 0:
-            if piece.strip():
-                parts.append({"type": "text", "text": piece})
-            continue
-        if not paths[piece]:
-            raise DataError(f"{where} has a <{piece}> for which '{piece}s' holds no path.")
-        value = paths[piece].pop(0)
-        parts.append({"type": piece, **(value if isinstance(value, dict) else {piece: value})})
-    return parts
-
-
-def _part(part: Any, where: str, folder: Path) -> dict[str, Any]:
-    if not isinstance(part, dict) or part.get("type") not in _PART_KEYS:
-        found = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
-        raise DataError(f"{where} is {found}, expected an object whose 'type' is text, image or video.")
-    kind = part["type"]
-    given = {key: value for key, value in part.items() if value is not None}
-    for key in given.keys() - _PART_KEYS[kind]:
-        near = difflib.get_close_matches(key, _PART_KEYS[kind], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(_PART_KEYS[kind]))}."
-        raise DataError(f"{where} ({kind}) has the unknown key {key!r}.{hint}")
-    value = given.get(kind)
-    if not isinstance(value, str) or (kind != "text" and not value):
-        raise DataError(f"{where}: {kind!r} is {_kind(value)}, expected {'a text' if kind == 'text' else 'a path'}.")
-    if kind != "text":
-        _check_numbers(given, where)
-        given[kind] = str(folder / value.removeprefix("file://"))
-    return given
-
-
-def _check_numbers(part: dict[str, Any], where: str) -> None:
-    for key in part.keys() & {*_POSITIVE, *_SECONDS}:
-        value, whole = part[key], _POSITIVE.get(key) is int
-        right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not right or value < 0 or (key not in _SECONDS and value == 0):
-            raise DataError(f"{where}: {key!r} is {value!r}, expected a positive {'whole ' if whole else ''}number.")
-    if "fps" in part and "nframes" in part:
-        raise DataError(f"{where} gives both 'fps' and 'nframes', expected one of them.")
-    if part.get("video_end", float("inf")) <= part.get("video_start", 0):
-        raise DataError(f"{where}: 'video_end' is not after 'video_start'.")
-
-
-def _kind(value: Any) -> str:
-    """How an error names what was found."""
-    if value is None:
-        return "missing"
-    if value in ("", []):
-        return "empty"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    if start.startswith("{"):
+        try:
+            json.loads(start.split("\n", 1)[0])
+        except json.JSONDecodeError:
+            try:
+                return [json.loads(text)]
+            except json.JSONDecodeError:
+                return None
+    return None

@@ -291,8 +291,11 @@ VIDEO = {"type": "video", "video": "a.mp4"}
 
 MALFORMED = {
     "no_json": ('{"messages": [', r"line 2: not JSON \(Expecting value at column 15\)"),
-    "no_object": ("3", "line 2: found a number, expected an object with 'messages'"),
-    "no_messages": ({"text": "hi"}, "line 2: 'messages' is missing, expected a list of messages. Keys: text"),
+    "no_object": ("3", "line 2: found a number, expected an object"),
+    "no_messages": (
+        {"text": "hi"},
+        "line 2: a record of no known format. Keys: text. Expected one of: conversations: 'messages' ",
+    ),
     "empty_messages": ({"messages": []}, "'messages' is empty"),
     "message_is_text": ({"messages": ["hi"]}, "message 0 is a text, expected an object"),
     "role": ({"messages": [{"role": "bot", "content": "hi"}]}, "message 0 has the role 'bot', expected system, user"),
@@ -335,7 +338,7 @@ def test_errors_name_file_line_and_what_was_expected(tmp_path, line, error):
         (None, "can't read the data file .*No such file"),
         (b"", "no sample in it"),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b'[{"messages": []}]', "a JSON array; expected JSON Lines"),
+        (b'[{"messages": []}', "not a JSON array .*line 1, column 18"),
     ],
     ids=["missing", "empty", "binary", "array"],
 )
