@@ -43,9 +43,17 @@ def write_adapter(
     Raises:
         CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
     """
-    files = adapter_files(tensors, description, others)
+    replace_files(folder, adapter_files(tensors, description, others))
+
+
+def replace_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Write an adapter's files, and remove those of an adapter before it that this one has not.
+
+    Raises:
+        CheckpointError: the folder can't be written; what was there stays.
+    """
     try:
-        stale = () if others else _own_lora_files(Path(folder))
+        stale = () if LORA_CONFIG in files else _own_lora_files(Path(folder))
         atomic_folder_write(Path(folder), files)
         for path in stale:
             path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """One stage of training: what trains in it, in which precision, and the trainer that runs it.
 
-Public: `Stage` (`prepare`, `run`), `lora_config`, `save_adapter`. Used by `sta_adapter.training`.
+Public: `Stage` (`prepare`, `run`), `lora_config`. Used by `sta_adapter.training`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
+from sta_adapter.adapter_format import adapter_files
 from sta_adapter.backbone import locate
+from sta_adapter.checkpoint import adapter_contents
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.errors import ConfigError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta
+from sta_adapter.lora_files import lora_files
 from sta_adapter.modes import activation_checkpointing, full_precision
-from sta_adapter.trainer import AdapterTrainer, ProgressBar, last_checkpoint, load_trained
+from sta_adapter.resume import drop_incomplete, last_checkpoint, load_trained
+from sta_adapter.sharding import is_sharded, whole_shape, write_once
+from sta_adapter.trainer import AdapterTrainer, ProgressBar
 from sta_adapter.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -60,6 +65,11 @@ class Stage:
         if self.name == "1" and handle is not None:
             handle.freeze_base()
             return handle.model, handle
+        if is_sharded(model.parameters()):
+            raise ConfigError(
+                "the model's weights are sharded, and LoRA can't be added to them. If stage one has just ended, it is saved: "
+                "start the same command again, and stage two goes on from it. Otherwise pass the model before sharding."
+            )
         torch.manual_seed(self.config.seed)
         if not isinstance(model, PeftModel):
             model = get_peft_model(model, lora_config(model, handle, self.config))
@@ -83,20 +93,22 @@ class Stage:
         started = time.perf_counter()
         with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
             trainer = self._trainer(model, handle, callbacks, progress)
+            write_once(lambda: drop_incomplete(self.folder))
             checkpoint = last_checkpoint(self.folder)
             if checkpoint is not None:
                 logger.info("going on from %s", checkpoint)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is None or not trainer.ended_in(checkpoint):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.require_used()
             trainer.save_model(str(self.folder))
         result = {
             "steps": trainer.state.global_step,
             "seconds": round(time.perf_counter() - started, 3),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "bad_samples": list(trainer.bad_samples),
+            "trainable_parameters": sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad),
+            "bad_samples": trainer.sample_counts()["bad_samples"],
             "history": trainer.state.log_history,
         }
-        write_json(finished, result)
+        write_once(lambda: write_json(finished, result))
         return result
 
     def _trainer(
@@ -111,7 +123,7 @@ class Stage:
             callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
             config=self.config,
             sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
-            save_adapter=lambda folder: save_adapter(model, handle, folder),
+            adapter_files=lambda: lora_files(model) if handle is None else adapter_files(*adapter_contents(handle)),
             measure=self.measure,
         )
         trainer.remove_callback(PrinterCallback)
@@ -139,7 +151,6 @@ class Stage:
             fp16=precision == "fp16",
             seed=config.seed,
             logging_steps=config.logging_steps,
-            save_total_limit=config.keep_checkpoints,
             dataloader_num_workers=0 if self.dataset.cached else config.num_workers,
             dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
@@ -175,7 +186,7 @@ class Stage:
 
     def _batches(self) -> tuple[int, int]:
         """Clips on a device at a time, and how many such batches make a step."""
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = PartialState().num_processes
         share, rest = divmod(self.config.batch_size, processes)
         device = min(self.config.device_batch_size, max(share, 1))
         if rest or share % device:
@@ -225,14 +236,6 @@ def _lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, LoraLayer):
             for name in module.adapter_layer_names:
                 yield from getattr(module, name).parameters()
-
-
-def save_adapter(model: nn.Module, handle: STAHandle | None, folder: Path) -> None:
-    """Write the adapter: STA with LoRA if there is any, or LoRA alone."""
-    if handle is not None:
-        handle.save_pretrained(folder)
-    elif isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def write_json(path: Path, values: Any) -> None:

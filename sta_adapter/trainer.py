@@ -1,7 +1,8 @@
 """The Hugging Face trainer, taught what an adapter needs.
 
-Public: `AdapterTrainer`, `ProgressBar`, `last_checkpoint`. Checkpoints hold the trained parameters (exactly) and the adapter, never the
-frozen base; bad samples are counted; STA has its own learning rate, and vectors (norms, biases, gamma) no weight decay.
+Public: `AdapterTrainer`, `ProgressBar`, `parameter_groups`. Checkpoints hold the trained parameters (exactly) and the adapter, never
+the frozen base, and count only when complete; bad samples are counted; STA has its own learning rate, and vectors (norms,
+biases, gamma) no weight decay.
 """
 
 from __future__ import annotations
@@ -9,23 +10,26 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import save
+from torch import distributed, nn
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from sta_adapter.errors import CheckpointError, DataError
+from sta_adapter.adapter_format import replace_files
+from sta_adapter.encoding import IGNORE
+from sta_adapter.errors import CheckpointError, DataError, STAError
+from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE, load_trained, mark_complete, rotate, trained_state
+from sta_adapter.sharding import is_parallel, write_once
 from sta_adapter.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-TRAINED_FILE = "trained.safetensors"
-SAMPLES_FILE = "samples.json"
 BAD_BATCHES = 20  # so many batches of bad samples alone, from the start, end the run
 
 
@@ -35,7 +39,7 @@ class AdapterTrainer(Trainer):
     Args:
         config: learning rates and weight decay.
         sta_parameters: which parameters are STA's, asked when the optimizer is made.
-        save_adapter: writes the adapter's files into a folder.
+        adapter_files: gives contents of the adapter's files by name; called on all processes.
         measure: what `evaluate` gives instead of the loss, from the model to names and values.
         kwargs: of `Trainer`.
     """
@@ -45,14 +49,14 @@ class AdapterTrainer(Trainer):
         *,
         config: TrainingConfig,
         sta_parameters: Callable[[], Iterator[nn.Parameter]],
-        save_adapter: Callable[[Path], None],
+        adapter_files: Callable[[], dict[str, bytes]],
         measure: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.config = config
         self.sta_parameters = sta_parameters
-        self.save_adapter = save_adapter
+        self.adapter_files = adapter_files
         self.measure = measure
         self.bad_samples: dict[str, None] = {}
         self.batches_used = 0
@@ -69,19 +73,29 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A step on the usable samples of the batch; without any there is nothing to learn from."""
+        """A step on the usable samples of the batch; without any there is nothing to learn from.
+
+        One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero weight.
+        """
         self._count(inputs.pop("bad_samples", []))
         if "input_ids" not in inputs:
             if not self.batches_used and len(self.bad_samples) >= BAD_BATCHES:
                 raise DataError(
                     f"the first {len(self.bad_samples)} samples are all bad, first {next(iter(self.bad_samples))}"
                 )
-            return torch.zeros((), device=self.args.device)
-        self.batches_used += 1
+            if not is_parallel():
+                return torch.zeros((), device=self.args.device)
+            inputs = placeholder(self.args.device)
+        else:
+            self.batches_used += 1
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the base class; a batch that nothing trained takes part in (text alone, in stage one) has zero gradients."""
+        if is_parallel() and bool((inputs["labels"] == IGNORE).all()):
+            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+            loss = outputs["logits"].sum() * 0  # a mean over no token would not be a number
+            return (loss, outputs) if kwargs.get("return_outputs") else loss
         outcome = super().compute_loss(model, inputs, *args, **kwargs)
         loss, *rest = outcome if isinstance(outcome, tuple) else (outcome,)
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -90,8 +104,18 @@ class AdapterTrainer(Trainer):
 
     def require_used(self) -> None:
         """Refuse to call a run finished that had nothing to learn from."""
-        if not self.batches_used and self.bad_samples:
-            raise DataError(f"all {len(self.bad_samples)} samples are bad, first {next(iter(self.bad_samples))}")
+        counts = self.sample_counts()
+        if not counts["batches_used"] and counts["bad_samples"]:
+            raise DataError(f"all {len(counts['bad_samples'])} samples are bad, first {counts['bad_samples'][0]}")
+
+    def sample_counts(self) -> dict[str, Any]:
+        """`batches_used` and `bad_samples` of all processes, which must all call this."""
+        counts: list[Any] = [(self.batches_used, list(self.bad_samples))]
+        if is_parallel():
+            counts *= distributed.get_world_size()
+            distributed.all_gather_object(counts, counts[0])
+        bad = dict.fromkeys(sample for _, samples in counts for sample in samples)
+        return {"batches_used": sum(used for used, _ in counts), "bad_samples": list(bad)}
 
     def _count(self, bad: list[str]) -> None:
         for message in bad:
@@ -103,7 +127,9 @@ class AdapterTrainer(Trainer):
         """As the base class, on the usable samples."""
         inputs.pop("bad_samples", None)
         if "input_ids" not in inputs:
-            return None, None, None
+            if not is_parallel():
+                return None, None, None
+            inputs = placeholder(self.args.device)  # counts as a loss of zero
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -121,13 +147,33 @@ class AdapterTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_state(self._net, state_dict), folder / TRAINED_FILE)
-        counts = {"batches_used": self.batches_used, "bad_samples": list(self.bad_samples)}
-        (folder / SAMPLES_FILE).write_text(json.dumps(counts), encoding="utf-8")
-        self.save_adapter(folder)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained parameters and the adapter: all processes gather, process 0 writes.
+
+        Raises:
+            CheckpointError: the weights are not finite, or the folder can't be written; what was there stays.
+        """
+        counts = json.dumps(self.sample_counts()).encode()
+        files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
+        write_once(lambda: replace_files(output_dir or str(self.args.output_dir), files))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class; the checkpoint counts, and older ones go, only when all processes have written theirs."""
+        parent = Path(str(self.args.output_dir))
+        folder = parent / f"checkpoint-{self.state.global_step}"
+        write_once(lambda: shutil.rmtree(folder, ignore_errors=True))
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            if is_parallel():
+                distributed.barrier()
+            write_once(lambda: mark_complete(folder))
+        except (STAError, OSError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(
+                f"can't save {folder} ({error}). The checkpoints before it are whole. When the cause is gone (a full disk, for "
+                "example), the same command goes on from them."
+            ) from error
+        write_once(lambda: rotate(parent, self.config.keep_checkpoints, self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -135,12 +181,30 @@ class AdapterTrainer(Trainer):
         counts = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
         self.batches_used, self.bad_samples = counts["batches_used"], dict.fromkeys(counts["bad_samples"])
 
+    def ended_in(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is that of the last step; then it is loaded, as the base class would train a step too many."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        return True
+
     def _load_best_model(self) -> None:
-        load_trained(self._net, Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint)).name  # the run's folder may have moved
+        load_trained(self._net, Path(str(self.args.output_dir)) / best)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with torch.serialization.safe_globals(_numpy_globals()):
             super()._load_rng_state(checkpoint)
+
+
+def placeholder(device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of two tokens with nothing to learn from."""
+    ones = torch.ones((1, 2), dtype=torch.long, device=device)
+    return {"input_ids": ones, "attention_mask": ones, "labels": IGNORE * ones}
 
 
 def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, Any]]:
@@ -160,60 +224,6 @@ def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) ->
             decay = config.weight_decay if key[1] else 0.0
             groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
     return list(groups.values())
-
-
-def trained_state(model: nn.Module, full: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that require a gradient, by name; values from `full` where it has them (gathered shards)."""
-    values = full or {}
-    return {
-        name: values.get(name, parameter).detach().cpu().clone().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put what `trained_state` gave back into the model.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or names other parameters than the model trains; nothing is changed.
-    """
-    file = folder / TRAINED_FILE
-    try:
-        saved = load_file(file)
-    except Exception as error:
-        raise CheckpointError(
-            f"can't read {str(file)!r} ({error}); remove the folder to go on from an earlier checkpoint."
-        ) from error
-    target = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wrong = sorted(
-        name
-        for name in saved.keys() | target.keys()
-        if name not in saved or name not in target or saved[name].shape != target[name].shape
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{str(file)!r} is of another run: {len(wrong)} parameters are missing, unexpected or of another shape, "
-            f"such as {', '.join(wrong[:4])}. Use the model and settings that it was made with, or another output folder."
-        )
-    with torch.no_grad():
-        for name, parameter in target.items():
-            parameter.copy_(saved[name])
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one that was being written when the run was killed doesn't count."""
-
-    def step(path: Path) -> int:
-        number = path.name.removeprefix("checkpoint-")
-        return int(number) if number.isdigit() else -1
-
-    for path in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            if state.get("global_step") == step(path):
-                return path
-    return None
 
 
 class ProgressBar(TrainerCallback):

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.adapter_format import replace_files
 from sta_adapter.config import STAConfig
 from sta_adapter.data import VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta, inject_sta
+from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
+from sta_adapter.sharding import write_once
 from sta_adapter.training_config import HARMLESS, TrainingConfig
 
 __all__ = ["TrainingConfig", "TrainingResult", "train"]
@@ -92,21 +95,25 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
+        from accelerate import PartialState
+
         from sta_adapter.stages import Stage
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
+    PartialState()  # the processes of one run find each other
     config = config or TrainingConfig()
     names = _stage_names(stage, config)
     dataset = _dataset(data, processor, config)
     eval_dataset = None if eval_data is None else _dataset(eval_data, processor, config)
     folder = Path(output_dir)
     result = TrainingResult(*_injected(model, config), folder)
-    _claim(folder, _identity(stage, config, dataset, result.model), overwrite)
+    identity = _identity(stage, config, dataset, result.model)
+    write_once(lambda: _claim(folder, identity, overwrite))
     for name in names:
         part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, measure)
         result.model, result.handle = part.prepare(result.model, result.handle)
         result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
-    _publish(folder / f"stage{names[-1]}", folder)
+    write_once(lambda: _publish(folder / f"stage{names[-1]}", folder))
     result.model.eval()
     return result
 
@@ -170,10 +177,9 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
 
 def _publish(stage_folder: Path, folder: Path) -> None:
-    """Copy the last stage's adapter to where users look for it."""
+    """Copy the last stage's adapter to where users look for it, all of it or nothing."""
     from sta_adapter.stages import RESULT_FILE
-    from sta_adapter.trainer import SAMPLES_FILE, TRAINED_FILE
 
-    for file in stage_folder.iterdir():
-        if file.is_file() and file.name not in (RESULT_FILE, SAMPLES_FILE, TRAINED_FILE):
-            shutil.copy2(file, folder / file.name)
+    others = (RESULT_FILE, SAMPLES_FILE, TRAINED_FILE)
+    adapter = [file for file in stage_folder.iterdir() if file.is_file() and file.name not in others]
+    replace_files(folder, {file.name: file.read_bytes() for file in adapter if not file.name.startswith(".")})

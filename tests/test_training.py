@@ -1,14 +1,8 @@
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from interrupted_run import run
 from safetensors.torch import load_file
 from tiny_qwen import make_model, make_processor, write_samples
 
@@ -16,7 +10,8 @@ from sta_adapter import get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.errors import CheckpointError, ConfigError, DataError
 from sta_adapter.loading import load_adapter
-from sta_adapter.trainer import last_checkpoint, load_trained, parameter_groups
+from sta_adapter.resume import load_trained
+from sta_adapter.trainer import parameter_groups
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -197,35 +192,7 @@ def test_stage_two_goes_on_from_an_adapter(trained, tmp_path, processor, dataset
         assert all(not torch.equal(old[key], new[key]) for key in old)
 
 
-# ---- resuming
-
-
-def test_resume_after_kill_ends_with_the_same_weights(tmp_path, folder):
-    out, script = tmp_path / "killed", Path(run.__code__.co_filename)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, script, folder, out, "2", "5"], env=environment, capture_output=True, text=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert last_checkpoint(out / "stage2").name == "checkpoint-4"
-    resumed = run(folder, out)
-    whole = run(folder, tmp_path / "whole")
-    for name in ("stage1/trained.safetensors", "stage2/trained.safetensors", "sta_adapter.safetensors"):
-        a, b = load_file(out / name), load_file(tmp_path / "whole" / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    assert losses(resumed, "2") == losses(whole, "2")
-    assert resumed.stages["2"]["steps"] == 6
-
-
-def test_unfinished_checkpoints_do_not_count(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
-        path = tmp_path / f"checkpoint-{step}"
-        path.mkdir()
-        if state is not None:
-            (path / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+# ---- checkpoints (of interrupted runs: test_interruption.py)
 
 
 def test_checkpoint_of_another_model_changes_nothing(trained, model):
