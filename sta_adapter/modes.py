@@ -1,6 +1,6 @@
 """States that a model is in while it trains, and leaves afterwards: full precision, activation checkpointing.
 
-Public: `full_precision`, `activation_checkpointing`.
+Public: `full_precision`, `activation_checkpointing`, `trainable_when_quantized`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,19 @@ def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | 
         if reentrant:
             model.disable_input_require_grads()
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+@contextlib.contextmanager
+def trainable_when_quantized(model: Any) -> Iterator[None]:
+    """The Hugging Face trainer refuses quantised models without LoRA; STA is an adapter as well, of which it can't know."""
+    if not getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

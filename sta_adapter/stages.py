@@ -1,6 +1,6 @@
 """One stage of training: what trains in it, in which precision, and the trainer that runs it.
 
-Public: `Stage` (`prepare`, `run`), `lora_config`. Used by `sta_adapter.training`.
+Public: `Stage` (`prepare`, `run`). Used by `sta_adapter.training`.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from sta_adapter.adapter_format import adapter_files
-from sta_adapter.backbone import locate
 from sta_adapter.checkpoint import adapter_contents
 from sta_adapter.data import Collator, VideoDataset
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta
 from sta_adapter.lora_files import lora_files
-from sta_adapter.modes import activation_checkpointing, full_precision
+from sta_adapter.lora_recipe import lora_config, lora_parameters
+from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
 from sta_adapter.resume import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.sharding import is_sharded, whole_shape, write_once
 from sta_adapter.trainer import AdapterTrainer, ProgressBar
@@ -75,9 +75,7 @@ class Stage:
             model = get_peft_model(model, lora_config(model, handle, self.config))
         handle = get_sta(model)
         model.requires_grad_(False)
-        for parameter in (
-            _lora_parameters(model) if handle is None else [*_lora_parameters(model), *handle.parameters()]
-        ):
+        for parameter in lora_parameters(model) if handle is None else [*lora_parameters(model), *handle.parameters()]:
             parameter.requires_grad_(True)
         return model, handle
 
@@ -114,18 +112,19 @@ class Stage:
     def _trainer(
         self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any], progress: bool
     ) -> AdapterTrainer:
-        trainer = AdapterTrainer(
-            model=model,
-            args=self._arguments(),
-            train_dataset=self.dataset,
-            eval_dataset=self.eval_dataset or (self.dataset if self.measure else None),
-            data_collator=Collator.of(self.dataset.processor),
-            callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
-            config=self.config,
-            sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
-            adapter_files=lambda: lora_files(model) if handle is None else adapter_files(*adapter_contents(handle)),
-            measure=self.measure,
-        )
+        with trainable_when_quantized(model):
+            trainer = AdapterTrainer(
+                model=model,
+                args=self._arguments(),
+                train_dataset=self.dataset,
+                eval_dataset=self.eval_dataset or (self.dataset if self.measure else None),
+                data_collator=Collator.of(self.dataset.processor),
+                callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
+                config=self.config,
+                sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
+                adapter_files=lambda: lora_files(model) if handle is None else adapter_files(*adapter_contents(handle)),
+                measure=self.measure,
+            )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -136,6 +135,7 @@ class Stage:
         step_clips = config.batch_size
         total = config.max_steps or math.ceil(config.epochs * math.ceil(len(self.dataset) / step_clips))
         precision = _precision(config.precision)
+        _require_reporters(config.report_to)
         arguments = TrainingArguments(
             output_dir=str(self.folder),
             per_device_train_batch_size=device_batch,
@@ -147,6 +147,7 @@ class Stage:
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             max_grad_norm=config.max_grad_norm,
+            use_cpu=PartialState().device.type == "cpu",  # otherwise bf16 is refused there
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             seed=config.seed,
@@ -196,54 +197,17 @@ class Stage:
         return device, share // device
 
 
-def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
-    """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
-    site = locate(model, None if handle is None else handle.backbone)
-    recipe = site.backbone.lora
-    if recipe is None:
-        raise ConfigError(
-            f"backbone {site.backbone.name!r} has no LoRA recipe; train stage 1, or add the recipe to it."
-        )
-    targets = list(recipe.target_modules)
-    patterns: dict[str, dict[str, int]] = {
-        "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
-        "alpha_pattern": dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha),
-    }
-    if config.lora_targets == "language":
-        patterns = {"rank_pattern": {}, "alpha_pattern": {}}
-        encoder = {id(module) for module in site.encoder.modules()}
-        targets = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in encoder and _ends(name, recipe.target_modules)
-        ]
-    fields: dict[str, Any] = {
-        "target_modules": targets,
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        **patterns,
-    }
-    return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
-
-
-def _ends(name: str, suffixes: Sequence[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
-
-
-def _lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.adapter_layer_names:
-                yield from getattr(module, name).parameters()
-
-
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file all at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _require_reporters(asked: str) -> None:
+    if asked == "tensorboard" and not any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        raise MissingExtraError("report_to: tensorboard needs a package more: pip install tensorboard")
 
 
 def _precision(asked: str) -> str:
