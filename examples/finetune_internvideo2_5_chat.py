@@ -60,15 +60,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         with handle.clips([frames] * len(labels)):  # where one clip ends and the next begins, the encoder can't see
             return answer_loss(handle.model(pixel_values=pixels, **batch).logits, labels)
 
+    settings = {"epochs": args.epochs, "learning_rate": args.learning_rate}
     loader = make_loader(args.data, collate, workers=0 if args.tiny else 4)
     handle = inject_sta(model)  # the one line
 
     handle.freeze_base()  # stage one: STA alone
-    first = run_stage(handle.model, loader, partial(loss, handle), epochs=args.epochs)
+    first = run_stage(handle.model, loader, partial(loss, handle), **settings)
 
     peft_model = get_peft_model(handle.model, handle.lora_config())  # stage two: LoRA beside it
     tuned = get_sta(peft_model) or handle
-    second = run_stage(peft_model, loader, partial(loss, tuned), epochs=args.epochs)
+    second = run_stage(peft_model, loader, partial(loss, tuned), **settings)
 
     tuned.save_pretrained(args.out)
     again = load_sta(load(args)[0], args.out)

@@ -3,8 +3,7 @@
     python examples/finetune_internvideo2_chat.py --data clips.jsonl --out my-adapter --trust-remote-code
     python examples/finetune_internvideo2_chat.py --tiny
 
-The model's own code needs transformers below 4.50; its weights are gated, so set HF_TOKEN. Each sample is one clip, one
-question and one answer.
+The model's own code needs transformers below 4.50, its weights HF_TOKEN. A sample is a clip, a question and an answer.
 """
 
 from __future__ import annotations
@@ -61,15 +60,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels = batch.pop("labels")
         return answer_loss(handle.model(**batch).logits, labels)
 
+    settings = {"epochs": args.epochs, "learning_rate": args.learning_rate}
     loader = make_loader(args.data, collate, workers=0 if args.tiny else 4)
     handle = inject_sta(model, STAConfig(init="normal"))  # the one line; with the published, tiny gamma
 
     handle.freeze_base()  # stage one: STA alone
-    first = run_stage(handle.model, loader, partial(loss, handle), epochs=args.epochs)
+    first = run_stage(handle.model, loader, partial(loss, handle), **settings)
 
     peft_model = get_peft_model(handle.model, handle.lora_config())  # stage two: LoRA beside it
     tuned = get_sta(peft_model) or handle
-    second = run_stage(peft_model, loader, partial(loss, tuned), epochs=args.epochs)
+    second = run_stage(peft_model, loader, partial(loss, tuned), **settings)
 
     tuned.save_pretrained(args.out)
     again = load_sta(load(args)[0], args.out)

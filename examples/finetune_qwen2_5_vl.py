@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     handle = inject_sta(model)  # the one line: outputs are still the base model's
 
     # The stages may differ in any setting. Gradient checkpointing, which covers STA as well, makes 7B fit on fewer GPUs.
-    config = TINY if args.tiny else TrainingConfig(epochs=args.epochs, device_batch_size=1, gradient_checkpointing=True)
+    settings = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    config = TINY if args.tiny else TrainingConfig(**settings, device_batch_size=1, gradient_checkpointing=True)
     result = train(handle, args.data, processor=processor, output_dir=args.out / "stage1", stage="1", config=config)
     train(result.model, args.data, processor=processor, output_dir=args.out / "adapter", stage="2", config=config)
 

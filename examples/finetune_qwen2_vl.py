@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Stage one freezes all but STA; stage two adds LoRA on language model and vision encoder and goes on with STA.
     # The defaults are the published recipe. Given again after a crash, the command goes on from the last checkpoint.
-    config = TINY if args.tiny else TrainingConfig(epochs=args.epochs)
+    config = TINY if args.tiny else TrainingConfig(epochs=args.epochs, learning_rate=args.learning_rate)
     train(handle, args.data, processor=processor, output_dir=args.out, stage="both", config=config)
 
     # args.out now holds STA and LoRA weights as safetensors, a few per cent of the model's size.

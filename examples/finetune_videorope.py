@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     handle = inject_sta(load(name))  # the one line; handle.backbone says "videorope"
 
-    config = TINY if args.tiny else TrainingConfig(epochs=args.epochs, device_batch_size=1, gradient_checkpointing=True)
+    settings = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    config = TINY if args.tiny else TrainingConfig(**settings, device_batch_size=1, gradient_checkpointing=True)
     train(handle, args.data, processor=processor, output_dir=args.out, stage="both", config=config)
 
     fresh = load_sta(load(name), args.out)  # VideoRoPE first, then the adapter

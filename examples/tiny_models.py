@@ -42,9 +42,11 @@ def write_qwen2_5_vl(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    names = ("image_processor", "video_processor", "tokenizer")
-    parts = {name: getattr(base, name) for name in names if hasattr(base, name)}
-    Qwen2_5_VLProcessor(**parts, chat_template=base.chat_template).save_pretrained(folder)
+    parts = ("image_processor", "video_processor", "tokenizer")  # older releases have no video processor
+    processor = Qwen2_5_VLProcessor(
+        **{name: getattr(base, name) for name in parts if hasattr(base, name)}, chat_template=base.chat_template
+    )
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -56,9 +58,9 @@ def internvideo2_encoder(frames: int = 4) -> nn.Module:
 
 def internvideo2_chat() -> tuple[nn.Module, Any]:
     """A stand-in of InternVideo2-Chat, called as the published one is, and a tokenizer."""
-    standin = _standin("internvideo2")
+    standin: Any = _standin("internvideo2").InternVideo2_VideoChat2
 
-    class InternVideo2Chat(standin.InternVideo2_VideoChat2):
+    class InternVideo2Chat(standin):
         def forward(
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, video: torch.Tensor, video_idx: torch.Tensor
         ) -> Any:
