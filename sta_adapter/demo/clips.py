@@ -41,17 +41,19 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Look:
-    """What clips are made of: the shapes, the colours, and how light their backgrounds are."""
+    """What clips are made of: the shapes, the colours, and how light (in grey levels) their backgrounds are."""
 
     shapes: tuple[str, ...]
     colours: tuple[str, ...]
-    background: tuple[int, int]
+    background: tuple[tuple[int, int], ...]
 
 
 LOOKS = {
-    "train": Look(("square", "bar", "hook", "arrow"), ("red", "blue", "yellow", "cyan"), (20, 70)),
-    "held_out": Look(("triangle", "half", "tee", "cross"), ("green", "purple", "orange", "white"), (75, 110)),
-    "all": Look(SHAPES, tuple(COLOURS), (20, 110)),
+    "train": Look(
+        ("square", "bar", "half", "hook", "arrow"), ("red", "blue", "yellow", "cyan", "white"), ((20, 60), (80, 100))
+    ),
+    "held_out": Look(("triangle", "tee", "cross"), ("green", "purple", "orange"), ((60, 80), (100, 110))),
+    "all": Look(SHAPES, tuple(COLOURS), ((20, 110),)),
 }
 
 
@@ -146,7 +148,7 @@ def still(rng: np.random.Generator, look: Look, frames: int, size: int) -> Scene
     unit = size / 32
     radius = rng.uniform(5.5, 8.0) * unit
     margin = radius + 1.5 * unit
-    low, high = look.background
+    low, high = look.background[rng.integers(len(look.background))]
     shade, slope = rng.uniform(low, high), rng.uniform(-15, 15, 2)
     ramp = np.linspace(-0.5, 0.5, size)
     background = shade + slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
