@@ -13,7 +13,8 @@ from torch import nn
 
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
-from sta_adapter.hooks import CHILD, Injection, active_module, remove_hooks
+from sta_adapter.hooks import CHILD, active_module, remove_hooks
+from sta_adapter.injection import Injection
 from sta_adapter.layout import checked_lengths
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.telling import remove_methods

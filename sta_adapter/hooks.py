@@ -1,21 +1,14 @@
-"""The hooks that put STA into a model, and the record that they share.
-
-An encoder's forward has one layout. The encoder's hook reads it and puts it into the record, per thread; the blocks'
-hooks take it from there, and it is gone when the encoder returns or fails. A block that gradient checkpointing runs
-again during backward finds the layout of *its* forward: gradient hooks on the tensors between the blocks put it back
-just before the block's backward starts, valid for that backward only.
+"""The hooks that put STA into a model; what they share is an `Injection`.
 
 All hooks are objects of module-level classes, so that a copied or unpickled model has working hooks of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -23,136 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.backbone import Backbone, EncoderCall, get_backbone
-from sta_adapter.config import STAConfig
+from sta_adapter.backbone import EncoderCall
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout, ClipLengths, checked_lengths
+from sta_adapter.injection import Injection
+from sta_adapter.layout import ClipLengths, checked_lengths
 from sta_adapter.modules import TemporalAttention
 
 CHILD = "sta"  # the name of the STA module in its block
-
-
-class Injection:
-    """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work.
-
-    Args:
-        config: the configuration in force.
-        backbone: name of the backbone.
-    """
-
-    def __init__(self, config: STAConfig, backbone: str) -> None:
-        self.config = config
-        self.backbone = backbone
-        self.enabled = True
-        self._local = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_handle")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _local=threading.local())
-
-    @property
-    def spec(self) -> Backbone:
-        """The backbone itself."""
-        return get_backbone(self.backbone)
-
-    @property
-    def is_enabled(self) -> bool:
-        """Whether the branch runs in this thread."""
-        return self.enabled and not getattr(self._local, "disabled", 0)
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Switch the branch off in this thread."""
-        self._local.disabled = getattr(self._local, "disabled", 0) + 1
-        try:
-            yield
-        finally:
-            self._local.disabled -= 1
-
-    @property
-    def clip_lengths(self) -> ClipLengths | None:
-        """Frames of each clip, as the user or the full model's call told them for this thread."""
-        return getattr(self._local, "told", None) or getattr(self._local, "clip_lengths", None)
-
-    @contextlib.contextmanager
-    def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
-        """Tell the frames of each clip for the forwards in this thread."""
-        before = (getattr(self._local, "clip_lengths", None), getattr(self._local, "told", None))
-        self._local.clip_lengths, self._local.told = lengths, None
-        try:
-            yield
-        finally:
-            self._local.clip_lengths, self._local.told = before
-
-    def begin(self, layout: ClipLayout | None) -> None:
-        """An encoder forward starts in this thread; None when the branch is switched off."""
-        self._local.forward = (layout,)
-        self._local.ran = getattr(self._local, "ran", False) or torch.is_grad_enabled()
-
-    def note(self, output: Any) -> None:
-        """A block of the encoder forward of this thread gave this output; nothing is kept when it is recomputed."""
-        if getattr(self._local, "forward", None) is not None:
-            self._local.output = output
-
-    @property
-    def noted(self) -> Any:
-        """The output of the block that ran last in the encoder forward of this thread."""
-        return getattr(self._local, "output", None)
-
-    def end(self) -> None:
-        """The encoder forward of this thread is over."""
-        self._local.forward = self._local.output = None
-
-    def tell(self, lengths: ClipLengths | None) -> None:
-        """The full model's forward of this thread starts with these clips, or is over."""
-        self._local.told = lengths
-
-    def pop_ran(self) -> bool:
-        """Whether an encoder forward with gradients began in this thread since the last call."""
-        ran = getattr(self._local, "ran", False)
-        self._local.ran = False
-        return ran
-
-    def restore(self, layout: ClipLayout | None) -> None:
-        """The backward at work in this thread is about to recompute blocks of the forward with this layout."""
-        self._local.backward = (torch._C._current_graph_task_id(), layout)
-
-    def layout(self) -> ClipLayout | None:
-        """The layout of the forward, or of the recomputation, that this thread is in; None when switched off.
-
-        Raises:
-            LayoutError: when a block runs outside of its encoder.
-        """
-        forward = getattr(self._local, "forward", None)
-        if forward is not None:
-            return forward[0]
-        task, layout = getattr(self._local, "backward", (-1, None))
-        if task != -1 and task == torch._C._current_graph_task_id():
-            return layout
-        if not self.is_enabled:
-            return None
-        raise LayoutError(
-            "a block with STA ran outside of its encoder's forward, so its clips can't be known. "
-            "Call the encoder, or switch STA off with handle.disabled()."
-        )
-
-    def follow(self, tensor: Tensor) -> None:
-        """Put this forward's layout back when the gradient of `tensor`, which lies behind a block, has been computed."""
-        if tensor.requires_grad:
-            tensor.register_hook(_Restore(self, self.layout()))
-
-
-class _Restore:
-    """A gradient hook that changes nothing and puts a layout back."""
-
-    def __init__(self, injection: Injection, layout: ClipLayout | None) -> None:
-        self.injection = injection
-        self.layout = layout
-
-    def __call__(self, grad: Tensor) -> None:
-        self.injection.restore(self.layout)
 
 
 class Hook:

@@ -20,11 +20,11 @@ from sta_adapter.hooks import (
     BlockEnd,
     EncoderBegin,
     EncoderEnd,
-    Injection,
     NormBegin,
     find_injections,
     remove_hooks,
 )
+from sta_adapter.injection import Injection
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.parallel import LanguageModelBegin, find_language_model, refuse_wrapped
 from sta_adapter.telling import attach_clip_source, remove_methods

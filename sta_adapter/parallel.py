@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from sta_adapter.errors import InjectionError
-from sta_adapter.hooks import Hook, Injection, iterate_tensors
+from sta_adapter.hooks import Hook, iterate_tensors
+from sta_adapter.injection import Injection
 from sta_adapter.sharding import is_parallel
 
 WRAPPERS = {

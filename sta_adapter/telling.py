@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import Site
-from sta_adapter.hooks import Hook, Injection, take_clip_lengths
+from sta_adapter.hooks import Hook, take_clip_lengths
+from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths
 
 
