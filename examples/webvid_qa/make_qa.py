@@ -69,7 +69,7 @@ def make_conversations(
                 yield caption, pairs[:1] if task == ONE else pairs
 
 
-def language_model(name: str) -> Ask:
+def language_model(name: str, max_new_tokens: int = 512) -> Ask:
     """A chat model of transformers as what is asked."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,7 +83,7 @@ def language_model(name: str) -> Ask:
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         with torch.no_grad():
-            said = model.generate(**inputs, max_new_tokens=512, do_sample=False)
+            said = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return ask
