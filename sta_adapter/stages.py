@@ -1,6 +1,6 @@
 """One stage of training: what trains in it, in which precision, and the trainer that runs it.
 
-Public: `Stage` (`prepare`, `run`). Used by `sta_adapter.training`.
+Public: `Stage` (`prepare`, `run`), `join_processes`. Used by `sta_adapter.training`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Stage:
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             max_grad_norm=config.max_grad_norm,
-            use_cpu=PartialState().device.type == "cpu",  # otherwise bf16 is refused there
+            use_cpu=not _has_accelerator(),  # otherwise bf16 is refused there
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             seed=config.seed,
@@ -187,7 +187,7 @@ class Stage:
 
     def _batches(self) -> tuple[int, int]:
         """Clips on a device at a time, and how many such batches make a step."""
-        processes = PartialState().num_processes
+        processes = join_processes().num_processes
         share, rest = divmod(self.config.batch_size, processes)
         device = min(self.config.device_batch_size, max(share, 1))
         if rest or share % device:
@@ -195,6 +195,15 @@ class Stage:
                 f"batch_size {self.config.batch_size} doesn't divide into {processes} processes with batches of {device} clips."
             )
         return device, share // device
+
+
+def join_processes() -> PartialState:
+    """The processes of one run find each other; a process on its own is one of one."""
+    return PartialState(cpu=not _has_accelerator())
+
+
+def _has_accelerator() -> bool:
+    return bool(getattr(torch, "accelerator", torch.cuda).is_available())
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -95,12 +95,10 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
-        from accelerate import PartialState
-
-        from sta_adapter.stages import Stage
+        from sta_adapter.stages import Stage, join_processes
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
-    PartialState()  # the processes of one run find each other
+    join_processes()
     config = config or TrainingConfig()
     names = _stage_names(stage, config)
     dataset = _dataset(data, processor, config)

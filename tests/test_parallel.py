@@ -1,4 +1,4 @@
-"""Two processes on the CPU: a process whose batch has no video neither hangs nor diverges."""
+"""Two processes on the CPU train what one does, also when the batch of one has no video, and save one adapter."""
 
 import os
 import subprocess
@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import make_qwen2_vl, seeded
+from parallel_worker import run_training
+from safetensors.torch import load_file
+from tiny_qwen import write_samples
+
+from sta_adapter import load_sta
+from sta_adapter.resume import last_checkpoint
 
 FOLDER = Path(__file__).parent
 
@@ -19,37 +26,70 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_two(*cases):
+def run_two(folder, *cases):
     """Standard output of process 0; both must end well within the time limit."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(FOLDER / "parallel_worker.py"), *cases],
+            [sys.executable, str(FOLDER / "parallel_worker.py"), str(folder), *cases],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=(folder / f"out{rank}").open("w"),
+            stderr=(folder / f"errors{rank}").open("w"),
         )
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        for process in processes:
+            process.wait(timeout=240)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"{cases}: a process waits forever")
+        pytest.fail(f"a process waits forever; so far: {(folder / 'out0').read_text()}")
     finally:
         for process in processes:
             process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return outputs[0][0]
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, (folder / f"errors{rank}").read_text()[-3000:]
+    return (folder / "out0").read_text()
+
+
+def assert_close(one, two, *names):
+    for name in names:
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys()
+        assert all((a[key] - b[key]).abs().max() <= 1e-5 for key in a), name
+
+
+STA, LORA = "sta_adapter.safetensors", "adapter_model.safetensors"
+TEXT_ON = ("", "1", "0")  # processes without video
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_processes_with_and_without_video(kind):
+def test_two_processes_train_what_one_does(tmp_path, kind):
     if kind == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this version of torch has no fully_shard")
-    assert run_two(f"{kind}:", f"{kind}:1", f"{kind}:0").splitlines() == [
-        f"{kind} text on {ranks}: agree True, moved True" for ranks in ([], [1], [0])
-    ]
+    cases = [f"{kind}{lora}:{ranks}" for lora in ("", "+lora") for ranks in TEXT_ON]
+    lines = run_two(tmp_path, *cases).splitlines()
+    assert lines == [f"{case} agree True, moved True, as one process True" for case in cases]
+    for case in cases:
+        assert_close(tmp_path / case / "one", tmp_path / case / "two", STA, *([LORA] if "lora" in case else []))
+    handle = load_sta(seeded(make_qwen2_vl), tmp_path / f"{kind}+lora:1" / "two")
+    saved = load_file(tmp_path / f"{kind}+lora:1" / "two" / STA)
+    assert all(torch.equal(value, saved[f"blocks.0.{key}"]) for key, value in handle.blocks[0].state_dict().items())
+
+
+@pytest.mark.slow
+def test_training_in_two_processes_gives_the_adapter_of_one(tmp_path):
+    """Both stages; in the second data set two samples are bad, so that a process at times has nothing to train on."""
+    for name in ("good", "spoilt"):
+        write_samples(tmp_path / name, 8)
+    for number in (1, 2):
+        (tmp_path / "spoilt" / f"{number}.mp4").write_text("no video")
+    expected = ["train=good steps [3, 3], bad 0", "train=spoilt steps [3, 3], bad 2"]
+    assert run_two(tmp_path, "train=good", "train=spoilt").splitlines() == expected
+    assert [run_training(case, tmp_path) for case in ("train=good", "train=spoilt")] == expected
+    for name in ("good", "spoilt"):
+        one, two = tmp_path / name / "one", tmp_path / name / "two"
+        assert_close(one, two, STA, LORA, "stage1/trained.safetensors", "stage2/checkpoint-2/trained.safetensors")
+        assert last_checkpoint(two / "stage2").name == "checkpoint-3"
+        assert len(list((two / "stage2" / "checkpoint-3").glob("rng_state_*.pth"))) == 2
