@@ -10,38 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.collator import Collator
-from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt, temporal_patch
+from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt
 from sta_adapter.errors import ConfigError, DataError, STAError
-from sta_adapter.frames import fit_frames, read_image
+from sta_adapter.frames import fit_frames
+from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
 from sta_adapter.samples import BadSample, Sample, read_samples
-from sta_adapter.video import Clip, read_clip
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]
 
 FRAME_ORDERS = ("ordered", "shuffled", "reversed")
-
-
-@dataclass(frozen=True)
-class FrameSettings:
-    """How clips are sampled where a sample doesn't say it itself. The defaults are those of the published recipe."""
-
-    fps: float = 1.0  # frames a second
-    nframes: int | None = None  # that many frames of every clip instead
-    min_frames: int = 4
-    max_frames: int = 32
-    min_tokens: int | None = 16  # visual tokens a frame; with None for both limits the processor's own size rule holds
-    max_tokens: int | None = 256
-    backend: str = "auto"  # what decodes; see read_clip
+DECODE_TIMEOUT = 60.0
 
 
 class VideoDataset(Dataset):
@@ -57,6 +43,8 @@ class VideoDataset(Dataset):
         on_bad_sample: "skip" gives a `BadSample` in place of an unusable one, "error" raises.
         max_length: samples of more tokens are bad samples.
         cache: keep what was encoded in memory, so that later epochs and runs needn't decode.
+        decode_timeout: seconds in which a DataLoader's worker must have decoded a sample, else it is a bad one; None for no
+            limit. Without workers (num_workers=0), and on other systems than Linux, there is none.
     """
 
     def __init__(
@@ -71,6 +59,7 @@ class VideoDataset(Dataset):
         on_bad_sample: str = "skip",
         max_length: int | None = None,
         cache: bool = False,
+        decode_timeout: float | None = DECODE_TIMEOUT,
     ) -> None:
         if frame_order not in FRAME_ORDERS:
             raise ConfigError(f"frame_order is {frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
@@ -84,6 +73,9 @@ class VideoDataset(Dataset):
         self.seed = seed
         self.on_bad_sample = on_bad_sample
         self.max_length = max_length
+        self.decode_timeout = decode_timeout
+        self.reader = ClipReader.of(processor, self.frames, frame_order, seed)
+        self._isolated = Isolated(self.reader.read, decode_timeout) if decode_timeout and POSSIBLE else None
         self._cache: dict[int, Encoded | BadSample] | None = {} if cache else None
         self._prompts: dict[tuple[str, int], VideoDataset] = {}
 
@@ -121,6 +113,7 @@ class VideoDataset(Dataset):
                 on_bad_sample=self.on_bad_sample,
                 max_length=self.max_length,
                 cache=self.cached,
+                decode_timeout=self.decode_timeout,
             )
         if self.cached:
             self._prompts[frame_order, seed] = made
@@ -150,9 +143,7 @@ class VideoDataset(Dataset):
 
     def _encode(self, sample: Sample, index: int) -> Encoded:
         messages = sample.prompt if self.prompts else sample.messages
-        visuals = [
-            [self._visual(part, index) for part in message["content"] if part["type"] != "text"] for message in messages
-        ]
+        visuals = self._visuals(messages, index)
         encoded = (encode_prompt if self.prompts else encode)(self.processor, messages, visuals)
         length = len(encoded["input_ids"])
         if self.max_length is not None and length > self.max_length:
@@ -161,52 +152,15 @@ class VideoDataset(Dataset):
             )
         return encoded
 
-    def _visual(self, part: dict[str, Any], index: int) -> Visual:
-        if part["type"] == "image":
-            return Visual("image", read_image(part["image"]))
-        frames, _, metadata = self._read(part)
-        frames = np.ascontiguousarray(frames[self._order(len(frames), index)])
-        low, high = self._pixel_limits(part)
-        resized = low is not None or high is not None
-        if resized:
-            frames = fit_frames(frames, factor=self._factor(), min_pixels=low or 1, max_pixels=high or math.inf)
-        times = metadata.for_transformers()
-        if pad := -len(frames) % temporal_patch(self.processor):
-            frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
-            times["frames_indices"] = times["frames_indices"] + times["frames_indices"][-1:] * pad
-        return Visual("video", frames, times, resized)
-
-    def _read(self, part: dict[str, Any]) -> Clip:
-        nframes = part.get("nframes", None if "fps" in part else self.frames.nframes)
-        rate: dict[str, Any] = {"num_frames": nframes}
-        if nframes is None:
-            rate = {
-                "fps": part.get("fps", self.frames.fps),
-                "min_frames": part.get("min_frames", self.frames.min_frames),
-                "max_frames": part.get("max_frames", self.frames.max_frames),
-            }
-        start, end = part.get("video_start"), part.get("video_end")
-        return read_clip(part["video"], start=start, end=end, backend=self.frames.backend, **rate)
-
-    def _order(self, count: int, index: int) -> np.ndarray:
-        if self.frame_order == "reversed":
-            return np.arange(count)[::-1]
-        if self.frame_order == "shuffled":
-            return np.random.default_rng((self.seed, index)).permutation(count)
-        return np.arange(count)
-
-    def _factor(self) -> int:
-        """Edge length in pixels of a visual token."""
-        part = getattr(self.processor, "video_processor", None) or getattr(self.processor, "image_processor", None)
-        return int((getattr(part, "patch_size", 1) or 1) * (getattr(part, "merge_size", 1) or 1))
-
-    def _pixel_limits(self, part: dict[str, Any]) -> tuple[int | None, int | None]:
-        """Limits of a frame's area: the part's own, else the settings', if the size of a token is known."""
-        area = self._factor() ** 2
-        low, high = self.frames.min_tokens, self.frames.max_tokens
-        known = area > 1
-        high_pixels = part.get("max_pixels", high * area if known and high else None)
-        low_pixels = part.get("min_pixels", low * area if known and low else None)
-        if low_pixels is not None and high_pixels is not None:
-            low_pixels = min(low_pixels, high_pixels)
-        return low_pixels, high_pixels
+    def _visuals(self, messages: list[dict[str, Any]], index: int) -> list[list[Visual]]:
+        """The decoded clips and images of each message: all of a sample in one go, in a worker within its time limit."""
+        parts = [[part for part in message["content"] if part["type"] != "text"] for message in messages]
+        flat = [part for group in parts for part in group]
+        read: Callable[..., list[Visual]] = self.reader.read
+        if self._isolated is not None and flat and get_worker_info() is not None:
+            read = self._isolated
+        try:
+            visuals = iter(read(flat, index))
+        except ProcessError as error:
+            raise ProcessError(f"{', '.join(part[part['type']] for part in flat)}: {error}") from error
+        return [[next(visuals) for _ in group] for group in parts]

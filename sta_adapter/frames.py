@@ -34,10 +34,10 @@ def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels
         new_height, new_width = (max(1, fit(edge * scale)) * factor for edge in (height, width))
     if (new_height, new_width) == (height, width):
         return frames
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (new_height, new_width), mode="bicubic", antialias=True
-    )
-    return resized.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    channels_last = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    # On uint8 in this memory layout torch is more than ten times as fast as on floats, and does what processors do.
+    resized = torch.nn.functional.interpolate(channels_last, (new_height, new_width), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def read_image(path: str) -> np.ndarray:

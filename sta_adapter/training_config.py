@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data import FrameSettings
+from sta_adapter.data import DECODE_TIMEOUT, FrameSettings
 from sta_adapter.errors import ConfigError, MissingExtraError
 
 CHOICES = {
@@ -39,9 +39,11 @@ _NOT_NEGATIVE = (
     "max_grad_norm",
     "num_workers",
     "lora_dropout",
+    "decode_timeout",
 )
+OPTIONAL = ("max_steps", "eval_steps", "max_length", "sta_learning_rate", "decode_timeout")  # None has a meaning
 # What may differ when an interrupted run is taken up again: it doesn't change the weights that come out.
-HARMLESS = ("save_steps", "keep_checkpoints", "logging_steps", "num_workers", "report_to")
+HARMLESS = ("save_steps", "keep_checkpoints", "logging_steps", "num_workers", "decode_timeout", "report_to")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class TrainingConfig:
     on_bad_sample: str = "skip"
     max_length: int | None = None  # tokens; longer samples are bad samples
     num_workers: int = 2  # processes that decode
+    decode_timeout: float | None = (
+        DECODE_TIMEOUT  # seconds a sample's clips may take in one; slower ones are bad samples
+    )
     # bookkeeping
     logging_steps: int = 10
     save_steps: int = 500
@@ -96,7 +101,7 @@ class TrainingConfig:
                 )
         for name in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, "epochs", "lora_rank", "lora_qkv_rank", "keep_checkpoints"):
             value, least = getattr(self, name), 0 if name in _NOT_NEGATIVE else 1
-            if value is None and name in ("max_steps", "eval_steps", "max_length", "sta_learning_rate"):
+            if value is None and name in OPTIONAL:
                 continue
             if (
                 isinstance(value, bool)

@@ -213,7 +213,7 @@ def test_frame_order(processor, tmp_path, order):
     clip = VideoDataset(file, processor, frames=AS_IS, frame_order=order, seed=3)
 
     def frames(dataset):
-        return dataset._visual(dataset.samples[0].messages[0]["content"][0], 0).pixels
+        return dataset.reader.read(dataset.samples[0].messages[0]["content"][:1], 0)[0].pixels
 
     expected = {
         "ordered": np.arange(4),

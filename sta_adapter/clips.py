@@ -1,0 +1,106 @@
+"""The clips and images of a sample, decoded, in the size and order that the processor gets.
+
+Public: `FrameSettings`, `ClipReader`. It knows no tokenizer and no model, so that it can work in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sta_adapter.encoding import Visual, temporal_patch
+from sta_adapter.frames import fit_frames, read_image
+from sta_adapter.video import Clip, read_clip
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How clips are sampled where a sample doesn't say it itself. The defaults are those of the published recipe."""
+
+    fps: float = 1.0  # frames a second
+    nframes: int | None = None  # that many frames of every clip instead
+    min_frames: int = 4
+    max_frames: int = 32
+    min_tokens: int | None = 16  # visual tokens a frame; with None for both limits the processor's own size rule holds
+    max_tokens: int | None = 256
+    backend: str = "auto"  # what decodes; see read_clip
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Decodes the visual parts of a sample.
+
+    Attributes:
+        settings: how clips are sampled.
+        factor: edge length of a visual token in pixels; 1 where it isn't known.
+        temporal_patch: how many frames the model merges into one; clips are filled up to a multiple of it.
+        frame_order: "ordered", "shuffled" or "reversed".
+        seed: of the shuffling.
+    """
+
+    settings: FrameSettings
+    factor: int = 1
+    temporal_patch: int = 1
+    frame_order: str = "ordered"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, processor: Any, settings: FrameSettings, frame_order: str = "ordered", seed: int = 0) -> ClipReader:
+        """The reader for a model's processor; None for reading without one."""
+        part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+        factor = (getattr(part, "patch_size", 1) or 1) * (getattr(part, "merge_size", 1) or 1)
+        return cls(settings, int(factor), temporal_patch(processor), frame_order, seed)
+
+    def read(self, parts: Sequence[dict[str, Any]], index: int = 0) -> list[Visual]:
+        """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
+        return [self._visual(part, index) for part in parts]
+
+    def _visual(self, part: dict[str, Any], index: int) -> Visual:
+        if part["type"] == "image":
+            return Visual("image", read_image(part["image"]))
+        frames, _, metadata = self._clip(part)
+        frames = np.ascontiguousarray(frames[self._order(len(frames), index)])
+        low, high = self._pixel_limits(part)
+        resized = low is not None or high is not None
+        if resized:
+            frames = fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
+        times = metadata.for_transformers()
+        if pad := -len(frames) % self.temporal_patch:
+            frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
+            times["frames_indices"] = times["frames_indices"] + times["frames_indices"][-1:] * pad
+        return Visual("video", frames, times, resized)
+
+    def _clip(self, part: dict[str, Any]) -> Clip:
+        settings = self.settings
+        nframes = part.get("nframes", None if "fps" in part else settings.nframes)
+        rate: dict[str, Any] = {"num_frames": nframes}
+        if nframes is None:
+            rate = {
+                "fps": part.get("fps", settings.fps),
+                "min_frames": part.get("min_frames", settings.min_frames),
+                "max_frames": part.get("max_frames", settings.max_frames),
+            }
+        start, end = part.get("video_start"), part.get("video_end")
+        return read_clip(part["video"], start=start, end=end, backend=settings.backend, **rate)
+
+    def _order(self, count: int, index: int) -> np.ndarray:
+        if self.frame_order == "reversed":
+            return np.arange(count)[::-1]
+        if self.frame_order == "shuffled":
+            return np.random.default_rng((self.seed, index)).permutation(count)
+        return np.arange(count)
+
+    def _pixel_limits(self, part: dict[str, Any]) -> tuple[int | None, int | None]:
+        """Limits of a frame's area: the part's own, else the settings', if the size of a token is known."""
+        area = self.factor**2
+        low, high = self.settings.min_tokens, self.settings.max_tokens
+        known = area > 1
+        high_pixels = part.get("max_pixels", high * area if known and high else None)
+        low_pixels = part.get("min_pixels", low * area if known and low else None)
+        if low_pixels is not None and high_pixels is not None:
+            low_pixels = min(low_pixels, high_pixels)
+        return low_pixels, high_pixels

@@ -1,0 +1,200 @@
+"""Calls in a process of their own, which may hang, crash or be killed without taking the caller along.
+
+Public: `Isolated`, `ProcessError`, `worker_errors`. The process is forked at the first call and serves all that follow. A call that takes too long
+gets it killed; the next call forks another one. It offers itself to the kernel's out-of-memory killer first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import DataError, STAError, VideoError
+
+GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
+POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
+
+
+class ProcessError(VideoError):
+    """A call in a process of its own took too long, or killed that process."""
+
+
+class Isolated:
+    """A function, called in a process of its own.
+
+    Args:
+        function: what to call. Its arguments and result must be picklable.
+        timeout: seconds that a call may take.
+    """
+
+    def __init__(self, function: Callable[..., Any], timeout: float) -> None:
+        self.function = function
+        self.timeout = timeout
+        self._pipe: Connection | None = None
+        self._pid = self._owner = 0
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's result; what it raises is raised here.
+
+        Raises:
+            ProcessError: the call took too long, or its process died.
+        """
+        pipe = self._connected()
+        try:
+            pipe.send(args)
+            reply = _receive(pipe) if pipe.poll(self.timeout) else None
+        except (EOFError, OSError) as error:
+            raise ProcessError(f"the process that decodes it died ({self._end()}).") from error
+        except BaseException:  # a reply that is still to come would be taken for that of the next call
+            self.close()
+            raise
+        if reply is None:
+            self.close()
+            raise ProcessError(f"not done after {self.timeout:g} s (decode_timeout), so its process was stopped.")
+        worked, value = reply
+        if not worked:
+            raise value
+        return value
+
+    def close(self) -> None:
+        """End the process, if this one began it."""
+        pid, owner, pipe = self._pid, self._owner, self._pipe
+        self._pid, self._pipe = 0, None
+        if pipe is not None:
+            pipe.close()
+        if pid and owner == os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _reap(pid)
+
+    def _connected(self) -> Connection:
+        """The pipe to a living process of our own; one that was inherited by forking serves another caller."""
+        if self._pipe is not None and self._owner == os.getpid():
+            return self._pipe
+        self.close()
+        ours, theirs = Pipe()
+        with warnings.catch_warnings():  # Python 3.12 warns of threads; the child touches nothing that they hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            try:
+                ours.close()
+                _serve(self.function, theirs, self.timeout + GRACE)
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._pid, self._owner, self._pipe = pid, os.getpid(), ours
+        return ours
+
+    def _end(self) -> str:
+        """Forget a process that died; gives how."""
+        status = _reap(self._pid)
+        self._pid = 0 if status is not None else self._pid
+        self.close()
+        if status is None or not os.WIFSIGNALED(status):
+            return "it ended without a word"
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return f"{name}, often for lack of memory" if name == "SIGKILL" else name
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin a process of their own."""
+        return {**self.__dict__, "_pipe": None, "_pid": 0, "_owner": 0}
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None:
+    """Answer calls until the caller is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's business
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    while True:
+        try:
+            args = pipe.recv()
+        except (EOFError, OSError):
+            return
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        try:
+            reply = (True, function(*args))
+        except Exception as error:
+            reply = (False, _portable(error))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _send(pipe, reply)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one of the same words if it can't be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return DataError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    """Pixels go beside the pickle, which saves copying them twice."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    pipe.send((data, [len(part) for part in raw]))
+    for part in raw:
+        pipe.send_bytes(part)
+
+
+def _receive(pipe: Connection) -> tuple[bool, Any]:
+    data, sizes = pipe.recv()
+    buffers = [bytearray(size) for size in sizes]
+    for buffer in buffers:
+        pipe.recv_bytes_into(buffer)
+    return pickle.loads(data, buffers=buffers)
+
+
+def _reap(pid: int) -> int | None:
+    """Wait a moment for a dying process; gives its status. One that can't even be killed is left behind."""
+    for _ in range(100):
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if done:
+            return status
+        time.sleep(0.01)
+    return None
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Give errors of a DataLoader's workers in the words of their cause.
+
+    Raises:
+        STAError: what a worker raised, without the trace that came along.
+        DataError: a worker died.
+    """
+    try:
+        yield
+    except STAError as error:
+        kind = type(error)
+        name = f"{kind.__module__}.{kind.__qualname__}: "
+        if "DataLoader worker process" not in str(error).split("\n", 1)[0] or name not in str(error):
+            raise
+        raise kind(str(error).rsplit(name, 1)[1].strip()) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a process that loads data died: {str(error).splitlines()[0]} If it was killed, memory was probably short: set "
+            "fewer of them (num_workers), or fewer or smaller frames. The same command goes on from the last checkpoint."
+        ) from error

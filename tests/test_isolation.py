@@ -1,0 +1,226 @@
+import copy
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_qwen import make_processor, write_samples
+from torch.utils.data import DataLoader
+
+from sta_adapter import clips
+from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
+from sta_adapter.errors import DataError, STAError, VideoError
+from sta_adapter.isolation import Isolated, ProcessError, worker_errors
+from sta_adapter.video import VideoNotFoundError, read_clip
+
+AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
+LONG = 3600.0  # a decoder that hangs
+
+
+def work(what, value=None):
+    """What a decoder may do."""
+    if what == "hang":
+        time.sleep(LONG)
+    if what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "leave":
+        os._exit(0)
+    if what == "missing":
+        raise VideoNotFoundError("no such clip")
+    if what == "strange":
+        raise type("Local", (Exception,), {})("can't be pickled")
+    return os.getpid(), value
+
+
+@pytest.fixture
+def isolated():
+    made = Isolated(work, timeout=30)
+    yield made
+    made.close()
+
+
+def gone(pid):
+    """Whether a process has ended, zombies included."""
+    for _ in range(500):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_calls_run_in_one_other_process(isolated):
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    first, value = isolated("give", {"pixels": pixels})
+    second, _ = isolated("give")
+    assert first == second != os.getpid()
+    np.testing.assert_array_equal(value["pixels"], pixels)
+    assert value["pixels"].flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("crash", r"died \(SIGSEGV\)"),
+        ("killed", r"died \(SIGKILL, often for lack of memory\)"),
+        ("leave", "ended without a word"),
+    ],
+    ids=["crash", "killed", "left"],
+)
+def test_a_death_is_an_error_and_the_next_call_works(isolated, what, error):
+    before, _ = isolated("give")
+    with pytest.raises(ProcessError, match=error):
+        isolated(what)
+    after, value = isolated("give", 3)
+    assert after != before
+    assert value == 3
+    assert gone(before)
+
+
+def test_a_hanging_call_is_stopped():
+    isolated = Isolated(work, timeout=1)
+    before, _ = isolated("give")
+    with pytest.raises(ProcessError, match=r"not done after 1 s \(decode_timeout\), so its process was stopped"):
+        isolated("hang")
+    assert gone(before)
+    assert isolated("give")[0] != before
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "error"),
+    [("missing", VideoNotFoundError, "no such clip"), ("strange", DataError, "Local: can't be pickled")],
+    ids=["missing", "strange"],
+)
+def test_errors_come_back(isolated, what, kind, error):
+    with pytest.raises(kind, match=error):
+        isolated(what)
+
+
+def test_copies_and_forks_have_processes_of_their_own(isolated):
+    own, _ = isolated("give")
+    copies = [copy.deepcopy(isolated), pickle.loads(pickle.dumps(isolated))]
+    pids = {made("give")[0] for made in copies}
+    reader, writer = os.pipe()
+    fork = os.fork()
+    if fork == 0:
+        try:
+            os.write(writer, str(isolated("give")[0]).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(fork, 0)
+    theirs = int(os.read(reader, 20))
+    assert len({own, theirs, *pids}) == 4
+    assert isolated("give")[0] == own
+    assert gone(theirs)
+
+
+def test_the_process_ends_with_its_caller(isolated):
+    pid, _ = isolated("give")
+    isolated.close()
+    assert gone(pid)
+    isolated.close()
+
+
+# ---- in a DataLoader's workers
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def trouble(monkeypatch, tmp_path):
+    """Eight samples; what the decoder does with some is set by file name."""
+    file, what = write_samples(tmp_path, 8), {}
+
+    def reading(path, **options):
+        work(what.get(Path(path).name))
+        return read_clip(path, **options)
+
+    monkeypatch.setattr(clips, "read_clip", reading)
+    return file, what
+
+
+def load(dataset, processor, workers=2, epochs=1):
+    loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=Collator.of(processor))
+    return [batch for _ in range(epochs) for batch in loader]
+
+
+def test_trouble_makes_bad_samples_and_no_more(trouble, processor):
+    file, what = trouble
+    what.update({"1.mp4": "hang", "4.mp4": "crash", "6.mp4": "killed"})
+    (file.parent / "2.mp4").unlink()
+    dataset = VideoDataset(file, processor, frames=AS_IS, decode_timeout=5)
+    batches = load(dataset, processor, epochs=2)
+    assert [len(batch["input_ids"]) for batch in batches] == [1, 1, 1, 1] * 2
+    bad = [message for batch in batches[:4] for message in batch["bad_samples"]]
+    assert [message.split(": ")[0].rsplit(" ", 1)[1] for message in bad] == ["2", "3", "5", "7"]
+    assert "1.mp4: not done after 5 s" in bad[0]
+    assert "2.mp4" in bad[1]
+    assert "4.mp4: the process that decodes it died (SIGSEGV)" in bad[2]
+    assert "6.mp4: the process that decodes it died (SIGKILL, often" in bad[3]
+    assert [message for batch in batches[4:] for message in batch["bad_samples"]] == bad
+
+
+@pytest.mark.parametrize("timeout", [60.0, None], ids=["isolated", "without_limit"])
+def test_workers_give_the_same_tensors(trouble, processor, timeout):
+    dataset = VideoDataset(trouble[0], processor, frames=AS_IS, on_bad_sample="error", decode_timeout=timeout)
+    for ours, theirs in zip(load(dataset, processor, workers=0), load(dataset, processor), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != "bad_samples")
+
+
+def test_an_error_in_a_worker_is_told_plainly(trouble, processor):
+    file, what = trouble
+    what["3.mp4"] = "crash"
+    dataset = VideoDataset(file, processor, frames=AS_IS, on_bad_sample="error")
+    with (
+        pytest.raises(
+            DataError, match=r"^\S*data.jsonl, line 4: \S*3.mp4: the process that decodes it died \(SIGSEGV\)\.$"
+        ),
+        worker_errors(),
+    ):
+        load(dataset, processor)
+
+
+class Dying(VideoDataset):
+    """Its worker is killed on the way, as for lack of memory."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_is_an_error(trouble, processor):
+    with (
+        pytest.raises(DataError, match=r"a process that loads data died: .*\(num_workers\).*goes on from the last"),
+        worker_errors(),
+    ):
+        load(Dying(trouble[0], processor, frames=AS_IS), processor)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), VideoError("no frames"), KeyError("x")], ids=["runtime", "own", "other"]
+)  # fmt: skip
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, worker_errors():
+        raise error
+    assert caught.value is error
+
+
+def test_without_workers_there_is_no_process(trouble, processor):
+    dataset = VideoDataset(trouble[0], processor, frames=AS_IS)
+    assert not isinstance(dataset[0], BadSample)
+    assert dataset._isolated._pipe is None
+
+
+def test_errors_are_ours():
+    assert issubclass(ProcessError, STAError)
