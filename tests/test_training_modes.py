@@ -1,0 +1,160 @@
+"""How a run trains: accumulation, precision, quantised bases, checkpointed activations, logging, the best checkpoint."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import AS_IS, FAST, dataset, folder, logits, losses, make_model, model, processor  # noqa: F401
+from tiny_qwen import write_samples
+from torch import nn
+
+from sta_adapter import inject_sta
+from sta_adapter.data import VideoDataset
+from sta_adapter.errors import MissingExtraError
+from sta_adapter.modes import activation_checkpointing
+from sta_adapter.training import TrainingConfig, train
+
+ADAPTER = ("sta_adapter.safetensors", "adapter_model.safetensors")
+
+
+def assert_close(one, other, tolerance, names=ADAPTER):
+    for name in names:
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert all((a[key] - b[key]).abs().max() <= tolerance for key in a), name
+
+
+# ---- gradient accumulation
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path, processor):  # noqa: F811
+    """Also when the answers differ in length: each token counts once, not each small batch."""
+    file = write_samples(tmp_path / "data", 8)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["messages"][-1]["content"] += " and on" * index
+    file.write_text("\n".join(map(json.dumps, lines)))
+    uneven = VideoDataset(file, processor, frames=AS_IS, on_bad_sample="error", cache=True)
+    for size in (4, 1):
+        config = TrainingConfig(**{**FAST, "learning_rate": 1e-4, "max_steps": 3, "device_batch_size": size})
+        net = make_model(processor.tokenizer)
+        train(net, uneven, output_dir=tmp_path / str(size), config=config, progress=False)
+    assert_close(tmp_path / "4", tmp_path / "1", 1e-5)
+
+
+# ---- precision
+
+
+def test_bf16_on_the_cpu(tmp_path, model, dataset):  # noqa: F811
+    handle = inject_sta(model)
+    dtypes = set()
+    handle.blocks[0].to_qkv.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    config = TrainingConfig(**FAST, precision="bf16")
+    result = train(handle, dataset, output_dir=tmp_path, stage="1", config=config, progress=False)
+    assert dtypes == {torch.bfloat16}
+    assert {p.dtype for p in result.handle.parameters()} == {torch.float32}
+    assert losses(result, "1")[-1] < losses(result, "1")[0]
+
+
+class QuantisedLinear(nn.Linear):
+    """A linear layer with weights in whole numbers, as 8-bit bases have."""
+
+    compute_dtype = torch.float32
+
+    @classmethod
+    def of(cls, linear):
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        made.scale = linear.weight.detach().abs().max() / 127
+        whole = (linear.weight.detach() / made.scale).round().add(128).to(torch.uint8)
+        made.weight = nn.Parameter(whole, requires_grad=False)
+        made.bias = linear.bias
+        return made
+
+    def forward(self, x):
+        return nn.functional.linear(x, (self.weight.float() - 128) * self.scale, self.bias)
+
+
+def test_quantised_base(tmp_path, model, dataset):  # noqa: F811
+    for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                setattr(parent, name, QuantisedLinear.of(child))
+    model.is_quantized = True
+    before = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert len(before) >= 20
+    config = TrainingConfig(**FAST)
+    first = train(model, dataset, output_dir=tmp_path / "1", stage="1", config=config, progress=False)
+    assert "_hf_peft_config_loaded" not in vars(model)  # told to the trainer while it was made, no longer
+    second = train(first.handle, dataset, output_dir=tmp_path / "2", stage="2", config=config, progress=False)
+    trained = [p for p in second.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {p.dtype for p in second.handle.parameters()} == {torch.float32}
+    now = {n: p for n, p in second.model.get_base_model().named_parameters() if p.dtype == torch.uint8}
+    assert [torch.equal(a, b) for a, b in zip(before.values(), now.values(), strict=True)] == [True] * len(before)
+    for stage, result in (("1", first), ("2", second)):
+        assert losses(result, stage)[-1] < losses(result, stage)[0]
+
+
+# ---- checkpointed activations
+
+
+def test_activations_of_sta_are_not_kept(model, dataset):  # noqa: F811
+    """With checkpointing, what the backward pass needs of STA is computed again."""
+    from sta_adapter.collator import Collator
+
+    handle = inject_sta(model).freeze_base()
+    batch = Collator.of(dataset.processor)([dataset[0]])
+    inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    calls = []
+    handle.blocks[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    kept = {}
+    for kind in (False, True):
+        calls.clear()
+        sizes = []
+        with (
+            activation_checkpointing(model.train(), handle, kind),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t),
+        ):
+            model(**inputs).loss.backward()
+        kept[kind] = sum(sizes)
+        assert len(calls) == (2 if kind else 1)
+    assert kept[True] < kept[False]
+
+
+# ---- logging and the best checkpoint
+
+
+def test_logging_to_tensorboard(tmp_path, model, dataset):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    config = TrainingConfig(**FAST, report_to="tensorboard")
+    train(model, dataset, output_dir=tmp_path, stage="1", config=config, progress=False)
+    written = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert written
+    assert any(b"train/loss" in file.read_bytes() for file in written)
+
+
+def test_logging_needs_its_package(tmp_path, model, dataset, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("sta_adapter.stages.find_spec", lambda name: None)
+    config = TrainingConfig(**FAST, report_to="tensorboard")
+    with pytest.raises(MissingExtraError, match="pip install tensorboard"):
+        train(model, dataset, output_dir=tmp_path, stage="1", config=config, progress=False)
+
+
+def test_best_checkpoint_outlives_newer_ones(tmp_path, model, dataset):  # noqa: F811
+    scores = iter([0.9, 0.2, 0.4, 0.3, 0.5, 0.1])
+    config = TrainingConfig(**FAST, eval_steps=1, keep_checkpoints=2)
+    result = train(
+        model,
+        dataset,
+        output_dir=tmp_path,
+        stage="1",
+        config=config,
+        measure=lambda net: {"a": next(scores)},
+        progress=False,
+    )
+    left = sorted(path.name for path in (tmp_path / "stage1").glob("checkpoint-*"))
+    assert left == ["checkpoint-1", "checkpoint-6"]
+    best = load_file(tmp_path / "stage1" / "checkpoint-1" / "sta_adapter.safetensors")
+    published = load_file(tmp_path / "sta_adapter.safetensors")
+    assert all(torch.equal(best[key], published[key]) for key in best)
+    assert result.stages["1"]["steps"] == 6
