@@ -14,6 +14,7 @@ from sta_adapter.errors import STAError
 COMMANDS = {
     "demo": "Train and compare STA on made clips, from nothing, in minutes.",
     "inspect": "Show where STA would go in a model, and what it costs.",
+    "check-data": "Look for bad samples in your data before training.",
     "train": "Train STA, and LoRA beside it, on your clips.",
     "evaluate": "Measure a model with and without its adapter.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
@@ -31,7 +32,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"sta_adapter.commands.{cmd_name}").command
+        return importlib.import_module(f"sta_adapter.commands.{cmd_name.replace('-', '_')}").command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -143,7 +143,7 @@ class VideoDataset(Dataset):
 
     def _encode(self, sample: Sample, index: int) -> Encoded:
         messages = sample.prompt if self.prompts else sample.messages
-        visuals = self._visuals(messages, index)
+        visuals = self.visuals(messages, index)
         encoded = (encode_prompt if self.prompts else encode)(self.processor, messages, visuals)
         length = len(encoded["input_ids"])
         if self.max_length is not None and length > self.max_length:
@@ -152,7 +152,7 @@ class VideoDataset(Dataset):
             )
         return encoded
 
-    def _visuals(self, messages: list[dict[str, Any]], index: int) -> list[list[Visual]]:
+    def visuals(self, messages: list[dict[str, Any]], index: int) -> list[list[Visual]]:
         """The decoded clips and images of each message: all of a sample in one go, in a worker within its time limit."""
         parts = [[part for part in message["content"] if part["type"] != "text"] for message in messages]
         flat = [part for group in parts for part in group]

@@ -23,6 +23,7 @@ from sta_adapter.answering import Prediction, Questioner
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.encoding import Encoded
 from sta_adapter.errors import ConfigError
+from sta_adapter.isolation import worker_errors
 from sta_adapter.predictions import PredictionLog
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
@@ -196,9 +197,10 @@ def _batches(
 
         batches = tqdm(loader, desc=f"evaluate ({dataset.frame_order})", dynamic_ncols=True)
     start = 0
-    for items in batches:
-        yield list(zip(indices[start : start + len(items)], items, strict=True))
-        start += len(items)
+    with worker_errors():
+        for items in batches:
+            yield list(zip(indices[start : start + len(items)], items, strict=True))
+            start += len(items)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What the commands share: options under headings, settings by name, and the options that say how a model is loaded.
 
-Public: `Grouped`, `option`, `model_options`, `parse_settings`, `merged`.
+Public: `Grouped`, `option`, `model_options`, `data_options`, `parse_settings`, `merged`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,19 @@ def model_options(command: Any) -> Any:
         option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         option("Model", "--dtype", type=choice, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32."),
         option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def data_options(command: Any) -> Any:
+    """How a file of samples is read; in the group of the options beside it."""
+    from sta_adapter.formats import FORMATS
+
+    choice = click.Choice(list(FORMATS))
+    for decorate in (
+        option("Run", "--format", type=choice, metavar="NAME", help=f"{', '.join(FORMATS)}. [default: by keys]"),
+        option("Run", "--videos", metavar="FOLDER", help="Where relative paths start. [default: FILE's]"),
     ):
         command = decorate(command)
     return command

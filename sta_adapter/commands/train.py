@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, merged, model_options, option, parse_settings
+from sta_adapter.commands.options import Grouped, data_options, merged, model_options, option, parse_settings
 from sta_adapter.errors import ConfigError
 
 # options that are settings of the run itself, not of TrainingConfig
-RUN_OPTIONS = ("model", "data", "eval_data", "out", "stage", "adapter", "revision", "dtype")
+RUN_OPTIONS = ("model", "data", "eval_data", "out", "stage", "adapter", "revision", "dtype", "videos", "format")
 STAGES = click.Choice(["1", "2", "both"])
 
 
@@ -27,10 +27,11 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 
 @click.command(cls=Grouped, help=HELP, short_help="Train STA, and LoRA beside it, on your clips.")
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
-@option("Run", "--data", metavar="FILE", help="JSON Lines to train on.")
+@option("Run", "--data", metavar="FILE", help="Samples to train on: JSON Lines or an array.")
+@data_options
 @option("Run", "--out", metavar="FOLDER", help="Gets the adapter; a begun run in it goes on.")
 @option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
-@option("Run", "--eval-data", metavar="FILE", help="JSON Lines to measure on; the best is kept.")
+@option("Run", "--eval-data", metavar="FILE", help="Samples to measure on; the best is kept.")
 @option("Run", "--adapter", metavar="ID", help="Start from this adapter, not a fresh one.")
 @option("Run", "--overwrite", is_flag=True, help="Throw away the run that is in FOLDER.")
 @option("Settings", "--config", metavar="FILE.yaml", help="Settings, and any option; options win.")
@@ -61,7 +62,7 @@ def command(
 
 
 def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_code: bool) -> None:
-    from sta_adapter.data import VideoDataset
+    from sta_adapter.data import VideoDataset, read_samples
     from sta_adapter.loading import load_adapter, load_model, load_processor
     from sta_adapter.training import train
 
@@ -71,11 +72,12 @@ def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_cod
     for name in ("data", "eval_data"):
         if run[name]:
             sets[name] = VideoDataset(
-                run[name],
+                read_samples(run[name], format=run["format"], videos=run["videos"]),
                 processor,
                 frames=settings.frames,
                 on_bad_sample=settings.on_bad_sample,
                 max_length=settings.max_length,
+                decode_timeout=settings.decode_timeout,
             )
     model = load_model(run["model"], dtype=run["dtype"] or "auto", device="cpu", **source)  # the trainer moves it
     if run["adapter"]:

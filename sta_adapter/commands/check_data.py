@@ -1,0 +1,86 @@
+"""`sta-adapter check-data`: what would be a bad sample in training, found before it.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, data_options, option
+
+SHOWN = 20  # problems, and categories, in the printed report; --json has all
+LINE = 80
+
+HELP = """\b
+Example: sta-adapter check-data train.jsonl \\
+             --model Qwen/Qwen2-VL-2B-Instruct
+
+Decodes every clip as training does and reports missing and unreadable
+files, empty answers, samples that are too long, categories and lengths.
+Ends with exit code 1 if anything is wrong.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Look for bad samples in your data before training.")
+@click.argument("file")
+@data_options
+@option("Run", "--model", metavar="ID", help="Also count tokens, with this model's processor.")
+@option("How", "--config", metavar="FILE.yaml", help="Settings of the training to come.")
+@option("How", "--max-length", type=click.IntRange(1), metavar="N", help="Tokens. [default: the tokenizer's]")
+@option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
+@option("How", "--decode-timeout", type=float, metavar="SECONDS", help="For a sample. [default: 60]")
+@option("How", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
+def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Any) -> None:
+    """Check and print what was found."""
+    from sta_adapter.data_check import check_data
+    from sta_adapter.loading import load_processor
+    from sta_adapter.training_config import TrainingConfig, read_yaml
+
+    known = TrainingConfig.__dataclass_fields__
+    values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name in known}
+    settings = TrainingConfig.from_dict(values)
+    timeout = options["decode_timeout"]
+    report = check_data(
+        file,
+        processor=load_processor(model, trust_remote_code=options["trust_remote_code"]) if model else None,
+        format=options["format"],
+        videos=options["videos"],
+        frames=settings.frames,
+        max_length=options["max_length"] or settings.max_length,
+        num_workers=options["num_workers"],
+        decode_timeout=settings.decode_timeout if timeout is None else timeout,
+        progress=sys.stderr.isatty(),
+    ).to_dict()
+    click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
+    if report["bad"]:
+        sys.exit(1)
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    """The report as lines of at most 80 columns, but for long paths."""
+    lines = [f"{report['samples']} samples, {report['bad']} of them bad"]
+    for name, words in (("clip_seconds", "seconds a clip"), ("clip_frames", "frames a clip"), ("tokens", "tokens")):
+        if name in report:
+            low, middle, high = (f"{report[name][key]:.5g}" for key in ("least", "median", "largest"))
+            lines.append(f"{words}: {low} to {high}, median {middle}")
+    categories = list(report["categories"].items())
+    if categories:
+        lines += ["", f"{len(categories)} categories", *(f"{count:>8}  {name}" for name, count in categories[:SHOWN])]
+        lines += _more(categories)
+    if report["problems"]:
+        lines.append("")
+    for problem in report["problems"][:SHOWN]:
+        text = f"{problem['kind']}: {problem['source']}: {problem['reason']}"
+        lines += textwrap.wrap(text, LINE, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return lines + _more(report["problems"])
+
+
+def _more(items: list[Any]) -> list[str]:
+    return [f"    ... and {len(items) - SHOWN} more; --json lists all"] if len(items) > SHOWN else []
