@@ -27,6 +27,7 @@ from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta
+from sta_adapter.isolation import worker_errors
 from sta_adapter.lora_files import lora_files
 from sta_adapter.lora_recipe import lora_config, lora_parameters
 from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
@@ -96,7 +97,8 @@ class Stage:
             if checkpoint is not None:
                 logger.info("going on from %s", checkpoint)
             if checkpoint is None or not trainer.ended_in(checkpoint):
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                with worker_errors():
+                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.require_used()
             trainer.save_model(str(self.folder))
         result = {

@@ -130,7 +130,12 @@ def _dataset(data: str | Path | VideoDataset, processor: Any, config: TrainingCo
     if processor is None:
         raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
     return VideoDataset(
-        data, processor, frames=config.frames, on_bad_sample=config.on_bad_sample, max_length=config.max_length
+        data,
+        processor,
+        frames=config.frames,
+        on_bad_sample=config.on_bad_sample,
+        max_length=config.max_length,
+        decode_timeout=config.decode_timeout,
     )
 
 
