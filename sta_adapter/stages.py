@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ class Stage:
         total = config.max_steps or math.ceil(config.epochs * math.ceil(len(self.dataset) / step_clips))
         precision = _precision(config.precision)
         _require_reporters(config.report_to)
+        # the settings decide: else what a launcher, or on older transformers the run before, has asked for would hold
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
         arguments = TrainingArguments(
             output_dir=str(self.folder),
             per_device_train_batch_size=device_batch,

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from test_training import AS_IS, FAST, dataset, folder, logits, losses, make_model, model, processor  # noqa: F401
 from tiny_qwen import write_samples
 from torch import nn
+from transformers import Trainer
 
 from sta_adapter import inject_sta
 from sta_adapter.data import VideoDataset
@@ -30,6 +31,8 @@ def assert_close(one, other, tolerance, names=ADAPTER):
 
 def test_accumulated_batches_are_one_large_batch(tmp_path, processor):  # noqa: F811
     """Also when the answers differ in length: each token counts once, not each small batch."""
+    if not hasattr(Trainer, "get_batch_samples"):
+        pytest.skip("before 4.46, transformers averages over small batches, not over tokens")
     file = write_samples(tmp_path / "data", 8)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for index, line in enumerate(lines):
