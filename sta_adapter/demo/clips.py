@@ -7,6 +7,7 @@ reversed frames. So no frame, and no unordered set of frames, can tell the two a
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,15 +63,16 @@ class Difficulty:
     """How far a thing changes from the first frame to the last, and how unsteady it is meanwhile.
 
     Lengths are in pixels of a 32 x 32 frame, angles in degrees, contrast between 0 and 1, noise in grey levels at that
-    size.
+    size. Each clip has a pace of its own, by which its change is multiplied: the quick ones are easy, the slow ones hard.
     """
 
-    travel: float = 8.0
+    travel: float = 9.0
     growth: float = 1.6
-    turn: float = 70.0
-    fade: float = 0.7
-    shake: float = 0.7
-    noise: float = 6.0
+    turn: float = 75.0
+    fade: float = 0.5
+    pace: tuple[float, float] = (0.5, 1.7)
+    shake: float = 0.8
+    noise: float = 5.0
 
 
 @dataclass
@@ -170,7 +172,7 @@ def still(rng: np.random.Generator, look: Look, frames: int, size: int) -> Scene
 
 
 def _move(scene: Scene, pair: tuple[str, str], course: np.ndarray, level: Difficulty, unit: float) -> None:
-    """Add a pair's first motion to a scene at rest; course is (T,), rising from -0.5 to 0.5."""
+    """Add a pair's first motion to a scene at rest; course is (T,), rising evenly about 0."""
     if pair[0] == "left":
         scene.x -= course * level.travel * unit
     elif pair[0] == "up":
@@ -180,7 +182,7 @@ def _move(scene: Scene, pair: tuple[str, str], course: np.ndarray, level: Diffic
     elif pair[0] == "clockwise":
         scene.angle += course * level.turn
     else:
-        scene.contrast *= 1 - level.fade * (0.5 - course)
+        scene.contrast *= 1 - level.fade * (course[-1] - course)
 
 
 def render(
@@ -212,7 +214,8 @@ def render(
     rng = np.random.default_rng([seed, PAIRS.index(pair), sorted(LOOKS).index(look)])
     unit = size / 32
     scene = still(rng, LOOKS[look], frames, size)
-    _move(scene, pair, np.linspace(-0.5, 0.5, frames), level, unit)
+    course = np.linspace(-0.5, 0.5, frames) * rng.uniform(*level.pace)
+    _move(scene, pair, course, level, unit)
     scene.x += rng.normal(0, level.shake * unit, frames)
     scene.y += rng.normal(0, level.shake * unit, frames)
     clip = draw(scene, size, level.noise, rng)
@@ -220,7 +223,14 @@ def render(
 
 
 def write_dataset(
-    folder: Path, name: str, seeds: range, look: str = "train", frames: int = FRAMES, size: int = SIZE, fps: float = 8.0
+    folder: Path,
+    name: str,
+    seeds: range,
+    look: str = "train",
+    frames: int = FRAMES,
+    size: int = SIZE,
+    fps: float = 8.0,
+    progress: bool = False,
 ) -> Path:
     """Write clips and their JSON Lines file; labels take turns, so every label has as many clips as its opposite.
 
@@ -234,19 +244,26 @@ def write_dataset(
         frames: T of every clip.
         size: Height and width in pixels.
         fps: Frames a second.
+        progress: Show a bar.
 
     Returns:
         The JSON Lines file; its paths are relative to it.
     """
+    from tqdm.auto import tqdm
+
     (folder / name).mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, seed in enumerate(seeds):
+
+    def write(index: int) -> str:
         label = LABELS[index % len(LABELS)]
         path = f"{name}/{index:04d}-{label}.mp4"
-        write_clip(folder / path, render(label, seed, look, frames, size), fps)
+        write_clip(folder / path, render(label, seeds[index], look, frames, size), fps)
         question = [{"type": "video", "video": path, "nframes": frames}, {"type": "text", "text": QUESTION}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": label}]
-        lines.append(json.dumps({"messages": messages, "category": category(label)}))
+        return json.dumps({"messages": messages, "category": category(label)})
+
+    bar = {"desc": f"write {name}", "total": len(seeds), "dynamic_ncols": True, "disable": not progress}
+    with ThreadPoolExecutor(2) as pool:
+        lines = list(tqdm(pool.map(write, range(len(seeds))), **bar))
     file = folder / f"{name}.jsonl"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file

@@ -78,7 +78,7 @@ def write_report(folder: Path, results: dict[str, Any], model: Any, test: Any) -
     text = page.substitute(
         table=_html_table(results),
         method_names="".join(f"<li><b>{SHORT[m]}</b>: {html.escape(name)}</li>" for m, name in METHODS.items()),
-        clips=_html_clips(folder, test),
+        clips=_html_clips(folder, test, results),
         settings=html.escape(", ".join(f"{k} {v}" for k, v in results["settings"].items())),
         versions=html.escape(", ".join(f"{k} {v}" for k, v in results["versions"].items())),
         seeds=", ".join(map(str, results["seeds"])),
@@ -163,14 +163,15 @@ def _html_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _html_clips(folder: Path, test: Any) -> str:
-    """One clip of each label."""
-    figures = []
-    for sample in test.samples[: len(LABELS)]:
+def _html_clips(folder: Path, test: Any, results: dict[str, Any]) -> str:
+    """One clip of each label, and what each method of the first seed said."""
+    figures, answers = [], {run["method"]: run["answers"] for run in reversed(results["runs"])}
+    for index, sample in enumerate(test.samples[: len(LABELS)]):
+        said = "".join(f"<br>{SHORT[m]}: {html.escape(answers[m][index] or 'nothing')}" for m in METHODS)
         clip = next(part["video"] for part in sample.messages[0]["content"] if part["type"] == "video")
         source = os.path.relpath(clip, folder)
         figures.append(
             f'<figure><video src="{html.escape(source)}" loop autoplay muted playsinline controls></video>'
-            f"<figcaption>{html.escape(str(sample.answer))}</figcaption></figure>"
+            f"<figcaption><b>{html.escape(str(sample.answer))}</b>{said}</figcaption></figure>"
         )
     return "\n".join(figures)

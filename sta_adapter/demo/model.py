@@ -1,0 +1,43 @@
+"""The tiny base made ready for the demo. Public: `tiny_model`, `attend_frames_at_once`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sta_adapter.demo import TINY_BASE
+from sta_adapter.loading import load_model
+
+ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
+
+
+def tiny_model() -> nn.Module:
+    """A fresh tiny base on the CPU, with two threads: the same sums on every machine with two cores or more."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    model = load_model(TINY_BASE, dtype="fp32", device="cpu")
+    attend_frames_at_once(model)
+    return model
+
+
+def attend_frames_at_once(model: Any) -> None:
+    """Spare the CPU transformers' loop over frames in the vision encoder; releases before 5 stay as they are."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        transformers.AttentionInterface.register(ATTENTION, _attend)
+        model.model.visual.config._attn_implementation = ATTENTION
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention within frames; query, key and value are (1, heads, frames * positions, D), all frames of one size."""
+    lengths = kwargs["cu_seq_lens_q"].diff()
+    if len(lengths.unique()) > 1:
+        raise ValueError(f"the demo's frames are of one size, found {lengths.unique().tolist()} positions")
+    q, k, v = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[None], None
