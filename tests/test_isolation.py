@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_qwen import make_processor, write_samples
+from tiny_qwen import make_model, make_processor, write_samples
 from torch.utils.data import DataLoader
 
 from sta_adapter import clips
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.errors import DataError, STAError, VideoError
 from sta_adapter.isolation import Isolated, ProcessError, worker_errors
+from sta_adapter.training import TrainingConfig, train
 from sta_adapter.video import VideoNotFoundError, read_clip
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -224,3 +225,23 @@ def test_without_workers_there_is_no_process(trouble, processor):
 
 def test_errors_are_ours():
     assert issubclass(ProcessError, STAError)
+
+
+# ---- in training
+
+
+@pytest.mark.parametrize("on_bad_sample", ["skip", "error"])
+def test_bad_samples_of_workers_count_in_training(trouble, processor, tmp_path, on_bad_sample):
+    file, what = trouble
+    what["4.mp4"] = "crash"
+    (file.parent / "2.mp4").unlink()
+    settings = {"batch_size": 4, "max_steps": 4, "num_workers": 2, "on_bad_sample": on_bad_sample, "frames": AS_IS}
+    options = {"output_dir": tmp_path / "out", "stage": "1", "config": TrainingConfig(**settings), "progress": False}
+    model = make_model(processor.tokenizer)
+    if on_bad_sample == "error":
+        with pytest.raises(DataError, match=r"^\S*data.jsonl, line [35]: "):
+            train(model, file, processor=processor, **options)
+        return
+    result = train(model, file, processor=processor, **options)
+    assert sorted(message.split(": ")[0][-6:] for message in result.bad_samples) == ["line 3", "line 5"]
+    assert result.stages["1"]["steps"] == 4
