@@ -63,16 +63,15 @@ class Difficulty:
     """How far a thing changes from the first frame to the last, and how unsteady it is meanwhile.
 
     Lengths are in pixels of a 32 x 32 frame, angles in degrees, contrast between 0 and 1, noise in grey levels at that
-    size. Each clip has a pace of its own, by which its change is multiplied: the quick ones are easy, the slow ones hard.
+    size.
     """
 
-    travel: float = 9.0
+    travel: float = 8.0
     growth: float = 1.6
-    turn: float = 75.0
-    fade: float = 0.5
-    pace: tuple[float, float] = (0.5, 1.7)
+    turn: float = 60.0
+    fade: float = 0.6
     shake: float = 0.8
-    noise: float = 5.0
+    noise: float = 6.0
 
 
 @dataclass
@@ -214,8 +213,7 @@ def render(
     rng = np.random.default_rng([seed, PAIRS.index(pair), sorted(LOOKS).index(look)])
     unit = size / 32
     scene = still(rng, LOOKS[look], frames, size)
-    course = np.linspace(-0.5, 0.5, frames) * rng.uniform(*level.pace)
-    _move(scene, pair, course, level, unit)
+    _move(scene, pair, np.linspace(-0.5, 0.5, frames), level, unit)
     scene.x += rng.normal(0, level.shake * unit, frames)
     scene.y += rng.normal(0, level.shake * unit, frames)
     clip = draw(scene, size, level.noise, rng)

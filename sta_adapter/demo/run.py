@@ -60,7 +60,7 @@ class DemoSettings:
         stage_one_learning_rate: of STA in stage one.
     """
 
-    train_clips: int = 2400
+    train_clips: int = 2000
     test_clips: int = 400
     curve_clips: int = 100
     steps: int = 900
