@@ -112,7 +112,7 @@ def draw_curves(path: Path, results: dict[str, Any]) -> None:
     first = results["settings"]["steps"] * results["settings"]["stage_one"]
     if first:
         axes.axvline(first, color="0.6", linestyle="--", linewidth=1)
-        axes.text(first, 101, "stage two of STA begins", fontsize=8, ha="center", va="bottom", color="0.35")
+        axes.text(first, 101, "stage two of STA begins", fontsize=8, ha="left", va="bottom", color="0.35")
     count = min(results["settings"]["curve_clips"], results["settings"]["test_clips"])
     axes.set(xlabel="optimiser steps", ylabel=f"accuracy on {count} clips never trained on (%)", ylim=(0, 100))
     axes.legend(frameon=False, loc="upper left", fontsize=9)

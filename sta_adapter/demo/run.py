@@ -66,7 +66,7 @@ class DemoSettings:
     steps: int = 900
     stage_one: float = 0.06
     batch_size: int = 16
-    points: int = 9
+    points: int = 6
     rank: int = 8
     learning_rate: float = 3e-3
     sta_learning_rate: float = 3e-3
