@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -175,26 +175,35 @@ def _reap(pid: int) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def worker_errors() -> Iterator[None]:
-    """Give errors of a DataLoader's workers in the words of their cause.
+class worker_errors:
+    """Give errors of a DataLoader's workers in the words of their cause: `with worker_errors(): ...`.
 
     Raises:
         STAError: what a worker raised, without the trace that came along.
         DataError: a worker died.
     """
-    try:
-        yield
-    except STAError as error:
-        kind = type(error)
-        name = f"{kind.__module__}.{kind.__qualname__}: "
-        if "DataLoader worker process" not in str(error).split("\n", 1)[0] or name not in str(error):
-            raise
-        raise kind(str(error).rsplit(name, 1)[1].strip()) from error
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise DataError(
-            f"a process that loads data died: {str(error).splitlines()[0]} If it was killed, memory was probably short: set "
-            "fewer of them (num_workers), or fewer or smaller frames. The same command goes on from the last checkpoint."
-        ) from error
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raise the plain error in the place of the worker's."""
+        plain = None if error is None else _plain(error)
+        if error is None or plain is None:
+            return
+        del trace
+        error.__traceback__ = None  # its frames hold the loader, which would go on complaining of the dead worker
+        raise plain from error
+
+
+def _plain(error: BaseException) -> STAError | None:
+    kind, text = type(error), str(error)
+    name = f"{kind.__module__}.{kind.__qualname__}: "
+    if isinstance(error, STAError) and "DataLoader worker process" in text.split("\n", 1)[0] and name in text:
+        return type(error)(text.rsplit(name, 1)[1].strip())
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return DataError(
+            f"a process that loads data died: {text.splitlines()[0]} If it was killed, memory was probably short: set fewer of "
+            "them (num_workers), or fewer or smaller frames. The same command goes on from the last checkpoint."
+        )
+    return None

@@ -46,9 +46,9 @@ def scan_samples(
         raise ConfigError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     file = Path(path)
     folder = file.parent if videos is None else Path(videos)
+    text, classes = _read_text(file), read_classes(file)
     if not folder.is_dir():
         raise DataError(f"the folder of videos {str(folder)!r} is not there.")
-    text, classes = _read_text(file), read_classes(file)
     found: list[Sample | BadSample] = []
     for source, record in _records(text, file):
         try:
