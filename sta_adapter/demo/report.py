@@ -155,7 +155,7 @@ def _percent(score: dict[str, float], *, interval: bool = False) -> str:
 
 def _html_table(results: dict[str, Any]) -> str:
     heads, rows = table(results)
-    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{html.escape(head).replace('/', '/<wbr>')}</th>" for head in heads) + "</tr>"]
     lines += [
         "<tr>" + "".join(f"<td>{html.escape(cell).replace(chr(10), '<br>')}</td>" for cell in row) + "</tr>"
         for row in rows
