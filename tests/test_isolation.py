@@ -154,6 +154,7 @@ def load(dataset, processor, workers=2, epochs=1):
     return [batch for _ in range(epochs) for batch in loader]
 
 
+@pytest.mark.slow
 def test_trouble_makes_bad_samples_and_no_more(trouble, processor):
     file, what = trouble
     what.update({"1.mp4": "hang", "4.mp4": "crash", "6.mp4": "killed"})
