@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
     script = Path(__file__).with_name("interrupted_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, script, folder / "data", folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, json.loads((folder / "report.json").read_text()), done.stderr
 

@@ -41,7 +41,7 @@ def run_two(folder, *cases):
     ]
     try:
         for process in processes:
-            process.wait(timeout=240)
+            process.wait(timeout=500)
     except subprocess.TimeoutExpired:
         pytest.fail(f"a process waits forever; so far: {(folder / 'out0').read_text()}")
     finally:
