@@ -45,8 +45,8 @@ class STAConfig:
         layers: "all", or the indices of the encoder's blocks that get a branch.
         rope_theta: base of the 1-d rotary embedding on the frame index; None for no rotary embedding.
         gamma_init: initial value of a LayerScale vector on the branch; None for no LayerScale.
-        init: "zero" sets the output projection to zero, so that a fresh injection changes nothing, and draws the q, k, v
-            projection with a standard deviation of 1/sqrt(width); "normal" draws both with 0.02.
+        init: "zero" sets the output projection to zero, so that a fresh injection changes nothing; "normal" draws it,
+            as always the q, k, v projection, with a standard deviation of 0.02.
         single_frames: whether a clip of one frame, a still image, passes through the branch too.
         causal: whether a frame attends only to itself and to earlier frames.
         attention: which attention kernel to use; "auto" chooses per call.
