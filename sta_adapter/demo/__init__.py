@@ -3,4 +3,4 @@
 from pathlib import Path
 
 TINY_BASE = Path(__file__).parent / "tiny_qwen2_vl"
-"""Folder of a real Qwen2-VL of a quarter of a million parameters that tells what is in a frame."""
+"""Folder of a real Qwen2-VL of 344,544 parameters that tells what is in a frame."""
