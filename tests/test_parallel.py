@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,26 @@ def free_port():
 
 
 def run_two(folder, *cases):
-    """Standard output of process 0; both must end well within the time limit."""
+    """Standard output of process 0; both must end well within the time limit.
+
+    A process that a signal ends (seen once in torch's gloo, in some hundred runs) is reported, and both start again once.
+    """
+    ends = start_two(folder, *cases)
+    if min(ends) < 0:
+        warnings.warn(f"ended by signals: {ends}\n{errors_of(folder)}", stacklevel=2)
+        ends = start_two(folder, *cases)
+    assert ends == [0, 0], errors_of(folder)
+    return (folder / "out0").read_text()
+
+
+def errors_of(folder):
+    return "\n".join(f"process {rank}: {(folder / f'errors{rank}').read_text()[-3000:]}" for rank in range(2))
+
+
+def start_two(folder, *cases):
+    """Exit codes of both processes, below zero for a signal."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(FOLDER / "parallel_worker.py"), str(folder), *cases],
@@ -40,16 +58,12 @@ def run_two(folder, *cases):
         for rank in range(2)
     ]
     try:
-        for process in processes:
-            process.wait(timeout=500)
+        return [process.wait(timeout=500) for process in processes]
     except subprocess.TimeoutExpired:
         pytest.fail(f"a process waits forever; so far: {(folder / 'out0').read_text()}")
     finally:
         for process in processes:
             process.kill()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (folder / f"errors{rank}").read_text()[-3000:]
-    return (folder / "out0").read_text()
 
 
 def assert_close(one, two, *names):
