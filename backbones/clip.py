@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sta_adapter.backbone import Backbone
-from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout
+from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, pixel_positions
 from sta_adapter.backbones.siglip import SIGLIP_LORA, holds_blocks
 
 BACKBONE = Backbone(
@@ -16,4 +16,5 @@ BACKBONE = Backbone(
     norm="layer_norm2",
     lora=SIGLIP_LORA,
     dummy_inputs=picture_dummy,
+    positions=pixel_positions,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sta_adapter.backbone import Backbone, LoRARecipe
-from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout
+from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, pixel_positions
 
 
 def leading_tokens(encoder: Any) -> int:
@@ -32,4 +32,5 @@ BACKBONE = Backbone(
     blocks="encoder.layer",
     lora=DINO_LORA,
     dummy_inputs=picture_dummy,
+    positions=pixel_positions,
 )

@@ -89,6 +89,18 @@ def pixel_layout(
     return layout
 
 
+def pixel_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions of each clip, row by row; None where a frame takes several rows of the batch, or came without pixels."""
+    config: Any = call.encoder.config
+    pixels = call.arguments.get("pixel_values")
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
+        return [None] * len(layout.clips)
+    size = config.patch_size
+    down, across = (size, size) if isinstance(size, int) else size
+    grid = torch.arange((pixels.shape[2] // down) * (pixels.shape[3] // across)).view(pixels.shape[2] // down, -1)
+    return [grid if positions == grid.numel() else None for _, positions in layout.clips]
+
+
 def attention_heads(encoder: nn.Module) -> int:
     """Attention heads, from the encoder's configuration."""
     config: Any = encoder.config

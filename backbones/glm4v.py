@@ -17,7 +17,7 @@ from torch import nn
 from sta_adapter.backbone import Backbone, ClipSource, EncoderCall
 from sta_adapter.backbones.frames import unknown_clips
 from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
-from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows
+from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout, ClipLengths
 
@@ -41,6 +41,14 @@ def frame_grid_layout(call: EncoderCall) -> ClipLayout:
         if len(set(clip)) > 1:
             raise LayoutError(f"the frames of a clip have {clip} rows and columns; expected the same in each frame.")
     return ClipLayout((len(clip), clip[0][0] * clip[0][1]) for clip in clips)
+
+
+def frame_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions of each clip, from the grid of its first frame."""
+    config: Any = call.encoder.config
+    frames = [(h, w) for t, h, w in grid_rows(call) for _ in range(t)]
+    starts = accumulate((t for t, _ in layout.clips[:-1]), initial=0)
+    return [merged_positions(*frames[start], config.spatial_merge_size) for start in starts]
 
 
 def grid_frames(name: str) -> Any:
@@ -76,4 +84,5 @@ BACKBONE = Backbone(
     ),
     lora=GATED_LORA,
     dummy_inputs=frame_dummy,
+    positions=frame_positions,
 )

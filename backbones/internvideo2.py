@@ -64,6 +64,14 @@ def _visible(mask: torch.Tensor | None, clips: int, frames: int, positions: int)
     )
 
 
+def video_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions of each clip, row by row; None where a mask has dropped some."""
+    kernel: Any = call.encoder.get_submodule("patch_embed.proj").kernel_size
+    _, rows, columns = (size // step for size, step in zip(call.tensor("x").shape[2:], kernel, strict=True))
+    grid = torch.arange(rows * columns).view(rows, columns)
+    return [grid if positions == grid.numel() else None for _, positions in layout.clips]
+
+
 def video_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A black clip of the size that the encoder was made for; some of its classes take no other."""
     patches: Any = encoder.get_submodule("patch_embed")
@@ -94,5 +102,6 @@ BACKBONE = Backbone(
     defaults={"rope_theta": None, "head_scale": 1.0, "gamma_init": 1e-5},
     lora=INTERN_LORA,
     dummy_inputs=video_dummy,
+    positions=video_positions,
     published_names={"norm": "norm3", "to_qkv": "temporal_attn.qkv", "to_out": "temporal_attn.proj", "gamma": "ls3"},
 )

@@ -22,7 +22,13 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import Backbone, ClipSource, EncoderCall
-from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, row_clips
+from sta_adapter.backbones.frames import (
+    attention_heads,
+    pixel_dummy,
+    pixel_layout,
+    pixel_positions,
+    row_clips,
+)
 from sta_adapter.backbones.internvideo2 import INTERN_LORA
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout, ClipLengths
@@ -116,4 +122,5 @@ BACKBONE = Backbone(
     ),
     lora=INTERN_LORA,
     dummy_inputs=pixel_dummy,
+    positions=pixel_positions,
 )

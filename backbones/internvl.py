@@ -13,7 +13,13 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.backbone import Backbone, ClipSource, LoRARecipe
-from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, unknown_clips
+from sta_adapter.backbones.frames import (
+    attention_heads,
+    pixel_dummy,
+    pixel_layout,
+    pixel_positions,
+    unknown_clips,
+)
 from sta_adapter.layout import ClipLengths
 
 
@@ -47,4 +53,5 @@ BACKBONE = Backbone(
     ),
     lora=INTERNVL_LORA,
     dummy_inputs=pixel_dummy,
+    positions=pixel_positions,
 )

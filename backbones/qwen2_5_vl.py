@@ -8,9 +8,20 @@ clip, also where windows don't divide the grid: row n of a frame's tokens is the
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from sta_adapter.backbone import Backbone
-from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout
+import torch
+
+from sta_adapter.backbone import Backbone, EncoderCall
+from sta_adapter.backbones.qwen2_vl import (
+    QWEN_LORA,
+    config_heads,
+    grid_dummy,
+    grid_layout,
+    grid_rows,
+    merged_positions,
+)
+from sta_adapter.layout import ClipLayout
 
 # The vision MLP has the names of the language model: gate_proj, up_proj and down_proj. Omni keeps q, k and v apart,
 # so that its vision attention takes part by attn.proj alone.
@@ -23,6 +34,16 @@ GATED_LORA = dataclasses.replace(
 )
 
 
+def window_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions in the order of the windows; an order that the caller has passed itself is not known."""
+    config: Any = call.encoder.config
+    if call.arguments.get("window_index") is not None:
+        return [None] * len(layout.clips)
+    merge = config.spatial_merge_size
+    window = config.window_size // merge // config.patch_size
+    return [merged_positions(h, w, merge, window) for _, h, w in grid_rows(call)]
+
+
 BACKBONE = Backbone(
     name="qwen2_5_vl",
     encoder_classes=("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"),
@@ -30,4 +51,5 @@ BACKBONE = Backbone(
     heads=config_heads,
     lora=GATED_LORA,
     dummy_inputs=grid_dummy,
+    positions=window_positions,
 )

@@ -34,6 +34,29 @@ def grid_layout(call: EncoderCall) -> ClipLayout:
     return ClipLayout((t, h * w) for t, h, w in grid_rows(call))
 
 
+def merged_positions(rows: int, columns: int, merge: int, window: int = 0) -> torch.Tensor:
+    """Index (rows, columns) of each patch among the tokens of a frame, whose merge x merge neighbours lie together.
+
+    Args:
+        rows: of patches.
+        columns: of patches.
+        merge: patches along the edge of a merged token.
+        window: merged tokens along the edge of a window whose tokens lie together; 0 when there are no windows.
+    """
+    units = torch.arange(rows * columns).view(rows // merge, columns // merge, merge, merge)
+    if window:
+        bands = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge).split(window)
+        order = torch.cat([part.flatten() for band in bands for part in band.split(window, dim=1)])
+        units = units.flatten(0, 1)[torch.argsort(order)].view(units.shape)
+    return units.transpose(1, 2).reshape(rows, columns)
+
+
+def grid_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions of each clip of `grid_thw`."""
+    config: Any = call.encoder.config
+    return [merged_positions(h, w, config.spatial_merge_size) for _, h, w in grid_rows(call)]
+
+
 def config_heads(encoder: nn.Module) -> int:
     """Attention heads, from the encoder's configuration."""
     config: Any = encoder.config
@@ -59,6 +82,7 @@ BACKBONE = Backbone(
     heads=config_heads,
     lora=QWEN_LORA,
     dummy_inputs=grid_dummy,
+    positions=grid_positions,
     published_names={"norm": "norm3", "to_qkv": "temp_attn.qkv", "to_out": "temp_attn.proj"},
     published_prefix="visual.",
     published_token_order=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from sta_adapter.backbone import Backbone
-from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout
+from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout, grid_positions
 
 QWEN3_LORA = dataclasses.replace(
     QWEN_LORA,
@@ -27,4 +27,5 @@ BACKBONE = Backbone(
     heads=config_heads,
     lora=QWEN3_LORA,
     dummy_inputs=grid_dummy,
+    positions=grid_positions,
 )

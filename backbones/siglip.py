@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
-from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, row_clips, unknown_clips
+from sta_adapter.backbones.frames import (
+    attention_heads,
+    picture_dummy,
+    pixel_layout,
+    pixel_positions,
+    row_clips,
+    unknown_clips,
+)
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout
 
@@ -47,6 +54,20 @@ def siglip_layout(call: EncoderCall) -> ClipLayout:
     return layout
 
 
+def siglip_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions of each clip, row by row; of padded patches, those in front are the picture."""
+    if "spatial_shapes" not in call.arguments:
+        return pixel_positions(call, layout)
+    shapes, per_row = call.tensor("spatial_shapes").tolist(), call.tensor("pixel_values").shape[1]
+    found: list[torch.Tensor | None] = []
+    start = 0
+    for frames, positions in layout.clips:
+        rows, columns = shapes[start]
+        found.append(torch.arange(rows * columns).view(rows, columns) if positions == per_row else None)
+        start += frames * positions // per_row
+    return found
+
+
 def siglip_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One black picture."""
     config: Any = encoder.config
@@ -69,4 +90,5 @@ BACKBONE = Backbone(
     norm="layer_norm2",
     lora=SIGLIP_LORA,
     dummy_inputs=siglip_dummy,
+    positions=siglip_positions,
 )

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.backbone import Backbone
+from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.backbones.frames import attention_heads
-from sta_adapter.backbones.qwen2_vl import grid_layout
+from sta_adapter.backbones.qwen2_vl import grid_layout, grid_rows, merged_positions
 from sta_adapter.backbones.siglip import SIGLIP_LORA
+from sta_adapter.layout import ClipLayout
 
 
 def merged_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -23,6 +24,12 @@ def merged_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (), {"pixel_values": pixels, "grid_thw": grid, "merge_sizes": grid.new_tensor([2])}
 
 
+def clip_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
+    """Positions of each clip, merged as its own entry of `merge_sizes` says."""
+    merges = call.tensor("merge_sizes").tolist()
+    return [merged_positions(h, w, merge) for (_, h, w), merge in zip(grid_rows(call), merges, strict=True)]
+
+
 BACKBONE = Backbone(
     name="video_llama_3",
     encoder_classes=("VideoLlama3VisionModel",),
@@ -32,4 +39,5 @@ BACKBONE = Backbone(
     norm="layer_norm2",
     lora=SIGLIP_LORA,
     dummy_inputs=merged_dummy,
+    positions=clip_positions,
 )

@@ -107,6 +107,8 @@ class Backbone:
         lora: the recipe of stage two; None when there is none.
         dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes
             whose batch has no video (see `inject`) and for checks; None when not known.
+        positions: from a call and its layout to, for each clip, a tensor (rows, columns) with the index of the position
+            that stands there on the picture, or None where that can't be known; for pictures of what STA does.
         published_names: names of `norm`, `to_qkv`, `to_out` (and `gamma`) in the published STAVEQ2 code's blocks.
         published_prefix: what stands in front of `blocks` in the keys of that code's checkpoints, "visual." for one.
         published_token_order: whether that code adds the branch in another token order than the paper's.
@@ -125,6 +127,7 @@ class Backbone:
     clip_source: ClipSource | None = None
     lora: LoRARecipe | None = None
     dummy_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    positions: Callable[[EncoderCall, ClipLayout], list[torch.Tensor | None]] | None = None
     published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     published_prefix: str = ""
     published_token_order: bool = False

@@ -1,21 +1,108 @@
-"""Looking at temporal attention: which frame looks at which, per block, head and position."""
+"""What STA does with a clip, as arrays: who looks at whom, where, how much is added, what changes.
+
+Public: `observe` (everything, for the pictures), and one array at a time: `temporal_attention`, `crossing_map`,
+`branch_sizes`. The pictures themselves are drawn by `sta_adapter.pictures`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.handle import STAHandle
-from sta_adapter.layout import ClipLayout
-from sta_adapter.modules import TemporalAttention, rotate
+from sta_adapter.watching import Seen, Watch
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What STA did with one clip of T frames and N positions, in B blocks with H heads each.
+
+    Attributes:
+        blocks: (B,) the blocks' indices in the encoder.
+        attention: (B, H, T, T) float32, weight of each key frame (last axis) for each query frame, mean over positions.
+        crossing: (B, T, N) float32, share of each token's attention that goes to frames other than its own, from 0 to 1,
+            mean over heads. Without STA it is 0 in every encoder whose own attention stays within a frame.
+        branch: (B, T, N) float32, length (L2 norm over channels) of what STA adds to each token, divided by the length
+            of what it is added to, the block's residual stream.
+        change: (T, N) float32, for the output of the encoder's last block: the length of the difference between STA on
+            and STA off, divided by the length with STA off.
+        even: (T,) float32, what `crossing` is when a token's attention is spread evenly over all frames it may see.
+        positions: (rows, columns) int64, which of the N positions stands there on the picture; None if not known.
+        no_picture: why `positions` is None, else "".
+        lands_elsewhere: whether the result of a token's attention is added to another token, as in the published
+            code's token order. `attention` and `crossing` belong to the token that looks, `branch` and `change` to the
+            one that receives.
+    """
+
+    blocks: tuple[int, ...]
+    attention: np.ndarray
+    crossing: np.ndarray
+    branch: np.ndarray
+    change: np.ndarray
+    even: np.ndarray
+    positions: np.ndarray | None
+    no_picture: str
+    lands_elsewhere: bool
+
+    def on_picture(self, values: np.ndarray) -> np.ndarray:
+        """Lay values (..., N) out as pictures (..., rows, columns).
+
+        Raises:
+            LayoutError: where the positions stand on the picture is not known.
+        """
+        if self.positions is None:
+            raise LayoutError(self.no_picture)
+        return values[..., self.positions]
+
+
+def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> Observation:
+    """Run the model twice, with STA on and off, and note what STA did with one clip.
+
+    Args:
+        handle: of the injected model, which runs in its present mode (call `model.eval()` first), without gradients.
+        inputs: keyword arguments of `handle.model`, as its processor makes them.
+        clip: which of the clips in `inputs`, counted from 0 in the order in which the encoder gets them.
+
+    Raises:
+        LayoutError: `inputs` have no such clip.
+        ConfigError: STA is switched off, or has been removed.
+    """
+
+    def summarise(weights: Tensor) -> tuple[Tensor, Tensor]:
+        own = weights.diagonal(dim1=-2, dim2=-1)  # (heads, positions, T)
+        return weights.mean(1).cpu(), (1 - own).mean(0).t().cpu()
+
+    watch = Watch(handle, clip, summarise)
+    with watch, torch.no_grad():
+        handle.model(**inputs)
+        seen = _found(watch, handle)
+        watch.again()
+        with handle.disabled():
+            handle.model(**inputs)
+    if watch.before is None or watch.after is None:
+        raise LayoutError("the encoder's last block gave no tensor that could be compared with STA on and off.")
+    frames, positions = seen.clip
+    change = (watch.after - watch.before).norm(dim=-1) / watch.before.norm(dim=-1).clamp_min(1e-12)
+    visible = torch.arange(1, frames + 1) if handle.config.causal else torch.full((frames,), frames)
+    return Observation(
+        blocks=tuple(seen.attention),
+        attention=torch.stack([mean for mean, _ in seen.attention.values()]).numpy(),
+        crossing=torch.stack([share for _, share in seen.attention.values()]).numpy(),
+        branch=torch.stack(list(seen.branch.values())).numpy(),
+        change=change.view(frames, positions).cpu().numpy(),
+        even=((visible - 1) / visible).float().numpy(),
+        positions=None if seen.positions is None else seen.positions.cpu().numpy(),
+        no_picture=seen.no_picture,
+        lands_elsewhere=handle.config.token_order == "published" and min(frames, positions) > 1,
+    )
 
 
 def temporal_attention(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> dict[int, np.ndarray]:
@@ -28,42 +115,51 @@ def temporal_attention(handle: STAHandle, inputs: Mapping[str, Any], *, clip: in
 
     Returns:
         By block index, float32 arrays (heads, positions, T, T): weight of each key frame (last axis) for each query
-        frame; the last axis sums to 1.
+        frame; the last axis sums to 1. Positions are in the encoder's order, see `Observation.positions`.
 
     Raises:
         LayoutError: `inputs` have no such clip.
+        ConfigError: STA is switched off, or has been removed.
     """
-    captured: dict[int, tuple[Tensor, ClipLayout]] = {}
-    layouts: dict[int, ClipLayout] = {}
-    hooks = []
-    for index, module in handle.blocks.items():
-        hooks.append(module.register_forward_pre_hook(lambda m, args, i=index: layouts.__setitem__(i, args[1])))
-        hooks.append(
-            module.to_qkv.register_forward_hook(
-                lambda m, args, out, i=index: captured.__setitem__(i, (out.detach(), layouts[i]))
-            )
-        )
-    try:
-        with torch.no_grad():
-            handle.model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {index: _weights(handle.blocks[index], *captured[index], clip) for index in captured}
+    return {block: weights.numpy() for block, weights in _run(handle, inputs, clip).attention.items()}
 
 
-def _weights(module: TemporalAttention, qkv: Tensor, layout: ClipLayout, clip: int) -> np.ndarray:
-    """(heads, positions, T, T) of one clip from the projection (..., 3 * heads * head_dim) of all tokens."""
-    if not 0 <= clip < len(layout.clips):
-        raise LayoutError(f"clip {clip} was asked for; the inputs hold {len(layout.clips)}, counted from 0.")
-    frames, positions = layout.clips[clip]
-    start = sum(t * n for t, n in layout.clips[:clip])
-    part = qkv.reshape(layout.num_tokens, -1)[start : start + frames * positions].float()
-    q, k, _ = rearrange(part, "(t n) (k h d) -> k n t h d", t=frames, k=3, h=module.num_heads)
-    if module.config.rope_theta is not None:
-        cos, sin = (x[:frames] for x in layout.rotary_tables(module.head_dim, module.config.rope_theta, q))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    scores = torch.einsum("n t h d, n s h d -> h n t s", q, k) * module.head_dim**-0.5
-    if module.config.causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
-    return scores.softmax(-1).cpu().numpy()
+def crossing_map(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> dict[int, np.ndarray]:
+    """Share of each token's attention that goes to frames other than its own.
+
+    Arguments and errors are those of `temporal_attention`.
+
+    Returns:
+        By block index, float32 arrays (T, N) from 0 to 1, mean over heads.
+    """
+    weights = temporal_attention(handle, inputs, clip=clip)
+    return {block: (1 - w.diagonal(axis1=-2, axis2=-1)).mean(0).T for block, w in weights.items()}
+
+
+def branch_sizes(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> dict[int, np.ndarray]:
+    """Length of what STA adds to each token, divided by the length of the residual stream that it is added to.
+
+    Arguments and errors are those of `temporal_attention`.
+
+    Returns:
+        By block index, float32 arrays (T, N); 0 everywhere for an adapter that starts at zero.
+    """
+    return {block: sizes.numpy() for block, sizes in _run(handle, inputs, clip).branch.items()}
+
+
+def _run(handle: STAHandle, inputs: Mapping[str, Any], clip: int) -> Seen:
+    watch = Watch(handle, clip, lambda weights: weights.cpu())
+    with watch, torch.no_grad():
+        handle.model(**inputs)
+    return _found(watch, handle)
+
+
+def _found(watch: Watch, handle: STAHandle) -> Seen:
+    """What was seen, or the reason why nothing was."""
+    if not handle.blocks:
+        raise ConfigError("this handle's STA has been removed from the model; inject or load again.")
+    if not handle._injection.is_enabled:
+        raise ConfigError("STA is switched off, so there is nothing to see; call handle.enable() first.")
+    if not watch.seen.attention:
+        raise LayoutError(f"clip {watch.clip} was asked for; the inputs hold {watch.clips}, counted from 0.")
+    return watch.seen
