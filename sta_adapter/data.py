@@ -92,7 +92,7 @@ class VideoDataset(Dataset):
         """Tensors of one sample, see `sta_adapter.encoding.encode`."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        item = self._load(index)
+        item = self.load(self.samples[index], index)
         if self._cache is not None:
             self._cache[index] = item
         return item
@@ -131,8 +131,8 @@ class VideoDataset(Dataset):
                 found.update(json.dumps([message["role"], *parts]).encode())
         return found.hexdigest()
 
-    def _load(self, index: int) -> Encoded | BadSample:
-        sample = self.samples[index]
+    def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
+        """Decode and encode a sample, which need not be one of the data set's; `index` is for the shuffling of its frames."""
         try:
             encoded = self._encode(sample, index)
         except (STAError, OSError) as error:

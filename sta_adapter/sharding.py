@@ -1,6 +1,6 @@
 """Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all.
 
-Public: `whole`, `assign`, `is_sharded`, `write_once`.
+Public: `whole`, `assign`, `is_sharded`, `is_first`, `write_once`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 def is_parallel() -> bool:
     """Whether this is one of several processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this is process 0, or the only one."""
+    return not is_parallel() or distributed.get_rank() == 0
 
 
 def write_once(write: Callable[[], None]) -> None:

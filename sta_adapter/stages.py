@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -32,9 +32,11 @@ from sta_adapter.isolation import worker_errors
 from sta_adapter.lora_files import lora_files
 from sta_adapter.lora_recipe import lora_config, lora_parameters
 from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
+from sta_adapter.progress import ProgressBar
 from sta_adapter.resume import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.sharding import is_sharded, whole_shape, write_once
-from sta_adapter.trainer import AdapterTrainer, ProgressBar
+from sta_adapter.streaming import StreamDataset
+from sta_adapter.trainer import AdapterTrainer
 from sta_adapter.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -58,8 +60,8 @@ class Stage:
     name: str
     config: TrainingConfig
     folder: Path
-    dataset: VideoDataset
-    eval_dataset: VideoDataset | None = None
+    dataset: VideoDataset | StreamDataset
+    eval_dataset: VideoDataset | StreamDataset | None = None
     measure: Callable[[nn.Module], dict[str, float]] | None = None
 
     def prepare(self, model: nn.Module, handle: STAHandle | None) -> tuple[nn.Module, STAHandle | None]:
@@ -97,6 +99,7 @@ class Stage:
             checkpoint = last_checkpoint(self.folder)
             if checkpoint is not None:
                 logger.info("going on from %s", checkpoint)
+                trainer.go_on_after(checkpoint)
             if checkpoint is None or not trainer.ended_in(checkpoint):
                 with worker_errors():
                     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -136,7 +139,7 @@ class Stage:
         config = self.config
         device_batch, accumulation = self._batches()
         step_clips = config.batch_size
-        total = config.max_steps or math.ceil(config.epochs * math.ceil(len(self.dataset) / step_clips))
+        total = config.max_steps or math.ceil(config.epochs * math.ceil(self._samples() / step_clips))
         precision = _precision(config.precision)
         _require_reporters(config.report_to)
         # the settings decide: else what a launcher, or on older transformers the run before, has asked for would hold
@@ -157,7 +160,8 @@ class Stage:
             fp16=precision == "fp16",
             seed=config.seed,
             logging_steps=config.logging_steps,
-            dataloader_num_workers=0 if self.dataset.cached else config.num_workers,
+            dataloader_num_workers=self._workers(),
+            ignore_data_skip=isinstance(self.dataset, StreamDataset),  # it finds its place itself
             dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
             label_names=["labels"],
@@ -170,6 +174,15 @@ class Stage:
             arguments.n_gpu, 1
         )  # never nn.DataParallel, whose copies of modules lose the hooks' state
         return arguments
+
+    def _samples(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def _workers(self) -> int:
+        wanted = self.config.num_workers
+        if isinstance(self.dataset, StreamDataset):
+            return self.dataset.usable_workers(wanted, join_processes().num_processes)
+        return 0 if self.dataset.cached else wanted
 
     def _saving(self) -> dict[str, Any]:
         """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""

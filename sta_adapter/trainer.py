@@ -1,6 +1,6 @@
 """The Hugging Face trainer, taught what an adapter needs.
 
-Public: `AdapterTrainer`, `ProgressBar`, `parameter_groups`. Checkpoints hold the trained parameters (exactly) and the adapter, never
+Public: `AdapterTrainer`, `parameter_groups`. Checkpoints hold the trained parameters (exactly) and the adapter, never
 the frozen base, and count only when complete; bad samples are counted; STA has its own learning rate, and vectors (norms,
 biases, gamma) no weight decay.
 """
@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import distributed, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerState
 
 from sta_adapter.adapter_format import replace_files
 from sta_adapter.encoding import IGNORE
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE, load_trained, mark_complete, rotate, trained_state
 from sta_adapter.sharding import is_parallel, write_once
+from sta_adapter.streaming import Place, StreamDataset, stream_loader
 from sta_adapter.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,25 @@ class AdapterTrainer(Trainer):
         self.measure = measure
         self.bad_samples: dict[str, None] = {}
         self.batches_used = 0
+        self.place = Place(  # in a stream
+            process=self.args.process_index,
+            processes=self.args.world_size,
+            workers=self.args.dataloader_num_workers,
+            batch_size=self.args.per_device_train_batch_size,
+            seed=self.train_dataset.place.seed if isinstance(self.train_dataset, StreamDataset) else 0,
+        )
 
     @property
     def _net(self) -> nn.Module:
         return cast(nn.Module, self.model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the base class; streams are shared out by themselves, before anything is decoded."""
+        if not isinstance(self.train_dataset, StreamDataset):
+            return super().get_train_dataloader()
+        return stream_loader(
+            self.train_dataset, self.place, cast(Any, self.data_collator), pin_memory=self.args.dataloader_pin_memory
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""
@@ -153,7 +170,7 @@ class AdapterTrainer(Trainer):
         Raises:
             CheckpointError: the weights are not finite, or the folder can't be written; what was there stays.
         """
-        counts = json.dumps(self.sample_counts()).encode()
+        counts = json.dumps({**self.sample_counts(), "place": self.place.saved()}).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
         write_once(lambda: replace_files(output_dir or str(self.args.output_dir), files))
 
@@ -180,6 +197,13 @@ class AdapterTrainer(Trainer):
         load_trained(model or self._net, folder)
         counts = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
         self.batches_used, self.bad_samples = counts["batches_used"], dict.fromkeys(counts["bad_samples"])
+
+    def go_on_after(self, checkpoint: Path) -> None:
+        """Find the place in a stream again that a checkpoint was made at."""
+        if isinstance(self.train_dataset, StreamDataset):
+            step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+            saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))["place"]
+            self.place = self.place.resumed(saved, step, self.args.gradient_accumulation_steps)
 
     def ended_in(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is that of the last step; then it is loaded, as the base class would train a step too many."""
@@ -224,43 +248,6 @@ def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) ->
             decay = config.weight_decay if key[1] else 0.0
             groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
     return list(groups.values())
-
-
-class ProgressBar(TrainerCallback):
-    """One bar for a stage, with the latest loss and evaluation beside it."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: Any = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        from tqdm.auto import tqdm
-
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step on."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the loss and what was measured."""
-        if self.bar is not None:
-            values = {
-                k.removeprefix("eval_"): v for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_")
-            }
-            self.shown |= {k: f"{v:.3f}" for k, v in values.items() if isinstance(v, float) and "per_second" not in k}
-            for hidden in ("runtime", "score"):
-                self.shown.pop(hidden, None)
-            self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 @contextlib.contextmanager

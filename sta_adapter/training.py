@@ -1,6 +1,6 @@
 """Two-stage training of STA, and of LoRA baselines without it.
 
-Public: `train(model, data, output_dir=..., stage="both", config=TrainingConfig(...))`, `TrainingResult`, `TrainingConfig`. Stage one trains
+Public: `train(model, data, output_dir=..., stage="both", config=TrainingConfig(...))`, `TrainingResult`, `TrainingConfig`, `open_data`. Stage one trains
 STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train` again with the same
 arguments after a crash goes on from the last checkpoint, and ends with the weights of an uninterrupted run.
 """
@@ -19,15 +19,17 @@ from torch import nn
 
 from sta_adapter.adapter_format import replace_files
 from sta_adapter.config import STAConfig
-from sta_adapter.data import VideoDataset
+from sta_adapter.data import VideoDataset, read_samples
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta, inject_sta
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.sharding import write_once
+from sta_adapter.shards import is_shards
+from sta_adapter.streaming import StreamDataset
 from sta_adapter.training_config import HARMLESS, TrainingConfig
 
-__all__ = ["TrainingConfig", "TrainingResult", "train"]
+__all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
 RUN_FILE = "run.json"
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
@@ -63,13 +65,13 @@ class TrainingResult:
 
 def train(
     model: nn.Module | STAHandle,
-    data: str | Path | VideoDataset,
+    data: str | Path | VideoDataset | StreamDataset,
     *,
     output_dir: str | Path,
     stage: str = "both",
     config: TrainingConfig | None = None,
     processor: Any = None,
-    eval_data: str | Path | VideoDataset | None = None,
+    eval_data: str | Path | VideoDataset | StreamDataset | None = None,
     measure: Callable[[nn.Module], dict[str, float]] | None = None,
     callbacks: Sequence[Any] = (),
     overwrite: bool = False,
@@ -79,12 +81,12 @@ def train(
 
     Args:
         model: a full model, injected or not, or its handle. Only what trains changes.
-        data: a JSON Lines file, or a data set made from one.
+        data: a file of samples or tar shards (see `open_data`), or a data set made from them.
         output_dir: gets the adapter, and a folder `stage1` / `stage2` with checkpoints for each stage.
         stage: "1" (STA alone), "2" (STA and LoRA) or "both"; a baseline (`config.sta=False`) has stage "2" alone.
         config: settings; the published recipe by default.
         processor: the model's processor; needed where `data` or `eval_data` is a file.
-        eval_data: what the loss is measured on during training.
+        eval_data: what the loss is measured on during training; not a stream.
         measure: what is measured instead: from the model to names and values; the first is the score, more is better.
         callbacks: `transformers.TrainerCallback`s.
         overwrite: throw away what another run left in `output_dir`.
@@ -101,8 +103,9 @@ def train(
     join_processes()
     config = config or TrainingConfig()
     names = _stage_names(stage, config)
-    dataset = _dataset(data, processor, config)
-    eval_dataset = None if eval_data is None else _dataset(eval_data, processor, config)
+    dataset = open_data(data, processor, config) if isinstance(data, (str, Path)) else data
+    eval_dataset = open_data(eval_data, processor, config) if isinstance(eval_data, (str, Path)) else eval_data
+    _check_stream(dataset, eval_dataset, [config.for_stage(name) for name in names])
     folder = Path(output_dir)
     result = TrainingResult(*_injected(model, config), folder)
     identity = _identity(stage, config, dataset, result.model)
@@ -124,19 +127,51 @@ def _stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
     return STAGES[stage]
 
 
-def _dataset(data: str | Path | VideoDataset, processor: Any, config: TrainingConfig) -> VideoDataset:
-    if isinstance(data, VideoDataset):
-        return data
+def open_data(
+    data: str | Path,
+    processor: Any,
+    config: TrainingConfig,
+    *,
+    format: str | None = None,
+    videos: str | Path | None = None,
+) -> VideoDataset | StreamDataset:
+    """The data set for a run's settings.
+
+    Args:
+        data: a file of samples; or tar shards, as a path, a glob or a brace pattern that ends in .tar.
+        processor: the model's processor.
+        config: the settings.
+        format: of the records; None recognises each by its keys.
+        videos: the folder that relative paths start from, for a file of samples.
+
+    Raises:
+        ConfigError: there is no processor, or `videos` was given for shards.
+        DataError: the file or the shards can't be read.
+    """
     if processor is None:
         raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
-    return VideoDataset(
-        data,
-        processor,
-        frames=config.frames,
-        on_bad_sample=config.on_bad_sample,
-        max_length=config.max_length,
-        decode_timeout=config.decode_timeout,
-    )
+    settings: dict[str, Any] = {
+        "frames": config.frames,
+        "on_bad_sample": config.on_bad_sample,
+        "max_length": config.max_length,
+        "decode_timeout": config.decode_timeout,
+    }
+    if not is_shards(data):
+        return VideoDataset(read_samples(data, format=format, videos=videos), processor, **settings)
+    if videos is not None:
+        raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
+    return StreamDataset(data, processor, format=format, shuffle=config.shuffle_buffer, seed=config.seed, **settings)
+
+
+def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig]) -> None:
+    """What a stream can't do."""
+    if isinstance(eval_dataset, StreamDataset):
+        raise ConfigError("what is measured on must be a file of samples, as a stream has no end; got tar shards.")
+    if isinstance(dataset, StreamDataset) and not all(config.max_steps for config in stages):
+        raise ConfigError(
+            "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
+            "max_steps (--max-steps 1000)."
+        )
 
 
 def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
@@ -152,7 +187,7 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
     return handle.model, handle
 
 
-def _identity(stage: str, config: TrainingConfig, dataset: VideoDataset, model: Any) -> dict[str, Any]:
+def _identity(stage: str, config: TrainingConfig, dataset: VideoDataset | StreamDataset, model: Any) -> dict[str, Any]:
     """What must be the same for a run to be taken up again."""
     settings = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
     base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))

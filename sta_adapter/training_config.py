@@ -38,6 +38,7 @@ _NOT_NEGATIVE = (
     "warmup",
     "max_grad_norm",
     "num_workers",
+    "shuffle_buffer",
     "lora_dropout",
     "decode_timeout",
 )
@@ -78,6 +79,7 @@ class TrainingConfig:
     on_bad_sample: str = "skip"
     max_length: int | None = None  # tokens; longer samples are bad samples
     num_workers: int = 2  # processes that decode
+    shuffle_buffer: int = 100  # tar shards: samples that each of them holds in memory to mix them
     decode_timeout: float | None = (
         DECODE_TIMEOUT  # seconds a sample's clips may take in one; slower ones are bad samples
     )

@@ -27,7 +27,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 
 @click.command(cls=Grouped, help=HELP, short_help="Train STA, and LoRA beside it, on your clips.")
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
-@option("Run", "--data", metavar="FILE", help="Samples to train on: JSON Lines or an array.")
+@option("Run", "--data", metavar="FILE", help="Samples to train on: JSON Lines, an array, or tar shards.")
 @data_options
 @option("Run", "--out", metavar="FOLDER", help="Gets the adapter; a begun run in it goes on.")
 @option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
@@ -38,6 +38,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Settings", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
 @option("Settings", "--learning-rate", type=float, metavar="RATE", help="[default: 1e-4]")
 @option("Settings", "--batch-size", type=int, metavar="N", help="Clips a step. [default: 64]")
+@option("Settings", "--max-steps", type=int, metavar="N", help="Instead of epochs; tar shards need it.")
 @option("Settings", "--epochs", type=float, metavar="N", help="[default: 1]")
 @option("Settings", "--on-bad-sample", type=click.Choice(["skip", "error"]), metavar="WHAT", help="skip or error.")
 @model_options
@@ -62,23 +63,14 @@ def command(
 
 
 def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_code: bool) -> None:
-    from sta_adapter.data import VideoDataset, read_samples
     from sta_adapter.loading import load_adapter, load_model, load_processor
-    from sta_adapter.training import train
+    from sta_adapter.sharding import is_first
+    from sta_adapter.training import open_data, train
 
     source = {"revision": run["revision"], "trust_remote_code": trust_remote_code}
     processor = load_processor(run["model"], **source)
-    sets = {}
-    for name in ("data", "eval_data"):
-        if run[name]:
-            sets[name] = VideoDataset(
-                read_samples(run[name], format=run["format"], videos=run["videos"]),
-                processor,
-                frames=settings.frames,
-                on_bad_sample=settings.on_bad_sample,
-                max_length=settings.max_length,
-                decode_timeout=settings.decode_timeout,
-            )
+    how = {"format": run["format"], "videos": run["videos"]}
+    sets = {name: open_data(run[name], processor, settings, **how) for name in ("data", "eval_data") if run[name]}
     model = load_model(run["model"], dtype=run["dtype"] or "auto", device="cpu", **source)  # the trainer moves it
     if run["adapter"]:
         model = load_adapter(model, run["adapter"], is_trainable=True)
@@ -91,6 +83,11 @@ def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_cod
         eval_data=sets.get("eval_data"),
         overwrite=overwrite,
     )
+    if is_first():
+        _report(run["model"], result)
+
+
+def _report(model: str, result: Any) -> None:
     for name, stage in result.stages.items():
         losses = [entry["loss"] for entry in stage["history"] if "loss" in entry]
         loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
@@ -100,4 +97,4 @@ def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_cod
     if result.bad_samples:
         click.secho(f"{len(result.bad_samples)} bad samples were skipped; stage*/result.json lists them.", fg="yellow")
     click.echo(f"The adapter is in {result.output_dir}.")
-    click.echo(f"Next: sta-adapter evaluate --model {run['model']} --adapter {result.output_dir} --data FILE")
+    click.echo(f"Next: sta-adapter evaluate --model {model} --adapter {result.output_dir} --data FILE")
