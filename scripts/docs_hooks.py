@@ -1,0 +1,145 @@
+"""What the docs site takes from elsewhere, so that nothing is written down twice.
+
+MkDocs calls the functions `on_*`. In a page, one line stands for what is made here:
+
+    <!-- include: README Quick start -->    a section of README.md, without its heading ("README" alone: what stands above all)
+    <!-- include: commands -->              the help of every command
+    <!-- include: backbones -->             what each backbone declares
+    <!-- include: settings NAME -->         name, default and comment of the fields of a class in sta_adapter
+    ![What it shows](figures/block.svg)     the drawing itself, so that it follows the page's light or dark scheme
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+INCLUDE = re.compile(r"^<!-- include: (.+?) -->$", re.MULTILINE)
+DRAWING = re.compile(r"^!\[(.*?)\]\((figures/[^)]+\.svg)\)$", re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+FOREIGN = re.compile(r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=[\"'](?:https?:)?//[^\"']+|<link\b[^>]*\brel=[\"'](?:stylesheet|preconnect|icon)[\"'][^>]*\bhref=[\"'](?:https?:)?//[^\"']+")  # fmt: skip
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Fill in what is included, draw the drawings, and mend links that lead out of `docs/`."""
+    return prepared(markdown, page.file.src_uri, config.repo_url or "")
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that would load something from another machine."""
+    found = FOREIGN.search(output)
+    if found:
+        raise ValueError(f"{page.file.src_uri} loads something from elsewhere: {found[0]}")
+    return output
+
+
+def prepared(markdown: str, source: str, repo_url: str = "") -> str:
+    """The Markdown of the page `source` as it is built."""
+    markdown = relinked(markdown, Path("docs", source).parent, source, repo_url)
+    markdown = INCLUDE.sub(lambda match: included(match[1], source, repo_url), markdown)
+    return DRAWING.sub(lambda match: drawing(match[2], match[1]), markdown)
+
+
+def included(what: str, source: str, repo_url: str) -> str:
+    """What stands behind one include line."""
+    if what == "commands":
+        return command_reference()
+    if what == "backbones":
+        return backbone_table()
+    name, _, title = what.partition(" ")
+    if name == "settings":
+        return settings_table(title)
+    if name != "README":
+        raise ValueError(f"{source}: nothing to include is called {what!r}")
+    return relinked(readme_section(title), Path(), source, repo_url)
+
+
+def readme_section(title: str) -> str:
+    """The text below a heading of README.md; of no title, what stands below the first heading."""
+    parts = re.split(r"^#{1,2} (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    title = title or parts[1]
+    if title not in sections:
+        raise ValueError(f"README.md has no section {title!r}; it has {', '.join(sections)}")
+    return sections[title].strip()
+
+
+def relinked(markdown: str, folder: Path, source: str, repo_url: str) -> str:
+    """Links as they must be on the page `source`, where `folder` is what they start from in the repository."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        if re.match(r"[a-z]+:", target):
+            return match[0]
+        place = Path(os.path.normpath(folder / target))
+        if place.parts[0] == "docs":
+            return f"[{text}]({os.path.relpath(place, Path('docs', source).parent)}{anchor})"
+        if not (ROOT / place).exists():
+            raise ValueError(f"{source} links to {target}, which is not there")
+        return f"[{text}]({repo_url.rstrip('/')}/blob/main/{place}{anchor})" if repo_url else text
+
+    fences = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
+    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in fences)
+
+
+def drawing(file: str, label: str) -> str:
+    """An SVG file as part of the page."""
+    svg = (ROOT / "docs" / file).read_text(encoding="utf-8")
+    return f'<figure class="drawing" markdown="0" aria-label="{label}">\n{svg.strip()}\n</figure>'
+
+
+def command_reference() -> str:
+    """A section for each command: its help as the terminal shows it."""
+    import click
+
+    from sta_adapter.cli import COMMANDS, cli
+
+    parts = []
+    with click.Context(cli, info_name="sta-adapter", terminal_width=80, max_content_width=80) as top:
+        parts.append(f"```text\n{cli.get_help(top).rstrip()}\n```")
+        for name in COMMANDS:
+            command: Any = cli.get_command(top, name)
+            with click.Context(command, top, info_name=name, terminal_width=80, max_content_width=80) as context:
+                parts.append(f"## {name}\n\n```text\n{command.get_help(context).rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
+def backbone_table() -> str:
+    """A row for each backbone that this package registers: what it declares."""
+    from sta_adapter.backbone import get_backbone, list_backbones
+
+    rows = ["| backbone | encoder class | blocks | added in front of | defaults that differ |", "|---" * 5 + "|"]
+    for name in list_backbones():
+        spec = get_backbone(name)
+        if not spec.layout.__module__.startswith("sta_adapter."):
+            continue
+        classes = ", ".join(f"`{c}`" for c in spec.encoder_classes)
+        defaults = ", ".join(f"`{k}={v!r}`" for k, v in spec.defaults.items()) or "none"
+        rows.append(f"| `{name}` | {classes} | `{spec.blocks}` | `{spec.norm}` | {defaults} |")
+    return "\n".join(rows)
+
+
+def settings_table(place: str) -> str:
+    """A row for each field of a class, "training_config.TrainingConfig" for one, with the comment behind it."""
+    module, _, name = place.partition(".")
+    text = (ROOT / "sta_adapter" / f"{module}.py").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    node = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == name)
+    defaults = {f.name: f for f in dataclasses.fields(getattr(importlib.import_module(f"sta_adapter.{module}"), name))}
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.target.id in defaults:
+            comment = "".join(line.partition("  # ")[2] for line in lines[field.lineno - 1 : field.end_lineno])
+            given = defaults[field.target.id]
+            made = given.default_factory is not dataclasses.MISSING and given.default_factory is not dict
+            default = (
+                "see below" if made else "none" if given.default is dataclasses.MISSING else f"`{given.default!r}`"
+            )
+            rows.append(f"| `{field.target.id}` | {default} | {comment} |")
+    return "\n".join(rows)
