@@ -12,8 +12,19 @@ import click
 from sta_adapter.commands.options import Grouped, option
 from sta_adapter.errors import ConfigError
 
+HELP = """\b
+Example: sta-adapter convert STAVEQ2-2B my-adapter
+         sta-adapter convert my-adapter staveq2.safetensors --to-published
 
-@click.command(cls=Grouped, short_help="Turn a published STAVEQ2 checkpoint into an adapter, or back.")
+Turns a published STAVEQ2 checkpoint into an adapter, or back.
+
+SOURCE is a folder with config.json and safetensors files, or one such
+file. Only STA's tensors are read and written, bit for bit; the base
+model's and LoRA's stay where they are.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Turn a published STAVEQ2 checkpoint into an adapter, or back.")
 @click.argument("source", type=click.Path())
 @click.argument("out", type=click.Path())
 @option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Where the branch stands, which weights don't tell. [default: after_spatial]")  # fmt: skip
@@ -23,16 +34,7 @@ from sta_adapter.errors import ConfigError
 @option("Back", "--to-published", is_flag=True, help="SOURCE is an adapter; write it under the published names.")
 @option("Back", "--prefix", metavar="TEXT", help="In front of 'blocks.0'. [default: the published one]")
 def command(source: str, out: str, to_published: bool, prefix: str | None, **options: Any) -> None:
-    """Turn a published STAVEQ2 checkpoint into an adapter, or back.
-
-    \b
-    Example: sta-adapter convert STAVEQ2-2B my-adapter
-             sta-adapter convert my-adapter staveq2.safetensors --to-published
-
-    SOURCE is a folder with config.json and safetensors files, or one such
-    file. Only STA's tensors are read and written, bit for bit; the base
-    model's and LoRA's stay where they are.
-    """  # noqa: D301
+    """Turn a published checkpoint into an adapter, or back."""
     from sta_adapter.conversion import convert_published, convert_to_published
 
     if to_published:

@@ -8,20 +8,23 @@ import click
 
 from sta_adapter.errors import MissingExtraError
 
+HELP = """\b
+Example: sta-adapter demo --out sta-demo
 
-@click.command()
+Writes clips of ten movements that no single frame tells apart, trains a
+tiny Qwen2-VL on them with STA and with LoRA alone, compares the two, and
+writes a report. Takes minutes on a CPU.
+"""
+
+
+@click.command(help=HELP)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("sta-demo"), show_default=True,
               help="Folder for the report, the adapter, the clips and the runs.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds to repeat it with.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The first of them.")
 @click.option("--quick", is_flag=True, help="A few steps on a few clips: shows every step, proves nothing.")
 def command(out: Path, seeds: int, seed: int, quick: bool) -> None:
-    """Example: sta-adapter demo --out sta-demo.
-
-    Writes clips of ten movements that no single frame tells apart, trains a
-    tiny Qwen2-VL on them with STA and with LoRA alone, compares the two, and
-    writes a report. Takes minutes on a CPU.
-    """
+    """Run the comparison and write its report."""
     try:
         from sta_adapter.demo.report import print_table, write_report
         from sta_adapter.demo.run import DemoSettings, run_demo

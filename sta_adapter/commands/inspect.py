@@ -18,7 +18,16 @@ from sta_adapter.errors import ConfigError
 LINE = 80
 
 
-@click.command(cls=Grouped, short_help="Show where STA would go in a model, and what it costs.")
+HELP = """\b
+Example: sta-adapter inspect Qwen/Qwen2-VL-2B-Instruct
+         sta-adapter inspect my-model/config.json --layers 0-15
+
+Shows where STA would go in a model, and what it costs. MODEL is a Hub
+id, a folder or a config.json. Weights are neither downloaded nor loaded.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Show where STA would go in a model, and what it costs.")
 @click.argument("model")
 @option("What", "--head-scale", type=float, help="Share of the encoder's heads. [default: the backbone's]")
 @option("What", "--layers", metavar="LIST", help="Blocks, such as 0-3,8 or all. [default: all]")
@@ -37,15 +46,7 @@ def command(
     trust_remote_code: bool,
     **cfg: Any,
 ) -> None:
-    """Show where STA would go in a model, and what it costs.
-
-    \b
-    Example: sta-adapter inspect Qwen/Qwen2-VL-2B-Instruct
-             sta-adapter inspect my-model/config.json --layers 0-15
-
-    MODEL is a Hub id, a folder or a config.json. Weights are neither
-    downloaded nor loaded.
-    """  # noqa: D301
+    """Show where STA would go in a model, and what it costs."""
     from sta_adapter.config import STAConfig
     from sta_adapter.inspection import ClipSize, empty_model, inspect_model
 
