@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old lint build clean
+.PHONY: demo test test-old lint docs build clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -26,6 +26,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sta_adapter backbones
+
+# The site, in build/site. Each warning is an error; no network is needed.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.ready
 	$(BIN)/python -m build
