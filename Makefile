@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old lint docs build clean
+.PHONY: demo test test-old lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -34,8 +34,22 @@ docs: $(VENV)/.ready
 build: $(VENV)/.ready
 	$(BIN)/python -m build
 
+# Known vulnerabilities of what is installed; asks the advisory database, so it needs the network.
+audit: $(VENV)/.ready .venv-tools/.ready
+	.venv-tools/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# What the package was built and tested with, in CycloneDX's format.
+sbom: $(VENV)/.ready .venv-tools/.ready
+	mkdir -p dist
+	.venv-tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-format JSON -o dist/sbom.cdx.json
+
+.venv-tools/.ready:
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet pip-audit cyclonedx-bom
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 build dist *.egg-info
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-tools build dist *.egg-info
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
