@@ -88,7 +88,7 @@ def _own_lora_files(folder: Path) -> tuple[Path, ...]:
 
 
 def make_description(
-    backbone: str, encoder: Mapping[str, int], config: STAConfig, base: str | None = None, revision: str | None = None
+    backbone: str, encoder: Mapping[str, int], config: STAConfig, base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The contents of `sta_config.json`.
 
@@ -96,16 +96,17 @@ def make_description(
         backbone: its name.
         encoder: `width`, `depth`, the branch's `num_heads`, `head_dim`.
         config: settings in force.
-        base: Hub id or folder of the base model.
-        revision: commit of the base model on the Hub.
+        base: of the base model, as `describe_base` gives it: `id`, `revision`, and the sizes of its `language_model`.
     """
     import sta_adapter
 
+    base = base or {}
     return {
         "format_version": FORMAT_VERSION,
         "sta_adapter_version": sta_adapter.__version__,
         "backbone": backbone,
-        "base_model": {"id": base or None, "revision": revision},
+        "base_model": {"id": base.get("id") or None, "revision": base.get("revision")},
+        "language_model": base.get("language_model"),
         "encoder": dict(encoder),
         "config": config.to_dict(),
     }

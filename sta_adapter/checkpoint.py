@@ -21,9 +21,10 @@ from sta_adapter.adapter_format import (
     read_weights,
     write_adapter,
 )
+from sta_adapter.base_model import check_base, describe_base
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.inject import Plan, get_sta, plan_injection
+from sta_adapter.inject import get_sta, plan_injection
 from sta_adapter.lora_files import LORA_CONFIG, load_lora, lora_files
 from sta_adapter.sharding import is_sharded, whole, write_once
 
@@ -67,15 +68,13 @@ def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
 def describe_adapter(handle: STAHandle) -> dict[str, Any]:
     """The contents of `sta_config.json`."""
     block = next(iter(handle.blocks.values()))
-    config = getattr(handle.model, "config", None)
     encoder = {
         "width": block.to_out.out_features,
         "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
         "num_heads": block.num_heads,
         "head_dim": block.head_dim,
     }
-    base = (getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None))
-    return make_description(handle.backbone, encoder, handle.config, *base)
+    return make_description(handle.backbone, encoder, handle.config, describe_base(handle.model))
 
 
 def load_sta(
@@ -84,6 +83,7 @@ def load_sta(
     *,
     revision: str | None = None,
     is_trainable: bool = False,
+    base_model: str | None = None,
     **hub_options: Any,
 ) -> STAHandle:
     """Put a saved adapter into a model; LoRA weights in the same folder come back too.
@@ -94,23 +94,26 @@ def load_sta(
         folder_or_repo_id: a folder, or the id of a repository on the Hub.
         revision: branch, tag or commit on the Hub.
         is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
+        base_model: "any" takes every model whose vision encoder fits, such as a renamed or fine-tuned copy; by default
+            another language model, or another Hub id, is refused (see `sta_adapter.base_model`).
         hub_options: further arguments of `huggingface_hub.snapshot_download`, such as `token` or `cache_dir`.
 
     Returns:
         The handle of the model.
 
     Raises:
-        CheckpointError: files are missing or damaged, or the adapter is for another backbone, width or depth; every
-            difference is listed. The model is as before.
+        CheckpointError: files can't be had, are missing or damaged, or the adapter is for another base model; both are
+            named, every difference is listed. The model is as before.
         UnknownBackboneError, ConfigError, InjectionError: as `inject_sta`.
     """
     from sta_adapter.hub import resolve_adapter
 
     folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
     description = read_description(folder)
+    _require_lora(folder, description)
     config = _saved_config(folder, description)
     plan = plan_injection(model, config)
-    _compare_encoder(folder, description, plan)
+    check_base(folder, description, plan, base_model)
     modules = plan.build()
     state = read_weights(folder, description)
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
@@ -134,25 +137,17 @@ def load_sta(
     return loaded
 
 
+def _require_lora(folder: Path, description: Mapping[str, Any]) -> None:
+    """Without this, a copy that misses a file would load, and compute something else."""
+    if description.get("lora") is True and not (folder / LORA_CONFIG).exists():
+        raise CheckpointError(
+            f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing. Copy or download it "
+            f'again; to use STA without its LoRA, write "lora": false into {CONFIG}.'
+        )
+
+
 def _saved_config(folder: Path, description: Mapping[str, Any]) -> STAConfig:
     try:
         return STAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-
-
-def _compare_encoder(folder: Path, description: Mapping[str, Any], plan: Plan) -> None:
-    site = plan.site
-    here = {
-        "backbone": site.backbone.name,
-        "width": site.width,
-        "depth": len(site.blocks),
-        "num_heads": plan.num_heads,
-        "head_dim": site.head_dim,
-    }
-    saved = {**description["encoder"], "backbone": description["backbone"]}
-    differences = [
-        f"{k}: {saved.get(k)!r} in the adapter, {v!r} in the model" for k, v in here.items() if saved.get(k) != v
-    ]
-    if differences:
-        raise CheckpointError(f"the adapter in {folder} is for another encoder: {'; '.join(differences)}.")

@@ -78,7 +78,8 @@ def convert_published(
     settings = _settings(spec, state, facts, known, order)
     encoder = {"width": facts["width"], "depth": facts["depth"], **_branch_facts(state, facts)}
     compare_tensors(Path(os.fspath(source)), state, _expected(spec, encoder, settings, state))
-    description = make_description(spec.name, encoder, settings, checkpoint.config.get("_name_or_path"))
+    base = {"id": checkpoint.config.get("_name_or_path")}
+    description = {**make_description(spec.name, encoder, settings, base), "converted": True}
     write_adapter(out, state, description)
     return description
 

@@ -1,0 +1,136 @@
+"""Which base model an adapter was trained on, and whether a model is that one.
+
+Public: `describe_base`, `check_base`, `is_hub_id`, `ANY`. What counts as the same model:
+
+- the vision encoder must have the same backbone, width, depth and heads, or the weights do not fit;
+- the language model must have the same sizes, where both sides know them: Qwen2-VL-2B and 7B share one vision encoder;
+- two different Hub ids are two models. A folder or a model made without a name is taken as it is, since a folder may
+  hold anything under any name; so is the name that stood in a converted checkpoint, which is hearsay.
+
+`base_model="any"` waives the second and third, for a renamed or fine-tuned copy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.inject import Plan
+
+ANY = "any"
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
+VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with one of these is a language model's too
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What an adapter keeps about its base model: `id`, `revision`, and the language model's sizes or None.
+
+    Args:
+        model: a full model, its vision encoder, or a PeftModel around either.
+    """
+    config = getattr(model, "config", None)
+    name, revision = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
+    name = None if name is None else os.fspath(name)
+    cached = CACHED.search(name or "")
+    if cached:
+        name, revision = f"{cached[1]}/{cached[2]}", cached[3]
+    elif is_hub_id(name) and os.path.isdir(str(name)):
+        name = f"./{name}"  # a folder whose relative path looks like an id
+    return {"id": name, "revision": revision, "language_model": _language_sizes(config)}
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name has the form of a Hub id, `user/name`, and not of a path."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name or "") is not None
+
+
+def check_base(folder: Path, description: Mapping[str, Any], plan: Plan, base_model: str | None) -> None:
+    """Refuse a model that is not the one the adapter was trained on; both are named.
+
+    Args:
+        folder: the adapter's.
+        description: contents of its `sta_config.json`.
+        plan: the injection into the model.
+        base_model: None, or "any" to take every model whose encoder fits.
+
+    Raises:
+        CheckpointError: it is another model.
+        ConfigError: for another `base_model`.
+    """
+    if base_model not in (None, ANY):
+        raise ConfigError(f"base_model is {base_model!r}, expected {ANY!r} to take any model that fits, or None.")
+    saved: dict[str, Any] = _saved_base(description)
+    here = describe_base(plan.model)
+    both = f"It was trained on {_named(saved['id'])}; the model is {_named(here['id'])}."
+    differences = _different({**description["encoder"], "backbone": description["backbone"]}, _encoder(plan))
+    if differences:
+        raise CheckpointError(f"the adapter in {folder} is for another encoder: {differences}. {both}")
+    if base_model == ANY:
+        return
+    differences = _different(saved["language_model"] or {}, here["language_model"] or {}, both_known=True)
+    override = f"If it fits all the same, pass base_model={ANY!r}."
+    if differences:
+        raise CheckpointError(
+            f"the adapter in {folder} is for another language model: {differences}. {both} {override}"
+        )
+    known = is_hub_id(saved["id"]) and is_hub_id(here["id"]) and description.get("converted") is not True
+    if known and saved["id"].lower() != here["id"].lower():
+        raise CheckpointError(
+            f"the adapter in {folder} is for another base model. {both} If that is a copy or a close relative of it, "
+            f"pass base_model={ANY!r}."
+        )
+
+
+def _saved_base(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter says of its base; files from elsewhere may say less, or nonsense."""
+    base = description.get("base_model")
+    name = base.get("id") if isinstance(base, Mapping) else None
+    sizes = description.get("language_model")
+    return {
+        "id": name if isinstance(name, str) else None,
+        "language_model": dict(sizes) if isinstance(sizes, Mapping) else None,
+    }
+
+
+def _encoder(plan: Plan) -> dict[str, Any]:
+    site = plan.site
+    return {
+        "backbone": site.backbone.name,
+        "width": site.width,
+        "depth": len(site.blocks),
+        "num_heads": plan.num_heads,
+        "head_dim": site.head_dim,
+    }
+
+
+def _different(saved: Mapping[str, Any], here: Mapping[str, Any], *, both_known: bool = False) -> str:
+    return "; ".join(
+        f"{name}: {saved.get(name)!r} in the adapter, {value!r} in the model"
+        for name, value in here.items()
+        if saved.get(name) != value and not (both_known and None in (value, saved.get(name)))
+    )
+
+
+def _named(name: str | None) -> str:
+    return repr(name) if name else "a model without a name"
+
+
+def _language_sizes(config: Any) -> dict[str, int | None] | None:
+    """Sizes of the language model that a configuration describes; None where it describes none."""
+    parts = [part for name in LANGUAGE_PARTS if (part := _get(config, name)) is not None]
+    if not parts and any(_get(config, mark) is not None for mark in VISION_MARKS):
+        parts = [config]
+    sizes = {name: _get(parts[0], name) for name in SIZES} if parts else {}
+    return sizes if any(isinstance(size, int) for size in sizes.values()) else None
+
+
+def _get(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
