@@ -1,18 +1,42 @@
-"""Adapters on the Hugging Face Hub."""
+"""Adapters on the Hugging Face Hub: found by id, in the cache or by download. See `publish` for the way there.
+
+Public: `resolve_adapter`, `explain`, `ADAPTER_FILES`.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sta_adapter.adapter_format import CONFIG, WEIGHTS
 from sta_adapter.errors import CheckpointError
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 
-ADAPTER_FILES = ["sta_adapter.safetensors", "sta_config.json", "adapter_config.json", "adapter_model.safetensors"]
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILES = [WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS]
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone a moment later
+WAITS = (1.0, 4.0)  # seconds before each further try
+CLIENTS = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2")  # what huggingface_hub talks HTTP with
+LOGIN = "log in (python -c 'import huggingface_hub; huggingface_hub.login()'), set HF_TOKEN, or pass token=..."
+MISSING = f"it does not exist, or is private, which looks the same from outside: then {LOGIN}"
+OFFLINE = (
+    "HF_HUB_OFFLINE=1 is set, and the cache holds no complete copy of it. Load it once with a connection, with the same "
+    "HF_HOME, or unset HF_HUB_OFFLINE"
+)
+
+T = TypeVar("T")
 
 
 def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """A local folder with the adapter's files, downloaded when it isn't one already; no other file is fetched.
+
+    A folder of that name goes before a repository. What is in the Hub's cache is not fetched again; with HF_HUB_OFFLINE=1,
+    or when the Hub can't be reached, the cache alone is used.
 
     Args:
         folder_or_repo_id: a folder, or a repository's id on the Hub.
@@ -33,10 +57,101 @@ def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | N
         raise CheckpointError(f"there is no folder {text!r}, and it is no repository id on the Hub (user/name).")
     from huggingface_hub import snapshot_download
 
-    try:
+    def download() -> Path:
         return Path(snapshot_download(text, revision=revision, allow_patterns=ADAPTER_FILES, **options))
+
+    try:
+        return patiently(download)
     except Exception as error:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
-            f"there is no folder {text!r}, and the Hub repository of that id{at} can't be had: {type(error).__name__}: {error}"
+            f"there is no folder {text!r}, and the Hub repository of that id{at} can't be had: {explain(error)}"
         ) from error
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Do it, and again a little later where the network or the server failed in a way that may pass."""
+    for wait in WAITS:
+        try:
+            return action()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            logger.info("trying again in %g s: %s", wait, error)
+            time.sleep(wait)
+    return action()
+
+
+def explain(error: BaseException, endpoint: str | None = None) -> str:
+    """What an error of `huggingface_hub` means for the user, and what to do about it.
+
+    Args:
+        error: what was raised.
+        endpoint: what was to be written to; None for reading, where the cache helps.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    chain = list(_causes(error))
+    if constants.HF_HUB_OFFLINE or any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
+        meaning = "HF_HUB_OFFLINE=1 is set; unset it to push" if endpoint else OFFLINE
+    elif any(isinstance(cause, GatedRepoError) for cause in chain):
+        meaning = f"its owner lets in only who asked for access on its page; then {LOGIN}"
+    elif any(isinstance(cause, RevisionNotFoundError) for cause in chain):
+        meaning = "it has no such branch, tag or commit"
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
+        meaning = MISSING
+    elif _status(error) is not None:
+        meaning = _status_meaning(int(_status(error) or 0), str(error), pushing=endpoint is not None)
+    elif any(map(_is_connection_trouble, chain)):
+        there = endpoint or f"{constants.ENDPOINT} (HF_ENDPOINT), and no complete copy in the cache"
+        meaning = f"no connection to {there}"
+    else:
+        return _line(error)
+    return f"{meaning} ({_line(error)})"
+
+
+def _status_meaning(status: int, text: str, *, pushing: bool) -> str:
+    if status == 401 and "Invalid credentials" in text:
+        return f"the Hub does not know your token; {LOGIN}"
+    if status == 401:
+        return f"the Hub wants a token with write access; {LOGIN}" if pushing else MISSING
+    if status == 403:
+        return "your token does not allow it; use one with the rights, from the settings page of the account"
+    if status == 429:
+        return "the Hub has had too many requests from here; wait some minutes, or log in"
+    return f"the Hub answered with status {status}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if a server has answered."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if response is not None:
+            return int(response.status_code)
+    return None
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = _status(error)
+    return any(map(_is_connection_trouble, _causes(error))) if status is None else status in PASSING
+
+
+def _is_connection_trouble(error: BaseException) -> bool:
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return False
+    if isinstance(error, (ConnectionError, TimeoutError)) or "Consistency check failed" in str(error):
+        return True
+    return type(error).__module__.split(".")[0] in CLIENTS and not isinstance(error, ValueError)
+
+
+def _line(error: BaseException) -> str:
+    """Kind and text of an error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}"
