@@ -1,0 +1,68 @@
+"""LoRA weights beside an adapter that are not what was saved are refused; PEFT alone only warns."""
+
+import json
+
+import pytest
+import torch
+from cases import make_qwen2_vl, seeded
+from safetensors.torch import load_file, save_file
+
+from sta_adapter import get_sta, inject_sta, load_sta
+from sta_adapter.errors import CheckpointError
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    from peft import get_peft_model
+
+    handle = inject_sta(seeded(make_qwen2_vl))
+    model = get_peft_model(handle.model, handle.lora_config(r=2))
+    folder = tmp_path_factory.mktemp("adapter")
+    get_sta(model).save_pretrained(folder)
+    return folder
+
+
+def spoil(saved, folder, change):
+    """A copy of the adapter with its LoRA weights changed."""
+    for path in saved.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = load_file(folder / LORA_WEIGHTS)
+    change(state)
+    save_file(state, folder / LORA_WEIGHTS, {"format": "pt"})
+
+
+def first(state):
+    return next(key for key in state if "lora_B" in key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(first(s)), "does not fit the model: missing base_model"),
+        (lambda s: s.update({"base_model.model.extra.lora_A.weight": torch.ones(2)}), "unexpected base_model"),
+        (lambda s: s.update({first(s): torch.ones(3, 2)}), "LoRA weights"),
+        (lambda s: s[first(s)].fill_(float("nan")), "not finite"),
+    ],
+    ids=["missing", "unexpected", "shape", "nan"],
+)
+def test_changed_weights(saved, tmp_path, change, message):
+    spoil(saved, tmp_path, change)
+    model = seeded(make_qwen2_vl)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        load_sta(model, tmp_path)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_configuration_that_imports(saved, tmp_path):
+    spoil(saved, tmp_path, lambda state: None)
+    fields = json.loads((tmp_path / LORA_CONFIG).read_text())
+    (tmp_path / LORA_CONFIG).write_text(json.dumps({**fields, "megatron_config": {"a": 1}, "megatron_core": "this"}))
+    with pytest.raises(CheckpointError, match="sets megatron_config"):
+        load_sta(seeded(make_qwen2_vl), tmp_path)

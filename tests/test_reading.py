@@ -1,0 +1,99 @@
+"""Files that a stranger may have written are read in bounded time and memory, or refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sta_adapter.errors import CheckpointError
+from sta_adapter.lora_files import check_lora_config
+from sta_adapter.reading import MAX_JSON_BYTES, compare_shapes, read_json, read_tensors, require_plain_pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "can't be read as JSON"),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, "can't be read as JSON"),
+        ("[1]", "holds a list, expected a JSON object"),
+        ("9" * 5000, "can't be read as JSON"),
+        (" " * (MAX_JSON_BYTES + 1), f"has {MAX_JSON_BYTES + 1} bytes"),
+        ("\x00\xff", "can't be read as JSON"),
+    ],
+    ids=["deep list", "deep object", "list", "long number", "long", "bytes"],
+)
+def test_json_that_is_none(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(CheckpointError, match=message):
+        read_json(path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_a_path_that_is_no_file_is_not_waited_for(tmp_path, read, kind):
+    path = tmp_path / "file"
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        read(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_only_usual_floating_point_weights(tmp_path, dtype):
+    save_file({"good": torch.ones(2), "odd": torch.ones(2).to(dtype)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors are not finite floating-point .* first is 'odd'"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_no_weights(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "noise.safetensors"
+    path.write_bytes(data)
+    try:
+        state, _ = read_tensors(path)
+    except CheckpointError:
+        return
+    assert state == {}  # the smallest valid file holds no tensor
+
+
+def test_every_difference_is_listed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"missing b; unexpected c; a has the shape \(1,\), expected \(2,\)"):
+        compare_shapes(tmp_path, {"a": (1,), "c": (1,)}, {"a": (2,), "b": (1,)})
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+$", r"(a|a)*b", r"(.*)*", r".*.*.*.*.*x", "(a{1,9}){1,9}", r"(?=(a+)+)b", "a" * 1001], ids=str
+)
+def test_patterns_that_may_not_end(tmp_path, pattern):
+    with pytest.raises(CheckpointError, match="repeats too much"):
+        require_plain_pattern(tmp_path, pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["q_proj", "attn.qkv", r".*\.sta(\..*)?", r".*layers\.\d+\.(self_attn|mlp)\..*", "all-linear"]
+)
+def test_usual_patterns(tmp_path, pattern):
+    require_plain_pattern(tmp_path, pattern)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING', expected 'LORA'"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "sets megatron_config"),
+        ({"layer_replication": [[0, 4]]}, "sets layer_replication"),
+        ({"target_modules": "(a+)+$"}, "repeats too much"),
+        ({"rank_pattern": {"(a*)*": 3}}, "repeats too much"),
+        ({"exclude_modules": ["("]}, "is no regular expression"),
+    ],
+    ids=["method", "import", "depth", "targets", "ranks", "broken"],
+)
+def test_lora_that_asks_for_more(tmp_path, fields, message):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", **fields}))
+    with pytest.raises(CheckpointError, match=message):
+        check_lora_config(path)
