@@ -14,12 +14,17 @@ import torch
 
 from sta_adapter.collator import Collator
 from sta_adapter.encoding import Encoded, encode_answer
+from sta_adapter.matching import named_option
 from sta_adapter.samples import Sample
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model said about one sample; `scores` are the options' log-likelihoods."""
+    """What the model said about one sample.
+
+    `scores` are the options' log-likelihoods, where the likeliest was chosen; `unmatched` says that a written answer named none
+    of the options.
+    """
 
     index: int
     source: str
@@ -28,30 +33,41 @@ class Prediction:
     prediction: str
     correct: bool
     scores: list[float] | None = None
+    unmatched: bool = False
 
 
 Question = tuple[int, Sample, Encoded]
 
 
 class Questioner:
-    """Answers of a model to encoded prompts, in batches padded on the left."""
+    """Answers of a model to encoded prompts, in batches padded on the left.
 
-    def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int) -> None:
+    Args:
+        model: the model.
+        processor: its processor.
+        max_new_tokens: longest written answer.
+        batch_size: samples, or options of samples, at a time.
+        choose: how a question with options is answered: "likeliest" or "written", see `sta_adapter.evaluation.evaluate`.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, choose: str = "likeliest"
+    ) -> None:
         self.model = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.choose = choose
         self.collate = Collator.of(processor, side="left")
         self.device = next(model.parameters()).device
 
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
-        """Predictions, those of open questions first."""
-        open_questions = [q for q in questions if q[1].options is None]
-        if open_questions:
-            yield from self._generate(open_questions)
-        for question in questions:
-            if question[1].options is not None:
-                yield self._choose(question)
+        """Predictions, those of written answers first."""
+        written = questions if self.choose == "written" else [q for q in questions if q[1].options is None]
+        if written:
+            yield from self._generate(written)
+        if len(written) < len(questions):
+            yield from map(self._choose, (q for q in questions if q[1].options is not None))
 
     def _batch(self, items: list[Encoded]) -> dict[str, torch.Tensor]:
         batch = self.collate(items)
@@ -75,8 +91,13 @@ class Questioner:
         )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for (index, sample, _), text in zip(questions, said, strict=True):
-            right = _plain(text) == _plain(sample.answer)
-            yield Prediction(index, sample.source, sample.category, sample.answer, text.strip(), right)
+            about = (index, sample.source, sample.category, sample.answer, text.strip())
+            if sample.options is None:
+                yield Prediction(*about, _plain(text) == _plain(sample.answer))
+                continue
+            named = named_option(text, sample.options, sample.extra.get("option_texts", ()))
+            right = named is not None and sample.options[named] == sample.answer
+            yield Prediction(*about, right, unmatched=named is None)
 
     def _choose(self, question: Question) -> Prediction:
         """The option that is likeliest as a complete answer."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "check-data": "Look for bad samples in your data before training.",
     "train": "Train STA, and LoRA beside it, on your clips.",
     "evaluate": "Measure a model with and without its adapter.",
+    "push": "Publish an adapter on the Hugging Face Hub.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from sta_adapter.encoding import Visual, temporal_patch
 from sta_adapter.frames import fit_frames, read_image
-from sta_adapter.video import Clip, read_clip
+from sta_adapter.video import Clip, read_clip, read_folder
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class ClipReader:
                 "max_frames": part.get("max_frames", settings.max_frames),
             }
         start, end = part.get("video_start"), part.get("video_end")
+        if "folder_fps" in part:
+            return read_folder(part["video"], part["folder_fps"], start=start, end=end, **rate)
         return read_clip(part["video"], start=start, end=end, backend=settings.backend, **rate)
 
     def _order(self, count: int, index: int) -> np.ndarray:

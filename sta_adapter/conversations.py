@@ -16,7 +16,10 @@ from typing import Any
 from sta_adapter.errors import DataError
 from sta_adapter.formats import as_conversation
 
-_POSITIVE = {"nframes": int, "min_frames": int, "max_frames": int, "min_pixels": int, "max_pixels": int, "fps": float}
+_POSITIVE = {
+    **dict.fromkeys(("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"), int),
+    **dict.fromkeys(("fps", "folder_fps"), float),  # folder_fps: of a folder of pictures in the place of a video file
+}
 _SECONDS = ("video_start", "video_end")
 _PART_KEYS = {
     "text": {"type", "text"},

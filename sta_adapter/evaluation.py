@@ -1,8 +1,8 @@
 """How often a model is right: exact labels and multiple choice, with controls that take the order of frames away.
 
 Public: `evaluate(model, data, ...)` -> `EvaluationResult`, `Score`, `Prediction`, `wilson`. A sample with `options` is scored by the log-likelihood of
-each option as a complete answer (its end of turn included); any other by greedy generation, compared with its answer
-but for case, surrounding white space and a full stop.
+each option as a complete answer (its end of turn included), or by the option that a written answer names; any other by greedy
+generation, compared with its answer but for case, surrounding white space and a full stop.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sta_adapter.predictions import PredictionLog
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
 
+CHOICES = ("likeliest", "written")
 Z95 = 1.959963984540054  # two-sided 95 %
 
 
@@ -92,6 +93,7 @@ class EvaluationResult:
             "frames": self.frames,
             "overall": self.overall.to_dict(),
             "categories": {name: score.to_dict() for name, score in self.categories.items()},
+            "unmatched": sum(prediction.unmatched for prediction in self.predictions),
             "bad_samples": self.bad_samples,
             "seconds": round(self.seconds, 3),
         }
@@ -126,6 +128,7 @@ def evaluate(
     frame_settings: FrameSettings | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 32,
+    choose: str = "likeliest",
     on_bad_sample: str = "skip",
     num_workers: int = 0,
     predictions_file: str | Path | None = None,
@@ -143,6 +146,8 @@ def evaluate(
         frame_settings: how clips are sampled, where `data` is a file.
         batch_size: samples, or options of samples, at a time.
         max_new_tokens: longest generated answer.
+        choose: what answers a question with options: the "likeliest" option, or what the model has "written", as far as it
+            names one option by its letter or text, as published benchmarks are scored.
         on_bad_sample: "skip" or "error", where `data` is a file.
         num_workers: processes that decode.
         predictions_file: keeps every prediction at once; given again, samples in it aren't asked a second time.
@@ -153,6 +158,8 @@ def evaluate(
         DataError: the data can't be read.
         ConfigError: `predictions_file` belongs to another evaluation.
     """
+    if choose not in CHOICES:
+        raise ConfigError(f"choose is {choose!r}, expected one of {', '.join(CHOICES)}.")
     if isinstance(data, VideoDataset):
         dataset = data.as_prompts(frames, seed)
     elif processor is None:
@@ -167,11 +174,12 @@ def evaluate(
         "sampling": dataclasses.asdict(dataset.frames),
         "samples": dataset.digest(),
         "tag": tag,
+        **({"choose": choose} if choose != CHOICES[0] else {}),
     }
     started = time.perf_counter()
     with PredictionLog(predictions_file, settings) as log, _asking(model):
         missing = [index for index in range(len(dataset)) if index not in log.done]
-        asked = Questioner(model, dataset.processor, max_new_tokens, batch_size)
+        asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
         for batch in _batches(dataset, missing, batch_size, num_workers, progress):
             good = [(i, item) for i, item in batch if not isinstance(item, BadSample)]
             for index, item in batch:

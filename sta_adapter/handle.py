@@ -22,6 +22,8 @@ from sta_adapter.telling import remove_methods
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from sta_adapter.publish import Publication
+
 
 class STAHandle:
     """The STA of one injected model; made by `inject_sta`, `load_sta` and `get_sta`.
@@ -175,6 +177,51 @@ class STAHandle:
 
         self._require_injected()
         save_adapter(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        base_model: str | None = None,
+        **more: Any,
+    ) -> Publication | None:
+        """Publish STA, and LoRA weights if the model has them, on the Hugging Face Hub, in one commit.
+
+        The repository and the branch are made where they are missing. A README that is there is kept; otherwise the
+        commit holds a model card. Nothing but the adapter's files and the card is uploaded.
+
+        Args:
+            repo_id: "user/name" or "organisation/name".
+            private: of a new repository. True is an error where the repository is public.
+            revision: branch to push to; by default the main one.
+            commit_message: by default "Upload STA adapter".
+            token: of the account; by default the one of the login, or HF_TOKEN.
+            create_pr: open a pull request with the commit.
+            license: for the card, such as "apache-2.0".
+            base_model: the base model's Hub id, where it was loaded from a folder.
+            more: for the card, `datasets` (Hub ids), `run_folder` (output of training, for the recipe) and `results`
+                (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing.
+
+        Returns:
+            What was uploaded, and where it is now. Where weights are sharded all processes must call this, and the first
+            one pushes: None on the others.
+
+        Raises:
+            CheckpointError: weights are not finite, or the Hub refused; the repository is as before.
+            ConfigError: an argument has another form.
+        """
+        from sta_adapter.publish import push_adapter
+
+        self._require_injected()
+        card = {"license": license, "base_model": base_model}
+        options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
+        return push_adapter(self, repo_id, create_pr=create_pr, **options, **card, **more)
 
     @property
     def _removed(self) -> bool:

@@ -6,7 +6,6 @@ Public: `load_model(id_or_folder)`, `load_processor(id_or_folder)`, `load_adapte
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,9 +89,21 @@ def load_processor(
 
 
 def load_adapter(
-    model: nn.Module, name: str | os.PathLike[str], *, revision: str | None = None, is_trainable: bool = False
+    model: nn.Module,
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    is_trainable: bool = False,
+    base_model: str | None = None,
 ) -> nn.Module:
     """Put a saved adapter into a model: STA, STA with LoRA, or a LoRA baseline.
+
+    Args:
+        model: the base model.
+        name: the adapter's folder, or its id on the Hub.
+        revision: branch, tag or commit of the adapter on the Hub.
+        is_trainable: whether to go on training.
+        base_model: "any" takes every model that the adapter fits, as for `load_sta`.
 
     Returns:
         The model to go on with.
@@ -107,7 +118,7 @@ def load_adapter(
 
     folder = resolve_adapter(name, revision)
     if (folder / CONFIG).exists() or not (folder / LORA_CONFIG).exists():
-        return load_sta(model, folder, is_trainable=is_trainable).model.eval()
+        return load_sta(model, folder, is_trainable=is_trainable, base_model=base_model).model.eval()
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -118,11 +129,29 @@ def load_adapter(
         raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
 
 
-def saved_frame_settings(name: str | os.PathLike[str]) -> dict[str, Any]:
-    """How clips were sampled when the adapter in this folder was trained; empty if it isn't known."""
+def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
+    """How clips were sampled when an adapter was trained; empty if it isn't known.
+
+    Args:
+        name: its folder, or its id on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: no adapter.
+    """
     import json
 
+    from sta_adapter.adapter_format import CONFIG, read_description
+    from sta_adapter.clips import FrameSettings
+    from sta_adapter.hub import resolve_adapter
     from sta_adapter.training import RUN_FILE
 
-    file = Path(name) / RUN_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("frames", {}) if file.is_file() else {}
+    folder = resolve_adapter(name, revision)
+    file = folder / RUN_FILE
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8")).get("frames", {})
+    else:  # a published adapter brings the numbers along, but not the rest of the run
+        published = read_description(folder).get("frames") if (folder / CONFIG).is_file() else None
+        items = published.items() if isinstance(published, dict) else ()
+        found = {key: value for key, value in items if value is None or isinstance(value, (int, float))}
+    return {key: value for key, value in found.items() if key in FrameSettings.__dataclass_fields__}

@@ -11,7 +11,7 @@ from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
-from sta_adapter.commands.evaluate import _table
+from sta_adapter.comparison import as_text
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.encoding import encode_answer
 from sta_adapter.errors import ConfigError, DataError
@@ -250,11 +250,15 @@ def test_command_compares_base_and_adapter(base, taught, folder, tmp_path):
     assert report["adapter"]["ordered"]["overall"]["accuracy"] == 1
     assert report["base"]["ordered"]["overall"]["accuracy"] == 0
     assert set(report["adapter"]) == {"ordered", "shuffled", "reversed"}
+    gain = next(d for d in report["differences"] if d["of"] == "adapter - base" and d["frames"] == "ordered")
+    assert (gain["difference"], gain["low"], gain["high"], gain["clips"]) == (1, 1, 1, 6)
+    assert "The adapter is better than the base: +100.0" in report["reading"][0]
+    assert (tmp_path / "results.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "results.json").read_text()) == report
     assert len((tmp_path / "adapter-shuffled.jsonl").read_text().splitlines()) == 7
-    table = _table(report)
+    table = as_text(report)
     assert "adapter, ordered   100.0 [61.0, 100.0]  6" in table
-    assert table.splitlines()[-1].startswith("right ")
+    assert max(map(len, table.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

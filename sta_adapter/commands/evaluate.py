@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, model_options, option
-from sta_adapter.errors import ConfigError
+from sta_adapter.commands.options import Grouped, data_options, model_options, option
+from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.eval_sets import BENCHMARKS
 
 ORDERS = ("ordered", "shuffled", "reversed")
 FRAMES = click.Choice([*ORDERS, "all"])
@@ -22,36 +24,40 @@ BAD = click.Choice(["skip", "error"])
 
 HELP = """\b
 Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
-             --adapter my-adapter --data test.jsonl --base
-
+             --adapter my-adapter --data test.jsonl --base --out results
 Measures accuracy with its 95 % interval, in all and by category.
 """
 
 
 @click.command(cls=Grouped, help=HELP, short_help="Measure a model with and without its adapter.")
-@option("What", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
-@option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder.")
-@option("What", "--data", metavar="FILE", required=True, help="JSON Lines with answers.")
-@option("What", "--base", is_flag=True, help="Also measure the model without the adapter.")
-@option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
-@option("What", "--frames", type=FRAMES, metavar="ORDER", default="ordered", help="ordered, shuffled, reversed or all.")
+@option("Run", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
+@option("Run", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder.")
+@option("Run", "--base", is_flag=True, help="Also measure the model without the adapter.")
+@option("Run", "--data", metavar="PATH", required=True, help="Samples with answers; or a benchmark's folder.")
+@option("Run", "--benchmark", type=click.Choice(BENCHMARKS), metavar="NAME", help=f"{', '.join(BENCHMARKS)}.")
+@data_options
+@option("Run", "--category", metavar="FIELD", help="What to group by. [default: category]")
+@option("Run", "--frames", type=FRAMES, metavar="ORDER", default="ordered", help="ordered, shuffled, reversed or all.")
+@option("Run", "--out", metavar="FOLDER", help="Gets results and a plot; begun ones go on.")
+@option("Run", "--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @option("How", "--batch-size", type=click.IntRange(1), metavar="N", default=8, help="Samples at a time. [default: 8]")
 @option("How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="[default: 32]")
 @option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
 @option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
 @option("How", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
-@option("How", "--seed", type=int, metavar="N", default=0, help="Of the shuffling. [default: 0]")
+@option("How", "--seed", type=int, metavar="N", default=0, help="Of shuffling and intervals. [default: 0]")
 @option("How", "--on-bad-sample", type=BAD, metavar="WHAT", default="skip", help="skip or error. [default: skip]")
-@option("Result", "--out", metavar="FOLDER", help="Keeps predictions; begun ones go on.")
-@option("Result", "--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+@option("How", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @model_options
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
+    from sta_adapter.comparison import as_text, chance, clips_of, compare
     from sta_adapter.loading import load_adapter, load_model, load_processor
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    samples, notes = _samples(options)
     processor = load_processor(model, **source)
-    dataset = _dataset(processor, adapter, options)
+    dataset = _dataset(samples, processor, adapter, options)
     net = load_model(model, dtype=options["dtype"] or "auto", device=options["device"], **source)
     if adapter is not None:
         net = load_adapter(net, adapter)
@@ -64,16 +70,39 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
             results[name] = _measure(
                 net, dataset, f"{model} {adapter if name == 'adapter' else ''}", name, out, options
             )
+    about = {key: options[key] for key in ("data", "benchmark", "seed")}
     report = {
-        name: {order: result.to_dict(predictions=False) for order, result in by_order.items()}
-        for name, by_order in results.items()
+        **compare(results, clips_of(samples), seed=options["seed"]),
+        **{"model": model, "adapter_id": adapter, **about, "chance": chance(samples), "notes": notes},
     }
     if out:
-        Path(out, "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    click.echo(json.dumps(report, indent=1) if as_json else _table(report))
+        _write(report, Path(out))
+    click.echo(json.dumps(report, indent=1) if as_json else as_text(report))
 
 
-def _dataset(processor: Any, adapter: str | None, options: dict[str, Any]) -> Any:
+def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """What to ask, and what was left out of it."""
+    from sta_adapter.data import read_samples
+    from sta_adapter.eval_sets import load_benchmark
+
+    if options["benchmark"]:
+        given = [f"--{name}" for name in ("format", "videos") if options[name]]
+        if given:
+            raise ConfigError(f"{given[0]} and --benchmark exclude each other; a benchmark's layout is its own.")
+        found = load_benchmark(options["benchmark"], options["data"])
+        samples, notes = found.samples, found.notes
+    else:
+        samples, notes = read_samples(options["data"], format=options["format"], videos=options["videos"]), []
+    field = options["category"]
+    if field is None or field == "category":
+        return samples, notes
+    if not any(field in sample.extra for sample in samples):
+        known = sorted({name for sample in samples for name in sample.extra} - {"option_texts"})
+        raise ConfigError(f"--category {field}: no sample has that field; there are: {', '.join(known) or 'none'}.")
+    return [replace(sample, category=str(sample.extra.get(field, "other"))) for sample in samples], notes
+
+
+def _dataset(samples: list[Any], processor: Any, adapter: str | None, options: dict[str, Any]) -> Any:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data import FrameSettings, VideoDataset
     from sta_adapter.loading import saved_frame_settings
@@ -86,7 +115,7 @@ def _dataset(processor: Any, adapter: str | None, options: dict[str, Any]) -> An
     if options["nframes"] is not None:
         sampling["nframes"] = options["nframes"]
     frames = FrameSettings(**sampling)
-    return VideoDataset(options["data"], processor, frames=frames, on_bad_sample=options["on_bad_sample"])
+    return VideoDataset(samples, processor, frames=frames, on_bad_sample=options["on_bad_sample"])
 
 
 @contextlib.contextmanager
@@ -103,6 +132,17 @@ def _without(model: Any) -> Any:
         yield
 
 
+def _write(report: dict[str, Any], folder: Path) -> None:
+    """results.json and results.png; without matplotlib a hint in its place."""
+    from sta_adapter.evaluation_plot import draw
+
+    (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        draw(report, folder / "results.png")
+    except MissingExtraError as error:
+        click.secho(f"No results.png: {error}", fg="yellow", err=True)
+
+
 def _measure(model: Any, dataset: Any, tag: str, name: str, out: str | None, options: dict[str, Any]) -> dict[str, Any]:
     from sta_adapter.evaluation import evaluate
 
@@ -114,6 +154,7 @@ def _measure(model: Any, dataset: Any, tag: str, name: str, out: str | None, opt
             seed=options["seed"],
             batch_size=options["batch_size"],
             max_new_tokens=options["max_new_tokens"],
+            choose="written" if options["benchmark"] else "likeliest",
             num_workers=options["num_workers"],
             predictions_file=Path(out, f"{name}-{order}.jsonl") if out else None,
             tag=tag.strip(),
@@ -121,31 +162,3 @@ def _measure(model: Any, dataset: Any, tag: str, name: str, out: str | None, opt
         )
         for order in (ORDERS if options["frames"] == "all" else (options["frames"],))
     }
-
-
-def _table(report: dict[str, Any]) -> str:
-    """Accuracy in percent with its interval: a row for each run, then a row for each category."""
-    runs = {f"{name}, {order}": result for name, orders in report.items() for order, result in orders.items()}
-    rows = [["", "accuracy", "of"]]
-    rows += [[label, _cell(run["overall"]), str(run["overall"]["total"])] for label, run in runs.items()]
-    blocks = [_columns(rows)]
-    categories = dict.fromkeys(name for run in runs.values() for name in run["categories"])
-    if categories:
-        cells = [[c, *(_cell(run["categories"].get(c)) for run in runs.values())] for c in categories]
-        blocks.append(_columns([["category", *runs], *cells]))
-    bad = max(len(run["bad_samples"]) for run in runs.values())
-    if bad:
-        blocks.append(f"{bad} samples could not be used and don't count.")
-    return "\n\n".join(blocks)
-
-
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _cell(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return ""
-    low, high = (f"{100 * score[key]:.1f}" for key in ("low", "high"))
-    return f"{100 * score['accuracy']:.1f} [{low}, {high}]"

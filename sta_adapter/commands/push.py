@@ -1,0 +1,64 @@
+"""`sta-adapter push`: an adapter on the Hugging Face Hub, with its card.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, option
+
+LINE = 80
+
+HELP = """\b
+Example: sta-adapter push my-adapter user/my-adapter --license apache-2.0
+
+Uploads the adapter's files and a model card in one commit, and nothing else
+from the folder; a README that the repository has is kept. Needs a token with
+write access: HF_TOKEN, or a login.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Publish an adapter on the Hugging Face Hub.")
+@click.argument("folder")
+@click.argument("repo_id")
+@option("Repository", "--private", is_flag=True, help="A new repository is private.")
+@option("Repository", "--revision", metavar="NAME", help="Branch, made if it is missing. [default: main]")
+@option("Repository", "--message", "commit_message", metavar="TEXT", help="Of the commit.")
+@option("Repository", "--create-pr", is_flag=True, help="Open a pull request instead.")
+@option("Card", "--license", metavar="ID", help="Such as apache-2.0.")
+@option("Card", "--base-model", metavar="ID", help="On the Hub. [default: the one it was trained on]")
+@option("Card", "--dataset", "datasets", metavar="ID", multiple=True, help="Trained on; may be repeated.")
+@option("Card", "--results", metavar="FILE", help="results.json of evaluate. [default: FOLDER's]")
+@option("Result", "--dry-run", is_flag=True, help="Upload nothing; show what would be, and the card.")
+@option("Result", "--json", "as_json", is_flag=True, help="Print JSON.")
+def command(folder: str, repo_id: str, private: bool, as_json: bool, **options: Any) -> None:
+    """Push and say what was uploaded."""
+    from sta_adapter.publish import push_folder
+
+    done = push_folder(folder, repo_id, private=private or None, **options)
+    if as_json:
+        click.echo(json.dumps(done.to_dict(), indent=1))
+        return
+    click.echo("\n".join(describe(done, options["dry_run"])))
+
+
+def describe(done: Any, dry_run: bool) -> list[str]:
+    """The outcome as lines of at most 80 columns, but for long names and the card."""
+    if not done.changed:
+        return [f"{done.repo_id} holds this adapter already; nothing was uploaded."]
+    lines = [f"{'would upload' if dry_run else 'uploaded'} to {done.repo_id} in one commit:"]
+    lines += [f"{size:>14,} bytes  {name}" for name, size in done.files.items()]
+    lines += [f"{'removed':>20}  {name}" for name in done.removed]
+    if done.card == "kept":
+        lines.append("README.md of the repository was kept.")
+    for note in done.notes:
+        lines += textwrap.wrap(f"note: {note}", LINE, subsequent_indent="      ", break_long_words=False)
+    if dry_run:
+        return [*lines, "", done.card_text.rstrip()] if done.card == "new" else lines
+    return [*lines, done.pr_url or done.commit_url, f'load it: load_sta(model, "{done.repo_id}")']

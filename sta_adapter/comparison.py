@@ -1,0 +1,165 @@
+"""Results of an evaluation side by side: base against adapter, and frames in order against frames out of order.
+
+Public: `compare(results, clips)` -> what results.json holds, and `as_text(report)` -> the same to read, within 80 columns. Differences are of the
+same questions, with bootstrap intervals (see `sta_adapter.bootstrap`); single accuracies have Wilson intervals.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from sta_adapter.bootstrap import FEW, mean_interval
+from sta_adapter.evaluation import EvaluationResult
+from sta_adapter.samples import Sample
+
+Runs = Mapping[str, Mapping[str, EvaluationResult]]
+CONTROLS = ("shuffled", "reversed")
+LINE, NAME = 80, 30
+
+
+def clips_of(samples: Sequence[Sample]) -> list[Hashable]:
+    """Which clips each sample is about; questions about the same ones are not independent of each other."""
+    return [
+        tuple(
+            part[part["type"]] for message in sample.messages for part in message["content"] if part["type"] != "text"
+        )
+        for sample in samples
+    ]
+
+
+def chance(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """The accuracy of guessing among the options, in all and by category; None where not all samples have options."""
+    shares = [1 / len(sample.options) for sample in samples if sample.options]
+    if not shares or len(shares) < len(samples):
+        return None
+    groups: dict[str, list[float]] = {}
+    for sample, share in zip(samples, shares, strict=True):
+        if sample.category is not None:
+            groups.setdefault(sample.category, []).append(share)
+    return {"overall": fmean(shares), "categories": {name: fmean(found) for name, found in groups.items()}}
+
+
+def compare(results: Runs, clips: Sequence[Hashable], *, seed: int = 0) -> dict[str, Any]:
+    """Plain values of all results, their differences, and sentences that read them.
+
+    Args:
+        results: by name ("base", "adapter"), then by order of frames.
+        clips: of each question, by its index, see `clips_of`.
+        seed: of the bootstrap.
+    """
+    runs = {(name, order): result for name, orders in results.items() for order, result in orders.items()}
+    pairs: list[tuple[dict[str, str], list[tuple[str, str]], list[tuple[str, str]]]] = []
+    for order in ("ordered", *CONTROLS):
+        pairs.append(({"of": "adapter - base", "frames": order}, [("adapter", order)], [("base", order)]))
+    for name in results:
+        for order in CONTROLS:
+            pairs.append(({"of": f"ordered - {order}", "model": name}, [(name, "ordered")], [(name, order)]))
+    for order in CONTROLS:
+        plus, minus = [("adapter", "ordered"), ("base", order)], [("adapter", order), ("base", "ordered")]
+        pairs.append(({"of": f"ordered - {order}", "model": "adapter - base"}, plus, minus))
+    differences = [
+        about | _difference([runs[key] for key in plus], [runs[key] for key in minus], clips, seed)
+        for about, plus, minus in pairs
+        if runs.keys() >= {*plus, *minus}
+    ]
+    report: dict[str, Any] = {
+        name: {order: result.to_dict(predictions=False) for order, result in orders.items()}
+        for name, orders in results.items()
+    }
+    return {**report, "differences": differences, "reading": _reading(differences)}
+
+
+def _difference(
+    plus: Sequence[EvaluationResult], minus: Sequence[EvaluationResult], clips: Sequence[Hashable], seed: int
+) -> dict[str, Any]:
+    """Sum of `plus` minus sum of `minus`, question by question, over the questions that all of them answered."""
+    right = [{p.index: float(p.correct) for p in result.predictions} for result in (*plus, *minus)]
+    shared = sorted(set.intersection(*(set(answers) for answers in right)))
+    signs = [1] * len(plus) + [-1] * len(minus)
+    values = [sum(sign * answers[i] for sign, answers in zip(signs, right, strict=True)) for i in shared]
+    about = [clips[index] for index in shared]
+    mean, low, high = mean_interval(values, about, seed=seed)
+    return {"difference": mean, "low": low, "high": high, "questions": len(shared), "clips": len(set(about))}
+
+
+def _reading(differences: Sequence[dict[str, Any]]) -> list[str]:
+    """What the differences say: adapter against base with frames in order, and whether the order matters at all."""
+    control = next((entry["of"] for entry in differences if entry.get("model")), None)
+    said = []
+    for entry in differences:
+        model, better, worse = entry.get("model"), entry["low"] > 0, entry["high"] < 0
+        if entry.get("frames") == "ordered":
+            verdict = "better than" if better else "worse than" if worse else "not shown to differ from"
+            said.append(f"The adapter is {verdict} the base: {_points(entry)} points.")
+        elif entry["of"] == control and model == "adapter - base":
+            verdict = "uses it more" if better else "uses it less" if worse else "is not shown to use it more or less"
+            said.append(f"The adapter {verdict} than the base does: {_points(entry)} points.")
+        elif entry["of"] == control:
+            verdict = "Yes" if better else "No, it is better without" if worse else "Not shown"
+            said.append(f"Does the {model} use time at all? {verdict}: {control} is {_points(entry)} points.")
+    few = min((entry["clips"] for entry in differences), default=FEW)
+    return [*said, f"Only {few} clips: too few to rely on these intervals."] if few < FEW else said
+
+
+def _points(entry: dict[str, Any]) -> str:
+    """A difference in points with its interval."""
+    return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report to read: accuracy in percent, categories, what it says, and what was left out."""
+    names = [name for name in ("base", "adapter") if name in report]
+    runs = {f"{name}, {order}": run for name in names for order, run in report[name].items()}
+    rows = [["", "right, %", "of"]]
+    rows += [[label, _cell(run["overall"]), str(run["overall"]["total"])] for label, run in runs.items()]
+    blocks = [_columns(rows)]
+    if report.get("differences"):
+        named = [(f"{d['of']}, {d.get('model') or d['frames']}", d) for d in report["differences"]]
+        blocks.append(
+            _columns([["difference", "points", "clips"], *([n, _points(d), str(d["clips"])] for n, d in named)])
+        )
+    shown = {name: report[name].get("ordered") or next(iter(report[name].values())) for name in names}
+    totals = {c: score["total"] for run in shown.values() for c, score in run["categories"].items()}
+    if totals:
+        cells = [[c, *(_cell(run["categories"].get(c)) for run in shown.values()), str(totals[c])] for c in totals]
+        frames = ", ".join(dict.fromkeys(run["frames"] for run in shown.values()))
+        blocks.append(_columns([[f"by category, {frames}", *shown, "of"], *cells], NAME))
+    blocks.append(_paragraphs([*report.get("reading", []), *report.get("notes", []), *_faults(runs)]))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _faults(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Samples that could not be asked, and answers that no rule could read."""
+    said = []
+    bad = max((run["bad_samples"] for run in runs.values()), key=len)
+    if bad:
+        said.append(f"{len(bad)} samples could not be used and don't count. The first: {bad[0]}")
+    unmatched = {label: run["unmatched"] for label, run in runs.items() if run.get("unmatched")}
+    if unmatched:
+        counts = ", ".join(f"{count} ({label})" for label, count in unmatched.items())
+        said.append(f"Answers that name no option, counted as wrong: {counts}.")
+    return said
+
+
+def _paragraphs(sentences: Sequence[str]) -> str:
+    return "\n".join(textwrap.fill(s, LINE, break_long_words=False, break_on_hyphens=False) for s in sentences)
+
+
+def _columns(rows: list[list[str]], name_width: int = LINE) -> str:
+    """Rows in columns; a long name goes on below itself."""
+    tall: list[list[str]] = []
+    for name, *cells in rows:
+        first, *more = textwrap.wrap(name, name_width) or [""]
+        tall += [[first, *cells], *([part, *[""] * len(cells)] for part in more)]
+    widths = [max(len(row[i]) for row in tall) for i in range(len(tall[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in tall)
+
+
+def _cell(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    low, high = (f"{100 * score[key]:.1f}" for key in ("low", "high"))
+    return f"{100 * score['accuracy']:.1f} [{low}, {high}]"

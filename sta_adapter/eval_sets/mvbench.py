@@ -1,0 +1,74 @@
+"""MVBench: twenty tasks on clips of other data sets. `json/TASK.json`, clips below `video/` or beside `json/`.
+
+The first release keeps whole clips, with the seconds that a question is about (of TVQA: folders of pictures, three a second); the
+later one ("video" branch) keeps those seconds as clips of their own, in folders called `..._segment`. NTU RGB+D's clips, for
+fine_grained_pose, are not part of the first. Prompt as in lmms-eval.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import DataError
+from sta_adapter.eval_sets.question import LETTERS, EvalSet, question
+from sta_adapter.eval_sets.tables import clip_file, field, find, first_folder, read_table
+from sta_adapter.samples import Sample
+
+STAR = ("star/Charades_v1_480", "star/Charades_segment")
+CLEVRER, PERCEPTION = ("clevrer/video_validation",), ("perception/videos",)
+CLIPS = {
+    **dict.fromkeys(("action_sequence", "action_prediction", "object_interaction"), STAR),
+    **dict.fromkeys(("moving_direction", "moving_count", "moving_attribute"), CLEVRER),
+    **dict.fromkeys(("object_existence", "counterfactual_inference"), CLEVRER),
+    **dict.fromkeys(("object_shuffle", "action_count", "state_change", "character_order"), PERCEPTION),
+    "action_antonym": ("ssv2_video", "ssv2_video_mp4"),
+    "action_localization": ("sta/sta_video", "sta/sta_video_segment"),
+    "fine_grained_action": ("Moments_in_Time_Raw/videos",),
+    "unexpected_action": ("FunQA_test/test",),
+    "scene_transition": ("scene_qa/video",),
+    "fine_grained_pose": ("nturgbd", "nturgbd_convert"),
+    "egocentric_navigation": ("vlnqa",),
+    "episodic_reasoning": ("tvqa/frames_fps3_hq", "tvqa/video_fps3_hq_segment"),
+}
+FRAMES_A_SECOND = 3.0  # of the folders of pictures
+
+
+def load(folder: Path) -> EvalSet:
+    """The questions of every task whose clips are there."""
+    found, files = EvalSet(), [file for file in find(folder, "json/*", "*.json") if file.stem in CLIPS]
+    if not files:
+        raise DataError(f"{folder} holds no json/action_sequence.json or another task's; expected a copy of MVBench.")
+    for file in files:
+        rows, names = read_table(file), CLIPS[file.stem]
+        clips = first_folder(
+            folder, (f"{root}{name}" for name in names for root in ("video/", "", "video/data0613/", "data0613/"))
+        )
+        if clips is None:
+            found.notes.append(
+                f"{file.stem}: {len(rows)} questions left out, as there is no folder {' or '.join(names)}."
+            )
+            continue
+        found.samples += [_sample(row, file, number, clips) for number, row in enumerate(rows, start=1)]
+    missing = sorted(CLIPS.keys() - {file.stem for file in files})
+    if missing:
+        found.notes.append(f"No annotations of {', '.join(missing)}.")
+    return found
+
+
+def _sample(row: dict[str, Any], file: Path, number: int, clips: Path) -> Sample:
+    source = f"{file}, entry {number}"
+    asked, options, answer, name = (field(row, key, source) for key in ("question", "candidates", "answer", "video"))
+    if answer not in options:
+        raise DataError(f"{source}: the answer {answer!r} is none of the candidates {options!r}.")
+    listed = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
+    text = f"Question:{asked}\nOption:\n{listed}Only give the best option.\n"
+    clip, settings = clip_file(clips, name), {}
+    if not clips.name.endswith("_segment") and row.get("start") is not None and row.get("end") is not None:
+        settings = {"video_start": float(row["start"]), "video_end": float(row["end"])}
+    if clips.name.startswith("frames_"):
+        settings["folder_fps"] = FRAMES_A_SECOND
+    labels = LETTERS[: len(options)]
+    return question(
+        clip, text, labels, options, options.index(answer), source=source, category=file.stem, settings=settings
+    )

@@ -1,0 +1,61 @@
+"""What every benchmark's file makes: questions with labelled options about one clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.samples import Sample
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass
+class EvalSet:
+    """Questions, and what was left out of them.
+
+    Attributes:
+        samples: in the order of the annotation files.
+        notes: sentences for the reader of the results.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def question(
+    clip: Path,
+    text: str,
+    labels: Sequence[str],
+    texts: Sequence[str],
+    right: int,
+    *,
+    source: str,
+    category: str,
+    settings: dict[str, Any] | None = None,
+    before: str | None = None,
+    **extra: Any,
+) -> Sample:
+    """A sample that asks about a clip.
+
+    Args:
+        clip: its file, or its folder of pictures.
+        text: the whole prompt, as the benchmark words it.
+        labels: what the options are called; the answer is one of them.
+        texts: what they say.
+        right: index of the right one.
+        source: where the annotation stands.
+        category: what results are grouped by.
+        settings: of the clip, such as `video_start`.
+        before: words in front of the clip.
+        extra: other fields to group by.
+    """
+    lead = [{"type": "text", "text": before}] if before else []
+    user = [*lead, {"type": "video", "video": str(clip), **(settings or {})}, {"type": "text", "text": text}]
+    messages = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": [{"type": "text", "text": labels[right]}]},
+    ]
+    return Sample(messages, source, category, list(labels), {"option_texts": list(texts), **extra})

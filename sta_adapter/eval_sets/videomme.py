@@ -1,0 +1,46 @@
+"""Video-MME, without subtitles: `videomme/test-*.parquet` and the clips in `data/` (or `videos/`), by their YouTube names.
+
+Grouped by `task_type`; `duration`, `domain` and `sub_category` are there to group by as well. Prompt as in the benchmark's own readme.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import DataError
+from sta_adapter.eval_sets.question import LETTERS, EvalSet, question
+from sta_adapter.eval_sets.tables import clip_file, field, find, first_folder, read_table
+from sta_adapter.samples import Sample
+
+REQUEST = (
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+)
+GROUPS = ("duration", "domain", "sub_category", "task_type")
+
+
+def load(folder: Path) -> EvalSet:
+    """All questions."""
+    files = find(folder, "videomme/test*", "test*", "*.parquet")
+    clips = first_folder(folder, ("data", "videos", "video"))
+    if not files or clips is None:
+        raise DataError(
+            f"{folder} holds no videomme/test-*.parquet with data/ beside it; expected a copy of Video-MME."
+        )
+    rows = [(f"{file}, entry {number}", row) for file in files for number, row in enumerate(read_table(file), start=1)]
+    return EvalSet([_sample(row, source, clips) for source, row in rows], ["Asked without subtitles."])
+
+
+def _sample(row: dict[str, Any], source: str, clips: Path) -> Sample:
+    asked, options, answer, name = (field(row, key, source) for key in ("question", "options", "answer", "videoID"))
+    labels = LETTERS[: len(options)]
+    if not answer or answer not in labels:
+        raise DataError(f"{source}: the answer {answer!r} is none of the letters {', '.join(labels)}.")
+    texts = [re.sub(r"^[A-Z][.)]\s*", "", option) for option in options]
+    text = "\n".join([REQUEST, asked, *options, "The best answer is:"])
+    groups = {key: row[key] for key in GROUPS if row.get(key)}
+    category = field(row, "task_type", source)
+    clip = clip_file(clips, f"{name}.mp4")
+    return question(clip, text, labels, texts, labels.index(answer), source=source, category=category, **groups)

@@ -1,0 +1,109 @@
+"""A picture of an evaluation: accuracy by category, base against adapter, and the controls.
+
+Public: `draw(report, path)`, `figure_of(report)`. Colours are of Okabe and Ito's palette and marks differ in shape as well; the background is white, so that
+it reads on dark pages too.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import MissingExtraError
+
+LOOKS = {  # colour, marker and offset from the row's middle
+    "base": ("#D55E00", "s", 0.17),
+    "adapter": ("#0072B2", "o", -0.17),
+}
+WRAP = 34  # characters of a category's name in a line
+LINE_HEIGHT = 0.21  # inches
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        report: of `sta_adapter.comparison.compare`.
+        path: a .png.
+
+    Raises:
+        MissingExtraError: matplotlib is missing.
+    """
+    figure_of(report).savefig(path, dpi=150, facecolor="white")
+
+
+def figure_of(report: dict[str, Any]) -> Any:
+    """The picture as a matplotlib figure; see `draw`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("the plot needs matplotlib: pip install 'sta-adapter[viz]'.") from error
+
+    names = [name for name in LOOKS if name in report]
+    orders = list(dict.fromkeys(order for name in names for order in report[name]))
+    first = "ordered" if "ordered" in orders else orders[0]
+    shown = {name: report[name][first] for name in names if first in report[name]}
+    categories = list(dict.fromkeys(c for run in shown.values() for c in run["categories"]))
+    panels = []
+    if categories:
+        scores = {name: [run["categories"].get(c) for c in categories] for name, run in shown.items()}
+        guessed = (report.get("chance") or {}).get("categories", {})
+        panels.append((f"By category, frames {first}", categories, scores, [guessed.get(c) for c in categories]))
+    scores = {name: [report[name][o]["overall"] if o in report[name] else None for o in orders] for name in names}
+    guessed_all = [(report.get("chance") or {}).get("overall")] * len(orders)
+    panels.append(("All questions, by order of the frames", orders, scores, guessed_all))
+
+    heights = [_height(labels) for _, labels, *_ in panels]
+    figure = Figure(figsize=(8, sum(heights) + 1.0 * len(panels) + 0.5), facecolor="white", layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _panel(axis, *panel)
+    axes[-1].set_xlabel("right answers (%), with 95 % Wilson intervals")
+    legend = sorted(zip(*axes[-1].get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chance")
+    figure.legend(*zip(*legend, strict=True), loc="outside upper center", ncols=len(legend), frameon=False)
+    return figure
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, WRAP)) or label
+
+
+def _height(labels: list[str]) -> float:
+    return LINE_HEIGHT * sum(max(2, _wrapped(label).count("\n") + 1.6) for label in labels)
+
+
+def _panel(axis: Any, title: str, labels: list[str], scores: dict[str, list[Any]], chances: list[float | None]) -> None:
+    """One row a label, as tall as its name; a mark with its interval for each model, and where guessing would be."""
+    middles, edge, told = [], 0.0, None
+    for label, chance in zip(labels, chances, strict=True):
+        height = max(2, _wrapped(label).count("\n") + 1.6) / 2
+        middles.append(edge + height / 2)
+        if chance is not None:
+            axis.plot(
+                [100 * chance] * 2,
+                [edge, edge + height],
+                color="#555555",
+                linestyle=":",
+                label=None if told else "chance",
+            )
+            told = True
+        edge += height
+        axis.axhline(edge, color="#DDDDDD", linewidth=0.6)
+    for name, found in scores.items():
+        colour, marker, offset = LOOKS[name]
+        rows = [(y - (offset if len(scores) > 1 else 0), s) for y, s in zip(middles, found, strict=True) if s]
+        shares = [100 * score["accuracy"] for _, score in rows]
+        ends = [
+            [share - 100 * score["low"] for share, (_, score) in zip(shares, rows, strict=True)],
+            [100 * score["high"] - share for share, (_, score) in zip(shares, rows, strict=True)],
+        ]
+        axis.errorbar(
+            shares, [y for y, _ in rows], xerr=ends, fmt=marker, color=colour, markersize=6, capsize=3, label=name
+        )
+    axis.set_yticks(middles, [_wrapped(label) for label in labels])
+    axis.set_ylim(edge, 0)
+    axis.set_xlim(-2, 102)
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)

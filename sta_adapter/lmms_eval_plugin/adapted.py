@@ -1,0 +1,27 @@
+"""What the models with STA share: the arguments, and putting the adapter in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sta_adapter.errors import ConfigError
+
+
+class WithAdapter:
+    """Stands in front of one of lmms-eval's model classes, whose `__init__` leaves the base in `_model`.
+
+    Args:
+        sta: the adapter, a folder or an id on the Hub; STA, LoRA beside it, or LoRA alone.
+        sta_revision: branch, tag or commit on the Hub.
+        arguments: the base class's own.
+    """
+
+    _model: Any
+
+    def __init__(self, sta: str | None = None, sta_revision: str | None = None, **arguments: Any) -> None:
+        from sta_adapter.loading import load_adapter
+
+        if sta is None:
+            raise ConfigError("no adapter; add sta=FOLDER_OR_ID to --model_args, or take the model without '_sta'.")
+        super().__init__(**arguments)
+        self._model = load_adapter(self._model, sta, revision=sta_revision)

@@ -1,0 +1,247 @@
+"""The page of a published adapter: what it is for, how to load it, how it was trained, how good it is.
+
+Public: `CardFacts`, `read_run`, `make_card`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import CheckpointError
+
+RUN_FILE, RESULT_FILE, RESULTS_FILE = "run.json", "result.json", "results.json"
+PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"
+METHOD = (
+    "In every block of the vision encoder, each patch position attends over the frames of its clip (stacked temporal "
+    f"attention, {PAPER}), before the language model sees a token."
+)
+ANSWERED = ("qwen2_vl", "videorope", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3", "internvl", "llava_onevision")
+REMOTE_CODE = ("internvideo2", "internvideo2_5", "llava_video")
+# settings of a run that say something to readers, and how the card calls them
+RECIPE = {
+    "stage": "stage (1: STA; 2: STA and LoRA)",
+    "learning_rate": "learning rate",
+    "sta_learning_rate": "learning rate of STA",
+    "schedule": "schedule",
+    "warmup": "warm-up, share of the steps",
+    "weight_decay": "weight decay",
+    "batch_size": "clips a step",
+    "epochs": "epochs",
+    "max_steps": "most steps",
+    "precision": "precision",
+    "seed": "seed",
+    "lora_targets": "LoRA on",
+    "lora_rank": "LoRA rank",
+    "lora_alpha": "LoRA alpha",
+    "lora_qkv_rank": "LoRA rank of the encoder's qkv",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells beyond the adapter's own configuration.
+
+    Attributes:
+        repo_id: where it is published.
+        base_model: Hub id of the base model; None where it has none.
+        license: identifier such as "apache-2.0".
+        datasets: Hub ids of what it was trained on.
+        parameters: how many numbers STA adds.
+        lora: whether LoRA weights lie beside.
+        run: what `read_run` found.
+    """
+
+    repo_id: str
+    base_model: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    parameters: int = 0
+    lora: bool = False
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run(folder: Path, results: Path | None = None) -> dict[str, Any]:
+    """What training and evaluation have left in a folder: `settings`, `stages` by name, `results`; each may be missing.
+
+    Args:
+        folder: the output of `sta-adapter train`, or any other.
+        results: `results.json` of `sta-adapter evaluate`, or the folder that holds it; None looks for one in `folder`.
+
+    Raises:
+        CheckpointError: a file is no JSON, or there is no `results` where they were said to be.
+    """
+    if results is not None:
+        results = results / RESULTS_FILE if results.is_dir() else results
+        if not results.exists():
+            raise CheckpointError(f"there are no results of an evaluation in {str(results)!r}.")
+    found = {
+        "settings": _read(folder / RUN_FILE),
+        "stages": {name[5:]: _read(folder / name / RESULT_FILE) for name in ("stage1", "stage2")},
+        "results": _read(results or folder / RESULTS_FILE),
+    }
+    found["stages"] = {name: values for name, values in found["stages"].items() if values}
+    return {name: values for name, values in found.items() if values}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def make_card(description: Mapping[str, Any], facts: CardFacts) -> str:
+    """The card as Markdown with its metadata in front.
+
+    Args:
+        description: contents of `sta_config.json`.
+        facts: what else there is to say.
+    """
+    from huggingface_hub import ModelCard
+
+    sections = (_title(description, facts), _use(description, facts), _training(facts), _evaluation(facts))
+    body = "\n\n".join([*(section for section in sections if section), _files(description, facts)])
+    return str(ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n"))
+
+
+def _metadata(facts: CardFacts) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    scores = _scores(facts, "adapter")
+    base: dict[str, Any] = (
+        {"base_model": facts.base_model, "base_model_relation": "adapter"} if facts.base_model else {}
+    )
+    measured = [
+        EvalResult(
+            task_type="video-text-to-text",
+            dataset_type=facts.datasets[0] if facts.datasets else "own",
+            dataset_name=f"{facts.run['results'].get('benchmark') or 'held-out clips'}, frames {order}",
+            metric_type="accuracy",
+            metric_value=round(score["accuracy"], 4),
+            dataset_args={"frames": order, "samples": score["total"]},
+        )
+        for order, score in scores.items()
+    ]
+    results: dict[str, Any] = {"model_name": facts.repo_id.split("/")[-1], "eval_results": measured} if measured else {}
+    return ModelCardData(
+        library_name="sta-adapter",
+        pipeline_tag="video-text-to-text",
+        license=facts.license,
+        datasets=list(facts.datasets) or None,
+        metrics=["accuracy"] if measured else None,
+        tags=["sta-adapter", "stacked-temporal-attention", "video", *(["lora"] if facts.lora else [])],
+        **base,
+        **results,
+    )
+
+
+def _title(description: Mapping[str, Any], facts: CardFacts) -> str:
+    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "its base model"
+    beside = ", and LoRA weights that were trained with it" if facts.lora else ""
+    return (
+        f"# {facts.repo_id.split('/')[-1]}\n\nStacked temporal attention for {base}: {facts.parameters:,} parameters in "
+        f"the vision encoder (`{description['backbone']}`){beside}. {METHOD}"
+    )
+
+
+def _use(description: Mapping[str, Any], facts: CardFacts) -> str:
+    base = f'"{facts.base_model or "path/to/the/base/model"}"'
+    asks = description["backbone"] in ANSWERED
+    remote = ", trust_remote_code=True" if description["backbone"] in REMOTE_CODE else ""
+    lines = [
+        "from sta_adapter import load_sta",
+        f"from sta_adapter.loading import load_model{', load_processor' if asks else ''}",
+        *(["from sta_adapter.video import read_clip"] if asks else []),
+        "",
+        f"model = load_model({base}{remote})",
+        f'handle = load_sta(model, "{facts.repo_id}")',
+        _question(description, base) if asks else "model = handle.model  # the model to go on with",
+    ]
+    code = "\n".join(lines)
+    return f"## Use\n\n`pip install 'sta-adapter[train]'`, then\n\n```python\n{code}\n```"
+
+
+def _question(description: Mapping[str, Any], base: str) -> str:
+    frames = description.get("frames") or {}
+    known = {"fps": frames.get("fps"), "num_frames": frames.get("nframes")}
+    if known["num_frames"] is not None:
+        known = {"num_frames": known["num_frames"]}
+    else:
+        known |= {"min_frames": frames.get("min_frames"), "max_frames": frames.get("max_frames")}
+    sampling = "".join(f", {name}={value}" for name, value in known.items() if value is not None)
+    return f'''processor = load_processor({base})
+
+frames = read_clip("clip.mp4"{sampling}).frames  # (T, H, W, 3)
+content = [{{"type": "video"}}, {{"type": "text", "text": "What happens in the video?"}}]
+text = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(text=[text], videos=[frames], return_tensors="pt").to(model.device)
+tokens = handle.model.generate(**inputs, max_new_tokens=32)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])'''
+
+
+def _training(facts: CardFacts) -> str:
+    settings, stages = facts.run.get("settings", {}), facts.run.get("stages", {})
+    rows = [(label, settings[name]) for name, label in RECIPE.items() if settings.get(name) is not None]
+    rows += [(f"frames: {name}", value) for name, value in settings.get("frames", {}).items() if value is not None]
+    for name, result in stages.items():
+        losses = [entry["loss"] for entry in result.get("history", []) if "loss" in entry]
+        loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+        rows.append(
+            (f"stage {name}", f"{result['trainable_parameters']:,} parameters, {result['steps']} steps{loss}"),
+        )
+    if facts.datasets:
+        rows.insert(0, ("data", ", ".join(facts.datasets)))
+    return f"## Training\n\n{_table(('setting', 'value'), rows)}" if rows else ""
+
+
+def _scores(facts: CardFacts, variant: str) -> dict[str, dict[str, Any]]:
+    """Overall scores of the base or the adapter by the order of frames, where the results have that form."""
+    orders = facts.run.get("results", {}).get(variant)
+    scores = {}
+    for order, run in orders.items() if isinstance(orders, Mapping) else ():
+        score = run.get("overall") if isinstance(run, Mapping) else None
+        if isinstance(score, Mapping) and {"accuracy", "low", "high", "total"} <= set(score):
+            scores[order] = dict(score)
+    return scores
+
+
+def _evaluation(facts: CardFacts) -> str:
+    rows = [
+        (variant, order, f"{100 * s['accuracy']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]", s["total"])
+        for variant in ("base", "adapter")
+        for order, s in _scores(facts, variant).items()
+    ]
+    if not rows:
+        return ""
+    results = facts.run["results"]
+    on = f"On {results['benchmark']}.\n\n" if results.get("benchmark") else ""
+    table = _table(("model", "frames", "right, % [95 % interval]", "questions"), rows)
+    reading = results.get("reading")
+    said = "".join(f"\n- {line}" for line in reading) if isinstance(reading, list) else ""
+    return f"## Evaluation\n\n{on}{table}" + (f"\n{said}" if said else "")
+
+
+def _files(description: Mapping[str, Any], facts: CardFacts) -> str:
+    config, encoder = description["config"], description["encoder"]
+    layers = encoder["depth"] if config["layers"] == "all" else len(config["layers"])
+    rope = "none" if config["rope_theta"] is None else f"{config['rope_theta']:g}"
+    rows = [
+        ("blocks with STA", f"{layers} of {encoder['depth']}, {encoder['width']} wide"),
+        ("heads of STA", f"{encoder['num_heads']} of {encoder['head_dim']}"),
+        ("order", config["order"]),
+        ("RoPE over frames", rope),
+        ("parameters of STA", f"{facts.parameters:,}"),
+        ("LoRA beside it", "yes" if facts.lora else "no"),
+        ("made with", f"sta-adapter {description.get('sta_adapter_version', '')}".strip()),
+    ]
+    return f"## The adapter\n\n{_table(('', ''), rows)}\n\nAll weights are safetensors; no file runs code."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,0 +1,169 @@
+"""The card of a published adapter: its metadata, its tables, and that its code runs."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import make_qwen2_vl_tower, seeded
+from hub_server import HubServer
+
+from sta_adapter import inject_sta
+from sta_adapter.adapter_format import CONFIG, read_description
+from sta_adapter.demo import TINY_BASE
+from sta_adapter.errors import CheckpointError
+from sta_adapter.loading import saved_frame_settings
+from sta_adapter.model_card import CardFacts, make_card, read_run
+from sta_adapter.publish import push_folder
+
+SCORE = {"accuracy": 0.8125, "low": 0.7, "high": 0.9, "correct": 13, "total": 16}
+RESULTS = {
+    "base": {"ordered": {"overall": {**SCORE, "accuracy": 0.5}}},
+    "adapter": {"ordered": {"overall": SCORE}, "shuffled": {"overall": {**SCORE, "accuracy": 0.25}}},
+    "differences": [],
+    "reading": ["The adapter is better than the base: +31.2 [+10.0, +50.0] points."],
+    "data": "/home/ann/clips.jsonl",
+}
+SETTINGS = {
+    "stage": "both",
+    "learning_rate": 1e-4,
+    "schedule": "cosine",
+    "batch_size": 64,
+    "epochs": 1.0,
+    "lora_rank": 16,
+}
+FRAMES = {"fps": 2.0, "nframes": None, "min_frames": 4, "max_frames": 8, "backend": "decord"}
+STAGE = {"steps": 40, "trainable_parameters": 13056, "history": [{"loss": 2.5}, {"loss": 0.125}], "seconds": 1.0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The output of a training run, with results of an evaluation."""
+    inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(tmp_path)
+    run = {**SETTINGS, "frames": FRAMES, "model": "/home/ann/qwen", "data": "digest"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "result.json").write_text(json.dumps(STAGE))
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    return tmp_path
+
+
+def card(folder, **facts):
+    description = {**read_description(folder), "frames": FRAMES}
+    return make_card(description, CardFacts("user/adapter", parameters=13056, run=read_run(folder), **facts))
+
+
+def test_metadata(folder):
+    from huggingface_hub import ModelCard
+
+    text = card(folder, base_model="org/base", license="apache-2.0", datasets=["org/clips"], lora=True)
+    data = ModelCard(text).data
+    assert data.base_model == "org/base"
+    assert data.to_dict()["base_model_relation"] == "adapter"
+    assert (data.library_name, data.pipeline_tag, data.license) == ("sta-adapter", "video-text-to-text", "apache-2.0")
+    assert data.datasets == ["org/clips"]
+    assert {"sta-adapter", "lora"} <= set(data.tags)
+    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [
+        ("accuracy", 0.8125),
+        ("accuracy", 0.25),
+    ]
+
+
+def test_what_is_not_known_is_left_out(tmp_path):
+    from huggingface_hub import ModelCard
+
+    inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(tmp_path)
+    text = make_card(read_description(tmp_path), CardFacts("user/adapter"))
+    data = ModelCard(text).data.to_dict()
+    assert data.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "## Training" not in text
+    assert "## Evaluation" not in text
+    assert "None" not in text
+
+
+def test_tables(folder):
+    text = card(folder, datasets=["org/clips"])
+    for line in (
+        "| data | org/clips |",
+        "| learning rate | 0.0001 |",
+        "| frames: fps | 2.0 |",
+        "| stage 1 | 13,056 parameters, 40 steps, loss 2.500 to 0.125 |",
+        "| base | ordered | 50.0 [70.0, 90.0] | 16 |",
+        "| adapter | shuffled | 25.0 [70.0, 90.0] | 16 |",
+        "- The adapter is better than the base: +31.2 [+10.0, +50.0] points.",
+        "| blocks with STA | 3 of 3, 32 wide |",
+    ):
+        assert line in text.splitlines()
+    assert "/home/ann" not in text
+    assert 'read_clip("clip.mp4", fps=2.0, min_frames=4, max_frames=8)' in text
+
+
+@pytest.mark.parametrize(
+    "results",
+    [{}, {"adapter": 3}, {"adapter": {"ordered": {"overall": {"accuracy": 1}}}}, {"adapter": {"ordered": []}}],
+    ids=["none", "number", "part", "list"],
+)
+def test_results_of_another_form_are_left_out(folder, results):
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "## Evaluation" not in card(folder)
+
+
+def test_results_that_are_not_there(folder):
+    with pytest.raises(CheckpointError, match=r"no results of an evaluation in .*nowhere\.json"):
+        read_run(folder, Path("nowhere.json"))
+    (folder / "results.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"results\.json can't be read as JSON"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "internvideo2", "clip"])
+def test_code_is_python(folder, backbone):
+    description = {**read_description(folder), "backbone": backbone}
+    text = make_card(description, CardFacts("user/adapter", base_model="org/base"))
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    compile(code, "card", "exec")
+    assert ("trust_remote_code=True" in code) is (backbone == "internvideo2")
+
+
+def test_how_clips_were_sampled_travels_along(folder, tmp_path, monkeypatch):
+    sampling = {name: value for name, value in FRAMES.items() if name != "backend"}
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        push_folder(folder, "user/adapter")
+        assert saved_frame_settings("user/adapter") == sampling
+        description = {**json.loads(hub.files("user/adapter")[CONFIG]), "frames": {"fps": "x", "nframes": 4, "cmd": 1}}
+        hub.upload("user/adapter", {CONFIG: json.dumps(description).encode()})
+        assert saved_frame_settings("user/adapter") == {"nframes": 4}
+    assert saved_frame_settings(folder) == FRAMES
+
+
+@pytest.mark.slow
+def test_the_cards_code_runs_by_ids_and_then_offline(folder, tmp_path):
+    """Base and adapter on a Hub, the command in one process, the card's code, as it is, in others."""
+    from sta_adapter.demo.clips import write_dataset
+    from sta_adapter.loading import load_model
+
+    inject_sta(load_model(TINY_BASE, device="cpu")).save_pretrained(tmp_path / "adapter")
+    write_dataset(tmp_path / "clips", "train", range(1))
+    next((tmp_path / "clips").rglob("*.mp4")).rename(tmp_path / "clip.mp4")
+
+    def run(*words, **variables):
+        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **variables}
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with HubServer() as hub:
+        hub.upload("user/tiny-base", {file.name: file.read_bytes() for file in TINY_BASE.iterdir() if file.is_file()})
+        command = [sys.executable, "-m", "sta_adapter.cli", "push", str(tmp_path / "adapter"), "user/adapter"]
+        said = run(*command, "--base-model", "user/tiny-base", "--license", "apache-2.0")
+        assert "note:" not in said
+        text = hub.files("user/adapter")["README.md"].decode()
+        (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        (tmp_path / "card.py").write_text(code)
+        answer = run(sys.executable, "card.py")
+        asked = len(hub.log)
+        assert run(sys.executable, "card.py", HF_HUB_OFFLINE="1") == answer
+        assert len(hub.log) == asked
