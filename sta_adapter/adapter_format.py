@@ -19,11 +19,11 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.files import atomic_folder_write
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.reading import compare_shapes, read_json, read_tensors
 
 WEIGHTS = "sta_adapter.safetensors"
 CONFIG = "sta_config.json"
 FORMAT_VERSION = 1
-MAX_CONFIG_BYTES = 1 << 20
 
 
 def write_adapter(
@@ -120,19 +120,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; an adapter's configuration has a few hundred."
-            )
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except FileNotFoundError:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
         raise CheckpointError(
             f"{folder} holds no {CONFIG}, so it is no STA adapter; found: {there or 'nothing'}."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("format_version"), int):
+    if type(found.get("format_version")) is not int:
         raise CheckpointError(f"{path} has no format_version; it is not an adapter's configuration.")
     if found["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -152,41 +146,23 @@ def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> 
     Raises:
         CheckpointError: missing, damaged, holding non-floating or non-finite tensors, or not belonging to `description`.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get("sta_config_sha256")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state, metadata = read_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {WEIGHTS}.") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    digest = metadata.get("sta_config_sha256")
     if description is not None and digest is not None and digest != _digest(description):
         raise CheckpointError(
             f"{WEIGHTS} and {CONFIG} in {folder} were not saved together: the weights belong to other settings. "
             "Copy both files again from where they come from."
-        )
-    wrong = [k for k, v in state.items() if not v.is_floating_point() or not torch.isfinite(v).all()]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: {len(wrong)} tensors are not finite floating-point numbers, the first is {wrong[0]!r}."
         )
     return state
 
 
 def compare_tensors(file: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise a CheckpointError that lists every key and shape that `state`, read from `file`, has otherwise."""
-    differences = [f"missing {k}" for k in expected if k not in state]
-    differences += [f"unexpected {k}" for k in state if k not in expected]
-    differences += [
-        f"{k} has the shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if differences:
-        raise CheckpointError(f"{file} does not fit the model: {'; '.join(differences)}.")
+    compare_shapes(file, *({key: tuple(value.shape) for key, value in side.items()} for side in (state, expected)))
 
 
 def _digest(description: Mapping[str, Any]) -> str:

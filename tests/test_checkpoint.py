@@ -105,13 +105,14 @@ def test_truncated_weights(adapter, share):
     ("text", "message"),
     [
         ("", "can't be read as JSON"),
-        ("[1, 2]", "has no format_version"),
+        ("[1, 2]", "holds a list, expected a JSON object"),
+        ('{"format_version": true}', "has no format_version"),
         ("[" * 100_000, "can't be read as JSON"),
         ('{"format_version": 2}', "format version 2; this sta-adapter reads 1. Upgrade"),
         ('{"format_version": 1, "backbone": 3, "config": {}}', "lacks backbone, encoder"),
-        ('{"format_version": 1, "x": "' + "y" * (1 << 20) + '"}', "a few hundred"),
+        ('{"format_version": 1, "x": "' + "y" * (1 << 20) + '"}', "some thousands at most"),
     ],
-    ids=["empty", "list", "deep", "newer", "types", "huge"],
+    ids=["empty", "list", "boolean", "deep", "newer", "types", "huge"],
 )
 def test_damaged_configuration(adapter, text, message):
     (adapter / CONFIG).write_text(text)
@@ -155,7 +156,7 @@ def test_weights_that_are_not_finite(adapter, value, tmp_path):
     tensors = load_file(adapter / WEIGHTS)
     tensors["blocks.0.gamma"][3] = value
     save_file(tensors, adapter / WEIGHTS)
-    refused(adapter, "not finite floating-point numbers, the first is 'blocks.0.gamma'")
+    refused(adapter, "not finite floating-point numbers of 16, 32 or 64 bits, the first is 'blocks.0.gamma'")
     handle = inject_sta(seeded(make_qwen2_vl_tower))
     torch.nn.init.constant_(handle.blocks[1].to_out.bias, value)
     with pytest.raises(CheckpointError, match=r"hold NaN or infinity, the first is blocks\.1\.to_out\.bias; not saved"):
@@ -261,7 +262,7 @@ def with_lora(folder):
 def test_damaged_lora_weights(tmp_path, content):
     with_lora(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    refused(tmp_path, "peft can't load the LoRA weights")
+    refused(tmp_path, "adapter_model.safetensors is damaged or no safetensors file")
 
 
 def test_lora_for_another_model(tmp_path):
