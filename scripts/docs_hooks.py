@@ -88,7 +88,7 @@ def relinked(markdown: str, folder: Path, source: str, repo_url: str) -> str:
             raise ValueError(f"{source} links to {target}, which is not there")
         if repo_url:
             return f"[{text}]({repo_url.rstrip('/')}/blob/main/{place}{anchor})"
-        return f"`{place}`" if text.strip("`").endswith(place.name) else f"{text} (`{place}`)"
+        return f"`{place}`" if text.strip("`").endswith(place.name) else f"{text}: `{place}`"
 
     fences = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in fences)
@@ -116,15 +116,16 @@ def backbone_table() -> str:
     """A row for each backbone that this package registers: what it declares."""
     from sta_adapter.backbone import get_backbone, list_backbones
 
-    rows = ["| backbone | encoder class | blocks | added in front of | other defaults |", "|---" * 5 + "|"]
+    rows, others = ["| backbone | encoder class | blocks | added in front of |", "|---" * 4 + "|"], []
     for name in list_backbones():
         spec = get_backbone(name)
         if not spec.layout.__module__.startswith("sta_adapter."):
             continue
         classes = "<br>".join(f"`{c}`" for c in spec.encoder_classes)
-        defaults = "<br>".join(f"`{k}={v!r}`" for k, v in spec.defaults.items())
-        rows.append(f"| `{name}` | {classes} | `{spec.blocks}` | `{spec.norm}` | {defaults} |")
-    return "\n".join(rows)
+        rows.append(f"| `{name}` | {classes} | `{spec.blocks}` | `{spec.norm}` |")
+        if spec.defaults:
+            others.append(f"- `{name}`: " + ", ".join(f"`{k}={v!r}`" for k, v in spec.defaults.items()))
+    return "\n".join([*rows, "", "Defaults that differ from `STAConfig`'s, unless the field is given:", "", *others])
 
 
 def settings_table(place: str) -> str:

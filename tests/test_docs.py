@@ -118,7 +118,7 @@ def test_a_section_that_is_gone_is_an_error():
 def test_links_out_of_the_docs():
     prepared = importlib.import_module("docs_hooks").prepared
     source = "[the class](../../sta_adapter/handle.py#L1)"
-    assert prepared(source, "api/index.md") == "the class (`sta_adapter/handle.py`)"
+    assert prepared(source, "api/index.md") == "the class: `sta_adapter/handle.py`"
     assert (
         prepared(source, "api/index.md", "https://a.b/c/")
         == "[the class](https://a.b/c/blob/main/sta_adapter/handle.py#L1)"
