@@ -112,8 +112,11 @@ def check_lora_config(path: Path) -> None:
         )
     for name in PATTERNS:
         value = fields.get(name)
-        for pattern in [value] if isinstance(value, str) else value or ():
-            require_plain_pattern(path, str(pattern))
+        patterns = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(patterns, list | dict) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise CheckpointError(f"{path}: {name} is {str(value)[:80]!r}, expected names of modules.")
+        for pattern in patterns:
+            require_plain_pattern(path, pattern)
 
 
 def _unwrap(model: nn.Module) -> None:

@@ -89,8 +89,10 @@ def test_usual_patterns(tmp_path, pattern):
         ({"target_modules": "(a+)+$"}, "repeats too much"),
         ({"rank_pattern": {"(a*)*": 3}}, "repeats too much"),
         ({"exclude_modules": ["("]}, "is no regular expression"),
+        ({"target_modules": 3.5}, "target_modules is '3.5', expected names"),
+        ({"layers_pattern": [["a"]]}, "expected names of modules"),
     ],
-    ids=["method", "import", "depth", "targets", "ranks", "broken"],
+    ids=["method", "import", "depth", "targets", "ranks", "broken", "number", "nested"],
 )
 def test_lora_that_asks_for_more(tmp_path, fields, message):
     path = tmp_path / "adapter_config.json"
