@@ -140,30 +140,31 @@ def test_how_clips_were_sampled_travels_along(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_cards_code_runs_by_ids_and_then_offline(folder, tmp_path):
-    """Base and adapter on a Hub, the command in one process, the card's code, as it is, in others."""
+def test_the_cards_code_runs_by_ids_and_then_offline(tmp_path, monkeypatch):
+    """Base and adapter on a Hub, the card's code, as it is, in new processes."""
     from sta_adapter.demo.clips import write_dataset
     from sta_adapter.loading import load_model
 
     inject_sta(load_model(TINY_BASE, device="cpu")).save_pretrained(tmp_path / "adapter")
     write_dataset(tmp_path / "clips", "train", range(1))
     next((tmp_path / "clips").rglob("*.mp4")).rename(tmp_path / "clip.mp4")
-
-    def run(*words, **variables):
-        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **variables}
-        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     with HubServer() as hub:
         hub.upload("user/tiny-base", {file.name: file.read_bytes() for file in TINY_BASE.iterdir() if file.is_file()})
-        command = [sys.executable, "-m", "sta_adapter.cli", "push", str(tmp_path / "adapter"), "user/adapter"]
-        said = run(*command, "--base-model", "user/tiny-base", "--license", "apache-2.0")
-        assert "note:" not in said
+        with monkeypatch.context() as here:
+            hub.use(here, tmp_path / "cache")
+            push_folder(tmp_path / "adapter", "user/adapter", base_model="user/tiny-base")
         text = hub.files("user/adapter")["README.md"].decode()
         (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
         (tmp_path / "card.py").write_text(code)
-        answer = run(sys.executable, "card.py")
+
+        def run(**variables):
+            environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **variables}
+            words = [sys.executable, "card.py"]
+            done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        answer = run()
         asked = len(hub.log)
-        assert run(sys.executable, "card.py", HF_HUB_OFFLINE="1") == answer
+        assert run(HF_HUB_OFFLINE="1") == answer
         assert len(hub.log) == asked
