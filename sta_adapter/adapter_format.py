@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
-from sta_adapter.files import atomic_folder_write
+from sta_adapter.files import atomic_folder_write, finish_write
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.reading import compare_shapes, read_json, read_tensors
 
@@ -54,9 +54,7 @@ def replace_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) ->
     """
     try:
         stale = () if LORA_CONFIG in files else _own_lora_files(Path(folder))
-        atomic_folder_write(Path(folder), files)
-        for path in stale:
-            path.unlink(missing_ok=True)
+        atomic_folder_write(Path(folder), files, stale)
     except OSError as error:
         raise CheckpointError(f"can't write the adapter to {os.fspath(folder)!r}: {error}") from error
 
@@ -78,13 +76,13 @@ def adapter_files(
     }
 
 
-def _own_lora_files(folder: Path) -> tuple[Path, ...]:
+def _own_lora_files(folder: Path) -> tuple[str, ...]:
     """LoRA's files of an adapter that is about to be replaced by one without LoRA; not those that others put there."""
     try:
         replaced = read_description(folder)
     except CheckpointError:
         return ()
-    return (folder / LORA_CONFIG, folder / LORA_WEIGHTS) if replaced.get("lora") is True else ()
+    return (LORA_CONFIG, LORA_WEIGHTS) if replaced.get("lora") is True else ()
 
 
 def make_description(
@@ -119,6 +117,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, not JSON, or of a newer format.
     """
     path = folder / CONFIG
+    try:
+        finish_write(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"saving into {folder} was cut off, and can't be finished: {error}. Make the folder writable, or copy it "
+            "with its hidden files to one that is."
+        ) from error
     try:
         found = read_json(path)
     except FileNotFoundError:

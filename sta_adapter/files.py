@@ -1,44 +1,82 @@
-"""Writing several files so that a crash leaves the old ones or the new ones, never halves."""
+"""Writing several files so that a crash leaves the old ones or the new ones, never halves or a mixture.
+
+Public: `atomic_folder_write`, `finish_write`. All files are written in full into a hidden folder beside their places;
+renaming that folder is the one moment from which the new ones count. Moving them to their places can then be cut off and
+finished later, by the next reader or writer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+SAVING, SAVED, REMOVED = ".saving-", ".saved", ".removed"
+DAY = 86_400  # seconds after which what a killed process left is thrown away
 
-def atomic_folder_write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a folder: each in full and flushed to disk under a temporary name, then all renamed.
+
+def atomic_folder_write(folder: Path, files: Mapping[str, bytes], remove: Iterable[str] = ()) -> None:
+    """Write files into a folder, and remove others, all at once.
 
     Args:
         folder: made with its parents when it does not exist.
         files: contents by name.
+        remove: names of files that shall be gone afterwards.
 
     Raises:
-        OSError: what the file system says; temporary files are gone, files that were there are as before unless the
-            renaming itself was cut off.
+        OSError: what the file system says; nothing temporary is left, and files that were there are as before, or,
+            when only the moving failed, `finish_write` puts the new ones into their places.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[tuple[str, Path]] = []
+    finish_write(folder)
+    for left in folder.glob(f"{SAVING}*"):
+        if time.time() - left.stat().st_mtime > DAY:
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=SAVING))
     try:
-        for name, content in files.items():
-            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            written.append((temporary, folder / name))
-            with os.fdopen(descriptor, "wb") as file:
+        for name, content in {**files, **{name + REMOVED: b"" for name in remove}}.items():
+            with (staging / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-        for temporary, final in written:
-            os.replace(temporary, final)
+        _sync(staging)
+        os.replace(staging, folder / SAVED)
     except BaseException:
-        for temporary, _ in written:
-            Path(temporary).unlink(missing_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
+    finish_write(folder)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def finish_write(folder: Path) -> None:
+    """Move what an interrupted `atomic_folder_write` had already declared saved into its place.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    saved = folder / SAVED
+    if not saved.is_dir() or saved.is_symlink():
+        return
+    for path in sorted(saved.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # another process finishes it at the same time
+            if path.name.endswith(REMOVED):
+                (folder / path.name.removesuffix(REMOVED)).unlink(missing_ok=True)
+                path.unlink()
+            else:
+                os.replace(path, folder / path.name)
+    with contextlib.suppress(OSError):
+        saved.rmdir()
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's list of names to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,92 @@
+"""Several files change together or not at all, wherever the writing process dies."""
+
+import os
+import time
+
+import pytest
+
+from sta_adapter import files
+from sta_adapter.files import atomic_folder_write, finish_write
+
+OLD, NEW = {"a": b"old a", "b": b"old b", "lora": b"old"}, {"a": b"new a", "b": b"new b", "more": b"new"}
+STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "listdir")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def die_at(count):
+    """Make this process die at its `count`th call that changes files."""
+    calls = iter(range(count))
+
+    def dying(call):
+        def step(*args, **kwargs):
+            if next(calls, None) is None:
+                os._exit(9)
+            return call(*args, **kwargs)
+
+        return step
+
+    for name in STEPS:
+        setattr(os, name, dying(getattr(os, name)))
+
+
+def test_whenever_the_writer_dies(tmp_path):
+    """Old files, or new ones and none that was to go; then a next write works. At the last step nothing is left to die for."""
+    seen = []
+    for count in range(100):
+        folder = tmp_path / str(count)
+        atomic_folder_write(folder, OLD)
+        child = os.fork()
+        if child == 0:
+            die_at(count)
+            atomic_folder_write(folder, NEW, ["lora"])
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        finish_write(folder)
+        found = contents(folder)
+        assert found in (OLD, NEW), f"died at step {count}"
+        seen.append(found == NEW)
+        atomic_folder_write(folder, {"a": b"newest"})
+        assert contents(folder) == {**found, "a": b"newest"}
+        if status == 0:
+            break
+        assert status == 9
+    assert seen == sorted(seen)  # first the old ones, from one moment on the new ones
+    assert 3 < seen.count(False) < 100
+    assert seen.count(True) > 3
+
+
+def test_an_error_leaves_nothing_behind(tmp_path, monkeypatch):
+    atomic_folder_write(tmp_path, OLD)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_folder_write(tmp_path, NEW)
+    assert contents(tmp_path) == OLD
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(OLD)
+
+
+def test_what_killed_writers_left_is_thrown_away_after_a_day(tmp_path):
+    old, fresh = tmp_path / f"{files.SAVING}old", tmp_path / f"{files.SAVING}fresh"
+    old.mkdir()
+    fresh.mkdir()
+    os.utime(old, (time.time() - 2 * files.DAY,) * 2)
+    atomic_folder_write(tmp_path, NEW)
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_a_link_in_the_place_of_saved_files_is_not_followed(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "a").write_text("mine")
+    (folder / files.SAVED).symlink_to(elsewhere)
+    finish_write(folder)
+    assert (elsewhere / "a").read_text() == "mine"
+    assert not (folder / "a").exists()
