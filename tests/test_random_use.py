@@ -151,12 +151,13 @@ class RandomUse(RuleBasedStateMachine):
         self.encoder.checkpoint_with(style, reentrant)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         inputs = [(toy_pixels(c, seed + i).requires_grad_(), c) for i, c in enumerate(clips)]
-        wanted = torch.autograd.grad(sum(self.expected(*i).square().mean() for i in inputs), trained, allow_unused=True)
+        leaves = [*trained, *(pixels for pixels, _ in inputs)]
+        wanted = torch.autograd.grad(sum(self.expected(*i).square().mean() for i in inputs), leaves, allow_unused=True)
         losses = [self.model(pixels, clips=c).square().mean() for pixels, c in inputs]
         for loss in losses[::-1] if backwards else losses:
             loss.backward()
         self.encoder.checkpoint_with(None, False)
-        for parameter, gradient in zip(trained, wanted, strict=True):
+        for parameter, gradient in zip(leaves, wanted, strict=True):
             if gradient is not None:
                 close(parameter.grad, gradient)
             elif parameter.grad is not None:

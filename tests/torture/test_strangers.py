@@ -1,0 +1,139 @@
+"""Adapters from strangers: an error of ours or an adapter that loads, in bounded time and memory; nothing else happens."""
+
+import copy
+import gc
+import os
+import resource
+import signal
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from mutations import mutate
+from toy import TOY, ToyEncoder
+
+from sta_adapter import get_sta, inject_sta, load_sta, register_backbone
+from sta_adapter.backbone import unregister_backbone
+from sta_adapter.errors import STAError
+
+CASES, CHUNK = int(os.environ.get("STA_TORTURE_CASES", 20_000)), 500
+SECONDS, MEGABYTES = 20, 150
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_backbone():
+    register_backbone(TOY)
+    yield
+    unregister_backbone("toy")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Contents of two good adapters, of STA alone and with LoRA beside it."""
+    from peft import get_peft_model
+
+    found = []
+    for lora in (False, True):
+        torch.manual_seed(0)
+        handle = inject_sta(ToyEncoder(depth=2))
+        if lora:
+            handle = get_sta(get_peft_model(handle.model, handle.lora_config(target_modules=["attn"], r=2)))
+        folder = tmp_path_factory.mktemp("good")
+        handle.save_pretrained(folder)
+        found.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    return found
+
+
+def put(folder, files):
+    """Write an adapter, with the special things that stand in the place of files."""
+    folder.mkdir()
+    for name, data in files.items():
+        path = folder / name
+        if isinstance(data, bytes):
+            path.write_bytes(data)
+        elif data == "folder":
+            path.mkdir()
+        elif data == "pipe":
+            os.mkfifo(path)
+        else:
+            targets = {"zero": "/dev/zero", "loop": name, "dangling": "nowhere", "outside": "../outside/secret"}
+            path.symlink_to(targets[data])
+
+
+def state_of(model):
+    hooks = [(n, len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in model.named_modules()]
+    return hooks, [(n, p.requires_grad) for n, p in model.named_parameters()]
+
+
+def untouched(model, before, weights):
+    now = model.state_dict()
+    return (
+        state_of(model) == before and now.keys() == weights.keys() and all(torch.equal(now[k], weights[k]) for k in now)
+    )
+
+
+def attempt(model, folder):
+    """None if the adapter loads; otherwise the error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_sta(model, folder)
+    except STAError as error:
+        return error
+    return None
+
+
+class TooLong(BaseException):
+    """Not an Exception: nothing that is tested may catch it."""
+
+
+def ring(number, frame):
+    raise TooLong
+
+
+@pytest.mark.parametrize("chunk", range(max(1, CASES // CHUNK)))
+def test_changed_adapters(adapters, tmp_path, monkeypatch, chunk):
+    (tmp_path / "trap.py").write_text("raise SystemExit('a stranger ran code')")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("secret")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    signal.signal(signal.SIGALRM, ring)
+    torch.manual_seed(0)
+    base = ToyEncoder(depth=2)
+    before, weights = state_of(base), {k: v.clone() for k, v in base.state_dict().items()}
+    refused = 0
+    for case in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        rng = np.random.default_rng([2026, case])
+        change, files = mutate(adapters[case % 4 == 0], rng)
+        folder, model = tmp_path / "adapter", copy.deepcopy(base)
+        put(folder, files)
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        signal.alarm(SECONDS)
+        try:
+            error = attempt(model, folder)
+        except BaseException as crash:
+            pytest.fail(f"case {case} ({change}): {type(crash).__name__}: {crash}")
+        finally:
+            signal.alarm(0)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+        assert grown < MEGABYTES * 1024, f"case {case} ({change}) took {grown // 1024} MB more"
+        if error is None:
+            assert all(p.isfinite().all() for p in model.parameters()), f"case {case} ({change})"
+        else:
+            refused += 1
+            assert untouched(model, before, weights), f"case {case} ({change}): {error}"
+            assert "secret" not in str(error).replace("outside/secret", ""), f"case {case} ({change}): {error}"
+        empty(folder)
+    assert "trap" not in sys.modules
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["outside", "secret", "trap.py"]
+    assert (tmp_path / "outside" / "secret").read_text() == "secret"
+    assert CHUNK / 2 < refused < CHUNK  # the changes are neither all harmless nor all fatal
+    gc.collect()
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.rmdir()
