@@ -1,0 +1,79 @@
+"""docs/first-adapter.md, step by step: its commands in order in one folder, with a Hub on loopback."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hub_server import HubServer
+
+PAGE = (Path(__file__).parent.parent / "docs" / "first-adapter.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+MAKE_CLIPS, LOAD = (code for kind, code in BLOCKS if kind == "python")
+COMMANDS = [
+    shlex.split(line)[1:]
+    for kind, code in BLOCKS
+    for line in code.replace("\\\n", " ").splitlines()
+    if not kind and line.startswith("sta-adapter ")
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The folder that all steps share, a Hub, and the variables that lead to it."""
+    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("first-adapter")
+        patch.chdir(folder)
+        yield folder, hub
+
+
+def run(words):
+    from sta_adapter.cli import cli
+    from sta_adapter.demo import TINY_BASE
+
+    done = CliRunner().invoke(cli, [str(TINY_BASE) if w == "$TINY" else w for w in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def step(name, *more):
+    (found,) = [words for words in COMMANDS if words[0] == name]
+    return run([*found, *more])
+
+
+@pytest.mark.slow
+class TestSteps:
+    def test_clips(self, workplace):
+        exec(compile(MAKE_CLIPS, "docs/first-adapter.md", "exec"), {})
+        assert sorted(file.name for file in workplace[0].glob("*.jsonl")) == ["test.jsonl", "train.jsonl"]
+
+    def test_look_before(self, workplace):
+        assert "backbone    qwen2_vl" in step("inspect")
+        assert "20 samples, 0 of them bad" in step("check-data")
+
+    def test_train(self, workplace):
+        assert "The adapter is in my-adapter." in step("train", "--set", "num_workers=0")
+
+    def test_evaluate(self, workplace):
+        table = step("evaluate", "--num-workers", "0")
+        assert all(f"{name}, {order}" in table for name in ("base", "adapter") for order in ("ordered", "shuffled"))
+
+    def test_look(self, workplace):
+        step("visualize")
+        assert (workplace[0] / "look" / "index.html").stat().st_size > 10_000
+
+    def test_push(self, workplace, monkeypatch):
+        workplace[1].use(monkeypatch, workplace[0] / "cache")
+        first, second = [words for words in COMMANDS if words[0] == "push"]
+        assert "would upload" in run(first)
+        assert "uploaded to user/my-adapter in one commit" in run(second)
+
+    def test_load_in_a_new_process(self, workplace):
+        folder, hub = workplace
+        environment = {**hub.environment(folder / "other-home"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, cwd=folder, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "STAHandle(backbone='qwen2_vl'" in done.stdout
