@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old lint docs build audit sbom clean
+.PHONY: demo test test-old torture lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -21,6 +21,10 @@ test-old: .venv-4.45.2/.ready .venv-4.57.6/.ready
 
 OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.py tests/test_inject.py \
 	tests/test_tiny_base.py tests/test_videorope.py tests/test_internvideo2.py tests/test_internvideo2_5.py
+
+# The attacks: bounded to about 20 minutes on two cores; docs/reliability.md tells what they are.
+torture: $(VENV)/.ready
+	STA_TORTURE_MACHINES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/torture tests/test_random_use.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
