@@ -17,6 +17,8 @@ COMMANDS = {
     "check-data": "Look for bad samples in your data before training.",
     "train": "Train STA, and LoRA beside it, on your clips.",
     "evaluate": "Measure a model with and without its adapter.",
+    "visualize": "Draw what STA does with a clip.",
+    "app": "Ask base and adapter about a video in the browser, side by side.",
     "push": "Publish an adapter on the Hugging Face Hub.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
 }

@@ -1,0 +1,166 @@
+"""A page that asks a model about a video with and without its adapter, and shows the temporal attention below.
+
+Public: `serve`, `build`. Nothing is fetched from outside, neither by this process nor by the page.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import MissingExtraError, STAError
+from sta_adapter.looking import Viewer
+
+logger = logging.getLogger(__name__)
+LONGEST = 120.0  # seconds of a clip
+LARGEST = "200mb"
+INTRO = """# Ask about a video
+
+The model answers twice: as it is, and with its adapter, whose stacked temporal attention looks from frame to frame.
+Below the answers stands what that attention did.
+"""
+UNTRAINED = """
+> **No adapter was given.** STA is untrained here: both answers are the same, and the maps show chance.
+> Start the app with `--adapter`, for example with the adapter that `sta-adapter demo` trains.
+"""
+CSS = """
+.answer textarea { font-size: 1.05rem; }
+.message { border-left: 4px solid #D55E00; padding: 0.4rem 0.8rem; font-size: 1.05rem; }
+footer { display: none !important; }
+"""
+
+
+def serve(
+    model: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    longest: float = LONGEST,
+    block: bool = True,
+    say: Callable[[str], None] = logger.info,
+    **options: Any,
+) -> Any:
+    """Load a model and its adapter, and serve the page until it is interrupted.
+
+    Args:
+        model: Hub id or folder; None takes the demo's tiny base.
+        adapter: Hub id or folder; None shows untrained STA.
+        host: address to listen on; None takes GRADIO_SERVER_NAME's, else this machine alone.
+        port: None takes GRADIO_SERVER_PORT's, else the first free one from 7860.
+        share: ask Gradio for a public address, which sends everything through its servers.
+        longest: seconds; longer clips are refused.
+        block: stay here until interrupted.
+        say: is told the page's address.
+        options: of `Viewer.load`.
+
+    Returns:
+        The running `gradio.Blocks`; `close()` ends it.
+
+    Raises:
+        MissingExtraError: Gradio is not installed.
+    """
+    from sta_adapter.demo import TINY_BASE
+
+    gradio = _gradio()
+    viewer = Viewer.load(model or TINY_BASE, adapter, longest=longest, **options)
+    page = build(viewer, title=f"{model or 'tiny base'}, {adapter or 'no adapter'}")
+    page.queue(max_size=32).launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        max_file_size=LARGEST,
+        ssr_mode=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+    )
+    say(f"the page is at {page.share_url or page.local_url}")
+    if block:
+        page.block_thread()
+    return page
+
+
+def build(viewer: Viewer, *, title: str = "sta-adapter") -> Any:
+    """The page as a `gradio.Blocks`, not yet served.
+
+    Args:
+        viewer: the model to ask.
+        title: of the browser's tab.
+    """
+    gradio = _gradio()
+
+    def ask(path: str | None, question: str | None) -> tuple[str, str, str]:
+        try:
+            return _ask(viewer, path, question)
+        except STAError as error:
+            said = html.escape(_plain(str(error), path))
+            return (
+                "",
+                "",
+                f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>',
+            )
+
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gradio.Markdown(INTRO + ("" if viewer.trained else UNTRAINED))
+        with gradio.Row():
+            video = gradio.Video(label="Video", sources=["upload"], height=320, elem_id="video")
+            with gradio.Column():
+                question = gradio.Textbox(label="Question", value="What happens?", lines=2, elem_id="question")
+                button = gradio.Button("Ask", variant="primary", elem_id="ask")
+                gradio.Examples([[_example(), "What happens?"]], [video, question], label="A clip to try")
+        with gradio.Row():
+            base = gradio.Textbox(label="Base model", lines=3, elem_id="base", elem_classes="answer")
+            adapted = gradio.Textbox(label="With the adapter", lines=3, elem_id="adapted", elem_classes="answer")
+        pictures = gradio.HTML(elem_id="pictures")
+        outputs = [base, adapted, pictures]
+        button.click(ask, [video, question], outputs, api_name="ask", concurrency_limit=2)
+        question.submit(ask, [video, question], outputs, api_name=False, concurrency_limit=2)
+    return page
+
+
+def _ask(viewer: Viewer, path: str | None, question: str | None) -> tuple[str, str, str]:
+    """Both answers, and the pictures as HTML."""
+    from sta_adapter import look_page
+
+    if not path:
+        raise STAError("There is no video yet: choose a file, or the clip to try.")
+    if not (question or "").strip():
+        raise STAError("There is no question yet: write one.")
+    clip = viewer.read(path, str(question).strip())
+    base, adapted = viewer.answers(clip)
+    seen = viewer.observe(clip)
+    frames, times, why = clip.step_frames(seen)
+    noted = look_page.notes(seen, why, trained=True)  # the page says at its top whether there is an adapter
+    return base, adapted, look_page.sections(seen, frames if not why else frames[:0], times, noted=noted)
+
+
+def _plain(message: str, path: str | None) -> str:
+    """An error without the server's folders."""
+    return message.replace(str(path), Path(path).name) if path else message
+
+
+def _example() -> str:
+    """A made clip in which something moves to the left."""
+    from sta_adapter.demo.clips import render
+    from sta_adapter.video import write_clip
+
+    folder = Path(tempfile.mkdtemp(prefix="sta-adapter-"))
+    return str(write_clip(folder / "moves-left.mp4", render("left", 20_000_000, "held_out"), 8.0))
+
+
+def _gradio() -> Any:
+    """Gradio, told to report nothing to anybody."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise MissingExtraError(f"the app needs Gradio ({error}): pip install 'sta-adapter[app]'") from error
+    return gradio

@@ -1,0 +1,45 @@
+"""`sta-adapter app`: ask a model about videos in the browser, with and without its adapter.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, model_options, option
+from sta_adapter.errors import ConfigError
+
+HELP = """\b
+Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\
+             --adapter my-adapter
+
+Opens a page for this machine alone: a video and a question, the answers of
+base and adapter side by side, and the temporal attention below. Without
+options it shows the demo's tiny base. End it with Ctrl-C.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Ask base and adapter about a video in the browser.")
+@option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
+@option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder. [default: untrained STA]")
+@option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
+@option("Page", "--host", metavar="ADDRESS", help="0.0.0.0 for all. [default: 127.0.0.1]")
+@option("Page", "--port", type=click.IntRange(1, 65535), metavar="N", help="[default: first free from 7860]")
+@option("Page", "--share", is_flag=True, help="Public address through Gradio's servers.")
+@option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
+@option("Frames", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
+@option("Frames", "--longest", type=float, metavar="S", default=120, help="Seconds of a clip. [default: 120]")
+@model_options
+def command(**options: Any) -> None:
+    """Serve the page."""
+    from sta_adapter.app import serve
+
+    fps, nframes = options.pop("fps"), options.pop("nframes")
+    if fps is not None and nframes is not None:
+        raise ConfigError("--fps and --nframes exclude each other; give one of them.")
+    frames = {"nframes": nframes} if nframes is not None else {"fps": fps, "nframes": None} if fps is not None else {}
+    options["dtype"] = options["dtype"] or "auto"
+    serve(frames=frames, say=click.echo, **options)

@@ -1,0 +1,110 @@
+"""`sta-adapter visualize`: what STA does with a clip, as pictures and a page.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, model_options, option
+from sta_adapter.errors import ConfigError
+
+HELP = """\b
+Example: sta-adapter visualize clip.mp4 --out look \\
+             --model Qwen/Qwen2-VL-2B-Instruct --adapter my-adapter
+
+Draws which frame looks at which, where in the picture attention crosses
+frames, and how much STA adds and changes. FOLDER gets index.html (all in
+one file), PNG, MP4, GIF, arrays.npz and numbers.json.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Draw what STA does with a clip.")
+@click.argument("clip", type=click.Path())
+@option("What", "--out", metavar="FOLDER", required=True, help="Gets the page and the pictures.")
+@option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
+@option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder. [default: untrained STA]")
+@option("What", "--block", type=int, metavar="N", help="Whose maps to draw. [default: where STA adds most]")
+@option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
+@option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
+@option("Frames", "--nframes", type=int, metavar="N", help="Frames of the clip instead.")
+@option("Result", "--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@model_options
+def command(clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Any) -> None:
+    """Look at a clip and write what was seen."""
+    from sta_adapter.demo import TINY_BASE
+    from sta_adapter.looking import Viewer
+
+    if options["fps"] is not None and options["nframes"] is not None:
+        raise ConfigError("--fps and --nframes exclude each other; give one of them.")
+    rates = {"fps": {"fps": options["fps"], "nframes": None}, "nframes": {"nframes": options["nframes"]}}
+    frames = next((rates[name] for name in rates if options[name] is not None), {})
+    model = options["model"] or str(TINY_BASE)
+    viewer = Viewer.load(
+        model,
+        adapter,
+        frames=frames,
+        dtype=options["dtype"] or "auto",
+        device=options["device"],
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    numbers = write_look(viewer, clip, Path(out), block, f"{model}, {adapter or 'no adapter'}")
+    click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
+
+
+def write_look(viewer: Any, clip: str, out: Path, block: int | None, subject: str) -> dict[str, Any]:
+    """Write everything into a folder; the numbers."""
+    import numpy as np
+
+    import sta_adapter
+    from sta_adapter import look_page, pictures
+
+    loaded = viewer.read(clip)
+    seen = viewer.observe(loaded)
+    if block is not None and block not in seen.blocks:
+        raise ConfigError(f"--block {block}: STA is in the blocks {', '.join(map(str, seen.blocks))}.")
+    shown = pictures.strongest_block(seen) if block is None else block
+    frames, times, why = loaded.step_frames(seen)
+    noted = look_page.notes(seen, why, trained=viewer.trained)
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {"attention": pictures.draw_attention(seen), "branch": pictures.draw_branch(seen)}
+    movie, files = None, []
+    if not why:
+        figures["overlay"] = pictures.draw_maps(seen, frames, times, shown)
+        files = pictures.write_moving(out, "overlay", pictures.overlay_frames(seen, frames, times, shown))
+        movie = files[0].read_bytes()
+    for name, figure in figures.items():
+        files.append(out / f"{name}.png")
+        files[-1].write_bytes(pictures.png(figure))
+    arrays = {name: getattr(seen, name) for name in ("blocks", "attention", "crossing", "branch", "change", "even")}
+    arrays |= {} if seen.positions is None else {"positions": seen.positions}
+    np.savez_compressed(out / "arrays.npz", **arrays)
+    numbers = look_page.summary(seen, noted, shown)
+    (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    content = look_page.sections(seen, frames if not why else frames[:0], times, noted=noted, block=shown, movie=movie)
+    made = f"Made by sta-adapter {sta_adapter.__version__}. The arrays are in arrays.npz, the numbers in numbers.json."
+    page = look_page.page(f"What STA does with {Path(clip).name}", subject, made, content)
+    (out / "index.html").write_text(page, encoding="utf-8")
+    names = [*(file.name for file in files), "arrays.npz", "numbers.json", "index.html"]
+    return {**numbers, "files": sorted(names)}
+
+
+def describe(numbers: dict[str, Any], out: str) -> str:
+    """The numbers in words, for a terminal."""
+    lines = [f"note: {note}" for note in numbers["notes"]]
+    lines.append(
+        f"{numbers['frames']} steps of {numbers['positions']} positions; the maps show block {numbers['block_shown']}"
+    )
+    lines.append("block  STA's part of the residual  attention to other frames")
+    for row in numbers["blocks"]:
+        lines.append(f"{row['block']:5}  {100 * row['branch']:24.2f} %  {100 * row['crossing']:23.1f} %")
+    lines.append(f"spread evenly, {100 * numbers['even_crossing']:.1f} % of attention would go to other frames")
+    lines.append(f"the encoder's output changes by {100 * numbers['change']:.2f} %")
+    lines.append(f"page: {Path(out) / 'index.html'}")
+    return "\n".join(lines)

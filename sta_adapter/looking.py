@@ -1,0 +1,216 @@
+"""A model with its adapter, asked about clips and looked into; behind `sta-adapter visualize` and `sta-adapter app`.
+
+Public: `Viewer`, `LoadedClip`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.encoding import Visual
+from sta_adapter.errors import CheckpointError, VideoError
+from sta_adapter.handle import STAHandle
+from sta_adapter.visualization import Observation, observe
+
+QUESTION = "Describe the video."
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedClip:
+    """A clip and a question, as a model takes them.
+
+    Attributes:
+        frames: (F, height, width, 3) uint8, what the processor got.
+        times: (F,) seconds from the file's start; None if not known.
+        messages: the question as a conversation.
+        encoded: what the processor made of one such conversation.
+        inputs: keyword arguments of the model, a batch of one.
+        rows_are_frames: whether the model gets the frames as a batch of pictures, so that STA must be told the clip.
+        cropped: whether the processor cuts something off the frames, or adds to them.
+    """
+
+    frames: np.ndarray
+    times: np.ndarray | None
+    messages: list[dict[str, Any]]
+    encoded: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    rows_are_frames: bool
+    cropped: bool
+
+    def step_frames(self, seen: Observation) -> tuple[np.ndarray, np.ndarray | None, str]:
+        """The frame that begins each temporal step: (T, height, width, 3), times (T,), and why there is no overlay."""
+        steps = seen.attention.shape[-1]
+        stride, rest = divmod(len(self.frames), steps)
+        if rest or not stride:
+            reason = f"the encoder made {steps} steps of {len(self.frames)} frames, so which is which can't be known."
+            return self.frames[:0], None, reason
+        reason = seen.no_picture
+        if not reason and self.cropped:
+            reason = "the processor crops or pads frames, so where its patches stand on the picture can't be known."
+        return self.frames[::stride], None if self.times is None else self.times[::stride], reason
+
+
+class Viewer:
+    """A model with STA in it, ready to be asked about clips and looked into; several threads may share one.
+
+    Args:
+        handle: of the injected model.
+        processor: the model's.
+        settings: how clips are sampled.
+        trained: whether an adapter was loaded; STA just put in adds nothing yet.
+        longest: seconds; a longer file is refused. None takes any.
+    """
+
+    def __init__(
+        self,
+        handle: STAHandle,
+        processor: Any,
+        settings: FrameSettings,
+        *,
+        trained: bool = True,
+        longest: float | None = None,
+    ) -> None:
+        self.handle = handle
+        self.processor = processor
+        self.settings = settings
+        self.trained = trained
+        self.longest = longest
+        self._lock = threading.Lock()  # LoRA is switched off for all threads at once, and memory is needed once
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str],
+        adapter: str | os.PathLike[str] | None = None,
+        *,
+        longest: float | None = None,
+        frames: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Viewer:
+        """Load a model, its processor and its adapter; without an adapter, put fresh STA in.
+
+        Args:
+            model: Hub id or folder.
+            adapter: Hub id or folder.
+            longest: seconds; see `Viewer`.
+            frames: fields of `FrameSettings` in the place of those that the adapter was trained with.
+            options: of `sta_adapter.loading.load_model`.
+
+        Raises:
+            CheckpointError: one of them can't be had, or the adapter holds no STA.
+        """
+        from sta_adapter.inject import get_sta, inject_sta
+        from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings
+
+        source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        processor = load_processor(model, **source)
+        net = load_model(model, **options)
+        sampling = saved_frame_settings(adapter) if adapter else {}
+        settings = FrameSettings(**{**(sampling or _usual_frames(model)), **(frames or {})})
+        if adapter is None:
+            return cls(inject_sta(net), processor, settings, trained=False, longest=longest)
+        net = load_adapter(net, adapter)
+        handle = get_sta(net)
+        if handle is None:
+            raise CheckpointError(f"{os.fspath(adapter)!r} holds LoRA weights and no STA, so there is nothing to see.")
+        return cls(handle, processor, settings, longest=longest)
+
+    def read(self, path: str | os.PathLike[str], question: str = QUESTION) -> LoadedClip:
+        """Read a video file and put a question to it.
+
+        Raises:
+            VideoError: it can't be read, or is too long.
+        """
+        from sta_adapter.collator import Collator
+        from sta_adapter.encoding import encode_prompt
+
+        file = os.fspath(path)
+        if self.longest is not None:
+            _check_length(file, self.longest)
+        visual = ClipReader.of(self.processor, self.settings).read([{"type": "video", "video": file}])[0]
+        content = [{"type": "video", "video": file}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        encoded = encode_prompt(self.processor, messages, [[visual]])
+        batch = Collator.of(self.processor, side="left")([encoded])
+        device = next(self.handle.model.parameters()).device
+        inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        pixels = inputs.get("pixel_values")
+        in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
+        return LoadedClip(visual.pixels, _times(visual), messages, encoded, inputs, in_rows, crops(self.processor))
+
+    def observe(self, clip: LoadedClip) -> Observation:
+        """What STA does with the clip."""
+        with self._lock, self._told(clip):
+            return observe(self.handle, clip.inputs)
+
+    @torch.no_grad()
+    def answers(self, clip: LoadedClip, max_new_tokens: int = 64) -> tuple[str, str]:
+        """What the base model says to the clip's question, and what it says with the adapter."""
+        from sta_adapter.answering import Questioner
+        from sta_adapter.samples import Sample
+
+        sample = Sample([*clip.messages, {"role": "assistant", "content": []}])
+        questioner = Questioner(self.handle.model, self.processor, max_new_tokens, 1)
+        said = []
+        with self._lock, self._told(clip):
+            for switched in (self.without_adapter(), contextlib.nullcontext()):
+                with switched:
+                    said.append(next(questioner.answer([(0, sample, clip.encoded)])).prediction)
+        return said[0], said[1]
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """STA off, for this thread; LoRA off, for all threads."""
+        model: Any = self.handle.model
+        with contextlib.ExitStack() as stack:
+            if hasattr(model, "disable_adapter"):
+                stack.enter_context(model.disable_adapter())
+            stack.enter_context(self.handle.disabled())
+            yield
+
+    def _told(self, clip: LoadedClip) -> contextlib.AbstractContextManager[None]:
+        return self.handle.clips([len(clip.frames)]) if clip.rows_are_frames else contextlib.nullcontext()
+
+
+def _usual_frames(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tiny base was made for eight small frames; all else takes the published recipe's."""
+    from sta_adapter.demo import TINY_BASE
+
+    if Path(model).is_dir() and Path(model).samefile(TINY_BASE):
+        return {"nframes": 8, "min_tokens": None, "max_tokens": None}
+    return {}
+
+
+def _check_length(file: str, longest: float) -> None:
+    from sta_adapter.video.table import read_table
+
+    duration = read_table(file).duration
+    if duration > longest:
+        raise VideoError(
+            f"{Path(file).name} is {duration:.0f} s long, and at most {longest:.0f} s are taken. Cut out the part that matters."
+        )
+
+
+def _times(visual: Visual) -> np.ndarray | None:
+    found = visual.metadata or {}
+    if not found.get("fps") or not found.get("frames_indices"):
+        return None
+    return np.array(found["frames_indices"]) / found["fps"]
+
+
+def crops(processor: Any) -> bool:
+    """Whether a processor cuts something off the frames of videos, or adds to them."""
+    part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+    flags = ("do_center_crop", "crop_to_patches")
+    return any(getattr(part, flag, None) for flag in flags) or getattr(part, "pad_size", None) is not None

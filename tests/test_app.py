@@ -1,0 +1,226 @@
+"""The app: what it answers, what it says to bad files, two users at once, and the page in a real browser."""
+
+import contextlib
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import chromium, find_chromium, requested
+from cases import randomize
+
+from sta_adapter.demo import TINY_BASE
+from sta_adapter.demo.clips import render
+from sta_adapter.errors import VideoError
+from sta_adapter.looking import Viewer
+from sta_adapter.video import write_clip
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'sta-adapter[app]'")
+SPACE = Path(__file__).parents[1] / "examples/space"
+
+
+@pytest.fixture(scope="module")
+def viewer():
+    """The tiny base with STA whose random weights change its answers."""
+    found = Viewer.load(TINY_BASE, device="cpu", longest=20)
+    for index, module in enumerate(found.handle.blocks.values()):
+        randomize(module, seed=index, std=1.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "left.mp4", render("left", 7), 8.0)
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def ask(viewer):
+    """The function behind the button."""
+    from sta_adapter.app import build
+
+    return next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
+
+
+def test_answers_are_those_of_base_and_adapter(viewer, clip):
+    loaded = viewer.read(clip, "What happens?")
+    base, adapted = viewer.answers(loaded)
+    fresh = Viewer.load(TINY_BASE, device="cpu")
+    assert fresh.answers(loaded) == (base, base)
+    assert adapted != base
+
+
+def test_two_users_at_once_get_what_each_alone_gets(viewer, tmp_path):
+    clips = [viewer.read(write_clip(tmp_path / f"{n}.mp4", render(n, 3), 8.0)) for n in ("left", "grows")]
+    alone = [(viewer.answers(clip), viewer.observe(clip)) for clip in clips]
+    found, barrier = {}, threading.Barrier(2)
+
+    def user(index):
+        torch.set_num_threads(1)
+        barrier.wait()
+        for turn in range(2):
+            found[index, turn] = viewer.answers(clips[index]), viewer.observe(clips[index])
+
+    threads = [threading.Thread(target=user, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for (index, _), (answers, seen) in found.items():
+        assert answers == alone[index][0]
+        np.testing.assert_array_equal(seen.change, alone[index][1].change)
+        np.testing.assert_array_equal(seen.attention, alone[index][1].attention)
+
+
+def test_lora_is_off_for_the_base_as_well(clip):
+    peft = pytest.importorskip("peft")
+    from sta_adapter import get_sta
+
+    viewer = Viewer.load(TINY_BASE, device="cpu")
+    loaded = viewer.read(clip)
+    base = viewer.answers(loaded)[0]
+    model = peft.get_peft_model(viewer.handle.model, viewer.handle.lora_config())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    again = Viewer(get_sta(model.eval()), viewer.processor, viewer.settings)
+    assert again.answers(loaded)[0] == base
+    assert again.answers(loaded)[1] != base
+
+
+def test_a_clip_that_is_too_long(viewer, tmp_path):
+    path = write_clip(tmp_path / "long.mp4", render("left", 1), 0.25)
+    with pytest.raises(VideoError, match=r"long\.mp4 is 32 s long, and at most 20 s are taken"):
+        viewer.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "question", "message"),
+    [
+        (b"this is <b>text</b>", "What?", "text.mp4 can&#x27;t be read as a video"),
+        (None, "What?", "no video yet"),
+        (b"", "", "no question yet"),
+    ],
+    ids=["text", "no-video", "no-question"],
+)
+def test_errors_are_told_in_the_page(ask, tmp_path, content, question, message):
+    path = None if content is None else tmp_path / "text.mp4"
+    if path is not None:
+        path.write_bytes(content)
+    base, adapted, page = ask(path and str(path), question)
+    assert (base, adapted) == ("", "")
+    assert message in page
+    assert str(tmp_path) not in page
+
+
+@contextlib.contextmanager
+def no_network(monkeypatch):
+    """Only addresses of this machine can be reached; others are noted."""
+    asked, connect = [], socket.socket.connect
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1", "0.0.0.0"):
+            asked.append(address)
+            raise OSError(f"no way to {address}")
+        return connect(self, address)
+
+    def looked_up(host, *args, **kwargs):
+        if host not in (None, "127.0.0.1", "localhost", "::1", "0.0.0.0"):
+            asked.append(host)
+            raise OSError(f"no way to {host}")
+        return found(host, *args, **kwargs)
+
+    found = socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    yield asked
+
+
+def test_it_starts_without_asking_anybody(monkeypatch, clip):
+    from gradio_client import Client, handle_file
+
+    from sta_adapter.app import serve
+
+    with no_network(monkeypatch) as asked:
+        said = []
+        page = serve(block=False, port=free_port(), device="cpu", say=said.append)
+        try:
+            assert said == [f"the page is at {page.local_url}"]
+            assert page.local_url.startswith("http://127.0.0.1:")
+            client = Client(page.local_url, verbose=False, analytics_enabled=False)
+            base, adapted, pictures = client.predict(handle_file(str(clip)), "What?", api_name="/ask")
+        finally:
+            page.close()
+    assert base == adapted != ""
+    assert 'srcset="data:image/png' in pictures
+    assert asked == []
+
+
+def test_the_space_calls_the_package(monkeypatch):
+    import runpy
+
+    import sta_adapter.app
+
+    calls = []
+    monkeypatch.setattr(sta_adapter.app, "serve", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setenv("STA_ADAPTER", "me/mine")
+    monkeypatch.delenv("STA_MODEL", raising=False)
+    runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+    assert calls == [((None, "me/mine"), {"longest": 120.0})]
+    front = (SPACE / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert {"sdk: gradio", "app_file: app.py"} <= {line.strip() for line in front.splitlines()}
+
+
+@pytest.mark.slow
+def test_in_a_browser(viewer, clip, tmp_path):
+    """Upload a clip, ask, see both answers and the attention; then a file that is no video."""
+    find_chromium()
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    from sta_adapter.app import build
+
+    page = build(viewer)
+    page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), ssr_mode=False)
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    try:
+        with chromium(tmp_path / "profile", dark=True) as browser:
+            wait, css = WebDriverWait(browser, 90), By.CSS_SELECTOR
+            browser.get(page.local_url)
+
+            def upload(path):
+                wait.until(lambda b: b.find_elements(css, "#video input[type=file]"))[0].send_keys(str(path))
+                wait.until(lambda b: b.find_elements(css, "#video video"))
+
+            def said(name):
+                return browser.find_element(css, f"#{name} textarea").get_property("value")
+
+            upload(clip)
+            browser.find_element(By.ID, "ask").click()
+            wait.until(lambda b: said("base") and said("adapted"))
+            assert (said("base"), said("adapted")) == viewer.answers(viewer.read(clip, "What happens?"))
+            pictures = wait.until(lambda b: b.find_elements(css, "#pictures img"))
+            assert len(pictures) == 3
+            wait.until(lambda b: all(b.execute_script("return arguments[0].naturalWidth", p) > 300 for p in pictures))
+            dark = browser.find_element(css, "#pictures source").get_attribute("srcset")
+            assert browser.execute_script("return arguments[0].currentSrc", pictures[0]) == dark
+            assert all(p.get_attribute("alt") for p in pictures)
+            browser.find_element(css, "#video button[aria-label=Clear]").click()
+            upload(text)
+            browser.find_element(By.ID, "ask").click()
+            alert = wait.until(lambda b: b.find_elements(css, "#pictures [role=alert]"))[0]
+            assert "text.mp4 can't be read as a video" in alert.text
+            outside = [u for u in requested(browser) if u.startswith("http") and not u.startswith(page.local_url)]
+            assert outside == []
+    finally:
+        page.close()
