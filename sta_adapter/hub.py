@@ -1,6 +1,6 @@
-"""Adapters on the Hugging Face Hub: found by id, in the cache or by download. See `publish` for the way there.
+"""The Hugging Face Hub: adapters found by id, in the cache or by download; branches to push to; what its errors mean.
 
-Public: `resolve_adapter`, `explain`, `ADAPTER_FILES`.
+Public: `resolve_adapter`, `prepare_branch`, `branch_contents`, `explain`, `ADAPTER_FILES`. See `publish` for pushing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
+MAIN = "main"
 ADAPTER_FILES = [WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS]
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone a moment later
 WAITS = (1.0, 4.0)  # seconds before each further try
@@ -69,6 +70,40 @@ def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | N
         ) from error
 
 
+def prepare_branch(api: Any, repo_id: str, revision: str, private: bool | None) -> str:
+    """Make the repository and the branch where they are missing; a public one never passes for a private one.
+
+    Returns:
+        The repository's id with its owner.
+
+    Raises:
+        CheckpointError: the repository is public, and `private` is True.
+    """
+    visibility = {} if private is None else {"private": private}
+    repo_id = api.create_repo(repo_id, exist_ok=True, **visibility).repo_id
+    if private and api.model_info(repo_id, revision=MAIN).private is False:
+        raise CheckpointError(
+            f"{repo_id!r} exists and is public, and private=True was asked for; nothing was uploaded. Make it "
+            "private in its settings, or take another repository."
+        )
+    if revision != MAIN:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def branch_contents(api: Any, repo_id: str, revision: str) -> tuple[str | None, set[str]]:
+    """The commit that the branch is at, and its files; none where there is no such thing yet."""
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except Exception as error:
+        if status_of(error) in (401, 404):  # a push that is not allowed fails later, and says why
+            return None, set()
+        raise
+    if info.siblings is None:
+        return info.sha, set(api.list_repo_files(repo_id, revision=revision))
+    return info.sha, {file.rfilename for file in info.siblings}
+
+
 def patiently(action: Callable[[], T]) -> T:
     """Do it, and again a little later where the network or the server failed in a way that may pass."""
     for wait in WAITS:
@@ -101,8 +136,8 @@ def explain(error: BaseException, endpoint: str | None = None) -> str:
         meaning = "it has no such branch, tag or commit"
     elif any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
         meaning = MISSING
-    elif _status(error) is not None:
-        meaning = _status_meaning(int(_status(error) or 0), str(error), pushing=endpoint is not None)
+    elif (status := status_of(error)) is not None:
+        meaning = _status_meaning(status, str(error), pushing=endpoint is not None)
     elif any(map(_is_connection_trouble, chain)):
         there = endpoint or f"{constants.ENDPOINT} (HF_ENDPOINT), and no complete copy in the cache"
         meaning = f"no connection to {there}"
@@ -129,7 +164,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, if a server has answered."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
@@ -139,7 +174,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    status = _status(error)
+    status = status_of(error)
     return any(map(_is_connection_trouble, _causes(error))) if status is None else status in PASSING
 
 

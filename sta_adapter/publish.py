@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from sta_adapter.adapter_format import CONFIG, WEIGHTS, adapter_files, read_description, read_weights
 from sta_adapter.base_model import is_hub_id
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.hub import explain
+from sta_adapter.hub import MAIN, branch_contents, explain, prepare_branch
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.model_card import CardFacts, make_card, read_run
+from sta_adapter.reading import read_json
 
 if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle
@@ -76,15 +77,16 @@ class _Adapter:
 
     def published(self, base_model: str | None, frames: Mapping[str, Any]) -> _Adapter:
         """With the base model's public name in the place of a path on this machine, and how clips were sampled."""
-        name = base_model or _last(self.description.get("base_model", {}).get("id"))
-        revision = self.description.get("base_model", {}).get("revision") if name == base_model else None
+        saved = self.description["base_model"]
+        name = base_model or _last(saved.get("id"))
+        revision = saved.get("revision") if name == saved.get("id") else None
         description = {**self.description, "base_model": {"id": name, "revision": revision}}
         sampling = {key: value for key, value in frames.items() if key != "backend"}  # what decodes is no matter
         description |= {"frames": sampling} if sampling else {}
         files = {**self.files, CONFIG: _as_json(description)}
         if LORA_CONFIG in files:
             content = files[LORA_CONFIG]
-            lora = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+            lora = json.loads(content) if isinstance(content, bytes) else read_json(content)
             files[LORA_CONFIG] = _as_json({**lora, "base_model_name_or_path": name})
         return _Adapter(description, files, self.parameters)
 
@@ -103,6 +105,8 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
     """
     path = Path(folder)
     description = read_description(path)
+    base = description.get("base_model")
+    description["base_model"] = base if isinstance(base, dict) and isinstance(base.get("id"), str) else {}
     weights = read_weights(path, description)
     names = [WEIGHTS, CONFIG]
     if (path / LORA_CONFIG).exists():
@@ -155,13 +159,12 @@ def _push(
     run = read_run(Path(run_folder or os.devnull), None if results is None else Path(results))
     adapter = adapter.published(base, run.get("settings", {}).get("frames", {}))
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
-    facts = CardFacts(repo_id, base, license, datasets, adapter.parameters, LORA_CONFIG in adapter.files, run)
+    branch, message = revision or MAIN, commit_message or "Upload STA adapter"
     api = HfApi(endpoint=endpoint, token=token)
     try:
-        target = _Target(api, repo_id, revision, create_pr)
-        if not dry_run:
-            target.prepare(private)
-        return target.commit(adapter, facts, commit_message or "Upload STA adapter", dry_run)
+        name = repo_id if dry_run else prepare_branch(api, repo_id, branch, private)
+        facts = CardFacts(name, base, license, datasets, adapter.parameters, LORA_CONFIG in adapter.files, run)
+        return _commit(api, adapter, facts, branch, message, create_pr, dry_run)
     except CheckpointError:
         raise
     except Exception as error:
@@ -171,79 +174,53 @@ def _push(
         ) from error
 
 
-class _Target:
-    """A branch of a repository on the Hub."""
+def _commit(
+    api: Any, adapter: _Adapter, facts: CardFacts, revision: str, message: str, create_pr: bool, dry_run: bool
+) -> Publication:
+    """Upload all files in one commit, or only say what would be."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    def __init__(self, api: Any, repo_id: str, revision: str | None, create_pr: bool) -> None:
-        self.api, self.repo_id, self.revision, self.create_pr = api, repo_id, revision, create_pr
-
-    def prepare(self, private: bool | None) -> None:
-        """Make the repository and the branch where they are missing; a public one never passes for a private one."""
-        visibility = {} if private is None else {"private": private}
-        self.repo_id = self.api.create_repo(self.repo_id, exist_ok=True, **visibility).repo_id
-        is_private = self.api.model_info(self.repo_id).private
-        if private and is_private is False:
-            raise CheckpointError(
-                f"{self.repo_id!r} exists and is public, and private=True was asked for; nothing was uploaded. Make it "
-                "private in its settings, or take another repository."
-            )
-        if self.revision is not None:
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-
-    def there(self) -> tuple[str | None, set[str]]:
-        """The commit that the branch is at, and its files; none where there is no repository yet."""
-        from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
-
-        try:
-            info = self.api.model_info(self.repo_id, revision=self.revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            return None, set()
-        return info.sha, {file.rfilename for file in info.siblings or ()}
-
-    def commit(self, adapter: _Adapter, facts: CardFacts, message: str, dry_run: bool) -> Publication:
-        """Upload all files in one commit, or only say what would be."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        head, there = self.there()
-        facts = CardFacts(**{**vars(facts), "repo_id": self.repo_id})
-        card = make_card(adapter.description, facts)
-        files = {**adapter.files, **({} if CARD in there else {CARD: card.encode()})}
-        removed = [name for name in (LORA_CONFIG, LORA_WEIGHTS) if name in there and name not in files]
-        operations: list[Any] = [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in files.items()
-        ]
-        operations += [CommitOperationDelete(name) for name in removed]
-        done = None
-        if not dry_run:
-            done = self.api.create_commit(
-                self.repo_id,
-                operations,
-                commit_message=message,
-                revision=self.revision,
-                create_pr=self.create_pr or None,
-                parent_commit=head if CARD in files else None,  # a README that comes up meanwhile is not written over
-            )
-        return Publication(
-            repo_id=self.repo_id,
-            url=f"{self.api.endpoint}/{self.repo_id}",
-            commit_url=None if done is None else done.commit_url,
-            oid=None if done is None else done.oid,
-            changed=done is None or done.oid != head,
-            pr_url=None if done is None else done.pr_url,
-            files={name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in files.items()},
-            card="new" if CARD in files else "kept",
-            removed=removed,
-            notes=_notes(adapter, facts) if CARD in files else [],
-            card_text=card,
+    head, there = branch_contents(api, facts.repo_id, revision)
+    card = make_card(adapter.description, facts)
+    files = {**adapter.files, **({} if CARD in there else {CARD: card.encode()})}
+    removed = [name for name in (LORA_CONFIG, LORA_WEIGHTS) if name in there and name not in files]
+    operations: list[Any] = [
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    operations += [CommitOperationDelete(name) for name in removed]
+    # a README that comes up meanwhile is not written over
+    parent = head if CARD in files and len(head or "") == 40 else None
+    done = None
+    if not dry_run:
+        done = api.create_commit(
+            facts.repo_id,
+            operations,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr or None,
+            parent_commit=parent,
         )
+    return Publication(
+        repo_id=facts.repo_id,
+        url=f"{api.endpoint}/{facts.repo_id}",
+        commit_url=None if done is None else done.commit_url,
+        oid=None if done is None else done.oid,
+        changed=done is None or done.oid != head,
+        pr_url=None if done is None else done.pr_url,
+        files={name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in files.items()},
+        card="new" if CARD in files else "kept",
+        removed=removed,
+        notes=_notes(adapter, facts) if CARD in files else [],
+        card_text=card,
+    )
 
 
 def _checked_base(adapter: _Adapter, base_model: str | None) -> str | None:
     """The base model's id on the Hub, as given or as saved."""
     if base_model is not None and not is_hub_id(base_model):
         raise ConfigError(f"base_model is {base_model!r}, expected the id of a model on the Hub (user/name).")
-    saved = adapter.description.get("base_model", {}).get("id")
+    saved = adapter.description["base_model"].get("id")
     return base_model or (saved if is_hub_id(saved) else None)
 
 

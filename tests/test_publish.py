@@ -270,3 +270,26 @@ def test_help_fits_a_screen():
     assert text.split("\n")[2].strip().startswith("Example: sta-adapter push")
     assert len(text.split("\n")) <= 32
     assert max(map(len, text.split("\n"))) <= 80
+
+
+def test_a_listing_without_files_is_asked_for_again(hub, handle, monkeypatch):
+    hub.upload(NAME, {"README.md": b"mine"})
+    api = pytest.importorskip("huggingface_hub").HfApi
+    info = api.model_info
+
+    def bare(self, *arguments, **options):
+        found = info(self, *arguments, **options)
+        found.siblings = None
+        return found
+
+    monkeypatch.setattr(api, "model_info", bare)
+    assert handle.push_to_hub(NAME).card == "kept"
+    assert hub.files(NAME)["README.md"] == b"mine"
+
+
+@pytest.mark.parametrize("base", [None, "text", {"id": 3}, {}], ids=repr)
+def test_a_base_model_that_makes_no_sense_is_none(hub, folder, base):
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model": base}))
+    assert "a model without a name is no Hub id" in push_folder(folder, NAME).notes[0]
+    assert json.loads(hub.files(NAME)[CONFIG])["base_model"] == {"id": None, "revision": None}
