@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old torture lint docs build audit sbom clean
+.PHONY: demo test test-old test-lmms-eval torture lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -21,6 +21,14 @@ test-old: .venv-4.45.2/.ready .venv-4.57.6/.ready
 
 OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.py tests/test_inject.py \
 	tests/test_tiny_base.py tests/test_videorope.py tests/test_internvideo2.py tests/test_internvideo2_5.py
+
+# Models with STA inside lmms-eval. It pins an older PyAV than ours, with which it runs all the same, and brings a hundred
+# packages: an environment of its own, over the main one, with those that it needs for this.
+test-lmms-eval: .venv-lmms-eval/.ready
+	.venv-lmms-eval/bin/python -m pytest tests/lmms_eval_plugin
+
+LMMS_EVAL := lmms-eval==0.7.3
+LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwen-vl-utils python-dotenv jsonlines aiohttp httpx
 
 # The attacks: bounded to about 20 minutes on two cores; docs/reliability.md tells what they are.
 torture: $(VENV)/.ready
@@ -53,7 +61,7 @@ sbom: $(VENV)/.ready .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-tools build dist *.egg-info
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-lmms-eval .venv-tools build dist *.egg-info
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -70,4 +78,13 @@ $(VENV)/.ready: pyproject.toml
 	echo "$$main" > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
 	.venv-$*/bin/python -m pip install --quiet $(PINS)
 	.venv-$*/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv-lmms-eval/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(@D)
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "$$main" > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
+	$(@D)/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
+	$(@D)/bin/python -m pip install --quiet $(LMMS_EVAL_NEEDS)
+	$(@D)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@

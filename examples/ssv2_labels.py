@@ -14,20 +14,8 @@ from pathlib import Path
 
 from sta_adapter.demo.clips import LABELS, render
 from sta_adapter.errors import DataError
+from sta_adapter.eval_sets.ssv2_t10 import CLASSES as TEN
 from sta_adapter.video import write_clip
-
-TEN = (
-    "Pulling [something] from left to right",
-    "Pulling [something] from right to left",
-    "Throwing [something] in the air and catching it",
-    "Throwing [something] in the air and letting it fall",
-    "[Something] falling like a rock",
-    "Rolling [something] on a flat surface",
-    "Poking a stack of [something] so the stack collapses",
-    "Picking [something] up",
-    "Moving [something] away from [something]",
-    "Moving [something] closer to [something]",
-)
 
 
 @dataclass(frozen=True)
