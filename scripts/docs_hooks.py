@@ -83,6 +83,7 @@ def relinked(markdown: str, folder: Path, source: str, repo_url: str) -> str:
             return match[0]
         place = Path(os.path.normpath(folder / target))
         if place.parts[0] == "docs":
+            text = page_title(place) if text == str(place) else text
             return f"[{text}]({os.path.relpath(place, Path('docs', source).parent)}{anchor})"
         if not (ROOT / place).exists():
             raise ValueError(f"{source} links to {target}, which is not there")
@@ -92,6 +93,12 @@ def relinked(markdown: str, folder: Path, source: str, repo_url: str) -> str:
 
     fences = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in fences)
+
+
+def page_title(place: Path) -> str:
+    """The first heading of a page; where the page is missing, MkDocs says so."""
+    lines = (ROOT / place).read_text(encoding="utf-8").splitlines() if (ROOT / place).is_file() else []
+    return next((line[2:] for line in lines if line.startswith("# ")), str(place))
 
 
 def drawing(file: str, label: str) -> str:

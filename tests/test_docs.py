@@ -123,7 +123,9 @@ def test_links_out_of_the_docs():
         prepared(source, "api/index.md", "https://a.b/c/")
         == "[the class](https://a.b/c/blob/main/sta_adapter/handle.py#L1)"
     )
-    assert "[docs/multi-node.md](multi-node.md)" in prepared("<!-- include: README Tests -->", "index.md")
+    assert "[Training on many GPUs and many nodes](multi-node.md)" in prepared(
+        "<!-- include: README Tests -->", "index.md"
+    )
 
 
 def test_pages_load_nothing_from_elsewhere():
