@@ -54,24 +54,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: st
 def choose_backend(q: Tensor, requested: str = "auto") -> Choice:
     """The kernel for queries like `q` (P, T, H, D), with the reason for it.
 
+    "auto" takes xformers where it can (CUDA), and for all else torch's SDPA, which picks among its own kernels.
+    "eager" is batched matrix products, written out.
+
     Raises:
         ConfigError: for an unknown name.
         BackendError: when "xformers" was asked for by name and can't take the tensor.
     """
+    return choose_kernel(q.device.type, q.dtype, q.shape[1], q.shape[-1], requested)
+
+
+def choose_kernel(device: str, dtype: torch.dtype, frames: int, head_dim: int, requested: str = "auto") -> Choice:
+    """As `choose_backend`, for tensors that are not there yet."""
     if requested not in BACKENDS:
         raise ConfigError(f"attention backend {requested!r}: expected one of {', '.join(BACKENDS)}.")
     if requested in ("sdpa", "eager"):
         return Choice(requested, "asked for by name")
-    refusal = xformers_refusal(q.device.type, q.dtype, q.shape[-1])
+    refusal = xformers_refusal(device, dtype, head_dim)
     if refusal is None:
-        return Choice(
-            "xformers", "asked for by name" if requested == "xformers" else "CUDA tensors that xformers takes"
-        )
+        reason = "asked for by name" if requested == "xformers" else "CUDA tensors that xformers takes"
+        return Choice("xformers", reason)
     if requested == "xformers":
         raise BackendError(
             f"attention='xformers' can't be used here: {refusal}. Use attention='auto', which falls back to torch's SDPA."
         )
-    return Choice("sdpa", f"not xformers: {refusal}")
+    wide = "; in float32, which the CPU's kernel is faster in" if _widens(device, dtype) else ""
+    return Choice("sdpa", f"not xformers: {refusal}{wide}")
 
 
 _REFUSALS: dict[tuple[str, torch.dtype, int], str | None] = {}
@@ -110,19 +118,28 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
 
 
+def _widens(device: str, dtype: torch.dtype) -> bool:
+    """Whether SDPA gets float32 copies: its 16-bit CPU kernel takes up to ten times as long (benchmarks/kernels.py)."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    dtype = q.dtype
+    if _widens(q.device.type, dtype):
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(dtype).transpose(1, 2)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    dtype = q.dtype
+    wide = torch.promote_types(torch.float32, dtype)  # scores in 16 bits overflow, or are too coarse for a softmax
+    q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(q.dtype)
-    return (weights @ v).transpose(1, 2)
+    return (scores.softmax(dim=-1) @ v).to(dtype).transpose(1, 2)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {

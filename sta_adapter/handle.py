@@ -13,6 +13,7 @@ from torch import nn
 
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
+from sta_adapter.explain import Call
 from sta_adapter.hooks import CHILD, active_module, remove_hooks
 from sta_adapter.injection import Injection
 from sta_adapter.layout import checked_lengths
@@ -157,6 +158,25 @@ class STAHandle:
         """
         self._require_injected()
         return self._injection.clips(None if lengths is None else checked_lengths(lengths))
+
+    def explain(self) -> list[Call]:
+        """Which attention kernel has computed STA so far, and why: an entry for each distinct shape of its calls.
+
+        Example:
+            `for call in handle.explain(): print(call)` prints lines such as `256 positions x 8 frames, 4 heads of 80,
+            torch.float32 on cpu: sdpa (not xformers: its memory-efficient attention needs CUDA tensors, ...)`.
+        """
+        return list(self._injection.calls)
+
+    def recompute(self, whole_branch: bool = True) -> None:
+        """Keep less for the backward: of each branch only its input, and compute the rest again (False: as before).
+
+        On its own, without checkpointing the encoder; it costs the branch's forward once more. What is cheap to
+        compute again is never kept, with or without this.
+        """
+        self._require_injected()
+        for module in self.blocks.values():
+            module.recompute = whole_branch
 
     def remove(self) -> nn.Module:
         """Take STA out: no hook, no parameter, the state keys as before. Removing twice is fine.

@@ -47,7 +47,7 @@ class EncoderBegin(Hook):
         layout = injection.spec.layout(EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths))
         for block in encoder.get_submodule(injection.spec.blocks).children():
             if (sta := getattr(block, CHILD, None)) is not None:
-                active_module(sta).prepare(layout)
+                injection.saw(active_module(sta).prepare(layout))
         injection.begin(layout)
         if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder):
             return _require_grad(args, kwargs)

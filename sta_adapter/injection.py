@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor
 from sta_adapter.backbone import Backbone, get_backbone
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import LayoutError
+from sta_adapter.explain import Call
 from sta_adapter.layout import ClipLayout, ClipLengths
+
+CALLS_KEPT = 256
 
 
 class Injection:
@@ -34,6 +37,7 @@ class Injection:
         self.config = config
         self.backbone = backbone
         self.enabled = True
+        self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,6 +84,12 @@ class Injection:
         """An encoder forward starts in this thread; None when the branch is switched off."""
         self._local.forward = (layout,)
         self._local.ran = getattr(self._local, "ran", False) or torch.is_grad_enabled()
+
+    def saw(self, calls: Iterable[Call]) -> None:
+        """A block makes these calls of the attention kernel; the latest kinds are kept."""
+        self.calls.update(dict.fromkeys(calls))
+        while len(self.calls) > CALLS_KEPT:
+            self.calls.pop(next(iter(self.calls)), None)
 
     def note(self, output: Any) -> None:
         """A block of the encoder forward of this thread gave this output; nothing is kept when it is recomputed."""

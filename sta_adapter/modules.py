@@ -8,10 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sta_adapter.attention import attend, choose_backend
+from sta_adapter.attention import attend
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
+from sta_adapter.explain import Call, calls_of
 from sta_adapter.layout import ClipLayout
+from sta_adapter.recompute import project_normed, recomputed
 
 
 class TemporalAttention(nn.Module):
@@ -28,6 +30,9 @@ class TemporalAttention(nn.Module):
         norm: "layernorm" or "rmsnorm".
         norm_eps: epsilon of the norm.
         qkv_bias: whether `to_qkv` has a bias.
+
+    Attributes:
+        recompute: keep only the branch's input for the backward, and compute the rest again; see `sta_adapter.recompute`.
 
     Raises:
         ConfigError: when RoPE is asked for and the head size is odd.
@@ -55,6 +60,7 @@ class TemporalAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.config = config
+        self.recompute = False
         self.norm = (nn.RMSNorm if norm == "rmsnorm" else nn.LayerNorm)(width, eps=norm_eps, **at)
         self.to_qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=qkv_bias, **at)
         self.to_out = nn.Linear(num_heads * head_dim, width, **at)
@@ -86,8 +92,11 @@ class TemporalAttention(nn.Module):
         Returns:
             (..., C), shaped as `tokens`, in the module's dtype (or autocast's).
         """
-        qkv = self.to_qkv(self.norm(tokens.to(self.to_qkv.weight.dtype)))
-        heads = self.mix_frames(qkv.reshape(layout.num_tokens, -1), layout)
+        return recomputed(self._branch, tokens, layout) if self.recompute else self._branch(tokens, layout)
+
+    def _branch(self, tokens: Tensor, layout: ClipLayout) -> Tensor:
+        qkv = project_normed(self.norm, self.to_qkv, tokens).reshape(layout.num_tokens, -1)
+        heads = self.mix_frames(qkv, layout) if self.recompute else recomputed(self.mix_frames, qkv, layout)
         branch = self.to_out(heads)
         if self.gamma is not None:
             branch = branch * self.gamma
@@ -95,8 +104,11 @@ class TemporalAttention(nn.Module):
             branch = branch.masked_fill(layout.single_frame_mask(branch.device), 0)
         return branch.view(tokens.shape)
 
-    def prepare(self, layout: ClipLayout) -> None:
-        """Make the tables and the choice that `forward` needs ahead of it, where `torch.compile` does not look.
+    def prepare(self, layout: ClipLayout) -> tuple[Call, ...]:
+        """Make the tables and the choices that `forward` needs ahead of it, where `torch.compile` does not look.
+
+        Returns:
+            The calls of the attention kernel that `forward` will make, one for each number of frames.
 
         Raises:
             BackendError: the attention kernel asked for by name can't be used.
@@ -113,17 +125,16 @@ class TemporalAttention(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         like = weight.new_empty((1, 1, self.num_heads, self.head_dim), dtype=dtype)
-        choose_backend(like, self.config.attention)
         if self.config.rope_theta is not None:
             layout.rotary_tables(self.head_dim, self.config.rope_theta, like)
+        return calls_of(layout, like, self.config.attention)
 
     def mix_frames(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
         """Attention over the frames of each position: (tokens, 3 * heads * head_dim) -> (tokens, heads * head_dim)."""
         if layout.is_uniform:
             frames, positions = layout.clips[0]
-            fold = rearrange(qkv, "(b t n) (k h d) -> k b n t h d", t=frames, n=positions, k=3, h=self.num_heads)
-            out = self._attend(fold.flatten(1, 2), layout)
-            out = rearrange(out, "(b n) t h d -> (b t n) (h d)", n=positions)
+            fold = rearrange(qkv, "(b t n) (k h d) -> b n t k h d", t=frames, n=positions, k=3, h=self.num_heads)
+            out = rearrange(self._attend(fold, layout), "(b n) t h d -> (b t n) (h d)", n=positions)
         else:
             out = self._mix_unequal(qkv, layout)
         if self.config.token_order == "published":
@@ -135,23 +146,26 @@ class TemporalAttention(nn.Module):
         parts = qkv.index_select(0, layout.gather_index(qkv.device)).split([t * n for t, n in layout.groups])
         outs = []
         for (frames, _), part in zip(layout.groups, parts, strict=True):
-            fold = rearrange(part, "(t p) (k h d) -> k p t h d", t=frames, k=3, h=self.num_heads)
+            fold = rearrange(part, "(t p) (k h d) -> p t k h d", t=frames, k=3, h=self.num_heads)
             outs.append(rearrange(self._attend(fold, layout), "p t h d -> (t p) (h d)"))
         return torch.cat(outs).index_select(0, layout.scatter_index(qkv.device))
 
     def _attend(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
-        """(3, P, T, H, D) -> (P, T, H, D), for P positions of clips with the same number of frames."""
-        q, k, v = qkv.unbind(0)
-        if q.shape[1] == 1:
-            return v  # a softmax over one frame is 1
-        if self.config.rope_theta is not None:
-            cos, sin = layout.rotary_tables(self.head_dim, self.config.rope_theta, q)
-            cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        """(..., T, 3, H, D) -> (P, T, H, D), for P positions of clips with the same number of frames."""
+        frames = qkv.shape[-4]
+        if frames == 1:
+            return qkv[..., 2, :, :].flatten(0, -4)  # v: a softmax over one frame is 1
+        if self.config.rope_theta is None:
+            q, k, v = qkv.flatten(0, -5).unbind(2)
+        else:
+            cos, sin = (x[:frames, None] for x in layout.rotary_tables(self.head_dim, self.config.rope_theta, qkv))
+            q, k = rotate(qkv[..., :2, :, :], cos, sin).flatten(0, -5).unbind(2)
+            v = qkv[..., 2, :, :].flatten(0, -4)
         return attend(q, k, v, causal=self.config.causal, backend=self.config.attention)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding by half-rotation; x is (P, T, H, D), the tables (T, 1, D)."""
+    """Rotary embedding by half-rotation; x is (..., D), the tables fit it by broadcasting, such as (T, 1, D)."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    cos, sin = cos[..., : left.shape[-1]], sin[..., : left.shape[-1]]
+    return torch.cat([torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)], dim=-1)

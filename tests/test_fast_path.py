@@ -1,0 +1,253 @@
+"""The branch on every path against float64 on random layouts, what it keeps for the backward, and which kernel it says it takes."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from cases import make_qwen2_vl_tower, randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+layouts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4) | st.builds(
+    lambda clip, times: [clip] * times, st.tuples(st.integers(1, 9), st.integers(1, 4)), st.integers(1, 3)
+)
+
+
+def branch(width=24, heads=2, head_dim=16, dtype=torch.float32, norm="layernorm", scale=1.0, **config):
+    torch.manual_seed(0)
+    config = STAConfig(**{"rope_theta": 10000.0, "init": "normal", **config})
+    module = TemporalAttention(width, heads, head_dim, config, norm=norm)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * scale * (0.2 if parameter.dim() > 1 else 1.0))
+    return module.to(dtype)
+
+
+def written_out(module, tokens, clips):
+    """The equations of the method, in float64, position by position."""
+    qkv = module.to_qkv(module.norm(tokens))
+    out = torch.zeros(len(tokens), module.num_heads, module.head_dim, dtype=torch.float64)
+    start = 0
+    for frames, positions in clips:
+        for n in range(positions):
+            rows = start + n + positions * torch.arange(frames)
+            q, k, v = qkv[rows].view(frames, 3, module.num_heads, module.head_dim).unbind(1)
+            q, k = (x if module.config.rope_theta is None else turned(x, module.config.rope_theta) for x in (q, k))
+            scores = torch.einsum("thd,shd->hts", q, k) / module.head_dim**0.5
+            if module.config.causal:
+                scores = scores.masked_fill(torch.ones(frames, frames).triu(1).bool(), float("-inf"))
+            out = out.index_copy(0, rows, torch.einsum("hts,shd->thd", scores.softmax(-1), v))
+        start += frames * positions
+    return module.to_out(out.flatten(1))
+
+
+def turned(x, theta):
+    frames, _, size = x.shape
+    angles = torch.arange(frames)[:, None].double() * theta ** (-torch.arange(0, size, 2).double() / size)
+    z = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def far(found, expected):
+    """Relative distance, in the norm over all elements."""
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@settings(max_examples=60)
+@given(
+    clips=layouts,
+    dtype=st.sampled_from(list(TOLERANCE)),
+    head_dim=st.sampled_from([16, 40, 64, 80, 88, 128]),
+    norm=st.sampled_from(["layernorm", "rmsnorm"]),
+    config=st.fixed_dictionaries({}, optional={"causal": st.just(True), "rope_theta": st.just(None)}),
+    backend=st.sampled_from(["auto", "sdpa", "eager"]),
+    recompute=st.booleans(),
+)
+def test_outputs_and_gradients_against_float64(clips, dtype, head_dim, norm, config, backend, recompute):
+    module = branch(head_dim=head_dim, dtype=dtype, norm=norm, attention=backend, **config)
+    module.recompute = recompute
+    layout = ClipLayout(clips)
+    tokens = torch.randn(layout.num_tokens, 24).to(dtype).requires_grad_()
+    wide, wide_tokens = copy.deepcopy(module).double(), tokens.detach().double().requires_grad_()
+    found, expected = module(tokens, layout), written_out(wide, wide_tokens, clips)
+    assert found.dtype == dtype
+    assert far(found, expected) <= TOLERANCE[dtype]
+    with torch.no_grad():
+        assert far(module(tokens, layout), expected) <= TOLERANCE[dtype]
+    weight = torch.randn(expected.shape)
+    grads = torch.autograd.grad((found * weight.to(dtype)).sum(), [tokens, *module.parameters()])
+    wanted = torch.autograd.grad((expected * weight.to(dtype)).sum(), [wide_tokens, *wide.parameters()])
+    total = torch.cat([g.flatten() for g in wanted])
+    assert far(torch.cat([g.flatten() for g in grads]), total) <= 2 * TOLERANCE[dtype]
+    for grad, want in zip(grads, wanted, strict=True):
+        assert grad.dtype == dtype
+        assert (grad.double() - want).norm() <= 2 * TOLERANCE[dtype] * max(want.norm(), 0.05 * total.norm())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_finite_where_the_reference_is(dtype, backend, scale):
+    module = branch(dtype=dtype, scale=scale, attention=backend)
+    tokens = torch.randn(24, 24).to(dtype).requires_grad_()
+    wide = copy.deepcopy(module).double()
+    expected = written_out(wide, tokens.detach().double(), [(6, 4)])
+    assert module.to_qkv(module.norm(tokens)).abs().max() ** 2 * 16 > (65504 if scale > 1 else 0)
+    found = module(tokens, ClipLayout([(6, 4)]))
+    assert torch.equal(found.isfinite(), expected.to(dtype).isfinite())
+    found.float().mean().backward()
+    assert all(p.grad.isfinite().all() for p in (tokens, *module.parameters()))
+
+
+def kept(module, tokens, layout):
+    """Tensors that a forward keeps for its backward, each storage once, without the parameters."""
+    found = {}
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(tokens, layout)
+    assert out.requires_grad
+    return list(found.values())
+
+
+clip_kinds = pytest.mark.parametrize(
+    "clips", [[(64, 3)], [(64, 3), (64, 3)], [(64, 3), (80, 2)]], ids=["one", "equal", "unequal"]
+)
+
+
+@clip_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_what_is_kept_for_the_backward(clips, dtype, norm, backend):
+    module, layout = branch(width=96, dtype=dtype, norm=norm, attention=backend), ClipLayout(clips)
+    tokens = torch.randn(layout.num_tokens, 96).to(dtype).requires_grad_()
+    found = kept(module, tokens, layout)
+    per_token = 96 + 3 * 2 * 16 + 2 * 16  # the tokens; q, k, v; what the heads give
+    size = sum(t.untyped_storage().nbytes() for t in found if t.numel() >= layout.num_tokens)
+    assert size == per_token * layout.num_tokens * tokens.element_size()
+    assert max(t.numel() for t in found) < sum(2 * t * t * n for t, n in clips)
+    module.recompute = True
+    found = kept(module, tokens, layout)
+    assert sum(t.untyped_storage().nbytes() for t in found) == tokens.numel() * tokens.element_size()
+
+
+def test_under_autocast_the_gradients_are_those_without_recomputation():
+    module, layout = branch(), ClipLayout([(5, 3)])
+    tokens = torch.randn(15, 24).bfloat16().requires_grad_()
+    grads = []
+    for plain in (False, True):
+        hook = module.to_qkv.register_forward_hook(lambda *_: None) if plain else None
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(tokens, layout)
+        assert out.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(out.float().square().sum(), [tokens, *module.parameters()]))
+        if hook:
+            hook.remove()
+    for found, expected in zip(*grads, strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("frozen", ["norm", "to_qkv", "tokens", "all but to_out"])
+def test_gradients_of_a_part(frozen):
+    module, layout = branch(), ClipLayout([(3, 2)])
+    tokens = torch.randn(6, 24).requires_grad_(frozen == "norm")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen) and (frozen != "all but to_out" or "to_out" in name))
+    wide = copy.deepcopy(module).double()
+    module(tokens, layout).square().sum().backward()
+    written_out(wide, tokens.detach().double(), [(3, 2)]).square().sum().backward()
+    for found, expected in zip(module.parameters(), wide.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        assert found.grad is None or far(found.grad, expected.grad) <= 1e-5
+
+
+def tower_with_sta(**config):
+    """A tiny Qwen2-VL tower, its handle, and a function that runs it on clips of (frames, rows, columns)."""
+    torch.manual_seed(0)
+    encoder = make_qwen2_vl_tower().eval()
+    handle = inject_sta(encoder, STAConfig(head_scale=0.25, **config))
+    for module in handle.blocks.values():
+        randomize(module)
+    return encoder, handle, lambda grids: encoder(**packed(grids, next(encoder.parameters()).dtype))[0]
+
+
+def packed(grids, dtype=torch.float32):
+    pixels = torch.randn(sum(t * h * w for t, h, w in grids), 96, generator=torch.Generator().manual_seed(0))
+    return {"hidden_states": pixels.to(dtype), "grid_thw": torch.tensor(grids)}
+
+
+def test_explain_names_kernel_and_reason_of_each_shape():
+    encoder, handle, run = tower_with_sta()
+    assert handle.explain() == []
+    run([(3, 2, 4), (2, 2, 2), (3, 2, 2)])
+    run([(3, 2, 4), (2, 2, 2), (3, 2, 2)])
+    run([(1, 2, 2)])
+    found = [(c.positions, c.frames, c.heads, c.head_dim, c.kernel) for c in handle.explain()]
+    assert found == [(4, 2, 1, 8, "sdpa"), (12, 3, 1, 8, "sdpa"), (4, 1, 1, 8, "none")]
+    text = str(handle.explain()[0])
+    assert text.startswith("4 positions x 2 frames, 1 heads of 8, torch.float32 on cpu: sdpa (not xformers: ")
+    encoder.to(torch.bfloat16)
+    run([(3, 2, 2)])
+    assert "in float32, which the CPU's kernel is faster in" in handle.explain()[-1].reason
+
+
+def test_explain_follows_the_kernel_asked_for():
+    _, handle, run = tower_with_sta(attention="eager")
+    run([(3, 2, 2)])
+    assert [(c.kernel, c.reason) for c in handle.explain()] == [("eager", "asked for by name")]
+
+
+def test_recompute_of_whole_branches_changes_no_gradient():
+    _, handle, run = tower_with_sta()
+    handle.freeze_base()
+    grads = []
+    for whole in (False, True):
+        handle.recompute(whole)
+        assert all(module.recompute == whole for module in handle.blocks.values())
+        grads.append(torch.autograd.grad(run([(3, 2, 4), (2, 2, 2)]).square().sum(), list(handle.parameters())))
+    for found, expected in zip(*grads, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_one_wait_for_the_device_a_forward(monkeypatch):
+    encoder, handle, _ = tower_with_sta()
+    waits = {True: 0, False: 0}
+    for name in ("tolist", "item", "__bool__", "__int__", "cpu"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original):
+            waits[handle._injection.is_enabled] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    inputs = packed([(3, 2, 4), (2, 2, 2)])
+    encoder(**inputs)
+    with handle.disabled():
+        encoder(**inputs)
+    assert waits[True] == waits[False] + 1
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older towers have breaks of their own")
+def test_compile_breaks_the_graph_at_most_once_and_in_no_block():
+    import torch._dynamo
+
+    encoder = make_qwen2_vl_tower().eval()
+    inject_sta(encoder)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch._dynamo.explain(encoder)(**packed([(3, 2, 2)])).break_reasons
+    torch._dynamo.reset()
+    ours = [r for r in found if any("sta_adapter" in str(frame) for frame in (*r.user_stack, r.reason))]
+    assert len(ours) <= 1
+    assert not any("NormBegin" in str(r) or "BlockBegin" in str(r) or "modules.py" in str(r) for r in ours)
