@@ -7,6 +7,8 @@ gets it killed; the next call forks another one. It offers itself to the kernel'
 from __future__ import annotations
 
 import contextlib
+import itertools
+import mmap
 import os
 import pickle
 import signal
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from sta_adapter.errors import DataError, STAError, VideoError
 
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
+
+SHARED = hasattr(os, "memfd_create")  # not in every build of Python
 
 
 class ProcessError(VideoError):
@@ -145,21 +150,42 @@ def _portable(error: Exception) -> Exception:
 
 
 def _send(pipe: Connection, value: Any) -> None:
-    """Pixels go beside the pickle, which saves copying them twice."""
+    """Pixels go beside the pickle: through memory that both processes have, which spares copying them through the pipe."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]
-    pipe.send((data, [len(part) for part in raw]))
-    for part in raw:
-        pipe.send_bytes(part)
+    sizes = [len(part) for part in raw]
+    if not (SHARED and sum(sizes)):
+        pipe.send((data, sizes, False))
+        for part in raw:
+            pipe.send_bytes(part)
+        return
+    with open(os.memfd_create("sta-adapter"), "wb") as file:
+        for part in raw:
+            file.write(part)
+        file.flush()
+        pipe.send((data, sizes, True))
+        send_handle(pipe, file.fileno(), os.getppid())
 
 
 def _receive(pipe: Connection) -> tuple[bool, Any]:
-    data, sizes = pipe.recv()
+    data, sizes, shared = pipe.recv()
+    if shared:
+        memory = memoryview(_mapped(recv_handle(pipe), sum(sizes)))
+        ends = list(itertools.accumulate(sizes))
+        return pickle.loads(data, buffers=[memory[end - size : end] for end, size in zip(ends, sizes, strict=True)])
     buffers = [bytearray(size) for size in sizes]
     for buffer in buffers:
         pipe.recv_bytes_into(buffer)
     return pickle.loads(data, buffers=buffers)
+
+
+def _mapped(handle: int, size: int) -> mmap.mmap:
+    """Memory that another process has written; it goes with the last array in it."""
+    try:
+        return mmap.mmap(handle, size)
+    finally:
+        os.close(handle)
 
 
 def _reap(pid: int) -> int | None:
