@@ -167,7 +167,8 @@ def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> 
 
 def compare_tensors(file: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise a CheckpointError that lists every key and shape that `state`, read from `file`, has otherwise."""
-    compare_shapes(file, *({key: tuple(value.shape) for key, value in side.items()} for side in (state, expected)))
+    found, wanted = ({key: tuple(value.shape) for key, value in side.items()} for side in (state, expected))
+    compare_shapes(file, found, wanted)
 
 
 def _digest(description: Mapping[str, Any]) -> str:
