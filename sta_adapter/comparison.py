@@ -101,7 +101,7 @@ def _reading(differences: Sequence[dict[str, Any]]) -> list[str]:
             verdict = "Yes" if better else "No, it is better without" if worse else "Not shown"
             said.append(f"Does the {model} use time at all? {verdict}: {control} is {_points(entry)} points.")
     few = min((entry["clips"] for entry in differences), default=FEW)
-    return [*said, f"Only {few} clips: too few to rely on these intervals."] if few < FEW else said
+    return [*said, f"Only {few} clip{'s' * (few > 1)}: too few to rely on these intervals."] if few < FEW else said
 
 
 def _points(entry: dict[str, Any]) -> str:
@@ -136,7 +136,7 @@ def _faults(runs: dict[str, dict[str, Any]]) -> list[str]:
     said = []
     bad = max((run["bad_samples"] for run in runs.values()), key=len)
     if bad:
-        said.append(f"{len(bad)} samples could not be used and don't count. The first: {bad[0]}")
+        said.append(f"Samples that could not be used and don't count: {len(bad)}. The first: {bad[0]}")
     unmatched = {label: run["unmatched"] for label, run in runs.items() if run.get("unmatched")}
     if unmatched:
         counts = ", ".join(f"{count} ({label})" for label, count in unmatched.items())

@@ -81,7 +81,7 @@ def vitatecs(folder: Path, layout: str = "repository") -> Path:
 
 def tempcompass(folder: Path, layout: str = "repository") -> Path:
     kinds = {
-        "multi-choice": ("Which way?\nA. left\nB. right\nC. up", "A. left"),
+        "multi-choice": ("Which way?\nA. left\nB. right\nC.  up ", "A. left"),
         "yes_no": ("Does it move to the left?", "yes"),
         "caption_matching": (
             "Which fits?\nOption 1: It moves right.\nOption 2: It moves left.",

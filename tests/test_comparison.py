@@ -155,7 +155,7 @@ def test_text_fits_the_screen(report):
     text = " ".join(" ".join(lines).split())
     for words in ("base, reversed", "by category, ordered", "Information Synopsis", "Asked without subtitles."):
         assert words in text
-    assert "1 samples could not be used and don't count. The first: line 9: gone" in text
+    assert "Samples that could not be used and don't count: 1. The first: line 9: gone" in text
     assert "Answers that name no option, counted as wrong: 3 (base, ordered), 3 (base, shuffled)" in text
 
 

@@ -19,7 +19,7 @@ from sta_adapter.samples import Sample
 BEST = "\nPlease directly give the best option:"
 REQUESTS = {"multi-choice": BEST, "yes_no": "\nPlease answer yes or no:", "caption_matching": BEST}
 JUDGED = "captioning"
-_OPTION = re.compile(r"\s*((?:Sentence|Option|Caption) \w|[A-Z])[.:)]?\s+(.*\S)")
+_OPTION = re.compile(r"\s*((?:Sentence|Option|Caption) \w|[A-Z])[.:)]?\s*(.*\S)\s*")
 
 
 def load(folder: Path) -> EvalSet:

@@ -20,15 +20,17 @@ ASPECTS = ("Direction", "Intensity", "Sequence", "Compositionality", "Localizati
 
 def load(folder: Path) -> EvalSet:
     """The questions of every aspect whose annotations are there."""
-    found = EvalSet()
+    found, missing = EvalSet(), []
     clips = folder / "videos" if (folder / "videos").is_dir() else folder
     for aspect in ASPECTS:
         files = find(folder, f"data/{aspect}.*", f"{aspect}/test*", f"{aspect}.*")
         if not files:
-            found.notes.append(f"No annotations of {aspect}.")
+            missing.append(aspect)
         for file in files:
             rows = enumerate(read_table(file), start=1)
             found.samples += [_sample(row, f"{file}, entry {number}", clips, aspect) for number, row in rows]
+    if missing:
+        found.notes.append(f"No annotations of {', '.join(missing)}.")
     if not found.samples:
         raise DataError(
             f"{folder} holds no data/Direction.jsonl or Direction/test-*.parquet; expected a copy of VITATECS."
