@@ -1,0 +1,43 @@
+"""The examples of docs/data.md are samples, each of the format that it stands under."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sta_adapter.formats import recognise
+from sta_adapter.samples import parse_sample, read_samples
+
+PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    title: json.loads(text)
+    for title, text in re.findall(
+        r"^## ([^\n]+)\n(?:(?!^## ).*\n)*?```json\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )
+}
+FORMATS = {
+    "Conversations": ("conversations", ["video", "image", "text"], "No, the cup stays up."),
+    "Conversations with placeholders": ("conversations", ["video", "video", "text"], "They are equally long."),
+    "Multiple choice": ("multiple-choice", ["video", "text"], "B"),
+    "Something-Something v2": ("ssv2", ["video", "text"], "Holding something next to something"),
+    "Tar shards": ("conversations", ["video", "text"], "It falls."),
+}
+
+
+def test_every_example_is_tested():
+    assert EXAMPLES.keys() == FORMATS.keys()
+    assert PAGE.count("```json") == len(FORMATS)
+
+
+@pytest.mark.parametrize("title", FORMATS)
+def test_example(tmp_path, title):
+    name, parts, answer = FORMATS[title]
+    record = EXAMPLES[title]
+    assert recognise(record) == name
+    sample = parse_sample(record, folder=tmp_path)
+    assert [part["type"] for part in sample.messages[0]["content"]] == parts
+    assert sample.answer == answer
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([record]))
+    assert read_samples(file, format=name)[0].messages == sample.messages
