@@ -26,6 +26,7 @@ STYLE = """<style>
 .sta-look figure { margin: 0.8rem 0; overflow-x: auto; }
 .sta-look figure:focus-visible, .sta-look .scroll:focus-visible { outline: 3px solid #0072B2; outline-offset: 3px; }
 .sta-look img, .sta-look video { max-width: 100%; height: auto; border-radius: 4px; }
+.sta-look figure[tabindex] img { min-width: 40rem; }
 .sta-look .note { border-left: 4px solid #D55E00; padding: 0.2rem 0.8rem; }
 .sta-look .scroll { overflow-x: auto; }
 .sta-look table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
@@ -107,7 +108,7 @@ def sections(
 def _overlay(
     seen: Observation, frames: np.ndarray, times: np.ndarray | None, block: int, movie: bytes | None
 ) -> list[str]:
-    strongest = ", the one in which STA adds most" if block == strongest_block(seen) else ""
+    strongest = ", the one in which STA adds most" if block == strongest_block(seen) and seen.branch.any() else ""
     alternative = (
         f"Frames of the clip, and over them three maps of block {block}. Attention to other frames goes from "
         f"{_range(seen.crossing[seen.blocks.index(block)])} %, STA's part from "
@@ -125,7 +126,7 @@ def _overlay(
         "<li><b>change</b>: before and after STA, in the whole encoder: how far the features behind its last block are from "
         "those of the same model with STA off, against the length of the latter. LoRA, if the adapter has any, is on in "
         "both.</li></ul>",
-        _figure(lambda theme: draw_maps(seen, frames, times, block, theme), alternative, wide=len(frames) > 5),
+        _figure(lambda theme: draw_maps(seen, frames, times, block, theme), alternative),
     ]
     if movie:
         parts.append(
@@ -145,7 +146,7 @@ def _attention(seen: Observation) -> list[str]:
         "<h2>Which frame looks at which</h2>",
         f"<p>Temporal attention over the {frames} frames, mean over all positions of the picture. Each row of a square is "
         "a frame that looks and adds up to 100 %; bright cells are the frames that it looks at.</p>",
-        _figure(lambda theme: draw_attention(seen, theme), alternative, wide=seen.attention.shape[1] > 7),
+        _figure(lambda theme: draw_attention(seen, theme), alternative),
     ]
 
 
@@ -168,13 +169,12 @@ def _branch(seen: Observation) -> list[str]:
     ]
 
 
-def _figure(draw: Callable[[Theme], Figure], alternative: str, *, wide: bool = False) -> str:
-    """A figure in light and dark; a wide one keeps its size and can be scrolled with the arrow keys."""
+def _figure(draw: Callable[[Theme], Figure], alternative: str) -> str:
+    """A figure in light and dark; on a small screen it stays readable and is scrolled, also with the arrow keys."""
     light, dark = (f"data:image/png;base64,{base64.b64encode(png(draw(t))).decode()}" for t in (LIGHT, DARK))
     told = html.escape(alternative, quote=True)
-    focus = f' tabindex="0" role="group" aria-label="{told}"' if wide else ""
     return (
-        f'<figure{focus}><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<figure tabindex="0"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{told}"></picture></figure>'
     )
 

@@ -65,7 +65,7 @@ def quantities(seen: Observation, block: int) -> list[Quantity]:
     return [
         Quantity("crossing", f"attention to other\nframes (%{even})", 100 * seen.crossing[row], 2.0),
         Quantity("branch", "STA's part against\nthe residual (%)", 100 * seen.branch[row], 0.1),
-        Quantity("change", "change of the encoder's\noutput, on for off (%)", 100 * seen.change, 0.1),
+        Quantity("change", "encoder's output, STA on\nagainst off (%)", 100 * seen.change, 0.1),
     ]
 
 
@@ -77,9 +77,11 @@ def strongest_block(seen: Observation) -> int:
 def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
     """Which frame looks at which: a square of T x T for each block and head, mean over positions."""
     blocks, heads, frames, _ = seen.attention.shape
-    across, tiles = heads * min(blocks, max(1, 6 // heads)), [(b, h) for b in range(blocks) for h in range(heads)]
+    tiles = [(b, h) for b in range(blocks) for h in range(heads)]
+    many = len(tiles) > 48
+    across = heads * min(blocks, max(1, (12 if many else 6) // heads))
     down = -(-len(tiles) // across)
-    inch = 1.25 if len(tiles) <= 48 else 0.8
+    inch = 0.85 if many else 1.25
     figure, scale = _figure(across * inch + 1.4, down * inch + 0.9), 100 * seen.attention.max()
     axes = figure.add_subplot()
     gap, size = frames * 0.34, frames
@@ -88,18 +90,14 @@ def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
         tile = 100 * seen.attention[b, h]
         shown = axes.imshow(tile, cmap=ATTENTION, vmin=0, vmax=scale, extent=(x, x + size, y + size, y), aspect="equal")
         name = f"block {seen.blocks[b]}" if heads == 1 else f"{seen.blocks[b]} · {h}"
-        axes.text(x, y - gap * 0.12, name, fontsize=9 if inch > 1 else 6.5, color=theme.text, va="bottom")
+        axes.text(x, y - gap * 0.12, name, fontsize=8 if many else 9, color=theme.text, va="bottom")
     axes.set(xlim=(-0.5, across * (size + gap * 0.6)), ylim=(down * (size + gap) - gap + 0.5, -gap))
     axes.set_axis_off()
     where = "" if heads == 1 else "above each square: block · head.  "
-    axes.set_title(
-        f"{where}down: frame that looks, across: frame looked at, the first one at the top left",
-        fontsize=9,
-        color=theme.faint,
-        loc="left",
-    )
+    told = f"{where}down: frame that looks, across: frame looked at,\nthe first frame at the top left"
+    figure.suptitle(told, x=0.01, ha="left", fontsize=9, color=theme.faint)
     label = f"attention (%)\neven: {100 / frames:.1f}"
-    _colour_bar(figure, shown, theme, label, ax=axes, pad=0.015, shrink=min(1.0, 2.2 / (down * inch)))
+    _colour_bar(figure, shown, theme, label, ax=axes, pad=0.015, shrink=min(1.0, 2.2 / (down * inch)), anchor=(0, 1))
     return figure
 
 
@@ -129,7 +127,7 @@ def draw_maps(
     chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(int))
     maps, shape = quantities(seen, block), frames.shape[1] / frames.shape[2]
     width = min(1.6, 1.6 / shape)
-    figure = _figure(width * len(chosen) + 1.3, (width * shape + 0.06) * (1 + len(maps)) + 0.4)
+    figure = _figure(width * len(chosen) + 0.9, (width * shape + 0.3) * (1 + len(maps)), gap=0.13)
     grid = figure.subplots(1 + len(maps), len(chosen) + 1, width_ratios=[1] * len(chosen) + [0.07], squeeze=False)
     grid[0, -1].set_axis_off()
     grey = _shades(frames)
@@ -139,12 +137,13 @@ def draw_maps(
     for row, quantity in zip(grid[1:], maps, strict=True):
         for axes, index in zip(row, chosen, strict=False):
             _lay_over(axes, grey[index], seen.on_picture(quantity.values[index]), quantity.limits)
-        _colour_bar(figure, _solid(quantity), theme, quantity.label, cax=row[-1])
+        told = f"{quantity.name}: {quantity.label}".replace("\n", " ")  # may reach over the pictures beside it
+        place: dict[str, Any] = {"transform": row[0].transAxes, "va": "bottom", "in_layout": False}
+        row[0].text(0, 1.03, told, fontsize=11, color=theme.text, **place)
+        _colour_bar(figure, _solid(quantity), theme, "", cax=row[-1])
     for axes in grid[:, :-1].flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for axes, name in zip(grid[:, 0], ["frame", *(q.name for q in maps)], strict=True):
-        axes.set_ylabel(name, fontsize=11, color=theme.text)
     return figure
 
 
@@ -194,14 +193,14 @@ def write_moving(folder: str | os.PathLike[str], name: str, pictures: np.ndarray
     return [write_clip(Path(folder, f"{name}.mp4"), pictures, fps), gif]
 
 
-def _figure(width: float, height: float, paper: str = "none") -> Figure:
+def _figure(width: float, height: float, paper: str = "none", gap: float = 0.02) -> Figure:
     """A figure that no global state knows, so that threads can draw at once."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingExtraError("pictures need matplotlib: pip install 'sta-adapter[viz]'") from error
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02), facecolor=paper)
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=gap), facecolor=paper)
 
 
 def _when(index: int, times: np.ndarray | None) -> str:
