@@ -142,11 +142,18 @@ def test_annotations_that_do_not_add_up(tmp_path):
     folder = copy_of("mvbench", tmp_path, "first")
     file = folder / "json/action_antonym.json"
     row = json.loads(file.read_text())[0]
-    make.write_json(file, [{**row, "answer": "up"}])
-    with pytest.raises(DataError, match=r"entry 1: the answer 'up' is none of the candidates"):
-        load_benchmark("mvbench", folder)
-    make.write_json(file, [{key: value for key, value in row.items() if key != "video"}])
-    with pytest.raises(DataError, match=r"entry 1 has no 'video'; its fields: question, candidates, answer"):
+    whole = {key: value for key, value in row.items() if key != "video"}
+    make.write_json(file, [{**row, "answer": "up"}, row, whole])
+    found = load_benchmark("mvbench", folder)
+    assert [s.source for s in found.samples if s.category == "action_antonym"] == [f"{file}, entry 2"]
+    assert found.notes[0].startswith("2 left out, as their annotations don't add up. The first: ")
+    assert found.notes[0].endswith("entry 1: the answer 'up' is none of the candidates ['left', 'right'].")
+    for task in ("action_sequence", "episodic_reasoning"):
+        (folder / f"json/{task}.json").unlink()
+    make.write_json(file, [whole])
+    with pytest.raises(
+        DataError, match=r"no question .* can be asked.*entry 1 has no 'video'; its fields: question, cand"
+    ):
         load_benchmark("mvbench", folder)
 
 

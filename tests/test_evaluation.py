@@ -277,3 +277,40 @@ def test_command_errors(base, folder, options, error):
     line = ["evaluate", "--model", str(base), "--data", str(folder / "data.jsonl"), *options]
     with pytest.raises(STAError, match=error):
         CliRunner().invoke(cli, line, catch_exceptions=False)
+
+
+def test_command_with_no_sample_that_can_be_read(base, tmp_path):
+    file = write_samples(tmp_path, 2)
+    for clip in tmp_path.glob("*.mp4"):
+        clip.unlink()
+    line = ["evaluate", "--model", str(base), "--data", str(file), "--num-workers", "0"]
+    with pytest.raises(DataError, match=r"none of the 2 samples could be used. The first: .*no such video file"):
+        CliRunner().invoke(cli, line, catch_exceptions=False)
+
+
+def test_command_asks_a_benchmark(base, taught, tmp_path):
+    import make_benchmarks
+
+    copy = make_benchmarks.tempcompass(tmp_path / "copy")
+    line = ["evaluate", "--model", str(base), "--adapter", str(taught[1]), "--data", str(copy), "--num-workers", "0"]
+    more = ["--benchmark", "tempcompass", "--category", "kind", "--nframes", "4", "--max-new-tokens", "4", "--json"]
+    done = CliRunner().invoke(cli, [*line, *more], catch_exceptions=False)
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    kinds = report["adapter"]["ordered"]["categories"]
+    assert {name: (score["correct"], score["total"]) for name, score in kinds.items()} == {
+        "multi-choice": (2, 2),  # it has learned to say "left", which is an option's text
+        "yes_no": (0, 2),
+        "caption_matching": (0, 2),
+    }
+    assert report["adapter"]["ordered"]["unmatched"] == 4
+    assert (report["benchmark"], report["chance"]["overall"]) == (
+        "tempcompass",
+        pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3),
+    )
+    assert "captioning: 2 questions left out" in report["notes"][0]
+    for extra, error in (
+        (["--category", "topic"], "there are: aspect, kind"),
+        (["--format", "ssv2"], "--format and --ben"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            CliRunner().invoke(cli, [*line, *more, *extra], catch_exceptions=False)

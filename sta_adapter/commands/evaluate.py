@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from sta_adapter.commands.options import Grouped, data_options, model_options, option
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.errors import ConfigError, DataError, MissingExtraError
 from sta_adapter.eval_sets import BENCHMARKS
 
 ORDERS = ("ordered", "shuffled", "reversed")
@@ -70,6 +70,10 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
             results[name] = _measure(
                 net, dataset, f"{model} {adapter if name == 'adapter' else ''}", name, out, options
             )
+    for result in (result for orders in results.values() for result in orders.values()):
+        if not result.predictions:
+            first = result.bad_samples[0] if result.bad_samples else "there is none"
+            raise DataError(f"none of the {len(samples)} samples could be used. The first: {first}")
     about = {key: options[key] for key in ("data", "benchmark", "seed")}
     report = {
         **compare(results, clips_of(samples), seed=options["seed"]),

@@ -7,6 +7,7 @@ fine_grained_pose, are not part of the first. Prompt as in lmms-eval.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,14 @@ def load(folder: Path) -> EvalSet:
                 f"{file.stem}: {len(rows)} questions left out, as there is no folder {' or '.join(names)}."
             )
             continue
-        found.samples += [_sample(row, file, number, clips) for number, row in enumerate(rows, start=1)]
+        found.add(file, rows, partial(_sample, clips=clips, task=file.stem))
     missing = sorted(CLIPS.keys() - {file.stem for file in files})
     if missing:
         found.notes.append(f"No annotations of {', '.join(missing)}.")
     return found
 
 
-def _sample(row: dict[str, Any], file: Path, number: int, clips: Path) -> Sample:
-    source = f"{file}, entry {number}"
+def _sample(row: dict[str, Any], source: str, clips: Path, task: str) -> Sample:
     asked, options, answer, name = (field(row, key, source) for key in ("question", "candidates", "answer", "video"))
     if answer not in options:
         raise DataError(f"{source}: the answer {answer!r} is none of the candidates {options!r}.")
@@ -69,6 +69,4 @@ def _sample(row: dict[str, Any], file: Path, number: int, clips: Path) -> Sample
     if clips.name.startswith("frames_"):
         settings["folder_fps"] = FRAMES_A_SECOND
     labels = LETTERS[: len(options)]
-    return question(
-        clip, text, labels, options, options.index(answer), source=source, category=file.stem, settings=settings
-    )
+    return question(clip, text, labels, options, options.index(answer), source=source, category=task, settings=settings)

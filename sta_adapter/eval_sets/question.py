@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.errors import DataError
 from sta_adapter.samples import Sample
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -23,6 +24,17 @@ class EvalSet:
 
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, file: Path, rows: Iterable[dict[str, Any]], make: Callable[[dict[str, Any], str], Sample]) -> None:
+        """Make a sample of each record of a file, from it and where it stands; those that don't add up become a note."""
+        bad = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                self.samples.append(make(row, f"{file}, entry {number}"))
+            except DataError as error:
+                bad.append(str(error))
+        if bad:
+            self.notes.append(f"{len(bad)} left out, as their annotations don't add up. The first: {bad[0]}")
 
 
 def question(

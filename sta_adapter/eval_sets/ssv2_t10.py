@@ -7,6 +7,7 @@ Question and answer are the published ones; the class's name alone is right as w
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,10 @@ def load(folder: Path) -> EvalSet:
             f"{folder} holds no labels/validation.json with 20bn-something-something-v2/ beside it; expected a copy of "
             "Something-Something v2."
         )
-    rows = enumerate(read_table(files[0]), start=1)
-    samples = [
-        _sample(row, f"{files[0]}, entry {number}", clips) for number, row in rows if row.get("template") in CLASSES
-    ]
-    return EvalSet(
-        samples, ["The official validation clips of the ten classes; the published split can't be had again."]
-    )
+    found = EvalSet(notes=["The official validation clips of the ten classes; the published split can't be had again."])
+    rows = [row for row in read_table(files[0]) if row.get("template") in CLASSES]
+    found.add(files[0], rows, partial(_sample, clips=clips))
+    return found
 
 
 def _sample(row: dict[str, Any], source: str, clips: Path) -> Sample:

@@ -7,7 +7,7 @@ options; captioning needs a language model as a judge and is left out. Prompts a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ def load(folder: Path) -> EvalSet:
     found = EvalSet()
     for kind in (*REQUESTS, JUDGED):
         files = find(folder, f"questions/{kind}.*", f"{kind}/test*")
-        rows = [row for file in files for row in _rows(file)]
-        if kind == JUDGED:
-            if rows:
-                found.notes.append(
-                    f"{kind}: {len(rows)} questions left out, as scoring them takes a language model as judge."
-                )
+        rows = {file: _rows(file) for file in files}
+        if kind == JUDGED and rows:
+            count = sum(map(len, rows.values()))
+            found.notes.append(f"{kind}: {count} questions left out, as scoring them takes a language model as judge.")
         elif rows:
-            found.samples += [_sample(row, source, folder / "videos", kind) for source, row in rows]
-        else:
+            for file, asked in rows.items():
+                found.add(file, asked, partial(_sample, clips=folder / "videos", kind=kind))
+        elif kind != JUDGED:
             found.notes.append(f"No annotations of {kind}.")
     if not found.samples:
         raise DataError(
@@ -44,29 +43,29 @@ def load(folder: Path) -> EvalSet:
     return found
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(file: Path) -> list[dict[str, Any]]:
     """One record a question: JSON is nested as clip, aspect, questions; parquet is flat."""
     rows = read_file(file)
-    if isinstance(rows, dict):
-        rows = [
-            {"video_id": clip, "dim": aspect, **row}
-            for clip, aspects in rows.items() for aspect, asked in aspects.items() for row in asked
-        ]  # fmt: skip
-    for number, row in enumerate(rows, start=1):
-        yield f"{file}, question {number}", row
+    if not isinstance(rows, dict):
+        return rows
+    return [
+        {"video_id": clip, "dim": aspect, **row}
+        for clip, aspects in rows.items() for aspect, asked in aspects.items() for row in asked
+    ]  # fmt: skip
 
 
 def _sample(row: dict[str, Any], source: str, clips: Path, kind: str) -> Sample:
     asked, answer, name, aspect = (field(row, key, source) for key in ("question", "answer", "video_id", "dim"))
     if kind == "yes_no":
-        labels, texts, right = ["yes", "no"], [], ["yes", "no"].index(answer)
+        lines = labels = ["yes", "no"]
+        texts: list[str] = []
     else:
         lines = asked.split("\n")[1:]
-        read = [_OPTION.fullmatch(line) for line in lines]
-        if answer not in lines or not all(read):
-            raise DataError(f"{source}: the answer {answer!r} is none of the options {lines!r}.")
-        labels, texts = ([match[group] for match in read if match] for group in (1, 2))
-        right = lines.index(answer)
+        read = [match for line in lines if (match := _OPTION.fullmatch(line))]
+        labels, texts = ([match[group] for match in read] for group in (1, 2))
+    if answer not in lines or len(labels) < len(lines):
+        raise DataError(f"{source}: the answer {answer!r} is none of the options {lines!r}.")
+    right = lines.index(answer)
     clip = clip_file(clips, f"{name}.mp4")
     names = {"kind": kind, "aspect": aspect}
     return question(

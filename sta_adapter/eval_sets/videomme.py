@@ -6,6 +6,7 @@ Grouped by `task_type`; `duration`, `domain` and `sub_category` are there to gro
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ def load(folder: Path) -> EvalSet:
         raise DataError(
             f"{folder} holds no videomme/test-*.parquet with data/ beside it; expected a copy of Video-MME."
         )
-    rows = [(f"{file}, entry {number}", row) for file in files for number, row in enumerate(read_table(file), start=1)]
-    return EvalSet([_sample(row, source, clips) for source, row in rows], ["Asked without subtitles."])
+    found = EvalSet(notes=["Asked without subtitles."])
+    for file in files:
+        found.add(file, read_table(file), partial(_sample, clips=clips))
+    return found
 
 
 def _sample(row: dict[str, Any], source: str, clips: Path) -> Sample:

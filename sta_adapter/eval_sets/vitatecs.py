@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ def load(folder: Path) -> EvalSet:
         if not files:
             missing.append(aspect)
         for file in files:
-            rows = enumerate(read_table(file), start=1)
-            found.samples += [_sample(row, f"{file}, entry {number}", clips, aspect) for number, row in rows]
+            found.add(file, read_table(file), partial(_sample, clips=clips, aspect=aspect))
     if missing:
         found.notes.append(f"No annotations of {', '.join(missing)}.")
     if not found.samples:
