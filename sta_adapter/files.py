@@ -44,11 +44,22 @@ def atomic_folder_write(folder: Path, files: Mapping[str, bytes], remove: Iterab
                 file.flush()
                 os.fsync(file.fileno())
         _sync(staging)
-        os.replace(staging, folder / SAVED)
+        _declare_saved(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     finish_write(folder)
+
+
+def _declare_saved(staging: Path, folder: Path) -> None:
+    """Rename; where another process saves into the folder too, after its files have been moved."""
+    for tries_left in range(9, -1, -1):
+        try:
+            return os.replace(staging, folder / SAVED)
+        except OSError:
+            if not tries_left or not (folder / SAVED).is_dir():
+                raise
+            finish_write(folder)
 
 
 def finish_write(folder: Path) -> None:

@@ -90,3 +90,24 @@ def test_a_link_in_the_place_of_saved_files_is_not_followed(tmp_path):
     finish_write(folder)
     assert (elsewhere / "a").read_text() == "mine"
     assert not (folder / "a").exists()
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    """Each of 60 saves succeeds, and the files that stay are of one save."""
+    children = []
+    for writer in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for number in range(30):
+                    atomic_folder_write(tmp_path, {name: b"%d %d" % (writer, number) for name in "abc"})
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    finish_write(tmp_path)
+    assert set(contents(tmp_path)) == set("abc")
+    assert len(set(contents(tmp_path).values())) == 1
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
