@@ -10,12 +10,9 @@ from sta_adapter.formats import recognise
 from sta_adapter.samples import parse_sample, read_samples
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
-EXAMPLES = {
-    title: json.loads(text)
-    for title, text in re.findall(
-        r"^## ([^\n]+)\n(?:(?!^## ).*\n)*?```json\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
-    )
-}
+SECTIONS = [section.partition("\n") for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)]
+BLOCK = re.compile(r"^```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLES = {title: json.loads(block) for title, _, text in SECTIONS for block in BLOCK.findall(text)}
 FORMATS = {
     "Conversations": ("conversations", ["video", "image", "text"], "No, the cup stays up."),
     "Conversations with placeholders": ("conversations", ["video", "video", "text"], "They are equally long."),
