@@ -155,7 +155,7 @@ def _send(pipe: Connection, value: Any) -> None:
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]
     sizes = [len(part) for part in raw]
-    if not (SHARED and sum(sizes)):
+    if not (SHARED and any(sizes)):
         pipe.send((data, sizes, False))
         for part in raw:
             pipe.send_bytes(part)
