@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sta_adapter.backbones.qwen2_vl_rope_index import OriginalPositions, PositionRule, RopeIndex
 from sta_adapter.errors import InjectionError
+from sta_adapter.uncompiled import uncompiled
 
 METHOD = "get_rope_index"
 GENERATION_METHOD = "_prepare_position_ids_for_generation"
@@ -127,7 +128,7 @@ class FillPositions:
             return None
         return (), {**given, "position_ids": self._positions(model, given)}
 
-    @torch.compiler.disable
+    @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:
         """Positions (3, batch, tokens)."""
         cache = given.get("past_key_values")

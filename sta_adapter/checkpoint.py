@@ -114,10 +114,11 @@ def load_sta(
     config = _saved_config(folder, description)
     plan = plan_injection(model, config)
     check_base(folder, description, plan, base_model)
-    modules = plan.build()
+    modules = plan.build("meta")  # nothing is initialised that the file replaces
     state = read_weights(folder, description)
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
     compare_tensors(folder / WEIGHTS, state, expected)
+    plan.allocate(modules)
     for index, module in modules.items():
         module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
         module.requires_grad_(is_trainable)

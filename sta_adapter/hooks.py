@@ -21,6 +21,7 @@ from sta_adapter.errors import LayoutError
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths, checked_lengths
 from sta_adapter.modules import TemporalAttention
+from sta_adapter.uncompiled import uncompiled
 
 CHILD = "sta"  # the name of the STA module in its block
 
@@ -35,7 +36,7 @@ class Hook:
 class EncoderBegin(Hook):
     """Forward pre-hook of the encoder: reads the layout."""
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the layout; with checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
@@ -57,7 +58,7 @@ class EncoderBegin(Hook):
 class EncoderEnd(Hook):
     """Forward hook of the encoder, called also after an exception: forgets the layout."""
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Follow the outputs into the backward, and end the forward."""
         try:

@@ -94,6 +94,11 @@ class Plan:
         """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own."""
         return {index: self._build(self.site.blocks[index], device) for index in self.layers}
 
+    def allocate(self, modules: dict[int, TemporalAttention]) -> None:
+        """Give modules that were built on the meta device memory on their blocks' devices, without values."""
+        for index, module in modules.items():
+            module.to_empty(device=_placement(self.site.blocks[index])[0])
+
     def _build(self, block: nn.Module, device: torch.device | str | None) -> TemporalAttention:
         found_device, dtype = _placement(block)
         return TemporalAttention(

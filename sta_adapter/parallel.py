@@ -11,6 +11,7 @@ from sta_adapter.errors import InjectionError
 from sta_adapter.hooks import Hook, iterate_tensors
 from sta_adapter.injection import Injection
 from sta_adapter.sharding import is_parallel
+from sta_adapter.uncompiled import uncompiled
 
 WRAPPERS = {
     "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
@@ -51,7 +52,7 @@ class LanguageModelBegin(Hook):
         super().__init__(injection)
         self.encoder = encoder
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add zero times the dummy's output to `inputs_embeds`."""
         ran = self.injection.pop_ran()

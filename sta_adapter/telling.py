@@ -10,19 +10,19 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from sta_adapter.backbone import Site
 from sta_adapter.hooks import Hook, take_clip_lengths
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths
+from sta_adapter.uncompiled import uncompiled
 
 
 class ModelBegin(Hook):
     """Forward pre-hook of the full model: takes `clip_lengths` away and notes the clips."""
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", model.forward, args, kwargs)
@@ -33,7 +33,7 @@ class ModelBegin(Hook):
 class ModelEnd(Hook):
     """Forward hook of the full model, called also after an exception: forgets the clips."""
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End what `ModelBegin` began."""
         self.injection.tell(None)
