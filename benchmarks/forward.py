@@ -16,30 +16,37 @@ from towers import FULL_DEPTH, dtype_of, forward, inputs, scaled_clips, tower, u
 @click.command()
 @benchmark_options
 @click.option("--depth", type=int, help="Blocks. [default: 4 on the CPU, 32 on a GPU]")
-@click.option("--frames", default="4,8,16,32,64,256", show_default=True, help="Of the clips.")
-@click.option("--packed/--no-packed", default=True, help="Measure the packed batch.")
-def main(
-    device: str, repeats: int, threads: int | None, out: Path, depth: int | None, frames: str, packed: bool
-) -> None:
+@click.option("--part", type=click.Choice(["forward", "lengths", "packed", "all"]), default="all", show_default=True)
+def main(device: str, repeats: int, threads: int | None, out: Path, depth: int | None, part: str) -> None:
     """Measure the encoder's forward."""
     set_threads(threads)
-    dtype = dtype_of(device)
-    untouched = tower(depth or (FULL_DEPTH if device == "cuda" else 4), device, dtype)
-    models = {
-        "untouched": untouched,
-        "STA": with_sta(untouched),
-        "as published": with_sta(untouched, like_published=True),
-    }
-    tokens = 16384 if device == "cuda" else 2048
-    title = f"Forward of Qwen2-VL's encoder, {len(untouched.blocks)} blocks, {dtype}, {tokens} patches in all"
-    report = Report("forward", title, device, out, settings={"tokens": tokens, "dtype": str(dtype)})
-    for length in map(int, frames.split(",")):
-        arguments = inputs(scaled_clips(length, tokens), untouched)
-        calls = {name: lambda m=model, a=arguments: forward(m, a) for name, model in models.items()}
-        report.measure(f"T = {length}", calls, repeats=repeats)
-    report.finish()
-    if packed:
+    big = device == "cuda"
+    untouched = tower(depth or (FULL_DEPTH if big else 4), device, dtype_of(device))
+    models = {"untouched": untouched, "STA": with_sta(untouched)}
+    if part != "lengths":
+        models["as published"] = with_sta(untouched, like_published=True)
+    if part in ("forward", "all"):
+        measure_lengths("forward", [16 if big else 8], models, device, repeats, out)
+    if part in ("lengths", "all"):
+        measure_lengths("lengths", [4, 16, 32, 64, 256], models, device, repeats, out)
+    if part in ("packed", "all"):
         measure_packed(models, device, repeats, out)
+
+
+def measure_lengths(name: str, lengths: list[int], models: dict, device: str, repeats: int, out: Path) -> None:
+    """Clips of these lengths, at an equal number of tokens; then the longest in turn with 32 frames."""
+    tokens = 16384 if device == "cuda" else 2048
+    untouched, dtype = models["untouched"], str(dtype_of(device))
+    title = f"Forward of Qwen2-VL's encoder, {len(untouched.blocks)} blocks, {dtype}, {tokens} patches in all"
+    report = Report(name, title, device, out, settings={"tokens": tokens, "dtype": dtype})
+    arguments = {length: inputs(scaled_clips(length, tokens), untouched) for length in lengths}
+    for length in lengths:
+        calls = {n: lambda m=model, a=arguments[length]: forward(m, a) for n, model in models.items()}
+        report.measure(f"T = {length}", calls, repeats=repeats)
+    if 32 in arguments:
+        calls = {f"STA, T = {t}": lambda a=arguments[t]: forward(models["STA"], a) for t in (32, max(lengths))}
+        report.measure("long against short", calls, repeats=repeats)
+    report.finish()
 
 
 def measure_packed(models: dict, device: str, repeats: int, out: Path) -> None:

@@ -11,8 +11,12 @@ from common import RESULTS, benchmark_options
 
 PARTS: dict[str, list[str]] = {
     "startup": ["startup.py"],
-    "forward": ["forward.py"],
-    "step": ["training_step.py"],
+    "forward": ["forward.py", "--part", "forward"],
+    "lengths": ["forward.py", "--part", "lengths"],
+    "packed": ["forward.py", "--part", "packed"],
+    "step": ["training_step.py", "--kinds", "STA"],
+    "step-lora": ["training_step.py", "--kinds", "LoRA + STA"],
+    "step-checkpointed": ["training_step.py", "--kinds", "checkpointed"],
     "kernels-bf16": ["kernels.py", "--dtype", "bf16"],
     "kernels-fp32": ["kernels.py", "--dtype", "fp32"],
     "compiled": ["compiled.py"],

@@ -88,8 +88,6 @@ def main(
     size = f"{depth or (FULL_DEPTH if big else 4)} blocks, {dtype}, clip {'x'.join(map(str, clips[0]))}"
     settings = {"clips": clips, "dtype": str(dtype)}
     label = "memory / untouched encoder"
-    times = Report("step", f"Training step of Qwen2-VL's encoder, {size}", device, out, settings=settings)
-    bytes_kept = Report("memory", f"Memory of a training step, {size}", device, out, "MiB", settings, None, label)
     for kind in kinds.split(","):
         base = tower(depth or (FULL_DEPTH if big else 4), device, dtype)
         models = {
@@ -99,15 +97,19 @@ def main(
             "as published": with_sta(base, like_published=True),
         }
         arguments = inputs(clips, base)
-        options = {"lora": "LoRA" in kind, "checkpointed": kind == "checkpointed"}
         for model in models.values():
-            trainable(model, **options)
-        bytes_kept.add(kind, {n: [memory(m, arguments, device) / 2**20] for n, m in models.items()})
+            trainable(model, lora="LoRA" in kind, checkpointed=kind == "checkpointed")
+        name = kind.lower().replace(" + sta", "")
+        label = "memory / untouched encoder"
+        title = f"Memory of a training step ({kind}), {size}"
+        kept = Report(f"memory-{name}", title, device, out, "MiB", settings, None, label)
+        kept.add(kind, {n: [memory(m, arguments, device) / 2**20] for n, m in models.items()})
+        kept.finish()
         if timed:
+            title = f"Training step ({kind}) of Qwen2-VL's encoder, {size}"
+            times = Report(f"step-{name}", title, device, out, settings=settings)
             times.measure(kind, {n: step(m, arguments) for n, m in models.items()}, repeats=repeats)
-    bytes_kept.finish()
-    if timed:
-        times.finish()
+            times.finish()
 
 
 if __name__ == "__main__":
