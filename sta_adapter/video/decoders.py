@@ -105,11 +105,8 @@ def _frames_of(packet: Any) -> Iterable[Any]:
 def _decline_unlike_pyav(table: FrameTable) -> None:
     if not table.complete:
         raise DeclinedError("the file is cut off")
-    if table.blends_colour:
-        raise DeclinedError(
-            "its colour (4:2:0 with an odd height, or subsampled with more than 8 bits) would be "
-            "interpolated into other pixels than PyAV's"
-        )
+    if table.unlike:
+        raise DeclinedError(table.unlike)
     if not table.fresh_keys:
         raise DeclinedError("frames refer across its key frames, or it has no index: seeking in it is not exact")
 
@@ -201,6 +198,11 @@ def decode(table: FrameTable, indices: NDArray[np.int64], backend: str) -> tuple
                 raise
             failures.append(f"{name}: {error}")
             continue
+        except MemoryError as error:
+            raise VideoError(
+                f"{table.path}: {len(indices)} frames of {table.width}x{table.height} don't fit into memory. "
+                "Ask for fewer frames, or write the file again with a smaller picture."
+            ) from error
         if backend != "auto":
             return frames, name, "asked for by name"
         return frames, name, f"not {'; '.join(failures)}" if failures else "first choice"

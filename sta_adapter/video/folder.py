@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from sta_adapter.errors import VideoError
-from sta_adapter.frames import read_image
 from sta_adapter.video.reader import Clip, ClipMetadata
 from sta_adapter.video.sampling import Sampling, choose_frames
 from sta_adapter.video.table import VideoNotFoundError
@@ -26,6 +25,8 @@ def read_folder(path: str | os.PathLike[str], rate: float, **sampling: Any) -> C
     Raises:
         VideoError: No folder, no picture in it, pictures of several sizes, or none within the range.
     """
+    from sta_adapter.frames import read_image  # loads torch
+
     folder = Path(path)
     if not folder.is_dir():
         raise VideoNotFoundError(

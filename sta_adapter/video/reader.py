@@ -68,9 +68,10 @@ def read_clip(
     Target times are `start`, `start + 1 / fps`, ... up to `end`; each gets the frame shown then. Only frames that begin
     within [start, end) are taken, and none twice, so a file (or range) with fewer frames than asked for gives fewer:
     a one-frame file gives one. The choice depends on the file's timestamps alone, so every backend returns the same
-    frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV (4:2:0 colour
-    with an odd height, subsampled colour of more than 8 bits; decord also turned pictures, very narrow ones, and key
-    frames that later frames refer across). "auto" then takes PyAV, and `metadata.reason` says why.
+    frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV, or that are not
+    known to be read alike (colour of more than 8 bits, 4:2:0 with an odd height, interlaced pictures, several video
+    streams, rare codecs and containers; decord also turned pictures, very narrow ones, and key frames that later
+    frames refer across). "auto" then takes PyAV, and `metadata.reason` says why.
 
     Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error. Damage
     inside a file is an error where the decoder reports it; most decoders paint over small damage without a word.
@@ -97,7 +98,10 @@ def read_clip(
     check_backend(backend)
     table = read_table(path)
     _check_reach(table, sampling)
-    indices = choose_frames(table.times, table.duration, sampling)
+    try:
+        indices = choose_frames(table.times, table.duration, sampling)
+    except VideoError as error:
+        raise VideoError(f"{table.path}: {error}") from error
     frames, used, reason = decode(table, indices, backend)
     metadata = ClipMetadata(
         path=table.path,

@@ -1,7 +1,9 @@
 """Which frames to take: one rule over presentation timestamps, the same for every decoding backend."""
 
 import math
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,16 +13,26 @@ from sta_adapter.errors import ConfigError, VideoError
 ROUNDING = 1e-3
 """Seconds by which containers round timestamps (Matroska counts milliseconds); no frame is missed or doubled for it."""
 
+MOST_TARGETS = 1_000_000
+"""Target times that are looked up at most; more, from an enormous rate or number of frames, are spread as that many."""
+
 
 def _check_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     bound = f"at least {above:g}" if inclusive else f"above {above:g}"
-    if not is_number or not math.isfinite(value) or value < above or (value == above and not inclusive):  # type: ignore[arg-type, operator]
+    if not is_number or not _is_finite(value) or value < above or (value == above and not inclusive):  # type: ignore[operator]
         raise ConfigError(f"{name} is {value!r}; expected a finite number {bound}. Change {name} or leave it out.")
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= sys.maxsize:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1. Change {name} or leave it out.")
 
 
@@ -74,7 +86,7 @@ class Sampling:
         count = max(1, math.ceil(natural))
         if count < self.min_frames:
             return self.min_frames, seconds / self.min_frames, self.min_frames
-        return count, 1.0 / fps, self.min_frames
+        return count, min(1.0 / fps, seconds), self.min_frames  # one over a tiny rate is infinite
 
 
 def choose_frames(times: NDArray[np.float64], duration: float, sampling: Sampling) -> NDArray[np.int64]:
@@ -103,12 +115,28 @@ def choose_frames(times: NDArray[np.float64], duration: float, sampling: Samplin
             "Choose start and end within it."
         )
     count, step, least = sampling.plan(end - start)
+    if count > MOST_TARGETS:
+        count, step = MOST_TARGETS, step * (count / MOST_TARGETS)
     gaps = np.diff(times)
     slack = min(ROUNDING, float(np.median(gaps)) / 4) if gaps.size else 0.0
     shown = np.searchsorted(times, start + step * np.arange(count) + slack, side="right") - 1
     chosen = np.unique(shown.clip(inside[0], inside[-1]))
-    while chosen.size < min(least, inside.size):
-        distance = np.abs(times[inside, None] - times[chosen]).min(axis=1)
-        distance[np.isin(inside, chosen)] = -1.0
-        chosen = np.sort(np.append(chosen, inside[distance.argmax()]))
-    return chosen.astype(np.int64)
+    missing = min(least, inside.size) - chosen.size
+    return np.sort(np.append(chosen, _farthest(times, inside, chosen, missing))).astype(np.int64)
+
+
+def _farthest(
+    times: NDArray[np.float64], inside: NDArray[np.int64], chosen: NDArray[np.int64], missing: int
+) -> list[int]:
+    """`missing` more frames of `inside`, each the one that is farthest in time from all taken before it."""
+    right = np.searchsorted(chosen, inside).clip(max=chosen.size - 1)
+    neighbours = times[chosen[[(right - 1).clip(min=0), right]]]
+    distance = np.abs(times[inside] - neighbours).min(axis=0)
+    distance[np.isin(inside, chosen)] = -1.0
+    more: list[int] = []
+    for _ in range(missing):
+        place = int(distance.argmax())
+        more.append(int(inside[place]))
+        distance = np.minimum(distance, np.abs(times[inside] - times[inside[place]]))
+        distance[place] = -1.0
+    return more

@@ -1,8 +1,10 @@
 """The presentation timestamps of a video file, read from its packets with PyAV, and what else decoders need to know."""
 
 import errno
+import functools
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
+from sta_adapter.video.agreement import seeks_exactly, why_unlike
+from sta_adapter.video.endings import cut_off
 from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
 
 if TYPE_CHECKING:
@@ -21,6 +25,11 @@ if TYPE_CHECKING:
 
 UNTURNED = (1 << 16, 0, 0, 1 << 16)
 """The display matrix of pictures shown as they are stored, in FFmpeg's 16.16 fixed point."""
+
+POINTERS = frozenset({"hls", "concat", "concatf", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "lavfi"})
+ATTACHED = 0x400  # FFmpeg's mark of a cover picture
+MADE_UP = frozenset({"avi", "asf", "mxf"})
+"""Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
 
 
 class VideoNotFoundError(VideoError, FileNotFoundError):
@@ -35,7 +44,7 @@ class FrameTable:
     decoding can begin. `matrix` is the upper left 2x2 part of the display matrix; `width` and `height` are upright.
     Without `seekable` the timestamps don't name frames (AVI with B-frames, raw streams): frames are counted instead.
     Without `complete` the file is cut off after the last frame listed. With `fresh_keys` every key frame is a clean
-    beginning. `blends_colour` says that turning it into RGB interpolates colour (see `_blends_colour`).
+    beginning. `unlike` tells why another FFmpeg may read it differently; "" where none does.
     """
 
     path: Path
@@ -49,7 +58,7 @@ class FrameTable:
     seekable: bool
     complete: bool
     fresh_keys: bool
-    blends_colour: bool
+    unlike: str
 
     @property
     def transposed(self) -> bool:
@@ -86,9 +95,16 @@ def import_av() -> Any:
     return av
 
 
+@functools.lru_cache(maxsize=1)
+def _containers() -> str:
+    """The kinds of files that are opened: not those that only name other files or addresses, and make FFmpeg open them."""
+    return ",".join(sorted(import_av().formats_available - POINTERS))
+
+
 def open_video(path: Path) -> "InputContainer":
     """Open a file for demuxing; the absolute path keeps FFmpeg from taking `a:b.mp4` for a protocol."""
-    return import_av().open(str(path.absolute()), metadata_errors="replace")
+    options = {"format_whitelist": _containers()}
+    return import_av().open(str(path.absolute()), metadata_errors="replace", container_options=options)
 
 
 def video_stream(container: "InputContainer") -> "VideoStream":
@@ -97,6 +113,10 @@ def video_stream(container: "InputContainer") -> "VideoStream":
     if stream is None:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
         raise VideoError(f"{container.name} has no video stream (streams: {kinds}); expected a file with pictures.")
+    if stream.codec_context is None:
+        raise VideoError(f"{container.name} has pictures of a kind that FFmpeg has no decoder for; convert it.")
+    if stream.disposition & ATTACHED:
+        raise VideoError(f"{container.name} has no video stream, only an attached cover picture; expected a video.")
     return stream
 
 
@@ -104,43 +124,32 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path is {path!r}; expected a str or a pathlib.Path that names a video file.")
     path = Path(path)
-    if not path.exists():
-        raise VideoNotFoundError(errno.ENOENT, "no such video file; check the path", str(path))
-    if path.is_dir():
+    try:
+        kind = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise VideoNotFoundError(errno.ENOENT, "no such video file; check the path", str(path)) from error
+    except OSError as error:
+        raise VideoError(f"{path} can't be read ({error.strerror}); check the path.") from error
+    if stat.S_ISDIR(kind.st_mode):
         raise VideoError(f"{path} is a folder; expected a video file. Name one of the files in it.")
-    if path.stat().st_size == 0:
+    if not stat.S_ISREG(kind.st_mode):
+        raise VideoError(f"{path} is a pipe or a device; expected a video file. Copy what comes out of it into a file.")
+    if kind.st_size == 0:
         raise VideoError(f"{path} is empty (0 bytes); expected a video file. Download or write it again.")
     return path
 
 
-def _matroska_cut_off(path: Path) -> bool:
-    """Whether a Matroska or WebM file is shorter than its segment says (live recordings leave the size open)."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-    at = head.find(b"\x18\x53\x80\x67") + 4  # EBML id of the segment; its size follows, 7 bits of each byte
-    length = 9 - head[at].bit_length()
-    unknown = (1 << 7 * length) - 1
-    size = int.from_bytes(head[at : at + length], "big") & unknown
-    return at >= 4 and size != unknown and at + length + size > path.stat().st_size
-
-
 def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError as error:  # PyAV gives up at side data that it doesn't know, such as a camera's EXIF
+        if frame.rotation:
+            raise VideoError("its pictures are to be turned in a way that PyAV doesn't tell; convert it.") from error
+        return UNTURNED
     if data is None:
         return UNTURNED
     a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
     return (a, b, c, d)
-
-
-def _blends_colour(frame: "VideoFrame") -> bool:
-    """Whether turning the frame into RGB interpolates colour, which every FFmpeg release does a little differently.
-
-    Measured: with colour stored at full size, or at half size with 8 bits and an even height, releases 4 to 8 agree
-    to the bit; 4:2:0 with an odd height, and 4:2:0 or 4:2:2 with more than 8 bits, they turn into different pixels.
-    """
-    rows_shared, columns_shared = frame.format.chroma_height(4) < 4, frame.format.chroma_width(4) < 4
-    deep = any(component.bits > 8 for component in frame.format.components)
-    return (rows_shared and frame.height % 2 == 1) or (deep and (rows_shared or columns_shared))
 
 
 def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[PacketRow], bool, "VideoFrame | None"]:
@@ -171,12 +180,12 @@ def _without_gaps(rows: list[PacketRow]) -> list[PacketRow]:
 
 
 def _timeline(
-    stream: "VideoStream", rows: list[PacketRow], avi: bool
+    stream: "VideoStream", rows: list[PacketRow], formats: set[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], bool]:
     """Ascending timestamps (F,), key flags (F,) in the same order, and whether timestamps name frames."""
     pts, dts, keys = [row.pts for row in rows], [row.dts for row in rows], [row.key for row in rows]
     distinct = {stamp for stamp in pts if stamp is not None}
-    made_up = avi and stream.codec_context.has_b_frames  # AVI has no pts
+    made_up = MADE_UP & formats and stream.codec_context.has_b_frames and pts == sorted(distinct)
     if len(distinct) == len(rows) and not made_up:
         stamps = np.array(pts, np.int64)
         order = stamps.argsort()
@@ -199,39 +208,42 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
             return _table_of(container, path)
     except VideoError:
         raise
-    except (av.FFmpegError, OSError, ValueError, RuntimeError) as error:
+    except (av.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise VideoError(
             f"{path} can't be read as a video (pyav: {error}); expected a file that FFmpeg understands. "
-            "It may be cut off, damaged, or not a video at all."
+            "It may be cut off, damaged, not a video at all, or a list of other files, which is not followed."
         ) from error
 
 
 def _table_of(container: "InputContainer", path: Path) -> FrameTable:
-    stream, formats = video_stream(container), container.format.name.split(",")
+    stream, formats = video_stream(container), set(container.format.name.split(","))
     rows, complete, first = _scan(container, stream)
-    complete = complete and not ("matroska" in formats and _matroska_cut_off(path))
+    announced = (stream.duration or 0) if "mxf" in formats else 0  # its header counts frames in this way
+    complete = complete and len(rows) >= announced and not cut_off(path, formats)
     rows = rows if complete else _without_gaps(rows)
     if first is None or not rows:
         raise VideoError(f"{path} has no frame that decodes ({len(rows)} listed); the file is cut off or damaged.")
-    pts, keys, seekable = _timeline(stream, rows, "avi" in formats)
+    pts, keys, seekable = _timeline(stream, rows, formats)
     base = float(stream.time_base or 1)
     times = (pts - pts[0]) * base
     gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate or 25)
     last = next((row.duration for row in rows if row.pts == pts[-1]), 0) * base
     matrix = _display_matrix(first)
     turned = abs(matrix[2]) > abs(matrix[0])
-    indexed = not {"mpegts", "mpeg"} & set(formats)
+    duration = float(times[-1]) + (last or gap)
+    if not 0 < duration < math.inf or (np.diff(times) < 0).any():
+        raise VideoError(f"{path} has timestamps that tell no order of its frames; write it again.")
     return FrameTable(
         path=path,
         pts=pts,
         times=times,
         keys=keys,
-        duration=float(times[-1]) + (last or gap),
+        duration=duration,
         width=first.height if turned else first.width,
         height=first.width if turned else first.height,
         matrix=matrix,
         seekable=seekable,
         complete=complete,
-        fresh_keys=indexed and keys_are_fresh(rows),
-        blends_colour=_blends_colour(first),
+        fresh_keys=seeks_exactly(container) and keys_are_fresh(rows),
+        unlike=why_unlike(container, stream, first, float(pts[-1]) * base),
     )

@@ -1,0 +1,178 @@
+"""Files that once were read wrongly, hung, crashed or gave an error that is not ours."""
+
+import os
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from make_videos import cut, decode_all, pictures, write
+
+from sta_adapter.errors import BackendError, ConfigError, VideoError
+from sta_adapter.video import Sampling, choose_frames, read_clip
+from sta_adapter.video.table import VideoNotFoundError
+
+
+@pytest.mark.parametrize("name", ["reordered.mxf", "reordered.wmv", "reordered.avi"])
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_made_up_timestamps_do_not_reorder_frames(tmp_path, name, backend):
+    path = write(tmp_path / name, rate=25, options={"bf": "2"})
+    for how in ({"num_frames": 1000}, {"num_frames": 3}, {"start": 0.2, "end": 0.5, "num_frames": 4}):
+        clip = read_clip(path, backend=backend, **how)
+        np.testing.assert_array_equal(clip.frames, decode_all(path)[0][list(clip.metadata.indices)])
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "why"),
+    [
+        ("jumps.wmv", {"codec": "png", "pix_fmt": "rgb24"}, "seeking in it is not exact"),
+        ("jumps.nut", {"codec": "huffyuv", "pix_fmt": "yuv422p"}, "seeking in it is not exact"),
+        ("fields.mp4", {"options": {"flags": "+ilme+ildct"}}, "interlaced"),
+        ("quarter.mkv", {"codec": "ffv1", "pix_fmt": "yuv410p"}, "its colour"),
+        ("rows.mkv", {"codec": "ffv1", "pix_fmt": "yuv440p"}, "its colour"),
+        ("deep.mkv", {"codec": "ffv1", "pix_fmt": "rgb48le"}, "its colour"),
+        ("rare.avi", {"codec": "h263p"}, "its codec"),
+        ("floats.mov", {"codec": "exr", "pix_fmt": "grayf32le"}, "its codec"),
+        ("century.mkv", {"ticks": range(2**36, 2**36 + 20)}, "its times announce"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_what_decord_read_otherwise_or_crashed_at_is_left_to_pyav(tmp_path, name, how, why):
+    path = write(tmp_path / name, **how)
+    clip = read_clip(path, num_frames=7)
+    assert clip.metadata.backend == "pyav"
+    np.testing.assert_array_equal(clip.frames, decode_all(path)[0][list(clip.metadata.indices)])
+    pytest.importorskip("decord")
+    with pytest.raises(BackendError, match=f"decord: .*{why}"):
+        read_clip(path, backend="decord")
+
+
+def with_streams(path, *sizes, cover=False):
+    """A file with a moving stream of each size, and a cover picture in front of them."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for number, (width, height) in enumerate(sizes):
+            stream = container.add_stream("mjpeg" if cover and number == 0 else "mpeg4", rate=10)
+            stream.width, stream.height = width, height
+            stream.pix_fmt = "yuvj420p" if cover and number == 0 else "yuv420p"
+            streams.append(stream)
+        if cover:
+            streams[0].disposition = Disposition.attached_pic
+        for number, stream in enumerate(streams):
+            count = 1 if cover and number == 0 else 9
+            for tick, picture in enumerate(pictures(count, stream.width, stream.height)):
+                frame = av.VideoFrame.from_ndarray(picture).reformat(format=stream.pix_fmt)
+                frame.pts = tick
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("name", ["two.mp4", "two.mkv"])
+def test_of_two_streams_every_backend_reads_the_same(tmp_path, name):
+    path = with_streams(tmp_path / name, (32, 32), (64, 48))
+    expected = read_clip(path, backend="pyav")
+    clip = read_clip(path)
+    np.testing.assert_array_equal(clip.frames, expected.frames)
+    assert "2 video streams" in clip.metadata.reason
+
+
+def test_a_cover_is_no_video(tmp_path):
+    assert len(read_clip(with_streams(tmp_path / "film.mp4", (96, 96), (64, 48), cover=True)).frames) == 4
+    with pytest.raises(VideoError, match=r"song\.mp4 has no video stream, only an attached cover"):
+        read_clip(with_streams(tmp_path / "song.mp4", (96, 96), cover=True))
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.ffconcat", "list.mp4"])
+def test_lists_of_other_files_are_not_followed(tmp_path, name):
+    write(tmp_path / "secret.ts")
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nsecret.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / name).write_text(hls if name.endswith("m3u8") else "ffconcat version 1.0\nfile secret.ts\n")
+    with pytest.raises(VideoError, match="a list of other files, which is not followed"):
+        read_clip(tmp_path / name)
+
+
+def test_a_pipe_is_an_error_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match="is a pipe or a device"):
+        read_clip(tmp_path / "pipe.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("x" * 300 + ".mp4", VideoError, "File name too long"),
+        ("a\0b.mp4", VideoNotFoundError, "no such video file"),
+        ("loop.mp4", VideoError, "can't be read"),
+    ],
+    ids=["long", "null", "loop"],
+)
+def test_names_that_no_file_has(tmp_path, name, error, message):
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    with pytest.raises(error, match=message):
+        read_clip(tmp_path / name)
+
+
+def test_pictures_without_a_decoder(tmp_path):
+    path = write(tmp_path / "unknown.mpg", codec="wmv2", rate=25)
+    with pytest.raises(VideoError, match="no decoder for"):
+        read_clip(path)
+
+
+def test_matroska_whose_segment_begins_where_the_look_at_it_ends(tmp_path):
+    data = write(tmp_path / "plain.mkv").read_bytes()
+    at = data.index(b"\x18\x53\x80\x67")
+    fill = 4092 - at - 3
+    path = tmp_path / "shifted.mkv"
+    path.write_bytes(data[:at] + b"\xec" + (0x4000 | fill).to_bytes(2, "big") + bytes(fill) + data[at:])
+    np.testing.assert_array_equal(read_clip(path).frames, read_clip(tmp_path / "plain.mkv").frames)
+
+
+def test_side_data_that_pyav_does_not_know(tmp_path):
+    assert len(read_clip(write(tmp_path / "exif.mov", codec="tiff")).frames) == 4
+
+
+@pytest.mark.parametrize("how", [{"num_frames": 10**15}, {"fps": 1e300, "max_frames": 10**15}], ids=["many", "fast"])
+def test_more_frames_than_memory_are_all_that_there_are(tmp_path, how):
+    assert len(read_clip(write(tmp_path / "clip.mp4"), **how).frames) == 20
+
+
+def test_extreme_settings(tmp_path):
+    path = write(tmp_path / "clip.mp4")
+    assert read_clip(path, fps=5e-324, min_frames=1).metadata.indices == (0,)
+    for name in ("num_frames", "fps", "start"):
+        with pytest.raises(ConfigError, match=f"{name} is 1000"):
+            read_clip(path, **{name: 10**400})
+
+
+def test_many_frames_around_a_leap_in_time_are_chosen_quickly():
+    times = np.append(np.arange(20_000) / 10_000, 1e6)
+    chosen = choose_frames(times, 1e6 + 1, Sampling(num_frames=5_000))
+    assert len(chosen) == 5_000
+    assert (np.diff(chosen) > 0).all()
+
+
+def test_frames_that_do_not_fit_into_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "clip.mp4")
+    monkeypatch.setattr("sta_adapter.video.decoders.np.empty", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(VideoError, match="4 frames of 64x48 don't fit into memory"):
+        read_clip(path, backend="pyav")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("cut.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
+        ("cut.ogv", {"codec": "libvpx"}),
+        ("cut.ts", {}),
+        ("cut.mxf", {"codec": "mpeg2video", "rate": 25}),
+        ("cut.wmv", {"codec": "wmv2"}),
+    ],
+    ids=["gif", "ogv", "ts", "mxf", "wmv"],
+)
+def test_files_that_end_early(tmp_path, name, how, share):
+    whole = write(tmp_path / name, count=40, **how)
+    assert len(read_clip(whole, num_frames=1000).frames) == 40
+    with pytest.raises(VideoError, match=r"cut off|can't be read"):
+        read_clip(cut(whole, share), num_frames=1000)
