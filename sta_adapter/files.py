@@ -34,8 +34,9 @@ def atomic_folder_write(folder: Path, files: Mapping[str, bytes], remove: Iterab
     folder.mkdir(parents=True, exist_ok=True)
     finish_write(folder)
     for left in folder.glob(f"{SAVING}*"):
-        if time.time() - left.stat().st_mtime > DAY:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # of a process that saves at the same time
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=SAVING))
     try:
         for name, content in {**files, **{name + REMOVED: b"" for name in remove}}.items():
@@ -71,8 +72,12 @@ def finish_write(folder: Path) -> None:
     saved = folder / SAVED
     if not saved.is_dir() or saved.is_symlink():
         return
-    for path in sorted(saved.iterdir()):
-        with contextlib.suppress(FileNotFoundError):  # another process finishes it at the same time
+    gone = contextlib.suppress(FileNotFoundError)  # another process finishes it at the same time
+    paths: list[Path] = []
+    with gone:
+        paths = sorted(saved.iterdir())
+    for path in paths:
+        with gone:
             if path.name.endswith(REMOVED):
                 (folder / path.name.removesuffix(REMOVED)).unlink(missing_ok=True)
                 path.unlink()

@@ -101,7 +101,7 @@ def test_two_writers_of_one_folder(tmp_path):
             status = 1
             try:
                 for number in range(30):
-                    atomic_folder_write(tmp_path, {name: b"%d %d" % (writer, number) for name in "abc"})
+                    atomic_folder_write(tmp_path, dict.fromkeys("abc", b"%d %d" % (writer, number)))
                 status = 0
             finally:
                 os._exit(status)
