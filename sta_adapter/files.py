@@ -8,6 +8,7 @@ finished later, by the next reader or writer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -54,11 +55,11 @@ def atomic_folder_write(folder: Path, files: Mapping[str, bytes], remove: Iterab
 
 def _declare_saved(staging: Path, folder: Path) -> None:
     """Rename; where another process saves into the folder too, after its files have been moved."""
-    for tries_left in range(9, -1, -1):
+    for tries_left in range(99, -1, -1):
         try:
             return os.replace(staging, folder / SAVED)
-        except OSError:
-            if not tries_left or not (folder / SAVED).is_dir():
+        except OSError as error:
+            if not tries_left or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):  # Windows: the last
                 raise
             finish_write(folder)
 
