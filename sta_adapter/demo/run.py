@@ -69,7 +69,7 @@ class DemoSettings:
     points: int = 6
     rank: int = 8
     learning_rate: float = 3e-3
-    sta_learning_rate: float = 3e-3
+    sta_learning_rate: float = 1e-3
     stage_one_learning_rate: float = 1e-3
 
     @classmethod
