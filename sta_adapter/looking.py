@@ -96,6 +96,7 @@ class Viewer:
         *,
         longest: float | None = None,
         frames: dict[str, Any] | None = None,
+        base_model: str | None = None,
         **options: Any,
     ) -> Viewer:
         """Load a model, its processor and its adapter; without an adapter, put fresh STA in.
@@ -105,6 +106,7 @@ class Viewer:
             adapter: Hub id or folder.
             longest: seconds; see `Viewer`.
             frames: fields of `FrameSettings` in the place of those that the adapter was trained with.
+            base_model: "any" takes another base than the adapter names, if it fits.
             options: of `sta_adapter.loading.load_model`.
 
         Raises:
@@ -120,7 +122,7 @@ class Viewer:
         settings = FrameSettings(**{**(sampling or _usual_frames(model)), **(frames or {})})
         if adapter is None:
             return cls(inject_sta(net), processor, settings, trained=False, longest=longest)
-        net = load_adapter(net, adapter)
+        net = load_adapter(net, adapter, base_model=base_model)
         handle = get_sta(net)
         if handle is None:
             raise CheckpointError(f"{os.fspath(adapter)!r} holds LoRA weights and no STA, so there is nothing to see.")

@@ -132,11 +132,3 @@ def test_long_reports_are_cut():
     assert "    ... and 5 more; --json lists all" in lines
     assert lines[-1] == "    ... and 10 more; --json lists all"
     assert max(map(len, lines)) <= 80
-
-
-def test_help_fits_a_screen():
-    for name in ("check-data", "train", "evaluate"):
-        text = CliRunner().invoke(cli, [name, "--help"]).output
-        assert text.split("\n")[2].strip().startswith("Example: sta-adapter " + name)
-        assert len(text.split("\n")) <= 32
-        assert max(map(len, text.split("\n"))) <= 80

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from sta_adapter.cli import cli
 from sta_adapter.comparison import as_text
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.encoding import encode_answer
-from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError
 from sta_adapter.evaluation import EvaluationResult, Prediction, evaluate, wilson
 from sta_adapter.training import TrainingConfig, train
 
@@ -314,3 +315,17 @@ def test_command_asks_a_benchmark(base, taught, tmp_path):
     ):
         with pytest.raises(ConfigError, match=error):
             CliRunner().invoke(cli, [*line, *more, *extra], catch_exceptions=False)
+
+
+def test_command_with_another_base(base, taught, folder, tmp_path):
+    """An adapter that names another language model is refused, unless the user says that it fits."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(taught[1], adapter)
+    about = json.loads((adapter / "sta_config.json").read_text())
+    about["language_model"]["num_hidden_layers"] = 99
+    (adapter / "sta_config.json").write_text(json.dumps(about))
+    line = ["evaluate", "--model", str(base), "--adapter", str(adapter), "--data", str(folder / "data.jsonl")]
+    line += ["--num-workers", "0", "--max-new-tokens", "1", "--json"]
+    with pytest.raises(CheckpointError, match="another language model: num_hidden_layers: 99"):
+        CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert CliRunner().invoke(cli, [*line, "--any-base"], catch_exceptions=False).exit_code == 0

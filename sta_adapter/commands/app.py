@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, model_options, option
+from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, model_options, option
 from sta_adapter.errors import ConfigError
 
 HELP = """\b
@@ -33,6 +33,7 @@ options it shows the demo's tiny base. End it with Ctrl-C.
 @option("Frames", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
 @option("Frames", "--longest", type=float, metavar="S", default=120, help="Seconds of a clip. [default: 120]")
 @model_options
+@adapter_options
 def command(**options: Any) -> None:
     """Serve the page."""
     from sta_adapter.app import serve
@@ -42,4 +43,5 @@ def command(**options: Any) -> None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
     frames = {"nframes": nframes} if nframes is not None else {"fps": fps, "nframes": None} if fps is not None else {}
     options["dtype"] = options["dtype"] or "auto"
-    serve(frames=frames, say=click.echo, **options)
+    base_model = base_model_of(options.pop("any_base"))
+    serve(frames=frames, base_model=base_model, say=click.echo, **options)

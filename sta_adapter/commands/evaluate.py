@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, data_options, model_options, option
+from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, data_options, model_options, option
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
 from sta_adapter.eval_sets import BENCHMARKS
 
@@ -49,6 +49,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("How", "--on-bad-sample", type=BAD, metavar="WHAT", default="skip", help="skip or error. [default: skip]")
 @option("How", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @model_options
+@adapter_options
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
     from sta_adapter.comparison import as_text, chance, clips_of, compare
@@ -60,7 +61,7 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     dataset = _dataset(samples, processor, adapter, options)
     net = load_model(model, dtype=options["dtype"] or "auto", device=options["device"], **source)
     if adapter is not None:
-        net = load_adapter(net, adapter)
+        net = load_adapter(net, adapter, base_model=base_model_of(options["any_base"]))
     runs: dict[str, Any] = {"base": _without(net)} if base or adapter is None else {}
     if adapter is not None:
         runs["adapter"] = contextlib.nullcontext()

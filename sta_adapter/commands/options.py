@@ -1,6 +1,6 @@
 """What the commands share: options under headings, settings by name, and the options that say how a model is loaded.
 
-Public: `Grouped`, `option`, `model_options`, `data_options`, `parse_settings`, `merged`.
+Public: `Grouped`, `option`, `model_options`, `adapter_options`, `data_options`, `parse_settings`, `merged`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,18 @@ def model_options(command: Any) -> Any:
     ):
         command = decorate(command)
     return command
+
+
+def adapter_options(command: Any) -> Any:
+    """How an adapter is put on the model; what `base_model_of` reads."""
+    return option("Model", "--any-base", is_flag=True, help="Take another base than the adapter names, if it fits.")(
+        command
+    )
+
+
+def base_model_of(any_base: bool) -> str | None:
+    """The `base_model` of `load_sta` that stands for the option."""
+    return "any" if any_base else None
 
 
 def data_options(command: Any) -> Any:

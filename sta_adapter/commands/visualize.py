@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, model_options, option
+from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, model_options, option
 from sta_adapter.errors import ConfigError
 
 HELP = """\b
@@ -35,6 +35,7 @@ one file), PNG, MP4, GIF, arrays.npz and numbers.json.
 @option("Frames", "--nframes", type=int, metavar="N", help="Frames of the clip instead.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @model_options
+@adapter_options
 def command(clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Any) -> None:
     """Look at a clip and write what was seen."""
     from sta_adapter.demo import TINY_BASE
@@ -49,6 +50,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
         model,
         adapter,
         frames=frames,
+        base_model=base_model_of(options["any_base"]),
         dtype=options["dtype"] or "auto",
         device=options["device"],
         revision=options["revision"],
