@@ -144,6 +144,8 @@ def judge(case, clips, stored, whole_file):
         faults += [] if equal and total == len(stored) else ["other frames than in the file"]
     elif total < len(stored):
         counted += ["fewer frames, unnoticed"] if whole_file else ["the part that was asked for"]
+    elif total > len(stored):
+        counted.append("more frames")
     else:
         counted.append("damage had no effect" if equal else "painted over by the decoder")
     return counted, faults
