@@ -2,8 +2,10 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import make_benchmarks
 import pytest
 import torch
 from click.testing import CliRunner
@@ -47,15 +49,19 @@ def workplace(tmp_path_factory):
     write_dataset(folder, "train", range(10))
     write_dataset(folder, "test", range(100, 110), "held_out")
     made_checkpoint(folder / "STAVEQ2-CHECKPOINT")
+    make_benchmarks.mvbench(folder / "MVBENCH")
+    shutil.copy(next((folder / "test").glob("*.mp4")), folder / "clip.mp4")
     return folder
 
 
 def test_there_are_commands():
-    assert [shlex.split(command)[1] for command in COMMANDS] == ["inspect", "train", "evaluate", "convert"]
+    names = [shlex.split(command)[1] for command in COMMANDS]
+    assert names == ["inspect", "train", "evaluate", "evaluate", "visualize", "app", "convert"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
+@pytest.mark.xdist_group("readme")  # each works on what those before it have made
 def test_commands(command, workplace, monkeypatch):
     from sta_adapter.cli import cli
     from sta_adapter.demo import TINY_BASE
@@ -66,6 +72,9 @@ def test_commands(command, workplace, monkeypatch):
         words[-1] = "converted"
     if words[0] == "train":
         words += ["--batch-size", "4"]
+    if words[0] == "app":  # it serves until Ctrl-C
+        blocks = pytest.importorskip("gradio").Blocks
+        monkeypatch.setattr(blocks, "block_thread", blocks.close)
     result = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
