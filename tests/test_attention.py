@@ -1,14 +1,16 @@
 """attend: every kernel against float64, and the choice of the kernel."""
 
 import itertools
+import sys
+import types
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sta_adapter import attend
-from sta_adapter.attention import choose_backend, xformers_refusal
+from sta_adapter import attend, attention
+from sta_adapter.attention import choose_backend, choose_kernel, xformers_refusal
 from sta_adapter.errors import BackendError, ConfigError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -89,6 +91,47 @@ def test_xformers_refuses_dtypes_and_head_sizes_that_it_does_not_take():
     assert "not torch.float64" in xformers_refusal("cuda", torch.float64, 16)
     assert "not 20" in xformers_refusal("cuda", torch.float16, 20)
     assert "not 264" in xformers_refusal("cuda", torch.float16, 264)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A module in xformers' place, on a machine without CUDA; the calls of its kernel are in `calls`."""
+    ops = types.ModuleType("xformers.ops")
+    ops.calls = []
+    ops.memory_efficient_attention = lambda q, k, v: ops.calls.append((q, k, v))
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(attention, "_REFUSALS", {})
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, dtype: zeros(*shape, device="meta", dtype=dtype))
+    return ops
+
+
+def test_xformers_is_tried_once_for_each_kind_of_call(stand_in):
+    for _ in range(2):
+        choice = choose_kernel("cuda", torch.bfloat16, 8, 72)
+        assert choice == ("xformers", "CUDA tensors that xformers takes")
+    assert choose_kernel("cuda", torch.float16, 8, 256, "xformers") == ("xformers", "asked for by name")
+    found = [{(x.shape[1:], x.dtype) for x in call} for call in stand_in.calls]
+    assert found == [{((8, 1, 72), torch.bfloat16)}, {((8, 1, 256), torch.float16)}]
+
+
+def test_xformers_that_does_not_run_is_not_taken(stand_in):
+    def fail(*args):
+        raise RuntimeError("no kernel image\nmore")
+
+    stand_in.memory_efficient_attention = fail
+    assert xformers_refusal("cuda", torch.float32, 8) == "its kernels don't run here (RuntimeError: no kernel image)"
+    del stand_in.memory_efficient_attention
+    assert choose_kernel("cuda", torch.float32, 8, 16).backend == "sdpa"
+    with pytest.raises(BackendError, match=r"(?s)can't be imported \(ImportError: .*sta-adapter\[xformers\]"):
+        choose_kernel("cuda", torch.float32, 8, 16, "xformers")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_results_stay_on_the_device(backend):
+    q = torch.zeros(2, 3, 1, 4, device="meta")
+    assert attend(q, q, q, causal=True, backend=backend).device.type == "meta"
 
 
 def test_asked_for_by_name():

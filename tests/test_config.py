@@ -62,7 +62,7 @@ def test_what_is_not_given_takes_the_backbones_default():
         ("head_scale", -1.0, "above 0"),
         ("head_scale", float("nan"), "finite number"),
         ("head_scale", 17, "at most 16"),
-        ("head_scale", None, "finite number"),
+        ("head_scale", None, r"finite number\.$"),
         ("head_scale", "0.25", "finite number"),
         ("head_scale", True, "finite number"),
         ("rope_theta", 0, "above 0"),

@@ -1,5 +1,7 @@
 """ClipLayout: which token is which frame's and which position's."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from sta_adapter import ClipLayout
 from sta_adapter.errors import LayoutError
+from sta_adapter.layout import checked_lengths
 
 clips = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=5)
 cpu = torch.device("cpu")
@@ -92,3 +95,25 @@ def test_rotary_tables_are_those_of_the_equation():
             for half in (pair, pair + 4):
                 assert cos[frame, 0, half].item() == pytest.approx(angle.cos().item(), abs=1e-6)
                 assert sin[frame, 0, half].item() == pytest.approx(angle.sin().item(), abs=1e-6)
+
+
+def test_tables_are_where_and_of_what_dtype_they_are_asked_for():
+    layout, meta = ClipLayout([(2, 3), (1, 2)]), torch.device("meta")
+    for index in (layout.gather_index, layout.scatter_index, layout.published_index, layout.single_frame_mask):
+        assert index(cpu).device.type == "cpu"
+        assert index(meta).device.type == "meta"
+        assert index(cpu) is index(cpu)
+    for like in (torch.zeros(0, dtype=torch.bfloat16), torch.zeros(0, dtype=torch.float64, device=meta)):
+        for table in layout.rotary_tables(8, 100.0, like):
+            assert (table.device, table.dtype, table.shape) == (like.device, like.dtype, (2, 1, 8))
+
+
+@pytest.mark.parametrize("lengths", [[1], (3, 2), [4.0], torch.tensor([2, 5])], ids=str)
+def test_clip_lengths(lengths):
+    assert checked_lengths(lengths) == tuple(int(n) for n in lengths)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [2, -1], [1.5], "12", ["a"], [None], 3], ids=repr)
+def test_clip_lengths_that_are_none(lengths):
+    with pytest.raises(LayoutError, match=f"clip lengths {re.escape(repr(lengths))}: expected the number of frames"):
+        checked_lengths(lengths)
