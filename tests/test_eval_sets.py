@@ -207,6 +207,8 @@ TWO = ["It moves left.", "It moves right."]
         ("yes, it does", ["yes", "no"], [], 0),
         ("No.", ["yes", "no"], [], 1),
         ("nothing", ["yes", "no"], [], None),
+        ("left", ["turn left", "go right"], [], None),
+        ("B", ["Option A of two", "Option B of two"], [], None),
         ("Sentence B: x", ["Sentence A", "Sentence B"], TWO, 1),
         ("2", ["Option 1", "Option 2"], TWO, 1),
         ("Option 2", ["Option 1", "Option 2"], TWO, 1),

@@ -1,7 +1,10 @@
 """Several files change together or not at all, wherever the writing process dies."""
 
+import errno
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +114,74 @@ def test_two_writers_of_one_folder(tmp_path):
     assert set(contents(tmp_path)) == set("abc")
     assert len(set(contents(tmp_path).values())) == 1
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def test_folders_above_are_made_and_the_files_are_written_beside_their_places(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "b"
+    staged = []
+    sync = os.fsync
+    monkeypatch.setattr(files.os, "fsync", lambda at: (staged.extend(folder.glob(f"{files.SAVING}*")), sync(at)))
+    atomic_folder_write(folder, NEW)
+    assert contents(folder) == NEW
+    assert staged
+
+
+def test_what_others_left_or_take_away_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / f"{files.SAVING}link").symlink_to(tmp_path / "nothing")
+    odd = tmp_path / f"{files.SAVING}file"
+    odd.touch()
+    os.utime(odd, (time.time() - 2 * files.DAY,) * 2)
+    atomic_folder_write(tmp_path, NEW)
+    assert NEW.items() <= contents(tmp_path).items()
+
+    (tmp_path / files.SAVED).mkdir()
+
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", gone)
+        finish_write(tmp_path)
+    assert not (tmp_path / files.SAVED).exists()
+
+
+def test_the_first_error_is_told_when_the_staging_folder_is_gone_too(tmp_path, monkeypatch):
+    def full(*args):
+        for staging in tmp_path.glob(f"{files.SAVING}*"):
+            shutil.rmtree(staging)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_folder_write(tmp_path, NEW)
+
+
+@pytest.mark.parametrize(
+    ("code", "failures", "tries"),
+    [
+        (errno.ENOTEMPTY, 99, 100),
+        (errno.EEXIST, 1, 2),
+        (errno.EACCES, 2, 3),
+        (errno.ENOTEMPTY, 100, 100),
+        (errno.EROFS, 1, 1),
+    ],
+    ids=["many", "exists", "windows", "too many", "another error"],
+)
+def test_another_process_that_saves_is_waited_for_a_bounded_time(tmp_path, monkeypatch, code, failures, tries):
+    replace, tried = os.replace, []
+
+    def taken(source, place):
+        if Path(place).name == files.SAVED:
+            tried.append(place)
+            if len(tried) <= failures:
+                raise OSError(code, "taken")
+        replace(source, place)
+
+    monkeypatch.setattr(files.os, "replace", taken)
+    if failures < tries:
+        atomic_folder_write(tmp_path, NEW)
+    else:
+        with pytest.raises(OSError, match="taken"):
+            atomic_folder_write(tmp_path, NEW)
+    assert contents(tmp_path) == (NEW if failures < tries else {})
+    assert len(tried) == tries

@@ -66,11 +66,20 @@ def test_every_difference_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"(a+)+$", r"(a|a)*b", r"(.*)*", r".*.*.*.*.*x", "(a{1,9}){1,9}", r"(?=(a+)+)b", "a" * 1001], ids=str
-)
+    "pattern", [r"(a+)+$", r"(a|a)*b", r"(.*)*", r".*.*.*.*.*x", "(a{1,9}){1,9}", r"(?=(a+)+)b", "a" * 1001,
+                r"a*b*c*d*e*(x|y)", r"(x|y)a*b*c*d*e*", "(a{1,2})+", "(ab|cd)+", r"(a)\1", "(?!a)b", "(a*|b*|c*)d*e*"], ids=str
+)  # fmt: skip
 def test_patterns_that_may_not_end(tmp_path, pattern):
     with pytest.raises(CheckpointError, match="repeats too much"):
         require_plain_pattern(tmp_path, pattern)
+
+
+def test_many_differences_are_counted(tmp_path):
+    with pytest.raises(CheckpointError, match=r"missing 00; .*; missing 19; and 5 more\.$") as caught:
+        compare_shapes(tmp_path, {}, {f"{i:02}": (1,) for i in range(25)})
+    assert str(caught.value).count("missing") == 20
+    with pytest.raises(CheckpointError, match=r"missing 19\.$"):
+        compare_shapes(tmp_path, {}, {f"{i:02}": (1,) for i in range(20)})
 
 
 @pytest.mark.parametrize(
