@@ -39,7 +39,7 @@ def first(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop(first(s)), "does not fit the model: missing base_model"),
+        (lambda s: s.pop(first(s)), r"adapter_model\.safetensors does not fit the model: missing base_model"),
         (lambda s: s.update({"base_model.model.extra.lora_A.weight": torch.ones(2)}), "unexpected base_model"),
         (lambda s: s.update({first(s): torch.ones(3, 2)}), "LoRA weights"),
         (lambda s: s[first(s)].fill_(float("nan")), "not finite"),
@@ -66,3 +66,8 @@ def test_a_configuration_that_imports(saved, tmp_path):
     (tmp_path / LORA_CONFIG).write_text(json.dumps({**fields, "megatron_config": {"a": 1}, "megatron_core": "this"}))
     with pytest.raises(CheckpointError, match="sets megatron_config"):
         load_sta(seeded(make_qwen2_vl), tmp_path)
+
+
+def test_the_file_is_for_use_until_training_is_asked_for(saved):
+    """As peft writes it; `is_trainable` of `load_sta` decides."""
+    assert json.loads((saved / LORA_CONFIG).read_text())["inference_mode"] is True
