@@ -45,6 +45,7 @@ def step(name, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("first adapter")  # each step works on what those before it have made
 class TestSteps:
     def test_clips(self, workplace):
         exec(compile(MAKE_CLIPS, "docs/first-adapter.md", "exec"), {})
