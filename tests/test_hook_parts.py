@@ -1,0 +1,85 @@
+"""Parts of the hooks on their own: what a block is given, what tells re-entrant checkpointing, what a thread's record keeps."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sta_adapter import ClipLayout, STAConfig
+from sta_adapter.hooks import BlockBegin, EncoderEnd, _checkpoints_reentrantly, remove_hooks, take_clip_lengths
+from sta_adapter.injection import Injection
+
+LAYOUT = ClipLayout([(2, 3)])
+
+
+@pytest.fixture
+def injection():
+    return Injection(STAConfig(order="before_spatial"), "qwen2_vl")
+
+
+@pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
+@pytest.mark.parametrize("residual", [None, torch.full((6, 4), 5.0)], ids=["alone", "with a residual"])
+def test_the_branch_sees_the_stream_and_adds_to_the_tokens(injection, by_keyword, residual):
+    seen = []
+    block = SimpleNamespace(sta=lambda stream, layout: seen.append(stream.clone()) or torch.ones_like(stream))
+    tokens = torch.arange(24.0).view(6, 4)
+    injection.begin(LAYOUT)
+    kwargs = {"other": 3, **({"hidden": tokens} if by_keyword else {})}
+    kwargs |= {} if residual is None else {"residual": residual}
+    args, found = BlockBegin(injection)(block, () if by_keyword else (tokens, 7), kwargs)
+    assert torch.equal(found["hidden"] if by_keyword else args[0], tokens + 1)
+    assert args[1:] == (() if by_keyword else (7,))
+    assert found["other"] == 3
+    assert torch.equal(seen[0], tokens if residual is None else tokens + residual)
+    assert torch.equal(tokens, torch.arange(24.0).view(6, 4))
+
+
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "with_cp", "use_checkpoint"])
+def test_re_entrant_checkpointing_is_told_by_its_flag_and_function(flag):
+    encoder = nn.Sequential(nn.Linear(2, 2))
+    assert not _checkpoints_reentrantly(encoder)
+    setattr(encoder[0], flag, True)
+    assert _checkpoints_reentrantly(encoder)
+    for reentrant in (True, False):
+        encoder[0]._gradient_checkpointing_func = functools.partial(print, use_reentrant=reentrant)
+        assert _checkpoints_reentrantly(encoder) is reentrant
+
+
+def test_clip_lengths_are_taken_from_the_keywords_of_those_that_do_not_have_them():
+    given = {"clip_lengths": [2, 1], "x": 3}
+    assert take_clip_lengths(lambda x: x, given) == ({"x": 3}, (2, 1))
+    assert take_clip_lengths(lambda x, clip_lengths: x, given) == (given, (2, 1))
+    assert take_clip_lengths(lambda x: x, {"x": 3}) == ({"x": 3}, None)
+
+
+def test_removed_hooks_leave_no_options_behind(injection):
+    module = nn.Linear(2, 2)
+    module.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
+    module.register_forward_hook(EncoderEnd(injection), always_call=True)
+    remove_hooks(module, injection)
+    for name in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called"):
+        assert not getattr(module, f"_forward_{name}")
+
+
+def test_an_output_is_noted_within_a_forward_only(injection):
+    injection.note("before")
+    assert injection.noted is None
+    injection.begin(LAYOUT)
+    injection.note("within")
+    assert injection.noted == "within"
+    injection.end()
+    assert injection.noted is None
+
+
+def test_forwards_with_gradients_are_counted_until_asked_for(injection):
+    assert injection.pop_ran() is False
+    with torch.no_grad():
+        injection.begin(LAYOUT)
+    assert injection.pop_ran() is False
+    injection.begin(LAYOUT)
+    with torch.no_grad():
+        injection.begin(None)
+    assert injection.pop_ran() is True
+    assert injection.pop_ran() is False
