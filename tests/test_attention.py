@@ -128,6 +128,11 @@ def test_xformers_that_does_not_run_is_not_taken(stand_in):
         choose_kernel("cuda", torch.float32, 8, 16, "xformers")
 
 
+def test_the_reason_says_when_16_bits_are_widened():
+    assert choose_backend(torch.zeros(1, 2, 1, 16)).reason.endswith("on 'cpu'")
+    assert "in float32, which the CPU's kernel" in choose_backend(torch.zeros(1, 2, 1, 16, dtype=torch.bfloat16)).reason
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_results_stay_on_the_device(backend):
     q = torch.zeros(2, 3, 1, 4, device="meta")
