@@ -7,24 +7,15 @@ import random
 import threading
 import time
 
-import pytest
 import torch
 from cases import make_qwen2_vl, qwen2_vl_prompt, randomize, seeded
-from toy import TOY, ToyEncoder, toy_pixels
+from toy import ToyEncoder, toy_pixels
 
-from sta_adapter import STAConfig, inject_sta, register_backbone
-from sta_adapter.backbone import unregister_backbone
+from sta_adapter import STAConfig, inject_sta
 
 CYCLES = int(os.environ.get("STA_TORTURE_CYCLES", 10_000))
 FORWARDS = int(os.environ.get("STA_TORTURE_FORWARDS", 5_000))
 SECONDS = int(os.environ.get("STA_TORTURE_SECONDS", 300))
-
-
-@pytest.fixture(autouse=True)
-def toy_backbone():
-    register_backbone(TOY)
-    yield
-    unregister_backbone("toy")
 
 
 def resident():

@@ -9,20 +9,12 @@ import time
 
 import pytest
 import torch
-from toy import TOY, ToyEncoder
+from toy import ToyEncoder
 
-from sta_adapter import STAConfig, get_sta, inject_sta, load_sta, register_backbone
-from sta_adapter.backbone import unregister_backbone
+from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.errors import CheckpointError
 
 KILLS = int(os.environ.get("STA_TORTURE_KILLS", 200))
-
-
-@pytest.fixture(autouse=True)
-def toy_backbone():
-    register_backbone(TOY)
-    yield
-    unregister_backbone("toy")
 
 
 def filled(value, lora):

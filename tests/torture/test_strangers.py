@@ -12,21 +12,13 @@ import numpy as np
 import pytest
 import torch
 from mutations import mutate
-from toy import TOY, ToyEncoder
+from toy import ToyEncoder
 
-from sta_adapter import get_sta, inject_sta, load_sta, register_backbone
-from sta_adapter.backbone import unregister_backbone
+from sta_adapter import get_sta, inject_sta, load_sta
 from sta_adapter.errors import STAError
 
 CASES, CHUNK = int(os.environ.get("STA_TORTURE_CASES", 20_000)), 500
 SECONDS, MEGABYTES = 20, 150
-
-
-@pytest.fixture(scope="module", autouse=True)
-def toy_backbone():
-    register_backbone(TOY)
-    yield
-    unregister_backbone("toy")
 
 
 @pytest.fixture(scope="module")
