@@ -117,3 +117,8 @@ def test_clip_lengths(lengths):
 def test_clip_lengths_that_are_none(lengths):
     with pytest.raises(LayoutError, match=f"clip lengths {re.escape(repr(lengths))}: expected the number of frames"):
         checked_lengths(lengths)
+
+
+def test_no_clips_at_all():
+    layout = ClipLayout([])
+    assert (layout.num_tokens, layout.max_frames, layout.groups, layout.is_uniform) == (0, 0, (), True)
