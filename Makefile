@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= sta-demo
 DEMO_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-old test-lmms-eval torture lint docs build audit sbom clean

@@ -44,37 +44,49 @@ def step(name, *more):
     return run([*found, *more])
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("first adapter")  # each step works on what those before it have made
-class TestSteps:
-    def test_clips(self, workplace):
+class Steps:
+    """Each works on what those before it have made, so all are one test."""
+
+    def clips(self, workplace):
         exec(compile(MAKE_CLIPS, "docs/first-adapter.md", "exec"), {})
         assert sorted(file.name for file in workplace[0].glob("*.jsonl")) == ["test.jsonl", "train.jsonl"]
 
-    def test_look_before(self, workplace):
+    def look_before(self, workplace):
         assert "backbone    qwen2_vl" in step("inspect")
         assert "20 samples, 0 of them bad" in step("check-data")
 
-    def test_train(self, workplace):
+    def train(self, workplace):
         assert "The adapter is in my-adapter." in step("train", "--set", "num_workers=0")
 
-    def test_evaluate(self, workplace):
+    def evaluate(self, workplace):
         table = step("evaluate", "--num-workers", "0")
         assert all(f"{name}, {order}" in table for name in ("base", "adapter") for order in ("ordered", "shuffled"))
 
-    def test_look(self, workplace):
+    def look(self, workplace):
         step("visualize")
         assert (workplace[0] / "look" / "index.html").stat().st_size > 10_000
 
-    def test_push(self, workplace, monkeypatch):
+    def push(self, workplace, monkeypatch):
         workplace[1].use(monkeypatch, workplace[0] / "cache")
         first, second = [words for words in COMMANDS if words[0] == "push"]
         assert "would upload" in run(first)
         assert "uploaded to user/my-adapter in one commit" in run(second)
 
-    def test_load_in_a_new_process(self, workplace):
+    def load_in_a_new_process(self, workplace):
         folder, hub = workplace
         environment = {**hub.environment(folder / "other-home"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, cwd=folder, env=environment)
         assert done.returncode == 0, done.stderr
         assert "STAHandle(backbone='qwen2_vl'" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_step_in_order(workplace, monkeypatch):
+    steps = Steps()
+    steps.clips(workplace)
+    steps.look_before(workplace)
+    steps.train(workplace)
+    steps.evaluate(workplace)
+    steps.look(workplace)
+    steps.push(workplace, monkeypatch)
+    steps.load_in_a_new_process(workplace)

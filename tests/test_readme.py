@@ -60,23 +60,23 @@ def test_there_are_commands():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
-@pytest.mark.xdist_group("readme")  # each works on what those before it have made
-def test_commands(command, workplace, monkeypatch):
+def test_commands(workplace, monkeypatch):
+    """In order, as each works on what those before it have made."""
     from sta_adapter.cli import cli
     from sta_adapter.demo import TINY_BASE
 
     monkeypatch.chdir(workplace)
-    words = [str(TINY_BASE) if word == HUB_ID else word for word in shlex.split(command)[1:]]
-    if words[0] == "convert":
-        words[-1] = "converted"
-    if words[0] == "train":
-        words += ["--batch-size", "4"]
-    if words[0] == "app":  # it serves until Ctrl-C
-        blocks = pytest.importorskip("gradio").Blocks
-        monkeypatch.setattr(blocks, "block_thread", blocks.close)
-    result = CliRunner().invoke(cli, words, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    for command in COMMANDS:
+        words = [str(TINY_BASE) if word == HUB_ID else word for word in shlex.split(command)[1:]]
+        if words[0] == "convert":
+            words[-1] = "converted"
+        if words[0] == "train":
+            words += ["--batch-size", "4"]
+        if words[0] == "app":  # it serves until Ctrl-C
+            blocks = pytest.importorskip("gradio").Blocks
+            monkeypatch.setattr(blocks, "block_thread", blocks.close)
+        result = CliRunner().invoke(cli, words, catch_exceptions=False)
+        assert result.exit_code == 0, f"{command}: {result.output}"
 
 
 @pytest.mark.slow
