@@ -88,8 +88,8 @@ class Injection:
     def saw(self, calls: Iterable[Call]) -> None:
         """A block makes these calls of the attention kernel; the latest kinds are kept."""
         self.calls.update(dict.fromkeys(calls))
-        while len(self.calls) > CALLS_KEPT:
-            self.calls.pop(next(iter(self.calls)), None)
+        for call in list(self.calls)[:-CALLS_KEPT]:  # a copy: another thread may add to it meanwhile
+            self.calls.pop(call, None)
 
     def note(self, output: Any) -> None:
         """A block of the encoder forward of this thread gave this output; nothing is kept when it is recomputed."""

@@ -1,6 +1,7 @@
 """Parts of the hooks on their own: what a block is given, what tells re-entrant checkpointing, what a thread's record keeps."""
 
 import functools
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
 from sta_adapter.hooks import BlockBegin, EncoderEnd, _checkpoints_reentrantly, remove_hooks, take_clip_lengths
-from sta_adapter.injection import Injection
+from sta_adapter.injection import CALLS_KEPT, Injection
 
 LAYOUT = ClipLayout([(2, 3)])
 
@@ -83,3 +84,30 @@ def test_forwards_with_gradients_are_counted_until_asked_for(injection):
         injection.begin(None)
     assert injection.pop_ran() is True
     assert injection.pop_ran() is False
+
+
+def test_the_latest_kinds_of_calls_are_kept(injection):
+    injection.saw(range(CALLS_KEPT))
+    assert list(injection.calls) == list(range(CALLS_KEPT))
+    injection.saw([CALLS_KEPT, CALLS_KEPT + 1])
+    assert list(injection.calls) == list(range(2, CALLS_KEPT + 2))
+
+
+def test_threads_that_see_many_kinds_of_calls(injection):
+    """Explaining must never break a forward: adding and dropping in one thread while another does the same."""
+    failures = []
+
+    def see(first):
+        try:
+            for number in range(first, first + 20_000):
+                injection.saw([number])
+        except RuntimeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=see, args=(1_000_000 * index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(injection.calls) <= CALLS_KEPT + len(threads)
