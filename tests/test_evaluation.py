@@ -8,6 +8,8 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, inject_sta
@@ -329,3 +331,18 @@ def test_command_with_another_base(base, taught, folder, tmp_path):
     with pytest.raises(CheckpointError, match="another language model: num_hidden_layers: 99"):
         CliRunner().invoke(cli, line, catch_exceptions=False)
     assert CliRunner().invoke(cli, [*line, "--any-base"], catch_exceptions=False).exit_code == 0
+
+
+def test_command_does_not_take_an_older_adapter_s_answers(base, taught, folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(taught[1], adapter)
+    line = ["evaluate", "--model", str(base), "--adapter", str(adapter), "--data", str(folder / "data.jsonl")]
+    line += ["--num-workers", "0", "--max-new-tokens", "1", "--out", str(tmp_path / "out")]
+    for _ in range(2):  # the second time, answers are there
+        assert CliRunner().invoke(cli, line, catch_exceptions=False).exit_code == 0
+    state = load_file(adapter / "sta_adapter.safetensors")
+    with safe_open(adapter / "sta_adapter.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file({k: v + 1 for k, v in state.items()}, adapter / "sta_adapter.safetensors", metadata)
+    with pytest.raises(ConfigError, match="an evaluation that differs in tag"):
+        CliRunner().invoke(cli, line, catch_exceptions=False)

@@ -6,6 +6,7 @@ Public: `command`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +69,8 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     results = {}
     for name, switched in runs.items():
         with switched:
-            results[name] = _measure(
-                net, dataset, f"{model} {adapter if name == 'adapter' else ''}", name, out, options
-            )
+            tag = f"{model} {adapter} {_fingerprint(adapter)}" if adapter and name == "adapter" else model
+            results[name] = _measure(net, dataset, tag, name, out, options)
     for result in (result for orders in results.values() for result in orders.values()):
         if not result.predictions:
             first = result.bad_samples[0] if result.bad_samples else "there is none"
@@ -121,6 +121,17 @@ def _dataset(samples: list[Any], processor: Any, adapter: str | None, options: d
         sampling["nframes"] = options["nframes"]
     frames = FrameSettings(**sampling)
     return VideoDataset(samples, processor, frames=frames, on_bad_sample=options["on_bad_sample"])
+
+
+def _fingerprint(adapter: str) -> str:
+    """Of an adapter's weights, so that answers of one trained before under the same name are not taken for its own."""
+    from sta_adapter.hub import ADAPTER_FILES, resolve_adapter
+
+    folder, digest = resolve_adapter(adapter), hashlib.sha256()
+    for name in sorted(ADAPTER_FILES):
+        if (folder / name).exists():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
