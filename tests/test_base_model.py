@@ -1,12 +1,13 @@
 """An adapter and the model it was trained on: what is another model, and what is not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from cases import make_qwen2_vl, make_qwen2_vl_tower, seeded
 from test_inject import assert_unchanged, state
 
-from sta_adapter import inject_sta, load_sta
+from sta_adapter import base_model, inject_sta, load_sta
 from sta_adapter.adapter_format import CONFIG
 from sta_adapter.base_model import describe_base, is_hub_id
 from sta_adapter.errors import CheckpointError, ConfigError
@@ -74,6 +75,39 @@ def test_another_language_model_behind_the_same_encoder(tmp_path):
     with pytest.raises(CheckpointError, match=message + r".*trained on 'org/2b'; the model is 'org/7b'"):
         load_sta(larger, tmp_path)
     assert load_sta(larger, tmp_path, base_model="any").backbone == "qwen2_vl"
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_each_size_of_the_language_model_counts(tmp_path, size):
+    saved(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=rf"another language model: {size}: \d+ in the adapter, 99 in the model\."
+    ):
+        load_sta(model(**{size: 99}), tmp_path)
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        *(({name: SimpleNamespace(**SIZES), "hidden_size": 5}, SIZES) for name in base_model.LANGUAGE_PARTS),
+        ({"llm_config": SIZES}, SIZES),
+        ({"vision_config": {}, **SIZES}, SIZES),
+        ({"mm_vision_tower": "tower", **SIZES}, SIZES),
+        ({"vision_config": {}}, None),
+        (SIZES, None),
+        ({"text_config": {"hidden_size": 8}}, {**dict.fromkeys(SIZES), "hidden_size": 8}),
+    ],
+)
+def test_sizes_of_the_language_model_in_every_form_of_configuration(fields, expected):
+    assert describe_base(SimpleNamespace(config=SimpleNamespace(**fields)))["language_model"] == expected
+
+
+def test_a_folder_is_named_as_it_is(tmp_path):
+    assert describe_base(model(str(tmp_path)))["id"] == str(tmp_path)
+    assert describe_base(SimpleNamespace()) == {"id": None, "revision": None, "language_model": None}
 
 
 def test_another_encoder_is_never_waived(tmp_path):

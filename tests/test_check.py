@@ -253,6 +253,34 @@ def test_blocks_of_different_widths_are_refused():
     assert_refused(model, SPEC, r"different widths, \[8, 16\]")
 
 
+class RMSNorm(nn.Module):
+    """As several encoders have it, each with its own name for the small number."""
+
+    def __init__(self, **numbers):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        vars(self).update(numbers)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind", "eps"),
+    [
+        (nn.LayerNorm(WIDTH, eps=1e-3), "layernorm", 1e-3),
+        (RMSNorm(eps=1e-4), "rmsnorm", 1e-4),
+        (RMSNorm(variance_epsilon=1e-5), "rmsnorm", 1e-5),
+        (RMSNorm(epsilon=1e-7), "rmsnorm", 1e-7),
+        (RMSNorm(), "rmsnorm", 1e-6),
+        (nn.RMSNorm(WIDTH), "rmsnorm", 1e-6),
+    ],
+    ids=["layer norm", "eps", "variance_epsilon", "epsilon", "none", "torch's"],
+)
+def test_the_branch_gets_a_norm_of_the_encoders_kind(norm, kind, eps):
+    model = toy(depth=1)
+    model.blocks[0].norm2 = norm
+    site = find_places(spec(), model)
+    assert (site.norm_kind, site.norm_eps, site.width, site.heads, site.head_dim) == (kind, eps, 16, 4, 4)
+
+
 def test_an_encoder_that_leaves_out_its_blocks_is_refused():
     class Encoder(nn.Module):
         def __init__(self):

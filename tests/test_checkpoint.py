@@ -6,11 +6,13 @@ import os
 import pytest
 import torch
 from cases import Clip, make_qwen2_vl, make_qwen2_vl_tower, qwen2_vl_arguments, qwen2_vl_prompt, randomize, seeded
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_inject import assert_unchanged, state
 from toy import toy  # noqa: F401
 
-from sta_adapter import STAConfig, inject_sta, load_sta
+import sta_adapter
+from sta_adapter import STAConfig, adapter_format, inject_sta, load_sta
 from sta_adapter.adapter_format import CONFIG, WEIGHTS
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAError, UnknownBackboneError
 
@@ -35,8 +37,12 @@ def test_files(adapter):
     keys = load_file(adapter / WEIGHTS).keys()
     names = ["gamma", "norm.bias", "norm.weight", "to_out.bias", "to_out.weight", "to_qkv.bias", "to_qkv.weight"]
     assert sorted(keys) == [f"blocks.{i}.{name}" for i in (0, 2) for name in names]
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        assert file.metadata()["format"] == "pt"
     description = json.loads((adapter / CONFIG).read_text())
     assert description["format_version"] == 1
+    assert description["sta_adapter_version"] == sta_adapter.__version__
+    assert description["lora"] is False
     assert description["backbone"] == "qwen2_vl"
     assert description["encoder"] == {"width": 32, "depth": 3, "num_heads": 1, "head_dim": 8}
     assert description["config"]["layers"] == [0, 2]
@@ -77,6 +83,14 @@ def test_missing_files(adapter, tmp_path):
     refused(tmp_path / "empty", "holds no sta_config.json.*found: nothing")
     (adapter / WEIGHTS).unlink()
     refused(adapter, "holds no sta_adapter.safetensors")
+
+
+def test_a_cut_off_saving_that_cant_be_finished(adapter, monkeypatch):
+    def read_only(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(adapter_format, "finish_write", read_only)
+    refused(adapter, "was cut off, and can't be finished: .*Permission denied. Make the folder writable")
 
 
 @pytest.mark.parametrize(

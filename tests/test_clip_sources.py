@@ -1,11 +1,15 @@
 """Where full models of transformers tell their clips, and what is refused where they can't."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from cases import Clip, all_cases, case_parameters, lacks, randomize, seeded
-from cases_transformers import CASES, FRAME, glm_prompt, llava_prompt, picture_prompt, prompt, tiny
+from cases_transformers import CASES, FRAME, glm_prompt, llava_prompt, picture_prompt, tiny
 
 from sta_adapter import STAConfig, get_sta, inject_sta
+from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import LayoutError, UnknownBackboneError
 
 LLAVA = pytest.param("llava_onevision", id="llava_onevision")
@@ -124,7 +128,7 @@ def test_llava_video_reads_modalities(images, modalities, lengths):
 @INTERNVL
 def test_internvl_refuses_rows_that_may_be_pictures_or_frames():
     model, handle, seen = injected("internvl")
-    several = prompt([5, *[150] * 16, 5, 6], Clip(4).pixels(*FRAME), "pixel_values")
+    several = picture_prompt(4)
     for call in (model, lambda **batch: model.generate(**batch, max_new_tokens=2)):
         with pytest.raises(LayoutError, match=r"can't be known: the 4 rows.*with handle.clips\(\[8, 1\]\)"):
             call(**several)
@@ -204,13 +208,44 @@ def outputs(found):
 
 @pytest.mark.parametrize("case", case_parameters(lambda case: case in CASES and case.generate is not None))
 def test_every_name_of_the_lora_recipe_is_in_the_model(case):
-    import transformers
-
     model = seeded(case.make)
     config = inject_sta(model).lora_config()
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     missing = {t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)}
     assert missing == set(), transformers.__version__
+
+
+OF_TRANSFORMERS_4 = {"CLIPVisionTransformer", "SiglipVisionTransformer", "Siglip2VisionTransformer"}
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older releases lack some of the classes")
+@pytest.mark.parametrize("name", sorted({case.backbone for case in CASES} - {"llava_video"} | {"qwen2_vl"}))
+def test_every_class_that_a_backbone_names_is_one_of_transformers(name):
+    spec = get_backbone(name)
+    named = {*spec.encoder_classes, *(spec.clip_source.model_classes if spec.clip_source else ())}
+    sources = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    families = ("qwen", "video_llama", "internvl", "llava", "clip", "dinov2", "siglip", "glm4")
+    text = "".join(p.read_text(encoding="utf-8") for p in sources if p.parent.name.startswith(families))
+    assert {cls for cls in named - OF_TRANSFORMERS_4 if f"\nclass {cls}(" not in text} == set()
+
+
+@pytest.mark.parametrize(
+    "case", case_parameters(lambda case: case.generate is not None and not case.id.endswith("moe"))
+)
+def test_the_encoders_queries_keys_and_values_get_the_larger_rank_of_the_recipe(case):
+    peft = pytest.importorskip("peft")
+    handle = inject_sta(seeded(case.make))
+    wrapped = peft.get_peft_model(handle.model, handle.lora_config())
+    tower = {id(module) for module in handle.encoder.modules()}
+    found = {"q, k, v": set(), "others": set()}
+    for name, module in wrapped.named_modules():
+        if name.endswith("lora_A.default"):
+            layer = name.removesuffix(".lora_A.default").rpartition(".")[2]
+            inside = id(module) in tower and layer in ("qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+            found["q, k, v" if inside else "others"].add(module.out_features)
+    assert found == {"q, k, v": {32}, "others": {16}}
+    scales = {m.scaling["default"] for m in wrapped.modules() if hasattr(m, "lora_A")}
+    assert scales == {1.0}
 
 
 def test_a_tower_within_llava_is_not_taken_for_a_plain_one():

@@ -105,6 +105,12 @@ def test_only_questions_that_all_answered_count():
     assert (difference["questions"], difference["clips"], difference["difference"]) == (2, 2, 1)
 
 
+def test_the_seed_is_zero_unless_another_is_given():
+    results = {"base": {"ordered": result(drawn(0.5, 401, 1)), "shuffled": result(drawn(0.5, 401, 2))}}
+    clips = [number**2 // 401 for number in range(401)]  # of many sizes, so that no two draws have the same mean
+    assert compare(results, clips) == compare(results, clips, seed=0) != compare(results, clips, seed=1)
+
+
 def test_few_clips_and_a_model_that_is_better_without_order():
     orders = {"ordered": result([0] * 9), "reversed": result([1] * 9)}
     reading = compare({"base": orders}, range(9))["reading"]

@@ -158,6 +158,13 @@ def test_several_clips_and_places_in_the_question():
     ]
 
 
+def test_a_picture_alone():
+    record = {**{key: value for key, value in CHOICE.items() if key != "video"}, "image": "c.png"}
+    sample = parse_sample(record, folder="/v")
+    assert sample.messages[0]["content"][0] == {"type": "image", "image": "/v/c.png"}
+    assert sample.extra == {"option_texts": ["left", "right", "up"]}
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

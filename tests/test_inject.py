@@ -1,7 +1,9 @@
 """inject_sta, get_sta and the handle: what they refuse, and that a refusal changes nothing."""
 
 import gc
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from torch import nn
 from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones
-from sta_adapter.errors import ConfigError, InjectionError, LayoutError, STAError, UnknownBackboneError
+from sta_adapter.errors import (
+    ConfigError,
+    InjectionError,
+    LayoutError,
+    MissingExtraError,
+    STAError,
+    UnknownBackboneError,
+)
 
 
 def state(model):
@@ -84,23 +93,35 @@ def test_a_name_that_is_taken(toy):  # noqa: F811
     assert_unchanged(toy, before)
 
 
-class DistributedDataParallel(nn.Module):
-    """Named as torch's, which needs a process group to be made."""
-
+class Wrapper(nn.Module):
     def __init__(self, module):
         super().__init__()
         self.module = module
 
 
+def named(name):
+    """A wrapper with the name of one that needs a process group, or a package, to be made."""
+    return type(name, (Wrapper,), {})
+
+
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (DistributedDataParallel, "wrapped in DistributedDataParallel already.*before wrapping"),
-        (nn.DataParallel, "wrapped in DataParallel already"),
-        (torch.compile, "wrapped in OptimizedModule already.*then torch.compile it"),
+        (
+            named("DistributedDataParallel"),
+            "in DistributedDataParallel already.* Inject before wrapping the model in Dist",
+        ),
+        (
+            named("FullyShardedDataParallel"),
+            "in FullyShardedDataParallel already.* Inject before wrapping the model in Full",
+        ),
+        (named("FSDPModule"), r"in FSDPModule already.* Inject before fully_shard\(model\)"),
+        (named("DeepSpeedEngine"), r"in DeepSpeedEngine already.* Inject before deepspeed\.initialize"),
+        (nn.DataParallel, "wrapped in DataParallel already.* Inject and train with DistributedDataParallel"),
+        (torch.compile, "wrapped in OptimizedModule already.* Inject into the original model, then torch.compile it"),
         (lambda m: (m.blocks[0].compile(), m)[1], "ToyBlock is compiled already. Inject first"),
     ],
-    ids=["DDP", "DataParallel", "torch.compile", "module.compile"],
+    ids=["DDP", "FSDP", "FSDP2", "DeepSpeed", "DataParallel", "torch.compile", "module.compile"],
 )
 def test_after_wrapping(toy, wrap, message):  # noqa: F811
     wrapped = wrap(toy)
@@ -135,6 +156,16 @@ def test_a_quantised_block_gives_its_compute_dtype(toy):  # noqa: F811
     toy.blocks[2].mlp[0].weight = nn.Parameter(torch.zeros(900, 9).to(torch.float8_e4m3fn), requires_grad=False)
     handle = inject_sta(toy)
     assert [m.to_qkv.weight.dtype for m in handle.blocks.values()] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_an_offloaded_block_gives_the_device_that_it_runs_on(toy):  # noqa: F811
+    """accelerate keeps its weights on the meta device."""
+    for block in toy.blocks[:2]:
+        block.to("meta")
+    for block in toy.blocks[1:]:
+        block._hf_hook = SimpleNamespace(execution_device="cpu" if block is toy.blocks[1] else "meta")
+    handle = inject_sta(toy)
+    assert [m.to_qkv.weight.device.type for m in handle.blocks.values()] == ["meta", "cpu", "cpu"]
 
 
 def test_normal_initialisation(toy):  # noqa: F811
@@ -257,6 +288,12 @@ def test_lora_config_without_a_recipe(toy):  # noqa: F811
     with pytest.raises(ConfigError, match="backbone 'toy' has no LoRA recipe; pass target_modules"):
         handle.lora_config()
     assert handle.lora_config(target_modules=["attn"]).modules_to_save == ["sta"]
+
+
+def test_lora_config_without_peft(toy, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"stage two needs peft: pip install 'sta-adapter\[train\]'"):
+        inject_sta(toy).lora_config(target_modules=["attn"])
 
 
 def test_all_linear_leaves_sta_alone(toy):  # noqa: F811

@@ -1,14 +1,17 @@
 """LoRA weights beside an adapter that are not what was saved are refused; PEFT alone only warns."""
 
 import json
+import sys
 
 import pytest
 import torch
 from cases import make_qwen2_vl, seeded
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sta_adapter import get_sta, inject_sta, load_sta
-from sta_adapter.errors import CheckpointError
+from sta_adapter.adapter_format import WEIGHTS
+from sta_adapter.errors import CheckpointError, MissingExtraError
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 
 
@@ -71,3 +74,36 @@ def test_a_configuration_that_imports(saved, tmp_path):
 def test_the_file_is_for_use_until_training_is_asked_for(saved):
     """As peft writes it; `is_trainable` of `load_sta` decides."""
     assert json.loads((saved / LORA_CONFIG).read_text())["inference_mode"] is True
+
+
+def test_the_weights_are_marked_as_torchs(saved):
+    with safe_open(saved / LORA_WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_adapters_own_file_counts_for_peft_copies_too(saved, tmp_path):
+    """PEFT keeps a copy of STA in its file; edited weights of the adapter are not undone by it."""
+    spoil(saved, tmp_path, lambda state: None)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({key: value + 1 for key, value in state.items()}, tmp_path / WEIGHTS)
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path)
+    for index, module in loaded.blocks.items():
+        assert torch.equal(module.to_out.bias, state[f"blocks.{index}.to_out.bias"] + 1)
+        assert not any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "embed_tokens.base_layer"])
+def test_embeddings_that_peft_saved_along_are_taken(saved, tmp_path, name):
+    weight = seeded(make_qwen2_vl).lm_head.weight.detach().clone()
+    spoil(saved, tmp_path, lambda state: state.update({f"base_model.model.{name}.weight": weight}))
+    assert load_sta(seeded(make_qwen2_vl), tmp_path).backbone == "qwen2_vl"
+
+
+def test_without_peft(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = seeded(make_qwen2_vl)
+    with pytest.raises(
+        MissingExtraError, match=r"holds LoRA weights; they need peft: pip install 'sta-adapter\[train\]'"
+    ):
+        load_sta(model, saved)
+    assert get_sta(model) is None

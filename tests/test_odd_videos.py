@@ -10,7 +10,7 @@ from make_videos import cut, decode_all, pictures, write
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip
-from sta_adapter.video.table import VideoNotFoundError
+from sta_adapter.video.table import VideoNotFoundError, _containers
 
 
 @pytest.mark.parametrize("name", ["reordered.mxf", "reordered.wmv", "reordered.avi"])
@@ -90,6 +90,13 @@ def test_lists_of_other_files_are_not_followed(tmp_path, name):
     (tmp_path / name).write_text(hls if name.endswith("m3u8") else "ffconcat version 1.0\nfile secret.ts\n")
     with pytest.raises(VideoError, match="a list of other files, which is not followed"):
         read_clip(tmp_path / name)
+
+
+def test_no_kind_of_file_is_opened_that_only_names_others():
+    names = {"hls", "concat", "concatf", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "lavfi"}
+    opened = set(_containers().split(","))
+    assert not opened & names
+    assert {"mov", "matroska", "avi", "mpegts"} <= opened
 
 
 def test_a_pipe_is_an_error_at_once(tmp_path):

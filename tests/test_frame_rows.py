@@ -1,0 +1,80 @@
+"""What encoders share that take frames as a batch of images: layouts, positions and dummy clips from their pixels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sta_adapter.backbone import EncoderCall
+from sta_adapter.backbones.frames import EACH_ROW, pixel_dummy, pixel_layout, pixel_positions, row_clips
+from sta_adapter.errors import LayoutError
+
+
+def encoder(**config):
+    """A module with a configuration, whose whole numbers come before its weights."""
+    module = nn.Module()
+    module.ids = nn.Parameter(torch.arange(3), requires_grad=False)
+    module.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    module.config = SimpleNamespace(**config)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        (None, [(4, 6)]),
+        (EACH_ROW, [(1, 6)] * 4),
+        ((3, 1), [(3, 6), (1, 6)]),
+        (((1, 3), 1), [(1, 18), (1, 6)]),
+        (((2, 2),), [(2, 12)]),
+    ],
+    ids=["one clip", "pictures", "told", "tiles", "tiled frames"],
+)
+def test_rows_of_the_batch(lengths, expected):
+    layout = row_clips(4, 6, lengths)
+    assert (list(layout.clips), layout.prefix) == (expected, 0)
+    assert row_clips(4, 6, lengths, prefix=2).prefix == 2
+
+
+def test_clips_must_add_up():
+    with pytest.raises(LayoutError, match=r"got 4 rows, one a frame, but the clips \[\(2, 3\), 1\] have 7"):
+        row_clips(4, 6, ((2, 3), 1))
+
+
+@pytest.mark.parametrize("size", [4, (4, 8)], ids=["square", "oblong"])
+def test_layout_and_positions_from_pixels(size):
+    module = encoder(patch_size=size)
+    call = EncoderCall(module, {"pixel_values": torch.zeros(2, 3, 8, 16)})
+    columns = 4 if size == 4 else 2
+    layout = pixel_layout()(call)
+    assert (list(layout.clips), layout.prefix) == ([(2, 2 * columns)], 1)
+    assert pixel_layout(prefix=lambda encoder: 5)(call).prefix == 5
+    assert pixel_layout(patch_size=lambda encoder: 2)(call).clips == ((2, 32),)
+    assert [p.tolist() for p in pixel_positions(call, layout)] == [torch.arange(2 * columns).view(2, columns).tolist()]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"pixel_values": None}, {"pixel_values": torch.zeros(2, 9, 48)}])
+def test_positions_without_pixels_are_not_known(arguments):
+    call = EncoderCall(encoder(patch_size=4), arguments)
+    assert pixel_positions(call, row_clips(2, 6, EACH_ROW)) == [None, None]
+
+
+def test_pixels_of_another_shape():
+    with pytest.raises(LayoutError, match=r"shape \(2, 9, 48\); expected \(frames, channels, height, width\)"):
+        pixel_layout()(EncoderCall(encoder(patch_size=4), {"pixel_values": torch.zeros(2, 9, 48)}))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"image_size": 8}, (2, 3, 8, 8)),
+        ({"image_size": (8, 4), "num_channels": 1}, (2, 1, 8, 4)),
+    ],
+    ids=["square", "oblong"],
+)
+def test_dummy_clips(config, shape):
+    args, kwargs = pixel_dummy(encoder(**config))
+    assert args == ()
+    assert (kwargs["pixel_values"].shape, kwargs["pixel_values"].dtype) == (shape, torch.bfloat16)
+    assert not kwargs["pixel_values"].any()
