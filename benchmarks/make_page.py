@@ -12,6 +12,14 @@ from common import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN = "\n## Results\n"  # all below is written
+GLANCE = (  # what is promised, of which benchmark, case and variant, and the bound on its ratio
+    ("forward", "forward", "T = 8", "STA", 1.12),
+    ("training step, STA alone", "step-sta", "STA", "STA", 1.15),
+    ("training step, LoRA beside", "step-lora", "LoRA + STA", "STA", 1.15),
+    ("memory of a step, STA alone", "memory-sta", "STA", "STA", 1.15),
+    ("eight packed unequal clips, to one by one", "packed", "STA", "packed", 1.0),
+    ("T = 256, to T = 32", "lengths", "long against short", "STA, T = 256", 1.1),
+)
 
 
 def tables(folder: Path) -> str:
@@ -19,6 +27,21 @@ def tables(folder: Path) -> str:
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     sections = [section(record) for record in records if "ratio" in record and "rows" in record]
     return "\n".join(sections) if sections else "No results are committed yet.\n"
+
+
+def glance(folder: Path) -> str:
+    """The main ratios beside what they are meant to stay below, for each device that was measured."""
+    lines: list[str] = []
+    for device in ("cpu", "cuda"):
+        for what, name, case, variant, aim in GLANCE:
+            path = folder / f"{name}-{device}.json"
+            rows = json.loads(path.read_text())["rows"] if path.exists() else []
+            for row in rows:
+                if (row["case"], row["variant"]) == (case, variant) and "skipped" not in row:
+                    ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+                    lines.append(f"| {what} | {device} | {ratio} | {aim:.2f} |")
+    head = ["| what | device | ratio [quartiles] | aim |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *lines]) + "\n\n" if lines else ""
 
 
 def section(record: Mapping[str, Any]) -> str:
@@ -34,13 +57,18 @@ def section(record: Mapping[str, Any]) -> str:
         f"| case | variant | median [quartiles] | {record['ratio']} |",
         "| --- | --- | --- | --- |",
     ]
+    skipped: dict[tuple[str, str], list[str]] = {}
     for row in record["rows"]:
         if "skipped" in row:
-            lines.append(f"| {row['case']} | {row['variant']} | not measured | {row['skipped']} |")
+            skipped.setdefault((row["variant"], row["skipped"]), []).append(row["case"])
             continue
         value = f"{row['median']:.4g} {row['unit']} [{row['low']:.4g}, {row['high']:.4g}]"
         ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
         lines.append(f"| {row['case']} | {row['variant']} | {value} | {ratio} |")
+    count = len({row["case"] for row in record["rows"]})
+    for (variant, reason), cases in skipped.items():
+        where = "" if len(cases) == count else f" ({'; '.join(cases)})"
+        lines += ["", f"Not measured: {variant}{where}: {reason}"]
     numbers = {k: v for k, v in record.get("settings", {}).items() if isinstance(v, float)}
     lines += ["", *(f"{name.replace('_', ' ')}: {value:.3g}" for name, value in numbers.items())]
     return "\n".join(lines).rstrip() + "\n"
@@ -48,7 +76,7 @@ def section(record: Mapping[str, Any]) -> str:
 
 def with_tables(page: str, folder: Path) -> str:
     """The page with fresh tables below the heading of its results, which is its last."""
-    return f"{page.partition(BEGIN)[0]}{BEGIN}\n{tables(folder)}"
+    return f"{page.partition(BEGIN)[0]}{BEGIN}\n{glance(folder)}{tables(folder)}"
 
 
 @click.command()

@@ -42,8 +42,18 @@ def test_ratios_are_taken_round_by_round(bench, tmp_path):
     page = bench("make_page")
     text = page.with_tables(f"before{page.BEGIN}old", tmp_path)
     assert "| T = 8 | STA | 2 s [2, 11] | 2.000 [2.000, 2.000] |" in text
+    assert "\nNot measured: xformers (T = 9): no GPU\n" in text
     assert "old" not in text
     assert text.startswith("before\n## Results\n\n### A title\n")
+
+
+def test_the_main_ratios_come_first(bench, tmp_path):
+    report = bench("common").Report("forward", "A title", out=tmp_path)
+    report.add("T = 8", {"untouched": [1.0, 1.0], "STA": [1.5, 1.5]})
+    report.finish()
+    assert "\n| forward | cpu | 1.500 [1.500, 1.500] | 1.12 |\n\n### A title\n" in bench("make_page").with_tables(
+        "", tmp_path
+    )
 
 
 def test_the_page_agrees_with_the_json(bench):
