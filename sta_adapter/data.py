@@ -22,6 +22,7 @@ from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt
 from sta_adapter.errors import ConfigError, DataError, STAError
 from sta_adapter.frames import fit_frames
 from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
+from sta_adapter.packed import unpacked
 from sta_adapter.samples import BadSample, Sample, read_samples
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]
@@ -31,10 +32,10 @@ DECODE_TIMEOUT = 60.0
 
 
 class VideoDataset(Dataset):
-    """Samples of a JSON Lines file, decoded and encoded when asked for.
+    """Samples of a file or of tar shards, decoded and encoded when asked for.
 
     Args:
-        samples: the file, or samples read before.
+        samples: the file or shards, see `read_samples`, or samples read before.
         processor: the model's processor.
         frames: how clips are sampled.
         prompts: leave the last answer out, for evaluation.
@@ -159,8 +160,9 @@ class VideoDataset(Dataset):
         read: Callable[..., list[Visual]] = self.reader.read
         if self._isolated is not None and flat and get_worker_info() is not None:
             read = self._isolated
-        try:
-            visuals = iter(read(flat, index))
-        except ProcessError as error:
-            raise ProcessError(f"{', '.join(part[part['type']] for part in flat)}: {error}") from error
+        with unpacked(flat) as files:
+            try:
+                visuals = iter(read(files, index))
+            except ProcessError as error:
+                raise ProcessError(f"{', '.join(part[part['type']] for part in files)}: {error}") from error
         return [[next(visuals) for _ in group] for group in parts]

@@ -1,4 +1,4 @@
-"""Look for everything in a file of samples that would be a bad sample in training.
+"""Look for everything in a file of samples, or in tar shards, that would be a bad sample in training.
 
 Public: `check_data(path)` -> `DataReport`. Samples are read and decoded exactly as training does it, several at a time.
 """
@@ -19,6 +19,7 @@ from sta_adapter.data import DECODE_TIMEOUT, VideoDataset
 from sta_adapter.errors import DataError, STAError
 from sta_adapter.isolation import worker_errors
 from sta_adapter.samples import BadSample, Sample, scan_samples
+from sta_adapter.shards import is_shards
 
 ENDLESS = 10**7  # tokenizers without a limit of their own give a larger number
 
@@ -71,10 +72,10 @@ def check_data(
     decode_timeout: float | None = DECODE_TIMEOUT,
     progress: bool = False,
 ) -> DataReport:
-    """Check a file of samples.
+    """Check a file of samples, or tar shards.
 
     Args:
-        path: the file, see `read_samples`; so are `format` and `videos`.
+        path: the file or shards, see `read_samples`; so are `format` and `videos`.
         processor: of the model to train; with it samples are also counted in tokens.
         format: None recognises it.
         videos: where relative paths start.
@@ -94,7 +95,11 @@ def check_data(
     good = [item for item in items if isinstance(item, Sample)]
     dataset = VideoDataset(good, processor, frames=frames, decode_timeout=decode_timeout)
     report = DataReport(
-        problems=[_problem(item, "record") for item in items if isinstance(item, BadSample)],
+        problems=[
+            _problem(item, "unreadable" if is_shards(item.source) else "record")
+            for item in items
+            if isinstance(item, BadSample)
+        ],
         samples=len(items),
         categories=dict(Counter(sample.category for sample in good if sample.category is not None).most_common()),
     )

@@ -139,7 +139,7 @@ def evaluate(
 
     Args:
         model: a full model, with or without STA or LoRA; it is as before afterwards.
-        data: a JSON Lines file, or a data set (then its own settings hold).
+        data: a file of samples or tar shards, see `read_samples`; or a data set (then its own settings hold).
         processor: the model's processor, where `data` is a file.
         frames: "ordered"; "shuffled" (decoded frames permuted, each clip in its own way) or "reversed" as controls.
         seed: of the shuffling.

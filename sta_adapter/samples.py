@@ -1,6 +1,6 @@
-"""Read files of samples: JSON Lines or JSON arrays, in any of the formats.
+"""Read files of samples: JSON Lines, JSON arrays or tar shards, in any of the formats.
 
-Public: `read_samples(path)`, `scan_samples(path)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
+Public: `read_samples(path)`, `scan_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
 unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
 """
 
@@ -11,24 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.conversations import BadSample, Sample, parse_sample
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.formats import FORMATS, read_classes
+from sta_adapter.shards import is_shards, scan_shards
 
-__all__ = ["BadSample", "Sample", "parse_sample", "read_samples", "scan_samples"]
-from sta_adapter.conversations import BadSample, Sample, parse_sample
+__all__ = ["BadSample", "Sample", "check_format", "parse_sample", "read_samples", "scan_samples"]
 
 
 def read_samples(path: str | Path, *, format: str | None = None, videos: str | Path | None = None) -> list[Sample]:
     """Read every sample of a file.
 
     Args:
-        path: JSON Lines, or a JSON array.
+        path: JSON Lines, or a JSON array; or tar shards, as a path, a glob or a brace pattern that ends in .tar.
         format: "conversations", "multiple-choice" or "ssv2"; None recognises each record by its keys.
         videos: the folder that relative paths start from; None takes the file's own.
 
     Raises:
         DataError: the file is missing or empty, or a record is not a sample.
-        ConfigError: there is no such format.
+        ConfigError: there is no such format, or `videos` was given for shards.
     """
     samples = []
     for item in scan_samples(path, format=format, videos=videos):
@@ -42,8 +43,11 @@ def scan_samples(
     path: str | Path, *, format: str | None = None, videos: str | Path | None = None
 ) -> list[Sample | BadSample]:
     """As `read_samples`, with a `BadSample` in the place of each record that is not a sample."""
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
+    check_format(format)
+    if is_shards(path):
+        if videos is not None:
+            raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
+        return scan_shards(path, format=format)
     file = Path(path)
     folder = file.parent if videos is None else Path(videos)
     text, classes = _read_text(file), read_classes(file)
@@ -58,6 +62,12 @@ def scan_samples(
     if not found:
         raise DataError(f"{file}: no sample in it; expected one JSON object a line, or a JSON array of them.")
     return found
+
+
+def check_format(name: str | None) -> None:
+    """Refuse a format that there isn't; None stands for any."""
+    if name is not None and name not in FORMATS:
+        raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}.")
 
 
 def _sample(record: Any, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:

@@ -1,39 +1,29 @@
 """Samples in tar shards, as webdataset lays them out: `000123.mp4` and `000123.json` (or `.jsonl`) one after the other.
 
-Public: `is_shards(name)`, `find_shards(pattern)`, `read_shard(path)`, `Packed`. The files of one sample share their name up to the first dot;
-a record calls its clips by their file names, as in a file of samples. Shards are read from front to back, nothing is unpacked.
+Public: `is_shards(name)`, `find_shards(pattern)`, `read_shard(path)`, `scan_shards(pattern)`. The files of one sample share their name up to
+the first dot; a record calls its clips by their file names, as in a file of samples. `read_shard` reads a shard from front to
+back, for training; `scan_shards` notes where clips lie, so that samples can be asked for in any order.
 """
 
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
+from sta_adapter.conversations import BadSample, Sample
 from sta_adapter.errors import DataError, MissingExtraError
-from sta_adapter.samples import BadSample
+from sta_adapter.packed import Packed, Span
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_END = 1024  # zeros that close a tar file
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One record of a shard and the files beside it.
-
-    Attributes:
-        source: where it stands, "train-000003.tar, 000123".
-        record: as in a line of a file of samples.
-        files: contents by the names that the record calls them by.
-    """
-
-    source: str
-    record: Any
-    files: dict[str, bytes]
+_ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes
+_DAMAGE = (OSError, EOFError, tarfile.TarError, zlib.error)
 
 
 def is_shards(name: str | Path) -> bool:
@@ -72,9 +62,17 @@ def find_shards(pattern: str | Path) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def read_shard(path: Path) -> Iterator[Packed | BadSample]:
-    """The records of a shard in order; a `BadSample` stands for each that can't be read, and one for a shard that is cut off."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+def read_shard(path: Path, *, lookup: bool = False) -> Iterator[Packed | BadSample]:
+    """The records of a shard in order; a `BadSample` stands for each that can't be read, and one for a shard that is cut off.
+
+    Args:
+        path: the tar file.
+        lookup: say where clips lie in the place of their contents.
+
+    Raises:
+        DataError: with `lookup`, the shard is compressed.
+    """
+    from webdataset.tariterators import group_by_keys
 
     problems: list[Exception] = []
 
@@ -83,20 +81,78 @@ def read_shard(path: Path) -> Iterator[Packed | BadSample]:
         return True
 
     count = 0
-    try:
-        with path.open("rb") as file:
-            members = tar_file_expander([{"url": str(path), "stream": file}], handler=noted)
-            for group in group_by_keys(members, lcase=False, handler=noted):
-                count += 1
-                yield from _records(path, group)
-        if not problems and not _is_closed(path):
-            problems.append(DataError("it has no end mark"))
-    except OSError as error:
-        problems.append(error)
+    for group in group_by_keys(_members(path, lookup, noted), lcase=False, handler=noted):
+        count += 1
+        yield from _records(path, group)
     if problems:
         yield BadSample(str(path), f"the shard is cut off or damaged after {count} samples: {_words(problems[0])}")
     elif not count:
         yield BadSample(str(path), "there is no sample in the shard; expected members like 000123.mp4 and 000123.json.")
+
+
+def scan_shards(pattern: str | Path, *, format: str | None = None) -> list[Sample | BadSample]:
+    """Every sample of shards, in order; clips are read from where they lie when they are asked for.
+
+    Args:
+        pattern: see `find_shards`.
+        format: of the records; None recognises each by its keys.
+
+    Raises:
+        DataError: a shard is not there, or compressed.
+    """
+    found: list[Sample | BadSample] = []
+    for shard in find_shards(pattern):
+        for item in read_shard(shard, lookup=True):
+            try:
+                found.append(item if isinstance(item, BadSample) else item.sample(format))
+            except DataError as error:
+                found.append(BadSample(item.source, str(error).removeprefix(f"{item.source}: ")))
+    return found
+
+
+def _members(path: Path, lookup: bool, noted: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """A shard's files, as webdataset groups them, up to its end or its first damage."""
+    try:
+        with path.open("rb") as raw, gzip.open(raw) as inflated:
+            compressed = raw.peek(2)[:2] == b"\x1f\x8b"
+            if compressed and lookup:
+                raise DataError(
+                    f"{str(path)!r} is compressed, so samples can't be looked up in it; training alone reads such shards, from "
+                    "front to back. Unpack it with gunzip: clips are hardly larger then."
+                )
+            file = cast(IO[bytes], inflated if compressed else raw)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                    if member.isreg() and not _ASIDE.match(member.name):
+                        data = _contents(path, tar, member, lookup)
+                        yield {"fname": member.name, "data": data, "__url__": str(path)}
+                _check_end(file, None if compressed else tar.offset)
+    except _DAMAGE as error:
+        noted(error)
+
+
+def _contents(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, lookup: bool) -> bytes | Span:
+    """A file's contents; or where they lie, if it isn't a record."""
+    if not lookup or member.issparse() or member.name.endswith((".json", ".jsonl")):
+        return cast(IO[bytes], tar.extractfile(member)).read()
+    if member.offset_data + member.size > path.stat().st_size:
+        raise tarfile.ReadError("unexpected end of data")
+    return Span(path, member.offset_data, member.size)
+
+
+def _check_end(file: IO[bytes], end: int | None) -> None:
+    """Where no member follows, zeros must; tarfile takes the end of a file, and a header that it can't read, for the end too."""
+    if end is None:
+        while file.read(1 << 20):  # gzip has a checksum at its end
+            pass
+        return
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end mark")
+    if any(block):
+        raise tarfile.ReadError(f"what stands at byte {end} is no header")
 
 
 def _records(path: Path, group: dict[str, Any]) -> Iterator[Packed | BadSample]:
@@ -118,19 +174,10 @@ def _records(path: Path, group: dict[str, Any]) -> Iterator[Packed | BadSample]:
     if not records:
         yield BadSample(source, f"no record; expected {name}.json or {name}.jsonl beside {', '.join(files) or 'it'}.")
     for number, record in enumerate(records, start=1):
-        yield Packed(source if len(records) == 1 else f"{source}, entry {number}", record, files)
-
-
-def _is_closed(path: Path) -> bool:
-    """Whether an uncompressed tar ends as it should; cut off between two members, it could be read without an error."""
-    if path.suffix != ".tar":
-        return True
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _END, 0))
-        return file.read() == bytes(_END)
+        yield Packed(path, source if len(records) == 1 else f"{source}, entry {number}", record, files)
 
 
 def _words(error: Exception) -> str:
     """What happened, without what webdataset adds to an error's arguments."""
-    text = str(error.args[0]) if error.args else ""
-    return f"{text.split(' @ ')[0] or type(error).__name__}."
+    text = getattr(error, "strerror", None) or (str(error.args[0]) if error.args else "")
+    return f"{text or type(error).__name__}."

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import logging
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,9 @@ from sta_adapter.clips import FrameSettings
 from sta_adapter.data import DECODE_TIMEOUT, VideoDataset
 from sta_adapter.encoding import Encoded
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.samples import BadSample, Sample, parse_sample
-from sta_adapter.shards import Packed, find_shards, read_shard
+from sta_adapter.packed import Packed
+from sta_adapter.samples import BadSample, check_format
+from sta_adapter.shards import find_shards, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ class StreamDataset(IterableDataset):
     ) -> None:
         if on_bad_sample not in ("skip", "error"):
             raise ConfigError(f"on_bad_sample is {on_bad_sample!r}, expected 'skip' or 'error'.")
+        check_format(format)
         self.shards = find_shards(shards)
         self.loader = VideoDataset(
             [],
@@ -182,28 +183,11 @@ class StreamDataset(IterableDataset):
         return item
 
     def _decode(self, packed: Packed) -> Encoded | BadSample:
-        """Decode and encode, by way of files that are there just for that: decoders read files."""
-        with tempfile.TemporaryDirectory(prefix="sta-") as folder:
-            for name, data in packed.files.items():
-                Path(folder, name).write_bytes(data)
-            try:
-                sample = parse_sample(packed.record, source=packed.source, folder=folder, format=self.format)
-                _check_files(sample, Path(folder), packed)
-            except DataError as error:
-                return BadSample(packed.source, str(error).removeprefix(f"{packed.source}: "))
-            item = self.loader.load(sample)
-        return BadSample(item.source, item.reason.replace(f"{folder}/", "")) if isinstance(item, BadSample) else item
-
-
-def _check_files(sample: Sample, folder: Path, packed: Packed) -> None:
-    """Name a clip that is not in the shard as the record does."""
-    for part in (part for message in sample.messages for part in message["content"]):
-        path = Path(part.get(part["type"], "")) if part["type"] != "text" else folder
-        if folder in path.parents and not path.exists():
-            beside = ", ".join(packed.files) or "nothing"
-            raise DataError(
-                f"{str(path.relative_to(folder))!r} is not beside its record in the shard; there: {beside}."
-            )
+        try:
+            sample = packed.sample(self.format)
+        except DataError as error:
+            return BadSample(packed.source, str(error).removeprefix(f"{packed.source}: "))
+        return self.loader.load(sample)
 
 
 def stream_loader(

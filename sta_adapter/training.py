@@ -86,7 +86,7 @@ def train(
         stage: "1" (STA alone), "2" (STA and LoRA) or "both"; a baseline (`config.sta=False`) has stage "2" alone.
         config: settings; the published recipe by default.
         processor: the model's processor; needed where `data` or `eval_data` is a file.
-        eval_data: what the loss is measured on during training; not a stream.
+        eval_data: what the loss is measured on during training, also from tar shards; not a stream.
         measure: what is measured instead: from the model to names and values; the first is the score, more is better.
         callbacks: `transformers.TrainerCallback`s.
         overwrite: throw away what another run left in `output_dir`.
@@ -104,14 +104,15 @@ def train(
     config = config or TrainingConfig()
     names = _stage_names(stage, config)
     dataset = open_data(data, processor, config) if isinstance(data, (str, Path)) else data
-    eval_dataset = open_data(eval_data, processor, config) if isinstance(eval_data, (str, Path)) else eval_data
-    _check_stream(dataset, eval_dataset, [config.for_stage(name) for name in names])
+    if isinstance(eval_data, (str, Path)):
+        eval_data = open_data(eval_data, processor, config, stream=False)
+    _check_stream(dataset, eval_data, [config.for_stage(name) for name in names])
     folder = Path(output_dir)
     result = TrainingResult(*_injected(model, config), folder)
     identity = _identity(stage, config, dataset, result.model)
     write_once(lambda: _claim(folder, identity, overwrite))
     for name in names:
-        part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, measure)
+        part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, measure)
         result.model, result.handle = part.prepare(result.model, result.handle)
         result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
     write_once(lambda: _publish(folder / f"stage{names[-1]}", folder))
@@ -134,6 +135,7 @@ def open_data(
     *,
     format: str | None = None,
     videos: str | Path | None = None,
+    stream: bool = True,
 ) -> VideoDataset | StreamDataset:
     """The data set for a run's settings.
 
@@ -143,6 +145,7 @@ def open_data(
         config: the settings.
         format: of the records; None recognises each by its keys.
         videos: the folder that relative paths start from, for a file of samples.
+        stream: read shards on and on, to train; else they are looked up like a file's samples, each once, to measure.
 
     Raises:
         ConfigError: there is no processor, or `videos` was given for shards.
@@ -156,7 +159,7 @@ def open_data(
         "max_length": config.max_length,
         "decode_timeout": config.decode_timeout,
     }
-    if not is_shards(data):
+    if not (stream and is_shards(data)):
         return VideoDataset(read_samples(data, format=format, videos=videos), processor, **settings)
     if videos is not None:
         raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
@@ -166,7 +169,9 @@ def open_data(
 def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig]) -> None:
     """What a stream can't do."""
     if isinstance(eval_dataset, StreamDataset):
-        raise ConfigError("what is measured on must be a file of samples, as a stream has no end; got tar shards.")
+        raise ConfigError(
+            "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
+        )
     if isinstance(dataset, StreamDataset) and not all(config.max_steps for config in stages):
         raise ConfigError(
             "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "

@@ -238,19 +238,25 @@ def test_bad_samples_of_shards(tmp_path, processor, members, source, reason):  #
 CUTS = ("in_a_member", "in_a_header", "between_members")
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_shards_that_are_cut_off(tmp_path, cut):
-    """What comes before is used, the rest is told of, and the next shard is read."""
+def cut_off(where, cut):
+    """Two shards, of which the first holds two or three whole samples of five."""
     members = [(f"{number}.json", {"messages": [], "number": number, "words": "x" * 4000}) for number in range(5)]
-    path = write_tar(tmp_path / "a-0.tar", members)
-    write_tar(tmp_path / "a-1.tar", [("9.json", {"messages": []})])
+    path = write_tar(where / "a-0.tar", members)
+    write_tar(where / "a-1.tar", [("9.json", {"messages": []})])
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         third, fourth = tar.getmembers()[2:4]
     end = {"in_a_member": third.offset_data + 700, "in_a_header": fourth.offset + 100, "between_members": fourth.offset}
     path.write_bytes(data[: end[cut]])
+    return find_shards(where / "a-*.tar")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_shards_that_are_cut_off(tmp_path, cut):
+    """What comes before is used, the rest is told of, and the next shard is read."""
+    path, _ = paths = cut_off(tmp_path, cut)
     whole = 2 if cut == "in_a_member" else 3
-    found = [item for shard in find_shards(tmp_path / "a-*.tar") for item in read_shard(shard)]
+    found = [item for shard in paths for item in read_shard(shard)]
     assert [item.source.rsplit(", ")[-1] for item in found if not isinstance(item, BadSample)] == [
         *"01234"[:whole],
         "9",
@@ -353,13 +359,14 @@ def test_bad_samples_are_counted(tmp_path, shards, processor):  # noqa: F811
     ("options", "error"),
     [
         ({"config": TrainingConfig()}, r"say how many steps to train, with max_steps \(--max-steps 1000\)"),
-        ({"eval_data": "SHARDS"}, "what is measured on must be a file of samples"),
+        ({"eval_data": "STREAM"}, "what is measured on is a StreamDataset, which has no end; expected a VideoDataset"),
         ({"processor": None}, "pass processor="),
     ],
     ids=["steps", "evaluation", "processor"],
 )
 def test_what_a_stream_can_not_do(tmp_path, shards, processor, options, error):  # noqa: F811
-    options = {key: f"{shards}/train-0.tar" if value == "SHARDS" else value for key, value in options.items()}
+    stream = StreamDataset(shards / "train-0.tar", processor)
+    options = {key: stream if value == "STREAM" else value for key, value in options.items()}
     arguments = {"processor": processor, "config": TrainingConfig(**SETTINGS), **options}
     with pytest.raises(ConfigError, match=error):
         train(make_model(processor.tokenizer), shards / "train-0.tar", output_dir=tmp_path, **arguments)

@@ -23,7 +23,7 @@ Example: sta-adapter check-data train.jsonl \\
 
 Decodes every clip as training does and reports missing and unreadable
 files, empty answers, samples that are too long, categories and lengths.
-Ends with exit code 1 if anything is wrong.
+Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 """
 
 

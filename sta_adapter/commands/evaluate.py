@@ -34,7 +34,9 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("Run", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder.")
 @option("Run", "--base", is_flag=True, help="Also measure the model without the adapter.")
-@option("Run", "--data", metavar="PATH", required=True, help="Samples with answers; or a benchmark's folder.")
+@option(
+    "Run", "--data", metavar="PATH", required=True, help="Samples with answers, or tar shards; or a benchmark's folder."
+)
 @option("Run", "--benchmark", type=click.Choice(BENCHMARKS), metavar="NAME", help=f"{', '.join(BENCHMARKS)}.")
 @data_options
 @option("Run", "--category", metavar="FIELD", help="What to group by. [default: category]")

@@ -31,7 +31,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @data_options
 @option("Run", "--out", metavar="FOLDER", help="Gets the adapter; a begun run in it goes on.")
 @option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
-@option("Run", "--eval-data", metavar="FILE", help="Samples to measure on; the best is kept.")
+@option("Run", "--eval-data", metavar="FILE", help="As --data, to measure on; the best is kept.")
 @option("Run", "--adapter", metavar="ID", help="Start from this adapter, not a fresh one.")
 @option("Run", "--overwrite", is_flag=True, help="Throw away the run that is in FOLDER.")
 @option("Settings", "--config", metavar="FILE.yaml", help="Settings, and any option; options win.")
@@ -70,17 +70,18 @@ def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_cod
     source = {"revision": run["revision"], "trust_remote_code": trust_remote_code}
     processor = load_processor(run["model"], **source)
     how = {"format": run["format"], "videos": run["videos"]}
-    sets = {name: open_data(run[name], processor, settings, **how) for name in ("data", "eval_data") if run[name]}
+    data = open_data(run["data"], processor, settings, **how)
+    eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
     model = load_model(run["model"], dtype=run["dtype"] or "auto", device="cpu", **source)  # the trainer moves it
     if run["adapter"]:
         model = load_adapter(model, run["adapter"], is_trainable=True)
     result = train(
         model,
-        sets["data"],
+        data,
         output_dir=run["out"],
         stage=run["stage"],
         config=settings,
-        eval_data=sets.get("eval_data"),
+        eval_data=eval_data,
         overwrite=overwrite,
     )
     if is_first():

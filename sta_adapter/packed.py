@@ -1,0 +1,110 @@
+"""Clips that lie in tar shards: as samples name them, and as files for a decoder.
+
+Public: `Packed`, `Span`, `unpacked(parts)`. A sample from a shard names its clips `SHARD/NAME` and carries where their contents are; `unpacked`
+writes them to files that are there just as long as they are decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.conversations import Sample, parse_sample
+from sta_adapter.errors import STAError
+from sta_adapter.video import VideoNotFoundError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a file lies in a tar that isn't compressed."""
+
+    shard: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """The file's contents."""
+        with self.shard.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """In the place of a file that a record names and its shard doesn't hold beside it."""
+
+    name: str
+    beside: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One record of a shard and the files beside it.
+
+    Attributes:
+        shard: the tar file.
+        source: where it stands in it, "train-000003.tar, 000123".
+        record: as in a line of a file of samples.
+        files: contents, or where they lie, by the names that the record calls them by.
+    """
+
+    shard: Path
+    source: str
+    record: Any
+    files: dict[str, bytes | Span]
+
+    def sample(self, format: str | None = None) -> Sample:
+        """The record as a sample.
+
+        Args:
+            format: of the record; None recognises it by its keys.
+
+        Raises:
+            DataError: it is none.
+        """
+        sample = parse_sample(self.record, source=self.source, folder=self.shard, format=format)
+        return replace(
+            sample, messages=[{**m, "content": [self._placed(part) for part in m["content"]]} for m in sample.messages]
+        )
+
+    def _placed(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A part that says where its contents are; those outside of the shard are files as usual."""
+        path = Path(part.get(part["type"], "")) if part["type"] != "text" else Path()
+        if self.shard not in path.parents:
+            return part
+        name = path.relative_to(self.shard).as_posix()
+        return {**part, "packed": self.files.get(name, Missing(name, tuple(self.files)))}
+
+
+@contextlib.contextmanager
+def unpacked(parts: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+    """The parts of a sample with paths that a decoder can open.
+
+    Raises:
+        VideoNotFoundError: a file is not in the shard.
+        STAError: what was raised while they were used, with the names that the sample has for its files.
+    """
+    if not any("packed" in part for part in parts):
+        yield parts
+        return
+    with tempfile.TemporaryDirectory(prefix="sta-") as folder:
+        try:
+            yield [_as_file(part, Path(folder)) for part in parts]
+        except STAError as error:
+            raise type(error)(str(error).replace(f"{folder}/", "")) from error
+
+
+def _as_file(part: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if "packed" not in part:
+        return part
+    kind, contents = part["type"], part["packed"]
+    if isinstance(contents, Missing):
+        beside = ", ".join(contents.beside) or "nothing"
+        raise VideoNotFoundError(f"{contents.name!r} is not beside its record in the shard; there: {beside}.")
+    file = folder / Path(part[kind]).name
+    file.write_bytes(contents.read() if isinstance(contents, Span) else contents)
+    return {**{key: value for key, value in part.items() if key != "packed"}, kind: str(file)}
