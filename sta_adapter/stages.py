@@ -137,7 +137,7 @@ class Stage:
     def _arguments(self) -> TrainingArguments:
         """The settings in the trainer's words."""
         config = self.config
-        device_batch, accumulation = self._batches()
+        device_batch, accumulation = config.device_batches(join_processes().num_processes)
         step_clips = config.batch_size
         total = config.max_steps or math.ceil(config.epochs * math.ceil(self._samples() / step_clips))
         precision = _precision(config.precision)
@@ -202,17 +202,6 @@ class Stage:
             "metric_for_best_model": "eval_loss" if self.measure is None else "eval_score",
             "greater_is_better": self.measure is not None,
         }
-
-    def _batches(self) -> tuple[int, int]:
-        """Clips on a device at a time, and how many such batches make a step."""
-        processes = join_processes().num_processes
-        share, rest = divmod(self.config.batch_size, processes)
-        device = min(self.config.device_batch_size, max(share, 1))
-        if rest or share % device:
-            raise ConfigError(
-                f"batch_size {self.config.batch_size} doesn't divide into {processes} processes with batches of {device} clips."
-            )
-        return device, share // device
 
 
 def join_processes() -> PartialState:

@@ -42,7 +42,15 @@ _NOT_NEGATIVE = (
     "lora_dropout",
     "decode_timeout",
 )
-OPTIONAL = ("max_steps", "eval_steps", "max_length", "sta_learning_rate", "decode_timeout")  # None has a meaning
+OPTIONAL = (  # None has a meaning
+    "device_batch_size",
+    "max_steps",
+    "eval_steps",
+    "max_length",
+    "sta_learning_rate",
+    "decode_timeout",
+)
+DEVICE_BATCH_SIZE = 4  # at most, where it isn't set
 # What may differ when an interrupted run is taken up again: it doesn't change the weights that come out.
 HARMLESS = ("save_steps", "keep_checkpoints", "logging_steps", "num_workers", "decode_timeout", "report_to")
 
@@ -58,7 +66,7 @@ class TrainingConfig:
     schedule: str = "cosine"
     warmup: float = 0.02  # share of all steps
     batch_size: int = 64  # clips a step, over all devices
-    device_batch_size: int = 4  # clips on one device at a time; the rest is gradient accumulation
+    device_batch_size: int | None = None  # clips on one device at a time, the rest is accumulated; None: up to 4
     epochs: float = 1.0
     max_steps: int | None = None  # instead of epochs
     max_grad_norm: float = 1.0
@@ -112,10 +120,7 @@ class TrainingConfig:
                 or value < 0
             ):
                 raise ConfigError(f"{name} is {value!r}, expected a number of at least {least}.")
-        if self.batch_size % min(self.device_batch_size, self.batch_size):
-            raise ConfigError(
-                f"batch_size {self.batch_size} is not a multiple of device_batch_size {self.device_batch_size}."
-            )
+        self.device_batches()
         for stage in ("stage1", "stage2"):
             if getattr(self, stage):
                 _check_names(getattr(self, stage), stage)
@@ -147,6 +152,32 @@ class TrainingConfig:
     def for_stage(self, stage: str) -> TrainingConfig:
         """The settings in force in stage "1" or "2"."""
         return dataclasses.replace(self, **{**_typed(getattr(self, f"stage{stage}")), "stage1": {}, "stage2": {}})
+
+    def device_batches(self, processes: int = 1) -> tuple[int, int]:
+        """How many clips a device takes at a time, and how many times for each step.
+
+        Args:
+            processes: that share `batch_size`.
+
+        Raises:
+            ConfigError: it doesn't divide.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise ConfigError(
+                f"batch_size {self.batch_size} doesn't divide into {processes} processes; take a multiple of {processes}."
+            )
+        if self.device_batch_size is None:
+            size = next(size for size in range(DEVICE_BATCH_SIZE, 0, -1) if share % size == 0)
+            return size, share // size
+        size = min(self.device_batch_size, share)
+        if share % size:
+            shared = "" if processes == 1 else f"; for each of {processes} processes it is {share}, which"
+            raise ConfigError(
+                f"batch_size {self.batch_size}{shared} is not a multiple of device_batch_size {size}. Change one of them, or "
+                "leave device_batch_size out."
+            )
+        return size, share // size
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

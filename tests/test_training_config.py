@@ -1,0 +1,91 @@
+"""The settings of a run: from YAML and Python, their checks, and how a step's clips are shared out."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sta_adapter.errors import ConfigError
+from sta_adapter.training import TrainingConfig
+
+
+def test_settings_from_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "learning_rate: 1e-3\nbatch_size: 8\nframes:\n  nframes: 8\nsta_config:\n  head_scale: 0.5\n"
+        "stage2:\n  learning_rate: 5e-4\n  epochs: 2\n"
+    )
+    config = TrainingConfig.from_yaml(file, batch_size=16, seed=None)
+    assert (config.learning_rate, config.batch_size, config.frames.nframes, config.seed) == (1e-3, 16, 8, 0)
+    assert (config.for_stage("1").learning_rate, config.for_stage("1").epochs) == (1e-3, 1.0)
+    assert (config.for_stage("2").learning_rate, config.for_stage("2").epochs) == (5e-4, 2)
+    assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
+WRONG_YAML = {
+    "unknown": ("learning_rat: 1", "unknown setting 'learning_rat'. Did you mean 'learning_rate'?"),
+    "unknown_below": ("frames:\n  fsp: 1", "frames: unknown setting 'fsp'. Did you mean 'fps'?"),
+    "unknown_in_stage": ("stage1:\n  epoch: 1", "stage1: unknown setting 'epoch'. Did you mean 'epochs'?"),
+    "far_off": ("zzz: 1", "unknown setting 'zzz'. Known: learning_rate, "),
+    "no_number": ("learning_rate: fast", "learning_rate is 'fast', expected a number"),
+    "negative": ("learning_rate: -1", "learning_rate is -1, expected a number of at least 0"),
+    "zero": ("batch_size: 0", "batch_size is 0, expected a number of at least 1"),
+    "in_stage": ("stage2:\n  max_steps: 0", "max_steps is 0, expected a number of at least 1"),
+    "choice": ("precision: fp8", "precision is 'fp8', expected one of 'auto', 'bf16'"),
+    "division": ("batch_size: 10\ndevice_batch_size: 4", "batch_size 10 is not a multiple of device_batch_size 4"),
+    "no_yaml": ("a: [", "is not YAML: while parsing"),
+    "list": ("- a", "holds list, expected lines like 'learning_rate: 1.0e-4'"),
+    "no_mapping": ("stage1: fast", "stage1 is 'fast', expected settings below it"),
+}
+
+
+@pytest.mark.parametrize(("text", "error"), WRONG_YAML.values(), ids=WRONG_YAML)
+def test_wrong_settings(tmp_path, text, error):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="run.yaml.*" + error.replace("?", r"\?")):
+        TrainingConfig.from_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("batch", "device", "processes", "expected"),
+    [
+        (64, None, 1, (4, 16)),
+        (10, None, 1, (2, 5)),
+        (9, None, 1, (3, 3)),
+        (7, None, 1, (1, 7)),
+        (3, None, 1, (3, 1)),
+        (24, None, 4, (3, 2)),
+        (10, 5, 1, (5, 2)),
+        (2, 8, 1, (2, 1)),
+        (64, 16, 4, (16, 1)),
+    ],
+)
+def test_device_batches(batch, device, processes, expected):
+    assert TrainingConfig(batch_size=batch, device_batch_size=device).device_batches(processes) == expected
+
+
+@given(st.integers(1, 300), st.integers(1, 16))
+def test_device_batches_that_are_not_set_fill_every_share(share, processes):
+    size, times = TrainingConfig(batch_size=share * processes).device_batches(processes)
+    assert (size * times, size <= 4) == (share, True)
+    assert all(share % larger for larger in range(size + 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("batch", "device", "processes", "error"),
+    [
+        (10, 4, 1, r"batch_size 10 is not a multiple of device_batch_size 4\. Change one of them, or leave"),
+        (12, 4, 2, "batch_size 12; for each of 2 processes it is 6, which is not a multiple of device_batch_size 4"),
+        (10, None, 4, "batch_size 10 doesn't divide into 4 processes; take a multiple of 4"),
+        (2, None, 4, "batch_size 2 doesn't divide into 4 processes"),
+    ],
+    ids=["at_once", "share", "processes", "too_few"],
+)
+def test_batches_that_do_not_divide(batch, device, processes, error):
+    with pytest.raises(ConfigError, match=error):
+        TrainingConfig(batch_size=batch, device_batch_size=device).device_batches(processes)
+
+
+def test_missing_settings_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"can't read the settings in .*none\.yaml.*No such file"):
+        TrainingConfig.from_yaml(tmp_path / "none.yaml")
