@@ -35,7 +35,8 @@ class Sample:
     """One conversation.
 
     Attributes:
-        messages: `{"role": ..., "content": [part, ...]}`; parts are of type text, image or video, with absolute paths.
+        messages: `{"role": ..., "content": [part, ...]}`; parts are of type text, image or video, with absolute paths. An
+            answer with `"loss": False` is not learned.
         source: where it stands, "file, line 3".
         category: what evaluation groups by.
         options: the answers to choose from, for multiple choice.
@@ -108,7 +109,7 @@ def _parse(record: dict[str, Any], source: str, folder: Path) -> Sample:
     if not isinstance(raw, list) or not raw:
         raise DataError(f"'messages' is {_kind(raw)}, expected a list of messages. Keys: {', '.join(record)}.")
     paths = {kind: _path_list(record, kind) for kind in ("video", "image")}
-    messages = [_message(message, index, folder, paths) for index, message in enumerate(raw)]
+    messages = [*_system(record, raw), *(_message(turn, index, folder, paths) for index, turn in enumerate(raw))]
     for kind, left in paths.items():
         if left:
             raise DataError(f"'{kind}s' holds {len(left)} more than there are <{kind}> in the text, first {left[0]!r}.")
@@ -122,7 +123,7 @@ def _parse(record: dict[str, Any], source: str, folder: Path) -> Sample:
         said = "".join(part.get("text", "") for part in last["content"])
         if said not in options:
             raise DataError(f"the answer is {said!r}, expected one of the options {options!r}.")
-    known = {"messages", "conversations", "videos", "images", "options", "category"}
+    known = {"messages", "conversations", "system", "videos", "images", "options", "category"}
     extra = {key: value for key, value in record.items() if key not in known}
     category = record.get("category")
     return Sample(messages, source, None if category is None else str(category), options, extra)
@@ -134,6 +135,18 @@ def _path_list(record: dict[str, Any], kind: str) -> list[Any]:
     if not isinstance(paths, list):
         raise DataError(f"'{kind}s' is {_kind(paths)}, expected a list of paths.")
     return list(paths)
+
+
+def _system(record: dict[str, Any], raw: list[Any]) -> list[dict[str, Any]]:
+    """The system's words where they stand beside the messages."""
+    text = record.get("system")
+    if text is None or text == "":
+        return []
+    if not isinstance(text, str):
+        raise DataError(f"'system' is {_kind(text)}, expected a text.")
+    if any(isinstance(turn, dict) and "system" in (turn.get("role"), turn.get("from")) for turn in raw):
+        raise DataError("'system' is given beside the messages and among them, expected one of them.")
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
 def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]) -> dict[str, Any]:
@@ -154,7 +167,19 @@ def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]
     checked = [_part(part, f"{where}, part {number}", folder) for number, part in enumerate(parts)]
     if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
         raise DataError(f"{where} is an empty answer; expected words to learn.")
-    return {"role": role, "content": checked}
+    return {"role": role, "content": checked, **_loss(message, where)}
+
+
+def _loss(message: dict[str, Any], where: str) -> dict[str, bool]:
+    """`{"loss": False}` of an answer that is part of the conversation, and not learned."""
+    if message.get("loss_scale") not in (None, 1):
+        raise DataError(
+            f"{where} has the loss_scale {message['loss_scale']!r}; an answer counts fully or, with 'loss': false, not."
+        )
+    loss = message.get("loss")
+    if loss is not None and not isinstance(loss, bool):
+        raise DataError(f"{where}: 'loss' is {loss!r}, expected true or false.")
+    return {"loss": False} if loss is False else {}
 
 
 def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -53,6 +53,8 @@ def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Vi
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise DataError("no message with role 'assistant'; expected an answer to learn.")
+    if not any(messages[index].get("loss", True) for index in answers):
+        raise DataError("every answer has 'loss': false; expected one to learn.")
     messages = messages[: answers[-1] + 1]
     pieces, labels, done, first = [], [], "", 0
     for index in answers:
@@ -63,7 +65,9 @@ def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Vi
         pieces.append(_piece(processor, before, after, visuals[index]))
         if index == answers[-1]:
             pieces[-1] = _ended(processor.tokenizer, pieces[-1])
-        labels.append(_learned(processor.tokenizer, pieces[-1]["input_ids"]))
+        ids = pieces[-1]["input_ids"]
+        learns = messages[index].get("loss", True)
+        labels.append(_learned(processor.tokenizer, ids) if learns else torch.full_like(ids, IGNORE))
         done, first = after, index + 1
     return {**_join(pieces), "labels": torch.cat(labels)}
 

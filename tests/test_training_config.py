@@ -1,11 +1,86 @@
 """The settings of a run: from YAML and Python, their checks, and how a step's clips are shared out."""
 
+import json
+
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter.errors import ConfigError
 from sta_adapter.training import TrainingConfig
+
+
+def test_the_defaults_are_the_published_recipe():
+    config, frames = TrainingConfig(), TrainingConfig().frames
+    assert (config.learning_rate, config.schedule, config.warmup, config.batch_size, config.epochs) == (
+        *(1e-4, "cosine", 0.02, 64, 1.0),
+    )
+    assert (config.lora_rank, config.lora_alpha, config.lora_qkv_rank, config.lora_qkv_alpha) == (16, 16, 32, 32)
+    assert (config.precision, config.sta_learning_rate, config.lora_targets) == ("auto", None, "all")
+    assert (frames.fps, frames.min_frames, frames.max_frames, frames.min_tokens, frames.max_tokens) == (
+        1,
+        4,
+        32,
+        16,
+        256,
+    )
+
+
+OPTIONS = {
+    **{
+        "model": "m",
+        "data": "d.jsonl",
+        "out": "o",
+        "stage": "1",
+        "eval_data": "e.jsonl",
+        "adapter": "a",
+        "videos": "v",
+    },
+    **{"format": "ssv2", "overwrite": True, "learning_rate": 1e-3, "batch_size": 8, "max_steps": 5, "epochs": 2.0},
+    **{"on_bad_sample": "error", "trust_remote_code": True, "dtype": "bf16", "revision": "main"},
+}
+
+
+def settings_of(tmp_path, monkeypatch, values, *line):
+    """What `sta-adapter train` would train with."""
+    from sta_adapter.commands import train
+
+    seen = []
+    monkeypatch.setattr(train, "_train", lambda run, settings: seen.append((run, settings)))
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(values))
+    done = CliRunner().invoke(train.command, ["--config", str(file), *line], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return seen[0]
+
+
+def test_each_option_of_train_can_stand_in_the_file(tmp_path, monkeypatch):
+    from sta_adapter.commands import train
+
+    assert {parameter.name for parameter in train.command.params} - {"config", "pairs"} == OPTIONS.keys()
+    in_file = settings_of(tmp_path, monkeypatch, OPTIONS)
+    words = [
+        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
+        for name, value in OPTIONS.items()
+    ]
+    assert settings_of(tmp_path, monkeypatch, {}, *words) == in_file
+    run, settings = in_file
+    assert {name: run[name] if name in run else getattr(settings, name) for name in OPTIONS} == OPTIONS
+
+
+def test_options_win_over_the_file(tmp_path, monkeypatch):
+    line = ("--batch-size", "4", "--stage", "2", "--set", "frames.fps=3", "--on-bad-sample", "skip")
+    run, settings = settings_of(tmp_path, monkeypatch, {**OPTIONS, "frames": {"max_frames": 8}}, *line)
+    assert (run["stage"], settings.batch_size, settings.on_bad_sample) == ("2", 4, "skip")
+    assert (settings.frames.fps, settings.frames.max_frames) == (3, 8)
+
+
+def test_flags_in_the_file_are_true_or_false(tmp_path, monkeypatch):
+    run, _ = settings_of(tmp_path, monkeypatch, {"model": "m", "data": "d", "out": "o", "overwrite": False})
+    assert (run["overwrite"], run["trust_remote_code"]) == (False, False)
+    with pytest.raises(ConfigError, match=r"run\.yaml: trust_remote_code is 'no', expected true or false"):
+        settings_of(tmp_path, monkeypatch, {**OPTIONS, "trust_remote_code": "no"})
 
 
 def test_settings_from_yaml(tmp_path):

@@ -13,7 +13,8 @@ from sta_adapter.commands.options import Grouped, data_options, merged, model_op
 from sta_adapter.errors import ConfigError
 
 # options that are settings of the run itself, not of TrainingConfig
-RUN_OPTIONS = ("model", "data", "eval_data", "out", "stage", "adapter", "revision", "dtype", "videos", "format")
+FLAGS = ("overwrite", "trust_remote_code")
+RUN_OPTIONS = ("model", "data", "eval_data", "out", "stage", "adapter", "revision", "dtype", "videos", "format", *FLAGS)
 STAGES = click.Choice(["1", "2", "both"])
 
 
@@ -42,32 +43,41 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Settings", "--epochs", type=float, metavar="N", help="[default: 1]")
 @option("Settings", "--on-bad-sample", type=click.Choice(["skip", "error"]), metavar="WHAT", help="skip or error.")
 @model_options
-def command(
-    config: str | None, pairs: tuple[str, ...], overwrite: bool, trust_remote_code: bool, **options: Any
-) -> None:
+def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
     from sta_adapter.training_config import TrainingConfig, read_yaml
 
     values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
-    values = merged(values, {name: value for name, value in options.items() if value is not None})
+    values = merged(
+        values, {name: value for name, value in options.items() if value is not None and value is not False}
+    )
     run = {name: values.pop(name, None) for name in RUN_OPTIONS}
     missing = [f"--{name}" for name in ("model", "data", "out") if not run[name]]
     if missing:
         raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter train --help.")
     try:
+        _check_flags(run)
         settings = TrainingConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}" if config else str(error)) from error
     run["stage"] = str(run["stage"] or ("both" if settings.sta else "2"))
-    _train(run, settings, overwrite, trust_remote_code)
+    _train(run, settings)
 
 
-def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_code: bool) -> None:
+def _check_flags(run: dict[str, Any]) -> None:
+    """What is a flag on the command line is true or false in a file."""
+    for name in FLAGS:
+        if run[name] is not None and not isinstance(run[name], bool):
+            raise ConfigError(f"{name} is {run[name]!r}, expected true or false.")
+        run[name] = bool(run[name])
+
+
+def _train(run: dict[str, Any], settings: Any) -> None:
     from sta_adapter.loading import load_adapter, load_model, load_processor
     from sta_adapter.sharding import is_first
     from sta_adapter.training import open_data, train
 
-    source = {"revision": run["revision"], "trust_remote_code": trust_remote_code}
+    source = {"revision": run["revision"], "trust_remote_code": run["trust_remote_code"]}
     processor = load_processor(run["model"], **source)
     how = {"format": run["format"], "videos": run["videos"]}
     data = open_data(run["data"], processor, settings, **how)
@@ -82,7 +92,7 @@ def _train(run: dict[str, Any], settings: Any, overwrite: bool, trust_remote_cod
         stage=run["stage"],
         config=settings,
         eval_data=eval_data,
-        overwrite=overwrite,
+        overwrite=run["overwrite"],
     )
     if is_first():
         _report(run["model"], result)
