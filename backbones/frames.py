@@ -1,8 +1,6 @@
 """Shared by encoders that take frames as a batch of images: rows (F, prefix + N, C), one row a frame or a tile of it.
 
-Such an encoder can't see where a clip ends. `EncoderCall.clip_lengths` says it: told by `handle.clips([...])`, by a
-`clip_lengths` keyword, or read from the full model's call by its backbone. Of rows that nobody has told about, some
-backbones take all as one clip; the others take a single row as a picture and refuse several.
+Of rows whose clips nobody has told (`EncoderCall.clip_lengths`), some backbones make one clip; others refuse several.
 """
 
 from __future__ import annotations
@@ -118,5 +116,4 @@ def pixel_dummy(encoder: nn.Module, frames: int = 2) -> tuple[tuple[Any, ...], d
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    shape = (frames, getattr(config, "num_channels", 3), height, width)
-    return (), {"pixel_values": torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)}
+    return (), {"pixel_values": parameter.new_zeros(frames, getattr(config, "num_channels", 3), height, width)}

@@ -22,19 +22,12 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import Backbone, ClipSource, EncoderCall
-from sta_adapter.backbones.frames import (
-    attention_heads,
-    pixel_dummy,
-    pixel_layout,
-    pixel_positions,
-    row_clips,
-)
+from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.backbones.internvideo2 import INTERN_LORA
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout, ClipLengths
 
 PLACEHOLDER = re.compile(r"(?:\bframe[\s_-]*(\d+)\s*:?\s*)?<image>", re.IGNORECASE)
-_pixel_layout = pixel_layout()
 
 
 def vit_layout(call: EncoderCall) -> ClipLayout:
@@ -42,7 +35,7 @@ def vit_layout(call: EncoderCall) -> ClipLayout:
     embeds = call.arguments.get("pixel_embeds")
     if isinstance(embeds, torch.Tensor):
         return row_clips(embeds.shape[0], embeds.shape[1] - 1, call.clip_lengths, prefix=1)
-    return _pixel_layout(call)
+    return pixel_layout()(call)
 
 
 def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

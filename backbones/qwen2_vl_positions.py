@@ -11,15 +11,14 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sta_adapter.backbones.qwen2_vl_rope_index import OriginalPositions, PositionRule, RopeIndex
+from sta_adapter.backbones.qwen2_vl_position_hooks import GENERATION_METHOD, FillPositions, GenerationPositions
+from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
+from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.errors import InjectionError
-from sta_adapter.uncompiled import uncompiled
 
 METHOD = "get_rope_index"
-GENERATION_METHOD = "_prepare_position_ids_for_generation"
 
 
 def restore_original_positions(model: nn.Module) -> nn.Module:
@@ -114,55 +113,3 @@ def _generating(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if getattr(module, "model", None) is owner and hasattr(type(module), GENERATION_METHOD):
             yield module
-
-
-class FillPositions:
-    """Forward pre-hook of Qwen2VLModel: the positions that were not passed, in a prompt and after it."""
-
-    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the arguments with `position_ids`, or None when they have them."""
-        if kwargs.get("position_ids") is not None:
-            return None
-        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
-        if given.get("position_ids") is not None:
-            return None
-        return (), {**given, "position_ids": self._positions(model, given)}
-
-    @uncompiled
-    def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:
-        """Positions (3, batch, tokens)."""
-        cache = given.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if not past or model.rope_deltas is None:
-            positions, model.rope_deltas = model.get_rope_index(**given)
-            return positions
-        tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-        batch, length = tokens.shape[:2]
-        deltas = model.rope_deltas.to(tokens.device).repeat_interleave(batch // len(model.rope_deltas), dim=0)
-        return (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1)
-
-
-class GenerationPositions:
-    """What transformers 5 asks for before it generates; here, `rope_deltas` count from a row's start, padding included.
-
-    Args:
-        head: the model that generates.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        self.head = head
-
-    def __call__(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """Positions (4, batch, tokens), text first, or (1, batch, tokens) when a cached text goes on."""
-        head: Any = self.head
-        ids = model_kwargs.get("input_ids", inputs_tensor)
-        if model_kwargs.get("mm_token_type_ids") is None and ids.dim() == 2:
-            config = head.model.config
-            types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
-            model_kwargs = {**model_kwargs, "mm_token_type_ids": types}
-        positions = getattr(type(head), GENERATION_METHOD)(head, inputs_tensor, model_kwargs)
-        if positions.shape[0] == 4:
-            if model_kwargs.get("image_grid_thw") is None and model_kwargs.get("video_grid_thw") is None:
-                head.model.rope_deltas = positions[1, :, -1:] + 1 - positions.shape[-1]
-            return positions
-        return (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sta_adapter.backbones.qwen2_vl_position_rules import PositionRule
 from sta_adapter.errors import LayoutError
-
-
-class PositionRule(Protocol):
-    """Where the tokens of a clip stand, and where the text goes on."""
-
-    dtype: torch.dtype
-
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
-        """Positions (3, frames * rows * columns) of a clip on temporal, row and column axis, and the next free one.
-
-        Args:
-            start: the first free position.
-            frames: temporal steps.
-            rows: rows of merged tokens.
-            columns: columns of merged tokens.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class OriginalPositions:
-    """Qwen2-VL's own rule, as in transformers 4: the text after a clip goes on behind its largest position."""
-
-    dtype = torch.long
-
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
-        """See `PositionRule`."""
-        axes = [torch.arange(size) + start for size in (frames, rows, columns)]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1), start + max(frames, rows, columns)
 
 
 class RopeIndex:

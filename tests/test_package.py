@@ -52,6 +52,12 @@ def test_public_names_exist():
         assert getattr(sta_adapter, name).__doc__
 
 
+def test_every_backbone_is_short_enough_to_read_in_one_sitting():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "backbones").glob("*.py")}
+    assert len(lengths) > len(sta_adapter.list_backbones())
+    assert {name: length for name, length in lengths.items() if length >= 120} == {}
+
+
 def test_version_is_told_once():
     assert metadata.version("sta-adapter") == sta_adapter.__version__
 
