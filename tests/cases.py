@@ -48,9 +48,9 @@ class Case:
         features: from the encoder's output for these clips to one tensor (frames, tokens, C) a clip, without class tokens.
         lengths: batches to try, each the frames of its clips.
         tell_clips: frames come as a batch, so that the clips are told by `handle.clips(lengths)`.
-        checkpointing: whether the encoder can checkpoint with `gradient_checkpointing_enable`.
         lora_targets: modules for LoRA where the backbone has no recipe of its own.
         generate: keyword arguments of `model.generate` for one clip of so many frames; None without a language model.
+        tell_model: the full model can't tell a clip from pictures, so that it must be told for `generate` as well.
         needs: the model's folder in transformers, where a tested release may lack it.
     """
 
@@ -61,9 +61,9 @@ class Case:
     features: Callable[[Any, Sequence[Clip]], list[Tensor]]
     lengths: tuple[tuple[int, ...], ...] = ((4,), (3, 3), (2, 5, 1))
     tell_clips: bool = False
-    checkpointing: bool = True
     lora_targets: tuple[str, ...] = ()
     generate: Callable[[int], Arguments] | None = None
+    tell_model: bool = False
     needs: str = ""
 
     def encoder(self, model: nn.Module) -> nn.Module:
@@ -229,6 +229,11 @@ def make_internvideo2_chat() -> nn.Module:
     return InternVideo2_VideoChat2(init_values=0.5)
 
 
+def internvideo2_chat_prompt(frames: int) -> Arguments:
+    """A clip of so many frames in front of the text."""
+    return {"input_ids": torch.tensor([[5, 6]]), "video": clip_videos([Clip(frames)])["x"]}
+
+
 def frame_pixels(clips: Sequence[Clip]) -> Arguments:
     """All frames of all clips as a batch of pictures."""
     return {"pixel_values": torch.cat([clip.pixels(3, 8, 8) for clip in clips])}
@@ -264,28 +269,16 @@ def internvl_chat_prompt(frames: int) -> Arguments:
 
 EQUAL = ((4,), (3, 3), (1, 1), (2, 2, 2))
 CASES = [
-    Case("internvideo2", "internvideo2", make_internvideo2, clip_videos, clip_rows, EQUAL, checkpointing=False),
+    Case("internvideo2", "internvideo2", make_internvideo2, clip_videos, clip_rows, EQUAL),
+    Case("internvideo2-fused", "internvideo2", make_fused_internvideo2, clip_videos, clip_rows, EQUAL),
     Case(
-        "internvideo2-fused",
-        "internvideo2",
-        make_fused_internvideo2,
-        clip_videos,
-        clip_rows,
-        EQUAL,
-        checkpointing=False,
+        *("internvideo2-chat", "internvideo2", make_internvideo2_chat, clip_videos, clip_rows, EQUAL),
+        generate=internvideo2_chat_prompt,
     ),
-    Case(
-        "internvideo2-chat", "internvideo2", make_internvideo2_chat, clip_videos, clip_rows, EQUAL, checkpointing=False
-    ),
-    Case(
-        *("internvideo2_5-tower", "internvideo2_5", make_intern_vit, frame_pixels, frame_rows),
-        tell_clips=True,
-        checkpointing=False,
-    ),
+    Case("internvideo2_5-tower", "internvideo2_5", make_intern_vit, frame_pixels, frame_rows, tell_clips=True),
     Case(
         *("internvideo2_5", "internvideo2_5", make_internvl_chat, frame_pixels, frame_rows),
         tell_clips=True,
-        checkpointing=False,
         generate=internvl_chat_prompt,
     ),
     Case("qwen2_vl-tower", "qwen2_vl", make_qwen2_vl_tower, qwen2_vl_arguments, merged_tokens),

@@ -182,9 +182,14 @@ def llava_prompt(frames: int) -> Arguments:
     return prompt([5, *[151] * (4 * frames + 1), 5, 6], Clip(frames).pixels(*FRAME)[None])
 
 
-def picture_prompt(frames: int) -> Arguments:
-    """One picture, whatever the frames: the model can't know more."""
-    return prompt([5, *[150] * 4, 5, 6], Clip(1).pixels(*FRAME), "pixel_values")
+def llava_video_prompt(frames: int) -> Arguments:
+    """One video and the text, as LLaVA-NeXT's code takes them."""
+    return {"inputs": torch.tensor([[5, 6]]), "images": [Clip(frames).pixels(*FRAME)], "modalities": ["video"]}
+
+
+def picture_prompt(rows: int) -> Arguments:
+    """So many pictures, or frames: the model can't know."""
+    return prompt([5, *[150] * 4 * rows, 5, 6], Clip(rows).pixels(*FRAME), "pixel_values")
 
 
 def llava_settings() -> dict[str, Any]:
@@ -314,6 +319,37 @@ CASES = [
         ),
         "qwen3_5",
     ),
+    _grid_case(
+        "qwen3_5_moe-tower",
+        "qwen3_vl",
+        tower(
+            "Qwen3_5MoeVisionModel",
+            "qwen3_5_moe.configuration_qwen3_5_moe.Qwen3_5MoeVisionConfig",
+            **{k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"},
+        ),
+        "qwen3_5_moe",
+    ),
+    _grid_case(
+        "qwen2_5_omni-tower",
+        "qwen2_5_vl",
+        tower(
+            "qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniVisionEncoder",
+            "qwen2_5_omni.configuration_qwen2_5_omni.Qwen2_5OmniVisionEncoderConfig",
+            **QWEN2_5_VISION,
+        ),
+        "qwen2_5_omni",
+    ),
+    _grid_case(
+        "qwen3_omni-tower",
+        "qwen3_vl",
+        tower(
+            "qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder",
+            "qwen3_omni_moe.configuration_qwen3_omni_moe.Qwen3OmniMoeVisionEncoderConfig",
+            **QWEN3_VISION,
+        ),
+        "qwen3_omni_moe",
+        deepstack_tokens,
+    ),
     _glm_case(
         "glm4v-tower",
         tower("glm4v.modeling_glm4v.Glm4vVisionModel", "glm4v.configuration_glm4v.Glm4vVisionConfig", **GLM_VISION),
@@ -381,6 +417,7 @@ CASES = [
         1,
         "internvl",
         generate=picture_prompt,
+        tell_model=True,
     ),
     _row_case(
         "llava_onevision",
@@ -389,7 +426,7 @@ CASES = [
         0,
         generate=llava_prompt,
     ),
-    _row_case("llava_video", "llava_video", make_llava_video, 0, checkpointing=False),
+    _row_case("llava_video", "llava_video", make_llava_video, 0, generate=llava_video_prompt),
     _row_case("siglip", "siglip", tower("SiglipVisionModel", "SiglipVisionConfig", **ROW_VISION), 0),
     Case(
         "siglip2",

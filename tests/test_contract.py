@@ -1,6 +1,8 @@
 """What every backbone keeps, over all cases in cases.py."""
 
+import contextlib
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from cases import Clip, case_parameters, clips_of, randomize, seeded
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import InjectionError
 from sta_adapter.hooks import Hook
 
@@ -41,6 +44,12 @@ def close(found, expected, tolerance=1e-5):
     )
 
 
+def loss_of(features):
+    """A number that depends on every feature; their squares would not, behind a norm that gives all one length."""
+    generator = torch.Generator().manual_seed(0)
+    return sum((f.float() * torch.randn(f.shape, generator=generator)).mean() for f in features)
+
+
 @every_case
 @every_order
 def test_a_fresh_injection_changes_nothing(case, order):
@@ -57,7 +66,7 @@ def test_a_fresh_injection_changes_nothing(case, order):
 def test_only_sta_trains_and_all_of_it(case, order):
     model, handle = injected(case, order=order)
     handle.freeze_base()
-    sum(f.square().mean() for f in case.run(model.train(), clips_of(*case.lengths[-1]))).backward()
+    loss_of(case.run(model.train(), clips_of(*case.lengths[-1]))).backward()
     trained = {id(p) for p in handle.parameters()}
     assert len(trained) == len(list(handle.parameters())) > 0
     for name, parameter in model.named_parameters():
@@ -168,11 +177,11 @@ def test_single_frames_can_be_left_alone(case, order):
     assert not close(case.run(model, image), before)
 
 
-def gradients(case, model, handle, batches, together):
+def gradients(case, model, handle, batches, together=True):
     """STA's gradients of one loss over all batches, or of one loss each, backwards in reverse order of the forwards."""
     for parameter in handle.parameters():
         parameter.grad = None
-    losses = [sum(f.square().mean() for f in case.run(model, clips)) for clips in batches]
+    losses = [loss_of(case.run(model, clips)) for clips in batches]
     if together:
         sum(losses).backward()
     else:
@@ -181,22 +190,27 @@ def gradients(case, model, handle, batches, together):
     return [p.grad.clone() for p in handle.parameters()]
 
 
-@pytest.mark.parametrize("case", case_parameters(lambda case: case.checkpointing))
+@every_case
 @every_order
 @pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
 def test_gradients_under_checkpointing(case, order, reentrant):
     model, handle = injected(case, order=order)
     handle.freeze_base()
-    encoder = case.encoder(model).train()
     batches = [clips_of(*case.lengths[0]), [Clip(n + 1, 7 + i) for i, n in enumerate(case.lengths[0])]]
-    expected = gradients(case, model, handle, batches, together=True)
+    expected = gradients(case, model, handle, batches)
+    encoder = case.encoder(model).train()
     if not enable_checkpointing(model, encoder, reentrant):
         pytest.skip("this version's tower can't checkpoint")
+    calls = []
+    spec = get_backbone(case.backbone)
+    first = encoder.get_submodule(spec.blocks)[0].get_submodule(spec.norm)
+    first.register_forward_hook(lambda *_: calls.append(1))
     for together in (True, False):
         for order_of_batches in (batches, batches[::-1]):
             found = gradients(case, model, handle, order_of_batches, together)
             for a, b in zip(found, expected, strict=True):
                 assert (a - b).norm() <= 1e-5 * b.norm()
+    assert len(calls) > 4 * len(batches), "nothing was computed again"
 
 
 def enable_checkpointing(model, encoder, reentrant):
@@ -210,15 +224,36 @@ def enable_checkpointing(model, encoder, reentrant):
 
 
 @every_case
-def test_autocast_and_half_models(case):
-    model, _ = injected(case)
+def test_autocast(case):
+    model, handle = injected(case)
+    handle.freeze_base()
     clips = clips_of(*case.lengths[0])
-    expected = case.run(model, clips)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    expected, slopes = case.run(model, clips), torch.cat([g.flatten() for g in gradients(case, model, handle, [clips])])
+    with torch.autocast("cpu", torch.bfloat16):
         assert close([f.float() for f in case.run(model, clips)], expected, 0.2)
-    half = seeded(case.make).to(torch.bfloat16)
-    handle = inject_sta(half)
+        found = torch.cat([g.flatten() for g in gradients(case, model, handle, [clips])])
+    assert found.dtype == torch.float32
+    assert (found - slopes).norm() <= 0.2 * slopes.norm()
+
+
+@every_case
+def test_half_models(case):
+    clips = clips_of(*case.lengths[0])
+    expected = case.run(injected(case)[0], clips)
+    half = dataclasses.replace(
+        case,
+        make=lambda: case.make().to(torch.bfloat16),
+        arguments=lambda clips: {
+            k: v.bfloat16() if v.is_floating_point() else v for k, v in case.arguments(clips).items()
+        },
+    )
+    torch.manual_seed(0)
+    model = half.make().eval()
+    handle = inject_sta(model)
     assert {p.dtype for p in handle.parameters()} == {torch.bfloat16}
+    for module in handle.blocks.values():
+        randomize(module)
+    assert close([f.float() for f in half.run(model, clips)], expected, 0.2)
 
 
 @every_case
@@ -298,9 +333,8 @@ def test_with_lora(case, when, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     for module in handle.blocks.values():
         randomize(module)
-    sum(f.square().mean() for f in case.run(wrapped, clips)).backward()
-    if when == "STA first":
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
+    loss_of(case.run(wrapped, clips)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
     expected = case.run(wrapped, clips)
     assert not close(expected, base)
     handle.save_pretrained(tmp_path)
@@ -326,13 +360,19 @@ def test_generate(case):
     options = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     before = model.generate(**prompt, **options)
     handle = inject_sta(model)
-    same = model.generate(**prompt, **options)
+    seen = []
+    handle.blocks[0].register_forward_pre_hook(
+        lambda module, args: seen.append([frames for frames, _ in args[1].clips])
+    )
+    with handle.clips([4]) if case.tell_model else contextlib.nullcontext():
+        same = model.generate(**prompt, **options)
+        for module in handle.blocks.values():
+            randomize(module)
+        other = model.generate(**prompt, **options)
+        with handle.disabled():
+            again = model.generate(**prompt, **options)
+    assert seen == [[4], [4]], "the encoder ran once for each answer, on the prompt's one clip"
     assert torch.equal(same.sequences, before.sequences)
     assert all(torch.equal(a, b) for a, b in zip(same.scores, before.scores, strict=True))
-    for module in handle.blocks.values():
-        randomize(module)
-    other = model.generate(**prompt, **options)
     assert not torch.equal(other.scores[0], before.scores[0])
-    with handle.disabled():
-        again = model.generate(**prompt, **options)
     assert torch.equal(again.scores[0], before.scores[0])

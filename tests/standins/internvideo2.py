@@ -177,6 +177,11 @@ class PretrainVisionTransformer(nn.Module):
             for i, rate in enumerate(rates)
         )
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+        """By the name of transformers; the published class takes `checkpoint_num` when it is made."""
+        for block in self.blocks:
+            block.with_cp, block.use_reentrant = True, gradient_checkpointing_kwargs["use_reentrant"]
+
     def positions(self, frames):
         """(1, 1 + frames * N, C): the learned positions, stretched over the frames; their mean for an image."""
         grid = self.pos_embed[:, 1:].unflatten(1, (self.patch_embed.grid_size[0], -1))
@@ -223,8 +228,18 @@ class InternVideo2_VideoChat2(nn.Module):
 
     def forward(self, input_ids, video=None):
         """Logits of the text (B, L) after the video's tokens (B, 1 + T * N); video is (B, channels, T, H, W)."""
+        return self.lm(inputs_embeds=self._embeddings(input_ids, video)).logits
+
+    @torch.no_grad()
+    def generate(self, input_ids, video=None, **options):
+        """Tokens that follow."""
+        embeddings = self._embeddings(input_ids, video)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+        return self.lm.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+
+    def _embeddings(self, input_ids, video):
         embeddings = self.lm.get_input_embeddings()(input_ids)
-        if video is not None:
-            seen = self.project_up(self.vision_encoder(video, use_image=video.shape[2] == 1))
-            embeddings = torch.cat([seen, embeddings], dim=1)
-        return self.lm(inputs_embeds=embeddings).logits
+        if video is None:
+            return embeddings
+        seen = self.project_up(self.vision_encoder(video, use_image=video.shape[2] == 1))
+        return torch.cat([seen, embeddings], dim=1)

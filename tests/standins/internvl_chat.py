@@ -85,6 +85,11 @@ class InternVisionModel(nn.Module):
         self.embeddings = InternVisionEmbeddings(self.config)
         self.encoder = InternVisionEncoder(self.config)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+        """By the name of transformers."""
+        self.encoder.gradient_checkpointing = True
+        self.encoder.use_reentrant = gradient_checkpointing_kwargs["use_reentrant"]
+
     def forward(self, pixel_values=None, output_hidden_states=None, return_dict=None, pixel_embeds=None):
         states = self.encoder(self.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds)
         states, last = tuple(states), states[-1]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer as Tower
@@ -13,6 +16,13 @@ except ImportError:
 
 class SigLipVisionTransformer(Tower):
     """The tower, spelled as there."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+        """Before transformers 5, only the module around the tower has this."""
+        if hasattr(Tower, "gradient_checkpointing_enable"):
+            return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.encoder.gradient_checkpointing = True
+        self.encoder._gradient_checkpointing_func = partial(checkpoint, **gradient_checkpointing_kwargs)
 
 
 class LlavaMetaForCausalLM:
@@ -30,11 +40,23 @@ class LlavaMetaForCausalLM:
 
 
 class LlavaQwenForCausalLM(nn.Module, LlavaMetaForCausalLM):
-    """A tower, and features in the place of text."""
+    """A tower, and a language model that reads its features in front of the text."""
 
     def __init__(self, config) -> None:
         super().__init__()
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
         self.vision_tower = SigLipVisionTransformer(config)
+        sizes = {"vocab_size": 64, "hidden_size": config.hidden_size, "intermediate_size": 48, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+        self.model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
 
     def forward(self, input_ids: Tensor, images=None, modalities=["image"]) -> Tensor:
         return self.prepare_inputs_labels_for_multimodal(input_ids, None, None, None, None, images, modalities)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor, images=None, modalities=["image"], **options):
+        features = self(inputs, images, modalities).flatten(0, 1)[None]
+        embeddings = torch.cat([features, self.model.get_input_embeddings()(inputs)], dim=1)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+        return self.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
