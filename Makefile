@@ -20,7 +20,9 @@ test-old: .venv-4.45.2/.ready .venv-4.57.6/.ready
 	.venv-4.57.6/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS)
 
 OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.py tests/test_inject.py \
-	tests/test_tiny_base.py tests/test_videorope.py tests/test_internvideo2.py tests/test_internvideo2_5.py
+	tests/test_tiny_base.py tests/test_videorope.py tests/test_videorope_backbone.py tests/test_videorope_changes.py \
+	tests/test_qwen2_vl_positions.py tests/test_internvideo2.py tests/test_internvideo2_5.py tests/test_clip_sources.py \
+	tests/test_inspection.py tests/test_plugin.py
 
 # Models with STA inside lmms-eval. It pins an older PyAV than ours, with which it runs all the same, and brings a hundred
 # packages: an environment of its own, over the main one, with those that it needs for this.
