@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import get_worker_info
 
 from sta_adapter.encoding import Visual, temporal_patch
 from sta_adapter.frames import fit_frames, read_image
@@ -63,7 +64,7 @@ class ClipReader:
         if part["type"] == "image":
             return Visual("image", read_image(part["image"]))
         frames, _, metadata = self._clip(part)
-        frames = np.ascontiguousarray(frames[self._order(len(frames), index)])
+        frames = frames[self._order(len(frames), index)]
         low, high = self._pixel_limits(part)
         resized = low is not None or high is not None
         if resized:
@@ -87,14 +88,15 @@ class ClipReader:
         start, end = part.get("video_start"), part.get("video_end")
         if "folder_fps" in part:
             return read_folder(part["video"], part["folder_fps"], start=start, end=end, **rate)
-        return read_clip(part["video"], start=start, end=end, backend=settings.backend, **rate)
+        threads = None if get_worker_info() is None else 1  # workers are processes enough
+        return read_clip(part["video"], start=start, end=end, backend=settings.backend, threads=threads, **rate)
 
-    def _order(self, count: int, index: int) -> np.ndarray:
+    def _order(self, count: int, index: int) -> np.ndarray | slice:
         if self.frame_order == "reversed":
             return np.arange(count)[::-1]
         if self.frame_order == "shuffled":
             return np.random.default_rng((self.seed, index)).permutation(count)
-        return np.arange(count)
+        return slice(None)  # spares a copy
 
     def _pixel_limits(self, part: dict[str, Any]) -> tuple[int | None, int | None]:
         """Limits of a frame's area: the part's own, else the settings', if the size of a token is known."""

@@ -179,6 +179,18 @@ def test_workers_give_the_same_tensors(trouble, processor, timeout):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != "bad_samples")
 
 
+@pytest.mark.parametrize("timeout", [60.0, None], ids=["isolated", "without_limit"])
+@pytest.mark.parametrize(("workers", "threads"), [(0, None), (2, 1)], ids=["none", "workers"])
+def test_workers_decode_by_one_thread_each(tmp_path, monkeypatch, processor, workers, threads, timeout):
+    def reading(path, **options):
+        raise VideoError(f"threads={options['threads']}")
+
+    monkeypatch.setattr(clips, "read_clip", reading)
+    dataset = VideoDataset(write_samples(tmp_path, 2), processor, frames=AS_IS, decode_timeout=timeout)
+    (batch,) = load(dataset, processor, workers)
+    assert [message.rsplit(": ", 1)[1] for message in batch["bad_samples"]] == [f"threads={threads}"] * 2
+
+
 def test_an_error_in_a_worker_is_told_plainly(trouble, processor):
     file, what = trouble
     what["3.mp4"] = "crash"

@@ -131,6 +131,17 @@ def test_torchcodec_returns_the_same_or_declines(video, name):
         np.testing.assert_array_equal(clip.frames, expected.frames)
 
 
+@pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
+@pytest.mark.parametrize("name", ["groups.mp4", "b_frames.mp4", "lossless.mkv", "vp9.webm"])
+def test_any_number_of_threads_gives_the_same_frames(video, name, backend):
+    if backend != "pyav":
+        pytest.importorskip(backend, exc_type=Exception)
+    expected = read_clip(video(name), num_frames=1000, backend="pyav").frames
+    for threads in (1, 3):
+        clip = read_clip(video(name), num_frames=1000, backend=backend, threads=threads)
+        np.testing.assert_array_equal(clip.frames, expected)
+
+
 def test_av1_goes_to_pyav(tmp_path, capfd):
     path = write(tmp_path / "av1.mp4", codec="libsvtav1", options={"svtav1-params": "lp=1"})
     capfd.readouterr()
@@ -369,6 +380,10 @@ def test_ranges_without_a_frame(video, how, message):
         ({"end": 0}, "end is 0; expected a finite number above 0"),
         ({"start": 2, "end": 1}, "start=2 and end=1 leave no time"),
         ({"start": 1, "end": 1}, "start=1 and end=1 leave no time"),
+        ({"threads": 0}, "threads is 0; expected a whole number from 1 to 256, or None"),
+        ({"threads": 10**12}, "threads is 1000000000000; expected"),
+        ({"threads": True}, "threads is True"),
+        ({"threads": "2"}, "threads is '2'"),
         ({"backend": "opencv"}, "no video backend is called 'opencv'; choose auto, decord, pyav, torchcodec"),
     ],
     ids=lambda value: str(value).replace(" ", "")[:40] if isinstance(value, dict) else "",

@@ -20,7 +20,7 @@ class DeclinedError(Exception):
     """A backend can't read this file, or not as PyAV does; the message says why."""
 
 
-def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
+def decode_pyav(table: FrameTable, indices: NDArray[np.int64], threads: int) -> Pixels:
     """Decode with PyAV: from the key frame before each wanted frame, or in order where the file can't be seeked."""
     av = import_av()
     converter = av.video.reformatter.VideoReformatter()  # one for all: making it costs more than a small frame
@@ -30,7 +30,7 @@ def decode_pyav(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     failure = "they are damaged or missing"
     for way in ways:
         try:
-            for index, frame in way(table, sorted(open_slots)):
+            for index, frame in way(table, sorted(open_slots), threads):
                 if not frame.is_corrupt:
                     picture = table.upright(converter.reformat(frame, format="rgb24").to_ndarray())
                     _check_size(picture, table)
@@ -53,7 +53,7 @@ def _check_size(picture: Pixels, table: FrameTable) -> None:
         )
 
 
-def _by_seeking(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tuple[int, Any]]:
     """Yield (index, frame) of wanted frames, jumping to the key frames in front of them."""
     from av.video.frame import PictureType
 
@@ -65,6 +65,7 @@ def _by_seeking(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any
         groups.setdefault(int(before[-1]) if before.size else 0, []).append(index)
     with open_video(table.path) as container:
         stream = video_stream(container)
+        stream.codec_context.thread_count = threads
         for key, group in groups.items():
             target = int(table.pts[key])
             container.seek(target, stream=stream, backward=True)
@@ -83,12 +84,14 @@ def _by_seeking(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any
                     break
 
 
-def _in_order(table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tuple[int, Any]]:
     """Yield (index, frame) of wanted frames, decoding from the beginning up to the last of them."""
     left = set(wanted)
     index_of = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
     with open_video(table.path) as container:
-        decoded = (frame for packet in container.demux(video_stream(container)) for frame in _frames_of(packet))
+        stream = video_stream(container)
+        stream.codec_context.thread_count = threads
+        decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet))
         for number, frame in enumerate(decoded):
             index = index_of.get(frame.pts, -1) if table.seekable else number
             if index in left:
@@ -120,7 +123,7 @@ def _compare_times(table: FrameTable, indices: NDArray[np.int64], count: int, ti
         raise DeclinedError("its timestamps are not those of the packets")
 
 
-def decode_decord(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
+def decode_decord(table: FrameTable, indices: NDArray[np.int64], threads: int) -> Pixels:
     """Decode with decord, whatever `decord.bridge` is set to."""
     try:
         import decord
@@ -130,7 +133,8 @@ def decode_decord(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
     if table.matrix != UNTURNED:
         raise DeclinedError("the file says to turn its pictures, which decord 0.6 gets wrong in most cases")
     try:
-        reader = decord.VideoReader(str(table.path), fault_tol=1e-9)  # else it repeats a frame for one it can't decode
+        # without fault_tol it repeats a frame for one that it can't decode
+        reader = decord.VideoReader(str(table.path), num_threads=threads, fault_tol=1e-9)
         own = reader.get_frame_timestamp(np.append(indices, 0))[:, 0]
         _compare_times(table, indices, len(reader), own[:-1] - own[-1])
         batch = reader.get_batch(indices)
@@ -138,10 +142,10 @@ def decode_decord(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
         raise
     except Exception as error:  # decord raises its own Exception children, RuntimeError, AssertionError, ...
         raise DeclinedError(_first_line(error)) from error
-    return np.array(batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy())  # a copy: the reader's memory goes
+    return batch.asnumpy() if hasattr(batch, "asnumpy") else np.array(batch.numpy())  # copies: the reader's memory goes
 
 
-def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
+def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64], threads: int) -> Pixels:
     """Decode with torchcodec on the CPU; it needs FFmpeg's shared libraries on the machine."""
     try:
         from torchcodec.decoders import VideoDecoder
@@ -151,7 +155,9 @@ def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64]) -> Pixels:
         raise DeclinedError(f"torchcodec is installed and doesn't load: {_first_line(error)}") from error
     _decline_unlike_pyav(table)
     try:
-        decoder = VideoDecoder(str(table.path), dimension_order="NHWC", seek_mode="exact")
+        decoder = VideoDecoder(
+            str(table.path), dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=threads or 1
+        )
         turns = getattr(decoder.metadata, "rotation", None) is not None
         if table.mirrored or (table.matrix != UNTURNED and not turns):
             raise DeclinedError("the file says to turn or mirror its pictures, which this torchcodec doesn't do")
@@ -169,12 +175,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-DECODERS: dict[str, Callable[[FrameTable, NDArray[np.int64]], Pixels]] = {
+DECODERS: dict[str, Callable[[FrameTable, NDArray[np.int64], int], Pixels]] = {
     "decord": decode_decord,
     "pyav": decode_pyav,
     "torchcodec": decode_torchcodec,
 }
 AUTOMATIC = ("decord", "pyav")
+MOST_THREADS = 256
 
 
 def check_backend(backend: str) -> None:
@@ -183,8 +190,17 @@ def check_backend(backend: str) -> None:
         raise ConfigError(f"no video backend is called {backend!r}; choose auto, {', '.join(DECODERS)}.")
 
 
-def decode(table: FrameTable, indices: NDArray[np.int64], backend: str) -> tuple[Pixels, str, str]:
-    """Decode the frames `indices` (T,) of a file.
+def check_threads(threads: int | None) -> None:
+    """Raise ConfigError unless `threads` is a number that decoders take."""
+    number = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
+    if threads is not None and not (number and 1 <= threads <= MOST_THREADS):
+        raise ConfigError(
+            f"threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}, or None for the decoder's choice."
+        )
+
+
+def decode(table: FrameTable, indices: NDArray[np.int64], backend: str, threads: int = 0) -> tuple[Pixels, str, str]:
+    """Decode the frames `indices` (T,) of a file by so many threads; 0 lets the decoder choose.
 
     Returns:
         The frames (T, H, W, 3), the backend that decoded them, and why it was that one.
@@ -192,7 +208,7 @@ def decode(table: FrameTable, indices: NDArray[np.int64], backend: str) -> tuple
     failures: list[str] = []
     for name in AUTOMATIC if backend == "auto" else (backend,):
         try:
-            frames = DECODERS[name](table, indices)
+            frames = DECODERS[name](table, indices, threads)
         except (DeclinedError, MissingExtraError) as error:
             if backend != "auto" and isinstance(error, MissingExtraError):
                 raise

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import VideoError
-from sta_adapter.video.decoders import check_backend, decode
+from sta_adapter.video.decoders import check_backend, check_threads, decode
 from sta_adapter.video.sampling import Sampling, choose_frames
 from sta_adapter.video.table import FrameTable, read_table
 
@@ -62,6 +62,7 @@ def read_clip(
     start: float | None = None,
     end: float | None = None,
     backend: str = "auto",
+    threads: int | None = None,
 ) -> Clip:
     """Read frames of a video file, sampled by time.
 
@@ -86,6 +87,7 @@ def read_clip(
         end: Second before which the wanted frames begin; past the file's end means up to it.
         backend: "auto" (decord where it is installed and reads the file as PyAV does, else PyAV), or by name
             "decord", "pyav" or "torchcodec".
+        threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the quickest.
 
     Raises:
         VideoError: The file is missing (then also a FileNotFoundError), no video, cut off or damaged where frames are
@@ -96,13 +98,14 @@ def read_clip(
     """
     sampling = Sampling(fps, num_frames, min_frames, max_frames, start, end)
     check_backend(backend)
+    check_threads(threads)
     table = read_table(path)
     _check_reach(table, sampling)
     try:
         indices = choose_frames(table.times, table.duration, sampling)
     except VideoError as error:
         raise VideoError(f"{table.path}: {error}") from error
-    frames, used, reason = decode(table, indices, backend)
+    frames, used, reason = decode(table, indices, backend, int(threads or 0))
     metadata = ClipMetadata(
         path=table.path,
         total_frames=len(table.times),

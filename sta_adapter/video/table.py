@@ -101,10 +101,19 @@ def _containers() -> str:
     return ",".join(sorted(import_av().formats_available - POINTERS))
 
 
-def open_video(path: Path) -> "InputContainer":
-    """Open a file for demuxing; the absolute path keeps FFmpeg from taking `a:b.mp4` for a protocol."""
-    options = {"format_whitelist": _containers()}
-    return import_av().open(str(path.absolute()), metadata_errors="replace", container_options=options)
+def open_video(path: Path, options: dict[str, str] | None = None) -> "InputContainer":
+    """Open a file for demuxing; the absolute path keeps FFmpeg from taking `a:b.mp4` for a protocol.
+
+    `options` are those of the decoders by which FFmpeg finds out what the streams are.
+    """
+    only = {"format_whitelist": _containers()}
+    return import_av().open(str(path.absolute()), metadata_errors="replace", container_options=only, options=options)
+
+
+def _probing(path: Path) -> dict[str, str]:
+    """Options for listing a file's frames: an MP4's header tells all that FFmpeg would decode the first frame for."""
+    with path.open("rb") as file:
+        return {"skip_frame": "all"} if file.read(8)[4:] == b"ftyp" else {}
 
 
 def video_stream(container: "InputContainer") -> "VideoStream":
@@ -158,19 +167,28 @@ def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[Pack
     first: VideoFrame | None = None
     seen, damaged = 0, False
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
+    stream.codec_context.options = {"threads": "1", "skip_loop_filter": "all"}  # nobody looks at the first frame
     for packet in container.demux(stream):
         if packet.is_corrupt:
             damaged = True
             first = first or next(iter(stream.decode(None)), None)
             break
-        if first is None:
-            first = next(iter(packet.decode()), None)
         is_flush = packet.size == 0 and packet.dts is None  # what PyAV ends with; an empty packet repeats a frame
+        is_shown = packet.size > 0 and not packet.is_discard  # discarded packets lie before an edit list's beginning
+        fresh = begins_afresh(codec, extradata, packet) if is_shown and packet.is_keyframe else None
+        if first is None:
+            first = next(iter(packet.decode()), None) or (_alone(stream) if fresh else None)
         seen += not is_flush
-        if packet.size > 0 and not packet.is_discard:  # discarded packets lie before an edit list's beginning
-            fresh = begins_afresh(codec, extradata, packet) if packet.is_keyframe else None
+        if is_shown:
             rows.append(PacketRow(packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0, fresh))
     return rows, not damaged and seen >= stream.frames, first
+
+
+def _alone(stream: "VideoStream") -> "VideoFrame | None":
+    """The frame that the decoder holds back until it has seen a few more, of which this one needs none."""
+    frames = stream.decode(None)
+    stream.codec_context.flush_buffers()
+    return next(iter(frames), None)
 
 
 def _without_gaps(rows: list[PacketRow]) -> list[PacketRow]:
@@ -204,7 +222,7 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
     path = _checked_path(path)
     av = import_av()
     try:
-        with open_video(path) as container:
+        with open_video(path, _probing(path)) as container:
             return _table_of(container, path)
     except VideoError:
         raise
