@@ -5,6 +5,7 @@ Public: `load_model(id_or_folder)`, `load_processor(id_or_folder)`, `load_adapte
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
+QUANTIZED = ("4bit", "8bit")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -22,6 +24,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -31,11 +34,13 @@ def load_model(
         name: Hub id or folder.
         dtype: "auto" (as saved; fp32 where there is no CUDA), "bf16", "fp16" or "fp32".
         device: where to; None takes CUDA if there is one.
+        quantize: "4bit" (NF4, as QLoRA has it) or "8bit" weights, by bitsandbytes. STA and LoRA stay floating point.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
         CheckpointError: it can't be had, or is no model for images or video and text.
+        MissingExtraError: quantized weights were asked for, and bitsandbytes is not installed.
     """
     import transformers
 
@@ -45,13 +50,36 @@ def load_model(
     wanted: Any = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    narrow = (
+        {} if quantize is None else {"quantization_config": _quantization(quantize, wanted), "device_map": {"": where}}
+    )
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
         loader = auto_class(transformers, config)
-        model = loader.from_pretrained(name, **{"dtype" if release >= (4, 56) else "torch_dtype": wanted}, **options)
+        kwargs = {"dtype" if release >= (4, 56) else "torch_dtype": wanted, **narrow, **options}
+        model = loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
-    return model.to(where).eval()
+    return (model if getattr(model, "is_quantized", False) else model.to(where)).eval()
+
+
+def _quantization(kind: str, dtype: Any) -> Any:
+    """The settings for bitsandbytes, which computes in `dtype`; "auto" means bfloat16."""
+    if kind not in QUANTIZED:
+        raise ConfigError(f"quantize is {kind!r}, expected one of {', '.join(QUANTIZED)}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"weights in {kind} need a package more: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def auto_class(transformers: Any, config: Any) -> Any:

@@ -38,7 +38,7 @@ OPTIONS = {
         "videos": "v",
     },
     **{"format": "ssv2", "overwrite": True, "learning_rate": 1e-3, "batch_size": 8, "max_steps": 5, "epochs": 2.0},
-    **{"on_bad_sample": "error", "trust_remote_code": True, "dtype": "bf16", "revision": "main"},
+    **{"on_bad_sample": "error", "trust_remote_code": True, "dtype": "bf16", "quantize": "4bit", "revision": "main"},
 }
 
 

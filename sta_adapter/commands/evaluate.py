@@ -14,7 +14,15 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, data_options, model_options, option
+from sta_adapter.commands.options import (
+    Grouped,
+    adapter_options,
+    base_model_of,
+    data_options,
+    model_options,
+    option,
+    quantize_option,
+)
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
 from sta_adapter.eval_sets import BENCHMARKS
 
@@ -51,6 +59,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("How", "--seed", type=int, metavar="N", default=0, help="Of shuffling and intervals. [default: 0]")
 @option("How", "--on-bad-sample", type=BAD, metavar="WHAT", default="skip", help="skip or error. [default: skip]")
 @option("How", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
+@quantize_option
 @model_options
 @adapter_options
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
@@ -62,7 +71,8 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     samples, notes = _samples(options)
     processor = load_processor(model, **source)
     dataset = _dataset(samples, processor, adapter, options)
-    net = load_model(model, dtype=options["dtype"] or "auto", device=options["device"], **source)
+    how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}
+    net = load_model(model, **how, **source)
     if adapter is not None:
         net = load_adapter(net, adapter, base_model=base_model_of(options["any_base"]))
     runs: dict[str, Any] = {"base": _without(net)} if base or adapter is None else {}
@@ -71,7 +81,9 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     results = {}
     for name, switched in runs.items():
         with switched:
-            tag = f"{model} {adapter} {_fingerprint(adapter)}" if adapter and name == "adapter" else model
+            tag = f"{model} {options['quantize']}" if options["quantize"] else model
+            if adapter and name == "adapter":
+                tag += f" {adapter} {_fingerprint(adapter)}"
             results[name] = _measure(net, dataset, tag, name, out, options)
     for result in (result for orders in results.values() for result in orders.values()):
         if not result.predictions:

@@ -1,6 +1,6 @@
 """What the commands share: options under headings, settings by name, and the options that say how a model is loaded.
 
-Public: `Grouped`, `option`, `model_options`, `adapter_options`, `data_options`, `parse_settings`, `merged`.
+Public: `Grouped`, `option`, `model_options`, `adapter_options`, `quantize_option`, `data_options`, `parse_settings`, `merged`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ def adapter_options(command: Any) -> Any:
     return option("Model", "--any-base", is_flag=True, help="Take another base than the adapter names, if it fits.")(
         command
     )
+
+
+def quantize_option(command: Any) -> Any:
+    """Whether the base's weights are narrowed."""
+    choice = click.Choice(["4bit", "8bit"])
+    return option("Model", "--quantize", type=choice, metavar="BITS", help="The base in 4bit (QLoRA) or 8bit.")(command)
 
 
 def base_model_of(any_base: bool) -> str | None:

@@ -9,12 +9,33 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, data_options, merged, model_options, option, parse_settings
+from sta_adapter.commands.options import (
+    Grouped,
+    data_options,
+    merged,
+    model_options,
+    option,
+    parse_settings,
+    quantize_option,
+)
 from sta_adapter.errors import ConfigError
 
 # options that are settings of the run itself, not of TrainingConfig
 FLAGS = ("overwrite", "trust_remote_code")
-RUN_OPTIONS = ("model", "data", "eval_data", "out", "stage", "adapter", "revision", "dtype", "videos", "format", *FLAGS)
+RUN_OPTIONS = (
+    "model",
+    "data",
+    "eval_data",
+    "out",
+    "stage",
+    "adapter",
+    "revision",
+    "dtype",
+    "quantize",
+    "videos",
+    "format",
+    *FLAGS,
+)
 STAGES = click.Choice(["1", "2", "both"])
 
 
@@ -42,6 +63,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Settings", "--max-steps", type=int, metavar="N", help="Instead of epochs; tar shards need it.")
 @option("Settings", "--epochs", type=float, metavar="N", help="[default: 1]")
 @option("Settings", "--on-bad-sample", type=click.Choice(["skip", "error"]), metavar="WHAT", help="skip or error.")
+@quantize_option
 @model_options
 def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
@@ -82,7 +104,8 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     how = {"format": run["format"], "videos": run["videos"]}
     data = open_data(run["data"], processor, settings, **how)
     eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
-    model = load_model(run["model"], dtype=run["dtype"] or "auto", device="cpu", **source)  # the trainer moves it
+    narrow = run["quantize"]
+    model = load_model(run["model"], dtype=run["dtype"] or "auto", device=_device(narrow), quantize=narrow, **source)
     if run["adapter"]:
         model = load_adapter(model, run["adapter"], is_trainable=True)
     result = train(
@@ -96,6 +119,15 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     )
     if is_first():
         _report(run["model"], result)
+
+
+def _device(narrow: str | None) -> str:
+    """Where the base is loaded: quantised weights can't move, others are moved by the trainer."""
+    if narrow is None:
+        return "cpu"
+    from sta_adapter.stages import join_processes
+
+    return str(join_processes().device)
 
 
 def _report(model: str, result: Any) -> None:
