@@ -33,12 +33,20 @@ TEMPLATES = {
     "qwen2_vl": ("{% for m in messages %}" + DEFAULT_SYSTEM + CHATML_TURN + "{% endfor %}" + ASK, "<|im_end|>"),
     "qwen2_5_vl": ("{% for m in messages %}" + DEFAULT_SYSTEM + CHATML_TURN + "{% endfor %}" + ASK, "<|im_end|>"),
     "qwen3_vl": (SYSTEM_FIRST + ASK, "<|im_end|>"),
+    "videorope": ("{% for m in messages %}" + DEFAULT_SYSTEM + CHATML_TURN + "{% endfor %}" + ASK, "<|im_end|>"),
     "internvl3": (
         VISUALS_FIRST.replace("SEPARATOR", "'\n'").replace("AFTER", "'\n'"),
         "<|im_end|>",
     ),
     "llava_onevision": (
         VISUALS_FIRST.replace("SEPARATOR", "('\n' if m['role'] == 'assistant' else ' ')").replace("AFTER", "''"),
+        "<|im_end|>",
+    ),
+    "video_llama_3": (  # visuals each on a line of their own, no system of the template's
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        + PARTS.replace("<|vision_end|>' }}", "<|vision_end|>\n' }}")
+        + "{{ '<|im_end|>\n' }}{% endfor %}"
+        + ASK,
         "<|im_end|>",
     ),
     "glm4_1v": (

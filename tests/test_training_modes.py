@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from sta_adapter import inject_sta
 from sta_adapter.data import VideoDataset
-from sta_adapter.errors import MissingExtraError
+from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.modes import activation_checkpointing
 from sta_adapter.training import TrainingConfig, train
 
@@ -58,6 +58,13 @@ def test_bf16_on_the_cpu(tmp_path, model, dataset):  # noqa: F811
     assert dtypes == {torch.bfloat16}
     assert {p.dtype for p in result.handle.parameters()} == {torch.float32}
     assert losses(result, "1")[-1] < losses(result, "1")[0]
+
+
+def test_fp16_is_not_silently_fp32(tmp_path, model, dataset, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("sta_adapter.stages._has_accelerator", lambda: False)
+    config = TrainingConfig(**FAST, precision="fp16")
+    with pytest.raises(ConfigError, match="precision fp16 needs a GPU"):
+        train(model, dataset, output_dir=tmp_path, stage="1", config=config, progress=False)
 
 
 class QuantisedLinear(nn.Linear):
@@ -163,3 +170,34 @@ def test_best_checkpoint_outlives_newer_ones(tmp_path, model, dataset):  # noqa:
     published = load_file(tmp_path / "sta_adapter.safetensors")
     assert all(torch.equal(best[key], published[key]) for key in best)
     assert result.stages["1"]["steps"] == 6
+
+
+def test_a_run_can_end_early(tmp_path, model, dataset):  # noqa: F811
+    """Evaluations that grow no better, and transformers' own callback; the best one is what comes out."""
+    from transformers import EarlyStoppingCallback
+
+    scores = iter([0.5, 0.9, 0.2, 0.3])
+    result = train(
+        model,
+        dataset,
+        output_dir=tmp_path,
+        stage="1",
+        config=TrainingConfig(**FAST, eval_steps=1),
+        measure=lambda net: {"a": next(scores)},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        progress=False,
+    )
+    assert result.stages["1"]["steps"] == 4
+    best = load_file(tmp_path / "stage1" / "checkpoint-2" / "sta_adapter.safetensors")
+    published = load_file(tmp_path / "sta_adapter.safetensors")
+    assert all(torch.equal(best[key], published[key]) for key in best)
+
+
+def test_a_bar_shows_steps_and_losses(tmp_path, model, dataset, capsys):  # noqa: F811
+    config = TrainingConfig(**FAST, eval_steps=3)
+    train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_data=dataset)
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("stage 1: 100%")
+    assert "6/6" in last
+    assert "eval_loss" not in last
+    assert last.count("loss=") == 1
