@@ -141,8 +141,8 @@ class AdapterTrainer(Trainer):
                 logger.warning("skipped a bad sample (%d so far): %s", len(self.bad_samples), message)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the base class, on the usable samples."""
-        inputs.pop("bad_samples", None)
+        """As the base class, on the usable samples; the others are counted as in training."""
+        self._count(inputs.pop("bad_samples", []))
         if "input_ids" not in inputs:
             if not is_parallel():
                 return None, None, None

@@ -335,6 +335,22 @@ def test_bad_samples_are_counted(tmp_path, model, processor, spoilt, size):
     assert all(torch.isfinite(p).all() for p in result.handle.parameters())
 
 
+def test_bad_samples_to_measure_on_are_counted(tmp_path, model, processor, dataset, spoilt):
+    config = TrainingConfig(**{**FAST, "max_steps": 2, "eval_steps": 1, "num_workers": 0}, frames=AS_IS)
+    result = train(
+        model,
+        dataset,
+        eval_data=spoilt,
+        processor=processor,
+        output_dir=tmp_path / "out",
+        stage="1",
+        config=config,
+        progress=False,
+    )
+    assert sorted(message.split(": ")[0][-6:] for message in result.bad_samples) == ["line 2", "line 3"]
+    assert all(entry["eval_loss"] > 0 for entry in result.history if "eval_loss" in entry)
+
+
 def test_bad_samples_stop_the_run_if_asked(tmp_path, model, processor, spoilt):
     config = TrainingConfig(**{**FAST, "num_workers": 0}, frames=AS_IS, on_bad_sample="error")
     with pytest.raises(DataError, match=r"data.jsonl, line [23]: "):
