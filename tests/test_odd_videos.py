@@ -1,6 +1,7 @@
 """Files that once were read wrongly, hung, crashed or gave an error that is not ours."""
 
 import os
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -29,6 +30,7 @@ def test_made_up_timestamps_do_not_reorder_frames(tmp_path, name, backend):
         ("jumps.nut", {"codec": "huffyuv", "pix_fmt": "yuv422p"}, "seeking in it is not exact"),
         ("fields.mp4", {"options": {"flags": "+ilme+ildct"}}, "interlaced"),
         ("quarter.mkv", {"codec": "ffv1", "pix_fmt": "yuv410p"}, "its colour"),
+        ("columns.mkv", {"codec": "ffv1", "pix_fmt": "yuv411p"}, "its colour"),
         ("rows.mkv", {"codec": "ffv1", "pix_fmt": "yuv440p"}, "its colour"),
         ("deep.mkv", {"codec": "ffv1", "pix_fmt": "rgb48le"}, "its colour"),
         ("rare.avi", {"codec": "h263p"}, "its codec"),
@@ -45,6 +47,37 @@ def test_what_decord_read_otherwise_or_crashed_at_is_left_to_pyav(tmp_path, name
     pytest.importorskip("decord")
     with pytest.raises(BackendError, match=f"decord: .*{why}"):
         read_clip(path, backend="decord")
+
+
+def in_pairs(path):
+    """The same packets, of which two at a time have one timestamp."""
+    made = path.with_name(f"in-{path.name}")
+    with av.open(str(path)) as whole, av.open(str(made), "w") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for number, packet in enumerate(p for p in whole.demux(video=0) if p.size):
+            packet.stream, packet.time_base = stream, Fraction(1, 10)
+            packet.pts, packet.dts = number // 2 * 2, number - 20
+            container.mux(packet)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "why"),
+    [
+        ("askew.mp4", {"rotation": 45}, "not by quarters"),
+        ("askew.mkv", {"rotation": 45}, "not by quarters"),
+        ("pairs.mkv", {"codec": "mpeg4"}, "its timestamps don't name its frames"),
+    ],
+)
+def test_what_torchcodec_read_otherwise_is_left_to_pyav(tmp_path, name, how, why):
+    path = write(tmp_path / name, **how)
+    path = in_pairs(path) if name == "pairs.mkv" else path
+    frames, _, metadata = read_clip(path, num_frames=1, start=0.3)
+    if "rotation" not in how:
+        np.testing.assert_array_equal(frames, decode_all(path)[0][list(metadata.indices)])
+    pytest.importorskip("torchcodec", exc_type=Exception)
+    with pytest.raises(BackendError, match=f"torchcodec: .*{why}"):
+        read_clip(path, num_frames=1, start=0.3, backend="torchcodec")
 
 
 def with_streams(path, *sizes, cover=False):

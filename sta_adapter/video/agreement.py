@@ -50,4 +50,5 @@ def blends_colour(frame: "VideoFrame") -> bool:
     shape = frame.format
     rows_shared, columns_shared = shape.chroma_height(4) < 4, shape.chroma_width(4) < 4
     odd = rows_shared and (frame.height % 2 == 1 or not columns_shared or shape.chroma_height(4) < 2)
+    odd = odd or shape.chroma_width(4) < 2
     return odd or shape.has_palette or any(component.bits > 8 for component in shape.components)

@@ -161,6 +161,10 @@ def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64], threads: in
         turns = getattr(decoder.metadata, "rotation", None) is not None
         if table.mirrored or (table.matrix != UNTURNED and not turns):
             raise DeclinedError("the file says to turn or mirror its pictures, which this torchcodec doesn't do")
+        if min(map(abs, table.matrix[:2])):
+            raise DeclinedError("the file says to turn its pictures, but not by quarters")
+        if not table.seekable:
+            raise DeclinedError("its timestamps don't name its frames, and torchcodec finds frames by them")
         batch = decoder.get_frames_at([*indices.tolist(), 0])
     except DeclinedError:
         raise

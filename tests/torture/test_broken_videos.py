@@ -22,7 +22,8 @@ from sta_adapter.video import read_clip
 CASES = corpus()
 CHUNKS = max(1, len(CASES) // int(os.environ.get("STA_TORTURE_VIDEOS", 160)))
 FIGURES = os.environ.get("STA_TORTURE_FIGURES")
-BACKENDS = tuple(name for name, package in (("pyav", "av"), ("decord", "decord")) if find_spec(package))
+PACKAGES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
+BACKENDS = tuple(name for name, package in PACKAGES.items() if find_spec(package))
 UNLIKE_PLAIN = ("odd-turned", "odd-fast", "codec-libsvtav1.avif")  # turned; cut by an edit list; a still picture first
 EVERYTHING = {"num_frames": 1000}
 SECONDS, MEGABYTES = 60, 500  # a call may take; by which the reading process may grow
