@@ -21,8 +21,10 @@ class SigLipVisionTransformer(Tower):
         """Before transformers 5, only the module around the tower has this."""
         if hasattr(Tower, "gradient_checkpointing_enable"):
             return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-        self.encoder.gradient_checkpointing = True
-        self.encoder._gradient_checkpointing_func = partial(checkpoint, **gradient_checkpointing_kwargs)
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpoint, **gradient_checkpointing_kwargs)
 
 
 class LlavaMetaForCausalLM:
