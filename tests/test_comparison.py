@@ -120,6 +120,13 @@ def test_few_clips_and_a_model_that_is_better_without_order():
     ]
 
 
+@pytest.mark.parametrize(("count", "few"), [(29, True), (30, False)])
+def test_how_many_clips_are_few(count, few):
+    orders = {"ordered": result([1] * count), "reversed": result([0] * count)}
+    reading = compare({"base": orders}, range(count))["reading"]
+    assert any(f"Only {count} clips: too few" in line for line in reading) is few
+
+
 def test_clips_and_chance():
     def sample(name, options):
         parts = [{"type": "video", "video": name}, {"type": "text", "text": "?"}]
@@ -158,6 +165,9 @@ def test_text_fits_the_screen(report):
     assert max(map(len, as_text({name: {"ordered": wide} for name in ("base", "adapter")}).split("\n"))) <= 80
     lines = as_text(report).split("\n")
     assert max(map(len, lines)) <= 80
+    assert [["right,", "%", "of"], ["difference", "points", "clips"]] == [
+        b.split("\n")[0].split() for b in as_text(report).split("\n\n")[:2]
+    ]
     text = " ".join(" ".join(lines).split())
     for words in ("base, reversed", "by category, ordered", "Information Synopsis", "Asked without subtitles."):
         assert words in text

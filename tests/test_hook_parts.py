@@ -111,3 +111,18 @@ def test_threads_that_see_many_kinds_of_calls(injection):
         thread.join()
     assert not failures
     assert len(injection.calls) <= CALLS_KEPT + len(threads)
+
+
+def test_the_clips_told_last_count_and_those_before_come_back(injection):
+    assert injection.clip_lengths is None
+    with pytest.raises(ZeroDivisionError), injection.clips((4,)):
+        assert injection.clip_lengths == (4,)
+        injection.tell((2, 2))
+        assert injection.clip_lengths == (2, 2)
+        with injection.clips((3,)):
+            assert injection.clip_lengths == (3,)
+        assert injection.clip_lengths == (2, 2)
+        injection.tell(None)
+        assert injection.clip_lengths == (4,)
+        raise ZeroDivisionError
+    assert injection.clip_lengths is None
