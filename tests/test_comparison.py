@@ -165,9 +165,8 @@ def test_text_fits_the_screen(report):
     assert max(map(len, as_text({name: {"ordered": wide} for name in ("base", "adapter")}).split("\n"))) <= 80
     lines = as_text(report).split("\n")
     assert max(map(len, lines)) <= 80
-    assert [["right,", "%", "of"], ["difference", "points", "clips"]] == [
-        b.split("\n")[0].split() for b in as_text(report).split("\n\n")[:2]
-    ]
+    heads = [block.split("\n")[0].split() for block in as_text(report).split("\n\n")[:2]]
+    assert heads == [["right,", "%", "of"], ["difference", "points", "clips"]]
     text = " ".join(" ".join(lines).split())
     for words in ("base, reversed", "by category, ordered", "Information Synopsis", "Asked without subtitles."):
         assert words in text
