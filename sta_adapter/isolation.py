@@ -7,6 +7,7 @@ gets it killed; the next call forks another one. It offers itself to the kernel'
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import mmap
 import os
@@ -27,6 +28,7 @@ from sta_adapter.errors import DataError, STAError, VideoError
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
 
+KEPT = {-1: 256 << 20, -3: 32 << 20}  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 SHARED = hasattr(os, "memfd_create")  # not in every build of Python
 
 
@@ -126,6 +128,7 @@ def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+    _keep_memory()
     while True:
         try:
             args = pipe.recv()
@@ -138,6 +141,14 @@ def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None
             reply = (False, _portable(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(pipe, reply)
+
+
+def _keep_memory() -> None:
+    """Freed memory stays with the process: the next clip needs as much, and milliseconds to get it from the kernel."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, size in KEPT.items():
+            mallopt(option, size)
 
 
 def _portable(error: Exception) -> Exception:
