@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_qwen import make_processor, moving_square, write_video
 
+from sta_adapter import samples
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.formats import FORMATS, recognise
@@ -156,6 +157,17 @@ def test_several_clips_and_places_in_the_question():
     assert [part.get(part["type"]) for part in content[:6]] == [
         *("First ", "/v/a.mp4", ", then ", "/v/b.mp4", ", and ", "/v/c.png"),
     ]
+
+
+@pytest.mark.parametrize("key", ["nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "fps"])
+def test_settings_beside_the_question_are_the_clips(key):
+    sample = parse_sample({**CHOICE, key: 4}, folder="/v")
+    assert sample.messages[0]["content"][0] == {"type": "video", "video": "/v/a.mp4", key: 4}
+    assert sample.extra == {"option_texts": ["left", "right", "up"]}
+
+
+def test_what_samples_offers_is_there():
+    assert all(hasattr(samples, name) for name in samples.__all__)
 
 
 def test_a_picture_alone():
