@@ -141,6 +141,20 @@ def test_the_modules_follow_their_block(toy):  # noqa: F811
     assert handle.blocks[0].gamma.unique().item() == pytest.approx(1e-5, rel=1e-2)
 
 
+def test_the_branch_norms_as_the_block_does(toy):  # noqa: F811
+    for block in toy.blocks:
+        block.norm2 = nn.RMSNorm(16, eps=1e-4)
+    assert {(type(m.norm), m.norm.eps) for m in inject_sta(toy).blocks.values()} == {(nn.RMSNorm, 1e-4)}
+
+
+def test_modules_that_were_left_without_their_hooks(toy):  # noqa: F811
+    handle = inject_sta(toy)
+    toy.left = handle.blocks[0]
+    handle.remove()
+    with pytest.raises(InjectionError, match="this model has STA already"):
+        inject_sta(toy)
+
+
 class Quantised(nn.Module):
     """A 4-bit linear layer as bitsandbytes has it: packed bytes, and the dtype that it computes in."""
 
@@ -213,6 +227,7 @@ def test_layers(toy):  # noqa: F811
 def test_a_removed_handle(toy):  # noqa: F811
     handle = inject_sta(toy)
     handle.remove()
+    assert not [key for key in toy.state_dict() if ".sta." in key]
     assert handle.blocks == {}
     assert handle.num_parameters() == 0
     assert "removed" in repr(handle)
@@ -247,6 +262,12 @@ def test_freeze_base_and_back(toy):  # noqa: F811
     assert handle.num_parameters() == sum(p.numel() for p in toy.parameters() if p.requires_grad)
 
 
+def test_freeze_base_freezes_what_is_around_the_encoder(toy):  # noqa: F811
+    around = nn.Sequential(toy, nn.Linear(16, 4))
+    handle = inject_sta(around).freeze_base()
+    assert sum(p.numel() for p in around.parameters() if p.requires_grad) == handle.num_parameters()
+
+
 def test_lora_config_of_qwen2_vl_is_the_published_recipe():
     peft = pytest.importorskip("peft")
     model = seeded(make_qwen2_vl)
@@ -259,6 +280,7 @@ def test_lora_config_of_qwen2_vl_is_the_published_recipe():
         {"attn.qkv": 32},
     )
     assert config.modules_to_save == ["sta"]
+    assert getattr(config, "exclude_modules", None) is None
     assert handle.lora_config(r=4, lora_alpha=8).rank_pattern == {}
     with pytest.raises(ConfigError, match=r"LoraConfig has no field rank; known: .*lora_alpha"):
         handle.lora_config(rank=4)
