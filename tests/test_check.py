@@ -9,7 +9,7 @@ from cases import case_parameters, seeded
 from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
-from sta_adapter.check import check_site
+from sta_adapter.check import FEW_TOKENS, check_site
 from sta_adapter.errors import InjectionError, UnknownBackboneError
 from sta_adapter.places import find_places
 
@@ -294,6 +294,23 @@ def test_an_encoder_that_leaves_out_its_blocks_is_refused():
     assert_refused(Encoder(), SPEC, "does not call the first of Backbone.blocks")
 
 
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (lambda x: x[:, None], r"\(2, 1, 4, 16\)"),
+        (lambda x: x[0, 0], r"\(16,\)"),
+        (lambda x: x.long(), r"\(2, 4, 16\)"),
+        (lambda x: "text", "None"),
+    ],
+    ids=["pictures", "one token", "whole numbers", "nothing"],
+)
+def test_blocks_that_do_not_get_tokens_are_refused(change, shape):
+    model = toy()
+    model.dropout.register_forward_hook(lambda module, args, output: change(output))
+    with pytest.raises(InjectionError, match=f"its blocks' first tensor has the shape {shape}; expected tokens"):
+        check_site(find_places(SPEC, model))
+
+
 def test_a_mended_spec_of_the_same_name_is_taken():
     from sta_adapter.backbone import unregister_backbone
 
@@ -306,6 +323,14 @@ def test_a_mended_spec_of_the_same_name_is_taken():
     finally:
         handle.remove()
         unregister_backbone("toy")
+
+
+def test_few_tokens_of_a_large_dummy_clip_are_enough():
+    model, seen = toy(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    check_site(find_places(spec(dummy_inputs=lambda encoder: ((torch.ones(2, 40, 4),), {})), model))
+    assert seen == [(2, FEW_TOKENS, WIDTH)] * 4
 
 
 def test_no_dummy_inputs_means_no_run():

@@ -218,6 +218,11 @@ def test_formats_are_told_apart_record_by_record(tmp_path, as_array):
     assert [recognise(record) for record in records] == list(FORMATS)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(CHOICE).encode())
+    assert read_samples(tmp_path / "data.jsonl")[0].answer == "B"
+
+
 def test_one_record_over_several_lines(tmp_path):
     assert read_samples(write(tmp_path / "data.json", json.dumps(CHOICE, indent=2)))[0].answer == "B"
 
