@@ -14,7 +14,7 @@ from test_goldens import qwen2_vl_tower, read_golden, relative_error, run
 
 from sta_adapter import inject_sta, load_sta
 from sta_adapter.cli import cli
-from sta_adapter.conversion import convert_published, convert_to_published
+from sta_adapter.conversion import _branch_facts, convert_published, convert_to_published
 from sta_adapter.errors import CheckpointError, ConfigError
 
 GOLDENS = ["after_0.25", "after_0.5_head80", "after_1.0", "before_0.25"]
@@ -90,7 +90,9 @@ def test_an_adapter_of_ours_there_and_back(tmp_path):
     header, tensors = read_golden("qwen2_vl_after_0.25")
     handle = inject_sta(qwen2_vl_tower(header, tensors))
     handle.save_pretrained(tmp_path / "ours")
-    convert_published(convert_to_published(tmp_path / "ours", tmp_path / "x.safetensors"), tmp_path / "again")
+    file = convert_to_published(tmp_path / "ours", tmp_path / "x.safetensors")
+    assert file == tmp_path / "x.safetensors"
+    convert_published(file, tmp_path / "again")
     same_bits(*(load_file(tmp_path / f / "sta_adapter.safetensors") for f in ("again", "ours")))
     assert json.loads((tmp_path / "again" / "sta_config.json").read_text())["config"]["token_order"] == "clip"
 
@@ -213,6 +215,11 @@ def test_a_file_alone_takes_heads_or_a_configuration(tmp_path):
         convert_published(file, tmp_path / "x")
     assert convert_published(file, tmp_path / "x", config=folder / "config.json") == expected
     assert convert_published(file, tmp_path / "x", backbone="qwen2_vl", heads=16) == expected
+
+
+def test_an_encoder_of_one_head():
+    state = {"blocks.0.to_qkv.weight": torch.zeros(3 * 8, 8)}
+    assert _branch_facts(state, {"width": 8, "heads": 1}) == {"num_heads": 1, "head_dim": 8}
 
 
 def test_internvideo2(tmp_path):
