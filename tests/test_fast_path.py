@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
+from sta_adapter.explain import calls_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 layouts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4) | st.builds(
@@ -195,11 +196,18 @@ def test_explain_names_kernel_and_reason_of_each_shape():
     run([(1, 2, 2)])
     found = [(c.positions, c.frames, c.heads, c.head_dim, c.kernel) for c in handle.explain()]
     assert found == [(4, 2, 1, 8, "sdpa"), (12, 3, 1, 8, "sdpa"), (4, 1, 1, 8, "none")]
+    assert handle.explain()[2].reason == "a softmax over one frame is 1"
     text = str(handle.explain()[0])
     assert text.startswith("4 positions x 2 frames, 1 heads of 8, torch.float32 on cpu: sdpa (not xformers: ")
     encoder.to(torch.bfloat16)
     run([(3, 2, 2)])
     assert "in float32, which the CPU's kernel is faster in" in handle.explain()[-1].reason
+
+
+@pytest.mark.parametrize("shape", [(12, 2, 16), (3, 4, 2, 16)], ids=["packed", "by position"])
+def test_calls_take_heads_and_their_size_from_the_last_dimensions(shape):
+    (call,) = calls_of(ClipLayout([(4, 3)]), torch.zeros(shape), "auto")
+    assert (call.positions, call.frames, call.heads, call.head_dim) == (3, 4, 2, 16)
 
 
 def test_explain_follows_the_kernel_asked_for():
