@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import clips_of, make_qwen2_vl, make_qwen2_vl_tower, merged_tokens, qwen2_vl_arguments, randomize, seeded
 from torch import nn
+from test_hooks import Wrapped
 from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones
@@ -204,6 +205,13 @@ def test_odd_head_size_with_rope(toy, monkeypatch):  # noqa: F811
         inject_sta(toy)
     assert_unchanged(toy, before)
     assert inject_sta(toy, STAConfig(rope_theta=None)).num_parameters() > 0
+
+
+def test_the_copy_of_an_encoder_that_peft_trains_is_taken(toy):  # noqa: F811
+    model = nn.Sequential(Wrapped(toy))
+    handle = inject_sta(model)
+    assert handle.encoder is model[0].modules_to_save["default"]
+    assert not [key for key in toy.state_dict() if ".sta." in key]
 
 
 def test_get_sta(toy):  # noqa: F811
