@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import clips_of, make_qwen2_vl, make_qwen2_vl_tower, merged_tokens, qwen2_vl_arguments, randomize, seeded
-from torch import nn
 from test_hooks import Wrapped
+from torch import nn
 from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones
