@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make_qwen2_vl, seeded
-from parallel_worker import run_training
+from cases import make_qwen2_vl, randomize, seeded
+from parallel_worker import prompt, run_training
 from safetensors.torch import load_file
 from tiny_qwen import write_samples
 
-from sta_adapter import load_sta
+from sta_adapter import inject_sta, load_sta, parallel
 from sta_adapter.resume import last_checkpoint
 
 FOLDER = Path(__file__).parent
@@ -75,6 +75,21 @@ def assert_close(one, two, *names):
 
 STA, LORA = "sta_adapter.safetensors", "adapter_model.safetensors"
 TEXT_ON = ("", "1", "0")  # processes without video
+
+
+def test_a_batch_without_video_reaches_the_branch_with_weight_zero(monkeypatch):
+    """What the processes below do, seen in one: the encoder runs on a dummy clip, and nothing changes."""
+    handle = inject_sta(seeded(make_qwen2_vl).train()).freeze_base()
+    for module in handle.blocks.values():
+        randomize(module)
+    batch = prompt(0, 0, with_video=False)
+    expected = handle.model(**batch).logits
+    assert not expected.requires_grad
+    monkeypatch.setattr(parallel, "is_parallel", lambda: True)
+    found = handle.model(**batch).logits
+    assert torch.equal(found, expected)
+    found.square().mean().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in handle.parameters())
 
 
 @pytest.mark.slow
