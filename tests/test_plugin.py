@@ -140,6 +140,12 @@ def test_a_name_that_is_taken_names_both_modules(example):
     assert get_backbone("qwen2_vl").encoder_classes == ("Qwen2VisionTransformerPretrainedModel",)
 
 
+def test_a_name_is_taken_also_before_any_backbone_was_looked_up(example, fresh_registry, monkeypatch):
+    with_plugins(monkeypatch, fresh_registry)
+    with pytest.raises(ConfigError, match="'qwen2_vl' is registered already"):
+        register_backbone(dataclasses.replace(example.backbone.BACKBONE, name="qwen2_vl"))
+
+
 def test_only_a_backbone_can_be_registered():
     with pytest.raises(ConfigError, match="takes a Backbone, not dict"):
         register_backbone({"name": "mine"})
