@@ -144,9 +144,10 @@ def test_system_and_trailing_user_turns_are_not_learned(processor):
             r"can't render the roles \(user, assistant\): TemplateError: roles must alternate",
         ),
         (CHATML, (("user", "a"), ("assistant", "<|video_pad|>")), r"has 1 times <\|video_pad\|>, expected 0"),
+        (CHATML, (("user", "<|image_pad|>"), ("assistant", "b")), r"has 1 times <\|image_pad\|>, expected 0"),
         (CHATML, (("user", "a"),), "no message with role 'assistant'"),
     ],
-    ids=["rewriting", "refusing", "placeholder_in_text", "no_answer"],
+    ids=["rewriting", "refusing", "placeholder_in_text", "picture_in_text", "no_answer"],
 )
 def test_conversations_that_cannot_be_masked(processor, template, text, turns, error):
     template(text)

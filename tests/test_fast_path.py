@@ -259,3 +259,11 @@ def test_compile_breaks_the_graph_at_most_once_and_in_no_block():
     ours = [r for r in found if any("sta_adapter" in str(frame) for frame in (*r.user_stack, r.reason))]
     assert len(ours) <= 1
     assert not any("NormBegin" in str(r) or "BlockBegin" in str(r) or "modules.py" in str(r) for r in ours)
+
+
+@pytest.mark.parametrize("name", ["norm", "to_qkv"])
+def test_hooks_on_parts_of_the_branch_are_called(name):
+    module, called = branch(), []
+    getattr(module, name).register_forward_hook(lambda *_: called.append(name))
+    assert module(torch.randn(6, 24), ClipLayout([(3, 2)])).requires_grad
+    assert called == [name]
