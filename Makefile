@@ -34,7 +34,7 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwe
 
 # The attacks: bounded to about 20 minutes on two cores; docs/reliability.md tells what they are.
 torture: $(VENV)/.ready
-	STA_TORTURE_MACHINES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/torture tests/test_random_use.py
+	STA_TORTURE_MACHINES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal --durations 12 tests/torture tests/test_random_use.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
