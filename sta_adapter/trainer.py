@@ -146,7 +146,7 @@ class AdapterTrainer(Trainer):
         if "input_ids" not in inputs:
             if not is_parallel():
                 return None, None, None
-            inputs = placeholder(self.args.device)  # counts as a loss of zero
+            inputs = placeholder(self.args.device)  # of no words, which is what batches are weighted by (not so on 4.45)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -107,10 +107,12 @@ def run_training(case, out):
         learning_rate=1e-4,
         logging_steps=1,
         max_grad_norm=0.5,
+        eval_steps=3,
+        keep_best=False,
     )
     model = make_model(processor.tokenizer)
     folder = data / ("two" if distributed.is_initialized() else "one")
-    result = train(model, dataset, output_dir=folder, config=config, progress=False)
+    result = train(model, dataset, output_dir=folder, config=config, eval_data=dataset, progress=False)
     return f"{case} steps {[s['steps'] for s in result.stages.values()]}, bad {len(result.bad_samples)}"
 
 

@@ -1,5 +1,6 @@
 """Two processes on the CPU train what one does, also when the batch of one has no video, and save one adapter."""
 
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def assert_close(one, two, *names):
         assert all((a[key] - b[key]).abs().max() <= 1e-5 for key in a), name
 
 
+def measured(folder):
+    """The losses on the evaluation data."""
+    history = [e for n in (1, 2) for e in json.loads((folder / f"stage{n}" / "result.json").read_text())["history"]]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(losses) == 2
+    return losses
+
+
 STA, LORA = "sta_adapter.safetensors", "adapter_model.safetensors"
 TEXT_ON = ("", "1", "0")  # processes without video
 
@@ -120,5 +129,6 @@ def test_training_in_two_processes_gives_the_adapter_of_one(tmp_path):
     for name in ("good", "spoilt"):
         one, two = tmp_path / name / "one", tmp_path / name / "two"
         assert_close(one, two, STA, LORA, "stage1/trained.safetensors", "stage2/checkpoint-2/trained.safetensors")
+        assert measured(two) == pytest.approx(measured(one), rel=1e-5)
         assert last_checkpoint(two / "stage2").name == "checkpoint-3"
         assert len(list((two / "stage2" / "checkpoint-3").glob("rng_state_*.pth"))) == 2
