@@ -33,7 +33,7 @@ from sta_adapter.training import TrainingConfig, TrainingResult, train
 
 logger = logging.getLogger(__name__)
 METHODS = {
-    "sta": "STA, then STA and LoRA on both",
+    "sta": "STA in front of the spatial attention, then STA and LoRA on both",
     "lora": "LoRA on language model and vision encoder, as many parameters",
     "lora_language": "LoRA on the language model alone",
 }
