@@ -189,10 +189,18 @@ def test_a_mask_that_keeps_everything_or_drops_tubes_is_served():
     tubes = keep.clone()
     tubes[0, 1::4] = tubes[1, 3::4] = True
     assert model(video(), mask=tubes).shape == (2, 13, 32)
+    assert model(video(1), mask=tubes[:1]).shape == (1, 13, 32)
 
 
 @pytest.mark.parametrize(
-    "dropped", [[(0, 1)], [(0, 1), (0, 6), (1, 1), (1, 6)], [(0, 0), (1, 0)]], ids=["uneven", "no tube", "class token"]
+    "dropped",
+    [
+        [(0, 1)],
+        [(0, 1), (0, 6), (1, 1), (1, 6)],
+        [(0, 0), (1, 0)],
+        [(row, column) for row in range(2) for column in range(1, 17)],
+    ],
+    ids=["uneven", "no tube", "class token", "everything"],
 )
 def test_another_mask_raises_and_leaves_nothing_behind(dropped):
     model, handle = injected()

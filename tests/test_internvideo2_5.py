@@ -15,6 +15,7 @@ from test_goldens import assert_golden_gradients, load_golden_weights, read_gold
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.backbone import get_backbone
 from sta_adapter.backbones.frames import row_clips
+from sta_adapter.backbones.internvideo2_5 import batch_chat_clips, sample_clips
 from sta_adapter.errors import LayoutError
 
 OPTIONS = {"max_new_tokens": 2, "do_sample": False}
@@ -205,6 +206,13 @@ def test_batch_chat_has_a_clip_a_question(chat):
     assert alone.shape[0] == 1
 
 
+@pytest.mark.parametrize("name", ["num_patches_list", "image_counts"])
+def test_batch_chat_tells_its_clips_by_itself(chat, name):
+    assert batch_chat_clips(chat, {"pixel_values": pixels(8), name: [5, 0, 3]}) == (5, 3)
+    assert batch_chat_clips(chat, {"pixel_values": None, name: [5, 0, 3]}) is None
+    assert batch_chat_clips(chat, {"pixel_values": pixels(8)}) is None
+
+
 def test_text_alone(chat):
     chat.chat(Tokenizer(), None, "What?", OPTIONS)
     assert chat.layouts == []
@@ -227,6 +235,11 @@ def test_forward_and_generate_count_image_tokens(chat, method):
     chat.img_context_token_id = Tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
     call(pixel_values=pixels(8), input_ids=ids, attention_mask=mask)
     assert chat.layouts.pop() == ((5, 4), (3, 4))
+    assert sample_clips(chat, {"pixel_values": pixels(8), "input_ids": ids, "visual_features": pixels(8)}) is None
+    chat.num_image_token = 4
+    with pytest.raises(LayoutError, match=r"2 rows for samples with \[1, 1\] runs of \[5, 3\] tokens"):
+        call(pixel_values=pixels(2), input_ids=ids, attention_mask=mask)
+    chat.num_image_token = 1
     ids, mask = prompt([1, 1])
     with pytest.raises(LayoutError, match=r"samples with \[2\] runs"):
         call(pixel_values=pixels(2), input_ids=ids, attention_mask=mask)
