@@ -146,7 +146,8 @@ class AdapterTrainer(Trainer):
         if "input_ids" not in inputs:
             if not is_parallel():
                 return None, None, None
-            inputs = placeholder(self.args.device)  # of no words, which is what batches are weighted by (not so on 4.45)
+            # its loss weighs nothing, as batches count by their words; on transformers 4.45 it is a loss of zero
+            inputs = placeholder(self.args.device)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
