@@ -1,0 +1,35 @@
+"""Stage two's LoRA reaches every linear layer of an encoder's blocks, as each backbone's recipe says."""
+
+import pytest
+from cases import all_cases
+from torch import nn
+
+from sta_adapter import inject_sta
+from sta_adapter.backbone import get_backbone
+
+LEFT_OUT = {  # layers without LoRA, and why
+    "qwen2_5_omni-tower": {
+        "attn.q",
+        "attn.k",
+        "attn.v",
+    },  # names so short that the language model's would match as well
+    "qwen3_omni-tower": {"mlp.0", "mlp.2"},  # the names of the merger's layers, too
+    "glm4v_moe": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},  # PEFT takes these names for the experts', see docs
+}
+CASES = [case for case in all_cases() if get_backbone(case.backbone).lora is not None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_lora_reaches_every_layer_of_a_block(case):
+    peft = pytest.importorskip("peft")
+    handle = inject_sta(case.make())
+    blocks = list(handle.encoder.get_submodule(get_backbone(case.backbone).blocks))
+    peft.get_peft_model(handle.model, handle.lora_config())
+    assert any("lora_A" in name for block in blocks for name, _ in block.named_modules())
+    left_out = set()
+    for block in blocks:
+        for name, module in block.named_modules():
+            plain = isinstance(module, nn.Linear) and not name.endswith("base_layer")
+            if plain and "lora_" not in name and not name.startswith("sta."):
+                left_out.add(name)
+    assert left_out <= LEFT_OUT.get(case.id, set())
