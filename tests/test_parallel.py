@@ -129,6 +129,7 @@ def test_training_in_two_processes_gives_the_adapter_of_one(tmp_path):
     for name in ("good", "spoilt"):
         one, two = tmp_path / name / "one", tmp_path / name / "two"
         assert_close(one, two, STA, LORA, "stage1/trained.safetensors", "stage2/checkpoint-2/trained.safetensors")
-        assert measured(two) == pytest.approx(measured(one), rel=1e-5)
+        exact = {"good": 1e-5, "spoilt": 1e-3}[name]  # beside an unusable batch the other process's counts for both
+        assert measured(two) == pytest.approx(measured(one), rel=exact)
         assert last_checkpoint(two / "stage2").name == "checkpoint-3"
         assert len(list((two / "stage2" / "checkpoint-3").glob("rng_state_*.pth"))) == 2
