@@ -160,13 +160,11 @@ def evaluate(
     """
     if choose not in CHOICES:
         raise ConfigError(f"choose is {choose!r}, expected one of {', '.join(CHOICES)}.")
-    if isinstance(data, VideoDataset):
-        dataset = data.as_prompts(frames, seed)
-    elif processor is None:
-        raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
-    else:
-        given = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
-        dataset = given.as_prompts(frames, seed)
+    if not isinstance(data, VideoDataset):
+        if processor is None:
+            raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
+        data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
+    dataset = data.as_prompts(frames, seed)
     settings = {
         "frames": frames,
         "seed": seed,
@@ -181,14 +179,19 @@ def evaluate(
         missing = [index for index in range(len(dataset)) if index not in log.done]
         asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
         for batch in _batches(dataset, missing, batch_size, num_workers, progress):
-            good = [(i, item) for i, item in batch if not isinstance(item, BadSample)]
-            for index, item in batch:
-                if isinstance(item, BadSample):
-                    log.add_bad(index, f"{item.source}: {item.reason}")
-            for prediction in asked.answer([(i, dataset.samples[i], item) for i, item in good]):
-                log.add(prediction.index, dataclasses.asdict(prediction))
+            _ask(asked, dataset, batch, log)
         predictions = [Prediction(**log.done[i]) for i in sorted(log.done)]
         return EvaluationResult(predictions, list(log.bad.values()), frames, time.perf_counter() - started)
+
+
+def _ask(asked: Questioner, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog) -> None:
+    """Answer the usable samples of a batch, by their numbers; all that comes of it goes into the log."""
+    for index, item in batch:
+        if isinstance(item, BadSample):
+            log.add_bad(index, f"{item.source}: {item.reason}")
+    good = [(i, dataset.samples[i], item) for i, item in batch if not isinstance(item, BadSample)]
+    for prediction in asked.answer(good):
+        log.add(prediction.index, dataclasses.asdict(prediction))
 
 
 def _batches(

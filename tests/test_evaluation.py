@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_qwen import make_model, make_processor, write_samples
+from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
@@ -234,12 +234,7 @@ def test_a_file_needs_a_processor(taught, folder):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, processor):
-    path = tmp_path_factory.mktemp("base")
-    make_model(processor.tokenizer).save_pretrained(path)
-    processor.save_pretrained(path)
-    processor.tokenizer.chat_template = processor.chat_template
-    processor.tokenizer.save_pretrained(path)
-    return path
+    return save_base(tmp_path_factory.mktemp("base"), processor)
 
 
 def test_command_compares_base_and_adapter(base, taught, folder, tmp_path):

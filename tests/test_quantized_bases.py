@@ -7,7 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from test_training import folder, make_model, processor  # noqa: F401
+from test_training import folder, processor  # noqa: F401
+from tiny_qwen import save_base
 
 from sta_adapter.cli import cli
 from sta_adapter.errors import ConfigError, MissingExtraError
@@ -20,12 +21,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, processor):  # noqa: F811
-    path = tmp_path_factory.mktemp("base")
-    make_model(processor.tokenizer).save_pretrained(path)
-    processor.save_pretrained(path)
-    processor.tokenizer.chat_template = processor.chat_template
-    processor.tokenizer.save_pretrained(path)
-    return path
+    return save_base(tmp_path_factory.mktemp("base"), processor)
 
 
 def test_other_widths_are_refused(base):

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from test_streaming import BAD_MEMBERS, CLIP, CUTS, cut_off, shards, write_tar  # noqa: F401
 from test_training import AS_IS, FAST, folder, make_model, processor  # noqa: F401
+from tiny_qwen import save_base
 
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, VideoDataset, read_samples
@@ -29,12 +30,7 @@ def pattern(shards):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, processor):  # noqa: F811
-    path = tmp_path_factory.mktemp("base")
-    make_model(processor.tokenizer).save_pretrained(path)
-    processor.save_pretrained(path)
-    processor.tokenizer.chat_template = processor.chat_template
-    processor.tokenizer.save_pretrained(path)
-    return path
+    return save_base(tmp_path_factory.mktemp("base"), processor)
 
 
 # ---- what is found in shards

@@ -90,6 +90,15 @@ def make_model(tokenizer, seed: int = 0):
     return model
 
 
+def save_base(path: Path, processor) -> Path:
+    """A base model in a folder, as `load_model` and `load_processor` take it."""
+    make_model(processor.tokenizer).save_pretrained(path)
+    processor.save_pretrained(path)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.tokenizer.save_pretrained(path)
+    return path
+
+
 def write_video(path: Path, frames: np.ndarray, fps: int = 8) -> Path:
     import av
 

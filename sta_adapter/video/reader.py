@@ -106,7 +106,11 @@ def read_clip(
     except VideoError as error:
         raise VideoError(f"{table.path}: {error}") from error
     frames, used, reason = decode(table, indices, backend, int(threads or 0))
-    metadata = ClipMetadata(
+    return Clip(frames, table.times[indices], _metadata(table, indices, used, reason))
+
+
+def _metadata(table: FrameTable, indices: NDArray[np.int64], backend: str, reason: str) -> ClipMetadata:
+    return ClipMetadata(
         path=table.path,
         total_frames=len(table.times),
         fps=len(table.times) / table.duration,
@@ -114,11 +118,10 @@ def read_clip(
         width=table.width,
         height=table.height,
         rotation=table.rotation,
-        backend=used,
+        backend=backend,
         reason=reason,
         indices=tuple(indices.tolist()),
     )
-    return Clip(frames, table.times[indices], metadata)
 
 
 def _check_reach(table: FrameTable, sampling: Sampling) -> None:
