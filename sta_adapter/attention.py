@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sta_adapter import xformers_kernels
 from sta_adapter.errors import BackendError, ConfigError
 
 BACKENDS = ("auto", "xformers", "sdpa", "eager")
@@ -89,27 +90,8 @@ def xformers_refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | No
     """Why xformers can't compute such a call; None when it can. Found out once per kind of call."""
     key = (device, dtype, head_dim)
     if key not in _REFUSALS:
-        _REFUSALS[key] = _try_xformers(device, dtype, head_dim)
+        _REFUSALS[key] = xformers_kernels.refusal(device, dtype, head_dim)
     return _REFUSALS[key]
-
-
-def _try_xformers(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device != "cuda":
-        return f"its memory-efficient attention needs CUDA tensors, these are on {device!r}"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes float16, bfloat16 and float32, not {dtype}"
-    if head_dim > 256 or head_dim % 8:
-        return f"it takes head sizes up to 256 that 8 divides, not {head_dim}"
-    try:
-        from xformers.ops import memory_efficient_attention
-    except Exception as error:  # a broken build raises OSError, AttributeError and others
-        return f"xformers can't be imported ({type(error).__name__}: {error}); `pip install sta-adapter[xformers]`"
-    try:  # an import that succeeds proves little: the wheel may hold no kernel for this GPU
-        probe = torch.zeros(1, 8, 1, head_dim, device="cuda", dtype=dtype)
-        memory_efficient_attention(probe, probe, probe)
-    except Exception as error:
-        return f"its kernels don't run here ({type(error).__name__}: {str(error).splitlines()[0]})"
-    return None
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

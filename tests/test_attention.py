@@ -98,9 +98,13 @@ def stand_in(monkeypatch):
     """A module in xformers' place, on a machine without CUDA; the calls of its kernel are in `calls`."""
     ops = types.ModuleType("xformers.ops")
     ops.calls = []
-    ops.memory_efficient_attention = lambda q, k, v: ops.calls.append((q, k, v))
-    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    ops.memory_efficient_attention = lambda q, k, v: ops.calls.append((q, k, v)) or q + k + v
+    built = types.ModuleType("xformers._cpp_lib")
+    built._built_with_cuda = True
+    package = types.ModuleType("xformers")
+    package.ops, package._cpp_lib = ops, built
+    for module in (package, ops, built):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(attention, "_REFUSALS", {})
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, dtype: zeros(*shape, device="meta", dtype=dtype))
@@ -116,16 +120,21 @@ def test_xformers_is_tried_once_for_each_kind_of_call(stand_in):
     assert found == [{((8, 1, 72), torch.bfloat16)}, {((8, 1, 256), torch.float16)}]
 
 
-def test_xformers_that_does_not_run_is_not_taken(stand_in):
+def test_xformers_that_does_not_run_is_not_taken(stand_in, monkeypatch):
     def fail(*args):
         raise RuntimeError("no kernel image\nmore")
 
     stand_in.memory_efficient_attention = fail
     assert xformers_refusal("cuda", torch.float32, 8) == "its kernels don't run here (RuntimeError: no kernel image)"
-    del stand_in.memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # as a broken build: importing it fails
     assert choose_kernel("cuda", torch.float32, 8, 16).backend == "sdpa"
-    with pytest.raises(BackendError, match=r"(?s)can't be imported \(ImportError: .*sta-adapter\[xformers\]"):
+    with pytest.raises(BackendError, match=r"(?s)can't be imported \(ModuleNotFoundError: .*sta-adapter\[xformers\]"):
         choose_kernel("cuda", torch.float32, 8, 16, "xformers")
+
+
+@torch.inference_mode()
+def test_the_trial_of_the_backward_works_where_gradients_are_off(stand_in):
+    assert xformers_refusal("cuda", torch.float32, 8) is None
 
 
 def test_the_reason_says_when_16_bits_are_widened():
