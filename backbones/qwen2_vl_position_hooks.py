@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.compatibility import GENERATION_METHOD, cached_tokens, given_arguments
+from sta_adapter.errors import LayoutError
 from sta_adapter.uncompiled import uncompiled
 
-GENERATION_METHOD = "_prepare_position_ids_for_generation"
+FORWARD = "Qwen2VLModel.forward"
 
 
 class FillPositions:
@@ -20,7 +21,7 @@ class FillPositions:
         """Return the arguments with `position_ids`, or None when they have them."""
         if kwargs.get("position_ids") is not None:
             return None
-        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        given = given_arguments(model.forward, FORWARD, args, kwargs)
         if given.get("position_ids") is not None:
             return None
         return (), {**given, "position_ids": self._positions(model, given)}
@@ -28,11 +29,15 @@ class FillPositions:
     @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:
         """Positions (3, batch, tokens)."""
-        cache = given.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if not past or model.rope_deltas is None:
+        past = cached_tokens(model.forward, FORWARD, given)
+        if not past:
             positions, model.rope_deltas = model.get_rope_index(**given)
             return positions
+        if model.rope_deltas is None:
+            raise LayoutError(
+                f"the cache holds {past} tokens of which this model has not seen the positions, so those of the tokens "
+                "after them can't be known; pass position_ids, or run the whole prompt through this model first."
+            )
         tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         batch, length = tokens.shape[:2]
         deltas = model.rope_deltas.to(tokens.device).repeat_interleave(batch // len(model.rope_deltas), dim=0)

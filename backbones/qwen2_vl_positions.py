@@ -7,18 +7,22 @@ that knows at most modules of that model, so that copied and unpickled models ke
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from sta_adapter.backbones.qwen2_vl_position_hooks import GENERATION_METHOD, FillPositions, GenerationPositions
+from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
+from sta_adapter.compatibility import (
+    GENERATION_METHOD,
+    ROPE_INDEX,
+    has_generation_method,
+    hook_table,
+    rope_index_parameters,
+)
 from sta_adapter.errors import InjectionError
-
-METHOD = "get_rope_index"
 
 
 def restore_original_positions(model: nn.Module) -> nn.Module:
@@ -32,6 +36,7 @@ def restore_original_positions(model: nn.Module) -> nn.Module:
 
     Raises:
         InjectionError: the model is no Qwen2-VL of transformers 4.52 or newer, or has a position rule already.
+        CompatibilityError: this transformers computes positions in a way that is not known.
     """
     install(model, OriginalPositions())
     return model
@@ -53,10 +58,11 @@ def install(model: nn.Module, rule: PositionRule) -> None:
             f"this model's positions follow {installed_rule(owner)} already. Take that back first: remove_videorope(model) "
             "or undo_original_positions(model)."
         )
-    owner.get_rope_index = RopeIndex(rule, owner.config, tuple(inspect.signature(owner.get_rope_index).parameters))
+    heads = list(_generating(model, owner))
+    owner.get_rope_index = RopeIndex(rule, owner.config, rope_index_parameters(owner))
     owner.register_forward_pre_hook(FillPositions(), with_kwargs=True)
     owner.rope_deltas = None
-    for head in _generating(model, owner):
+    for head in heads:
         setattr(head, GENERATION_METHOD, GenerationPositions(head))
 
 
@@ -65,7 +71,7 @@ def uninstall(model: nn.Module) -> None:
     owner = find_owner(model)
     if installed_rule(owner) is None:
         return
-    vars(owner).pop(METHOD)
+    vars(owner).pop(ROPE_INDEX)
     drop_hooks(owner, FillPositions)
     owner.rope_deltas = None
     for head in _generating(model, owner):
@@ -79,7 +85,7 @@ def find_owner(model: nn.Module) -> Any:
         InjectionError: when there is none, or several.
     """
     named = [m for m in model.modules() if any(cls.__name__ == "Qwen2VLModel" for cls in type(m).__mro__)]
-    found = [m for m in named if hasattr(m, "language_model") and hasattr(m, METHOD)]
+    found = [m for m in named if hasattr(m, "language_model") and hasattr(m, ROPE_INDEX)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -89,27 +95,28 @@ def find_owner(model: nn.Module) -> Any:
 
         raise InjectionError(
             f"Qwen2-VL of transformers {transformers.__version__} can't be given another position rule; 4.52 to 5 can "
-            "(tested: 4.57.6 and 5.23). For VideoRoPE on 4.45.2, use its authors' model file."
+            "(tested: 4.57.6, 5.20 and 5.24). For VideoRoPE on 4.45.2, use its authors' model file."
         )
     raise InjectionError(f"{type(model).__name__} is no Qwen2-VL and holds none; expected a Qwen2VLModel in it.")
 
 
 def installed_rule(owner: nn.Module) -> PositionRule | None:
     """The rule that `install` gave to this module, or None."""
-    method = vars(owner).get(METHOD)
+    method = vars(owner).get(ROPE_INDEX)
     return method.rule if isinstance(method, RopeIndex) else None
 
 
 def drop_hooks(module: nn.Module, kind: type) -> None:
     """Take all hooks of a class off a module."""
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        for key in [k for k, hook in getattr(module, name).items() if isinstance(hook, kind)]:
-            del getattr(module, name)[key]
-            getattr(module, name + "_with_kwargs").pop(key, None)
+        hooks = hook_table(module, name)
+        for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            hook_table(module, name + "_with_kwargs").pop(key, None)
 
 
 def _generating(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
     """The modules that prepare positions for generation with this owner (transformers 5)."""
     for module in model.modules():
-        if getattr(module, "model", None) is owner and hasattr(type(module), GENERATION_METHOD):
+        if getattr(module, "model", None) is owner and has_generation_method(type(module)):
             yield module

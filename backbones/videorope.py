@@ -15,10 +15,9 @@ from sta_adapter.backbones.qwen2_vl import BACKBONE as QWEN2_VL
 from sta_adapter.backbones.qwen2_vl_position_rules import VideoRopePositions
 from sta_adapter.backbones.qwen2_vl_positions import drop_hooks, find_owner, install, installed_rule, uninstall
 from sta_adapter.backbones.videorope_frequencies import InterleavedFrequencies
+from sta_adapter.compatibility import FREQUENCY_METHOD, has_frequency_method
 from sta_adapter.errors import ConfigError
 from sta_adapter.hooks import find_injections
-
-FREQUENCY_METHOD = "recomposition_frequencies"
 
 
 def apply_videorope(model: nn.Module, scale_factor: float = 2.0) -> nn.Module:
@@ -34,14 +33,16 @@ def apply_videorope(model: nn.Module, scale_factor: float = 2.0) -> nn.Module:
     Raises:
         InjectionError: the model is no Qwen2-VL of these versions, or has VideoRoPE or another position rule already.
         ConfigError: scale_factor is no number above 0.
+        CompatibilityError: this transformers computes positions or frequencies in a way that is not known.
     """
     if isinstance(scale_factor, bool) or not isinstance(scale_factor, (int, float)) or not 0 < scale_factor < math.inf:
         raise ConfigError(f"scale_factor is {scale_factor!r}; expected a number above 0.")
     rotary = find_owner(model).language_model.rotary_emb
     sections = getattr(rotary, "mrope_section", None) or rotary.config.rope_scaling["mrope_section"]
     frequencies = InterleavedFrequencies(sections)
+    by_method = has_frequency_method(type(rotary))
     install(model, VideoRopePositions(float(scale_factor)))
-    if hasattr(rotary, FREQUENCY_METHOD):
+    if by_method:
         setattr(rotary, FREQUENCY_METHOD, frequencies)
     else:
         rotary.register_forward_hook(frequencies)

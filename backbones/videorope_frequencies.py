@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sta_adapter.errors import InjectionError
+from sta_adapter.compatibility import incompatible
 
 
 class InterleavedFrequencies:
@@ -29,9 +29,9 @@ class InterleavedFrequencies:
             return self.mix(call[0])
         cos, sin = call[2]
         if cos.dim() != 4:
-            raise InjectionError(
-                f"the rotary embedding gives the shape {tuple(cos.shape)}; expected (3, batch, tokens, head size). This "
-                "version of transformers is not known; 4.57.6 and 5.23 are."
+            raise incompatible(
+                "transformers",
+                f"the rotary embedding gives the shape {tuple(cos.shape)}; expected (3, batch, tokens, head size)",
             )
         return tuple(self.mix(x[..., : x.shape[-1] // 2]).expand_as(x) for x in (cos, sin))
 

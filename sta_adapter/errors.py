@@ -39,3 +39,7 @@ class DataError(STAError, ValueError):
 
 class MissingExtraError(STAError, ImportError):
     """An optional package is needed and not installed; the message names the extra."""
+
+
+class CompatibilityError(STAError, RuntimeError):
+    """A part of another package that STA leans on is missing, or not of the shape that it was tested with."""

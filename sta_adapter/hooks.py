@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.backbone import EncoderCall
+from sta_adapter.compatibility import HOOK_OPTIONS, hook_table
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths, checked_lengths
@@ -149,11 +150,12 @@ def active_module(module: nn.Module) -> TemporalAttention:
 def remove_hooks(module: nn.Module, injection: Injection) -> None:
     """Take every hook of this injection off a module, also those that came with a copy of it."""
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = getattr(module, name)
+        hooks = hook_table(module, name)
         for key in [k for k, hook in hooks.items() if isinstance(hook, Hook) and hook.injection is injection]:
             del hooks[key]
-            for options in ("_with_kwargs", "_always_called"):
-                getattr(module, name + options, {}).pop(key, None)
+            for options in HOOK_OPTIONS:
+                if options.startswith(name):
+                    hook_table(module, options).pop(key, None)
 
 
 def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
@@ -161,7 +163,7 @@ def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
     return [
         (module, hook.injection)
         for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
+        for hook in hook_table(module, "_forward_pre_hooks").values()
         if isinstance(hook, EncoderBegin)
     ]
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sta_adapter.backbone import Backbone, get_backbone
+from sta_adapter.compatibility import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import LayoutError
 from sta_adapter.explain import Call
@@ -117,7 +118,7 @@ class Injection:
 
     def restore(self, layout: ClipLayout | None) -> None:
         """The backward at work in this thread is about to recompute blocks of the forward with this layout."""
-        self._local.backward = (torch._C._current_graph_task_id(), layout)
+        self._local.backward = (graph_task(), layout)
 
     def layout(self) -> ClipLayout | None:
         """The layout of the forward, or of the recomputation, that this thread is in; None when switched off.
@@ -129,7 +130,7 @@ class Injection:
         if forward is not None:
             return forward[0]
         task, layout = getattr(self._local, "backward", (-1, None))
-        if task != -1 and task == torch._C._current_graph_task_id():
+        if task != -1 and task == graph_task():
             return layout
         if not self.is_enabled:
             return None

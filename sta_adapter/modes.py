@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import locate
+from sta_adapter.compatibility import checkpointing_methods
 from sta_adapter.handle import STAHandle
 
 
@@ -36,10 +37,8 @@ def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | 
         yield
         return
     reentrant = kind == "reentrant"
-    name = (
-        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    )  # renamed in transformers 5
-    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+    checkpointing = checkpointing_methods(model)
+    checkpointing.enable(**{checkpointing.keywords: {"use_reentrant": reentrant}})
     hooks = []
     if reentrant:
         model.enable_input_require_grads()
@@ -52,7 +51,7 @@ def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | 
             hook.remove()
         if reentrant:
             model.disable_input_require_grads()
-        getattr(model, f"{name}_checkpointing_disable")()
+        checkpointing.disable()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sta_adapter.compatibility import is_hooked
+
 
 def recomputed(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
     """`function(tensor, *args)`, of which the backward keeps only `tensor`.
@@ -36,10 +38,8 @@ def project_normed(norm: Any, linear: Any, tokens: Tensor) -> Tensor:
 
 
 def _is_plain(norm: Any, linear: Any) -> bool:
-    hooked = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (norm, linear)
-    )
-    return type(norm) in (nn.LayerNorm, nn.RMSNorm) and type(linear) is nn.Linear and not hooked
+    plain = type(norm) in (nn.LayerNorm, nn.RMSNorm) and type(linear) is nn.Linear
+    return plain and not (is_hooked(norm) or is_hooked(linear))
 
 
 def _normalize(tokens: Tensor, scale: Tensor, shift: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -54,6 +55,11 @@ def batch_of(*rows: list[Part], side: str = "left", pixels: bool = True, types: 
     if types and is_transformers_5():
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE) + 2 * (batch["input_ids"] == VIDEO)
     return batch
+
+
+def cache_name(model: Any) -> str:
+    """What the model's forward calls its cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def transformers_version() -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from qwen2_vl_prompts import (
     START,
     VIDEO,
     batch_of,
+    cache_name,
     check_positions,
     is_transformers_5,
     needs_seams,
@@ -21,6 +23,8 @@ from qwen2_vl_prompts import (
 from safetensors.torch import load_file
 
 from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
+from sta_adapter.compatibility import checkpointing_methods
+from sta_adapter.errors import CompatibilityError, LayoutError
 
 pytestmark = needs_seams
 GOLDEN = Path(__file__).parent / "goldens" / "videorope"
@@ -125,9 +129,11 @@ def test_generation_with_a_cache_equals_recomputation(model, rows, types):
 
 
 @batches
-def test_forward_with_a_cache_equals_recomputation(model, rows):
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+def test_forward_with_a_cache_equals_recomputation(model, rows, masked):
     apply_videorope(model)
-    batch = batch_of(*rows)
+    name = cache_name(model)
+    batch = batch_of(*rows[: None if masked else 1])  # rows of one length, which need no mask
     tokens, logits = recomputed(model, batch, 3)
     mask = batch["attention_mask"]
     with torch.no_grad():
@@ -135,9 +141,51 @@ def test_forward_with_a_cache_equals_recomputation(model, rows):
         for step in range(2):
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
             token = tokens[:, step, None]
-            out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            cached = {name: out[name]}
+            out = model(input_ids=token, **({"attention_mask": mask} if masked else {}), **cached, use_cache=True)
             finite = torch.isfinite(logits[:, step + 1])
             assert_near(out.logits[:, -1][finite], logits[:, step + 1][finite])
+
+
+@pytest.mark.parametrize("how", ["keyword", "position", "name of older releases"])
+def test_a_cache_is_found_however_it_is_passed(model, how):
+    apply_videorope(model)
+    owner, batch = model.model, batch_of([(3,), (3, 2, 3), (4,)])
+    token = torch.tensor([[5]])
+    with torch.no_grad():
+        whole = owner(**grown(batch, token)).last_hidden_state[:, -1]
+        name = cache_name(owner)
+        cache = owner(**batch, use_cache=True)[name]
+        if how == "keyword":
+            out = owner(input_ids=token, **{name: cache})
+        elif how == "position":
+            out = owner(token, None, None, cache)
+        else:
+            renamed = name != "past_key_values"
+            with pytest.warns(FutureWarning, match="past_key_values") if renamed else contextlib.nullcontext():
+                out = owner(input_ids=token, past_key_values=cache)
+    assert_near(out.last_hidden_state[:, -1], whole)
+
+
+def grown(batch, token):
+    more = {"input_ids": token, "attention_mask": torch.ones_like(token), "mm_token_type_ids": torch.zeros_like(token)}
+    return {name: torch.cat([value, more[name]], dim=1) if name in more else value for name, value in batch.items()}
+
+
+def test_a_cache_under_another_name_is_an_error_and_no_number(model):
+    apply_videorope(model)
+    batch = batch_of([(7,)])
+    cache = model.model(**batch, use_cache=True)[cache_name(model)]
+    with pytest.raises(CompatibilityError, match=r"given a cache \(DynamicCache\) as 'memory'.*This is transformers"):
+        model.model(input_ids=torch.tensor([[5]]), memory=cache)
+
+
+def test_a_cache_that_another_model_filled_is_an_error_and_no_number(model):
+    apply_videorope(model)
+    cache = model.model(**batch_of([(7,)]), use_cache=True)[cache_name(model)]
+    model.model.rope_deltas = None
+    with pytest.raises(LayoutError, match="the cache holds 7 tokens of which this model has not seen the positions"):
+        model.model(input_ids=torch.tensor([[5]]), **{cache_name(model): cache})
 
 
 @batches
@@ -148,8 +196,8 @@ def test_generation_goes_on_from_a_cache(model, rows):
     options = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True}
     first = model.generate(**batch, **options)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(tokens), 3, dtype=torch.long)], dim=1)
-    cache = first.past_key_values
-    second = model.generate(input_ids=first.sequences, attention_mask=mask, past_key_values=cache, **options)
+    cache = {cache_name(model): first[cache_name(model)]}
+    second = model.generate(input_ids=first.sequences, attention_mask=mask, **cache, **options)
     assert torch.equal(second.sequences[:, -6:], tokens)
     finite = torch.isfinite(logits[:, 3:])
     assert_near(torch.stack(second.scores, dim=1)[finite], logits[:, 3:][finite])
@@ -211,7 +259,7 @@ def test_gradient_checkpointing(model):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpointing_methods(model).enable()
         model.zero_grad()
         model(**batch, labels=batch["input_ids"]).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])

@@ -1,0 +1,363 @@
+"""Seams: what STA leans on in other packages though no documentation promises it. Each is named here, and looked at when used.
+
+An unknown shape is a `CompatibilityError` with the version found, those tested and what to install; never a default
+that goes on. `seams()` looks at all of them at once, as `sta-adapter env` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sta_adapter.errors import CompatibilityError, STAError
+
+TESTED = {
+    "torch": "2.14.1",
+    "transformers": "4.45.2, 4.57.6, 5.20.2 and 5.24.0",
+    "peft": "0.13.2, 0.18.1 and 0.21.2",
+    "xformers": "0.0.35",
+}
+CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
+GENERATION_METHOD = "_prepare_position_ids_for_generation"  # transformers 5: positions of what `generate` is given
+FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rotary embedding mixes its axes with it
+ROPE_INDEX = "get_rope_index"
+HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def version(package: str) -> str:
+    """The installed version, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def incompatible(package: str, found: str) -> CompatibilityError:
+    """The error for a seam of `package` that looks otherwise than tested; `found` says how."""
+    return CompatibilityError(
+        f"{found}. This is {package} {version(package)}, and STA was tested with {TESTED[package]}: install one of "
+        f"these (pip install {package}==...), or an sta-adapter that knows {version(package)}."
+    )
+
+
+def parameter_names(function: Callable[..., Any], what: str, package: str = "transformers") -> tuple[str, ...]:
+    """Names of a function's parameters, in order, without * and **.
+
+    Raises:
+        CompatibilityError: they can't be read.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise incompatible(package, f"the parameters of {what} can't be read ({error})") from error
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
+def known_parameters(
+    function: Callable[..., Any], what: str, needed: Collection[str], known: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Names of a function's parameters, all of which we know, with those in `needed` among them.
+
+    Raises:
+        CompatibilityError: one is missing or new.
+    """
+    names = parameter_names(function, what)
+    if missing := sorted(set(needed) - set(names)):
+        raise incompatible("transformers", f"{what} has no parameter {', '.join(missing)}; it takes {', '.join(names)}")
+    if new := sorted(set(names) - set(needed) - set(known)):
+        raise incompatible("transformers", f"{what} has the unknown parameter {', '.join(new)}")
+    return names
+
+
+def given_arguments(
+    function: Callable[..., Any], what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a call by name, those passed by position too.
+
+    Raises:
+        CompatibilityError: there are more than the function is known to take.
+    """
+    names = parameter_names(function, what)
+    if len(args) > len(names):
+        raise incompatible(
+            "transformers", f"{what} got {len(args)} arguments by position and is known to take {len(names)}"
+        )
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def cached_tokens(function: Callable[..., Any], what: str, given: Mapping[str, Any]) -> int:
+    """How many tokens the cache holds that a forward was given; 0 without one.
+
+    Args:
+        function: the forward; what it calls its cache is looked up in its parameters.
+        what: its name, for the error.
+        given: its arguments by name.
+
+    Raises:
+        CompatibilityError: the forward has no parameter for a cache that we know, a cache came under another name, or
+            is of a kind that doesn't tell its length. Positions would start again at zero.
+    """
+    names = parameter_names(function, what)
+    if not any(name in names for name in CACHE_NAMES):
+        raise incompatible(
+            "transformers", f"{what} has no parameter called {' or '.join(CACHE_NAMES)}, so a cache can't be known"
+        )
+    for name, value in given.items():
+        if name not in CACHE_NAMES and hasattr(value, "get_seq_length"):
+            raise incompatible("transformers", f"{what} was given a cache ({type(value).__name__}) as {name!r}")
+    caches = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
+    if not caches:
+        return 0
+    lengths = {int(_length(cache, what)) for cache in caches}
+    if len(lengths) > 1:
+        raise incompatible(
+            "transformers", f"{what} was given two caches, of {' and '.join(map(str, sorted(lengths)))} tokens"
+        )
+    return lengths.pop()
+
+
+def _length(cache: Any, what: str) -> int:
+    measure = getattr(cache, "get_seq_length", None)
+    if measure is None:
+        raise incompatible(
+            "transformers", f"{what} was given a {type(cache).__name__} as cache, which has no get_seq_length"
+        )
+    return measure()
+
+
+def has_generation_method(head: type) -> bool:
+    """Whether a generating model prepares positions by a method of its own (transformers 5), which we then replace.
+
+    Raises:
+        CompatibilityError: transformers 5 has no such method, or one with other parameters.
+    """
+    if not hasattr(head, "generate"):
+        return False
+    method = getattr(head, GENERATION_METHOD, None)
+    if method is None:
+        if _transformers_major() >= 5:
+            raise incompatible("transformers", f"{head.__name__} has no {GENERATION_METHOD}")
+        return False
+    known_parameters(method, f"{head.__name__}.{GENERATION_METHOD}", ("self", "inputs_tensor", "model_kwargs"))
+    return True
+
+
+def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
+    """Parameters of the model's `get_rope_index`, of which each is known.
+
+    Raises:
+        CompatibilityError: one is missing or new, or the model doesn't keep `rope_deltas`.
+    """
+    what = f"{type(owner).__name__}.{ROPE_INDEX}"
+    if not hasattr(owner, "rope_deltas"):
+        raise incompatible("transformers", f"{type(owner).__name__} has no rope_deltas")
+    needed = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    return known_parameters(getattr(owner, ROPE_INDEX), what, needed, ("mm_token_type_ids",))
+
+
+def has_frequency_method(rotary: type) -> bool:
+    """Whether a class of rotary embeddings mixes its axes by a method (transformers 5), or leaves it to attention (4).
+
+    Raises:
+        CompatibilityError: transformers 5 has no such method, or one with other parameters.
+    """
+    method = getattr(rotary, FREQUENCY_METHOD, None)
+    if method is None:
+        if _transformers_major() >= 5:
+            raise incompatible("transformers", f"{rotary.__name__} has no {FREQUENCY_METHOD}")
+        return False
+    known_parameters(method, f"{rotary.__name__}.{FREQUENCY_METHOD}", ("self", "freq"))
+    return True
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread; -1 outside of one.
+
+    Raises:
+        CompatibilityError: torch no longer tells it.
+    """
+    function = getattr(torch._C, "_current_graph_task_id", None)
+    if function is None:
+        raise incompatible(
+            "torch", "torch._C has no _current_graph_task_id, so a recomputation can't be told from a forward"
+        )
+    return function()
+
+
+def disable_dynamo() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler before the first call.
+
+    Raises:
+        CompatibilityError: torch has no such function.
+    """
+    function = getattr(importlib.import_module("torch._compile"), "_disable_dynamo", None)
+    if function is None:
+        raise incompatible("torch", "torch._compile has no _disable_dynamo")
+    return function
+
+
+def hook_table(module: nn.Module, name: str) -> dict[int, Any]:
+    """A module's hooks by their numbers; `name` is one of `HOOK_TABLES` or `HOOK_OPTIONS`.
+
+    Raises:
+        CompatibilityError: torch keeps them otherwise.
+    """
+    table = getattr(module, name, None)
+    if not isinstance(table, dict):
+        raise incompatible("torch", f"{type(module).__name__}.{name} is a {type(table).__name__}, expected a dict")
+    return table
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of any kind, which see what goes in and out of it.
+
+    Raises:
+        CompatibilityError: torch keeps them otherwise.
+    """
+    try:
+        return bool(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+    except AttributeError as error:
+        raise incompatible("torch", f"the hooks of {type(module).__name__} can't be found ({error})") from error
+
+
+class Checkpointing(NamedTuple):
+    """How a model of transformers is told to checkpoint: `enable(**{keywords: {"use_reentrant": ...}})`."""
+
+    enable: Callable[..., None]
+    keywords: str
+    disable: Callable[[], None]
+
+
+def checkpointing_methods(model: Any) -> Checkpointing:
+    """The model's methods, under the name that its release has for them ("activation" since transformers 5.24).
+
+    Raises:
+        CompatibilityError: it has neither, or they take no keywords for the checkpoint function.
+    """
+    for name in ("activation", "gradient"):
+        enable = getattr(model, f"{name}_checkpointing_enable", None)
+        disable = getattr(model, f"{name}_checkpointing_disable", None)
+        if enable is not None and disable is not None:
+            keywords = f"{name}_checkpointing_kwargs"
+            if keywords not in parameter_names(enable, f"{name}_checkpointing_enable"):
+                raise incompatible("transformers", f"{name}_checkpointing_enable has no parameter {keywords}")
+            return Checkpointing(enable, keywords, disable)
+    raise incompatible(
+        "transformers",
+        f"{type(model).__name__} has neither activation_checkpointing_enable nor gradient_checkpointing_enable",
+    )
+
+
+def peft_parts() -> tuple[type, type]:
+    """PEFT's classes of a layer that an adapter wraps, and of a module that is trained as a copy.
+
+    Raises:
+        CompatibilityError: they lie elsewhere, or are built otherwise.
+    """
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper
+    except ImportError as error:
+        raise incompatible("peft", f"its classes can't be imported ({error})") from error
+    if not hasattr(BaseTunerLayer, "get_base_layer"):
+        raise incompatible("peft", "BaseTunerLayer has no get_base_layer")
+    return BaseTunerLayer, ModulesToSaveWrapper
+
+
+def _transformers_major() -> int:
+    import transformers
+
+    return int(transformers.__version__.split(".")[0])
+
+
+class Seam(NamedTuple):
+    """One seam as it is on this machine: `found` is "as tested", "not installed" or how it differs."""
+
+    name: str
+    package: str
+    found: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is neither as tested nor absent with its package."""
+        return self.found not in ("as tested", "not installed")
+
+
+def _qwen2_vl() -> Any:
+    return importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
+
+
+def _look_at_cache() -> None:
+    model = _qwen2_vl().Qwen2VLModel
+    cached_tokens(model.forward, "Qwen2VLModel.forward", {})
+
+
+def _look_at_rope_index() -> None:
+    model = _qwen2_vl().Qwen2VLModel
+    if hasattr(model, ROPE_INDEX):  # before 4.52 it is the head's, where no other rule is put in
+        known_parameters(
+            getattr(model, ROPE_INDEX),
+            f"Qwen2VLModel.{ROPE_INDEX}",
+            ("self", "input_ids", "image_grid_thw", "video_grid_thw", "attention_mask"),
+            ("mm_token_type_ids",),
+        )
+
+
+def _look_at_hooks() -> None:
+    module = nn.Identity()
+    for name in (*HOOK_TABLES, *HOOK_OPTIONS):
+        hook_table(module, name)
+
+
+def _look_at_xformers() -> None:
+    from sta_adapter import xformers_kernels
+
+    try:
+        xformers_kernels.import_xformers()
+    except xformers_kernels.XformersUnusable as error:
+        raise incompatible("xformers", str(error)) from error
+
+
+_LOOKS: dict[str, tuple[str, Callable[[], object]]] = {
+    "number of the backward pass": ("torch", graph_task),
+    "functions outside of torch.compile": ("torch", disable_dynamo),
+    "hook tables of a module": ("torch", _look_at_hooks),
+    "a forward's cache": ("transformers", _look_at_cache),
+    "get_rope_index": ("transformers", _look_at_rope_index),
+    "positions for generation": (
+        "transformers",
+        lambda: has_generation_method(_qwen2_vl().Qwen2VLForConditionalGeneration),
+    ),
+    "rotary frequencies": ("transformers", lambda: has_frequency_method(_qwen2_vl().Qwen2VLRotaryEmbedding)),
+    "checkpointing methods": (
+        "transformers",
+        lambda: checkpointing_methods(_qwen2_vl().Qwen2VLForConditionalGeneration),
+    ),
+    "layers and copies of PEFT": ("peft", peft_parts),
+    "xformers' CUDA build": ("xformers", _look_at_xformers),
+}
+
+
+def seams() -> list[Seam]:
+    """Every seam as it is here."""
+    found = []
+    for name, (package, look) in _LOOKS.items():
+        state = "as tested"
+        if version(package) == "not installed":
+            state = "not installed"
+        else:
+            try:
+                look()
+            except (STAError, ImportError, AttributeError) as error:
+                state = str(error)
+        found.append(Seam(name, package, state))
+    return found
