@@ -1,4 +1,5 @@
 # `make demo` and `make test` need nothing but Python: either makes the environment once and uses it from then on.
+# What it installs is named in requirements/lock.txt, so that they do in a year what they do today.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= sta-demo
@@ -6,7 +7,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old test-lmms-eval torture lint docs build audit sbom clean
+.PHONY: demo test test-old test-newest test-newest-contract lock test-lmms-eval torture lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -23,6 +24,23 @@ OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.
 	tests/test_tiny_base.py tests/test_videorope.py tests/test_videorope_backbone.py tests/test_videorope_changes.py \
 	tests/test_qwen2_vl_positions.py tests/test_internvideo2.py tests/test_internvideo2_5.py tests/test_clip_sources.py \
 	tests/test_inspection.py tests/test_plugin.py
+
+# All tests, or NEWEST_TESTS, on what pip takes today without the lock; an environment of its own, made anew each time.
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
+	.venv-newest/bin/python scripts/versions.py
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS)
+
+# The contract on the newest, where that differs from the lock in transformers, peft or torch; says so where it doesn't.
+test-newest-contract: $(VENV)/.ready
+	if $(BIN)/python scripts/versions.py --newest-is-installed; then echo "the newest is what the lock has"; \
+	else $(MAKE) test-newest NEWEST_TESTS="$(OLD_TESTS)"; fi
+
+# Remake the lock from pyproject.toml and requirements/pins.txt, for Python 3.10 to 3.13 and every platform at once.
+lock: .venv-tools/.ready
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-tools/bin/uv pip compile --quiet pyproject.toml --extra dev --universal \
+		--python-version 3.10 --constraints requirements/pins.txt --no-annotate --upgrade -o requirements/lock.txt
 
 # Models with STA inside lmms-eval. It pins an older PyAV than ours, with which it runs all the same, and brings a hundred
 # packages: an environment of its own, over the main one, with those that it needs for this.
@@ -59,27 +77,29 @@ sbom: $(VENV)/.ready .venv-tools/.ready
 
 .venv-tools/.ready:
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/python -m pip install --quiet pip-audit cyclonedx-bom
+	.venv-tools/bin/python -m pip install --quiet pip-audit cyclonedx-bom uv
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-lmms-eval .venv-tools build dist *.egg-info
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-tools build dist *.egg-info
 
-$(VENV)/.ready: pyproject.toml
+# setuptools comes first and builds without isolation, so that it too is the one of the lock.
+LOCK := requirements/lock.txt
+$(VENV)/.ready: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) setuptools
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --no-build-isolation -e '.[dev]'
 	touch $@
 
 # Older releases of transformers lie over the main environment, so that torch is installed once.
-.venv-4.45.2/.ready: PINS := transformers==4.45.2 peft==0.13.2 'accelerate<1.5'
-.venv-4.57.6/.ready: PINS := transformers==4.57.6 'peft<0.19'
+.venv-4.45.2/.ready: PINS := transformers==4.45.2 tokenizers==0.20.3 huggingface-hub==0.36.2 peft==0.13.2 accelerate==1.4.0
+.venv-4.57.6/.ready: PINS := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 peft==0.18.1
 .venv-%/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv .venv-$*
 	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "$$main" > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
 	.venv-$*/bin/python -m pip install --quiet $(PINS)
-	.venv-$*/bin/python -m pip install --quiet --no-deps -e .
+	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 .venv-lmms-eval/.ready: $(VENV)/.ready

@@ -15,13 +15,8 @@ from torch import nn
 from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
-from sta_adapter.compatibility import (
-    GENERATION_METHOD,
-    ROPE_INDEX,
-    has_generation_method,
-    hook_table,
-    rope_index_parameters,
-)
+from sta_adapter.compatibility import GENERATION_METHOD as PREPARE
+from sta_adapter.compatibility import ROPE_INDEX, has_generation_method, hook_table, rope_index_parameters
 from sta_adapter.errors import InjectionError
 
 
@@ -63,7 +58,7 @@ def install(model: nn.Module, rule: PositionRule) -> None:
     owner.register_forward_pre_hook(FillPositions(), with_kwargs=True)
     owner.rope_deltas = None
     for head in heads:
-        setattr(head, GENERATION_METHOD, GenerationPositions(head))
+        setattr(head, PREPARE, GenerationPositions(head))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -75,7 +70,7 @@ def uninstall(model: nn.Module) -> None:
     drop_hooks(owner, FillPositions)
     owner.rope_deltas = None
     for head in _generating(model, owner):
-        vars(head).pop(GENERATION_METHOD, None)
+        vars(head).pop(PREPARE, None)
 
 
 def find_owner(model: nn.Module) -> Any:

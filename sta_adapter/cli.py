@@ -6,6 +6,7 @@ import difflib
 import importlib
 import logging
 import sys
+import warnings
 
 import click
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "app": "Ask base and adapter about a video in the browser, side by side.",
     "push": "Publish an adapter on the Hugging Face Hub.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
+    "env": "Show versions, devices and kernels, for bug reports.",
 }
 
 
@@ -64,8 +66,18 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
+def _keep_warnings_of_other_packages_quiet() -> None:
+    """What one package says to another's developers is not for users of a command; `python -W default` shows it."""
+    if sys.warnoptions:
+        return
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("default", category=category, module=r"sta_adapter(\.|$)")
+
+
 def main() -> None:
     """Run the command line; a `STAError` ends it with its message and exit code 1."""
+    _keep_warnings_of_other_packages_quiet()
     try:
         cli()
     except STAError as error:

@@ -19,13 +19,17 @@ FLAGS = (
 
 
 def find_chromium() -> tuple[str, str]:
-    """Paths of Chromium and its driver; skips the test where one of them, or selenium, is missing."""
+    """Paths of Chromium and its driver.
+
+    The test is skipped where one of them, or selenium, is missing; with STA_BROWSER_REQUIRED set, as in CI, it fails.
+    """
     pytest.importorskip("selenium", reason="selenium is not installed: pip install 'sta-adapter[dev]'")
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = os.environ.get("STA_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     driver = os.environ.get("STA_CHROMEDRIVER") or shutil.which("chromedriver")
     if not browser or not driver:
-        pytest.skip(
+        missing = pytest.fail if os.environ.get("STA_BROWSER_REQUIRED") else pytest.skip
+        missing(
             "no Chromium with its driver: apt-get install chromium chromium-driver, or name them with STA_CHROMIUM and "
             "STA_CHROMEDRIVER"
         )

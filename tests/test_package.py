@@ -1,6 +1,7 @@
 """What is installed, and what importing it costs."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import sta_adapter
 
@@ -38,9 +42,12 @@ def test_import_is_light():
 
 def test_no_network_at_import():
     run(
-        "import socket\n"
-        "def refuse(*a, **k): raise AssertionError('network')\n"
-        "socket.socket.connect = refuse\n"
+        "import os, socket, sys\n"
+        "def refuse(*a, **k):\n"
+        "    sys.stderr.write(f'connect{a}')\n"
+        "    sys.stderr.flush()\n"
+        "    os._exit(3)\n"  # an exception could be swallowed, by the loader of plug-ins for one
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse\n"
         "import sta_adapter; sta_adapter.list_backbones()"
     )
 
@@ -124,3 +131,36 @@ def test_the_command_line_starts():
     )
     assert wrong.returncode == 2
     assert "Did you mean 'train'?" in wrong.stderr
+
+
+LOCK = (ROOT / "requirements" / "lock.txt").read_text()
+LOCKED = re.findall(r"^([\w.-]+)==(\S+)(?: ; (.*))?$", LOCK, re.MULTILINE)
+
+
+def test_the_lock_has_all_that_the_tests_install():
+    needed = [Requirement(line) for line in metadata.requires("sta-adapter")]
+    for requirement in needed:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "dev"}):
+            name = canonicalize_name(requirement.name)
+            versions = [version for found, version, _ in LOCKED if canonicalize_name(found) == name]
+            assert name == "sta-adapter" or versions, requirement
+            assert all(requirement.specifier.contains(version) for version in versions), requirement
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("package", ["torch", "torchvision", "transformers", "peft", "numpy", "pytest"])
+def test_the_lock_has_one_version_of_a_package_for_each_python(python, package):
+    here = {"python_version": python, "python_full_version": f"{python}.5", "sys_platform": "linux"}
+    found = [v for name, v, marker in LOCKED if name == package and (not marker or Marker(marker).evaluate(here))]
+    assert len(found) == 1
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements" / "pins.txt").read_text(), re.MULTILINE))
+    assert found[0] == pinned.get(package, found[0])
+
+
+def test_readme_names_what_is_locked():
+    text = (ROOT / "README.md").read_text()
+    for package in ("torch", "torchvision", "peft", "xformers"):
+        (version,) = [v for name, v, _ in LOCKED if name == package]
+        assert f"{package} {version}" in text
+    for version in [v for name, v, _ in LOCKED if name == "transformers"]:
+        assert version in text
