@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sta_adapter.answer_text import final_answer
 from sta_adapter.collator import Collator
 from sta_adapter.encoding import Encoded, encode_answer
 from sta_adapter.matching import named_option
@@ -22,8 +23,8 @@ from sta_adapter.samples import Sample
 class Prediction:
     """What the model said about one sample.
 
-    `scores` are the options' log-likelihoods, where the likeliest was chosen; `unmatched` says that a written answer named none
-    of the options.
+    `scores` are the options' log-likelihoods, where the likeliest was chosen; `unmatched` says that a written answer could not be
+    read: it names none of the options, or is empty.
     """
 
     index: int
@@ -93,7 +94,8 @@ class Questioner:
         for (index, sample, _), text in zip(questions, said, strict=True):
             about = (index, sample.source, sample.category, sample.answer, text.strip())
             if sample.options is None:
-                yield Prediction(*about, _plain(text) == _plain(sample.answer))
+                found = _plain(text)
+                yield Prediction(*about, found == _plain(sample.answer), unmatched=not found)
                 continue
             named = named_option(text, sample.options, sample.extra.get("option_texts", ()))
             right = named is not None and sample.options[named] == sample.answer
@@ -134,4 +136,5 @@ def _extended(prompt: Encoded, answer: torch.Tensor) -> Encoded:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).removesuffix(".").casefold()
+    """An answer without reasoning, markup, case, and the full stop at its end."""
+    return " ".join(final_answer(text).split()).removesuffix(".").casefold()

@@ -6,6 +6,7 @@ same questions, with bootstrap intervals (see `sta_adapter.bootstrap`); single a
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Hashable, Mapping, Sequence
 from statistics import fmean
@@ -140,7 +141,9 @@ def _faults(runs: dict[str, dict[str, Any]]) -> list[str]:
     unmatched = {label: run["unmatched"] for label, run in runs.items() if run.get("unmatched")}
     if unmatched:
         counts = ", ".join(f"{count} ({label})" for label, count in unmatched.items())
-        said.append(f"Answers that name no option, counted as wrong: {counts}.")
+        said.append(f"Answers that could not be read, counted as wrong: {counts}. Such as:")
+        examples = next(run["unmatched_examples"] for run in runs.values() if run.get("unmatched"))
+        said += [f"  {json.dumps(example['said'], ensure_ascii=False)} ({example['source']})" for example in examples]
     return said
 
 

@@ -2,7 +2,7 @@
 
 Public: `evaluate(model, data, ...)` -> `EvaluationResult`, `Score`, `Prediction`, `wilson`. A sample with `options` is scored by the log-likelihood of
 each option as a complete answer (its end of turn included), or by the option that a written answer names; any other by greedy
-generation, compared with its answer but for case, surrounding white space and a full stop.
+generation, compared with its answer but for reasoning, markup, case, surrounding white space and a full stop.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sta_adapter.predictions import PredictionLog
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
 
 CHOICES = ("likeliest", "written")
+EXAMPLES, LONGEST_SAID = 3, 200  # of answers that could not be read
 Z95 = 1.959963984540054  # two-sided 95 %
 
 
@@ -89,11 +90,13 @@ class EvaluationResult:
 
     def to_dict(self, *, predictions: bool = True) -> dict[str, Any]:
         """Plain values, for JSON."""
+        unread = [prediction for prediction in self.predictions if prediction.unmatched]
         values: dict[str, Any] = {
             "frames": self.frames,
             "overall": self.overall.to_dict(),
             "categories": {name: score.to_dict() for name, score in self.categories.items()},
-            "unmatched": sum(prediction.unmatched for prediction in self.predictions),
+            "unmatched": len(unread),
+            "unmatched_examples": [{"source": p.source, "said": p.prediction[:LONGEST_SAID]} for p in unread[:EXAMPLES]],
             "bad_samples": self.bad_samples,
             "seconds": round(self.seconds, 3),
         }

@@ -1,40 +1,169 @@
 """Which of a question's options a written answer names.
 
-Public: `named_option(said, labels, texts)`. Benchmarks compare what a model wrote with the options by rules like these; where theirs
-ask another language model about answers that no rule fits, such an answer counts as wrong here, and is counted.
+Benchmarks compare what a model wrote with the options by rules like these; where theirs ask another language model about
+answers that no rule fits, such an answer counts as wrong here, and is counted. What names several options, or only says what
+the answer is not, names none.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-_LEAD_IN = r"\b(?:answer|option|choice)(?: is)?:? *"
+from sta_adapter import answer_words as words
+from sta_adapter.answer_text import final_answer
+
+__all__ = ["named_option"]
+
+_ONE_LETTER_WORDS = "AEIOUY"  # of some language
+_NEAR = 90  # characters before a label in which its lead-in stands
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """An option's label in an answer.
+
+    Attributes:
+        index: the option's.
+        start: where it begins.
+        end: where it ends, its option's own text included if that follows.
+        before: what stands before it, as far as it matters.
+        after: all that stands behind it.
+        short: a single letter or figure.
+        phrase: several words, which stand in no sentence by chance.
+        own_text: whether its option's own text follows.
+        capital: it can be no word of the sentence.
+    """
+
+    index: int
+    start: int
+    end: int
+    before: str
+    after: str
+    short: bool
+    phrase: bool
+    own_text: bool
+    capital: bool
+
+    @property
+    def marked(self) -> bool:
+        """A mark, a reason or its own text behind a letter; a longer label, such as "yes", needs none."""
+        return not self.short or self.own_text or words.MARK.match(self.after) is not None
+
+    @property
+    def sure(self) -> bool:
+        """Not a word of the sentence that happens to be one letter long."""
+        return self.capital or self.marked
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing but marks stands before it."""
+        return not self.before.strip(words.EDGES)
+
+    @property
+    def in_brackets(self) -> bool:
+        """As in "to the right (B)"."""
+        return self.before.endswith(("(", "[", "【")) and self.after.startswith((")", "]", "】"))
+
+    @property
+    def last_line(self) -> bool:
+        """Alone on the last of several lines."""
+        before, newline, line = self.before.rpartition("\n")
+        return bool(newline and before) and not (line + self.after).strip(words.EDGES)
 
 
 def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) -> int | None:
     """The index of the option that an answer names, None where it names none or several.
 
-    Rules, the first that fits decides: the answer is a label or begins with one ("B", "(B)", "B. up", "Sentence B: ...",
-    "yes, it is"); it leads in to one ("the answer is B"); it contains one option's text and no other's.
+    What is looked at is `final_answer(said)`. The first rule that finds an option decides: the answer is a label or a text and
+    nothing else; a label behind "final answer"; behind "the answer is", or before "is correct"; at the beginning, with a mark
+    or a reason behind it; behind "option", "so", "I choose", in brackets, with its own text, or alone on the last line; the
+    text of one option and of no other. A label or text that is denied ("not B", "B is wrong") counts in none of them.
 
     Args:
         said: what the model wrote.
         labels: what the options are called: "A", "Option 1", "yes".
         texts: what they say, for answers in words.
     """
-    answer = " ".join(said.split())
-    starts = {i for i, label in enumerate(labels) for name in _names(label) if re.match(_begins_with(name), answer)}
-    if len(starts) == 1:
-        return starts.pop()
-    called = {
-        i for i, label in enumerate(labels) for name in _names(label)
-        if re.search(rf"(?i:{_LEAD_IN})\(?{re.escape(name)}\)?(?!\w)", answer)
-    }  # fmt: skip
-    if len(called) == 1:
-        return called.pop()
-    words = _plain(answer)
-    within = [i for i, text in enumerate(texts) if re.search(rf"(?<!\w){re.escape(_plain(text))}(?!\w)", words)]
+    answer = final_answer(said)
+    whole = {i for given in (labels, texts) for i, name in enumerate(given) if _plain(name) == _plain(answer) != ""}
+    if len(whole) == 1:
+        return whole.pop()
+    mentions = _mentions(answer, labels, texts)
+    rules = (
+        [m for m in mentions if m.sure and words.FINALLY.search(m.before)],
+        [m for m in mentions if (m.sure and words.ANSWER_IS.search(m.before)) or words.IS_RIGHT.match(m.after)],
+        [m for m in mentions[:1] if m.first and m.marked],
+        [m for m in mentions if m.last_line or m.phrase or (m.short and _is_cued(m))],
+    )
+    for found in rules:
+        named = {m.index for m in (*found, *_joined(answer, mentions, found))}
+        if named:
+            return named.pop() if len(named) == 1 else None
+    return _by_text(answer, texts)
+
+
+def _is_cued(mention: _Mention) -> bool:
+    return mention.in_brackets or (mention.sure and (mention.own_text or bool(words.CUE.search(mention.before))))
+
+
+def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[_Mention]:
+    """Where the options' labels stand in an answer, but for those that are denied."""
+    index = {name.casefold(): i for i, label in enumerate(labels) for name in _names(label)}
+    if not index or words.NO_ANSWER.match(answer):
+        return []
+    names = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in sorted(index, key=len, reverse=True))
+    pattern = rf"(?<!{words.WORD})(?<!{words.TIED})(?<!\bn/)({names})(?!{words.WORD}|{words.TIED}{words.WORD})"
+    found = []
+    for match in re.finditer(pattern, answer, re.IGNORECASE):
+        name = " ".join(match[1].split())
+        i = index[name.casefold()]
+        before, after = answer[max(match.start() - _NEAR, 0) : match.start()], answer[match.end() :]
+        own = _own_text(after, texts[i] if i < len(texts) else "")
+        end = match.end() + own
+        if _denied(before) or words.DENIED.match(after) or words.DENIED.match(answer[end:]):
+            continue
+        short = len(name) == 1
+        capital = short and name == name.upper() and name not in _ONE_LETTER_WORDS
+        found.append(_Mention(i, match.start(), end, before, after, short, " " in name, own > 0, capital or not short))
+    return found
+
+
+def _own_text(after: str, text: str) -> int:
+    """How much of what follows a label is marks and its option's text; 0 where that does not follow."""
+    pattern = rf"[\s{re.escape(words.EDGES + words.DASHES)}=|]+{_spaced(text)}(?!{words.WORD})"
+    match = re.match(pattern, after, re.IGNORECASE) if _plain(text) else None
+    return match.end() if match else 0
+
+
+def _joined(answer: str, mentions: list[_Mention], found: list[_Mention]) -> list[_Mention]:
+    """Labels that are named together with those found: "A or B", and lists of options."""
+    joined = []
+    for first, second in itertools.pairwise(mentions):
+        if (first in found or first in joined) and (second.sure or not second.short):
+            between = answer[first.end : second.start]
+            if words.JOINED.fullmatch(between):
+                joined.append(second)
+    return joined
+
+
+def _denied(before: str) -> bool:
+    """Whether the clause that leads to a place says "not"."""
+    clause = words.CLAUSE.split(words.NO_DOUBT.sub("", before))[-1]
+    return words.NOT.search(clause) is not None
+
+
+def _by_text(answer: str, texts: Sequence[str]) -> int | None:
+    """The option whose text an answer contains, where it contains no other's, or those only as parts of it."""
+    said = _plain(answer)
+    within = []
+    for i, text in enumerate(texts):
+        pattern = rf"(?<!{words.WORD}){re.escape(_plain(text))}(?!{words.WORD})"
+        found = re.finditer(pattern, said) if _plain(text) else ()
+        if any(not _denied(said[max(match.start() - _NEAR, 0) : match.start()]) for match in found):
+            within.append(i)
     longest = [i for i in within if not any(_plain(texts[i]) in _plain(texts[j]) for j in within if j != i)]
     return longest[0] if len(longest) == 1 else None
 
@@ -45,14 +174,11 @@ def _names(label: str) -> list[str]:
     return [label, last] if len(before) == 1 and len(last) == 1 else [label]
 
 
-def _begins_with(name: str) -> str:
-    """One letter or figure needs a mark or the end behind it: "A man runs" does not name option A."""
-    escaped = re.escape(name)
-    if len(name) > 1:
-        return rf"(?i:\(?{escaped}(?!\w))"
-    return rf"(?:\(?{escaped}[.):,]|\({escaped}\)|(?i:{escaped})$)"
+def _spaced(text: str) -> str:
+    """A pattern of a text whatever its white space and the full stop at its end."""
+    return re.escape(_plain(text)).replace(r"\ ", r"\s+")
 
 
 def _plain(text: str) -> str:
-    """Lower case, single spaces, no square brackets, no full stop at the end."""
-    return " ".join(re.sub(r"[\[\]]", "", text).split()).removesuffix(".").casefold()
+    """Lower case, single spaces, no markup, no square brackets, no marks at the ends."""
+    return " ".join(re.sub(r"[\[\]]", "", final_answer(text)).split()).strip(words.EDGES).casefold()

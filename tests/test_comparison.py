@@ -171,7 +171,8 @@ def test_text_fits_the_screen(report):
     for words in ("base, reversed", "by category, ordered", "Information Synopsis", "Asked without subtitles."):
         assert words in text
     assert "Samples that could not be used and don't count: 1. The first: line 9: gone" in text
-    assert "Answers that name no option, counted as wrong: 3 (base, ordered), 3 (base, shuffled)" in text
+    assert "Answers that could not be read, counted as wrong: 3 (base, ordered), 3 (base, shuffled)" in text
+    assert lines[-3:] == ['  "B" (line 0)', '  "B" (line 1)', '  "B" (line 2)']
 
 
 def test_labels_of_the_picture_do_not_collide(report):

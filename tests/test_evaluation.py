@@ -138,7 +138,18 @@ def test_options_are_scored_as_complete_answers(taught, choices, processor):
 
 @pytest.mark.parametrize(
     ("said", "right"),
-    [("left", True), (" Left.", True), ("left\n", True), ("left right", False), ("", False), ("lef", False)],
+    [
+        ("left", True),
+        (" Left.", True),
+        ("left\n", True),
+        ("**Left**", True),
+        ("<think>right?</think>left", True),
+        (r"\boxed{left}", True),
+        ("left right", False),
+        ("", False),
+        ("lef", False),
+        ("<think>left", False),
+    ],
 )
 def test_exact_labels(dataset, processor, said, right):
     class Parrot(torch.nn.Module):
@@ -154,6 +165,7 @@ def test_exact_labels(dataset, processor, said, right):
 
     predictions = evaluate(Parrot(), dataset).predictions
     assert [p.correct for p in predictions] == [right, False] * 3
+    assert all(p.unmatched == (said in ("", "<think>left")) for p in predictions)
 
 
 @pytest.mark.parametrize("frames", ["shuffled", "reversed"])
@@ -301,6 +313,8 @@ def test_command_asks_a_benchmark(base, taught, tmp_path):
         "caption_matching": (0, 2),
     }
     assert report["adapter"]["ordered"]["unmatched"] == 4
+    examples = report["adapter"]["ordered"]["unmatched_examples"]
+    assert [example["said"] for example in examples] == ["left"] * 3
     assert (report["benchmark"], report["chance"]["overall"]) == (
         "tempcompass",
         pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3),
