@@ -37,7 +37,8 @@ class Prediction:
     unmatched: bool = False
 
 
-Question = tuple[int, Sample, Encoded]
+Question = tuple[int, Sample, Encoded, list[torch.Tensor]]
+"""A sample's index, the sample, its prompt, and its options as tokens where the likeliest is looked for."""
 
 
 class Questioner:
@@ -62,20 +63,28 @@ class Questioner:
         self.collate = Collator.of(processor, side="left")
         self.device = next(model.parameters()).device
 
+    def options(self, sample: Sample) -> list[torch.Tensor]:
+        """A sample's options as tokens; none where its answer is written.
+
+        Raises:
+            DataError: the chat template or the tokenizer can't take one of them.
+        """
+        likeliest = sample.options if sample.options is not None and self.choose != "written" else []
+        return [encode_answer(self.processor, sample.prompt, option) for option in likeliest]
+
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
         """Predictions, those of written answers first."""
-        written = questions if self.choose == "written" else [q for q in questions if q[1].options is None]
+        written = [question for question in questions if not question[-1]]
         if written:
             yield from self._generate(written)
-        if len(written) < len(questions):
-            yield from map(self._choose, (q for q in questions if q[1].options is not None))
+        yield from map(self._choose, (question for question in questions if question[-1]))
 
     def _batch(self, items: list[Encoded]) -> dict[str, torch.Tensor]:
         batch = self.collate(items)
         return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
-        batch = self._batch([item for _, _, item in questions])
+        batch = self._batch([item for _, _, item, _ in questions])
         tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
         out = self.model.generate(
@@ -91,7 +100,7 @@ class Questioner:
             pad_token_id=self.collate.pad_id,
         )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for (index, sample, _), text in zip(questions, said, strict=True):
+        for (index, sample, *_), text in zip(questions, said, strict=True):
             about = (index, sample.source, sample.category, sample.answer, text.strip())
             if sample.options is None:
                 found = _plain(text)
@@ -103,10 +112,9 @@ class Questioner:
 
     def _choose(self, question: Question) -> Prediction:
         """The option that is likeliest as a complete answer."""
-        index, sample, item = question
+        index, sample, item, answers = question
         options = sample.options or []
         scores: list[float] = []
-        answers = [encode_answer(self.processor, sample.prompt, option) for option in options]
         for start in range(0, len(options), self.batch_size):
             scores += self._log_likelihoods(item, answers[start : start + self.batch_size])
         best = options[max(range(len(options)), key=scores.__getitem__)]

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from sta_adapter.conversations import reason_of
 from sta_adapter.encoding import Visual, temporal_patch
+from sta_adapter.errors import DataError, STAError
 from sta_adapter.frames import fit_frames, read_image
 from sta_adapter.video import Clip, read_clip, read_folder
 
@@ -58,7 +60,16 @@ class ClipReader:
 
     def read(self, parts: Sequence[dict[str, Any]], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
-        return [self._visual(part, index) for part in parts]
+        return [self._read(part, index) for part in parts]
+
+    def _read(self, part: dict[str, Any], index: int) -> Visual:
+        """One of them; an error that doesn't name the file gets its name."""
+        try:
+            return self._visual(part, index)
+        except Exception as error:
+            if isinstance(error, STAError) or (isinstance(error, OSError) and error.filename is not None):
+                raise
+            raise DataError(f"{part[part['type']]!r} can't be read as {part['type']}: {reason_of(error)}") from error
 
     def _visual(self, part: dict[str, Any], index: int) -> Visual:
         if part["type"] == "image":

@@ -1,17 +1,34 @@
 """Encoded samples to one padded batch.
 
-Public: `Collator`.
+Public: `Collator`, `Loaded`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from sta_adapter.encoding import IGNORE, Encoded
+from sta_adapter.errors import DataError
 from sta_adapter.samples import BadSample
+
+PER_TOKEN = {"input_ids": 0, "labels": IGNORE, "mm_token_type_ids": 0, "token_type_ids": 0}  # and what fills them up
+
+
+class Loaded(dict[str, torch.Tensor]):
+    """An encoded sample that knows where it stands."""
+
+    source = "sample"
+
+    @classmethod
+    def of(cls, encoded: Encoded, source: str) -> Loaded:
+        """An encoded sample and its source."""
+        made = cls(encoded)
+        made.source = source
+        return made
 
 
 class Collator:
@@ -20,38 +37,73 @@ class Collator:
     Args:
         pad_id: what fills `input_ids`.
         side: "right" for training, "left" for generation.
+        on_bad_sample: "skip" leaves out what makes no batch with the others, "error" raises.
     """
 
-    def __init__(self, pad_id: int, *, side: str = "right") -> None:
+    def __init__(self, pad_id: int, *, side: str = "right", on_bad_sample: str = "skip") -> None:
         self.pad_id = pad_id
         self.side = side
+        self.on_bad_sample = on_bad_sample
 
     @classmethod
-    def of(cls, processor: Any, *, side: str = "right") -> Collator:
+    def of(cls, processor: Any, *, side: str = "right", on_bad_sample: str = "skip") -> Collator:
         """The collator for a processor's padding token."""
         tokenizer = processor.tokenizer
-        return cls(tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id, side=side)
+        pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(pad_id, side=side, on_bad_sample=on_bad_sample)
 
     def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, Any]:
         """Batch of `(B, L)` token tensors with `attention_mask`, and the clips' tensors one after the other.
 
         Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
+
+        Raises:
+            DataError: a sample makes no batch with the others, and `on_bad_sample` is "error".
         """
+        found = self.sort_out(items)
+        good = [item for item in found if not isinstance(item, BadSample)]
+        bad = [f"{item.source}: {item.reason}" for item in found if isinstance(item, BadSample)]
+        return {"bad_samples": bad, **(self._batch(good) if good else {"labels": torch.full((1, 1), IGNORE)})}
+
+    def sort_out(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
+        """The samples, with a `BadSample` in the place of each that makes no batch with the others.
+
+        Where their tensors differ in shape and can't be joined, those that are like most others stay.
+
+        Raises:
+            DataError: there is one, and `on_bad_sample` is "error".
+        """
+        usual = {} if self._joins(items) else _usual_shapes(items)
+        found = [item if isinstance(item, BadSample) else _checked(item, usual) for item in items]
+        for was, item in zip(items, found, strict=True):
+            if item is not was and isinstance(item, BadSample) and self.on_bad_sample == "error":
+                raise DataError(f"{item.source}: {item.reason}")
+        return found
+
+    def _joins(self, items: Sequence[Encoded | BadSample]) -> bool:
+        """Whether the samples make a batch; it is only tried where their shapes leave a doubt."""
         good = [item for item in items if not isinstance(item, BadSample)]
-        batch: dict[str, Any] = {"bad_samples": [f"{i.source}: {i.reason}" for i in items if isinstance(i, BadSample)]}
-        if not good:
-            return {**batch, "labels": torch.full((1, 1), IGNORE)}
-        fill = {"input_ids": self.pad_id, "labels": IGNORE, "mm_token_type_ids": 0, "token_type_ids": 0}
-        length = max(len(item["input_ids"]) for item in good)
-        for key in dict.fromkeys(key for item in good for key in item):
-            values = [item.get(key) for item in good]
+        if all(len(shapes) == 1 for shapes in _shapes(good).values()):
+            return True
+        try:
+            self._batch(good)
+        except Exception:  # whatever a library says to it: which of them it is about is looked for next
+            return False
+        return True
+
+    def _batch(self, items: Sequence[Encoded]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        fill = {**PER_TOKEN, "input_ids": self.pad_id}
+        length = max(len(item["input_ids"]) for item in items)
+        for key in dict.fromkeys(key for item in items for key in item):
+            values = [item.get(key) for item in items]
             if key in fill:
                 batch[key] = torch.stack(
-                    [self._pad(value, fill[key], item, length) for value, item in zip(values, good, strict=True)]
+                    [self._pad(value, fill[key], item, length) for value, item in zip(values, items, strict=True)]
                 )
             else:
                 batch[key] = torch.cat([value for value in values if value is not None])
-        ones = [torch.ones_like(item["input_ids"]) for item in good]
+        ones = [torch.ones_like(item["input_ids"]) for item in items]
         batch["attention_mask"] = torch.stack([self._pad(one, 0, one, length) for one in ones])
         return batch
 
@@ -60,3 +112,33 @@ class Collator:
             value = torch.zeros_like(item["input_ids"])
         missing = length - len(value)
         return torch.nn.functional.pad(value, (missing, 0) if self.side == "left" else (0, missing), value=fill)
+
+
+def _shapes(items: Sequence[Encoded]) -> dict[str, Counter[tuple[int, ...]]]:
+    """How often each shape comes, but for the first axis, of the tensors that are put one after the other."""
+    found: dict[str, Counter[tuple[int, ...]]] = {}
+    for item in items:
+        for key in item.keys() - PER_TOKEN.keys():
+            found.setdefault(key, Counter())[tuple(item[key].shape[1:])] += 1
+    return found
+
+
+def _usual_shapes(items: Sequence[Encoded | BadSample]) -> dict[str, tuple[int, ...]]:
+    shapes = _shapes([item for item in items if not isinstance(item, BadSample)])
+    return {key: counts.most_common(1)[0][0] for key, counts in shapes.items()}
+
+
+def _checked(item: Encoded, usual: dict[str, tuple[int, ...]]) -> Encoded | BadSample:
+    """The sample, if it is whole and of the usual shapes."""
+    source, tokens = getattr(item, "source", Loaded.source), item.get("input_ids")
+    if tokens is None or any(item[key].shape != tokens.shape for key in item.keys() & PER_TOKEN.keys()):
+        return BadSample(source, "it has no tokens, or not as many of them as of what goes with each.")
+    for key, shape in usual.items():
+        if key in item and tuple(item[key].shape[1:]) != shape:
+            found = tuple(item[key].shape[1:])
+            return BadSample(
+                source,
+                f"its {key} are of shape {found} each, those of other samples in the batch of {shape}, and this model's "
+                "can't be put together; expected clips of one size and number of frames (nframes, min_pixels, max_pixels).",
+            )
+    return item

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.errors import DataError
+from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
 from sta_adapter.formats import as_conversation
 
 _POSITIVE = {
@@ -27,6 +27,7 @@ _PART_KEYS = {
     "video": {"type", "video", *_POSITIVE, *_SECONDS},
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
+_NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _PLACEHOLDER = re.compile(r"<(video|image)>")
 
 
@@ -74,6 +75,24 @@ class BadSample:
 
     source: str
     reason: str
+
+    @classmethod
+    def of(cls, source: str, error: BaseException) -> BadSample:
+        """What an error says about a sample, whichever library raised it.
+
+        Raises:
+            BaseException: the error itself, if it says nothing about the sample: a package is missing, or the user has had enough.
+        """
+        if isinstance(error, (MissingExtraError, CompatibilityError)) or type(error) in _NOT_OF_A_SAMPLE:
+            raise error
+        return cls(source, reason_of(error).removeprefix(f"{source}: "))
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's words; those of another library with the error's kind in front, without which they often say little."""
+    if isinstance(error, (STAError, OSError)) and str(error):
+        return str(error)
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def parse_sample(

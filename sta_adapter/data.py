@@ -17,9 +17,9 @@ from typing import Any
 from torch.utils.data import Dataset, get_worker_info
 
 from sta_adapter.clips import ClipReader, FrameSettings
-from sta_adapter.collator import Collator
+from sta_adapter.collator import Collator, Loaded
 from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt
-from sta_adapter.errors import ConfigError, DataError, STAError
+from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.frames import fit_frames
 from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
 from sta_adapter.packed import unpacked
@@ -135,12 +135,12 @@ class VideoDataset(Dataset):
     def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
         """Decode and encode a sample, which need not be one of the data set's; `index` is for the shuffling of its frames."""
         try:
-            encoded = self._encode(sample, index)
-        except (STAError, OSError) as error:
+            return Loaded.of(self._encode(sample, index), sample.source)
+        except BaseException as error:  # whatever a library raises, also one written in Rust, is about this sample
+            bad = BadSample.of(sample.source, error)
             if self.on_bad_sample == "error":
-                raise DataError(f"{sample.source}: {error}") from error
-            return BadSample(sample.source, str(error))
-        return encoded
+                raise DataError(f"{bad.source}: {bad.reason}") from error
+            return bad
 
     def _encode(self, sample: Sample, index: int) -> Encoded:
         messages = sample.prompt if self.prompts else sample.messages

@@ -1,22 +1,26 @@
 """Look for everything in a file of samples, or in tar shards, that would be a bad sample in training.
 
-Public: `check_data(path)` -> `DataReport`. Samples are read and decoded exactly as training does it, several at a time.
+Public: `check_data(path)` -> `DataReport`. Samples are read, decoded, encoded
+and put into batches exactly as training does it, several at a time.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sta_adapter.clips import FrameSettings
+from sta_adapter.collator import Collator, Loaded
 from sta_adapter.data import DECODE_TIMEOUT, VideoDataset
-from sta_adapter.errors import DataError, STAError
+from sta_adapter.encoding import Encoded, Visual, encode
+from sta_adapter.errors import DataError
 from sta_adapter.isolation import worker_errors
 from sta_adapter.samples import BadSample, Sample, scan_samples
 from sta_adapter.shards import is_shards
@@ -29,7 +33,7 @@ class DataReport:
     """What a check found.
 
     Attributes:
-        problems: each with `source`, `kind` (record, missing, unreadable, length) and `reason`.
+        problems: each with `source`, `kind` (record, missing, unreadable, length, batch) and `reason`.
         samples: how many there are, bad ones included.
         categories: how many samples each category has.
         seconds: length of each clip.
@@ -68,6 +72,7 @@ def check_data(
     videos: str | Path | None = None,
     frames: FrameSettings | None = None,
     max_length: int | None = None,
+    batch_size: int = 4,
     num_workers: int = 2,
     decode_timeout: float | None = DECODE_TIMEOUT,
     progress: bool = False,
@@ -81,6 +86,7 @@ def check_data(
         videos: where relative paths start.
         frames: how clips are sampled.
         max_length: most tokens of a sample; None takes the tokenizer's limit.
+        batch_size: samples that go into one batch, where there is a processor.
         num_workers: processes that decode.
         decode_timeout: seconds that one sample's clips may take.
         progress: show a bar.
@@ -103,7 +109,7 @@ def check_data(
         samples=len(items),
         categories=dict(Counter(sample.category for sample in good if sample.category is not None).most_common()),
     )
-    for finding in _findings(_Findings(dataset, limit), num_workers, progress):
+    for finding in _findings(_Findings(dataset, limit), batch_size, num_workers, progress):
         report.problems += finding.problems
         report.seconds += finding.seconds
         report.frames += finding.frames
@@ -111,51 +117,67 @@ def check_data(
     return report
 
 
-def _findings(findings: _Findings, num_workers: int, progress: bool) -> Iterator[DataReport]:
-    loader: Any = DataLoader(findings, batch_size=None, num_workers=num_workers)
+def _findings(findings: _Findings, batch_size: int, num_workers: int, progress: bool) -> list[DataReport]:
+    """What is found in each sample, in their order; they are mixed for it as training mixes them."""
+    order = torch.randperm(len(findings), generator=torch.Generator().manual_seed(0)).tolist()
+    loader: Any = DataLoader(findings, batch_size, sampler=order, num_workers=num_workers, collate_fn=findings.batched)
     if progress:
         from tqdm.auto import tqdm
 
-        loader = tqdm(loader, desc="check", unit="sample", dynamic_ncols=True)
+        loader = tqdm(loader, desc="check", unit="batch", dynamic_ncols=True)
     with worker_errors():
-        yield from loader
+        found = [report for batch in loader for report in batch]
+    return [report for _, report in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
 class _Findings(Dataset):
-    """What is found in each sample."""
+    """What is found in each sample, and what training would encode of it."""
 
     def __init__(self, dataset: VideoDataset, limit: int | None) -> None:
         self.dataset = dataset
         self.limit = limit
+        self.collate = None if dataset.processor is None else Collator.of(dataset.processor)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> DataReport:
+    def __getitem__(self, index: int) -> tuple[DataReport, Encoded | None]:
         sample, found = self.dataset.samples[index], DataReport()
         try:
             visuals = self.dataset.visuals(sample.messages, index)
-        except (STAError, OSError) as error:
+        except BaseException as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            return DataReport([_problem(BadSample(sample.source, str(error)), kind)])
+            return DataReport([_problem(BadSample.of(sample.source, error), kind)]), None
         clips = [v.metadata for group in visuals for v in group if v.kind == "video" and v.metadata]
         found.seconds = [float(clip["duration"]) for clip in clips]
         found.frames = [len(set(clip["frames_indices"])) for clip in clips]
+        encoded = None
         try:
             if sample.answer and self.dataset.processor is not None:
-                found.tokens = [self._length(sample, visuals)]
-        except DataError as error:
+                encoded = Loaded.of(self._encoded(sample, visuals), sample.source)
+                found.tokens = [len(encoded["input_ids"])]
+        except BaseException as error:
             kind = "length" if isinstance(error, _TooLongError) else "record"
-            found.problems = [_problem(BadSample(sample.source, str(error)), kind)]
-        return found
+            found.problems = [_problem(BadSample.of(sample.source, error), kind)]
+        return found, encoded
 
-    def _length(self, sample: Sample, visuals: list[list[Any]]) -> int:
-        from sta_adapter.encoding import encode
-
-        length = len(encode(self.dataset.processor, sample.messages, visuals)["input_ids"])
+    def _encoded(self, sample: Sample, visuals: list[list[Visual]]) -> Encoded:
+        encoded = encode(self.dataset.processor, sample.messages, visuals)
+        length = len(encoded["input_ids"])
         if self.limit is not None and length > self.limit:
             raise _TooLongError(f"{length} tokens, more than the {self.limit} allowed; take fewer or smaller frames.")
-        return length
+        return encoded
+
+    def batched(self, found: Sequence[tuple[DataReport, Encoded | None]]) -> list[DataReport]:
+        """Make a batch of what was encoded, as training does; only what is said of it goes on."""
+        whole = [(report, encoded) for report, encoded in found if encoded is not None]
+        if self.collate is not None:
+            items = self.collate.sort_out([encoded for _, encoded in whole])
+            for (report, _), item in zip(whole, items, strict=True):
+                if isinstance(item, BadSample):
+                    report.problems.append(_problem(item, "batch"))
+            self.collate(items)
+        return [report for report, _ in found]
 
 
 class _TooLongError(DataError):

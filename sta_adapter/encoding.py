@@ -95,6 +95,7 @@ def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool = Fal
         messages: the conversation.
         prompt: end with the words that ask for the assistant's answer.
     """
+    _require_unicode(messages)
     bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
     try:
         return processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
@@ -103,6 +104,19 @@ def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool = Fal
         raise DataError(
             f"the chat template can't render the roles ({roles}): {type(error).__name__}: {error}"
         ) from error
+
+
+def _require_unicode(messages: list[dict[str, Any]]) -> None:
+    """Half a character, as a text that was cut within an emoji has it, is none that a tokenizer takes."""
+    for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(text[error.start : error.end])
+            raise DataError(
+                f"the text holds {found} at character {error.start}, which is half a character (a surrogate without its other "
+                "half); expected whole ones. Whatever wrote the file cut a text within an emoji: mend the text."
+            ) from error
 
 
 def _bare(part: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.answering import Prediction, Questioner
+from sta_adapter.answering import Prediction, Question, Questioner
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.encoding import Encoded
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.isolation import worker_errors
 from sta_adapter.predictions import PredictionLog
 
@@ -96,7 +96,9 @@ class EvaluationResult:
             "overall": self.overall.to_dict(),
             "categories": {name: score.to_dict() for name, score in self.categories.items()},
             "unmatched": len(unread),
-            "unmatched_examples": [{"source": p.source, "said": p.prediction[:LONGEST_SAID]} for p in unread[:EXAMPLES]],
+            "unmatched_examples": [
+                {"source": p.source, "said": p.prediction[:LONGEST_SAID]} for p in unread[:EXAMPLES]
+            ],
             "bad_samples": self.bad_samples,
             "seconds": round(self.seconds, 3),
         }
@@ -189,10 +191,18 @@ def evaluate(
 
 def _ask(asked: Questioner, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog) -> None:
     """Answer the usable samples of a batch, by their numbers; all that comes of it goes into the log."""
-    for index, item in batch:
-        if isinstance(item, BadSample):
-            log.add_bad(index, f"{item.source}: {item.reason}")
-    good = [(i, dataset.samples[i], item) for i, item in batch if not isinstance(item, BadSample)]
+    good: list[Question] = []
+    for (index, _), item in zip(batch, asked.collate.sort_out([item for _, item in batch]), strict=True):
+        sample = dataset.samples[index]
+        try:
+            if not isinstance(item, BadSample):
+                good.append((index, sample, item, asked.options(sample)))
+                continue
+        except Exception as error:
+            item = BadSample.of(sample.source, error)
+        if dataset.on_bad_sample == "error":
+            raise DataError(f"{item.source}: {item.reason}")
+        log.add_bad(index, f"{item.source}: {item.reason}")
     for prediction in asked.answer(good):
         log.add(prediction.index, dataclasses.asdict(prediction))
 

@@ -168,7 +168,7 @@ class Viewer:
         with self._lock, self._told(clip):
             for switched in (self.without_adapter(), contextlib.nullcontext()):
                 with switched:
-                    said.append(next(questioner.answer([(0, sample, clip.encoded)])).prediction)
+                    said.append(next(questioner.answer([(0, sample, clip.encoded, [])])).prediction)
         return said[0], said[1]
 
     @contextlib.contextmanager

@@ -124,7 +124,7 @@ class Stage:
                 args=self._arguments(),
                 train_dataset=self.dataset,
                 eval_dataset=self.eval_dataset or (self.dataset if self.measure else None),
-                data_collator=Collator.of(self.dataset.processor),
+                data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.config.on_bad_sample),
                 callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),

@@ -54,6 +54,7 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
         videos=options["videos"],
         frames=settings.frames,
         max_length=options["max_length"] or settings.max_length,
+        batch_size=settings.device_batches()[0],
         num_workers=options["num_workers"],
         decode_timeout=settings.decode_timeout if timeout is None else timeout,
         progress=sys.stderr.isatty(),
