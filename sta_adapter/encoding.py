@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sta_adapter.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
 
 IGNORE = -100
@@ -26,7 +27,7 @@ class Visual:
     Attributes:
         kind: "video" or "image".
         pixels: `(T, H, W, 3)` uint8, of one frame for an image.
-        metadata: for processors that write times into the text: fps, frames_indices, total_num_frames, duration.
+        metadata: when frames begin, as transformers tells it: fps, frames_indices (over fps: seconds), total_num_frames, duration.
         resized: whether the pixels have their final size, so that the processor must not resize them.
     """
 
@@ -197,6 +198,9 @@ def _process(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
         if key in encoded:
             encoded[key] = encoded[key][0]
     _check_frames(processor, encoded, clips)
+    steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
+    if len(steps) == len(clips):
+        encoded.update(told_seconds(encoded, steps))
     return encoded
 
 

@@ -1,6 +1,8 @@
 """Files that once were read wrongly, hung, crashed or gave an error that is not ours."""
 
+import enum
 import os
+import types
 from fractions import Fraction
 
 import av
@@ -11,7 +13,32 @@ from make_videos import cut, decode_all, pictures, write
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip
-from sta_adapter.video.table import VideoNotFoundError, _containers
+from sta_adapter.video.agreement import why_unlike
+from sta_adapter.video.table import VideoNotFoundError, _containers, open_video, video_stream
+
+
+class Attached(enum.Flag):
+    """A stream's disposition, as PyAV tells it before release 18."""
+
+    cover = 0x400
+
+
+@pytest.mark.parametrize(("none", "cover"), [(0, 0x401), (Attached(0), Attached.cover)], ids=["int", "flag"])
+def test_dispositions_of_any_pyav(none, cover):
+    streams = [types.SimpleNamespace(codec_context=object(), disposition=kind) for kind in (none, cover)]
+    files = [types.SimpleNamespace(name="a.mp4", streams=types.SimpleNamespace(best=lambda _, s=s: s)) for s in streams]
+    assert video_stream(files[0]) is streams[0]
+    with pytest.raises(VideoError, match="only an attached cover picture"):
+        video_stream(files[1])
+
+
+def test_without_word_of_interlacing_other_decoders_are_not_asked(tmp_path):
+    with open_video(write(tmp_path / "a.mp4")) as container:
+        stream = video_stream(container)
+        first = next(container.decode(stream))
+        told = types.SimpleNamespace(codec_context=types.SimpleNamespace(name="h264"), average_rate=10)
+        assert why_unlike(container, stream, first, 2.0) == ""
+        assert "doesn't tell whether" in why_unlike(container, told, first, 2.0)
 
 
 @pytest.mark.parametrize("name", ["reordered.mxf", "reordered.wmv", "reordered.avi"])

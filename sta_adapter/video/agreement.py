@@ -24,7 +24,10 @@ def why_unlike(container: "InputContainer", stream: "VideoStream", first: "Video
         return f"its codec ({codec}) isn't one that is known to give the same pixels everywhere"
     if moving > 1:
         return f"it has {moving} video streams, of which another may be taken"
-    if first.interlaced_frame or stream.codec_context.field_order not in _PROGRESSIVE:
+    fields = getattr(stream.codec_context, "field_order", None)
+    if fields is None and not first.interlaced_frame:
+        return "PyAV before 18 doesn't tell whether its pictures are interlaced"
+    if first.interlaced_frame or fields not in _PROGRESSIVE:
         return "its pictures are interlaced"
     if blends_colour(first):
         return (

@@ -42,8 +42,8 @@ def read_folder(path: str | os.PathLike[str], rate: float, **sampling: Any) -> C
         sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
         raise VideoError(f"{str(folder)!r} holds pictures of several sizes: {', '.join(sizes)}; expected one.")
     height, width = frames[0].shape[:2]
-    found = tuple(indices.tolist())
+    found, begins = tuple(indices.tolist()), tuple(times[indices].tolist())
     metadata = ClipMetadata(
-        folder, len(files), rate, duration, width, height, 0, "pillow", "a folder of pictures", found
+        folder, len(files), rate, duration, width, height, 0, "pillow", "a folder of pictures", found, begins
     )
     return Clip(np.stack(frames), times[indices], metadata)

@@ -13,6 +13,9 @@ from sta_adapter.video.decoders import check_backend, check_threads, decode
 from sta_adapter.video.sampling import Sampling, choose_frames
 from sta_adapter.video.table import FrameTable, read_table
 
+TICKS = 1_000_000
+"""A second, counted as finely as any container's timestamps are worth."""
+
 
 @dataclass(frozen=True)
 class ClipMetadata:
@@ -28,17 +31,28 @@ class ClipMetadata:
     backend: str
     reason: str  # why that backend
     indices: tuple[int, ...]  # of the clip's frames among the file's
+    timestamps: tuple[float, ...]  # seconds at which the clip's frames begin
 
     def for_transformers(self) -> dict[str, Any]:
-        """The fields of transformers' `VideoMetadata`: `VideoMetadata(**clip.metadata.for_transformers())`."""
+        """The fields of transformers' `VideoMetadata`: `VideoMetadata(**clip.metadata.for_transformers())`.
+
+        transformers tells time by `frames_indices` over `fps`. Where the file's own numbers don't give the timestamps in
+        that way (a variable frame rate), frames are numbered as in a file of a million a second.
+        """
+        rate, total, indices = self.fps, self.total_frames, list(self.indices)
+        if [index / rate for index in indices] != list(
+            self.timestamps
+        ):  # times are rounded for prompts: no bit is too little
+            rate, total = float(TICKS), round(self.duration * TICKS)
+            indices = [round(seconds * TICKS) for seconds in self.timestamps]
         return {
-            "total_num_frames": self.total_frames,
-            "fps": self.fps,
+            "total_num_frames": total,
+            "fps": rate,
             "width": self.width,
             "height": self.height,
             "duration": self.duration,
             "video_backend": self.backend,
-            "frames_indices": list(self.indices),
+            "frames_indices": indices,
         }
 
 
@@ -121,6 +135,7 @@ def _metadata(table: FrameTable, indices: NDArray[np.int64], backend: str, reaso
         backend=backend,
         reason=reason,
         indices=tuple(indices.tolist()),
+        timestamps=tuple(table.times[indices].tolist()),
     )
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import stat
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ def video_stream(container: "InputContainer") -> "VideoStream":
         raise VideoError(f"{container.name} has no video stream (streams: {kinds}); expected a file with pictures.")
     if stream.codec_context is None:
         raise VideoError(f"{container.name} has pictures of a kind that FFmpeg has no decoder for; convert it.")
-    if stream.disposition & ATTACHED:
+    if int(getattr(stream.disposition, "value", stream.disposition)) & ATTACHED:  # a flag that is no int before PyAV 18
         raise VideoError(f"{container.name} has no video stream, only an attached cover picture; expected a video.")
     return stream
 
@@ -242,13 +243,14 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
     if first is None or not rows:
         raise VideoError(f"{path} has no frame that decodes ({len(rows)} listed); the file is cut off or damaged.")
     pts, keys, seekable = _timeline(stream, rows, formats)
-    base = float(stream.time_base or 1)
-    times = (pts - pts[0]) * base
+    base = Fraction(stream.time_base or 1)
+    times = (pts - pts[0]) * float(base.numerator) / base.denominator  # rounded once: 1.25 s are 1.25
+    last = int(pts[-1]) - int(pts[0]) + next((row.duration for row in rows if row.pts == pts[-1]), 0)
     gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate or 25)
-    last = next((row.duration for row in rows if row.pts == pts[-1]), 0) * base
     matrix = _display_matrix(first)
     turned = abs(matrix[2]) > abs(matrix[0])
-    duration = float(times[-1]) + (last or gap)
+    end = float(last * base)
+    duration = end if end > times[-1] else float(times[-1]) + gap
     if not 0 < duration < math.inf or (np.diff(times) < 0).any():
         raise VideoError(f"{path} has timestamps that tell no order of its frames; write it again.")
     return FrameTable(
@@ -263,5 +265,5 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
         seekable=seekable,
         complete=complete,
         fresh_keys=seeks_exactly(container) and keys_are_fresh(rows),
-        unlike=why_unlike(container, stream, first, float(pts[-1]) * base),
+        unlike=why_unlike(container, stream, first, float(int(pts[-1]) * base)),
     )
