@@ -21,6 +21,7 @@ from sta_adapter.backbones.qwen2_vl import (
     grid_rows,
     merged_positions,
 )
+from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.layout import ClipLayout
 
 # The vision MLP has the names of the language model: gate_proj, up_proj and down_proj. Omni keeps q, k and v apart,
@@ -52,4 +53,5 @@ BACKBONE = Backbone(
     lora=GATED_LORA,
     dummy_inputs=grid_dummy,
     positions=window_positions,
+    text_positions=TEXT_POSITIONS,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
+from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout
 
@@ -83,6 +84,7 @@ BACKBONE = Backbone(
     lora=QWEN_LORA,
     dummy_inputs=grid_dummy,
     positions=grid_positions,
+    text_positions=TEXT_POSITIONS,
     published_names={"norm": "norm3", "to_qkv": "temp_attn.qkv", "to_out": "temp_attn.proj"},
     published_prefix="visual.",
     published_token_order=True,

@@ -1,20 +1,29 @@
-"""Where the tokens of a clip stand in Qwen2-VL's language model, and where the text goes on: by its own rule, and by VideoRoPE's."""
+"""Where the tokens of a clip stand in Qwen2-VL's language model, and where the text goes on: the rules that there are.
+
+The original one is that of the models' own training code (github.com/QwenLM/Qwen3-VL, qwen-vl-finetune) and of vLLM.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sta_adapter.errors import LayoutError
+
 
 class PositionRule(Protocol):
     """Where the tokens of a clip stand, and where the text goes on."""
 
+    name: str
     dtype: torch.dtype
 
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
+    def clip(
+        self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
+    ) -> tuple[Tensor, float]:
         """Positions (3, frames * rows * columns) of a clip on temporal, row and column axis, and the next free one.
 
         Args:
@@ -22,19 +31,70 @@ class PositionRule(Protocol):
             frames: temporal steps.
             rows: rows of merged tokens.
             columns: columns of merged tokens.
+            seconds: of a temporal step, where the rule counts time.
+
+        Raises:
+            LayoutError: the rule needs seconds that are not known.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class OriginalPositions:
-    """Qwen2-VL's own rule, as in transformers 4: the text after a clip goes on behind its largest position."""
+    """The models' own rule, as in their published training code: the text after a clip goes on behind its largest position.
 
+    Attributes:
+        tokens_per_second: Qwen2.5-VL's positions on the temporal axis for a second; None counts steps, as Qwen2-VL does.
+    """
+
+    tokens_per_second: float | None = dataclasses.field(default=None, repr=False)
+    name = "original"
     dtype = torch.long
 
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
+    def clip(
+        self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
+    ) -> tuple[Tensor, float]:
         """See `PositionRule`."""
-        axes = [torch.arange(size) + start for size in (frames, rows, columns)]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1), start + max(frames, rows, columns)
+        steps = torch.arange(frames)
+        if self.tokens_per_second is not None and frames > 1:
+            steps = (steps * self._seconds(seconds) * self.tokens_per_second).long()
+        axes = [axis + start for axis in (steps, torch.arange(rows), torch.arange(columns))]
+        length = self._length(int(steps[-1]) + 1, rows, columns)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1), start + length
+
+    def _seconds(self, seconds: float | None) -> float:
+        if seconds is None or not 0 <= seconds < math.inf:
+            raise LayoutError(
+                f"second_per_grid_ts is {seconds}; a clip of several temporal steps needs the seconds of one, from which "
+                "its positions follow. Pass what the processor returns under that name, or position_ids."
+            )
+        return seconds
+
+    def _length(self, steps: int, rows: int, columns: int) -> int:
+        return max(steps, rows, columns)
+
+
+class RowsAndColumns(OriginalPositions):
+    """transformers 5's rule: the text goes on behind the larger of rows and columns, so that a longer clip reaches into it."""
+
+    name = "rows-and-columns"
+
+    def _length(self, steps: int, rows: int, columns: int) -> int:
+        return max(rows, columns)
+
+
+class WholeSeconds(OriginalPositions):
+    """transformers 4.57's rule for Qwen2.5-VL: seconds are cut to whole ones, so that half a second is none."""
+
+    name = "whole-seconds"
+
+    def _seconds(self, seconds: float | None) -> float:
+        return int(super()._seconds(seconds))
+
+
+class WholeSecondsRowsAndColumns(RowsAndColumns, WholeSeconds):
+    """Both, as in early releases of transformers 5 for Qwen2.5-VL."""
+
+    name = "whole-seconds-rows-and-columns"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +102,12 @@ class VideoRopePositions:
     """Frames `scale_factor` apart on the temporal axis, rows and columns around their frame's position."""
 
     scale_factor: float
+    name = "videorope"
     dtype = torch.float32
 
-    def clip(self, start: float, frames: int, rows: int, columns: int) -> tuple[Tensor, float]:
+    def clip(
+        self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
+    ) -> tuple[Tensor, float]:
         """See `PositionRule`; the text goes on behind the last frame."""
         frame = torch.arange(frames, dtype=self.dtype) * self.scale_factor + start
         row = frame[:, None] + torch.arange(rows) - (rows - 1) // 2

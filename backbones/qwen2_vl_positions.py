@@ -1,4 +1,4 @@
-"""Positions in Qwen2-VL's language model: another rule in the place of the one that transformers has.
+"""Positions in the language model of Qwen2-VL and Qwen2.5-VL: another rule in the place of the one that transformers has.
 
 `restore_original_positions` brings back the rule that the model was trained with, where transformers 5 has another;
 `sta_adapter.backbones.videorope` puts its own rule in by the same means. Everything put into a model is a plain object
@@ -8,10 +8,10 @@ that knows at most modules of that model, so that copied and unpickled models ke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
+from sta_adapter.backbones.qwen2_vl_owner import find_owner, tokens_per_second
 from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
@@ -21,19 +21,20 @@ from sta_adapter.errors import InjectionError
 
 
 def restore_original_positions(model: nn.Module) -> nn.Module:
-    """Give Qwen2-VL the text positions of its training back, also on transformers 5.
+    """Give Qwen2-VL or Qwen2.5-VL the text positions of its training back, also on transformers 5.
 
     There, text after a clip goes on from the larger of its rows and columns; the original counts the frames too, so
-    that text never overlaps a clip. On transformers 4 this changes nothing.
+    that text never overlaps a clip. On transformers 4 this changes nothing for Qwen2-VL; Qwen2.5-VL gets the fractions of
+    a second back that 4.57 drops.
 
     Returns:
         The same model, changed; `undo_original_positions` takes the change back.
 
     Raises:
-        InjectionError: the model is no Qwen2-VL of transformers 4.52 or newer, or has a position rule already.
+        InjectionError: the model is neither of transformers 4.52 or newer, or has a position rule already.
         CompatibilityError: this transformers computes positions in a way that is not known.
     """
-    install(model, OriginalPositions())
+    install(model, OriginalPositions(tokens_per_second(find_owner(model))))
     return model
 
 
@@ -46,7 +47,7 @@ def undo_original_positions(model: nn.Module) -> nn.Module:
 
 
 def install(model: nn.Module, rule: PositionRule) -> None:
-    """Let the Qwen2-VL in `model` compute its positions by `rule`; raises what `restore_original_positions` raises."""
+    """Let the Qwen2-VL or Qwen2.5-VL in `model` compute its positions by `rule`; raises what `restore_original_positions` raises."""
     owner = find_owner(model)
     if installed_rule(owner) is not None:
         raise InjectionError(
@@ -71,28 +72,6 @@ def uninstall(model: nn.Module) -> None:
     owner.rope_deltas = None
     for head in _generating(model, owner):
         vars(head).pop(PREPARE, None)
-
-
-def find_owner(model: nn.Module) -> Any:
-    """The module that computes positions in Qwen2-VL: the one around tower and language model.
-
-    Raises:
-        InjectionError: when there is none, or several.
-    """
-    named = [m for m in model.modules() if any(cls.__name__ == "Qwen2VLModel" for cls in type(m).__mro__)]
-    found = [m for m in named if hasattr(m, "language_model") and hasattr(m, ROPE_INDEX)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InjectionError(f"{type(model).__name__} holds {len(found)} Qwen2-VL models; pass one of them.")
-    if named:
-        import transformers
-
-        raise InjectionError(
-            f"Qwen2-VL of transformers {transformers.__version__} can't be given another position rule; 4.52 to 5 can "
-            "(tested: 4.57.6, 5.20 and 5.24). For VideoRoPE on 4.45.2, use its authors' model file."
-        )
-    raise InjectionError(f"{type(model).__name__} is no Qwen2-VL and holds none; expected a Qwen2VLModel in it.")
 
 
 def installed_rule(owner: nn.Module) -> PositionRule | None:

@@ -1,4 +1,4 @@
-"""What `get_rope_index` of Qwen2-VL computes, by a rule: where text, images and clips stand."""
+"""What `get_rope_index` of Qwen2-VL and Qwen2.5-VL computes, by a rule: where text, images and clips stand."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ class RopeIndex:
             raise LayoutError("positions need an attention_mask of the shape (batch, tokens), or pass position_ids.")
         ids = self._token_ids(given)
         grids = {kind: self._grids(given.get(f"{kind}_grid_thw")) for kind in ("image", "video")}
+        seconds = self._seconds(given.get("second_per_grid_ts"))
         positions = torch.ones(3, *ids.shape, dtype=self.rule.dtype, device=ids.device)
         deltas = []
         for row, tokens in enumerate(ids):
             kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[row].to(ids.device) == 1
-            found, following = self._row(tokens[kept].tolist(), grids)
+            found, following = self._row(tokens[kept].tolist(), grids, seconds)
             positions[:, row, kept] = found.to(positions)
             deltas.append(following - len(tokens))
         for kind, left in grids.items():
@@ -53,7 +54,9 @@ class RopeIndex:
                 raise LayoutError(f"{kind}_grid_thw describes more {kind}s than there are tokens for in input_ids.")
         return positions, torch.tensor(deltas, dtype=self.rule.dtype, device=ids.device)[:, None]
 
-    def _row(self, tokens: list[int], grids: dict[str, Iterator[list[int]]]) -> tuple[Tensor, float]:
+    def _row(
+        self, tokens: list[int], grids: dict[str, Iterator[list[int]]], seconds: Iterator[float]
+    ) -> tuple[Tensor, float]:
         """Positions (3, tokens) of one prompt without padding, and the next free one."""
         kinds = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         parts: list[Tensor] = [torch.empty(3, 0, dtype=self.rule.dtype)]
@@ -72,10 +75,15 @@ class RopeIndex:
                         f"input_ids holds {left} {kind} tokens where {kind}_grid_thw tells of {size or 'none'}: the two "
                         "must describe the same prompt."
                     )
-                clip, start = self.rule.clip(start, frames, rows, columns)
+                step = next(seconds, None) if kind == "video" else None
+                clip, start = self.rule.clip(start, frames, rows, columns, step)
                 parts.append(clip)
                 left -= size
         return torch.cat(parts, dim=1), start
+
+    def _seconds(self, seconds: Tensor | Sequence[float] | None) -> Iterator[float]:
+        """Seconds of a temporal step, for each video of the batch."""
+        return iter(() if seconds is None else torch.as_tensor(seconds).flatten().tolist())
 
     def _grids(self, grid: Tensor | None) -> Iterator[list[int]]:
         """(frames, rows, columns) of each clip in merged tokens."""

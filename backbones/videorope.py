@@ -19,6 +19,8 @@ from sta_adapter.compatibility import FREQUENCY_METHOD, has_frequency_method
 from sta_adapter.errors import ConfigError
 from sta_adapter.hooks import find_injections
 
+QWEN2_VL_MODEL = ("Qwen2VLModel",)
+
 
 def apply_videorope(model: nn.Module, scale_factor: float = 2.0) -> nn.Module:
     """Turn a Qwen2-VL of transformers 4.52 or newer into VideoRoPE, whose checkpoints then run on it.
@@ -37,7 +39,7 @@ def apply_videorope(model: nn.Module, scale_factor: float = 2.0) -> nn.Module:
     """
     if isinstance(scale_factor, bool) or not isinstance(scale_factor, (int, float)) or not 0 < scale_factor < math.inf:
         raise ConfigError(f"scale_factor is {scale_factor!r}; expected a number above 0.")
-    rotary = find_owner(model).language_model.rotary_emb
+    rotary = find_owner(model, QWEN2_VL_MODEL).language_model.rotary_emb
     sections = getattr(rotary, "mrope_section", None) or rotary.config.rope_scaling["mrope_section"]
     frequencies = InterleavedFrequencies(sections)
     by_method = has_frequency_method(type(rotary))
@@ -56,7 +58,7 @@ def remove_videorope(model: nn.Module) -> nn.Module:
     Raises:
         InjectionError: the model is no Qwen2-VL of transformers 4.52 or newer.
     """
-    owner = find_owner(model)
+    owner = find_owner(model, QWEN2_VL_MODEL)
     if isinstance(installed_rule(owner), VideoRopePositions):
         uninstall(model)
         rotary = owner.language_model.rotary_emb

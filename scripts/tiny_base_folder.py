@@ -29,6 +29,7 @@ CHAT_TEMPLATE = (
 MODEL = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
     "model_type": "qwen2_vl",
+    "text_positions": "rows-and-columns",  # transformers 5's rule, by which it was trained
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 192,

@@ -86,7 +86,11 @@ def _own_lora_files(folder: Path) -> tuple[str, ...]:
 
 
 def make_description(
-    backbone: str, encoder: Mapping[str, int], config: STAConfig, base: Mapping[str, Any] | None = None
+    backbone: str,
+    encoder: Mapping[str, int],
+    config: STAConfig,
+    base: Mapping[str, Any] | None = None,
+    positions: str | None = None,
 ) -> dict[str, Any]:
     """The contents of `sta_config.json`.
 
@@ -95,6 +99,7 @@ def make_description(
         encoder: `width`, `depth`, the branch's `num_heads`, `head_dim`.
         config: settings in force.
         base: of the base model, as `describe_base` gives it: `id`, `revision`, and the sizes of its `language_model`.
+        positions: the rule of the text positions that it was trained with; None where there is one rule only.
     """
     import sta_adapter
 
@@ -105,6 +110,7 @@ def make_description(
         "backbone": backbone,
         "base_model": {"id": base.get("id") or None, "revision": base.get("revision")},
         "language_model": base.get("language_model"),
+        "positions": positions,
         "encoder": dict(encoder),
         "config": config.to_dict(),
     }

@@ -78,6 +78,21 @@ class ClipSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextPositions:
+    """How a family's language model numbers text beside clips, where releases of transformers do it otherwise.
+
+    Attributes:
+        in_use: from a model to the name of the rule that it computes, or None where that can't be asked.
+        of_training: from a model to the name of the rule that its base was trained by, or None likewise.
+        use: lets a model compute by the rule of a name; None for that of the installed transformers.
+    """
+
+    in_use: Callable[[nn.Module], str | None]
+    of_training: Callable[[nn.Module], str | None]
+    use: Callable[[nn.Module, str | None], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class LoRARecipe:
     """What stage two trains with LoRA (the paper's recipe; see `STAHandle.lora_config`)."""
 
@@ -109,6 +124,7 @@ class Backbone:
             whose batch has no video (see `inject`) and for checks; None when not known.
         positions: from a call and its layout to, for each clip, a tensor (rows, columns) with the index of the position
             that stands there on the picture, or None where that can't be known; for pictures of what STA does.
+        text_positions: the rules of its language model's text positions, where there are several.
         published_names: names of `norm`, `to_qkv`, `to_out` (and `gamma`) in the published STAVEQ2 code's blocks.
         published_prefix: what stands in front of `blocks` in the keys of that code's checkpoints, "visual." for one.
         published_token_order: whether that code adds the branch in another token order than the paper's.
@@ -128,6 +144,7 @@ class Backbone:
     lora: LoRARecipe | None = None
     dummy_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     positions: Callable[[EncoderCall, ClipLayout], list[torch.Tensor | None]] | None = None
+    text_positions: TextPositions | None = None
     published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     published_prefix: str = ""
     published_token_order: bool = False

@@ -27,6 +27,7 @@ from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.inject import get_sta, plan_injection
 from sta_adapter.lora_files import LORA_CONFIG, load_lora, lora_files
 from sta_adapter.sharding import is_sharded, whole, write_once
+from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
 
 if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle
@@ -74,7 +75,8 @@ def describe_adapter(handle: STAHandle) -> dict[str, Any]:
         "num_heads": block.num_heads,
         "head_dim": block.head_dim,
     }
-    return make_description(handle.backbone, encoder, handle.config, describe_base(handle.model))
+    base, positions = describe_base(handle.model), rule_in_use(handle.model)
+    return make_description(handle.backbone, encoder, handle.config, base, positions)
 
 
 def load_sta(
@@ -105,6 +107,9 @@ def load_sta(
         CheckpointError: files can't be had, are missing or damaged, or the adapter is for another base model; both are
             named, every difference is listed. The model is as before.
         UnknownBackboneError, ConfigError, InjectionError: as `inject_sta`.
+
+    Warns:
+        STAWarning: the model numbers text by another rule than the one that the adapter was trained with.
     """
     from sta_adapter.hub import resolve_adapter
 
@@ -122,6 +127,7 @@ def load_sta(
     for index, module in modules.items():
         module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
         module.requires_grad_(is_trainable)
+    warn_of_other_rule(model, description.get("positions"))
     handle = plan.attach(modules)
     if not (folder / LORA_CONFIG).exists():
         return handle

@@ -159,7 +159,7 @@ def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
     if not hasattr(owner, "rope_deltas"):
         raise incompatible("transformers", f"{type(owner).__name__} has no rope_deltas")
     needed = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    return known_parameters(getattr(owner, ROPE_INDEX), what, needed, ("mm_token_type_ids",))
+    return known_parameters(getattr(owner, ROPE_INDEX), what, needed, ("mm_token_type_ids", "second_per_grid_ts"))
 
 
 def has_frequency_method(rotary: type) -> bool:

@@ -43,3 +43,7 @@ class MissingExtraError(STAError, ImportError):
 
 class CompatibilityError(STAError, RuntimeError):
     """A part of another package that STA leans on is missing, or not of the shape that it was tested with."""
+
+
+class STAWarning(UserWarning):
+    """What goes on, but not as its user may expect; the message says how to mend it."""

@@ -28,6 +28,7 @@ from sta_adapter.injection import Injection
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.parallel import LanguageModelBegin, find_language_model, refuse_wrapped
 from sta_adapter.telling import attach_clip_source, remove_methods
+from sta_adapter.text_positions import warn_of_other_rule
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,8 +53,12 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
         ConfigError: a setting does not fit the model, such as layers that it does not have.
         InjectionError: the model has STA already, is wrapped for parallel training or compiled, or is not as the
             backbone declares. Whatever is raised, the model is as before.
+
+    Warns:
+        STAWarning: the model numbers text by another rule than the one it was trained with; says how to mend it.
     """
     plan = plan_injection(model, cfg, backbone)
+    warn_of_other_rule(model)
     return plan.attach(plan.build())
 
 

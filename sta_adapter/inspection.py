@@ -22,11 +22,18 @@ FORMULA = (
     "blocks, L' blocks with STA; the projector behind the blocks is not counted, an operation is half a multiply-add"
 )
 POSITIONS = (
-    "transformers {version} numbers the text after a clip from the larger of the clip's rows and columns (merged "
-    "patches); Qwen2-VL was trained with the largest of frames, rows and columns, as in transformers 4. With more "
-    "temporal steps than rows and columns the text overlaps the clip's positions. "
-    "restore_original_positions(model) of sta_adapter.backbones.qwen2_vl_positions brings the original rule back."
+    "transformers {version} numbers the text after a clip {rule}. restore_original_positions(model) of "
+    "sta_adapter.backbones.qwen2_vl_positions brings the rule of its training back; the commands do so by themselves "
+    "(--positions)."
 )
+OTHER_RULES = {
+    "rows-and-columns": (
+        "from the larger of the clip's rows and columns (merged patches); the model was trained with the largest of frames, "
+        "rows and columns, as in transformers 4. With more temporal steps than rows and columns the text overlaps the "
+        "clip's positions"
+    ),
+    "whole-seconds": "by whole seconds; the model was trained with their fractions, so that a clip at 2 frames a second has one time",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +208,11 @@ def _warnings(plan: Plan) -> list[str]:
 
     found = []
     site = plan.site
-    release = int(transformers.__version__.split(".")[0])
-    if site.backbone.name == "qwen2_vl" and site.encoder is not plan.model and release >= 5:
-        found.append(POSITIONS.format(version=transformers.__version__))
+    rules = site.backbone.text_positions
+    if rules is not None and (rule := rules.in_use(plan.model)) != rules.of_training(plan.model):
+        what = "; and ".join(text for name, text in OTHER_RULES.items() if name in str(rule))
+        what = what or f"by a rule that is not known ({rule}), and not by that of the model's training"
+        found.append(POSITIONS.format(version=transformers.__version__, rule=what))
     if site.backbone.clip_source is not None and site.encoder is plan.model:
         found.append(
             "this encoder gets frames as a batch: tell the frames of each clip with handle.clips([...]), or all rows are one."

@@ -167,19 +167,41 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
     Raises:
         CheckpointError: no adapter.
     """
+    from sta_adapter.clips import FrameSettings
+
+    run, description = _saved_run(name, revision)
+    if run:
+        found = run.get("frames", {})
+    else:  # a published adapter brings the numbers along, but not the rest of the run
+        published = description.get("frames")
+        items = published.items() if isinstance(published, dict) else ()
+        found = {key: value for key, value in items if value is None or isinstance(value, (int, float))}
+    return {key: value for key, value in found.items() if key in FrameSettings.__dataclass_fields__}
+
+
+def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
+    """The rule of text positions that an adapter was trained with; None if it isn't known, or there is one rule only.
+
+    Args:
+        name: its folder, or its id on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: no adapter.
+    """
+    run, description = _saved_run(name, revision)
+    found = description.get("positions", run.get("positions"))
+    return found if isinstance(found, str) else None
+
+
+def _saved_run(name: str | os.PathLike[str], revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an adapter's `run.json` and `sta_config.json` say; empty where there is no such file."""
     import json
 
     from sta_adapter.adapter_format import CONFIG, read_description
-    from sta_adapter.clips import FrameSettings
     from sta_adapter.hub import resolve_adapter
     from sta_adapter.training import RUN_FILE
 
     folder = resolve_adapter(name, revision)
-    file = folder / RUN_FILE
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8")).get("frames", {})
-    else:  # a published adapter brings the numbers along, but not the rest of the run
-        published = read_description(folder).get("frames") if (folder / CONFIG).is_file() else None
-        items = published.items() if isinstance(published, dict) else ()
-        found = {key: value for key, value in items if value is None or isinstance(value, (int, float))}
-    return {key: value for key, value in found.items() if key in FrameSettings.__dataclass_fields__}
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if (folder / RUN_FILE).is_file() else {}
+    return run, read_description(folder) if (folder / CONFIG).is_file() else {}

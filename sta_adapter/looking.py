@@ -97,6 +97,7 @@ class Viewer:
         longest: float | None = None,
         frames: dict[str, Any] | None = None,
         base_model: str | None = None,
+        positions: str | None = None,
         **options: Any,
     ) -> Viewer:
         """Load a model, its processor and its adapter; without an adapter, put fresh STA in.
@@ -107,17 +108,20 @@ class Viewer:
             longest: seconds; see `Viewer`.
             frames: fields of `FrameSettings` in the place of those that the adapter was trained with.
             base_model: "any" takes another base than the adapter names, if it fits.
+            positions: "trained" or "transformers" (see `sta_adapter.text_positions`); None for the adapter's own.
             options: of `sta_adapter.loading.load_model`.
 
         Raises:
             CheckpointError: one of them can't be had, or the adapter holds no STA.
         """
         from sta_adapter.inject import get_sta, inject_sta
-        from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings
+        from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
+        from sta_adapter.text_positions import use_positions_of
 
         source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         processor = load_processor(model, **source)
         net = load_model(model, **options)
+        use_positions_of(net, positions, saved_positions(adapter) if adapter else None)
         sampling = saved_frame_settings(adapter) if adapter else {}
         settings = FrameSettings(**{**(sampling or _usual_frames(model)), **(frames or {})})
         if adapter is None:

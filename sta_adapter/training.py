@@ -27,6 +27,7 @@ from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.sharding import write_once
 from sta_adapter.shards import is_shards
 from sta_adapter.streaming import StreamDataset
+from sta_adapter.text_positions import rule_in_use
 from sta_adapter.training_config import HARMLESS, TrainingConfig
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
@@ -196,7 +197,11 @@ def _identity(stage: str, config: TrainingConfig, dataset: VideoDataset | Stream
     """What must be the same for a run to be taken up again."""
     settings = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
     base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    return json.loads(json.dumps({"stage": stage, **settings, "model": base, "data": dataset.digest()}))
+    return json.loads(
+        json.dumps(
+            {"stage": stage, **settings, "model": base, "data": dataset.digest(), "positions": rule_in_use(model)}
+        )
+    )
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:

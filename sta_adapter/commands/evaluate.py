@@ -65,7 +65,8 @@ Measures accuracy with its 95 % interval, in all and by category.
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
     from sta_adapter.comparison import as_text, chance, clips_of, compare
-    from sta_adapter.loading import load_adapter, load_model, load_processor
+    from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
+    from sta_adapter.text_positions import use_positions_of
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     samples, notes = _samples(options)
@@ -73,6 +74,7 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     dataset = _dataset(samples, processor, adapter, options)
     how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}
     net = load_model(model, **how, **source)
+    use_positions_of(net, options["positions"], saved_positions(adapter) if adapter else None)
     if adapter is not None:
         net = load_adapter(net, adapter, base_model=base_model_of(options["any_base"]))
     runs: dict[str, Any] = {"base": _without(net)} if base or adapter is None else {}

@@ -12,6 +12,8 @@ import click
 
 from sta_adapter.errors import ConfigError
 
+POSITIONS = "Of text: trained or transformers. [default: as trained]"
+
 
 class _GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
@@ -43,11 +45,14 @@ def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
 
 def model_options(command: Any) -> Any:
     """How the model is loaded."""
+    from sta_adapter.text_positions import CHOICES
+
     choice = click.Choice(["auto", "bf16", "fp16", "fp32"])
     for decorate in (
         option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         option("Model", "--dtype", type=choice, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32."),
         option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub."),
+        option("Model", "--positions", type=click.Choice(CHOICES), metavar="RULE", help=POSITIONS),
     ):
         command = decorate(command)
     return command

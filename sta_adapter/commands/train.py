@@ -30,6 +30,7 @@ RUN_OPTIONS = (
     "stage",
     "adapter",
     "revision",
+    "positions",
     "dtype",
     "quantize",
     "videos",
@@ -95,8 +96,9 @@ def _check_flags(run: dict[str, Any]) -> None:
 
 
 def _train(run: dict[str, Any], settings: Any) -> None:
-    from sta_adapter.loading import load_adapter, load_model, load_processor
+    from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
     from sta_adapter.sharding import is_first
+    from sta_adapter.text_positions import use_positions_of
     from sta_adapter.training import open_data, train
 
     source = {"revision": run["revision"], "trust_remote_code": run["trust_remote_code"]}
@@ -106,6 +108,7 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
     narrow = run["quantize"]
     model = load_model(run["model"], dtype=run["dtype"] or "auto", device=_device(narrow), quantize=narrow, **source)
+    use_positions_of(model, run["positions"], saved_positions(run["adapter"]) if run["adapter"] else None)
     if run["adapter"]:
         model = load_adapter(model, run["adapter"], is_trainable=True)
     result = train(

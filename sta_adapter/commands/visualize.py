@@ -54,6 +54,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
         dtype=options["dtype"] or "auto",
         device=options["device"],
         revision=options["revision"],
+        positions=options["positions"],
         trust_remote_code=options["trust_remote_code"],
     )
     numbers = write_look(viewer, clip, Path(out), block, f"{model}, {adapter or 'no adapter'}")

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.loading import load_model
+from sta_adapter.text_positions import use_positions_of
 
 ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
 
@@ -19,6 +20,7 @@ def tiny_model() -> nn.Module:
     """A fresh tiny base on the CPU, with two threads: the same sums on every machine with two cores or more."""
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     model = load_model(TINY_BASE, dtype="fp32", device="cpu")
+    use_positions_of(model, None)
     attend_frames_at_once(model)
     return model
 

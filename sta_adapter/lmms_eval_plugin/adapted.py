@@ -13,15 +13,20 @@ class WithAdapter:
     Args:
         sta: the adapter, a folder or an id on the Hub; STA, LoRA beside it, or LoRA alone.
         sta_revision: branch, tag or commit on the Hub.
+        positions: "trained" or "transformers" (see `sta_adapter.text_positions`); None for the adapter's own.
         arguments: the base class's own.
     """
 
     _model: Any
 
-    def __init__(self, sta: str | None = None, sta_revision: str | None = None, **arguments: Any) -> None:
-        from sta_adapter.loading import load_adapter
+    def __init__(
+        self, sta: str | None = None, sta_revision: str | None = None, positions: str | None = None, **arguments: Any
+    ) -> None:
+        from sta_adapter.loading import load_adapter, saved_positions
+        from sta_adapter.text_positions import use_positions_of
 
         if sta is None:
             raise ConfigError("no adapter; add sta=FOLDER_OR_ID to --model_args, or take the model without '_sta'.")
         super().__init__(**arguments)
+        use_positions_of(self._model, positions, saved_positions(sta, revision=sta_revision))
         self._model = load_adapter(self._model, sta, revision=sta_revision)

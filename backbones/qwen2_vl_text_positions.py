@@ -1,0 +1,119 @@
+"""Which rule a Qwen2-VL or Qwen2.5-VL numbers its text by, found by asking it, and switching between the rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sta_adapter.backbone import TextPositions
+from sta_adapter.backbones.qwen2_vl_owner import FAMILIES, find_owner, tokens_per_second
+from sta_adapter.backbones.qwen2_vl_position_rules import (
+    OriginalPositions,
+    RowsAndColumns,
+    WholeSeconds,
+    WholeSecondsRowsAndColumns,
+)
+from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, uninstall
+from sta_adapter.compatibility import ROPE_INDEX, parameter_names
+from sta_adapter.errors import ConfigError
+
+# before transformers 4.52, the head computes positions itself
+HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+RULES = {rule.name: rule for rule in (OriginalPositions, RowsAndColumns, WholeSeconds, WholeSecondsRowsAndColumns)}
+UNKNOWN = "unknown"
+FRAMES, SECONDS = (
+    4,
+    1.75,
+)  # of the clip that a model is asked about: the rules differ in where its text goes on, and when
+
+
+def rule_in_use(model: nn.Module) -> str | None:
+    """The rule by which a model computes positions now: one of `RULES`, "videorope" or "unknown".
+
+    None where it can't be asked: a tower alone, another family, or the authors' file of VideoRoPE.
+    """
+    owner = _computing(model)
+    if owner is None:
+        return None
+    installed = installed_rule(owner)
+    return _native_rule(owner) if installed is None else installed.name
+
+
+def rule_of_training(model: nn.Module) -> str | None:
+    """The rule that a base was trained by: what its configuration says under `text_positions`, else the family's own.
+
+    Raises:
+        ConfigError: the configuration names a rule that is not known.
+    """
+    owner = _computing(model)
+    if owner is None:
+        return None
+    installed = installed_rule(owner)
+    if installed is not None and installed.name not in RULES:
+        return installed.name
+    name = getattr(owner.config, "text_positions", None) or OriginalPositions.name
+    if name not in RULES:
+        raise ConfigError(f"the model's config.json says text_positions: {name!r}; expected one of {', '.join(RULES)}.")
+    return name
+
+
+def use_rule(model: nn.Module, name: str | None) -> None:
+    """Let a model compute by one of `RULES`, None for the installed transformers'; raises as `use_positions` does."""
+    owner = _computing(model)
+    if owner is None or rule_in_use(model) == name:
+        return
+    if name is not None and name not in RULES:
+        raise ConfigError(f"no rule for text positions {name!r}; expected one of {', '.join(RULES)}.")
+    if isinstance(installed_rule(owner), OriginalPositions):
+        uninstall(model)
+    if name is not None and (installed_rule(owner) is not None or _native_rule(owner) != name):
+        install(model, RULES[name](tokens_per_second(find_owner(model))))
+
+
+def _computing(model: nn.Module) -> Any:
+    """The module whose `get_rope_index` counts, or None."""
+    for kinds in (FAMILIES, HEADS):
+        for module in model.modules():
+            known = any(cls.__name__ in kinds for cls in type(module).__mro__) and hasattr(module, ROPE_INDEX)
+            if known and hasattr(module.config, "video_token_id"):
+                return None if hasattr(module, "get_t_scale_rope_index") else module
+    return None
+
+
+def _native_rule(owner: Any) -> str:
+    """Which rule the installed transformers has, by what it answers for one clip."""
+    with torch.device("cpu"):
+        try:
+            found = _ask(owner)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            return UNKNOWN  # of which inject_sta and load_sta warn, as of every rule that isn't the training's
+        text = torch.arange(2).expand(3, -1)
+        for name, rule in RULES.items():
+            clip, after = rule(tokens_per_second(owner)).clip(2, FRAMES, 1, 1, SECONDS)
+            if torch.equal(found, torch.cat([text, clip, text + int(after)], dim=1)):
+                return name
+    return UNKNOWN
+
+
+def _ask(owner: Any) -> Tensor:
+    """The positions (3, tokens) that transformers' own method gives to a clip between two tokens of text each."""
+    config = owner.config
+    merge = config.vision_config.spatial_merge_size
+    tokens = [0, config.vision_start_token_id, *[config.video_token_id] * FRAMES, config.vision_end_token_id, 0]
+    ids = torch.tensor([tokens])
+    known: dict[str, Tensor] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "video_grid_thw": torch.tensor([[FRAMES, merge, merge]]),
+        "second_per_grid_ts": torch.tensor([SECONDS]),
+        "mm_token_type_ids": 2 * (ids == config.video_token_id).int(),
+    }
+    method = getattr(type(owner), ROPE_INDEX)
+    names = parameter_names(method, f"{type(owner).__name__}.{ROPE_INDEX}")
+    positions, _ = method(owner, **{name: value for name, value in known.items() if name in names})
+    return positions[:, 0]
+
+
+TEXT_POSITIONS = TextPositions(in_use=rule_in_use, of_training=rule_of_training, use=use_rule)
