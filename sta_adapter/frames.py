@@ -10,7 +10,9 @@ import math
 import numpy as np
 import torch
 
-from sta_adapter.errors import DataError
+from sta_adapter.video.image import read_image
+
+__all__ = ["fit_frames", "read_image"]
 
 
 def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels: float) -> np.ndarray:
@@ -38,14 +40,3 @@ def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels
     # On uint8 in this memory layout torch is more than ten times as fast as on floats, and does what processors do.
     resized = torch.nn.functional.interpolate(channels_last, (new_height, new_width), mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def read_image(path: str) -> np.ndarray:
-    """An image as `(1, H, W, 3)` uint8."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))[None]
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path!r} is not an image that can be read.") from error

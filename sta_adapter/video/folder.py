@@ -7,37 +7,37 @@ from typing import Any
 import numpy as np
 
 from sta_adapter.errors import VideoError
+from sta_adapter.video.image import natural_order, read_image
 from sta_adapter.video.reader import Clip, ClipMetadata
 from sta_adapter.video.sampling import Sampling, choose_frames
 from sta_adapter.video.table import VideoNotFoundError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
 def read_folder(path: str | os.PathLike[str], rate: float, **sampling: Any) -> Clip:
     """Frames of a clip that lies there as pictures, sampled by time as `read_clip` does.
 
     Args:
-        path: The folder; its pictures' names tell their order.
+        path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). Hidden files don't count.
         rate: Pictures a second.
         sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.
 
     Raises:
         VideoError: No folder, no picture in it, pictures of several sizes, or none within the range.
     """
-    from sta_adapter.frames import read_image  # loads torch
-
     folder = Path(path)
     if not folder.is_dir():
         raise VideoNotFoundError(
             f"{str(folder)!r} is no folder of pictures. Check the path, or the folder that it starts from."
         )
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
+    files = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
+    files.sort(key=natural_order)
     if not files:
         raise VideoError(f"{str(folder)!r} holds no picture; expected {', '.join(ENDINGS)}.")
     times, duration = np.arange(len(files)) / rate, len(files) / rate
     indices = choose_frames(times, duration, Sampling(**sampling))
-    frames = [read_image(str(files[index]))[0] for index in indices]
+    frames = [read_image(files[index])[0] for index in indices]
     if len({frame.shape for frame in frames}) > 1:
         sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
         raise VideoError(f"{str(folder)!r} holds pictures of several sizes: {', '.join(sizes)}; expected one.")

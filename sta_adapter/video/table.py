@@ -29,6 +29,9 @@ UNTURNED = (1 << 16, 0, 0, 1 << 16)
 
 POINTERS = frozenset({"hls", "concat", "concatf", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "lavfi"})
 ATTACHED = 0x400  # FFmpeg's mark of a cover picture
+PICTURES = frozenset({"image2", "ico", "fits"})
+ANIMATIONS = frozenset({"gif", "apng"})  # of one frame they are pictures
+STILL_BRANDS = frozenset(b"ftyp" + brand for brand in (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"))
 MADE_UP = frozenset({"avi", "asf", "mxf"})
 """Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
 
@@ -109,6 +112,20 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
     """
     only = {"format_whitelist": _containers()}
     return import_av().open(str(path.absolute()), metadata_errors="replace", container_options=only, options=options)
+
+
+def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) -> None:
+    """Refuse a single picture, which FFmpeg would read as a video of one frame. `frames` are those of the file, once known."""
+    kinds = set(container.format.name.split(","))
+    with path.open("rb") as file:
+        brand = file.read(12)[4:]
+    single = any(kind.endswith("_pipe") for kind in kinds) or kinds & PICTURES or brand in STILL_BRANDS
+    if single or (frames == 1 and kinds & ANIMATIONS):
+        name = container.format.name.removesuffix("_pipe") if brand not in STILL_BRANDS else brand[4:].decode()
+        raise VideoError(
+            f"{path} is a picture ({name}), and stands where a video is expected. Name it as an image; if it is an "
+            "animation, write it as a video first; a folder of pictures is a video with folder_fps."
+        )
 
 
 def _probing(path: Path) -> dict[str, str]:
@@ -235,8 +252,10 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
 
 
 def _table_of(container: "InputContainer", path: Path) -> FrameTable:
+    _check_is_video(container, path)
     stream, formats = video_stream(container), set(container.format.name.split(","))
     rows, complete, first = _scan(container, stream)
+    _check_is_video(container, path, len(rows))
     announced = (stream.duration or 0) if "mxf" in formats else 0  # its header counts frames in this way
     complete = complete and len(rows) >= announced and not cut_off(path, formats)
     rows = rows if complete else _without_gaps(rows)

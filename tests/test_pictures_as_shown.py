@@ -1,0 +1,187 @@
+"""Pictures are read as people see them, folders in the order of their numbers, and a picture is not taken for a video."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_qwen import moving_square, write_video
+
+from sta_adapter.data import BadSample, VideoDataset
+from sta_adapter.errors import DataError, VideoError
+from sta_adapter.frames import read_image
+from sta_adapter.video import read_clip, read_folder
+from sta_adapter.video.image import MOST_PIXELS, natural_order
+
+CORNERS = np.zeros((8, 16, 3), np.uint8)
+CORNERS[:4, :8], CORNERS[:4, 8:], CORNERS[4:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+RAMP = np.linspace(0, 65535, 256).round().reshape(16, 16).astype(np.uint16)
+TURNS = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: p.swapaxes(0, 1)[:, ::-1],
+    7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    8: lambda p: p.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+@pytest.mark.parametrize("turn", list(TURNS))
+def test_turns(tmp_path, turn, ending):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(CORNERS).save(tmp_path / f"a.{ending}", exif=exif, lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{ending}")[0], TURNS[turn](CORNERS))
+
+
+def transparent(mode):
+    """A black square on nothing, 16 bits and palettes included; the nothing has a colour that nobody sees."""
+    grey = np.full((16, 16), 90, np.uint8)
+    grey[4:12, 4:12] = 0
+    alpha = np.where(grey == 0, 255, 0).astype(np.uint8)
+    if mode == "RGBA":
+        return Image.fromarray(np.dstack([grey, grey, grey, alpha])), {}
+    if mode == "LA":
+        return Image.fromarray(np.dstack([grey, alpha])), {}
+    if mode == "P":
+        return Image.fromarray(grey).convert("P"), {"transparency": 90}
+    if mode == "RGB":
+        return Image.fromarray(np.dstack([grey] * 3)), {"transparency": (90, 90, 90)}
+    if mode == "L":
+        return Image.fromarray(grey), {"transparency": 90}
+    return Image.fromarray(grey.astype(np.uint16) * 257), {"transparency": 90 * 257}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
+def test_what_is_transparent_lies_on_white(tmp_path, mode):
+    picture, more = transparent(mode)
+    picture.save(tmp_path / "a.png", **more)
+    found = read_image(tmp_path / "a.png")[0]
+    expected = np.full((16, 16, 3), 255, np.uint8)
+    expected[4:12, 4:12] = 0
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_half_transparent_is_mixed_with_white(tmp_path):
+    Image.fromarray(np.full((4, 4, 4), (0, 0, 0, 128), np.uint8)).save(tmp_path / "a.png")
+    assert set(read_image(tmp_path / "a.png").ravel()) == {127}
+
+
+def test_a_palette_gives_its_colours(tmp_path):
+    Image.fromarray(CORNERS).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0], CORNERS)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_become_eight(tmp_path, ending):
+    Image.fromarray(RAMP).save(tmp_path / f"a.{ending}")
+    found = read_image(tmp_path / f"a.{ending}")[0]
+    np.testing.assert_array_equal(found, np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_values_of_an_unknown_range_are_an_error(tmp_path, kind):
+    Image.fromarray(RAMP.astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="32 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
+def test_several_pictures_in_a_file_are_not_one(tmp_path, ending):
+    pictures = [Image.fromarray(np.roll(CORNERS, shift, 1)) for shift in (0, 3)]
+    pictures[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=pictures[1:])
+    with pytest.raises(DataError, match="holds 2 pictures"):
+        read_image(tmp_path / f"a.{ending}")
+
+
+def test_a_phones_second_view_does_not_matter(tmp_path):
+    pictures = [Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (200, 0)]
+    pictures[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=pictures[1:])
+    assert read_image(tmp_path / "a.jpg").mean() == 200
+
+
+@pytest.mark.parametrize("side", [8200, 20000])
+def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch, side):
+    Image.new("1", (side, side)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.Image.Image.load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert side**2 > MOST_PIXELS
+    with pytest.raises(DataError, match="pixels"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_what_is_no_picture(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png' is not an image that can be read .*video"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        read_image(tmp_path)
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("pattern", ["frame_{}.png", "{}.png", "a2_{}_b.PNG", "Frame ({}).png", "f{}.0.png"])
+def test_numbers_in_names_are_in_order(tmp_path, pattern):
+    for number in range(1, 13):
+        name = pattern.format(number)
+        Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(tmp_path / name)
+    Image.fromarray(CORNERS).save(tmp_path / "._frame_1.png")  # what macOS puts beside files
+    order = [int(frame[0, 0, 0]) // 20 for frame in read_folder(tmp_path, 2.0, num_frames=12).frames]
+    assert order == list(range(1, 13))
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=2, max_size=20, unique=True), st.integers(0, 4))
+def test_order_is_that_of_the_numbers(numbers, width):
+    from pathlib import Path
+
+    files = [Path(f"clip7-{number:0{width}}.jpg") for number in numbers]
+    assert sorted(files, key=natural_order) == [Path(f"clip7-{number:0{width}}.jpg") for number in sorted(numbers)]
+
+
+def test_pictures_of_a_folder_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(4):
+        Image.fromarray(CORNERS).save(tmp_path / f"{number}.png", exif=exif)
+    assert read_folder(tmp_path, 1.0).frames.shape == (4, 16, 8, 3)
+
+
+# ---- a picture in the place of a video
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "bmp", "tif", "gif", "ppm", "avif"])
+@pytest.mark.parametrize("name", ["a.{}", "a.mp4"])
+def test_a_picture_is_no_video(tmp_path, ending, name):
+    Image.fromarray(CORNERS.repeat(4, 0).repeat(4, 1)).save(tmp_path / f"b.{ending}")
+    path = (tmp_path / f"b.{ending}").rename(tmp_path / name.format(ending))
+    with pytest.raises(VideoError, match=r"is a picture .*Name it as an image"):
+        read_clip(path)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_an_animation_is_a_video(tmp_path, ending):
+    pictures = [Image.fromarray(np.roll(CORNERS, shift, 1)) for shift in range(4)]
+    pictures[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=pictures[1:], duration=500)
+    assert read_clip(tmp_path / f"a.{ending}", num_frames=4).frames.shape == (4, 8, 16, 3)
+
+
+@pytest.mark.parametrize(("kind", "name", "said"), [("video", "a.png", "picture"), ("image", "a.mp4", "video")])
+def test_samples_that_mix_them_up_are_bad_and_say_so(tmp_path, kind, name, said):
+    Image.fromarray(CORNERS).save(tmp_path / "a.png")
+    write_video(tmp_path / "a.mp4", moving_square("left"))
+    content = [{"type": kind, kind: name}, {"type": "text", "text": "?"}]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    item = VideoDataset(tmp_path / "data.jsonl", None)[0]
+    assert isinstance(item, BadSample)
+    assert said in item.reason
