@@ -257,7 +257,7 @@ def checkpointing_methods(model: Any) -> Checkpointing:
     )
 
 
-def peft_parts() -> tuple[type, type]:
+def peft_parts() -> tuple[type[Any], type[Any]]:
     """PEFT's classes of a layer that an adapter wraps, and of a module that is trained as a copy.
 
     Raises:

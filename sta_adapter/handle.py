@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
+from sta_adapter.errors import InjectionError, MissingExtraError
 from sta_adapter.explain import Call
 from sta_adapter.hooks import CHILD, active_module, remove_hooks
 from sta_adapter.injection import Injection
@@ -107,30 +106,15 @@ class STAHandle:
 
         Raises:
             MissingExtraError: peft is not installed.
-            ConfigError: the backbone has no recipe and `target_modules` is not given, or a field is unknown.
+            ConfigError: the backbone has no recipe and `target_modules` is not given, or an option is unknown, out of range,
+                or one with which an adapter can't be saved and loaded again.
         """
         self._require_injected()
         try:
-            from peft import LoraConfig
+            from sta_adapter.lora_recipe import recipe_config
         except ImportError as error:
             raise MissingExtraError("stage two needs peft: pip install 'sta-adapter[train]'") from error
-        recipe = self._injection.spec.lora
-        if recipe is None and "target_modules" not in overrides:
-            raise ConfigError(f"backbone {self.backbone!r} has no LoRA recipe; pass target_modules=[...].")
-        fields: dict[str, Any] = {}
-        if recipe is not None:
-            fields = {"target_modules": list(recipe.target_modules), "r": recipe.r, "lora_alpha": recipe.lora_alpha}
-            if "r" not in overrides and "target_modules" not in overrides:
-                fields |= {"rank_pattern": dict(recipe.rank_pattern), "alpha_pattern": dict(recipe.alpha_pattern)}
-        fields |= {"bias": "none", **overrides}
-        fields["modules_to_save"] = sorted({CHILD, *(overrides.get("modules_to_save") or ())})
-        known = inspect.signature(LoraConfig).parameters
-        if isinstance(fields.get("target_modules"), str) and "exclude_modules" in known:
-            fields.setdefault("exclude_modules", rf".*\.{CHILD}(\..*)?")
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ConfigError(f"LoraConfig has no field {', '.join(unknown)}; known: {', '.join(known)}.")
-        return LoraConfig(**fields)
+        return recipe_config(self, overrides)
 
     def disable(self) -> None:
         """Switch STA off in all threads: the base model's outputs, bit for bit."""

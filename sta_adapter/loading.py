@@ -142,19 +142,12 @@ def load_adapter(
     from sta_adapter.adapter_format import CONFIG
     from sta_adapter.checkpoint import load_sta
     from sta_adapter.hub import resolve_adapter
-    from sta_adapter.lora_files import LORA_CONFIG
+    from sta_adapter.lora_files import LORA_CONFIG, load_lora
 
     folder = resolve_adapter(name, revision)
     if (folder / CONFIG).exists() or not (folder / LORA_CONFIG).exists():
         return load_sta(model, folder, is_trainable=is_trainable, base_model=base_model).model.eval()
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError("LoRA weights need peft: pip install 'sta-adapter[train]'.") from error
-    try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
+    return load_lora(model, folder, is_trainable).eval()
 
 
 def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:

@@ -1,22 +1,30 @@
-"""LoRA weights beside an adapter, in PEFT's own format and under its own names; see `checkpoint`."""
+"""LoRA weights beside an adapter, in PEFT's own format and under its own names; see `checkpoint`.
+
+Public: `lora_files`, `read_lora`, `load_lora`, `LORA_CONFIG`, `LORA_WEIGHTS`. This is the one door through which LoRA weights come in.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from sta_adapter.compatibility import peft_parts
 from sta_adapter.errors import CheckpointError, MissingExtraError
-from sta_adapter.reading import compare_shapes, read_json, read_tensors, require_plain_pattern
+from sta_adapter.lora_keys import PREFIX, LoraFile
+from sta_adapter.lora_options import LoraOptions, checked_options
+from sta_adapter.reading import compare_shapes, read_json, read_shapes, read_tensors
 from sta_adapter.sharding import whole
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
-REFUSED = ("megatron_config", "layer_replication")  # imports by name; a change of the depth of the model
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "base_layer.weight")  # saved by PEFT when they were resized
-PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 
 
 def lora_files(model: nn.Module) -> dict[str, bytes]:
@@ -26,22 +34,96 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
 
     Args:
         model: a PeftModel, or the model inside of one.
+
+    Raises:
+        CheckpointError: what PEFT has added is not LoRA, with options that can be loaded again, or not finite.
+    """
+    found = lora_state(model)
+    if found is None:
+        return {}
+    from safetensors.torch import save
+
+    config, state = found
+    tensors = {key: whole(value).detach().to("cpu").contiguous() for key, value in state.items()}
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{len(broken)} LoRA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    text = json.dumps({**fields, "inference_mode": True}, indent=2, default=str)
+    return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
+
+
+def lora_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """LoRA's settings and its tensors under PEFT's names, as they are in the model; None when it has no LoRA.
+
+    Raises:
+        CheckpointError: as `lora_files`.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping) or not configs:
-        return {}
+        return None
+    layers = [module for module in model.modules() if isinstance(module, peft_parts()[0])]
+    if not layers:
+        return None  # merged or unloaded
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import save
 
-    name = model.active_adapter if isinstance(model, PeftModel) else next(iter(configs))
+    name = _active_adapter(layers, configs)
+    fields = configs[name].to_dict()
+    options = checked_options(fields, "the LoRA of this model")
     kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
-    state = get_peft_model_state_dict(model, kept, adapter_name=name)
-    if not isinstance(model, PeftModel):
-        state = {f"base_model.model.{key}": value for key, value in state.items()}
-    tensors = {key: whole(value).detach().to("cpu").contiguous() for key, value in state.items()}
-    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in configs[name].to_dict().items()}
-    text = json.dumps({**fields, "inference_mode": True}, indent=2, default=str)
-    return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
+    state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
+    start = "" if isinstance(model, PeftModel) else PREFIX
+    return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
+
+
+def _active_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
+    """The one adapter that is at work; a file holds one."""
+    names = sorted({name for layer in layers for name in layer.active_adapters})
+    if len(names) != 1 or names[0] not in configs:
+        raise CheckpointError(
+            f"{len(names)} of PEFT's adapters are at work in this model ({', '.join(names)}), and a file holds one: choose it with "
+            "model.set_adapter(...)."
+        )
+    others = sorted(set(configs) - set(names))
+    if others:
+        warnings.warn(
+            f"of {len(configs)} PEFT adapters in this model {names[0]!r} is saved, which is at work; not saved: {', '.join(others)}.",
+            stacklevel=4,
+        )
+    return names[0]
+
+
+def _biases(state: Mapping[str, Tensor], bias: str) -> dict[str, Tensor]:
+    """The base model's biases that train, of which PEFT's releases save some or all."""
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, nn.Parameter)
+        and "bias" in key.rpartition(".")[2]
+        and ".lora_" not in key
+        and (bias == "all" or (bias == "lora_only" and ".base_layer." in key))
+    }
+
+
+def read_lora(folder: Path) -> LoraFile:
+    """What a folder's LoRA weights are, of which no tensor is read yet.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or asks for more than LoRA as we know it. Nothing but these two files
+            is opened, and nothing is ever unpickled.
+    """
+    config, weights = folder / LORA_CONFIG, folder / LORA_WEIGHTS
+    try:
+        fields = read_json(config)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} holds no {config.name}.") from error
+    options = LoraOptions.read(fields, config)
+    try:
+        return LoraFile(weights, options, read_shapes(weights))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} holds {LORA_CONFIG} but no {weights.name}; pickled weights are never read."
+        ) from error
 
 
 def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
@@ -53,81 +135,58 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
             as before.
     """
     try:
-        from peft import PeftModel
+        import peft
     except ImportError as error:
         raise MissingExtraError(
             f"{folder} holds LoRA weights; they need peft: pip install 'sta-adapter[train]'"
         ) from error
-    check_lora_config(folder / LORA_CONFIG)
-    shapes = _checked_weights(folder / LORA_WEIGHTS)
+    file = read_lora(folder)
+    if any(isinstance(module, peft_parts()) for module in model.modules()):
+        raise CheckpointError(f"the model has LoRA already, so that of {folder} can't be loaded; pass the base model.")
+    place = file.place(model)
+    state, _ = read_tensors(file.path)
+    config = file.options.peft_config(is_trainable, place.targets, place.renamed)
+    with _undone_on_error(model, folder):
+        loaded = peft.get_peft_model(model, config)
+        kept = loaded.state_dict(keep_vars=True)
+        added = peft.get_peft_model_state_dict(loaded, kept, save_embedding_layers=False)  # "auto" would ask the Hub
+        places = {**kept, **added}
+        values = {ours: state[key] for key, ours in place.keys.items()}
+        wanted = [key for key in added if ".lora_" in key] + [key for key in values if key in places]
+        compare_shapes(
+            file.path, {k: tuple(v.shape) for k, v in values.items()}, {k: tuple(places[k].shape) for k in wanted}
+        )
+        with torch.no_grad():
+            for key, value in values.items():
+                places[key].copy_(value)
+    return loaded if is_trainable else loaded.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module, folder: Path) -> Iterator[None]:
+    """Whatever fails inside, the model is as before, to the bit: the adapter's own start changes nothing of the base."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    attributes = set(vars(model))
     try:
-        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-        _compare(folder / LORA_WEIGHTS, shapes, loaded)
+        yield
     except Exception as error:
         _unwrap(model)
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
-    return loaded
-
-
-def _checked_weights(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes in a file of LoRA weights, of which each tensor is a finite floating-point one."""
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} holds {LORA_CONFIG} but no {path.name}; pickled weights are never read.")
-    state = read_tensors(path)[0]
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _compare(path: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
-    """PEFT only warns of weights that are missing from the file or not in the model."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" would ask the Hub
-    expected = {key: tuple(value.shape) for key, value in state.items()}
-    lora = {key: shape for key, shape in found.items() if key in expected or not key.endswith(EMBEDDINGS)}
-    compare_shapes(path, lora, expected)
-
-
-def check_lora_config(path: Path) -> None:
-    """Refuse what PEFT would do beyond LoRA: other methods, imports by name, patterns that never end.
-
-    Raises:
-        CheckpointError: as said, or the file is missing or damaged.
-    """
-    try:
-        fields = read_json(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} holds no {path.name}.") from error
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {str(fields.get('peft_type'))[:80]!r}, expected 'LORA'.")
-    asked = [name for name in REFUSED if fields.get(name)]
-    if asked:
-        raise CheckpointError(
-            f"{path} sets {', '.join(asked)}, which load_sta does not load from a file; with an adapter that you trust, "
-            "load the LoRA weights with peft yourself."
-        )
-    for name in PATTERNS:
-        value = fields.get(name)
-        patterns = [value] if isinstance(value, str) else [] if value is None else value
-        if not isinstance(patterns, list | dict) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise CheckpointError(f"{path}: {name} is {str(value)[:80]!r}, expected names of modules.")
-        for pattern in patterns:
-            require_plain_pattern(path, pattern)
 
 
 def _unwrap(model: nn.Module) -> None:
     """Put the original modules back in the place of what PEFT has wrapped around them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
+    layer, wrapper = peft_parts()
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, child in children:
+            if isinstance(child, layer):
                 parent.add_module(name, child.get_base_layer())
-            elif isinstance(child, ModulesToSaveWrapper):
+            elif isinstance(child, wrapper):
                 parent.add_module(name, child.original_module)
-    vars(model).pop("peft_config", None)

@@ -1,15 +1,18 @@
 """Reading files that a stranger may have written: JSON and safetensors, checked, in memory of the order of their size.
 
-Public: `read_json`, `read_tensors`, `compare_shapes`, `require_plain_pattern`.
+Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `read_shapes`, `compare_shapes`,
+`require_plain_pattern`, `require_plain_patterns`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +29,69 @@ with warnings.catch_warnings():
         import sre_parse as _parser
 
 MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 32
+MAX_JSON_NUMBER = 1 << 63
+MAX_PATTERNS = 256  # each is tried on every module of a model
+MAX_REPETITIONS, NAME_LENGTH = 4, 64
+MAX_NAMES = 5000  # of modules, which are compared as they are
 MAX_DIFFERENCES = 20
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most 1 MiB.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: no regular file, too large, not JSON, nested too deeply, or no object.
+        CheckpointError: no regular file, too large, not JSON, no object, nested too deeply, or with a number that is not
+            finite or beyond 64 bits.
     """
+    return parse_json(read_bytes(path, max_bytes), path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object in the contents of a JSON file; `path` is named in errors, which are those of `read_json`."""
     try:
-        size = _size(path)
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; an adapter's configuration has some thousands at most.")
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(content)
+        wrong = _unusual(found)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if wrong:
+        raise CheckpointError(f"{path} can't be read as JSON: {wrong}")
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, expected a JSON object.")
     return found
+
+
+def _unusual(value: Any, depth: int = 0) -> str:
+    """What in a JSON value no configuration needs, and later code might stumble over; empty if there is nothing."""
+    if depth > MAX_JSON_DEPTH:
+        return f"it is nested deeper than {MAX_JSON_DEPTH} levels"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it holds a number that is not finite"
+    if isinstance(value, int) and abs(value) > MAX_JSON_NUMBER:
+        return "it holds a number of more than 64 bits"
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((wrong for item in inside if (wrong := _unusual(item, depth + 1))), "")
+
+
+def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: no regular file, too large, or it can't be read.
+    """
+    try:
+        size = _size(path)
+        if max_bytes is not None and size > max_bytes:
+            raise CheckpointError(f"{path} has {size} bytes; expected at most {max_bytes}.")
+        with path.open("rb") as file:
+            return file.read(size)  # of a file that grows meanwhile, no more
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -58,24 +101,55 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: there is no such file.
         CheckpointError: damaged, or a tensor is not of a floating dtype of 16, 32 or 64 bits, or not finite.
     """
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    _require_weights(state, path)
+    return state, metadata
+
+
+def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors in the contents of a safetensors file; `path` is named in errors, which are those of `read_tensors`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        state = load(content)
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    _require_weights(state, path)
+    return state
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, from its header; no tensor is read. Errors as `read_tensors`."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         _size(path)
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _require_weights(state: Mapping[str, Tensor], path: Path) -> None:
     wrong = [key for key, value in state.items() if value.dtype not in DTYPES or not torch.isfinite(value).all()]
     if wrong:
         raise CheckpointError(
             f"{path}: {len(wrong)} tensors are not finite floating-point numbers of 16, 32 or 64 bits, "
             f"the first is {wrong[0]!r}."
         )
-    return state, metadata
 
 
 def _size(path: Path) -> int:
@@ -102,10 +176,30 @@ def compare_shapes(
         raise CheckpointError(f"{path} does not fit {of}: {'; '.join(differences[:MAX_DIFFERENCES])}{more}.")
 
 
-def require_plain_pattern(path: Path, pattern: str) -> None:
+def require_plain_patterns(path: Path | str, patterns: Collection[str], prefixed: bool = False) -> None:
+    """Raise a CheckpointError for regular expressions that together could take minutes on a model's names of modules.
+
+    Args:
+        path: named in errors.
+        patterns: all that are tried on each name.
+        prefixed: whether each is tried at every place of a name.
+    """
+    if len(patterns) > MAX_PATTERNS:
+        raise CheckpointError(
+            f"{path} has {len(patterns)} patterns for names of modules; expected at most {MAX_PATTERNS}."
+        )
+    steps = sum(NAME_LENGTH ** (require_plain_pattern(path, pattern) + prefixed) for pattern in patterns)
+    if steps > NAME_LENGTH**MAX_REPETITIONS:
+        raise CheckpointError(f"{path} has patterns that together repeat too much; expected names of modules.")
+
+
+def require_plain_pattern(path: Path | str, pattern: str) -> int:
     """Raise a CheckpointError for a regular expression that could take forever on some module name.
 
     Allowed are at most 1000 characters and four repetitions, none of which repeats another one or a choice.
+
+    Returns:
+        How many repetitions it has.
     """
     try:
         with warnings.catch_warnings():
@@ -113,10 +207,12 @@ def require_plain_pattern(path: Path, pattern: str) -> None:
             tree = _parser.parse(pattern) if len(pattern) <= 1000 else None
     except (re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path}: {pattern[:80]!r} is no regular expression: {error}") from error
-    if tree is None or _repetitions(tree) > 4:
+    count = 100 if tree is None else _repetitions(tree)
+    if count > MAX_REPETITIONS:
         raise CheckpointError(
             f"{path}: the pattern {pattern[:80]!r} repeats too much to be matched safely; expected names of modules."
         )
+    return count
 
 
 def _repetitions(tree: Any, inside: bool = False) -> int:

@@ -124,7 +124,7 @@ def test_truncated_weights(adapter, share):
         ("[" * 100_000, "can't be read as JSON"),
         ('{"format_version": 2}', "format version 2; this sta-adapter reads 1. Upgrade"),
         ('{"format_version": 1, "backbone": 3, "config": {}}', "lacks backbone, encoder"),
-        ('{"format_version": 1, "x": "' + "y" * (1 << 20) + '"}', "some thousands at most"),
+        ('{"format_version": 1, "x": "' + "y" * (1 << 20) + '"}', "expected at most 1048576"),
     ],
     ids=["empty", "list", "boolean", "deep", "newer", "types", "huge"],
 )
@@ -283,7 +283,7 @@ def test_lora_for_another_model(tmp_path):
     with_lora(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["attn.qkv"], "r": 5}))
-    refused(tmp_path, "(?s)peft can't load the LoRA weights.*size mismatch")
+    refused(tmp_path, r"lora_A.weight has the shape \(2, 32\), expected \(5, 32\)")
 
 
 def test_an_adapter_without_lora_replaces_one_with_it(tmp_path):

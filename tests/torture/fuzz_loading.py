@@ -40,7 +40,7 @@ def weights(data):
 def lora(data):
     path = FOLDER / lora_files.LORA_CONFIG
     path.write_bytes(data)
-    lora_files.check_lora_config(path)
+    lora_files.read_lora(FOLDER)
 
 
 def pattern(data):

@@ -1,0 +1,193 @@
+"""Names of the tensors in a file of LoRA weights: which tensor of a model each one is, whatever release of transformers wrote it.
+
+Public: `LoraFile`, `canonical`. The file's header is enough: all is known before a tensor is read or made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sta_adapter.compatibility import version
+from sta_adapter.errors import CheckpointError
+from sta_adapter.lora_options import LoraOptions
+from sta_adapter.reading import compare_shapes
+
+PREFIX = "base_model.model."  # of a PeftModel around its model
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized
+# Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
+# `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.
+RENAMED = (
+    (r"^model\.(?=(?:language_model|visual|vision_tower|vision_model|multi_modal_projector|projector|image_newline)\b)", ""),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^model\.", "language_model."),
+    (r"^(vision_tower\.|)vision_model\.", r"\1"),
+)  # fmt: skip
+Shape = tuple[int, ...]
+
+
+def canonical(name: str) -> str:
+    """A module's name in a spelling that is the same for all releases of transformers."""
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the tensors of a file go.
+
+    Attributes:
+        keys: from the file's names to those of the model, both with PEFT's prefix.
+        targets: the modules with LoRA, from the model's names to those that the options have for them.
+        renamed: whether the file has other names than the model.
+    """
+
+    keys: Mapping[str, str]
+    targets: Mapping[str, str]
+    renamed: bool
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A file of LoRA weights, by its header.
+
+    Attributes:
+        path: of the file.
+        options: LoRA's options that belong to it.
+        shapes: of its tensors.
+    """
+
+    path: Path
+    options: LoraOptions
+    shapes: Mapping[str, Shape]
+
+    def place(self, model: nn.Module) -> Placement:
+        """Find each tensor's place in a model, and see to it that none is missing and all ranks and shapes fit.
+
+        Args:
+            model: without LoRA; STA in it where it was when LoRA was trained.
+
+        Raises:
+            CheckpointError: every difference is listed.
+        """
+        outside = [key for key in self.shapes if not key.startswith(PREFIX)]
+        if outside:
+            raise CheckpointError(
+                f"{self.path}: {outside[0][:200]!r} is no name of LoRA's, which begin with {PREFIX!r}."
+            )
+        modules = dict(model.named_modules())
+        names = {key: key.removeprefix(PREFIX) for key in self.shapes if not _is_copy(key, self.shapes)}
+        spelled = _spellings({_module(name) for name in names.values()}, modules)
+        prefixes = _prefixes(spelled)
+        found = {key: _respelled(name, spelled) for key, name in names.items()}
+        targets = {name: theirs for name in modules if name and self.options.targets(theirs := _theirs(name, prefixes))}
+        expected, possible = self._expected(modules, targets)
+        shapes = {ours: self.shapes[key] for key, ours in found.items()}
+        wanted = {**expected, **{key: shape for key, shape in possible.items() if key in shapes}}
+        try:
+            compare_shapes(self.path, _prefixed(shapes), _prefixed(wanted))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {self._hint(shapes, modules)}".rstrip()) from None
+        if not targets:
+            raise CheckpointError(f"{self.path.parent}: LoRA's target_modules name no module of this model.")
+        keys = {key: PREFIX + ours for key, ours in found.items()}
+        return Placement(keys, targets, any(theirs != ours for theirs, ours in spelled.items()))
+
+    def _expected(
+        self, modules: Mapping[str, nn.Module], targets: Mapping[str, str]
+    ) -> tuple[dict[str, Shape], dict[str, Shape]]:
+        """Names and shapes that the file must have for this model, and those that it may have besides."""
+        options, expected, possible = self.options, dict[str, Shape](), dict[str, Shape]()
+        for name, module in modules.items():
+            start = f"{name}." if name else ""
+            if options.is_saved(name):
+                tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+                kept = tensors.keys() - module._non_persistent_buffers_set
+                expected |= {start + key: tuple(tensors[key].shape) for key in kept}
+                continue
+            inner = start
+            if name in targets:
+                expected |= self._lora_shapes(name, targets[name], module)
+                inner = f"{start}base_layer."
+            biased = options.get("bias") == "all" or (options.get("bias") == "lora_only" and name in targets)
+            for key, tensor in module.named_parameters(recurse=False):
+                if biased and "bias" in key:
+                    expected[inner + key] = tuple(tensor.shape)
+                elif (start + key).endswith(EMBEDDINGS):
+                    possible[start + key] = tuple(tensor.shape)
+        return expected, possible
+
+    def _lora_shapes(self, name: str, theirs: str, module: nn.Module) -> dict[str, Shape]:
+        """Names and shapes of LoRA's own tensors on a module."""
+        width, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if not isinstance(width, int) or not isinstance(out, int):
+            raise CheckpointError(
+                f"{self.path.parent}: LoRA's target_modules name {theirs!r}, which is a {type(module).__name__} in this model; "
+                "expected linear layers."
+            )
+        rank = self.options.rank(theirs)
+        shapes: dict[str, Shape] = {"lora_A.weight": (rank, width), "lora_B.weight": (out, rank)}
+        if self.options.get("use_dora"):
+            shapes["lora_magnitude_vector"] = (out,)
+        return {f"{name}.{key}": shape for key, shape in shapes.items()}
+
+    def _hint(self, found: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+        """What may be the cause where the model has not even the modules."""
+        if all(_module(key) in modules for key in found):
+            return ""
+        return (
+            "The file names modules that this model lacks: it is for another model, or of a release of transformers with "
+            f"names that are not known here (this is {version('transformers')})."
+        )
+
+
+def _prefixed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def _is_copy(key: str, keys: Iterable[str]) -> bool:
+    """Whether PEFT has written a tensor twice, as with bias="all": below its wrapper's names, and as what it is."""
+    return ".original_module." in key or (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in keys)
+
+
+def _module(name: str) -> str:
+    """The module of a tensor of LoRA, or of one that is saved along."""
+    return name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _spellings(theirs: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+    """From a file's names of modules to the model's; without those that the model has not."""
+    known = set(modules)
+    ours: dict[str, str | None] = {}
+    for name in known:
+        ours[canonical(name)] = None if canonical(name) in ours else name  # of two with one spelling, none is meant
+    found = {name: name if name in known else ours.get(canonical(name)) for name in theirs}
+    return {name: here for name, here in found.items() if here is not None}
+
+
+def _respelled(name: str, spelled: Mapping[str, str]) -> str:
+    """A tensor's name with its module's in the model's spelling."""
+    module = _module(name)
+    return spelled.get(module, module) + name[len(module) :]
+
+
+def _prefixes(spelled: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(the model's, the file's) beginnings of names, the longest first, as seen in the names that both have."""
+    pairs = set()
+    for theirs, ours in spelled.items():
+        a, b = theirs.split("."), ours.split(".")
+        while a and b and a[-1] == b[-1]:
+            a.pop(), b.pop()
+        pairs.add((".".join([*b, ""]), ".".join([*a, ""])))
+    return sorted(pairs, key=lambda pair: (-len(pair[0]), pair))
+
+
+def _theirs(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """A module's name as the file would have it."""
+    return next((theirs + name[len(ours) :] for ours, theirs in prefixes if name.startswith(ours)), name)
