@@ -37,6 +37,18 @@ class Prediction:
     unmatched: bool = False
 
 
+def judge(index: int, sample: Sample, said: str, scores: list[float] | None = None) -> Prediction:
+    """Whether what a model wrote, or the option that `scores` say is likeliest, is the sample's answer."""
+    about = (index, sample.source, sample.category, sample.answer, said)
+    if scores is not None:
+        return Prediction(*about, said == sample.answer, scores)
+    if sample.options is None:
+        found = _plain(said)
+        return Prediction(*about, found == _plain(sample.answer), unmatched=not found)
+    named = named_option(said, sample.options, sample.extra.get("option_texts", ()))
+    return Prediction(*about, named is not None and sample.options[named] == sample.answer, unmatched=named is None)
+
+
 Question = tuple[int, Sample, Encoded, list[torch.Tensor]]
 """A sample's index, the sample, its prompt, and its options as tokens where the likeliest is looked for."""
 
@@ -101,14 +113,7 @@ class Questioner:
         )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for (index, sample, *_), text in zip(questions, said, strict=True):
-            about = (index, sample.source, sample.category, sample.answer, text.strip())
-            if sample.options is None:
-                found = _plain(text)
-                yield Prediction(*about, found == _plain(sample.answer), unmatched=not found)
-                continue
-            named = named_option(text, sample.options, sample.extra.get("option_texts", ()))
-            right = named is not None and sample.options[named] == sample.answer
-            yield Prediction(*about, right, unmatched=named is None)
+            yield judge(index, sample, text.strip())
 
     def _choose(self, question: Question) -> Prediction:
         """The option that is likeliest as a complete answer."""
@@ -117,8 +122,7 @@ class Questioner:
         scores: list[float] = []
         for start in range(0, len(options), self.batch_size):
             scores += self._log_likelihoods(item, answers[start : start + self.batch_size])
-        best = options[max(range(len(options)), key=scores.__getitem__)]
-        return Prediction(index, sample.source, sample.category, sample.answer, best, best == sample.answer, scores)
+        return judge(index, sample, options[max(range(len(options)), key=scores.__getitem__)], scores)
 
     def _log_likelihoods(self, prompt: Encoded, answers: list[torch.Tensor]) -> list[float]:
         rows = [_extended(prompt, answer) for answer in answers]

@@ -8,8 +8,6 @@ the training, or an error if asked for, but never replaced.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.collator import Collator, Loaded
 from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt
 from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.fingerprint import fingerprint, fingerprint_samples
 from sta_adapter.frames import fit_frames
 from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
 from sta_adapter.packed import unpacked
@@ -121,16 +120,8 @@ class VideoDataset(Dataset):
         return made
 
     def digest(self) -> str:
-        """Fingerprint of the samples' words and of their files' names (not of the folders that these lie in)."""
-        found = hashlib.sha256()
-        for sample in self.samples:
-            for message in sample.messages:
-                parts = [
-                    part["text"] if part["type"] == "text" else Path(part[part["type"]]).name
-                    for part in message["content"]
-                ]
-                found.update(json.dumps([message["role"], *parts]).encode())
-        return found.hexdigest()
+        """Fingerprint of the samples, their settings and their clips' contents (not of the folders that these lie in)."""
+        return fingerprint(fingerprint_samples([(sample.messages, None) for sample in self.samples]))
 
     def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
         """Decode and encode a sample, which need not be one of the data set's; `index` is for the shuffling of its frames."""

@@ -19,16 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.answering import Prediction, Question, Questioner
+from sta_adapter.answering import Prediction, Question, Questioner, judge
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.encoding import Encoded
 from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.fingerprint import fingerprint_model, fingerprint_processor, fingerprint_samples
 from sta_adapter.isolation import worker_errors
 from sta_adapter.predictions import PredictionLog
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
 
 CHOICES = ("likeliest", "written")
+PREDICTION_FORMAT = 2  # raised when the same settings mean other prompts, pixels or scores than before
 EXAMPLES, LONGEST_SAID = 3, 200  # of answers that could not be read
 Z95 = 1.959963984540054  # two-sided 95 %
 
@@ -138,6 +140,7 @@ def evaluate(
     num_workers: int = 0,
     predictions_file: str | Path | None = None,
     tag: str = "",
+    overwrite: bool = False,
     progress: bool = False,
 ) -> EvaluationResult:
     """Ask the model about every sample and compare with the answers.
@@ -155,8 +158,10 @@ def evaluate(
             names one option by its letter or text, as published benchmarks are scored.
         on_bad_sample: "skip" or "error", where `data` is a file.
         num_workers: processes that decode.
-        predictions_file: keeps every prediction at once; given again, samples in it aren't asked a second time.
-        tag: names the model in that file, so that another one's predictions aren't taken for it.
+        predictions_file: keeps every prediction at once; given again, what is in it isn't asked a second time, as long as all
+            that it depends on is the same: the model's weights and settings, the question, the clip, sampling and processor.
+        tag: another name or state that those predictions depend on.
+        overwrite: throw away what `predictions_file` holds.
         progress: show a bar.
 
     Raises:
@@ -170,23 +175,48 @@ def evaluate(
             raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
         data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
     dataset = data.as_prompts(frames, seed)
-    settings = {
-        "frames": frames,
-        "seed": seed,
-        "max_new_tokens": max_new_tokens,
-        "sampling": dataclasses.asdict(dataset.frames),
-        "samples": dataset.digest(),
-        "tag": tag,
-        **({"choose": choose} if choose != CHOICES[0] else {}),
-    }
     started = time.perf_counter()
-    with PredictionLog(predictions_file, settings) as log, _asking(model):
+    settings, questions = {}, []
+    if predictions_file is not None:
+        settings = {"tag": tag, "choose": choose, "max_new_tokens": max_new_tokens, **_settings(model, dataset)}
+        questions = _fingerprints(dataset, choose)
+
+    def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
+        return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
+
+    with PredictionLog(predictions_file, settings, questions, renew, overwrite) as log, _asking(model):
         missing = [index for index in range(len(dataset)) if index not in log.done]
         asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
         for batch in _batches(dataset, missing, batch_size, num_workers, progress):
             _ask(asked, dataset, batch, log)
         predictions = [Prediction(**log.done[i]) for i in sorted(log.done)]
         return EvaluationResult(predictions, list(log.bad.values()), frames, time.perf_counter() - started)
+
+
+def _settings(model: nn.Module, dataset: VideoDataset) -> dict[str, Any]:
+    """What every prediction depends on; what differs is named when predictions are refused."""
+    return {
+        "format": PREDICTION_FORMAT,
+        **fingerprint_model(model),
+        "processor": fingerprint_processor(dataset.processor),
+        "sampling": dataclasses.asdict(dataset.frames),
+        "max_length": dataset.max_length,
+        "frames": dataset.frame_order,
+        "seed": dataset.seed if dataset.frame_order == "shuffled" else None,
+        "data": sorted({Path(sample.source.rpartition(",")[0] or sample.source).name for sample in dataset.samples}),
+    }
+
+
+def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
+    """Of each question: its words, its clips, the options where these are scored, and its place where that shuffles frames."""
+    scored = choose == "likeliest"
+    shuffled = dataset.frame_order == "shuffled"
+    return fingerprint_samples(
+        [
+            (sample.prompt, [sample.options if scored else None, index if shuffled else None])
+            for index, sample in enumerate(dataset.samples)
+        ]
+    )
 
 
 def _ask(asked: Questioner, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog) -> None:

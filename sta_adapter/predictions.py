@@ -1,16 +1,20 @@
-"""A file of predictions, one a line, that an interrupted evaluation goes on with.
+"""A file of predictions, one a line, that an evaluation goes on with after an interruption.
 
-Public: `PredictionLog`. The first line holds the settings; a last line that was cut off by a crash is dropped.
+The first line holds the settings, each further one a question's fingerprint and what the model said to it. A last line that was
+cut off by a crash is dropped; so are predictions for questions that are no longer asked in just that way.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from sta_adapter.errors import ConfigError
+
+__all__ = ["PredictionLog"]
 
 
 class PredictionLog:
@@ -18,16 +22,29 @@ class PredictionLog:
 
     Args:
         path: the file; None keeps them in memory only.
-        settings: what the file's predictions must have been made with.
+        settings: what all of the file's predictions must have been made with.
+        questions: the fingerprint of each question, by its index: of whatever its prediction depends on besides.
+        renew: makes of a prediction read from the file, and the question's index, what it says today.
+        overwrite: throw the file's predictions away.
 
     Attributes:
         done: the predictions by sample index.
         bad: why samples could not be used, by sample index.
     """
 
-    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        settings: dict[str, Any],
+        questions: Sequence[str] = (),
+        renew: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda index, prediction: prediction,
+        overwrite: bool = False,
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.settings = json.loads(json.dumps(settings))
+        self.questions = list(questions)
+        self.renew = renew
+        self.overwrite = overwrite
         self.done: dict[int, dict[str, Any]] = {}
         self.bad: dict[int, str] = {}
         self._file: TextIO | None = None
@@ -41,12 +58,13 @@ class PredictionLog:
         if self.path is None:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._read() if self.path.exists() else 0
-        self._file = self.path.open("r+" if whole else "w", encoding="utf-8")
-        self._file.seek(whole)
-        self._file.truncate()
-        if not whole:
-            self._write({"settings": self.settings})
+        if self.path.exists() and not self.overwrite:
+            self._read(self.path)
+        lines = [{"settings": self.settings}, *(self._line(index) for index in self.done)]
+        fresh = self.path.with_name(f"{self.path.name}.tmp")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        fresh.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -59,39 +77,44 @@ class PredictionLog:
     def add(self, index: int, prediction: dict[str, Any]) -> None:
         """Keep a prediction."""
         self.done[index] = prediction
-        self._write({"index": index, "prediction": prediction})
+        if self._file is not None:
+            self._file.write(json.dumps(self._line(index)) + "\n")
+            self._file.flush()
 
     def add_bad(self, index: int, reason: str) -> None:
         """Keep why a sample could not be used. It is tried again when the evaluation is repeated."""
         self.bad[index] = reason
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+    def _line(self, index: int) -> dict[str, Any]:
+        return {"index": index, "question": self.questions[index], "prediction": self.done[index]}
 
-    def _read(self) -> int:
-        """Take over the file's predictions; gives the length of its whole lines in bytes."""
-        whole = 0
-        for number, line in enumerate(Path(str(self.path)).read_bytes().splitlines(keepends=True)):
+    def _read(self, path: Path) -> None:
+        """Take over the file's predictions for the questions that are asked."""
+        asked: dict[str, list[int]] = {}
+        for index, question in enumerate(self.questions):
+            asked.setdefault(question, []).append(index)
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
             if not line.endswith(b"\n"):
                 break
             try:
                 entry = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{self.path}, line {number + 1} is not a prediction; take another file.") from error
-            if number == 0:
-                self._compare(entry.get("settings") if isinstance(entry, dict) else None)
-            else:
-                self.done[entry["index"]] = entry["prediction"]
-            whole += len(line)
-        return whole
+                if number == 0:
+                    self._compare(entry.get("settings"))
+                    continue
+                kept = entry["prediction"]
+                if places := asked.get(entry["question"]):
+                    index = places.pop(0)
+                    self.done[index] = self.renew(index, kept)
+            except ConfigError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise ConfigError(f"{path}, line {number + 1} is not a prediction; take another file.") from error
 
     def _compare(self, found: Any) -> None:
         found = found if isinstance(found, dict) else {}
         differ = sorted(key for key in self.settings.keys() | found.keys() if self.settings.get(key) != found.get(key))
         if differ:
             raise ConfigError(
-                f"{self.path} holds predictions of an evaluation that differs in {', '.join(differ)}. "
-                "Take another file, or delete this one."
+                f"{self.path} holds predictions of an evaluation that differs in {', '.join(differ)}. Take another file or "
+                "folder, or throw them away (overwrite=True, --overwrite)."
             )

@@ -8,7 +8,6 @@ stopped, without decoding, and meets the samples that an uninterrupted one would
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import logging
 import random
@@ -24,6 +23,7 @@ from sta_adapter.clips import FrameSettings
 from sta_adapter.data import DECODE_TIMEOUT, VideoDataset
 from sta_adapter.encoding import Encoded
 from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.fingerprint import fingerprint, fingerprint_file
 from sta_adapter.packed import Packed
 from sta_adapter.samples import BadSample, check_format
 from sta_adapter.shards import find_shards, read_shard
@@ -122,6 +122,7 @@ class StreamDataset(IterableDataset):
             decode_timeout=decode_timeout,
         )
         self.processor = processor
+        self.frames = self.loader.frames
         self.on_bad_sample = on_bad_sample
         self.format = format
         self.shuffle = shuffle
@@ -158,9 +159,9 @@ class StreamDataset(IterableDataset):
         return min(wanted, len(self.shards) // processes)
 
     def digest(self) -> str:
-        """Fingerprint of the shards' names and sizes, and of their order."""
-        found = [(path.name, path.stat().st_size) for path in self.shards]
-        return hashlib.sha256(repr((found, self.format, self.shuffle, self.place.seed)).encode()).hexdigest()
+        """Fingerprint of the shards' names, sizes and ends, and of their order."""
+        found = [(path.name, fingerprint_file(path)) for path in self.shards]
+        return fingerprint(found, self.format, self.shuffle, self.place.seed)
 
     def _packed(self, reader: int, readers: int) -> Iterator[Packed | BadSample]:
         """One reader's share of every pass, shuffled but not decoded."""

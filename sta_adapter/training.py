@@ -7,9 +7,10 @@ arguments after a crash goes on from the last checkpoint, and ends with the weig
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sta_adapter.adapter_format import replace_files
 from sta_adapter.config import STAConfig
 from sta_adapter.data import VideoDataset, read_samples
 from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.fingerprint import fingerprint_processor, fingerprint_start
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta, inject_sta
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
@@ -33,6 +35,7 @@ from sta_adapter.training_config import HARMLESS, TrainingConfig
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
 RUN_FILE = "run.json"
+RUN_FORMAT = 2  # raised when the same settings train other weights than before
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
 
 
@@ -110,8 +113,8 @@ def train(
     _check_stream(dataset, eval_data, [config.for_stage(name) for name in names])
     folder = Path(output_dir)
     result = TrainingResult(*_injected(model, config), folder)
-    identity = _identity(stage, config, dataset, result.model)
-    write_once(lambda: _claim(folder, identity, overwrite))
+    start = fingerprint_start(result.model)
+    write_once(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))
     for name in names:
         part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, measure)
         result.model, result.handle = part.prepare(result.model, result.handle)
@@ -193,15 +196,23 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
     return handle.model, handle
 
 
-def _identity(stage: str, config: TrainingConfig, dataset: VideoDataset | StreamDataset, model: Any) -> dict[str, Any]:
-    """What must be the same for a run to be taken up again."""
-    settings = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
-    base = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    return json.loads(
-        json.dumps(
-            {"stage": stage, **settings, "model": base, "data": dataset.digest(), "positions": rule_in_use(model)}
-        )
-    )
+def _identity(
+    stage: str, config: TrainingConfig, dataset: Any, eval_dataset: Any, start: Mapping[str, str], model: Any
+) -> dict[str, Any]:
+    """What must be the same for a run to be taken up again: settings, data, base, and what an adapter brought along."""
+    found = {
+        "format": RUN_FORMAT,
+        "stage": stage,
+        **{key: value for key, value in config.to_dict().items() if key not in HARMLESS},
+        "frames": dataclasses.asdict(dataset.frames),
+        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        "data": dataset.digest(),
+        "eval_data": None if eval_dataset is None else eval_dataset.digest(),
+        "processor": fingerprint_processor(dataset.processor),
+        "positions": rule_in_use(model),
+        **start,
+    }
+    return json.loads(json.dumps(found))
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:

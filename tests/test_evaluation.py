@@ -226,6 +226,19 @@ def test_a_foreign_file_is_refused(taught, dataset, tmp_path):
     assert file.read_text() == "my notes\n"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["{}", "[]", '{"question": 1}', '{"question": "QUESTION"}', '{"question": "QUESTION", "prediction": 3}', "1"],
+)
+def test_lines_that_are_no_predictions(taught, dataset, tmp_path, line):
+    file = tmp_path / "predictions.jsonl"
+    evaluate(taught[0], dataset, predictions_file=file)
+    head, first, *_ = file.read_text().splitlines()
+    file.write_text(f"{head}\n{line.replace('QUESTION', json.loads(first)['question'])}\n")
+    with pytest.raises(ConfigError, match=r"predictions\.jsonl, line 2 is not a prediction"):
+        evaluate(taught[0], dataset, predictions_file=file)
+
+
 def test_bad_samples_do_not_count(taught, processor, tmp_path):
     file = write_samples(tmp_path, 3)
     (tmp_path / "1.mp4").unlink()
@@ -353,5 +366,51 @@ def test_command_does_not_take_an_older_adapter_s_answers(base, taught, folder, 
     with safe_open(adapter / "sta_adapter.safetensors", "pt") as file:
         metadata = file.metadata()
     save_file({k: v + 1 for k, v in state.items()}, adapter / "sta_adapter.safetensors", metadata)
-    with pytest.raises(ConfigError, match="an evaluation that differs in tag"):
+    before = (tmp_path / "out" / "adapter-ordered.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"an evaluation that differs in sta\. .*--overwrite"):
         CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert (tmp_path / "out" / "adapter-ordered.jsonl").read_bytes() == before
+    assert CliRunner().invoke(cli, [*line, "--overwrite"], catch_exceptions=False).exit_code == 0
+    assert (tmp_path / "out" / "adapter-ordered.jsonl").read_bytes() != before
+
+
+def test_command_asks_again_what_has_changed(base, folder, tmp_path):
+    """A clip's seconds are another question; what answers are grouped by is none."""
+    shutil.copy(folder / "0.mp4", tmp_path / "a.mp4")
+    record = {
+        "question": "Which?",
+        "options": ["left", "right"],
+        "answer": "left",
+        "category": "task",
+        "length": "short",
+    }
+
+    def ask(out, *more, **fields):
+        lines = [{**record, "video": "a.mp4", **fields}, {**record, "video": "a.mp4", "question": "Where?"}]
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        line = [
+            "evaluate",
+            "--model",
+            str(base),
+            "--data",
+            str(tmp_path / "d.jsonl"),
+            "--nframes",
+            "2",
+            "--num-workers",
+            "0",
+        ]
+        done = CliRunner().invoke(cli, [*line, "--out", str(tmp_path / out), *more], catch_exceptions=False)
+        assert done.exit_code == 0
+        kept = (tmp_path / out / "base-ordered.jsonl").read_text().splitlines()[1:]
+        return sorted(map(json.loads, kept), key=lambda entry: entry["index"])
+
+    first = ask("kept", end=0.3)
+    again, fresh = ask("kept", start=0.4), ask("new", start=0.4)
+    for entry, expected in zip(again, (fresh[0], first[1]), strict=True):
+        assert entry["prediction"]["scores"] == pytest.approx(expected["prediction"]["scores"])
+    assert first[0]["prediction"]["scores"] != pytest.approx(fresh[0]["prediction"]["scores"], abs=1e-9)
+    assert again[0]["question"] != first[0]["question"]
+    grouped = ask("kept", "--category", "length", start=0.4, answer="right", options=["left", "right"])
+    assert [entry["prediction"]["category"] for entry in grouped] == ["short", "short"]
+    assert grouped[0]["prediction"]["answer"] == "B"
+    assert grouped[0]["prediction"]["scores"] == again[0]["prediction"]["scores"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, model_options, option
+from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
 
 HELP = """\b
@@ -44,4 +44,5 @@ def command(**options: Any) -> None:
     frames = {"nframes": nframes} if nframes is not None else {"fps": fps, "nframes": None} if fps is not None else {}
     options["dtype"] = options["dtype"] or "auto"
     base_model = base_model_of(options.pop("any_base"))
-    serve(frames=frames, base_model=base_model, say=click.echo, **options)
+    adapter = find_adapter(options.pop("adapter"), options.pop("adapter_revision"))
+    serve(adapter=adapter, frames=frames, base_model=base_model, say=click.echo, **options)

@@ -35,6 +35,7 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 @option("How", "--max-length", type=click.IntRange(1), metavar="N", help="Tokens. [default: the tokenizer's]")
 @option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
 @option("How", "--decode-timeout", type=float, metavar="SECONDS", help="For a sample. [default: 60]")
+@option("How", "--revision", metavar="NAME", help="The model's branch, tag or commit on the Hub.")
 @option("How", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
 def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Any) -> None:
@@ -47,9 +48,10 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
     values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name in known}
     settings = TrainingConfig.from_dict(values)
     timeout = options["decode_timeout"]
+    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     report = check_data(
         file,
-        processor=load_processor(model, trust_remote_code=options["trust_remote_code"]) if model else None,
+        processor=load_processor(model, **source) if model else None,
         format=options["format"],
         videos=options["videos"],
         frames=settings.frames,

@@ -6,7 +6,6 @@ Public: `command`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from sta_adapter.commands.options import (
     adapter_options,
     base_model_of,
     data_options,
+    find_adapter,
     model_options,
     option,
     quantize_option,
@@ -50,6 +50,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("Run", "--category", metavar="FIELD", help="What to group by. [default: category]")
 @option("Run", "--frames", type=FRAMES, metavar="ORDER", default="ordered", help="ordered, shuffled, reversed or all.")
 @option("Run", "--out", metavar="FOLDER", help="Gets results and a plot; begun ones go on.")
+@option("Run", "--overwrite", is_flag=True, help="Throw away the predictions that are in FOLDER.")
 @option("Run", "--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @option("How", "--batch-size", type=click.IntRange(1), metavar="N", default=8, help="Samples at a time. [default: 8]")
 @option("How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="[default: 32]")
@@ -70,23 +71,21 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     samples, notes = _samples(options)
+    folder = find_adapter(adapter, options["adapter_revision"])
     processor = load_processor(model, **source)
-    dataset = _dataset(samples, processor, adapter, options)
+    dataset = _dataset(samples, processor, folder, options)
     how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}
     net = load_model(model, **how, **source)
-    use_positions_of(net, options["positions"], saved_positions(adapter) if adapter else None)
-    if adapter is not None:
-        net = load_adapter(net, adapter, base_model=base_model_of(options["any_base"]))
+    use_positions_of(net, options["positions"], saved_positions(folder) if folder else None)
+    if folder is not None:
+        net = load_adapter(net, folder, base_model=base_model_of(options["any_base"]))
     runs: dict[str, Any] = {"base": _without(net)} if base or adapter is None else {}
     if adapter is not None:
         runs["adapter"] = contextlib.nullcontext()
     results = {}
     for name, switched in runs.items():
         with switched:
-            tag = f"{model} {options['quantize']}" if options["quantize"] else model
-            if adapter and name == "adapter":
-                tag += f" {adapter} {_fingerprint(adapter)}"
-            results[name] = _measure(net, dataset, tag, name, out, options)
+            results[name] = _measure(net, dataset, name, out, options)
     for result in (result for orders in results.values() for result in orders.values()):
         if not result.predictions:
             first = result.bad_samples[0] if result.bad_samples else "there is none"
@@ -123,7 +122,7 @@ def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
     return [replace(sample, category=str(sample.extra.get(field, "other"))) for sample in samples], notes
 
 
-def _dataset(samples: list[Any], processor: Any, adapter: str | None, options: dict[str, Any]) -> Any:
+def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: dict[str, Any]) -> Any:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data import FrameSettings, VideoDataset
     from sta_adapter.loading import saved_frame_settings
@@ -137,17 +136,6 @@ def _dataset(samples: list[Any], processor: Any, adapter: str | None, options: d
         sampling["nframes"] = options["nframes"]
     frames = FrameSettings(**sampling)
     return VideoDataset(samples, processor, frames=frames, on_bad_sample=options["on_bad_sample"])
-
-
-def _fingerprint(adapter: str) -> str:
-    """Of an adapter's weights, so that answers of one trained before under the same name are not taken for its own."""
-    from sta_adapter.hub import ADAPTER_FILES, resolve_adapter
-
-    folder, digest = resolve_adapter(adapter), hashlib.sha256()
-    for name in sorted(ADAPTER_FILES):
-        if (folder / name).exists():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -175,7 +163,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
 
 
-def _measure(model: Any, dataset: Any, tag: str, name: str, out: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _measure(model: Any, dataset: Any, name: str, out: str | None, options: dict[str, Any]) -> dict[str, Any]:
     from sta_adapter.evaluation import evaluate
 
     return {
@@ -189,7 +177,7 @@ def _measure(model: Any, dataset: Any, tag: str, name: str, out: str | None, opt
             choose="written" if options["benchmark"] else "likeliest",
             num_workers=options["num_workers"],
             predictions_file=Path(out, f"{name}-{order}.jsonl") if out else None,
-            tag=tag.strip(),
+            overwrite=options["overwrite"],
             progress=True,
         )
         for order in (ORDERS if options["frames"] == "all" else (options["frames"],))

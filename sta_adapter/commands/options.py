@@ -1,11 +1,9 @@
-"""What the commands share: options under headings, settings by name, and the options that say how a model is loaded.
-
-Public: `Grouped`, `option`, `model_options`, `adapter_options`, `quantize_option`, `data_options`, `parse_settings`, `merged`.
-"""
+"""What the commands share: options under headings, settings by name, and the options that say how a model is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -59,10 +57,29 @@ def model_options(command: Any) -> Any:
 
 
 def adapter_options(command: Any) -> Any:
-    """How an adapter is put on the model; what `base_model_of` reads."""
-    return option("Model", "--any-base", is_flag=True, help="Take another base than the adapter names, if it fits.")(
-        command
-    )
+    """How an adapter is had and put on the model; what `find_adapter` and `base_model_of` read."""
+    for decorate in (
+        option("Model", "--any-base", is_flag=True, help="Take another base than the adapter names, if it fits."),
+        option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def find_adapter(adapter: str | None, revision: str | None) -> Path | None:
+    """The adapter's folder, looked for and downloaded once, before anything takes time.
+
+    Raises:
+        ConfigError: there is a revision and no adapter.
+        CheckpointError: it can't be had.
+    """
+    if adapter is None:
+        if revision is not None:
+            raise ConfigError(f"--adapter-revision {revision}: there is no --adapter.")
+        return None
+    from sta_adapter.hub import resolve_adapter
+
+    return resolve_adapter(adapter, revision)
 
 
 def quantize_option(command: Any) -> Any:

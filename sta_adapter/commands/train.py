@@ -12,6 +12,7 @@ import click
 from sta_adapter.commands.options import (
     Grouped,
     data_options,
+    find_adapter,
     merged,
     model_options,
     option,
@@ -29,6 +30,7 @@ RUN_OPTIONS = (
     "out",
     "stage",
     "adapter",
+    "adapter_revision",
     "revision",
     "positions",
     "dtype",
@@ -66,6 +68,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Settings", "--on-bad-sample", type=click.Choice(["skip", "error"]), metavar="WHAT", help="skip or error.")
 @quantize_option
 @model_options
+@option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
 def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
     from sta_adapter.training_config import TrainingConfig, read_yaml
@@ -101,6 +104,7 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     from sta_adapter.text_positions import use_positions_of
     from sta_adapter.training import open_data, train
 
+    adapter = find_adapter(run["adapter"], run["adapter_revision"])
     source = {"revision": run["revision"], "trust_remote_code": run["trust_remote_code"]}
     processor = load_processor(run["model"], **source)
     how = {"format": run["format"], "videos": run["videos"]}
@@ -108,9 +112,9 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
     narrow = run["quantize"]
     model = load_model(run["model"], dtype=run["dtype"] or "auto", device=_device(narrow), quantize=narrow, **source)
-    use_positions_of(model, run["positions"], saved_positions(run["adapter"]) if run["adapter"] else None)
-    if run["adapter"]:
-        model = load_adapter(model, run["adapter"], is_trainable=True)
+    use_positions_of(model, run["positions"], saved_positions(adapter) if adapter else None)
+    if adapter is not None:
+        model = load_adapter(model, adapter, is_trainable=True)
     result = train(
         model,
         data,

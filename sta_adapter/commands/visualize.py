@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, model_options, option
+from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
 
 HELP = """\b
@@ -48,7 +48,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
     model = options["model"] or str(TINY_BASE)
     viewer = Viewer.load(
         model,
-        adapter,
+        find_adapter(adapter, options["adapter_revision"]),
         frames=frames,
         base_model=base_model_of(options["any_base"]),
         dtype=options["dtype"] or "auto",
