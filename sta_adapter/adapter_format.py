@@ -137,6 +137,15 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no {CONFIG}, so it is no STA adapter; found: {there or 'nothing'}."
         ) from None
+    return require_description(found, path)
+
+
+def require_description(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The description of an adapter, `found` in the file at `path`, if it is one.
+
+    Raises:
+        CheckpointError: it has no version, a newer one, or lacks something.
+    """
     if type(found.get("format_version")) is not int:
         raise CheckpointError(f"{path} has no format_version; it is not an adapter's configuration.")
     if found["format_version"] != FORMAT_VERSION:

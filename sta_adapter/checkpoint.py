@@ -6,10 +6,11 @@ Public: `save_adapter`, `load_sta`, `adapter_contents`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from sta_adapter.adapter_format import (
@@ -19,13 +20,16 @@ from sta_adapter.adapter_format import (
     make_description,
     read_description,
     read_weights,
+    require_description,
     write_adapter,
 )
+from sta_adapter.base_marks import require_same_base
 from sta_adapter.base_model import check_base, describe_base
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.files import SAVED
 from sta_adapter.inject import get_sta, plan_injection
-from sta_adapter.lora_files import LORA_CONFIG, load_lora, lora_files
+from sta_adapter.lora_files import LORA_CONFIG, load_lora, lora_files, lora_state, read_lora
 from sta_adapter.sharding import is_sharded, whole, write_once
 from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
 
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle
 
 
-def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
+def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed: bool = False) -> None:
     """Write an adapter: every file in full beside its final place, then all are renamed.
 
     Sharded weights (FSDP2, ZeRO-3) are gathered: then all processes must call this, and process 0 writes.
@@ -41,29 +45,50 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str]) -> None:
     Args:
         handle: the injected model's handle.
         folder: made when it does not exist; an adapter in it is replaced.
+        base_changed: save it also where the base model is other than when STA went in.
 
     Raises:
-        CheckpointError: weights are not finite, or the folder can't be written; what was there stays.
+        CheckpointError: weights are not finite, the base model was changed, LoRA can't be saved or is merged into STA, or the
+            folder can't be written; what was there stays.
     """
-    contents = adapter_contents(handle)
+    contents = adapter_contents(handle, base_changed)
     if is_sharded(handle.model.parameters()):
         write_once(lambda: write_adapter(folder, *contents))
     else:
         write_adapter(folder, *contents)
 
 
-def adapter_contents(handle: STAHandle) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+def adapter_contents(
+    handle: STAHandle, base_changed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
     """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
+    if not base_changed:
+        lora = lora_state(handle.model)
+        require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
     return adapter_state(handle), describe_adapter(handle), lora_files(handle.model)
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
     """STA's tensors on the CPU under the file's keys, `blocks.{i}.norm.weight` and so on."""
+    merged = [
+        index for index, module in handle.blocks.items() if any(getattr(m, "merged", False) for m in module.modules())
+    ]
+    if merged:
+        raise CheckpointError(
+            f"LoRA is merged into STA's own layers, in {len(merged)} blocks, and would be added twice on loading: unmerge it first "
+            "(model.unmerge_adapter())."
+        )
     return {
         f"blocks.{index}.{name}": whole(tensor).detach().to("cpu").contiguous()
         for index, module in handle.blocks.items()
-        for name, tensor in module.state_dict(keep_vars=True).items()
+        for name, tensor in plain_state(module).items()
     }
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """An STA module's own tensors by their own names, also where PEFT has put LoRA around its layers."""
+    state = module.state_dict(keep_vars=True)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
 def describe_adapter(handle: STAHandle) -> dict[str, Any]:
@@ -114,21 +139,18 @@ def load_sta(
     from sta_adapter.hub import resolve_adapter
 
     folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
-    description = read_description(folder)
-    _require_lora(folder, description)
+    description, file, read = _describe(folder)
     config = _saved_config(folder, description)
     plan = plan_injection(model, config)
     check_base(folder, description, plan, base_model)
     modules = plan.build("meta")  # nothing is initialised that the file replaces
-    state = read_weights(folder, description)
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
-    compare_tensors(folder / WEIGHTS, state, expected)
+    state = read()
+    compare_tensors(file, state, expected)
     plan.allocate(modules)
-    for index, module in modules.items():
-        module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
-        module.requires_grad_(is_trainable)
     warn_of_other_rule(model, description.get("positions"))
     handle = plan.attach(modules)
+    _fill(handle, state, is_trainable)
     if not (folder / LORA_CONFIG).exists():
         return handle
     try:
@@ -138,19 +160,35 @@ def load_sta(
         raise
     if loaded is None:
         raise CheckpointError(f"peft replaced the encoder with a copy while loading {folder}, which is not supported.")
-    for index, module in loaded.blocks.items():  # the STA file is the one truth, also for PEFT's copies
-        module.load_state_dict({k: state[f"blocks.{index}.{k}"] for k in module.state_dict()})
-        module.requires_grad_(is_trainable)
+    _fill(loaded, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
     return loaded
 
 
-def _require_lora(folder: Path, description: Mapping[str, Any]) -> None:
-    """Without this, a copy that misses a file would load, and compute something else."""
+def _describe(folder: Path) -> tuple[dict[str, Any], Path, Callable[[], dict[str, Tensor]]]:
+    """STA's description in a folder, and what holds and reads its tensors: an adapter's files, or those that PEFT itself saved."""
+    if (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists():
+        lora = read_lora(folder)
+        if lora.sta is not None or lora.holds_sta:
+            return require_description(lora.sta or {}, folder / LORA_CONFIG), lora.path, lora.read_sta
+    description = read_description(folder)
     if description.get("lora") is True and not (folder / LORA_CONFIG).exists():
+        # without this, a copy that misses a file would load, and compute something else
         raise CheckpointError(
             f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing. Copy or download it "
             f'again; to use STA without its LoRA, write "lora": false into {CONFIG}.'
         )
+    return description, folder / WEIGHTS, lambda: read_weights(folder, description)
+
+
+@torch.no_grad()
+def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) -> None:
+    """Give STA's tensors their values; where LoRA is on STA itself, it alone goes on training."""
+    for index, module in handle.blocks.items():
+        own = plain_state(module)
+        for name, tensor in own.items():
+            tensor.copy_(state[f"blocks.{index}.{name}"])
+        if len(own) == len(module.state_dict()):
+            module.requires_grad_(is_trainable)
 
 
 def _saved_config(folder: Path, description: Mapping[str, Any]) -> STAConfig:

@@ -28,6 +28,7 @@ GENERATION_METHOD = "_prepare_position_ids_for_generation"  # transformers 5: po
 FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rotary embedding mixes its axes with it
 ROPE_INDEX = "get_rope_index"
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -215,6 +216,34 @@ def hook_table(module: nn.Module, name: str) -> dict[int, Any]:
     return table
 
 
+def add_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call `hook(module, state_dict, prefix, ...)` before `load_state_dict` gives the module its tensors.
+
+    Raises:
+        CompatibilityError: torch takes no such hook.
+    """
+    for name, options in (
+        ("register_load_state_dict_pre_hook", {}),  # since torch 2.5
+        ("_register_load_state_dict_pre_hook", {"with_module": True}),
+    ):
+        register = getattr(module, name, None)
+        if register is not None:
+            register(hook, **options)
+            return
+    raise incompatible("torch", f"{type(module).__name__} has no register_load_state_dict_pre_hook")
+
+
+def remove_load_hooks(module: nn.Module, chosen: Callable[[Any], bool]) -> None:
+    """Take the hooks of `add_load_hook` off a module that are chosen.
+
+    Raises:
+        CompatibilityError: torch keeps them otherwise.
+    """
+    table = hook_table(module, LOAD_HOOKS)
+    for key in [key for key, hook in table.items() if chosen(getattr(hook, "hook", hook))]:
+        del table[key]
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of any kind, which see what goes in and out of it.
 
@@ -314,7 +343,7 @@ def _look_at_rope_index() -> None:
 
 def _look_at_hooks() -> None:
     module = nn.Identity()
-    for name in (*HOOK_TABLES, *HOOK_OPTIONS):
+    for name in (*HOOK_TABLES, *HOOK_OPTIONS, LOAD_HOOKS):
         hook_table(module, name)
 
 

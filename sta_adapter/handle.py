@@ -111,6 +111,8 @@ class STAHandle:
         """
         self._require_injected()
         try:
+            import peft  # noqa: F401
+
             from sta_adapter.lora_recipe import recipe_config
         except ImportError as error:
             raise MissingExtraError("stage two needs peft: pip install 'sta-adapter[train]'") from error
@@ -175,12 +177,22 @@ class STAHandle:
                 del module._modules[CHILD]
         return self.model
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save STA, and LoRA weights if the model has them, into a folder; see `sta_adapter.checkpoint`."""
+    def save_pretrained(self, folder: str | os.PathLike[str], *, base_changed: bool = False) -> None:
+        """Save STA, and LoRA weights if the model has them, into a folder; see `sta_adapter.checkpoint`.
+
+        Args:
+            folder: made when it does not exist; an adapter in it is replaced.
+            base_changed: save it also where the base model is other than when STA went in, because more of it was trained or LoRA
+                was merged into it; the adapter is then for the changed base alone.
+
+        Raises:
+            CheckpointError: the base model was changed, weights are not finite, LoRA has options that can't be loaded, or the
+                folder can't be written; what was there stays.
+        """
         from sta_adapter.checkpoint import save_adapter
 
         self._require_injected()
-        save_adapter(self, folder)
+        save_adapter(self, folder, base_changed)
 
     def push_to_hub(
         self,

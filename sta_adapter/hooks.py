@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.backbone import EncoderCall
-from sta_adapter.compatibility import HOOK_OPTIONS, hook_table
+from sta_adapter.compatibility import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths, checked_lengths
+from sta_adapter.module_names import STA_TENSOR, canonical
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.uncompiled import uncompiled
 
@@ -51,6 +52,8 @@ class EncoderBegin(Hook):
             if (sta := getattr(block, CHILD, None)) is not None:
                 injection.saw(active_module(sta).prepare(layout))
         injection.begin(layout)
+        if encoder.training and torch.is_grad_enabled():
+            injection.warn_of_training()
         if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder):
             return _require_grad(args, kwargs)
         return args, kwargs
@@ -135,6 +138,35 @@ class NormBegin(Hook):
         return NormBegin(copy.deepcopy(self.injection, memo), memo[id(self.block)])
 
 
+class LoadBegin(Hook):
+    """Hook of `load_state_dict` of the model that STA went into: STA's tensors are found under the names of any release.
+
+    transformers saves a model under the names of an older release, and its trainer loads them with `strict=False`: STA would
+    stay as it is, silently.
+    """
+
+    def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `args`)."""
+        own = {
+            f"{prefix}{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, TemporalAttention)
+            for key in module.state_dict()
+        }
+        if not all(STA_TENSOR.search(name) for name in own):
+            return  # PEFT has put layers around them, and knows their names
+        places = {canonical(name.removeprefix(prefix)): name for name in own}
+        unplaced = []
+        for key in [key for key in state if STA_TENSOR.search(key) and key not in own]:
+            place = places.get(canonical(key.removeprefix(prefix)))
+            if place is None:
+                unplaced.append(key)
+            elif place not in state:
+                state[place] = state.pop(key)
+        if unplaced:
+            args[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
+
+
 def active_module(module: nn.Module) -> TemporalAttention:
     """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
     if isinstance(module, TemporalAttention):
@@ -156,6 +188,7 @@ def remove_hooks(module: nn.Module, injection: Injection) -> None:
             for options in HOOK_OPTIONS:
                 if options.startswith(name):
                     hook_table(module, options).pop(key, None)
+    remove_load_hooks(module, lambda hook: isinstance(hook, Hook) and hook.injection is injection)
 
 
 def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sta_adapter.backbone import Backbone, Site, locate, register_backbone
 from sta_adapter.check import check_site
+from sta_adapter.compatibility import add_load_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.handle import STAHandle
@@ -20,6 +21,7 @@ from sta_adapter.hooks import (
     BlockEnd,
     EncoderBegin,
     EncoderEnd,
+    LoadBegin,
     NormBegin,
     find_injections,
     remove_hooks,
@@ -27,6 +29,7 @@ from sta_adapter.hooks import (
 from sta_adapter.injection import Injection
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.parallel import LanguageModelBegin, find_language_model, refuse_wrapped
+from sta_adapter.peft_loading import watch_peft
 from sta_adapter.telling import attach_clip_source, remove_methods
 from sta_adapter.text_positions import warn_of_other_rule
 
@@ -122,6 +125,8 @@ class Plan:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
         site, injection = self.site, Injection(self.config, self.site.backbone.name)
         register_backbone(site.backbone)
+        watch_peft()
+        injection.watch(self.model)
         try:
             for index, module in modules.items():
                 block = site.blocks[index]
@@ -133,6 +138,7 @@ class Plan:
                     site.norms[index].register_forward_pre_hook(NormBegin(injection, block))
             site.encoder.register_forward_pre_hook(EncoderBegin(injection), with_kwargs=True)
             site.encoder.register_forward_hook(EncoderEnd(injection), always_call=True)
+            add_load_hook(self.model, LoadBegin(injection))
             attach_clip_source(self.model, site, injection)
             language_model = find_language_model(self.model, site.encoder)
             if language_model is not None:

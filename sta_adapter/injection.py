@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sta_adapter.backbone import Backbone, get_backbone
+from sta_adapter.base_marks import mark_base
 from sta_adapter.compatibility import graph_task
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
 from sta_adapter.explain import Call
 from sta_adapter.layout import ClipLayout, ClipLengths
+from sta_adapter.lora_files import checked_lora
 
 CALLS_KEPT = 256
 
@@ -38,11 +42,12 @@ class Injection:
         self.config = config
         self.backbone = backbone
         self.enabled = True
+        self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.base_marks
         self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_handle")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_handle", "_model")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=threading.local())
@@ -80,6 +85,21 @@ class Injection:
             yield
         finally:
             self._local.clip_lengths, self._local.told = before
+
+    def watch(self, model: nn.Module) -> None:
+        """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""
+        self.base_marks = mark_base(model)
+        self.__dict__["_model"] = weakref.ref(model)
+
+    def warn_of_training(self) -> None:
+        """Say at the first forward of a training what of it an adapter can't hold, not when hours later it is saved."""
+        model = self.__dict__.pop("_model", lambda: None)()
+        if model is None:
+            return
+        try:
+            checked_lora(model)
+        except CheckpointError as error:
+            warnings.warn(f"handle.save_pretrained can't save what is trained here: {error}", STAWarning, stacklevel=2)
 
     def begin(self, layout: ClipLayout | None) -> None:
         """An encoder forward starts in this thread; None when the branch is switched off."""

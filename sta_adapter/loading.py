@@ -44,6 +44,9 @@ def load_model(
     """
     import transformers
 
+    from sta_adapter.peft_loading import watch_peft
+
+    watch_peft()
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,11 +144,13 @@ def load_adapter(
     """
     from sta_adapter.adapter_format import CONFIG
     from sta_adapter.checkpoint import load_sta
+    from sta_adapter.files import SAVED
     from sta_adapter.hub import resolve_adapter
-    from sta_adapter.lora_files import LORA_CONFIG, load_lora
+    from sta_adapter.lora_files import LORA_CONFIG, load_lora, read_lora
 
     folder = resolve_adapter(name, revision)
-    if (folder / CONFIG).exists() or not (folder / LORA_CONFIG).exists():
+    with_sta = (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists()
+    if with_sta or read_lora(folder).sta is not None:
         return load_sta(model, folder, is_trainable=is_trainable, base_model=base_model).model.eval()
     return load_lora(model, folder, is_trainable).eval()
 

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from sta_adapter.compatibility import peft_parts
 from sta_adapter.errors import CheckpointError, MissingExtraError
 from sta_adapter.lora_keys import PREFIX, LoraFile
-from sta_adapter.lora_options import LoraOptions, checked_options
+from sta_adapter.lora_options import OURS, LoraOptions, checked_options
+from sta_adapter.modules import TemporalAttention
 from sta_adapter.reading import compare_shapes, read_json, read_shapes, read_tensors
 from sta_adapter.sharding import whole
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
+STA_BESIDE = (
+    "sta_config.json beside this file"  # an entry that PEFT doesn't know, so that it warns where it loads LoRA alone
+)
 WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 
 
@@ -49,6 +53,8 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
     if broken:
         raise CheckpointError(f"{len(broken)} LoRA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    if any(isinstance(module, TemporalAttention) for module in model.modules()):
+        fields[OURS] = STA_BESIDE
     text = json.dumps({**fields, "inference_mode": True}, indent=2, default=str)
     return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
 
@@ -59,21 +65,33 @@ def lora_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | N
     Raises:
         CheckpointError: as `lora_files`.
     """
+    found = checked_lora(model)
+    if found is None:
+        return None
+    from peft import PeftModel, get_peft_model_state_dict
+
+    name, fields, options = found
+    kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
+    state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
+    start = "" if isinstance(model, PeftModel) else PREFIX
+    return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
+
+
+def checked_lora(model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
+    """The name of a model's LoRA, its settings, and of these the supported ones; None when it has no LoRA.
+
+    Raises:
+        CheckpointError: what PEFT has added can't be saved and loaded as LoRA.
+    """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping) or not configs:
         return None
     layers = [module for module in model.modules() if isinstance(module, peft_parts()[0])]
     if not layers:
         return None  # merged or unloaded
-    from peft import PeftModel, get_peft_model_state_dict
-
     name = _active_adapter(layers, configs)
     fields = configs[name].to_dict()
-    options = checked_options(fields, "the LoRA of this model")
-    kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
-    state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
-    start = "" if isinstance(model, PeftModel) else PREFIX
-    return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
+    return name, fields, checked_options(fields, "the LoRA of this model")
 
 
 def _active_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
@@ -118,8 +136,9 @@ def read_lora(folder: Path) -> LoraFile:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no {config.name}.") from error
     options = LoraOptions.read(fields, config)
+    sta = fields.get(OURS)
     try:
-        return LoraFile(weights, options, read_shapes(weights))
+        return LoraFile(weights, options, read_shapes(weights), sta if isinstance(sta, dict) else None)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds {LORA_CONFIG} but no {weights.name}; pickled weights are never read."
@@ -141,6 +160,12 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
             f"{folder} holds LoRA weights; they need peft: pip install 'sta-adapter[train]'"
         ) from error
     file = read_lora(folder)
+    if file.holds_sta and not any(isinstance(module, TemporalAttention) for module in model.modules()):
+        raise CheckpointError(
+            f"{file.path} holds STA beside LoRA, but not STA's settings, as PEFT saved it: put STA with the settings of the training into the model "
+            "(inject_sta(model, STAConfig(...))), load the folder with peft.PeftModel.from_pretrained, and save it by handle.save_pretrained. LoRA "
+            "of handle.lora_config() keeps the settings."
+        )
     if any(isinstance(module, peft_parts()) for module in model.modules()):
         raise CheckpointError(f"the model has LoRA already, so that of {folder} can't be loaded; pass the base model.")
     place = file.place(model)

@@ -1,41 +1,28 @@
 """Names of the tensors in a file of LoRA weights: which tensor of a model each one is, whatever release of transformers wrote it.
 
-Public: `LoraFile`, `canonical`. The file's header is enough: all is known before a tensor is read or made.
+Public: `LoraFile`. The file's header is enough: all is known before a tensor is read or made.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sta_adapter.compatibility import version
 from sta_adapter.errors import CheckpointError
 from sta_adapter.lora_options import LoraOptions
-from sta_adapter.reading import compare_shapes
+from sta_adapter.module_names import STA_TENSOR, canonical
+from sta_adapter.reading import compare_shapes, read_tensors
 
 PREFIX = "base_model.model."  # of a PeftModel around its model
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized
-# Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
-# `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.
-RENAMED = (
-    (r"^model\.(?=(?:language_model|visual|vision_tower|vision_model|multi_modal_projector|projector|image_newline)\b)", ""),
-    (r"^language_model\.model\.", "language_model."),
-    (r"^language_model\.lm_head\b", "lm_head"),
-    (r"^model\.", "language_model."),
-    (r"^(vision_tower\.|)vision_model\.", r"\1"),
-)  # fmt: skip
 Shape = tuple[int, ...]
-
-
-def canonical(name: str) -> str:
-    """A module's name in a spelling that is the same for all releases of transformers."""
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 @dataclass(frozen=True)
@@ -61,11 +48,28 @@ class LoraFile:
         path: of the file.
         options: LoRA's options that belong to it.
         shapes: of its tensors.
+        sta: the description of the STA that was trained with it, where PEFT saved both.
     """
 
     path: Path
     options: LoraOptions
     shapes: Mapping[str, Shape]
+    sta: dict[str, Any] | None = None
+
+    @property
+    def holds_sta(self) -> bool:
+        """Whether tensors of STA are among them."""
+        return any(STA_TENSOR.search(key) for key in self.shapes)
+
+    def read_sta(self) -> dict[str, Tensor]:
+        """STA's tensors under the names of an adapter's file.
+
+        Raises:
+            CheckpointError: the file is damaged, or its tensors not finite floating-point numbers.
+        """
+        found = {key: match for key in self.shapes if (match := STA_TENSOR.search(key))}
+        state, _ = read_tensors(self.path)
+        return {f"blocks.{match[1]}.{match[2]}": state[key] for key, match in found.items()}
 
     def place(self, model: nn.Module) -> Placement:
         """Find each tensor's place in a model, and see to it that none is missing and all ranks and shapes fit.
@@ -94,7 +98,7 @@ class LoraFile:
             compare_shapes(self.path, _prefixed(shapes), _prefixed(wanted))
         except CheckpointError as error:
             raise CheckpointError(f"{error} {self._hint(shapes, modules)}".rstrip()) from None
-        if not targets:
+        if not expected:
             raise CheckpointError(f"{self.path.parent}: LoRA's target_modules name no module of this model.")
         keys = {key: PREFIX + ours for key, ours in found.items()}
         return Placement(keys, targets, any(theirs != ours for theirs, ours in spelled.items()))
@@ -112,6 +116,7 @@ class LoraFile:
                 expected |= {start + key: tuple(tensors[key].shape) for key in kept}
                 continue
             inner = start
+            expected |= self._expert_shapes(name, module)
             if name in targets:
                 expected |= self._lora_shapes(name, targets[name], module)
                 inner = f"{start}base_layer."
@@ -137,6 +142,20 @@ class LoraFile:
             shapes["lora_magnitude_vector"] = (out,)
         return {f"{name}.{key}": shape for key, shape in shapes.items()}
 
+    def _expert_shapes(self, name: str, module: nn.Module) -> dict[str, Shape]:
+        """Names and shapes of LoRA's tensors on a module's own parameters, of which each wraps the module once more."""
+        own = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
+        own = [(key, shape) for key, shape in own if self.options.targets_parameter(f"{name}.{key}")]
+        shapes: dict[str, Shape] = {}
+        for depth, (key, shape) in enumerate(reversed(own)):
+            rank = self.options.rank(f"{name}.{key}") * math.prod(shape[:-2])
+            start = f"{name}.{'base_layer.' * depth}"
+            shapes |= {
+                f"{start}lora_A.weight": (rank, shape[-1]),
+                f"{start}lora_B.weight": (math.prod(shape[-2:-1]), rank),
+            }
+        return shapes
+
     def _hint(self, found: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
         """What may be the cause where the model has not even the modules."""
         if all(_module(key) in modules for key in found):
@@ -158,7 +177,9 @@ def _is_copy(key: str, keys: Iterable[str]) -> bool:
 
 def _module(name: str) -> str:
     """The module of a tensor of LoRA, or of one that is saved along."""
-    return name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0].removesuffix(".base_layer")
+    if ".lora_" in name:
+        return re.sub(r"(\.base_layer)+$", "", name.split(".lora_")[0])
+    return name.rpartition(".")[0].removesuffix(".base_layer")
 
 
 def _spellings(theirs: Iterable[str], modules: Iterable[str]) -> dict[str, str]:

@@ -134,6 +134,10 @@ class LoraOptions:
         index = next((match[1] for match in found if match), None)
         return index is not None and int(index) in layers
 
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether LoRA goes on a parameter of this name, as on those of experts."""
+        return bool(parameter) and _named(self.get("target_parameters", []), parameter)
+
     def peft_config(self, is_trainable: bool, modules: Mapping[str, str], renamed: bool = False) -> Any:
         """The `peft.LoraConfig` of these options.
 
@@ -268,3 +272,5 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task_type": (_one_of(TASKS), f"one of {', '.join(map(str, TASKS))}"),
 }
 SUPPORTED = tuple(CHECKS)
+# PEFT sets it by itself where a mixture of experts keeps its weights in one tensor
+CHECKS["target_parameters"] = (_or_none(_names), f"names of parameters, at most {MAX_NAMES}")

@@ -80,6 +80,10 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, Any]) -> LoraConfig
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ConfigError(f"LoraConfig has no field {', '.join(unknown)}; known: {', '.join(known)}.")
+    if fields.get("target_parameters"):
+        raise ConfigError(
+            "LoRA's settings sets target_parameters, which PEFT sets by itself where a model has experts."
+        )
     options = checked_options({"peft_type": "LORA", **fields}, "LoRA's settings", ConfigError)
     fields["modules_to_save"] = sorted({CHILD, *(fields.get("modules_to_save") or ())})
     if isinstance(fields["target_modules"], str):

@@ -1,0 +1,26 @@
+"""Names of modules and tensors as the releases of transformers have them, brought to one spelling.
+
+Public: `canonical`, `STA_TENSOR`.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
+# `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.
+RENAMED = (
+    (r"^model\.(?=(?:language_model|visual|vision_tower|vision_model|multi_modal_projector|projector|image_newline)\b)", ""),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^model\.", "language_model."),
+    (r"^(vision_tower\.|)vision_model\.", r"\1"),
+)  # fmt: skip
+STA_TENSOR = re.compile(r"\.(\d+)\.sta\.((?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)$")
+
+
+def canonical(name: str) -> str:
+    """A module's name in a spelling that is the same for all releases of transformers."""
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name

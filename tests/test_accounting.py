@@ -1,0 +1,251 @@
+"""Every tensor that was trained, and every tensor in a file, is accounted for: it is saved and loaded, or there is an error that says which."""
+
+import contextlib
+import copy
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_lora_options import logits, trained
+
+from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter.errors import CheckpointError, STAWarning
+from sta_adapter.loading import load_adapter
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+
+OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
+
+
+def randomize(model):
+    """Every tensor that trains gets other numbers."""
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def rename(folder, *pairs):
+    """The names of another release of transformers in LoRA's two files."""
+    state = load_file(folder / LORA_WEIGHTS)
+
+    def renamed(name):
+        for old, new in pairs:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+    state = {"base_model.model." + renamed(k.removeprefix("base_model.model.")): v for k, v in state.items()}
+    save_file(state, folder / LORA_WEIGHTS, {"format": "pt"})
+    settings = json.loads((folder / LORA_CONFIG).read_text())
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"] = [renamed(name) for name in settings["target_modules"]]
+    for name in ("rank_pattern", "alpha_pattern"):
+        settings[name] = {renamed(key): value for key, value in settings[name].items()}
+    (folder / LORA_CONFIG).write_text(json.dumps(settings))
+
+
+NEW_TO_OLD = (("model.visual.", "visual."), ("model.language_model.", "model."))
+OLD_TO_NEW = (("visual.", "model.visual."), ("model.", "model.language_model."))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": "full names", "rank_pattern": "full names"},
+        {"bias": "all"},
+        {"modules_to_save": ["merger"]},
+    ],
+    ids=["recipe", "full names", "biases", "modules"],
+)
+@pytest.mark.parametrize("with_sta", [True, False], ids=["sta", "baseline"])
+def test_an_adapter_of_another_release(options, with_sta, tmp_path):
+    model = seeded(make_qwen2_vl)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "q_proj" in name]
+    options = dict(options)
+    if "rank_pattern" in options:
+        options |= {"target_modules": names, "rank_pattern": {names[0]: 3}, "alpha_pattern": {names[-1]: 5}}
+    handle = inject_sta(model, OTHER) if with_sta else None
+    if handle is not None:
+        config = handle.lora_config(**options)
+    else:
+        config = LoraConfig(**{"target_modules": ["q_proj", "v_proj", "attn.qkv"], **options})
+    peft_model = randomize(get_peft_model(model, config))
+    expected = logits(peft_model)
+    (get_sta(peft_model) or peft_model).save_pretrained(tmp_path)
+    rename(tmp_path, *(NEW_TO_OLD if names[0].startswith("model.language_model.") else OLD_TO_NEW))
+    loaded = load_adapter(seeded(make_qwen2_vl), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert (get_sta(loaded) is not None) == with_sta
+
+
+def test_names_of_nobody_are_an_error(tmp_path):
+    get_sta(trained(r=2)).save_pretrained(tmp_path)
+    rename(tmp_path, ("model.visual.", "model.eyes."), ("visual.", "eyes."))
+    with pytest.raises(CheckpointError, match=r"names modules that this model lacks.*release of transformers"):
+        load_sta(seeded(make_qwen2_vl), tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_adapter, lambda model, folder: load_sta(model, folder).model])
+def test_what_peft_itself_saved_is_loaded_as_what_it_is(load, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl), OTHER)
+    model = randomize(get_peft_model(handle.model, handle.lora_config()))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / CONFIG).exists()
+    loaded = load(seeded(make_qwen2_vl), tmp_path)
+    assert get_sta(loaded).config == OTHER
+    assert torch.equal(logits(loaded), logits(model))
+    get_sta(loaded).save_pretrained(tmp_path / "ours")
+    assert (tmp_path / "ours" / WEIGHTS).exists()
+
+
+def test_sta_without_its_settings_is_an_error(tmp_path):
+    """LoraConfig by hand, saved by PEFT: what STA computed can't be known."""
+    handle = inject_sta(seeded(make_qwen2_vl), OTHER)
+    get_peft_model(handle.model, LoraConfig(target_modules=["q_proj"], modules_to_save=["sta"])).save_pretrained(
+        tmp_path
+    )
+    for load in (load_adapter, load_sta):
+        with pytest.raises(CheckpointError, match=r"STA's settings|has no format_version"):
+            load(seeded(make_qwen2_vl), tmp_path)
+
+
+def test_pefts_own_loader_brings_sta_back(tmp_path):
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
+        PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, adapter_name="second")
+
+
+def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
+    get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)) is None
+
+
+@pytest.mark.parametrize("trains_sta", [False, True], ids=["frozen", "trained"])
+def test_lora_on_stas_own_layers(trains_sta, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    model = get_peft_model(handle.model, LoraConfig(target_modules=["to_qkv", "to_out", "q_proj"], r=2))
+    if trains_sta:
+        for name, parameter in model.named_parameters():
+            if ".sta." in name:
+                parameter.requires_grad_(True)
+    expected = logits(randomize(model))
+    get_sta(model).save_pretrained(tmp_path)
+    assert not any("lora" in key or "base_layer" in key for key in load_file(tmp_path / WEIGHTS))
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path, is_trainable=True)
+    assert torch.equal(logits(loaded.model.eval()), expected)
+    assert any("lora_" in name and p.requires_grad for name, p in loaded.model.named_parameters() if ".sta." in name)
+    loaded.model.merge_adapter()
+    with pytest.raises(CheckpointError, match="LoRA is merged into STA's own layers, in 3 blocks"):
+        loaded.save_pretrained(tmp_path / "merged")
+    loaded.model.unmerge_adapter()
+
+
+def test_lora_merged_elsewhere_is_saved_as_it_is(tmp_path):
+    model = trained(r=2)
+    expected = logits(model)
+    model.merge_adapter()
+    get_sta(model).save_pretrained(tmp_path)
+    assert torch.allclose(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["handle", "model"])
+def test_lora_that_was_merged_for_good_is_not_lost_silently(of, tmp_path):
+    model = trained(r=2)
+    handle = get_sta(model)
+    merged = model.merge_and_unload()
+    handle = handle if of == "handle" else get_sta(merged)
+    with pytest.raises(
+        CheckpointError, match=r"of the base model's tensors are other than when STA went in.*LoRA was merged"
+    ):
+        handle.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    handle.save_pretrained(tmp_path / "a", base_changed=True)
+    assert not (tmp_path / "a" / LORA_CONFIG).exists()
+
+
+def test_lora_that_was_thrown_away_leaves_the_base(tmp_path):
+    get_sta(trained(r=2).unload()).save_pretrained(tmp_path)
+    assert not (tmp_path / LORA_CONFIG).exists()
+
+
+def test_other_weights_that_were_trained(tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    optimizer = torch.optim.SGD(handle.model.parameters(), lr=0.1)
+    outputs = handle.model.train()(**qwen2_vl_prompt(3))
+    outputs.logits.square().mean().backward()
+    optimizer.step()
+    with pytest.raises(
+        CheckpointError, match=r"^\d+ of the base model's tensors are other than when STA went in, the first is"
+    ):
+        handle.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.bfloat16(), lambda m: m.double(),
+                                    lambda m: m.half().float()], ids=["copy", "pickle", "bf16", "double", "half and back"])  # fmt: skip
+def test_the_same_weights_otherwise_kept(change, tmp_path):
+    model = seeded(make_qwen2_vl)
+    inject_sta(model)
+    get_sta(change(model)).save_pretrained(tmp_path)
+
+
+def test_one_of_two_adapters(tmp_path):
+    model = trained(r=2)
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="of 2 PEFT adapters in this model 'default' is saved.*not saved: second"):
+        get_sta(model).save_pretrained(tmp_path)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(CheckpointError, match="2 of PEFT's adapters are at work"):
+        get_sta(model).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            lambda: IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+            "peft_type is 'IA3'",
+        ),
+        (lambda: LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), "init_lora_weights is 'olora'"),
+    ],
+    ids=["another method", "another start"],
+)
+def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    model = get_peft_model(handle.model, config()).train()
+    with pytest.warns(STAWarning, match=f"can't save what is trained here: .*{message}"):
+        model(**qwen2_vl_prompt(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        model(**qwen2_vl_prompt(3))  # said once
+    with pytest.raises(CheckpointError, match=message):
+        get_sta(model).save_pretrained(tmp_path)
+
+
+def test_a_state_with_the_names_of_another_release():
+    """As transformers' trainer loads a checkpoint, with strict=False."""
+    model = seeded(make_qwen2_vl)
+    handle = inject_sta(model, STAConfig(init="normal"))
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    pairs = NEW_TO_OLD if any(key.startswith("model.visual.") for key in saved) else OLD_TO_NEW
+    other = {}
+    for key, value in saved.items():
+        old, new = next(((o, n) for o, n in pairs if key.startswith(o)), ("", ""))
+        other[new + key.removeprefix(old)] = value
+    for parameter in handle.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.load_state_dict(other, strict=False)
+    assert all(torch.equal(model.state_dict()[key], saved[key]) for key in saved if ".sta." in key)
+    with pytest.raises(RuntimeError, match="1 tensors of STA have no place in the model"):
+        model.load_state_dict({"visual.blocks.99.sta.norm.weight": torch.ones(32)}, strict=False)
+    handle.remove()
+    model.load_state_dict({"visual.blocks.99.sta.norm.weight": torch.ones(32)}, strict=False)
