@@ -171,13 +171,19 @@ def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> 
         state, metadata = read_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {WEIGHTS}.") from None
+    if description is not None:
+        require_same_settings(folder, description, metadata)
+    return state
+
+
+def require_same_settings(folder: Path, description: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Raise a CheckpointError where the weights, by their file's metadata, were not saved with this description."""
     digest = metadata.get("sta_config_sha256")
-    if description is not None and digest is not None and digest != _digest(description):
+    if digest is not None and digest != _digest(description):
         raise CheckpointError(
             f"{WEIGHTS} and {CONFIG} in {folder} were not saved together: the weights belong to other settings. "
             "Copy both files again from where they come from."
         )
-    return state
 
 
 def compare_tensors(file: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -61,6 +61,32 @@ class LoraFile:
         """Whether tensors of STA are among them."""
         return any(STA_TENSOR.search(key) for key in self.shapes)
 
+    def require_names(self) -> None:
+        """Refuse a file with other tensors than LoRA's and those that are saved along, as far as their names tell.
+
+        Raises:
+            CheckpointError: a name is none of them.
+        """
+        for key in self.shapes:
+            name = key.removeprefix(PREFIX)
+            module, last = _module(name), name.rpartition(".")[2]
+            known = ".lora_" in name or self.options.is_saved(module) or "bias" in last or name.endswith(EMBEDDINGS)
+            if not key.startswith(PREFIX) or not known:
+                raise CheckpointError(
+                    f"{self.path}: {key[:200]!r} is no tensor of LoRA, and none that is saved with it."
+                )
+
+    def require_ranks(self) -> None:
+        """Refuse a file whose ranks are not those of the options, as far as can be told without a model.
+
+        Raises:
+            CheckpointError: as said.
+        """
+        for key, shape in self.shapes.items():
+            rank = self.options.rank(_module(key.removeprefix(PREFIX)))
+            if key.endswith(".lora_A.weight") and not self.options.get("target_parameters") and shape[:1] != (rank,):
+                raise CheckpointError(f"{self.path}: {key[:200]!r} has the shape {shape}, expected the rank {rank}.")
+
     def read_sta(self) -> dict[str, Tensor]:
         """STA's tensors under the names of an adapter's file.
 

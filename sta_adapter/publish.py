@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sta_adapter.adapter_format import CONFIG, WEIGHTS, adapter_files, read_description, read_weights
+from sta_adapter.adapter_format import CONFIG, adapter_files
 from sta_adapter.base_model import is_hub_id
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.hub import MAIN, branch_contents, explain, prepare_branch
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.model_card import CardFacts, make_card, read_run
-from sta_adapter.reading import read_json
+from sta_adapter.publish_check import read_checked
 
 if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle
@@ -69,10 +69,10 @@ class Publication:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter ready to travel: contents or paths by file name."""
+    """An adapter ready to travel: contents by file name."""
 
     description: dict[str, Any]
-    files: dict[str, bytes | Path]
+    files: dict[str, bytes]
     parameters: int
 
     def published(self, base_model: str | None, frames: Mapping[str, Any]) -> _Adapter:
@@ -85,8 +85,7 @@ class _Adapter:
         description |= {"frames": sampling} if sampling else {}
         files = {**self.files, CONFIG: _as_json(description)}
         if LORA_CONFIG in files:
-            content = files[LORA_CONFIG]
-            lora = json.loads(content) if isinstance(content, bytes) else read_json(content)
+            lora = json.loads(files[LORA_CONFIG])
             files[LORA_CONFIG] = _as_json({**lora, "base_model_name_or_path": name})
         return _Adapter(description, files, self.parameters)
 
@@ -104,19 +103,10 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
         ConfigError: an argument has another form.
     """
     path = Path(folder)
-    description = read_description(path)
+    description, count, contents = read_checked(path)
     base = description.get("base_model")
     description["base_model"] = base if isinstance(base, dict) and isinstance(base.get("id"), str) else {}
-    weights = read_weights(path, description)
-    names = [WEIGHTS, CONFIG]
-    if (path / LORA_CONFIG).exists():
-        if not (path / LORA_WEIGHTS).exists():
-            raise CheckpointError(f"{path} holds {LORA_CONFIG} but no {LORA_WEIGHTS}; pickled weights are not pushed.")
-        names += [LORA_CONFIG, LORA_WEIGHTS]
-    elif description.get("lora") is True:
-        raise CheckpointError(f"the adapter in {path} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
-    count = sum(tensor.numel() for tensor in weights.values())
-    adapter = _Adapter(description, {name: path / name for name in names}, count)
+    adapter = _Adapter(description, contents, count)
     return _push(adapter, repo_id, **{"run_folder": path, **options})
 
 
@@ -184,10 +174,7 @@ def _commit(
     card = make_card(adapter.description, facts)
     files = {**adapter.files, **({} if CARD in there else {CARD: card.encode()})}
     removed = [name for name in (LORA_CONFIG, LORA_WEIGHTS) if name in there and name not in files]
-    operations: list[Any] = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        for name, content in files.items()
-    ]
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in removed]
     # a README that comes up meanwhile is not written over
     parent = head if CARD in files and len(head or "") == 40 else None
@@ -208,7 +195,7 @@ def _commit(
         oid=None if done is None else done.oid,
         changed=done is None or done.oid != head,
         pr_url=None if done is None else done.pr_url,
-        files={name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in files.items()},
+        files={name: len(content) for name, content in files.items()},
         card="new" if CARD in files else "kept",
         removed=removed,
         notes=_notes(adapter, facts) if CARD in files else [],

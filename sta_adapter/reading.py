@@ -1,6 +1,6 @@
 """Reading files that a stranger may have written: JSON and safetensors, checked, in memory of the order of their size.
 
-Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `read_shapes`, `compare_shapes`,
+Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `parse_metadata`, `read_shapes`, `compare_shapes`,
 `require_plain_pattern`, `require_plain_patterns`.
 """
 
@@ -119,6 +119,12 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     _require_weights(state, path)
     return state
+
+
+def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
+    """The metadata in the contents of a safetensors file that `parse_tensors` has taken."""
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], path)
+    return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,77 @@
+"""An adapter's folder, checked as a whole before any byte of it leaves this machine.
+
+Public: `read_checked`. Each file is opened once: what is checked are the very bytes that are uploaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sta_adapter.adapter_format import CONFIG, WEIGHTS, read_description, require_description, require_same_settings
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.lora_keys import LoraFile
+from sta_adapter.lora_options import LoraOptions
+from sta_adapter.reading import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
+
+STA_KEY = re.compile(r"blocks\.\d+\.(?:(?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)")
+
+
+def read_checked(folder: Path) -> tuple[dict[str, Any], int, dict[str, bytes]]:
+    """The description of a folder's adapter, how many numbers its STA has, and the contents of its files by name.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or a link out of the folder, holds something else than an adapter's files
+            hold, or does not belong to the others.
+    """
+    read_description(folder)  # and finishes a saving that was cut off
+    contents = {CONFIG: _contents(folder, CONFIG), WEIGHTS: _contents(folder, WEIGHTS)}
+    description = require_description(parse_json(contents[CONFIG], folder / CONFIG), folder / CONFIG)
+    try:
+        STAConfig.from_dict(description["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    state = parse_tensors(contents[WEIGHTS], folder / WEIGHTS)
+    _require_sta(state, description, folder / WEIGHTS)
+    require_same_settings(folder, description, parse_metadata(contents[WEIGHTS], folder / WEIGHTS))
+    if (folder / LORA_CONFIG).exists() or (folder / LORA_CONFIG).is_symlink():
+        contents |= {LORA_CONFIG: _contents(folder, LORA_CONFIG), LORA_WEIGHTS: _contents(folder, LORA_WEIGHTS)}
+        options = LoraOptions.read(parse_json(contents[LORA_CONFIG], folder / LORA_CONFIG), folder / LORA_CONFIG)
+        lora = parse_tensors(contents[LORA_WEIGHTS], folder / LORA_WEIGHTS)
+        shapes = {key: tuple(tensor.shape) for key, tensor in lora.items()}
+        file = LoraFile(folder / LORA_WEIGHTS, options, shapes)
+        file.require_names()
+        file.require_ranks()
+    elif description.get("lora") is True:
+        raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
+    return description, sum(tensor.numel() for tensor in state.values()), contents
+
+
+def _contents(folder: Path, name: str) -> bytes:
+    path = folder / name
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside of the folder, and is not pushed. Copy the adapter (cp -L) if that is its file."
+        )
+    try:
+        return read_bytes(target, MAX_JSON_BYTES if name.endswith(".json") else None)
+    except FileNotFoundError as error:
+        pickles = "; pickled weights are not pushed" if name == LORA_WEIGHTS else ""
+        raise CheckpointError(f"{folder} holds no {name}{pickles}.") from error
+
+
+def _require_sta(state: Mapping[str, Tensor], description: Mapping[str, Any], path: Path) -> None:
+    """Nothing but STA's tensors, as wide as the description says; an encoder is needed for more."""
+    wrong = [key for key in state if not STA_KEY.fullmatch(key)]
+    width = description["encoder"].get("width")
+    wrong += [key for key, tensor in state.items() if key.endswith("norm.weight") and tuple(tensor.shape) != (width,)]
+    if wrong or not state:
+        found = f"{wrong[0][:200]!r} is not one" if wrong else "it holds none"
+        raise CheckpointError(f"{path} must hold the tensors of STA for an encoder {width} wide, and {found}.")
