@@ -20,6 +20,7 @@ from sta_adapter.backbones.qwen2_vl import (
     grid_layout,
     grid_rows,
     merged_positions,
+    vllm_tower,
 )
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.layout import ClipLayout
@@ -54,4 +55,5 @@ BACKBONE = Backbone(
     dummy_inputs=grid_dummy,
     positions=window_positions,
     text_positions=TEXT_POSITIONS,
+    vllm=vllm_tower("Qwen2_5_VisionTransformer", "original", Qwen2_5_VLForConditionalGeneration="qwen2_5_vl"),
 )

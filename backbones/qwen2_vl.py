@@ -11,6 +11,7 @@ from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout
+from sta_adapter.vllm_tower import VLLMTower
 
 QWEN_LORA = LoRARecipe(
     target_modules=(
@@ -23,8 +24,9 @@ QWEN_LORA = LoRARecipe(
 
 
 def grid_rows(call: EncoderCall) -> list[list[int]]:
-    """The rows of `grid_thw` (clips, 3): frames, rows and columns of patches."""
-    grid = call.tensor("grid_thw")
+    """The rows of `grid_thw` (clips, 3), a tensor or lists (vLLM): frames, rows and columns of patches."""
+    given = call.arguments.get("grid_thw")
+    grid = torch.tensor(given) if isinstance(given, list) else call.tensor("grid_thw")
     if grid.dim() != 2 or grid.shape[1] != 3:
         raise LayoutError(f"grid_thw has the shape {tuple(grid.shape)}; expected (clips, 3): frames, rows, columns.")
     return grid.tolist()
@@ -76,6 +78,29 @@ def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (pixels,), {"grid_thw": grid}
 
 
+def tower_heads(encoder: nn.Module) -> int:
+    """Attention heads of vLLM's towers, which keep no configuration."""
+    tower: Any = encoder
+    return tower.num_heads
+
+
+def tower_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The clip of `grid_dummy` for vLLM's towers."""
+    tower: Any = encoder
+    merge, weight = tower.spatial_merge_size, tower.patch_embed.proj.weight
+    pixels = torch.zeros(2 * merge * merge, weight[0].numel(), device=weight.device, dtype=weight.dtype)
+    return (pixels,), {"grid_thw": [[2, merge, merge]]}
+
+
+def vllm_tower(encoder_class: str, text_positions: str | None = None, **architectures: str) -> VLLMTower:
+    """VLLM's tower with packed clips; `architectures` are names with the file among vLLM's models that has the class."""
+    return VLLMTower(
+        {name: f"vllm.model_executor.models.{file}:{name}" for name, file in architectures.items()},
+        {"encoder_classes": (encoder_class,), "heads": tower_heads, "dummy_inputs": tower_dummy, "positions": None},
+        text_positions=text_positions,
+    )
+
+
 BACKBONE = Backbone(
     name="qwen2_vl",
     encoder_classes=("Qwen2VisionTransformerPretrainedModel",),
@@ -88,4 +113,5 @@ BACKBONE = Backbone(
     published_names={"norm": "norm3", "to_qkv": "temp_attn.qkv", "to_out": "temp_attn.proj"},
     published_prefix="visual.",
     published_token_order=True,
+    vllm=vllm_tower("Qwen2VisionTransformer", "original", Qwen2VLForConditionalGeneration="qwen2_vl"),
 )

@@ -8,7 +8,14 @@ from __future__ import annotations
 import dataclasses
 
 from sta_adapter.backbone import Backbone
-from sta_adapter.backbones.qwen2_vl import QWEN_LORA, config_heads, grid_dummy, grid_layout, grid_positions
+from sta_adapter.backbones.qwen2_vl import (
+    QWEN_LORA,
+    config_heads,
+    grid_dummy,
+    grid_layout,
+    grid_positions,
+    vllm_tower,
+)
 
 QWEN3_LORA = dataclasses.replace(
     QWEN_LORA,
@@ -28,4 +35,11 @@ BACKBONE = Backbone(
     lora=QWEN3_LORA,
     dummy_inputs=grid_dummy,
     positions=grid_positions,
+    vllm=vllm_tower(
+        "Qwen3_VisionTransformer",
+        Qwen3VLForConditionalGeneration="qwen3_vl",
+        Qwen3VLMoeForConditionalGeneration="qwen3_vl_moe",
+        Qwen3_5ForConditionalGeneration="qwen3_5",
+        Qwen3_5MoeForConditionalGeneration="qwen3_5",
+    ),
 )

@@ -92,4 +92,4 @@ def _names_videorope(which_rope: object) -> bool:
     return which_rope is None or "videorope" in str(which_rope)
 
 
-BACKBONE = dataclasses.replace(QWEN2_VL, name="videorope", accepts=uses_videorope, priority=10)
+BACKBONE = dataclasses.replace(QWEN2_VL, name="videorope", accepts=uses_videorope, priority=10, vllm=None)

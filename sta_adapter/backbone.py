@@ -16,6 +16,7 @@ from torch import nn
 from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownBackboneError
 from sta_adapter.layout import ClipLayout, ClipLengths
 from sta_adapter.places import Site, find_places
+from sta_adapter.vllm_tower import VLLMTower
 
 logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "sta_adapter.backbones"
@@ -128,6 +129,8 @@ class Backbone:
         published_names: names of `norm`, `to_qkv`, `to_out` (and `gamma`) in the published STAVEQ2 code's blocks.
         published_prefix: what stands in front of `blocks` in the keys of that code's checkpoints, "visual." for one.
         published_token_order: whether that code adds the branch in another token order than the paper's.
+        vllm: the encoder in vLLM; None when STA isn't served there.
+        is_variant: whether this is `in_vllm()` of a backbone, which is never registered under its name.
     """
 
     name: str
@@ -148,6 +151,21 @@ class Backbone:
     published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     published_prefix: str = ""
     published_token_order: bool = False
+    vllm: VLLMTower | None = None
+    is_variant: bool = False
+
+    def in_vllm(self) -> Backbone:
+        """The same backbone as vLLM has it.
+
+        Raises:
+            UnknownBackboneError: vLLM doesn't serve it.
+        """
+        if self.vllm is None:
+            served = [name for name in list_backbones() if get_backbone(name).vllm is not None]
+            raise UnknownBackboneError(
+                f"STA with the backbone {self.name!r} can't be served by vLLM; backbones that can: {', '.join(served)}."
+            )
+        return dataclasses.replace(self, **self.vllm.changes, is_variant=True)
 
     def find_encoder(self, model: nn.Module) -> nn.Module | None:
         """The encoder in `model`, or None.
@@ -225,7 +243,7 @@ def _check_name(spec: Backbone) -> None:
     if not isinstance(spec, Backbone):
         raise ConfigError(f"register_backbone takes a Backbone, not {type(spec).__name__}.")
     other = _REGISTRY.get(spec.name)
-    if other is not None and other is not spec:
+    if other is not None and other is not spec and not spec.is_variant:
         raise ConfigError(
             f"a backbone named {spec.name!r} is registered already: by {other.layout.__module__}, now by "
             f"{spec.layout.__module__}. Give one of them another name."

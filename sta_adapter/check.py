@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.errors import InjectionError
-from sta_adapter.hooks import iterate_tensors
+from sta_adapter.hooks import RESIDUAL, iterate_tensors
 from sta_adapter.layout import ClipLayout
 from sta_adapter.places import Site
 
@@ -105,20 +105,28 @@ def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
 
 
 def _first_block_call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """What the encoder calls its first block with; None when it does not call it."""
+    """What the encoder calls its first block with; None when it does not call it.
+
+    Blocks that vLLM may compile have a `__call__` that goes past their hooks, straight to `forward`.
+    """
     found: list[Call] = []
+    first = site.blocks[0]
+    own = {name: value for name, value in vars(first).items() if name == "forward"}
 
     def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args, kwargs))
         raise _Reached
 
-    hook = site.blocks[0].register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
+    hook = first.register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
+    vars(first)["forward"] = lambda *args, **kwargs: capture(first, args, kwargs)
     try:
         site.encoder(*args, **kwargs)
     except _Reached:
         return found[0]
     finally:
         hook.remove()
+        vars(first).pop("forward")
+        vars(first).update(own)
     return None
 
 
@@ -206,20 +214,28 @@ class _Probe:
         args, kwargs = _copied(call)
         self.tokens: Tensor = next(iterate_tensors((args, kwargs)))
         norm = site.norms[index]
-        hooks = [norm.register_forward_pre_hook(self._before), norm.register_forward_hook(self._after)]
+        hooks = [
+            norm.register_forward_pre_hook(self._before, with_kwargs=True),
+            norm.register_forward_hook(self._after),
+        ]
         try:
             self.result = site.blocks[index](*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _before(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        stream = args[0] if args and isinstance(args[0], Tensor) else None
+    def _before(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = isinstance(kwargs.get(RESIDUAL), Tensor)
+        stream = kwargs[RESIDUAL] if named else args[0] if args and isinstance(args[0], Tensor) else None
         self.inputs.append(stream if stream is None else stream.clone())
-        if stream is not None:
-            self.shares_input |= stream.untyped_storage().data_ptr() == self.tokens.untyped_storage().data_ptr()
-            if self.delta is not None:
-                stream.add_(self.delta)
+        if stream is None:
+            return None
+        if named:
+            return args, {**kwargs, RESIDUAL: stream if self.delta is None else stream + self.delta}
+        self.shares_input |= stream.untyped_storage().data_ptr() == self.tokens.untyped_storage().data_ptr()
+        if self.delta is not None:
+            stream.add_(self.delta)
+        return None
 
     def _after(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output if isinstance(output, Tensor) else next(iterate_tensors(output))

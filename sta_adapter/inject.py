@@ -123,8 +123,10 @@ class Plan:
 
     def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
-        site, injection = self.site, Injection(self.config, self.site.backbone.name)
-        register_backbone(site.backbone)
+        site, spec = self.site, self.site.backbone
+        injection = Injection(self.config, spec.name, spec if spec.is_variant else None)
+        if not spec.is_variant:
+            register_backbone(spec)
         watch_peft()
         injection.watch(self.model)
         try:
@@ -135,7 +137,7 @@ class Plan:
                 block.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
                 block.register_forward_hook(BlockEnd(injection))
                 if self.config.order == "after_spatial":
-                    site.norms[index].register_forward_pre_hook(NormBegin(injection, block))
+                    site.norms[index].register_forward_pre_hook(NormBegin(injection, block), with_kwargs=True)
             site.encoder.register_forward_pre_hook(EncoderBegin(injection), with_kwargs=True)
             site.encoder.register_forward_hook(EncoderEnd(injection), always_call=True)
             add_load_hook(self.model, LoadBegin(injection))
@@ -154,8 +156,17 @@ class Plan:
         return STAHandle.of(self.model, site.encoder, injection)
 
 
-def plan_injection(model: nn.Module, cfg: STAConfig | None = None, backbone: str | Backbone | None = None) -> Plan:
-    """Everything that `inject_sta` checks, without changing the model; raises what it raises."""
+def plan_injection(
+    model: nn.Module, cfg: STAConfig | None = None, backbone: str | Backbone | None = None, *, run_blocks: bool = True
+) -> Plan:
+    """Everything that `inject_sta` checks, without changing the model; raises what it raises.
+
+    Args:
+        model: as for `inject_sta`.
+        cfg: as for `inject_sta`.
+        backbone: as for `inject_sta`.
+        run_blocks: whether to check the blocks in a run (`check_site`), which needs the model's weights.
+    """
     if not isinstance(model, nn.Module):
         raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
     if cfg is not None and not isinstance(cfg, STAConfig):
@@ -179,7 +190,8 @@ def plan_injection(model: nn.Module, cfg: STAConfig | None = None, backbone: str
     taken = [i for i, block in enumerate(site.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)]
     if taken:
         raise InjectionError(f"blocks {taken} have an attribute {CHILD!r} already, the name that STA's modules need.")
-    check_site(site)
+    if run_blocks:
+        check_site(site)
     return Plan(model, site, config)
 
 

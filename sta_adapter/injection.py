@@ -36,11 +36,13 @@ class Injection:
     Args:
         config: the configuration in force.
         backbone: name of the backbone.
+        variant: the backbone itself, where it isn't the registered one of that name.
     """
 
-    def __init__(self, config: STAConfig, backbone: str) -> None:
+    def __init__(self, config: STAConfig, backbone: str, variant: Backbone | None = None) -> None:
         self.config = config
         self.backbone = backbone
+        self.variant = variant
         self.enabled = True
         self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.base_marks
         self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
@@ -55,7 +57,7 @@ class Injection:
     @property
     def spec(self) -> Backbone:
         """The backbone itself."""
-        return get_backbone(self.backbone)
+        return self.variant or get_backbone(self.backbone)
 
     @property
     def is_enabled(self) -> bool:

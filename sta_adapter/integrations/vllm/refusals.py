@@ -1,0 +1,127 @@
+"""Settings of an engine under which STA would be left out or wrong: each is refused before weights load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sta_adapter.compatibility import incompatible
+from sta_adapter.errors import CheckpointError, InjectionError
+from sta_adapter.integrations.vllm.request import MERGED_LORA, ServedAdapter
+from sta_adapter.lora_files import LORA_CONFIG
+from sta_adapter.reading import read_json
+
+ENCODER_OPTIONS = {"cudagraph_mm_encoder": "captured", "compile_mm_encoder": "compiled"}
+TOWER_PARTS = ("visual", "vision", "attn.qkv", "attn.proj", "mlp.fc", "linear_fc")
+
+
+def setting(config: Any, name: str) -> Any:
+    """A field of one of vLLM's configurations.
+
+    Raises:
+        CompatibilityError: there is no such field.
+    """
+    try:
+        return getattr(config, name)
+    except AttributeError as error:
+        raise incompatible("vllm", f"{type(config).__name__} has no {name}") from error
+
+
+def check_encoder_settings(adapter: ServedAdapter, vllm_config: Any) -> None:
+    """Refuse a compiled or captured encoder, frames split among ranks, and LoRA that nobody serves.
+
+    Raises:
+        InjectionError: the engine's settings.
+        CheckpointError: the adapter's LoRA.
+    """
+    compilation = setting(vllm_config, "compilation_config")
+    for option, how in ENCODER_OPTIONS.items():
+        if setting(compilation, option):
+            raise InjectionError(f"STA can't run in a {how} vision encoder: leave {option} out of compilation_config.")
+    tower = adapter.backbone.vllm
+    multimodal = setting(setting(vllm_config, "model_config"), "multimodal_config")
+    if tower is not None and tower.splits_clips and setting(multimodal, "mm_encoder_tp_mode") == "data":
+        raise InjectionError(
+            "mm_encoder_tp_mode='data' gives the frames of one clip to different ranks, and STA must see them together: "
+            "use mm_encoder_tp_mode='weights'."
+        )
+    _check_positions(adapter)
+    _check_lora(adapter, setting(vllm_config, "lora_config"))
+    _check_merged(adapter, vllm_config.model_config.hf_config)
+
+
+def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
+    """Refuse an engine without a tower, and branches at a place that vLLM's blocks pass by.
+
+    Raises:
+        InjectionError: as said.
+    """
+    spec = adapter.backbone
+    encoder = spec.find_encoder(model)
+    if encoder is None:
+        raise InjectionError(
+            f"this engine has no vision encoder ({' or '.join(spec.encoder_classes)}), so there is nothing that STA could "
+            "work in: allow pictures or videos (limit_mm_per_prompt), or leave sta_adapter out."
+        )
+    blocks = encoder.get_submodule(spec.blocks)
+    passed_by = any(type(block).__call__ is not nn.Module.__call__ for block in blocks.children())
+    if adapter.config.order == "before_spatial" and passed_by:
+        raise InjectionError(
+            f"the adapter in {adapter.folder} has order='before_spatial', and vLLM calls the blocks of "
+            f"{type(encoder).__name__} past their hooks: only order='after_spatial' can be served there."
+        )
+
+
+def _check_positions(adapter: ServedAdapter) -> None:
+    trained, served = adapter.description.get("positions"), getattr(adapter.backbone.vllm, "text_positions", None)
+    if isinstance(trained, str) and served is not None and trained != served:
+        raise CheckpointError(
+            f"the adapter in {adapter.folder} was trained with the text positions {trained!r}, and vLLM numbers text by "
+            f"{served!r}, so that its answers would differ. Train it with those (sta_adapter.text_positions.use_positions), "
+            "or answer with transformers."
+        )
+
+
+def _check_lora(adapter: ServedAdapter, lora_config: Any) -> None:
+    file = adapter.folder / LORA_CONFIG
+    if not file.exists():
+        if adapter.description.get("lora") is True:
+            raise CheckpointError(
+                f"the adapter in {adapter.folder} was saved with LoRA weights, but {file.name} is missing. Copy it again."
+            )
+        return
+    export = f"sta-adapter export {adapter.folder} OUT"
+    if lora_config is None:
+        raise CheckpointError(
+            f"{adapter.folder} holds LoRA weights that nobody serves. Merge them into the base "
+            f"({export} --merge-lora BASE), or serve them by vLLM beside STA ({export}, then --enable-lora "
+            "--enable-tower-connector-lora --lora-modules NAME=OUT)."
+        )
+    fields = read_json(file)
+    if fields.get("modules_to_save"):
+        raise CheckpointError(
+            f"vLLM takes no LoRA that trains whole modules, as {file} does. Write it for vLLM: {export}"
+        )
+    targets = fields.get("target_modules")
+    in_tower = isinstance(targets, str) or any(part in str(name) for name in targets or () for part in TOWER_PARTS)
+    if in_tower and not setting(lora_config, "enable_tower_connector_lora"):
+        raise CheckpointError(
+            f"the LoRA weights in {adapter.folder} are for the vision encoder as well, where vLLM leaves them out: add "
+            "--enable-tower-connector-lora."
+        )
+
+
+def _check_merged(adapter: ServedAdapter, hf_config: Any) -> None:
+    wanted, found = adapter.description.get(MERGED_LORA), getattr(hf_config, MERGED_LORA, None)
+    if wanted == found or adapter.any_base:
+        return
+    where = Path(adapter.folder).parent / "base"
+    raise CheckpointError(
+        f"the STA in {adapter.folder} was trained beside LoRA weights (digest {wanted}) that were merged into a base; this "
+        f"base has {f'those of digest {found}' if found else 'none'}. Serve the base that export wrote, such as {where}."
+        if wanted
+        else f"the base has LoRA weights of another adapter in it (digest {found}), and the one in {adapter.folder} was "
+        "trained without. Serve the original base."
+    )

@@ -1,0 +1,76 @@
+"""Our classes in vLLM's registry of models, and a look at each base that an engine is configured for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from sta_adapter.backbone import get_backbone, list_backbones
+from sta_adapter.compatibility import incompatible, parameter_names
+from sta_adapter.errors import InjectionError
+from sta_adapter.integrations.vllm.request import asks_for_sta, check_architecture, requested
+
+MODELS = "sta_adapter.integrations.vllm.models"
+INSPECT = ("architectures", "model_config")
+
+
+def architectures() -> dict[str, str]:
+    """VLLM's class, "module:Class", of each architecture that a backbone names."""
+    towers = [tower for name in list_backbones() if (tower := get_backbone(name).vllm) is not None]
+    return {name: path for tower in towers for name, path in tower.architectures.items()}
+
+
+def register_models() -> None:
+    """Put our classes in the place of vLLM's, and look at what engines are configured for.
+
+    Raises:
+        CompatibilityError: vLLM's registry is otherwise than tested.
+    """
+    registry = model_registry()
+    for name in architectures():
+        registry.register_model(name, f"{MODELS}:{name}")
+    if not isinstance(registry.inspect_model_cls, _Inspecting):
+        registry.inspect_model_cls = _Inspecting(registry, registry.inspect_model_cls)
+
+
+def model_registry() -> Any:
+    """VLLM's registry, with the methods that we use.
+
+    Raises:
+        CompatibilityError: it has others.
+    """
+    import vllm
+
+    registry: Any = getattr(vllm, "ModelRegistry", None)
+    if not all(callable(getattr(registry, name, None)) for name in ("register_model", "inspect_model_cls")):
+        raise incompatible("vllm", "vllm.ModelRegistry has no register_model or inspect_model_cls")
+    if not isinstance(getattr(registry, "models", None), dict):
+        raise incompatible("vllm", "vllm.ModelRegistry has no dict of models")
+    inspect = getattr(registry.inspect_model_cls, "original", registry.inspect_model_cls)
+    if (found := parameter_names(inspect, "ModelRegistry.inspect_model_cls", "vllm")) != INSPECT:
+        raise incompatible("vllm", f"ModelRegistry.inspect_model_cls takes {', '.join(found)}")
+    return registry
+
+
+class _Inspecting:
+    """vLLM's `inspect_model_cls`, which it calls while it configures an engine: bad requests end there."""
+
+    def __init__(self, registry: Any, original: Callable[..., Any]) -> None:
+        self.registry = registry
+        self.original = original
+        functools.update_wrapper(self, original)
+
+    def __call__(self, architectures: Any, model_config: Any) -> Any:
+        found = self.original(architectures, model_config)
+        hf_config = getattr(model_config, "hf_config", None)
+        if hf_config is not None and asks_for_sta(hf_config):
+            adapter = requested(hf_config)
+            check_architecture(adapter, found[1])
+            module = getattr(self.registry.models.get(found[1]), "module_name", None)
+            if module != MODELS:
+                raise InjectionError(
+                    f"vLLM runs {found[1]} by the class in {module or 'an unknown module'}, which another plug-in has "
+                    "registered, so STA can't be served. Leave that plug-in out (VLLM_PLUGINS names those to load)."
+                )
+        return found

@@ -1,0 +1,107 @@
+"""STA in one of vLLM's models: built with it, filled when the base's weights load, checked at the tower's first call."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from sta_adapter.adapter_format import WEIGHTS, compare_tensors, read_weights
+from sta_adapter.base_model import ANY, check_base
+from sta_adapter.check import check_site
+from sta_adapter.errors import CheckpointError
+from sta_adapter.handle import STAHandle
+from sta_adapter.inject import Plan, plan_injection
+from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
+from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
+
+
+def put_sta(model: nn.Module, vllm_config: Any) -> ServedSTA | None:
+    """Put STA into a model that has no weights yet; None when the engine was given no adapter.
+
+    Raises:
+        CheckpointError: the adapter can't be had, is damaged, or is for another base.
+        InjectionError: STA can't be right under the engine's settings.
+    """
+    hf_config = vllm_config.model_config.hf_config
+    if not asks_for_sta(hf_config):
+        return None
+    adapter = requested(hf_config)
+    spec = adapter.backbone
+    check_encoder_settings(adapter, vllm_config)
+    check_tower(adapter, model)
+    plan = plan_injection(model, adapter.config, spec, run_blocks=False)
+    check_base(adapter.folder, adapter.description, plan, ANY if adapter.any_base else None)
+    if spec.clip_source is None:  # nothing around the tower tells of clips, so that hooks stay within it
+        plan = dataclasses.replace(plan, model=plan.site.encoder)
+    modules = plan.build("meta")
+    expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
+    compare_tensors(adapter.folder / WEIGHTS, read_weights(adapter.folder, adapter.description), expected)
+    plan.allocate(modules)
+    for module in modules.values():
+        module.requires_grad_(False)
+    return ServedSTA(model, hf_config, plan, plan.attach(modules), adapter)
+
+
+class ServedSTA:
+    """The STA of one engine's model.
+
+    Args:
+        model: vLLM's model.
+        hf_config: the base's configuration, in which the adapter is pinned.
+        plan: the injection.
+        handle: what it gave.
+        adapter: the adapter.
+    """
+
+    def __init__(self, model: nn.Module, hf_config: Any, plan: Plan, handle: STAHandle, adapter: ServedAdapter) -> None:
+        self.hf_config = hf_config
+        self.plan = plan
+        self.handle = handle
+        self.adapter = adapter
+        self.prefix = next(name for name, module in model.named_modules() if module is plan.site.encoder)
+        self.is_loaded = False
+        self.is_checked = False
+        plan.site.encoder.register_forward_pre_hook(self._before_first_call, prepend=True)
+
+    def load(self) -> set[str]:
+        """Fill STA from the adapter's files, at the start and at each reload of the base.
+
+        Returns:
+            The parameters' names in the model.
+
+        Raises:
+            CheckpointError: the files are not those that the engine began with.
+        """
+        adapter = requested(self.hf_config)
+        state = read_weights(adapter.folder, adapter.description)
+        loaded = set()
+        for index, module in self.handle.blocks.items():
+            for name, parameter in list(module.named_parameters()):
+                values = state[f"blocks.{index}.{name}"]
+                loader: Any = getattr(parameter, "weight_loader", None)  # vLLM's, while it reloads
+                if loader is not None:
+                    loader(parameter, values)
+                else:
+                    parameter.data.copy_(values)
+                loaded.add(f"{self.prefix}.{self.plan.site.backbone.blocks}.{index}.sta.{name}")
+        self.is_loaded = True
+        return loaded
+
+    def _before_first_call(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the tower, in front of STA's own: the check of the blocks, which needs finished weights."""
+        if self.is_checked:
+            return
+        if not self.is_loaded:
+            raise CheckpointError(
+                "the base's weights came in a way that passes by its load_weights, and so STA's were not loaded. "
+                "Use the load format 'auto', 'safetensors' or another that reads a checkpoint."
+            )
+        self.is_checked = True
+        try:
+            with self.handle.disabled():
+                check_site(self.plan.site)
+        except BaseException:
+            self.is_checked = False
+            raise

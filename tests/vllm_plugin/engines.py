@@ -1,0 +1,202 @@
+"""Bases that vLLM's attention on a CPU takes (heads of 64), adapters for them, and the same answers by vLLM and by transformers."""
+
+import gc
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_qwen import make_processor
+
+from sta_adapter import STAConfig, inject_sta, load_sta
+from sta_adapter.loading import load_model
+
+CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+PROMPT = f"<|im_start|>user\n{CLIP}What happens?<|im_end|>\n<|im_start|>assistant\n"
+NEW_TOKENS = 8
+VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+TEXT = {
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def clips():
+    draw = np.random.default_rng(0)
+    drift = draw.integers(-60, 60, (8, 32, 48, 3)).cumsum(0)
+    moving = np.clip(draw.integers(0, 255, (1, 32, 48, 3)) + drift, 0, 255).astype(np.uint8)
+    return [moving, moving[::-1].copy(), draw.integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)]
+
+
+def picture():
+    return np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+
+
+def make_base(folder: Path, kind: str) -> Path:
+    """A random base of that kind, drawn wide enough that STA shows, with its processor."""
+    import transformers
+
+    processor = make_processor(folder)
+    ids = {n: processor.tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("im_end", "endoftext")}
+    tokens = {
+        f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{pad}|>")
+        for name, pad in (
+            ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")
+        )
+    }  # fmt: skip
+    text = {**TEXT, "vocab_size": len(processor.tokenizer)}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
+    if kind == "Qwen2VL":
+        vision = {**VISION, "embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2}
+    elif kind == "Qwen2_5_VL":
+        vision = {
+            **VISION, "hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 128, "window_size": 16,
+            "fullatt_block_indexes": [1],
+        }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**text, **tokens, vision_config=vision, eos_token_id=ids["im_end"])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.08 if "visual" in name else 0.15)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, seed: int = 0, spread: float = 0.05, lora: bool = False, **settings) -> Path:
+    """An adapter with random weights for a base, as training saves it."""
+    from peft import get_peft_model
+
+    from sta_adapter import get_sta
+
+    model = load_model(base, dtype="fp32", device="cpu")
+    torch.manual_seed(seed)
+    handle = inject_sta(model, STAConfig(**{"init": "normal", "head_scale": 0.5, **settings}))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    if lora:
+        wrapped = get_peft_model(handle.model, handle.lora_config())
+        handle = get_sta(wrapped)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.05)
+    handle.save_pretrained(folder)
+    return folder
+
+
+def with_metadata(frames):
+    count = len(frames)
+    facts = {"fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count))}
+    return frames, {**facts, "video_backend": "opencv", "do_sample_frames": False}
+
+
+class Engine:
+    """An LLM in this process, whose vision embeddings are kept."""
+
+    def __init__(self, base, adapter=None, **options):
+        from vllm import LLM
+
+        overrides = options.pop("hf_overrides", {"sta_adapter": str(adapter)} if adapter else {})
+        settings = {
+            "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "seed": 0,
+            "max_num_batched_tokens": 512, "limit_mm_per_prompt": {"image": 2, "video": 2}, "disable_log_stats": True,
+        }  # fmt: skip
+        self.llm = LLM(model=str(base), hf_overrides=overrides, **{**settings, **options})
+        self.embeddings, self.identifiers = [], []
+        core = self.llm.llm_engine.engine_core
+        add = core.add_request
+
+        def keep_identifiers(request, *args, **kwargs):
+            self.identifiers += [feature.identifier for feature in request.mm_features]
+            return add(request, *args, **kwargs)
+
+        core.add_request = keep_identifiers
+        if "tensor_parallel_size" not in options:
+            self.llm.apply_model(self._keep_embeddings)
+
+    def _keep_embeddings(self, model):
+        original = model.embed_multimodal
+
+        def embed(**kwargs):
+            found = original(**kwargs)
+            self.embeddings += [part.float().clone() for part in found]
+            return found
+
+        model.embed_multimodal = embed
+
+    def ask(self, prompts, **options):
+        """(tokens, logprobs of the likeliest) of each prompt's answer."""
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=3, ignore_eos=True)
+        self.embeddings.clear()
+        found = self.llm.generate(prompts, how, use_tqdm=False, **options)
+        return [
+            (list(o.outputs[0].token_ids), [{t: e.logprob for t, e in d.items()} for d in o.outputs[0].logprobs])
+            for o in found
+        ]
+
+    def close(self):
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def clip_prompt(frames, meta=False):
+    return {"prompt": PROMPT, "multi_modal_data": {"video": with_metadata(frames) if meta else frames}}
+
+
+class Reference:
+    """The same by transformers and load_sta, with the text positions that vLLM has."""
+
+    def __init__(self, base, adapter=None, restore=True):
+        from transformers import AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(base)
+        self.model = load_model(base, dtype="fp32", device="cpu")
+        if restore:
+            from sta_adapter.backbones.qwen2_vl_positions import restore_original_positions
+
+            restore_original_positions(self.model)
+        self.handle = None
+        if adapter is not None:
+            self.handle = load_sta(self.model, adapter)
+            self.model = self.handle.model
+
+    def inputs(self, text=PROMPT, videos=None, images=None):
+        return self.processor(
+            text=[text],
+            videos=None if videos is None else [list(v) for v in videos],
+            images=images,
+            return_tensors="pt",
+        )
+
+    @torch.no_grad()
+    def embeddings(self, frames):
+        inputs = self.inputs(videos=[frames])
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        found = inner.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        found = getattr(found, "pooler_output", found)
+        return torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
+
+    @torch.no_grad()
+    def answer(self, inputs):
+        out = self.model.generate(
+            **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=None,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens, [logits[0].log_softmax(-1) for logits in out.logits]
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target))
