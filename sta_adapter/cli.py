@@ -22,6 +22,8 @@ COMMANDS = {
     "app": "Ask base and adapter about a video in the browser, side by side.",
     "push": "Publish an adapter on the Hugging Face Hub.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
+    "convert-data": "Write samples as another training tool reads them, or back.",
+    "path": "Print the path of the plug-in file for another tool.",
     "env": "Show versions, devices and kernels, for bug reports.",
 }
 

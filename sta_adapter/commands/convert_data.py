@@ -1,0 +1,42 @@
+"""`sta-adapter convert-data`: a file of samples in the form of another training tool, or from theirs to ours.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, data_options, option
+from sta_adapter.integrations.records import TOOLS
+
+HELP = """\b
+Example: sta-adapter convert-data train.jsonl swift.jsonl --to ms-swift
+         sta-adapter convert-data swift.jsonl ours.jsonl --to sta-adapter
+
+Writes samples as another training tool reads them. What its records have
+no place for, such as a clip's own number of frames, is an error that says
+by which setting of the tool it is replaced; --drop leaves it out.
+For LLaMA-Factory, dataset_info.json beside OUT gets an entry.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Write samples as another training tool reads them, or back.")
+@click.argument("file")
+@click.argument("out", type=click.Path(dir_okay=False))
+@option("Run", "--to", type=click.Choice(TOOLS), metavar="TOOL", required=True, help=f"{', '.join(TOOLS)}.")
+@option("Run", "--drop", metavar="NAMES", default="", help="What may be left out, such as nframes,fps.")
+@data_options
+def command(file: str, out: str, drop: str, **options: Any) -> None:
+    """Convert and say what was written."""
+    from sta_adapter.integrations.convert_data import convert_data
+
+    names = [name.strip() for name in drop.split(",") if name.strip()]
+    done = convert_data(file, out, drop=names, **options)
+    click.echo(f"wrote {done.path}: {done.samples} samples with {done.clips} clips and images")
+    if done.left_out:
+        click.echo(
+            "left out: " + ", ".join(f"{name} ({count} samples)" for name, count in sorted(done.left_out.items()))
+        )

@@ -1,0 +1,31 @@
+"""`sta-adapter path`: where a file lies that another tool is to be given.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sta_adapter.commands.options import Grouped
+
+FILES = {"ms-swift": "ms_swift/sta_plugin.py"}
+
+HELP = """\b
+Example: sta-adapter path ms-swift
+
+Prints the path of the plug-in file for another tool:
+swift sft --external_plugins "$(sta-adapter path ms-swift)" \\
+          --tuner_type sta ...
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Print the path of the plug-in file for another tool.")
+@click.argument("tool", type=click.Choice(list(FILES)))
+def command(tool: str) -> None:
+    """Print it."""
+    import sta_adapter.integrations
+
+    click.echo(Path(sta_adapter.integrations.__file__).parent / FILES[tool])

@@ -1,0 +1,231 @@
+"""Callbacks for any trainer that takes those of transformers.
+
+Public: `SaveAdapter`, `RequireGradient`, `ReportBadClips`, `sta_callbacks`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import distributed, nn
+from transformers import TrainerCallback
+
+from sta_adapter.compatibility import peft_parts, version
+from sta_adapter.errors import ConfigError, DataError, InjectionError
+from sta_adapter.handle import STAHandle
+from sta_adapter.inject import get_sta
+from sta_adapter.integrations.settings import Settings
+from sta_adapter.sharding import is_parallel, is_sharded, write_once
+
+logger = logging.getLogger(__name__)
+SAVED: weakref.WeakSet[STAHandle] = weakref.WeakSet()  # those whose adapter a callback saves
+
+
+def sta_callbacks(settings: Settings | None = None) -> list[TrainerCallback]:
+    """What every tool's run with STA needs: the adapter saved, and an error where STA doesn't train."""
+    return [SaveAdapter(), RequireGradient((settings or Settings()).patience)]
+
+
+class SaveAdapter(TrainerCallback):
+    """Makes every checkpoint, and the output folder, an adapter that `load_sta`, `evaluate` and `push` take as it is.
+
+    Every process calls it, as sharded weights are gathered by all; process 0 writes.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Refuse what could not be saved, before anything is trained."""
+        handle = _handle(model)
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise ConfigError(
+                "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
+            )
+        self._handle = handle
+        SAVED.add(handle)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Write the adapter into the checkpoint that was just made."""
+        _save(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Write the adapter into the output folder."""
+        _save(model, Path(args.output_dir))
+
+
+class RequireGradient(TrainerCallback):
+    """Says so when a run doesn't train STA: at the start what is frozen or wrapped, after the first step a gradient of zero.
+
+    A first step without a gradient is a warning, since a batch may have no clip, and `patience` of them without any
+    other are an error. Steps in which nothing at all has a gradient (equal rewards, for one) say nothing, and don't count.
+
+    Args:
+        patience: that many steps.
+    """
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self.steps = 0
+        self.found = False
+        self._hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Look at what requires a gradient, and begin to watch it."""
+        handle = _handle(model)
+        refuse_lora_on_sta(handle)
+        trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ConfigError(
+                "STA is in the model, but no parameter of it requires a gradient, so it would not be trained. Build LoRA "
+                'from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call handle.freeze_base().'
+            )
+        self.steps, self.found = 0, False
+        self._hooks = [parameter.register_hook(self._look) for parameter in trained]  # also sees what ZeRO takes away
+
+    def _look(self, gradient: Any) -> None:
+        self.found = self.found or bool(gradient.any())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Count the steps in which STA has no gradient, until one has."""
+        if not self._hooks:
+            return
+        handle = _handle(model)
+        if _anywhere(self.found or any(map(_differs_from_zero, handle.parameters()))):
+            self._end()
+            self._note_single_frames(handle)
+            return
+        if not _anywhere(not _is_idle(model, handle)):
+            return
+        self.steps += 1
+        reason = _reason(handle)
+        if self.steps >= self.patience:
+            self._end()
+            raise DataError(
+                f"STA got no gradient in the first {self.steps} steps, so nothing of it was trained: {reason} If the data "
+                f"begins with that many steps without a clip, set patience above {self.patience}."
+            )
+        if self.steps == 1:
+            logger.warning("STA got no gradient in the first step: %s", reason)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """A run shorter than the patience must not end in silence either."""
+        if self._hooks and self.steps:
+            logger.warning(
+                "the run ends after %d steps in which STA got no gradient: %s", self.steps, _reason(_handle(model))
+            )
+        self._end()
+
+    def _end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @staticmethod
+    def _note_single_frames(handle: STAHandle) -> None:
+        calls = handle.explain()
+        if calls and all(call.frames == 1 for call in calls):
+            logger.warning(
+                "every clip of the first steps had a single frame, over which STA has nothing to attend: were frames given "
+                "as images? Give them as one video."
+            )
+
+
+class ReportBadClips(TrainerCallback):
+    """Says how many samples were left out since their clips can't be read, and ends a run that has no other.
+
+    Args:
+        count: gives the bad and the good samples so far, such as `VideoCollator.counts`.
+    """
+
+    def __init__(self, count: Callable[[], tuple[int, int]]) -> None:
+        self.count = count
+        self.told = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell when there are more than before."""
+        bad, good = self.count()
+        if bad > self.told:
+            self.told = bad
+            logger.warning("left out %d bad samples so far, beside %d good ones", bad, good)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the final number."""
+        self.on_log(args, state, control)
+
+
+def refuse_lora_on_sta(handle: STAHandle) -> None:
+    """Refuse a model in which LoRA lies on STA's own layers: it can't be loaded again.
+
+    Raises:
+        ConfigError: naming the layers.
+    """
+    if version("peft") == "not installed":
+        return
+    layer, _ = peft_parts()
+    names = [
+        f"blocks.{index}.sta.{name}"
+        for index, block in handle.blocks.items()
+        for name, module in block.named_modules()
+        if isinstance(module, layer)
+    ]
+    if names:
+        raise ConfigError(
+            f"LoRA lies on {len(names)} of STA's own layers, first {names[0]}, and could not be loaded again. Name "
+            '"sta" in LoRA\'s modules_to_save (LLaMA-Factory: additional_target: sta), so that STA is trained whole.'
+        )
+
+
+def _handle(model: nn.Module | None) -> STAHandle:
+    handle = None if model is None else get_sta(model)
+    if handle is None:
+        raise InjectionError(
+            "the model that is trained has no STA: inject_sta before the trainer is made, or sta_adapter.integrations.peft."
+            "install() before LoRA is added."
+        )
+    return handle
+
+
+def _save(model: nn.Module | None, folder: Path) -> None:
+    handle = _handle(model)
+    if is_sharded(handle.model.parameters()):
+        handle.save_pretrained(folder)
+    else:
+        write_once(lambda: handle.save_pretrained(folder))
+
+
+def _differs_from_zero(parameter: nn.Parameter) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and bool(getattr(gradient, "_local_tensor", gradient).any())
+
+
+def _is_idle(model: Any, handle: STAHandle) -> bool:
+    """Whether what else trains has gradients, of zero alone: then there was nothing to learn in this step."""
+    sta = {id(parameter) for parameter in handle.parameters()}
+    others = [p for p in model.parameters() if p.grad is not None and id(p) not in sta]
+    return bool(others) and not any(map(_differs_from_zero, others))
+
+
+def _anywhere(found: bool) -> bool:
+    """Whether any of the processes found it; all must call this."""
+    if not is_parallel():
+        return found
+    answers: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(answers, found)
+    return any(answers)
+
+
+def _reason(handle: STAHandle) -> str:
+    calls = handle.explain()
+    if not calls:
+        return (
+            "no clip reached the vision encoder. The trainer leaves the pixels out (in TRL: rows with a 'videos' column, or "
+            "without an 'images' column), or the samples have no clip."
+        )
+    if not any(call.frames > 1 for call in calls):
+        return "only clips of a single frame reached the encoder; give frames as one video, not as images."
+    return (
+        "clips reached the encoder, but not the forward that the loss is made from (as in TRL's GRPO with video, where "
+        "generation alone sees the pixels)."
+    )

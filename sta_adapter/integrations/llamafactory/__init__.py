@@ -1,0 +1,87 @@
+"""STA in LLaMA-Factory: `python -m sta_adapter.integrations.llamafactory train config.yaml`.
+
+Public: `main`, `run_exp`. It stands in the place of `llamafactory-cli` and takes the same commands, files and environment variables; a YAML file may
+have STA's settings under `sta:`. LLaMA-Factory loads the model and builds LoRA by itself, so STA goes in where PEFT begins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.compatibility import incompatible
+from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.integrations import peft
+from sta_adapter.integrations.callbacks import sta_callbacks
+from sta_adapter.integrations.settings import Settings
+
+KEY = "sta"
+
+
+def main() -> None:
+    """Run one of LLaMA-Factory's commands with STA; its launcher starts this again for several processes."""
+    try:
+        from llamafactory import launcher
+        from llamafactory.train import tuner
+    except ImportError as error:
+        raise MissingExtraError(f"LLaMA-Factory can't be imported ({error}): pip install llamafactory") from error
+    own_run_exp = tuner.run_exp
+
+    def run(args: Any = None, callbacks: Any = None) -> None:
+        run_exp(args, callbacks, own_run_exp)
+
+    tuner.run_exp = run
+    if "LOCAL_RANK" in os.environ:  # a process that torchrun has started
+        if sys.argv[1:2] == ["train"]:
+            del sys.argv[1]
+        run()
+        return
+    if sys.argv[1:2] != ["train"]:
+        peft.install()  # what chats, serves and exports loads an adapter with its STA
+    elif "__file__" not in launcher.launch.__code__.co_names:
+        raise incompatible("llamafactory", "llamafactory.launcher.launch starts its processes in another way")
+    launcher.__file__ = str(Path(__file__).with_name("__main__.py"))
+    launcher.launch()
+
+
+def run_exp(args: Any = None, callbacks: Any = None, run: Any = None) -> None:
+    """LLaMA-Factory's `run_exp`, with STA.
+
+    Args:
+        args: as there: a mapping, or None to read the file named on the command line. `sta` in it holds our settings.
+        callbacks: further ones.
+        run: the `run_exp` to call.
+
+    Raises:
+        ConfigError: the settings don't fit.
+    """
+    from llamafactory.hparams.parser import read_args
+
+    if run is None:
+        from llamafactory.train.tuner import run_exp as run
+    values = read_args(args)
+    settings = take_settings(values)
+    peft.install(settings)
+    try:
+        run(values, [*sta_callbacks(settings), *(callbacks or [])])
+    finally:
+        peft.uninstall()
+
+
+def take_settings(values: Any) -> Settings:
+    """Our settings out of LLaMA-Factory's, where they would be unknown; else those of STA_SETTINGS.
+
+    Raises:
+        ConfigError: unknown or wrong settings, or a run that adds no LoRA.
+    """
+    if not isinstance(values, dict):
+        return Settings.from_environment()
+    settings = Settings.from_mapping(values.pop(KEY)) if KEY in values else Settings.from_environment()
+    kind = values.get("finetuning_type", "lora")
+    if kind != "lora":
+        raise ConfigError(
+            f"finetuning_type is {kind!r}, and STA goes in together with LoRA: set finetuning_type: lora."
+        )
+    return settings

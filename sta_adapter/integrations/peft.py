@@ -1,0 +1,168 @@
+"""A hook where PEFT begins: `install()` once, and whatever adds LoRA to a video model in this process trains STA with it.
+
+Public: `install`, `uninstall`. For tools that load the model and build LoRA by themselves. STA goes in just before LoRA, and is trained and saved
+whole beside it; each folder that `PeftModel.save_pretrained` writes is an adapter that `load_sta` takes. Models without a
+known vision encoder, and LoRA that is loaded from a folder without STA, stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from sta_adapter.adapter_format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
+from sta_adapter.compatibility import peft_hook
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
+from sta_adapter.hooks import CHILD
+from sta_adapter.hub import resolve_adapter
+from sta_adapter.inject import get_sta, inject_sta
+from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.sharding import is_sharded
+
+logger = logging.getLogger(__name__)
+_undo: list[Callable[[], None]] = []
+_loading: contextvars.ContextVar[Any] = contextvars.ContextVar("(folder,) that PEFT loads from", default=None)
+
+
+def install(settings: Settings | STAConfig | None = None) -> None:
+    """Make PEFT put STA into every video model that gets LoRA in this process, until `uninstall()`.
+
+    Args:
+        settings: of STA; None takes those of the environment variable STA_SETTINGS, by default the backbone's.
+
+    Raises:
+        ConfigError: installed already with other settings, or a setting that LoRA alone can't have (stage 1).
+        CompatibilityError: PEFT has no such hook, or another one than tested.
+        MissingExtraError: peft is not installed.
+    """
+    if isinstance(settings, STAConfig):
+        settings = Settings(config=settings)
+    settings = Settings.from_environment() if settings is None else settings
+    if settings.stage == 1:
+        raise ConfigError(
+            "stage 1 trains STA without LoRA, and this hook runs only where LoRA is added: train stage 1 by "
+            "`sta-adapter train --stage 1`, and go on from its folder with adapter=FOLDER."
+        )
+    if _undo:
+        raise ConfigError("sta_adapter.integrations.peft is installed already in this process; uninstall() it first.")
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("this hook is in peft: pip install 'sta-adapter[train]'") from error
+    before = peft_hook()
+    LoraModel, PeftModel = cast("Any", peft.LoraModel), cast("Any", peft.PeftModel)
+    save, load = PeftModel.save_pretrained, PeftModel.__dict__["from_pretrained"]
+
+    @functools.wraps(before)
+    def pre_injection_hook(self: Any, model: nn.Module, config: Any, adapter_name: str) -> None:
+        _inject(model, config, settings)
+        before(self, model, config, adapter_name)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+        saved = save(self, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            _save(self, Path(save_directory))
+        return saved
+
+    @functools.wraps(load.__func__)
+    def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        had, folder = get_sta(model) is not None, _adapter_folder(model_id, kwargs.get("revision"))
+        with _from(folder):
+            loaded = load.__func__(cls, model, model_id, *args, **kwargs)
+        if not had and folder is not None and get_sta(loaded) is not None:
+            _load_weights(loaded, folder)
+        return loaded
+
+    had_own = "_pre_injection_hook" in vars(LoraModel)
+    LoraModel._pre_injection_hook = pre_injection_hook
+    PeftModel.save_pretrained = save_pretrained
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+    def undo() -> None:
+        if had_own:
+            LoraModel._pre_injection_hook = before
+        else:
+            del LoraModel._pre_injection_hook
+        PeftModel.save_pretrained, PeftModel.from_pretrained = save, load
+
+    _undo.append(undo)
+
+
+def uninstall() -> None:
+    """Make PEFT as it was; models that have STA keep it. Twice is fine."""
+    while _undo:
+        _undo.pop()()
+
+
+@contextlib.contextmanager
+def _from(folder: Path | None) -> Iterator[None]:
+    token = _loading.set((folder,))
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def _adapter_folder(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+    """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
+    try:
+        folder = resolve_adapter(name, revision)
+    except CheckpointError:  # PEFT says what is wrong
+        return None
+    if (folder / CONFIG).is_file():
+        return folder
+    logger.warning("%s has no %s, so the model gets its LoRA without STA", os.fspath(name), CONFIG)
+    return None
+
+
+def _inject(model: nn.Module, config: Any, settings: Settings) -> None:
+    """STA in front of LoRA: fresh, or as the folder has it that LoRA is loaded from."""
+    loading = _loading.get()
+    if get_sta(model) is None:
+        if loading == (None,):
+            return
+        try:
+            if loading is None:
+                prepare_model(model, settings)
+            else:
+                inject_sta(model, STAConfig.from_dict(read_description(loading[0])["config"]))
+        except UnknownBackboneError:
+            logger.info("no STA for %s: no backbone is known for it", type(model).__name__)
+            return
+    config.modules_to_save = sorted({CHILD, *(config.modules_to_save or ())})
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    """STA's own file is the one truth, whatever PEFT's holds."""
+    handle = get_sta(model)
+    if handle is None:
+        return
+    state = read_weights(folder, read_description(folder))
+    expected = {f"blocks.{i}.{k}": v for i, block in handle.blocks.items() for k, v in block.state_dict().items()}
+    compare_tensors(folder / WEIGHTS, state, expected)
+    for index, block in handle.blocks.items():
+        block.load_state_dict({key: state[f"blocks.{index}.{key}"] for key in block.state_dict()})
+
+
+def _save(model: Any, folder: Path) -> None:
+    from sta_adapter.integrations.callbacks import SAVED
+
+    handle = get_sta(model)
+    if handle is None or handle in SAVED:
+        return
+    if is_sharded(handle.model.parameters()):
+        raise CheckpointError(
+            f"{folder} has PEFT's files alone: the weights lie in parts on several processes, of which one can't save the "
+            "adapter. Add sta_adapter.integrations.callbacks.SaveAdapter() to the trainer's callbacks."
+        )
+    handle.save_pretrained(folder)

@@ -1,0 +1,239 @@
+"""STA in TRL's trainers, on clips that are decoded here.
+
+Public: `prepare`, `Prepared`, `VideoCollator`, `PreferenceCollator`. TRL's own data code takes images alone; with these collators its trainers get
+clips, read as everywhere in sta-adapter. Rows are what `sta-adapter convert-data --to trl` writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from sta_adapter.compatibility import parameter_names, version
+from sta_adapter.data import BadSample, Collator, FrameSettings, Sample, VideoDataset
+from sta_adapter.encoding import IGNORE, encode
+from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+from sta_adapter.handle import STAHandle
+from sta_adapter.integrations.callbacks import ReportBadClips, sta_callbacks
+from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.samples import parse_sample
+
+logger = logging.getLogger(__name__)
+
+TRAINERS = {  # the trainer's class, and what its config needs beside the user's own
+    "sft": ("SFTTrainer", {"dataset_kwargs": {"skip_prepare_dataset": True}}),
+    "dpo": ("DPOTrainer", {}),
+    "grpo": ("GRPOTrainer", {}),
+}
+
+
+class VideoCollator:
+    """Rows with messages to one batch, the clips decoded and the answers' tokens labelled.
+
+    Args:
+        processor: the model's processor.
+        frames: how clips are sampled where a row doesn't say it; the published recipe's by default.
+        max_length: rows of more tokens are bad ones.
+        on_bad_sample: "skip" leaves a row out whose clip can't be read, and counts it; "error" raises. A batch of bad rows
+            alone is an error always.
+        folder: what relative paths start from.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        frames: FrameSettings | None = None,
+        max_length: int | None = None,
+        on_bad_sample: str = "skip",
+        folder: str | Path = ".",
+    ) -> None:
+        self.data = VideoDataset([], processor, frames=frames, on_bad_sample=on_bad_sample, max_length=max_length)
+        self.folder = folder
+        self._collate = Collator.of(processor)
+        self._bad, self._good = multiprocessing.Value("q"), multiprocessing.Value("q")  # workers count too
+
+    def counts(self) -> tuple[int, int]:
+        """Bad and good rows so far, of this process and its workers."""
+        return self._bad.value, self._good.value
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of tensors, as the model's forward takes them.
+
+        Raises:
+            DataError: a row is no sample; no row of the batch can be used; or, if asked for, a clip can't be read.
+        """
+        return self._padded(self._usable([self.encode(row) for row in rows]))
+
+    def encode(self, row: Mapping[str, Any]) -> Any:
+        """Tensors of one row, or a `BadSample`."""
+        return self.data.load(self._sample(row))
+
+    def _sample(self, row: Mapping[str, Any], **changed: Any) -> Sample:
+        record = {key: value for key, value in {**row, **changed}.items() if value is not None}
+        return parse_sample(record, source=f"row {json.dumps(record, default=str)[:120]}", folder=self.folder)
+
+    def _usable(self, items: list[Any]) -> list[Any]:
+        """The items without bad samples, which are counted."""
+        good = [item for item in items if not isinstance(item, BadSample)]
+        bad = [item for item in items if isinstance(item, BadSample)]
+        for counter, more in ((self._bad, len(bad)), (self._good, len(good))):
+            with counter.get_lock():
+                counter.value += more
+        for item in bad:
+            logger.warning("left out a bad sample: %s: %s", item.source, item.reason)
+        if bad and not good:
+            raise DataError(
+                f"all {len(bad)} samples of a batch are bad, first {bad[0].source}: {bad[0].reason} TRL can't leave a whole batch "
+                "out. Take the bad samples out of the data (sta-adapter check-data finds them), or larger batches."
+            )
+        return good
+
+    def _padded(self, items: list[Any]) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in self._collate(items).items() if isinstance(value, torch.Tensor)}
+
+
+class PreferenceCollator(VideoCollator):
+    """Rows with `prompt`, `chosen` and `rejected` to a batch for DPO: first all chosen answers, then all rejected ones.
+
+    Each clip is decoded once for both answers. Arguments as for `VideoCollator`.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of tensors with `completion_mask`, which marks the answers' tokens."""
+        pairs = self._usable([self.encode(row) for row in rows])
+        batch = self._padded([*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)])
+        labels = batch.pop("labels")
+        return {**batch, "completion_mask": (labels != IGNORE).long()}
+
+    def encode(self, row: Mapping[str, Any]) -> Any:
+        """Tensors of the chosen and of the rejected conversation, or a `BadSample`."""
+        missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
+        if missing:
+            raise DataError(
+                f"a row has no {', '.join(missing)}; expected prompt, chosen and rejected, each a list of messages."
+            )
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "chosen", "rejected")}
+        prompt = [{**turn, "loss": False} if turn.get("role") == "assistant" else turn for turn in row["prompt"]]
+        chosen, rejected = (self._sample(rest, messages=[*prompt, *row[name]]) for name in ("chosen", "rejected"))
+        try:
+            visuals = self.data.visuals(chosen.prompt, 0)
+            both = [encode(self.data.processor, sample.messages, [*visuals, []]) for sample in (chosen, rejected)]
+            longest = max(len(encoded["input_ids"]) for encoded in both)
+            if self.data.max_length is not None and longest > self.data.max_length:
+                raise DataError(f"{longest} tokens, more than max_length {self.data.max_length}.")
+        except (STAError, OSError) as error:
+            if self.data.on_bad_sample == "error":
+                raise DataError(f"{chosen.source}: {error}") from error
+            return BadSample(chosen.source, str(error))
+        return both
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What goes into one of TRL's trainers.
+
+    Attributes:
+        handle: of the model's STA, before LoRA is added; `get_sta(trainer.model)` is the one after.
+        arguments: for the trainer: model, processing_class, peft_config, data_collator, callbacks.
+        config: for its config class, such as `SFTConfig(output_dir, **prepared.config)`.
+    """
+
+    handle: STAHandle
+    arguments: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with STA."""
+        return self.arguments["model"]
+
+    @property
+    def peft_config(self) -> Any:
+        """The LoRA that the trainer adds, or None."""
+        return self.arguments["peft_config"]
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """Those of `sta_callbacks`, and one that tells of bad clips."""
+        return self.arguments["callbacks"]
+
+
+def prepare(
+    model: nn.Module,
+    processor: Any,
+    trainer: str = "sft",
+    *,
+    settings: Settings | Mapping[str, Any] | None = None,
+    frames: FrameSettings | None = None,
+    max_length: int | None = None,
+    on_bad_sample: str = "skip",
+    **lora: Any,
+) -> Prepared:
+    """Make a model ready for one of TRL's trainers: STA in it, LoRA by the recipe, clips, and callbacks that save and watch.
+
+    Example:
+        `sta = prepare(model, processor)`, then `SFTTrainer(**sta.arguments, train_dataset=rows, args=SFTConfig("out",
+        **sta.config))`.
+
+    Args:
+        model: the base model, or one that has STA already.
+        processor: its processor.
+        trainer: "sft", "dpo" or "grpo".
+        settings: of STA, stage, and the adapter to start from; see `Settings`.
+        frames: how clips are sampled.
+        max_length: rows of more tokens are bad ones.
+        on_bad_sample: "skip" or "error", see `VideoCollator`.
+        lora: fields of `LoraConfig` in the place of the recipe's.
+
+    Raises:
+        ConfigError: there is no such trainer, or settings don't fit.
+        CompatibilityError: the trainer's loss gets no clips, so that STA would not be trained (GRPO).
+        MissingExtraError: trl is not installed.
+    """
+    if trainer not in TRAINERS:
+        raise ConfigError(f"trainer is {trainer!r}, expected one of {', '.join(map(repr, TRAINERS))}.")
+    if version("trl") == "not installed":
+        raise MissingExtraError("this needs TRL: pip install trl")
+    if trainer == "grpo":
+        refuse_blind_grpo()
+    settings = settings if isinstance(settings, Settings) else Settings.from_mapping(settings)
+    if trainer != "sft" and settings.stage == 1:
+        raise ConfigError(f"stage 1 of {trainer} would have no reference model without STA; train stage 1 by 'sft'.")
+    handle, peft_config = prepare_model(model, settings, **lora)
+    kind = PreferenceCollator if trainer == "dpo" else VideoCollator
+    collator = kind(processor, frames=frames, max_length=max_length, on_bad_sample=on_bad_sample)
+    arguments = {
+        "model": handle.model,
+        "processing_class": processor,
+        "peft_config": peft_config,
+        "callbacks": [*sta_callbacks(settings), ReportBadClips(collator.counts)],
+        **({} if trainer == "grpo" else {"data_collator": collator}),
+    }
+    config = {"remove_unused_columns": False, **TRAINERS[trainer][1]}
+    return Prepared(handle, arguments, config if trainer == "grpo" else {**config, "max_length": None})
+
+
+def refuse_blind_grpo() -> None:
+    """Refuse a GRPO trainer whose loss sees no clips: there STA gets no gradient at all, without an error.
+
+    Raises:
+        CompatibilityError: the installed TRL is one of those.
+    """
+    function = getattr(importlib.import_module("trl").GRPOTrainer, "_get_per_token_logps_and_entropies", None)
+    names = () if function is None else parameter_names(function, "GRPOTrainer", "trl")
+    if not {"pixel_values_videos", "video_grid_thw"} <= set(names):
+        raise CompatibilityError(
+            f"GRPO in trl {version('trl')} hands clips to generation alone and not to the loss, so STA would get no gradient. "
+            "Train by SFT or DPO here, or by GRPO in ms-swift (use_vllm false), where clips reach the loss."
+        )

@@ -1,0 +1,343 @@
+"""What all training tools share: settings, callbacks and the hook in PEFT, on transformers' own trainer."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_qwen import make_model, make_processor, write_samples
+
+from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.data import Collator, FrameSettings, VideoDataset
+from sta_adapter.errors import ConfigError, DataError, InjectionError
+from sta_adapter.integrations import peft as hook
+from sta_adapter.integrations.callbacks import ReportBadClips, RequireGradient, SaveAdapter, sta_callbacks
+from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.samples import parse_sample
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def data(processor, tmp_path_factory):
+    file = write_samples(tmp_path_factory.mktemp("clips"), 4)
+    return VideoDataset(file, processor, frames=FrameSettings(min_tokens=None, max_tokens=None), cache=True)
+
+
+@pytest.fixture
+def model(processor):
+    return make_model(processor.tokenizer)
+
+
+@pytest.fixture
+def installed():
+    yield hook.install
+    hook.uninstall()
+
+
+def collate(processor, without=()):
+    inner = Collator.of(processor)
+
+    def collator(rows):
+        batch = inner(rows)
+        return {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and k not in without}
+
+    return collator
+
+
+def train(model, data, collator, out, steps=2, callbacks=None, **settings):
+    options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    args = transformers.TrainingArguments(
+        str(out),
+        max_steps=steps,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        **{**options, **settings},
+    )
+    callbacks = sta_callbacks() if callbacks is None else callbacks
+    trainer = transformers.Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def outputs(model, data, processor):
+    batch = collate(processor, ("labels",))([data[0], data[1]])
+    model.eval()
+    with torch.no_grad():
+        return model(**batch, use_cache=False).logits
+
+
+def test_every_checkpoint_is_an_adapter(model, data, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    train(trained, data, collate(processor), tmp_path / "out")
+    for folder in ("out", "out/checkpoint-2"):
+        loaded = load_sta(make_model(processor.tokenizer), tmp_path / folder)
+        assert torch.equal(outputs(loaded.model, data, processor), outputs(trained, data, processor))
+    first = load_sta(make_model(processor.tokenizer), tmp_path / "out/checkpoint-1")
+    assert not torch.equal(outputs(first.model, data, processor), outputs(trained, data, processor))
+
+
+def test_resuming_from_the_files_that_the_callback_writes(processor, data, tmp_path):
+    def run(out, steps, resume=None):
+        torch.manual_seed(0)
+        handle, lora = prepare_model(make_model(processor.tokenizer), Settings())
+        args = transformers.TrainingArguments(
+            str(tmp_path / out), max_steps=4, save_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3,
+            use_cpu=True, report_to="none", remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            get_peft_model(handle.model, lora), args, train_dataset=data, data_collator=collate(processor),
+            callbacks=sta_callbacks(),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    alone = run("alone", 2)
+    again = run("again", 2, resume=str(tmp_path / "alone/checkpoint-2"))
+    for (name, a), b in zip(alone.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_stage_one_trains_sta_alone(model, data, processor, tmp_path):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    handle, lora = prepare_model(model, Settings(stage=1))
+    assert lora is None
+    train(handle.model, data, collate(processor), tmp_path)
+    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert changed == set()
+    assert load_sta(make_model(processor.tokenizer), tmp_path).num_parameters() == handle.num_parameters()
+
+
+def test_stage_two_starts_from_stage_one(model, processor, tmp_path):
+    handle = inject_sta(model, STAConfig(init="normal", head_scale=0.5))
+    handle.save_pretrained(tmp_path)
+    again, lora = prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path)))
+    assert again.config.head_scale == 0.5
+    assert "sta" in lora.modules_to_save
+    trained = get_sta(get_peft_model(again.model, lora))
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), handle.parameters(), strict=True))
+    assert all(p.requires_grad for p in trained.parameters())
+
+
+def test_an_adapter_with_lora_goes_on(model, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings())
+    get_sta(get_peft_model(handle.model, lora)).save_pretrained(tmp_path)
+    again, more = prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path)))
+    assert isinstance(again.model, PeftModel)
+    assert more is None
+    with pytest.raises(ConfigError, match="has LoRA weights, and stage 1 trains STA alone"):
+        prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path), stage=1))
+    with pytest.raises(ConfigError, match="r: the LoRA that is there goes on as it is"):
+        prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path)), r=4)
+
+
+def test_no_pixels_is_said_and_then_an_error(model, data, processor, tmp_path, caplog):
+    handle, lora = prepare_model(model, Settings())
+    blind = collate(processor, ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"))
+    with pytest.raises(DataError, match=r"no gradient in the first 3 steps.* no clip reached the vision encoder"):
+        train(get_peft_model(handle.model, lora), data, blind, tmp_path, 5, [RequireGradient(patience=3)])
+    assert "STA got no gradient in the first step: no clip reached" in caplog.text
+
+
+def test_a_short_run_without_pixels_does_not_end_in_silence(model, data, processor, tmp_path, caplog):
+    handle, lora = prepare_model(model, Settings())
+    blind = collate(processor, ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"))
+    train(get_peft_model(handle.model, lora), data, blind, tmp_path, 2)
+    assert "the run ends after 2 steps in which STA got no gradient" in caplog.text
+
+
+def test_clips_that_the_loss_does_not_see(model, data, processor, tmp_path, caplog):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    outputs(trained, data, processor)  # as in GRPO's generation
+    blind = collate(processor, ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"))
+    with pytest.raises(DataError, match="clips reached the encoder, but not the forward that the loss is made from"):
+        train(trained, data, blind, tmp_path, 5, [RequireGradient(patience=2)])
+
+
+def test_steps_with_nothing_to_learn_do_not_count(model, data, processor, tmp_path, caplog):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    callback = RequireGradient(patience=1)
+    callback.on_train_begin(None, None, None, model=trained)
+    callback.on_pre_optimizer_step(None, None, None, model=trained)
+    assert callback.steps == 0
+    assert "no gradient" not in caplog.text
+
+
+def test_clips_of_a_single_frame_are_told(model, data, processor, tmp_path, caplog):
+    parts = [
+        {"type": "video", "video": data.samples[0].messages[0]["content"][0]["video"], "nframes": 2}
+    ]  # merged to one
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "left"}]}
+    single = VideoDataset([parse_sample(record)] * 2, processor, frames=data.frames)
+    handle, lora = prepare_model(model, Settings())
+    train(get_peft_model(handle.model, lora), single, collate(processor), tmp_path, 1)
+    assert "every clip of the first steps had a single frame" in caplog.text
+
+
+def test_frozen_sta_is_an_error(model, data, processor, tmp_path):
+    inject_sta(model)
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="no parameter of it requires a gradient"):
+        train(trained, data, collate(processor), tmp_path)
+
+
+def test_lora_on_stas_own_layers_is_an_error(model, data, processor, tmp_path):
+    inject_sta(model)
+    trained = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ConfigError, match=r"LoRA lies on \d+ of STA's own layers, first blocks\.0\.sta\.to_"):
+        train(trained, data, collate(processor), tmp_path)
+
+
+def test_a_model_without_sta_is_an_error(model, data, processor, tmp_path):
+    with pytest.raises(InjectionError, match="the model that is trained has no STA"):
+        train(model, data, collate(processor), tmp_path)
+
+
+def test_fsdp_of_version_one_is_refused(model):
+    handle, _ = prepare_model(model, Settings())
+
+    class FullyShardedDataParallel(torch.nn.Module):
+        pass
+
+    handle.model.wrapped = FullyShardedDataParallel()
+    with pytest.raises(ConfigError, match="set fsdp_version: 2"):
+        SaveAdapter().on_train_begin(None, None, None, model=handle.model)
+
+
+def test_bad_clips_are_told_once_each_time_there_are_more(caplog):
+    counts = [1, 5]
+    callback = ReportBadClips(lambda: tuple(counts))
+    callback.on_log(None, None, None)
+    callback.on_log(None, None, None)
+    counts[0] = 3
+    callback.on_train_end(None, None, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out 1 bad samples so far, beside 5 good ones",
+        "left out 3 bad samples so far, beside 5 good ones",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stage": "both"}, r"stage='both': expected 1 \(STA alone\) or 2"),
+        ({"stage": True}, "stage=True"),
+        ({"patience": 0}, "patience=0: expected a whole number"),
+        ({"head_scal": 1}, r"unknown setting 'head_scal' \(did you mean 'head_scale'\?\)"),
+        ({"adapter": "x", "causal": True}, "causal and adapter exclude each other"),
+        ({"adapter": 3}, "adapter=3: expected a folder"),
+        (["stage"], r"the settings of STA are \['stage'\], expected a mapping"),
+        ({"head_scale": -1}, "head_scale=-1"),
+    ],
+)
+def test_wrong_settings(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings.from_mapping(values)
+
+
+def test_settings_from_the_environment(monkeypatch, tmp_path):
+    (tmp_path / "sta.yaml").write_text("stage: 1\nlayers: [0]\n")
+    for text in ('{"stage": 1, "layers": [0]}', "{stage: 1, layers: [0]}", str(tmp_path / "sta.yaml")):
+        monkeypatch.setenv("STA_SETTINGS", text)
+        assert Settings.from_environment() == Settings(config=STAConfig(layers=[0]), stage=1)
+    monkeypatch.delenv("STA_SETTINGS")
+    assert Settings.from_environment() == Settings()
+    monkeypatch.setenv("STA_SETTINGS", "gone.yaml")
+    with pytest.raises(ConfigError, match=r"STA_SETTINGS='gone\.yaml': .*No such file"):
+        Settings.from_environment()
+    monkeypatch.setenv("STA_SETTINGS", "{stage: 3}")
+    with pytest.raises(ConfigError, match=r"STA_SETTINGS='\{stage: 3\}': stage=3"):
+        Settings.from_environment()
+
+
+def test_peft_alone_trains_and_saves_sta(model, data, processor, tmp_path, installed):
+    installed(Settings(config=STAConfig(head_scale=0.5)))
+    trained = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
+    handle = get_sta(trained)
+    assert handle.config.head_scale == 0.5
+    train(trained, data, collate(processor), tmp_path, callbacks=[RequireGradient()])
+    trained.save_pretrained(str(tmp_path))
+    expected = outputs(trained, data, processor)
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        loaded = load_sta(make_model(processor.tokenizer), folder)
+        assert torch.equal(outputs(loaded.model, data, processor), expected)
+    again = PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path))
+    assert get_sta(again).config.head_scale == 0.5
+    assert torch.equal(outputs(again, data, processor), expected)
+
+
+def test_stas_own_file_is_the_one_truth_for_peft_too(model, data, processor, tmp_path, installed):
+    from safetensors.torch import load_file, save_file
+
+    installed(Settings(config=STAConfig(init="normal")))
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    trained.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v * (".sta." not in k) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    again = PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path))
+    assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
+
+
+def test_peft_leaves_other_models_and_other_adapters_alone(model, processor, tmp_path, installed, caplog):
+    plain = get_peft_model(make_model(processor.tokenizer), LoraConfig(target_modules=["q_proj"]))
+    plain.save_pretrained(str(tmp_path / "plain"))
+    installed()
+    language = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+    config = LoraConfig(target_modules=["q_proj"])
+    assert get_sta(get_peft_model(language, config)) is None
+    assert not config.modules_to_save
+    loaded = PeftModel.from_pretrained(model, str(tmp_path / "plain"))
+    assert get_sta(loaded) is None
+    assert "has no sta_config.json, so the model gets its LoRA without STA" in caplog.text
+
+
+def test_installing_twice_and_taking_it_out(model, installed):
+    from peft import LoraModel
+
+    before = (LoraModel._pre_injection_hook, PeftModel.save_pretrained, PeftModel.__dict__["from_pretrained"])
+    installed()
+    with pytest.raises(ConfigError, match="is installed already"):
+        installed()
+    hook.uninstall()
+    hook.uninstall()
+    assert (LoraModel._pre_injection_hook, PeftModel.save_pretrained, PeftModel.__dict__["from_pretrained"]) == before
+    assert get_sta(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) is None
+    with pytest.raises(ConfigError, match="stage 1 trains STA without LoRA"):
+        installed(Settings(stage=1))
+
+
+def test_a_second_adapter_beside_the_first(model, installed):
+    installed()
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    handle = get_sta(trained)
+    before = [p.clone() for p in handle.parameters()]
+    trained.add_adapter("ref", LoraConfig(target_modules=["q_proj"]))
+    assert all(torch.equal(a, b) for a, b in zip(before, get_sta(trained).parameters(), strict=True))
+
+
+def test_settings_for_the_hook_from_the_environment(model, installed, monkeypatch):
+    monkeypatch.setenv("STA_SETTINGS", json.dumps({"layers": [1]}))
+    installed()
+    assert list(get_sta(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))).blocks) == [1]
+    assert os.environ["STA_SETTINGS"]
