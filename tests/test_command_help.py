@@ -24,7 +24,7 @@ def test_help_fits_a_screen_and_starts_with_an_example(name):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "path"])  # which has none
 def test_wrong_options_get_a_suggestion(name):
     command = cli.get_command(click.Context(cli), name)
     option = max((o for p in command.params for o in p.opts if o.startswith("--")), key=len)

@@ -74,7 +74,7 @@ class RequireGradient(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Look at what requires a gradient, and begin to watch it."""
         handle = _handle(model)
-        refuse_lora_on_sta(handle)
+        warn_of_lora_on_sta(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         if not trained:
             raise ConfigError(
@@ -155,12 +155,8 @@ class ReportBadClips(TrainerCallback):
         self.on_log(args, state, control)
 
 
-def refuse_lora_on_sta(handle: STAHandle) -> None:
-    """Refuse a model in which LoRA lies on STA's own layers: it can't be loaded again.
-
-    Raises:
-        ConfigError: naming the layers.
-    """
+def warn_of_lora_on_sta(handle: STAHandle) -> None:
+    """Tell of a model in which LoRA lies on STA's own layers, so that STA itself stays as it is."""
     if version("peft") == "not installed":
         return
     layer, _ = peft_parts()
@@ -171,9 +167,11 @@ def refuse_lora_on_sta(handle: STAHandle) -> None:
         if isinstance(module, layer)
     ]
     if names:
-        raise ConfigError(
-            f"LoRA lies on {len(names)} of STA's own layers, first {names[0]}, and could not be loaded again. Name "
-            '"sta" in LoRA\'s modules_to_save (LLaMA-Factory: additional_target: sta), so that STA is trained whole.'
+        logger.warning(
+            'LoRA lies on %d of STA\'s own layers, first %s, so that STA is trained in few ranks alone. Name "sta" in '
+            "LoRA's modules_to_save (LLaMA-Factory: additional_target: sta) to train it whole.",
+            len(names),
+            names[0],
         )
 
 

@@ -6,6 +6,7 @@ have STA's settings under `sta:`. LLaMA-Factory loads the model and builds LoRA 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -46,26 +47,26 @@ def main() -> None:
     launcher.launch()
 
 
-def run_exp(args: Any = None, callbacks: Any = None, run: Any = None) -> None:
+def run_exp(args: Any = None, callbacks: Any = None, own: Any = None) -> None:
     """LLaMA-Factory's `run_exp`, with STA.
 
     Args:
         args: as there: a mapping, or None to read the file named on the command line. `sta` in it holds our settings.
         callbacks: further ones.
-        run: the `run_exp` to call.
+        own: LLaMA-Factory's own `run_exp`.
 
     Raises:
         ConfigError: the settings don't fit.
     """
     from llamafactory.hparams.parser import read_args
 
-    if run is None:
-        from llamafactory.train.tuner import run_exp as run
+    if own is None:
+        own = importlib.import_module("llamafactory.train.tuner").run_exp
     values = read_args(args)
     settings = take_settings(values)
     peft.install(settings)
     try:
-        run(values, [*sta_callbacks(settings), *(callbacks or [])])
+        own(values, [*sta_callbacks(settings), *(callbacks or [])])
     finally:
         peft.uninstall()
 
