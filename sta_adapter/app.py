@@ -8,12 +8,14 @@ from __future__ import annotations
 import html
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.errors import MissingExtraError, STAError
+from sta_adapter.errors import ConfigError, MissingExtraError, STAError
+from sta_adapter.local_paths import subject
 from sta_adapter.looking import Viewer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def serve(
     port: int | None = None,
     share: bool = False,
     longest: float = LONGEST,
+    title: str | None = None,
     block: bool = True,
     say: Callable[[str], None] = logger.info,
     **options: Any,
@@ -56,6 +59,7 @@ def serve(
         port: None takes GRADIO_SERVER_PORT's, else the first free one from 7860.
         share: ask Gradio for a public address, which sends everything through its servers.
         longest: seconds; longer clips are refused.
+        title: of the page; None names model and adapter.
         block: stay here until interrupted.
         say: is told the page's address.
         options: of `Viewer.load`.
@@ -65,12 +69,14 @@ def serve(
 
     Raises:
         MissingExtraError: Gradio is not installed.
+        ConfigError: the address or the port can't be had.
     """
     from sta_adapter.demo import TINY_BASE
 
     gradio = _gradio()
+    _require_port(host, port)
     viewer = Viewer.load(model or TINY_BASE, adapter, longest=longest, **options)
-    page = build(viewer, title=f"{model or 'tiny base'}, {adapter or 'no adapter'}")
+    page = build(viewer, title=title or subject(model or "tiny base", adapter))
     page.queue(max_size=32).launch(
         server_name=host,
         server_port=port,
@@ -86,6 +92,22 @@ def serve(
     if block:
         page.block_thread()
     return page
+
+
+def _require_port(host: str | None, port: int | None) -> None:
+    """Look whether the page can be served, before the model is loaded; without a port Gradio looks for one itself."""
+    address = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    wanted = port or os.environ.get("GRADIO_SERVER_PORT")
+    try:
+        number = int(wanted or 0)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        socket.create_server((address, number), family=family).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(
+            f"the page can't be served at {address}{f':{wanted}' if wanted else ''}: {reason}. Take another --port, or leave it "
+            "out to get a free one; --host 127.0.0.1 is this machine."
+        ) from error
 
 
 def build(viewer: Viewer, *, title: str = "sta-adapter") -> Any:

@@ -6,12 +6,12 @@ import difflib
 import importlib
 import logging
 import sys
+import traceback
 import warnings
 
 import click
 
-from sta_adapter.errors import STAError
-
+DEBUG = "--debug"
 COMMANDS = {
     "demo": "Train and compare STA on made clips, from nothing, in minutes.",
     "inspect": "Show where STA would go in a model, and what it costs.",
@@ -60,6 +60,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sta-adapter")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is going on.")
+@click.option(DEBUG, is_flag=True, expose_value=False, help="Show where an error happened; stands anywhere.")
 def cli(verbose: bool) -> None:
     """Stacked temporal attention for video language models.
 
@@ -78,12 +79,18 @@ def _keep_warnings_of_other_packages_quiet() -> None:
 
 
 def main() -> None:
-    """Run the command line; a `STAError` ends it with its message and exit code 1."""
+    """Run the command line; any error ends it with one message and exit code 1, with --debug after its traceback."""
     _keep_warnings_of_other_packages_quiet()
+    words = sys.argv[1:]
+    debug = DEBUG in words
     try:
-        cli()
-    except STAError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
+        cli([word for word in words if word != DEBUG], prog_name="sta-adapter")
+    except Exception as error:
+        from sta_adapter.known_errors import in_one_line
+
+        if debug:
+            traceback.print_exc()
+        click.secho(f"error: {in_one_line(error)}", fg="red", err=True)
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sta_adapter.adapter_format import (
+    CONFIG,
+    WEIGHTS,
     compare_tensors,
     make_description,
     read_description,
@@ -23,9 +26,12 @@ from sta_adapter.backbone import Backbone, get_backbone, list_backbones
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.files import atomic_folder_write
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.published import Source, match_keys, open_source, published_keys
+from sta_adapter.requirements import require_free
 
+ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")
 HEADER = "sta_config"  # our description, in the header of published files that we write
 PUBLISHED = "staveq2.safetensors"
 HEADS, WIDTH, DEPTH = ("num_heads", "num_attention_heads"), ("embed_dim", "hidden_size"), ("depth", "num_hidden_layers")
@@ -40,6 +46,7 @@ def convert_published(
     backbone: str | None = None,
     config: str | os.PathLike[str] | None = None,
     heads: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Turn a checkpoint of the published STAVEQ2 code into an adapter folder.
 
@@ -55,14 +62,16 @@ def convert_published(
         backbone: its name; None tells it from the tensors' names and the configuration.
         config: the model's `config.json`, when it does not lie beside the weights.
         heads: attention heads of the encoder, when no configuration tells them.
+        overwrite: throw away an adapter that is in `out`, with its LoRA and the records of its training.
 
     Returns:
         The contents of the adapter's `sta_config.json`.
 
     Raises:
         CheckpointError: files are missing, damaged or pickles, hold no STA, or do not fit the configuration.
-        UnknownBackboneError, ConfigError: for a wrong `backbone` or `order`.
+        UnknownBackboneError, ConfigError: for a wrong `backbone` or `order`, or `out` holds an adapter.
     """
+    require_free(Path(out), ADAPTER, overwrite)
     checkpoint = open_source(os.fspath(source), None if config is None else os.fspath(config))
     known = _described(checkpoint)
     spec = _backbone(checkpoint, backbone or (known["backbone"] if known else None))
@@ -81,11 +90,18 @@ def convert_published(
     base = {"id": checkpoint.config.get("_name_or_path")}
     description = {**make_description(spec.name, encoder, settings, base), "converted": True}
     write_adapter(out, state, description)
+    for name in ADAPTER[2:]:  # of the adapter before
+        left = Path(out) / name
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return description
 
 
 def convert_to_published(
-    adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, prefix: str | None = None
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter's STA weights under the names of the published STAVEQ2 code.
 
@@ -93,6 +109,8 @@ def convert_to_published(
         adapter: its folder.
         out: a `.safetensors` file, or a folder, in which the file is called `staveq2.safetensors`.
         prefix: what stands in front of `blocks.0...`; None takes the published one, `visual.` for Qwen2-VL.
+
+        overwrite: replace the file.
 
     Returns:
         The file. Its header keeps the adapter's settings, so that `convert_published` needs nothing else.
@@ -119,6 +137,7 @@ def convert_to_published(
         tensors[f"{start}{spec.blocks}.{match[1]}.{names[match[2]]}"] = tensor
     path = Path(out)
     path = path if path.suffix == ".safetensors" else path / PUBLISHED
+    require_free(path.parent, [path.name], overwrite)
     try:
         content = save(tensors, {"format": "pt", HEADER: json.dumps(description)})
         atomic_folder_write(path.parent, {path.name: content})

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
+from sta_adapter.requirements import require_device
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
 QUANTIZED = ("4bit", "8bit")
@@ -49,6 +50,7 @@ def load_model(
     watch_peft()
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
+    require_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted: Any = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -107,7 +109,12 @@ def load_processor(
 
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except ImportError as error:  # transformers names packages, and not what brings them
+        packages = ", ".join(name for name in ("torchvision", "PIL") if name in str(error)) or str(error).split("\n")[0]
+        raise MissingExtraError(
+            f"the processor of {os.fspath(name)!r} needs more packages ({packages}): pip install 'sta-adapter[train]'"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"can't load the processor of {os.fspath(name)!r}: {error}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)

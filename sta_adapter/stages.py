@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from transformers import PrinterCallback, TrainingArguments
 from sta_adapter.adapter_format import adapter_files
 from sta_adapter.checkpoint import adapter_contents
 from sta_adapter.data import Collator, VideoDataset
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.errors import ConfigError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta
 from sta_adapter.isolation import worker_errors
@@ -33,6 +32,7 @@ from sta_adapter.lora_files import lora_files
 from sta_adapter.lora_recipe import lora_config, lora_parameters
 from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
 from sta_adapter.progress import ProgressBar
+from sta_adapter.requirements import require_reporters
 from sta_adapter.resume import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.sharding import is_sharded, whole_shape, write_once
 from sta_adapter.streaming import StreamDataset
@@ -141,7 +141,7 @@ class Stage:
         step_clips = config.batch_size
         total = config.max_steps or math.ceil(config.epochs * math.ceil(self._samples() / step_clips))
         precision = _precision(config.precision)
-        _require_reporters(config.report_to)
+        require_reporters(config.report_to)
         # the settings decide: else what a launcher, or on older transformers the run before, has asked for would hold
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
         arguments = TrainingArguments(
@@ -219,11 +219,6 @@ def write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _require_reporters(asked: str) -> None:
-    if asked == "tensorboard" and not any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise MissingExtraError("report_to: tensorboard needs a package more: pip install tensorboard")
 
 
 def _precision(asked: str) -> str:

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.adapter_format import replace_files
+from sta_adapter.adapter_format import WEIGHTS, replace_files
 from sta_adapter.config import STAConfig
 from sta_adapter.data import VideoDataset, read_samples
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.fingerprint import fingerprint_processor, fingerprint_start
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta, inject_sta
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.requirements import require_free, require_reporters
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.sharding import write_once
 from sta_adapter.shards import is_shards
@@ -106,6 +108,7 @@ def train(
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
     config = config or TrainingConfig()
+    require_reporters(config.report_to)
     names = _stage_names(stage, config)
     dataset = open_data(data, processor, config) if isinstance(data, (str, Path)) else data
     if isinstance(eval_data, (str, Path)):
@@ -220,6 +223,8 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
     from sta_adapter.stages import write_json
 
     file = folder / RUN_FILE
+    if not file.exists():
+        require_free(folder, (WEIGHTS, LORA_CONFIG, LORA_WEIGHTS), overwrite)
     if overwrite:
         for name in ("stage1", "stage2"):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -214,7 +214,9 @@ def test_a_file_alone_takes_heads_or_a_configuration(tmp_path):
     with pytest.raises(CheckpointError, match=r"heads of the encoder can't be known: .*config.json is missing"):
         convert_published(file, tmp_path / "x")
     assert convert_published(file, tmp_path / "x", config=folder / "config.json") == expected
-    assert convert_published(file, tmp_path / "x", backbone="qwen2_vl", heads=16) == expected
+    assert convert_published(file, tmp_path / "x", backbone="qwen2_vl", heads=16, overwrite=True) == expected
+    with pytest.raises(ConfigError, match=r"holds sta_adapter\.safetensors, sta_config\.json, which would be lost"):
+        convert_published(file, tmp_path / "x", heads=16)
 
 
 def test_an_encoder_of_one_head():

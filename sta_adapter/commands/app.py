@@ -11,6 +11,8 @@ import click
 
 from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
+from sta_adapter.local_paths import subject
+from sta_adapter.requirements import require_device
 
 HELP = """\b
 Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\
@@ -22,7 +24,12 @@ options it shows the demo's tiny base. End it with Ctrl-C.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Ask base and adapter about a video in the browser.")
+@click.command(
+    cls=Grouped,
+    needs={"app": ("gradio", "matplotlib", "PIL", "torchvision")},
+    help=HELP,
+    short_help="Ask base and adapter about a video in the browser.",
+)
 @option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
 @option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder. [default: untrained STA]")
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
@@ -38,11 +45,14 @@ def command(**options: Any) -> None:
     """Serve the page."""
     from sta_adapter.app import serve
 
+    require_device(options["device"])
     fps, nframes = options.pop("fps"), options.pop("nframes")
     if fps is not None and nframes is not None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
     frames = {"nframes": nframes} if nframes is not None else {"fps": fps, "nframes": None} if fps is not None else {}
     options["dtype"] = options["dtype"] or "auto"
     base_model = base_model_of(options.pop("any_base"))
-    adapter = find_adapter(options.pop("adapter"), options.pop("adapter_revision"))
-    serve(adapter=adapter, frames=frames, base_model=base_model, say=click.echo, **options)
+    name = options.pop("adapter")
+    adapter = find_adapter(name, options.pop("adapter_revision"))
+    title = subject(options["model"] or "tiny base", name)
+    serve(adapter=adapter, title=title, frames=frames, base_model=base_model, say=click.echo, **options)

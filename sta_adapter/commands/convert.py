@@ -31,9 +31,10 @@ model's and LoRA's stay where they are.
 @option("What", "--backbone", metavar="NAME", help="When the tensors' names fit several.")
 @option("What", "--config", metavar="FILE", help="The model's config.json. [default: the one beside the weights]")
 @option("What", "--heads", type=click.IntRange(1), help="The encoder's heads, if no config.json tells them.")
+@option("What", "--overwrite", is_flag=True, help="Replace what is in OUT: the adapter, its LoRA, its run.")
 @option("Back", "--to-published", is_flag=True, help="SOURCE is an adapter; write it under the published names.")
 @option("Back", "--prefix", metavar="TEXT", help="In front of 'blocks.0'. [default: the published one]")
-def command(source: str, out: str, to_published: bool, prefix: str | None, **options: Any) -> None:
+def command(source: str, out: str, to_published: bool, prefix: str | None, overwrite: bool, **options: Any) -> None:
     """Turn a published checkpoint into an adapter, or back."""
     from sta_adapter.conversion import convert_published, convert_to_published
 
@@ -41,11 +42,11 @@ def command(source: str, out: str, to_published: bool, prefix: str | None, **opt
         given = [f"--{name}" for name, value in options.items() if value is not None]
         if given:
             raise ConfigError(f"{', '.join(given)} and --to-published exclude each other: the adapter knows it itself.")
-        click.echo(f"wrote {convert_to_published(source, out, prefix=prefix)}")
+        click.echo(f"wrote {convert_to_published(source, out, prefix=prefix, overwrite=overwrite)}")
         return
     if prefix is not None:
         raise ConfigError("--prefix goes with --to-published; reading takes any prefix.")
-    found = convert_published(source, out, **options)
+    found = convert_published(source, out, overwrite=overwrite, **options)
     encoder, config = found["encoder"], found["config"]
     blocks = encoder["depth"] if config["layers"] == "all" else len(config["layers"])
     click.echo(

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
-from sta_adapter.errors import MissingExtraError
+from sta_adapter.commands.options import Grouped, option
+from sta_adapter.requirements import require_free, require_writable
+
+NEEDS = {"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml", "rich"), "viz": ("matplotlib",)}
+MADE = ("results.json", "index.html", "adapter")
 
 HELP = """\b
 Example: sta-adapter demo --out sta-demo
@@ -17,21 +21,20 @@ writes a report. Takes minutes on a CPU.
 """
 
 
-@click.command(help=HELP)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("sta-demo"), show_default=True,
-              help="Folder for the report, the adapter, the clips and the runs.")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds to repeat it with.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The first of them.")
-@click.option("--quick", is_flag=True, help="A few steps on a few clips: shows every step, proves nothing.")
-def command(out: Path, seeds: int, seed: int, quick: bool) -> None:
+@click.command(cls=Grouped, needs=NEEDS, help=HELP, short_help="Train and compare STA on made clips.")
+@option("Run", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("sta-demo"), metavar="FOLDER",
+        help="For the report, the adapter, the clips and the runs. [default: sta-demo]")  # fmt: skip
+@option("Run", "--overwrite", is_flag=True, help="Throw away the report and the adapter that are in FOLDER.")
+@option("Run", "--seeds", type=click.IntRange(1), default=1, metavar="N", help="How many seeds. [default: 1]")
+@option("Run", "--seed", type=int, default=0, metavar="N", help="The first of them. [default: 0]")
+@option("Run", "--quick", is_flag=True, help="A few steps on a few clips: shows every step, proves nothing.")
+def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> None:
     """Run the comparison and write its report."""
-    try:
-        from sta_adapter.demo.report import print_table, write_report
-        from sta_adapter.demo.run import DemoSettings, run_demo
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the demo needs more packages ({error}): pip install 'sta-adapter[train,viz]'"
-        ) from error
+    require_free(out, MADE, overwrite)
+    require_writable(out)
+    from sta_adapter.demo.report import print_table, write_report
+    from sta_adapter.demo.run import DemoSettings, run_demo
+
     _quiet()
     settings = DemoSettings.quick() if quick else DemoSettings()
     results, handle, test = run_demo(out, settings, range(seed, seed + seeds), click.echo)

@@ -25,6 +25,8 @@ from sta_adapter.commands.options import (
 )
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
 from sta_adapter.eval_sets import BENCHMARKS
+from sta_adapter.local_paths import public_name, without_folders
+from sta_adapter.requirements import require_device, require_writable
 
 ORDERS = ("ordered", "shuffled", "reversed")
 FRAMES = click.Choice([*ORDERS, "all"])
@@ -38,7 +40,12 @@ Measures accuracy with its 95 % interval, in all and by category.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Measure a model with and without its adapter.")
+@click.command(
+    cls=Grouped,
+    needs={"train": ("torchvision", "PIL", "tqdm")},
+    help=HELP,
+    short_help="Measure a model with and without its adapter.",
+)
 @option("Run", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder.")
 @option("Run", "--base", is_flag=True, help="Also measure the model without the adapter.")
@@ -70,6 +77,11 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     from sta_adapter.text_positions import use_positions_of
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    about = _about(model, adapter, options)
+    require_device(options["device"])
+    if out:
+        planned = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
+        _require_results_free(Path(out), about, planned, options)
     samples, notes = _samples(options)
     folder = find_adapter(adapter, options["adapter_revision"])
     processor = load_processor(model, **source)
@@ -90,14 +102,48 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
         if not result.predictions:
             first = result.bad_samples[0] if result.bad_samples else "there is none"
             raise DataError(f"none of the {len(samples)} samples could be used. The first: {first}")
-    about = {key: options[key] for key in ("data", "benchmark", "seed")}
-    report = {
-        **compare(results, clips_of(samples), seed=options["seed"]),
-        **{"model": model, "adapter_id": adapter, **about, "chance": chance(samples), "notes": notes},
-    }
+    compared = compare(results, clips_of(samples), seed=options["seed"])
+    report = {**compared, **about, "chance": chance(samples), "notes": notes}
+    public = without_folders(report, [options["videos"] or "", options["data"], Path(options["data"]).parent])
     if out:
-        _write(report, Path(out))
-    click.echo(json.dumps(report, indent=1) if as_json else as_text(report))
+        _write(public, Path(out))
+    click.echo(json.dumps(public, indent=1) if as_json else as_text(report))
+
+
+def _about(model: str, adapter: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says of itself, without folders of this machine, as such files are published."""
+    return {
+        "model": public_name(model),
+        "adapter_id": None if adapter is None else public_name(adapter),
+        "data": public_name(options["data"]),
+        "benchmark": options["benchmark"],
+        "seed": options["seed"],
+    }
+
+
+def _require_results_free(folder: Path, about: dict[str, Any], planned: list[str], options: dict[str, Any]) -> None:
+    """Refuse to replace results that this evaluation will not hold as well."""
+    require_writable(folder)
+    file = folder / "results.json"
+    if not file.exists() or options["overwrite"]:
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        runs = {(name, order) for name in ("base", "adapter") for order in found.get(name) or {}}
+        differ = sorted(key for key in about if key != "seed" and found[key] != about[key])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        runs, differ = set(), ["its form"]
+    lost = runs - {(name, order) for name in planned for order in _orders(options)}
+    differ += [f"{name}, {order} frames" for name, order in sorted(lost)]
+    if differ:
+        raise ConfigError(
+            f"{file} holds results of another evaluation, which would be lost (it differs in {'; '.join(differ)}). Take "
+            "another folder, or throw them away with --overwrite."
+        )
+
+
+def _orders(options: dict[str, Any]) -> tuple[str, ...]:
+    return ORDERS if options["frames"] == "all" else (options["frames"],)
 
 
 def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
@@ -180,5 +226,5 @@ def _measure(model: Any, dataset: Any, name: str, out: str | None, options: dict
             overwrite=options["overwrite"],
             progress=True,
         )
-        for order in (ORDERS if options["frames"] == "all" else (options["frames"],))
+        for order in _orders(options)
     }

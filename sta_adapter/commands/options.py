@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sta_adapter.errors import ConfigError
+from sta_adapter.requirements import require_packages
 
 POSITIONS = "Of text: trained or transformers. [default: as trained]"
 
@@ -20,7 +21,20 @@ class _GroupedOption(click.Option):
 
 
 class Grouped(click.Command):
-    """A command whose help begins with its example and lists options under headings, short enough for a screen."""
+    """A command whose help begins with its example and lists options under headings, short enough for a screen.
+
+    Args:
+        needs: modules that it can't work without, by the extra that brings them.
+    """
+
+    def __init__(self, *args: Any, needs: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.needs = needs or {}
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, if all packages are there."""
+        require_packages(f"sta-adapter {ctx.info_name}", self.needs)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""

@@ -5,6 +5,7 @@ Public: `command`. Every option can also stand in the YAML file, under its own n
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from sta_adapter.commands.options import (
     quantize_option,
 )
 from sta_adapter.errors import ConfigError
+from sta_adapter.requirements import require_reporters, require_writable
 
 # options that are settings of the run itself, not of TrainingConfig
 FLAGS = ("overwrite", "trust_remote_code")
@@ -50,7 +52,12 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Train STA, and LoRA beside it, on your clips.")
+@click.command(
+    cls=Grouped,
+    needs={"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")},
+    help=HELP,
+    short_help="Train STA, and LoRA beside it, on your clips.",
+)
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
 @option("Run", "--data", metavar="FILE", help="Samples to train on: JSON Lines, an array, or tar shards.")
 @data_options
@@ -104,6 +111,8 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     from sta_adapter.text_positions import use_positions_of
     from sta_adapter.training import open_data, train
 
+    require_reporters(settings.report_to)
+    require_writable(Path(run["out"]))
     adapter = find_adapter(run["adapter"], run["adapter_revision"])
     source = {"revision": run["revision"], "trust_remote_code": run["trust_remote_code"]}
     processor = load_processor(run["model"], **source)

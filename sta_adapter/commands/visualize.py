@@ -13,7 +13,21 @@ import click
 
 from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
+from sta_adapter.local_paths import subject
+from sta_adapter.requirements import require_device, require_free, require_writable
 
+MADE = (
+    *(
+        "index.html",
+        "attention.png",
+        "branch.png",
+        "overlay.png",
+        "overlay.mp4",
+        "overlay.gif",
+        "arrays.npz",
+        "numbers.json",
+    ),
+)
 HELP = """\b
 Example: sta-adapter visualize clip.mp4 --out look \\
              --model Qwen/Qwen2-VL-2B-Instruct --adapter my-adapter
@@ -24,9 +38,15 @@ one file), PNG, MP4, GIF, arrays.npz and numbers.json.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Draw what STA does with a clip.")
+@click.command(
+    cls=Grouped,
+    needs={"train": ("torchvision", "PIL"), "viz": ("matplotlib",)},
+    help=HELP,
+    short_help="Draw what STA does with a clip.",
+)
 @click.argument("clip", type=click.Path())
 @option("What", "--out", metavar="FOLDER", required=True, help="Gets the page and the pictures.")
+@option("What", "--overwrite", is_flag=True, help="Replace the page and the pictures that are in FOLDER.")
 @option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
 @option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder. [default: untrained STA]")
 @option("What", "--block", type=int, metavar="N", help="Whose maps to draw. [default: where STA adds most]")
@@ -43,6 +63,9 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
 
     if options["fps"] is not None and options["nframes"] is not None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
+    require_device(options["device"])
+    require_free(Path(out), MADE, options["overwrite"])
+    require_writable(Path(out))
     rates = {"fps": {"fps": options["fps"], "nframes": None}, "nframes": {"nframes": options["nframes"]}}
     frames = next((rates[name] for name in rates if options[name] is not None), {})
     model = options["model"] or str(TINY_BASE)
@@ -57,7 +80,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
         positions=options["positions"],
         trust_remote_code=options["trust_remote_code"],
     )
-    numbers = write_look(viewer, clip, Path(out), block, f"{model}, {adapter or 'no adapter'}")
+    numbers = write_look(viewer, clip, Path(out), block, subject(model, adapter))
     click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
 
 

@@ -1,0 +1,114 @@
+"""What a command needs, looked at before it works for minutes: packages, a device, a reporter, a folder to write into."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from sta_adapter.errors import ConfigError, MissingExtraError
+
+__all__ = ["require_device", "require_free", "require_packages", "require_reporters", "require_writable"]
+
+
+def require_packages(what: str, extras: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to begin without packages.
+
+    Args:
+        what: that needs them.
+        extras: modules by the extra that brings them.
+
+    Raises:
+        MissingExtraError: names what is missing, and all extras to install.
+    """
+    missing = {extra: [name for name in names if find_spec(name) is None] for extra, names in extras.items()}
+    absent = list(dict.fromkeys(name for names in missing.values() for name in names))
+    if absent:
+        wanted = ",".join(extra for extra, names in missing.items() if names)
+        raise MissingExtraError(
+            f"{what} needs more packages ({', '.join(absent)}): pip install 'sta-adapter[{wanted}]'"
+        )
+
+
+def require_device(name: str | None) -> None:
+    """Refuse a device that there is not.
+
+    Raises:
+        ConfigError: torch knows no such device, or can't use it here, and why.
+    """
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}, expected one such as cpu, cuda or cuda:1.") from error
+    if device.type == "meta":
+        raise ConfigError("device is 'meta', which computes nothing; expected one such as cpu, cuda or cuda:1.")
+    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, from cuda:0.")
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # whatever a backend of torch raises
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ConfigError(f"device {name!r} can't be used here: {reason}. Expected one such as cpu.") from error
+
+
+def require_reporters(asked: str | Sequence[str]) -> None:
+    """Refuse a `report_to` that is misspelt, or whose package is missing.
+
+    Raises:
+        ConfigError: there is no such reporter.
+        MissingExtraError: its package is not installed.
+    """
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if names in ([], ["none"], ["all"]):
+        return
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        try:
+            get_reporting_integration_callbacks([name])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"report_to is {name!r}: {str(error).strip(chr(39))} Or none, or all.") from error
+        if name not in available:
+            raise MissingExtraError(f"report_to: {name} needs a package more: pip install {name.replace('_', '-')}")
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder, and refuse one that can't be written into.
+
+    Raises:
+        ConfigError: with what the system says.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise ConfigError(
+            f"can't write into {os.fspath(folder)!r}: {error.strerror or error}. Take another folder."
+        ) from error
+
+
+def require_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Refuse to replace what is in a folder, unless that is wanted.
+
+    Args:
+        folder: need not exist.
+        names: of files and folders in it that would be lost.
+        overwrite: whether that is wanted.
+
+    Raises:
+        ConfigError: says what would be lost.
+    """
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if there and not overwrite:
+        raise ConfigError(
+            f"{os.fspath(folder)!r} holds {', '.join(there)}, which would be lost. Take another folder, or throw that away "
+            "(overwrite=True, --overwrite)."
+        )
