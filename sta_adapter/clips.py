@@ -15,9 +15,20 @@ from torch.utils.data import get_worker_info
 
 from sta_adapter.conversations import reason_of
 from sta_adapter.encoding import Visual, temporal_patch
-from sta_adapter.errors import DataError, STAError
+from sta_adapter.errors import ConfigError, DataError, STAError
 from sta_adapter.frames import fit_frames, read_image
+from sta_adapter.reading import shown
 from sta_adapter.video import Clip, read_clip, read_folder
+
+RANGES: dict[str, tuple[float, int]] = {
+    "fps": (1e-6, 1000),
+    "nframes": (1, 16_384),
+    "min_frames": (1, 16_384),
+    "max_frames": (1, 16_384),
+    "min_tokens": (1, 1 << 20),
+    "max_tokens": (1, 1 << 20),
+}
+OPTIONAL = ("nframes", "min_tokens", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,23 @@ class FrameSettings:
     min_tokens: int | None = 16  # visual tokens a frame; with None for both limits the processor's own size rule holds
     max_tokens: int | None = 256
     backend: str = "auto"  # what decodes; see read_clip
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: one is of another type or out of range.
+        """
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            kinds = (int, float) if name == "fps" else int
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                kind = "a number above 0" if name == "fps" else f"a whole number from {low}"
+                raise ConfigError(f"{name} is {shown(value)}, expected {kind}, up to {high}.")
+        if not isinstance(self.backend, str):
+            raise ConfigError(f"backend is {self.backend!r}, expected a name.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,18 +171,18 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        CheckpointError: no adapter.
+        CheckpointError: no adapter, or what it says of frames is out of range.
     """
-    from sta_adapter.clips import FrameSettings
+    from sta_adapter.adapter_format import CONFIG
+    from sta_adapter.run_file import RUN_FILE, read_frames
 
     run, description = _saved_run(name, revision)
     if run:
-        found = run.get("frames", {})
-    else:  # a published adapter brings the numbers along, but not the rest of the run
-        published = description.get("frames")
-        items = published.items() if isinstance(published, dict) else ()
-        found = {key: value for key, value in items if value is None or isinstance(value, (int, float))}
-    return {key: value for key, value in found.items() if key in FrameSettings.__dataclass_fields__}
+        return read_frames(run.get("frames", {}), Path(name) / RUN_FILE)
+    published = read_frames(
+        description.get("frames") or {}, Path(name) / CONFIG
+    )  # the numbers, without the rest of the run
+    return {key: value for key, value in published.items() if key != "backend"}
 
 
 def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
@@ -201,12 +202,9 @@ def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None
 
 def _saved_run(name: str | os.PathLike[str], revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an adapter's `run.json` and `sta_config.json` say; empty where there is no such file."""
-    import json
-
     from sta_adapter.adapter_format import CONFIG, read_description
     from sta_adapter.hub import resolve_adapter
-    from sta_adapter.training import RUN_FILE
+    from sta_adapter.run_file import RUN_FILE, read_run_file
 
     folder = resolve_adapter(name, revision)
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if (folder / RUN_FILE).is_file() else {}
-    return run, read_description(folder) if (folder / CONFIG).is_file() else {}
+    return read_run_file(folder / RUN_FILE), read_description(folder) if (folder / CONFIG).is_file() else {}

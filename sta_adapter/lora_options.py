@@ -15,7 +15,7 @@ from typing import Any
 
 from sta_adapter.compatibility import version
 from sta_adapter.errors import CheckpointError, STAError
-from sta_adapter.reading import MAX_NAMES, require_plain_patterns
+from sta_adapter.reading import MAX_NAMES, require_plain_patterns, shown
 
 MAX_RANK = 8192
 MAX_ALPHA = 1e6
@@ -61,7 +61,7 @@ def checked_options(fields: Mapping[str, Any], where: str, error: type[STAError]
             continue
         value = _plain(fields[name])
         if not check(value):
-            raise error(f"{where}: {name} is {_shown(value)}, expected {expected}.")
+            raise error(f"{where}: {name} is {shown(value)}, expected {expected}.")
         options[name] = value
     if options.get("target_modules") is None:
         raise error(f"{where}: target_modules is not given, expected names of modules.")
@@ -183,13 +183,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, tuple)):
         return sorted(value, key=str)
     return getattr(value, "value", value)
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(str(value)[:80])
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return "a number of thousands of digits"
 
 
 def _whole(value: Any, low: int, high: int) -> bool:

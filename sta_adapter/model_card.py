@@ -5,15 +5,15 @@ Public: `CardFacts`, `read_run`, `make_card`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sta_adapter.errors import CheckpointError
+from sta_adapter.run_file import RUN_FILE, read_results, read_run_file, read_settings, read_stage
 
-RUN_FILE, RESULT_FILE, RESULTS_FILE = "run.json", "result.json", "results.json"
+RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"
 METHOD = (
     "In every block of the vision encoder, each patch position attends over the frames of its clip (stacked temporal "
@@ -72,27 +72,24 @@ def read_run(folder: Path, results: Path | None = None) -> dict[str, Any]:
         results: `results.json` of `sta-adapter evaluate`, or the folder that holds it; None looks for one in `folder`.
 
     Raises:
-        CheckpointError: a file is no JSON, or there is no `results` where they were said to be.
+        CheckpointError: a file is no JSON, holds something else than a run leaves, or there is no `results` where they were said to be.
     """
     if results is not None:
         results = results / RESULTS_FILE if results.is_dir() else results
         if not results.exists():
             raise CheckpointError(f"there are no results of an evaluation in {str(results)!r}.")
+    run, scores = folder / RUN_FILE, results or folder / RESULTS_FILE
     found = {
-        "settings": _read(folder / RUN_FILE),
-        "stages": {name[5:]: _read(folder / name / RESULT_FILE) for name in ("stage1", "stage2")},
-        "results": _read(results or folder / RESULTS_FILE),
+        "settings": read_settings(read_run_file(run), RECIPE, run),
+        "stages": {name[5:]: _stage(folder / name / RESULT_FILE) for name in ("stage1", "stage2")},
+        "results": read_results(read_run_file(scores), scores),
     }
     found["stages"] = {name: values for name, values in found["stages"].items() if values}
     return {name: values for name, values in found.items() if values}
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
+def _stage(file: Path) -> dict[str, Any]:
+    return read_stage(read_run_file(file), file)
 
 
 def make_card(description: Mapping[str, Any], facts: CardFacts) -> str:

@@ -19,6 +19,7 @@ from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.lora_keys import LoraFile
 from sta_adapter.lora_options import LoraOptions
 from sta_adapter.reading import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
+from sta_adapter.run_file import read_frames
 
 STA_KEY = re.compile(r"blocks\.\d+\.(?:(?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)")
 
@@ -33,6 +34,7 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], int, dict[str, bytes]]:
     read_description(folder)  # and finishes a saving that was cut off
     contents = {CONFIG: _contents(folder, CONFIG), WEIGHTS: _contents(folder, WEIGHTS)}
     description = require_description(parse_json(contents[CONFIG], folder / CONFIG), folder / CONFIG)
+    _require_plain(description, folder / CONFIG)
     try:
         STAConfig.from_dict(description["config"])
     except ConfigError as error:
@@ -65,6 +67,18 @@ def _contents(folder: Path, name: str) -> bytes:
     except FileNotFoundError as error:
         pickles = "; pickled weights are not pushed" if name == LORA_WEIGHTS else ""
         raise CheckpointError(f"{folder} holds no {name}{pickles}.") from error
+
+
+def _require_plain(description: Mapping[str, Any], path: Path) -> None:
+    """What the card says of the description are numbers and words."""
+    texts = {"backbone": description["backbone"], "sta_adapter_version": description.get("sta_adapter_version", "")}
+    wrong = [
+        name for name, text in texts.items() if not isinstance(text, str) or not re.fullmatch(r"[\w.+-]{0,60}", text)
+    ]
+    sizes = [description["encoder"].get(name) for name in ("width", "depth", "num_heads", "head_dim")]
+    if wrong or not all(type(size) is int and 0 < size <= 1 << 20 for size in sizes):
+        raise CheckpointError(f"{path}: {wrong[0] if wrong else 'encoder'} is not what an adapter has there.")
+    read_frames(description.get("frames") or {}, path)
 
 
 def _require_sta(state: Mapping[str, Tensor], description: Mapping[str, Any], path: Path) -> None:

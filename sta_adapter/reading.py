@@ -1,7 +1,7 @@
 """Reading files that a stranger may have written: JSON and safetensors, checked, in memory of the order of their size.
 
 Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `parse_metadata`, `read_shapes`, `compare_shapes`,
-`require_plain_pattern`, `require_plain_patterns`.
+`require_plain_pattern`, `require_plain_patterns`, `shown`.
 """
 
 from __future__ import annotations
@@ -156,6 +156,14 @@ def _require_weights(state: Mapping[str, Tensor], path: Path) -> None:
             f"{path}: {len(wrong)} tensors are not finite floating-point numbers of 16, 32 or 64 bits, "
             f"the first is {wrong[0]!r}."
         )
+
+
+def shown(value: Any) -> str:
+    """A value in a message: not all of a long one, and of an integer of thousands of digits, which Python prints not, none."""
+    try:
+        return repr(str(value)[:80])
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _size(path: Path) -> int:

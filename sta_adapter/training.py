@@ -28,6 +28,7 @@ from sta_adapter.inject import get_sta, inject_sta
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.requirements import require_free, require_reporters
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
+from sta_adapter.run_file import RUN_FILE, read_run_file
 from sta_adapter.sharding import write_once
 from sta_adapter.shards import is_shards
 from sta_adapter.streaming import StreamDataset
@@ -36,7 +37,6 @@ from sta_adapter.training_config import HARMLESS, TrainingConfig
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
-RUN_FILE = "run.json"
 RUN_FORMAT = 2  # raised when the same settings train other weights than before
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
 
@@ -230,7 +230,7 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         file.unlink(missing_ok=True)
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_run_file(file)
         differ = [key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key)]
         if differ:
             raise ConfigError(

@@ -133,9 +133,12 @@ def test_how_clips_were_sampled_travels_along(folder, tmp_path, monkeypatch):
         hub.use(monkeypatch, tmp_path / "cache")
         push_folder(folder, "user/adapter")
         assert saved_frame_settings("user/adapter") == sampling
-        description = {**json.loads(hub.files("user/adapter")[CONFIG]), "frames": {"fps": "x", "nframes": 4, "cmd": 1}}
-        hub.upload("user/adapter", {CONFIG: json.dumps(description).encode()})
+        description = json.loads(hub.files("user/adapter")[CONFIG])
+        hub.upload("user/adapter", {CONFIG: json.dumps({**description, "frames": {"nframes": 4, "cmd": 1}}).encode()})
         assert saved_frame_settings("user/adapter") == {"nframes": 4}
+        hub.upload("user/adapter", {CONFIG: json.dumps({**description, "frames": {"fps": "x"}}).encode()})
+        with pytest.raises(CheckpointError, match="fps is 'x', expected a number"):
+            saved_frame_settings("user/adapter")
     assert saved_frame_settings(folder) == FRAMES
 
 

@@ -1,0 +1,125 @@
+"""What training and evaluation leave beside an adapter, read as a file from anybody: `run.json`, `result.json`, `results.json`.
+
+Public: `read_run_file`, `read_frames`, `read_settings`, `read_stage`, `read_results`, `RUN_FILE`. Numbers are numbers, within their ranges, and text has no more than
+its characters, so that neither ends up in code or as markup.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.clips import FrameSettings
+from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.reading import read_json
+
+RUN_FILE = "run.json"
+MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged
+WORDS = re.compile(r"[\w .,:()+-]{0,80}")
+SCORES = ("accuracy", "low", "high")
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The object in one of these files; empty where there is none.
+
+    Raises:
+        CheckpointError: it is no regular file, too large, no JSON, or holds numbers or depths that no run has.
+    """
+    return read_json(path, MAX_BYTES) if path.exists() else {}
+
+
+def read_frames(found: Any, path: Path) -> dict[str, Any]:
+    """Settings of frames, those of them that are given and known.
+
+    Raises:
+        CheckpointError: a value is of another type or out of range.
+    """
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path}: frames is a {type(found).__name__}, expected settings of frames.")
+    known = {key: value for key, value in found.items() if key in FrameSettings.__dataclass_fields__}
+    try:
+        FrameSettings(**known)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: frames: {error}") from error
+    return known
+
+
+def read_settings(found: Mapping[str, Any], names: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The settings of a run with these names, and those of its frames.
+
+    Raises:
+        CheckpointError: one is neither a number nor a few words.
+    """
+    settings = {name: _plain(found[name], name, path) for name in names if found.get(name) is not None}
+    return {**settings, **({"frames": read_frames(found["frames"], path)} if found.get("frames") else {})}
+
+
+def read_stage(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Sizes and losses of a finished stage; empty where there is none.
+
+    Raises:
+        CheckpointError: they are no numbers.
+    """
+    if not found:
+        return {}
+    history = found.get("history", [])
+    entries = history if isinstance(history, list) else [history]
+    losses = [entry["loss"] if isinstance(entry, Mapping) else entry for entry in entries if not _lacks_loss(entry)]
+    numbers = [found.get("trainable_parameters"), found.get("steps"), *losses]
+    if not all(map(_is_number, numbers)):
+        raise CheckpointError(f"{path}: trainable_parameters, steps and losses must be numbers.")
+    return {
+        **{name: found[name] for name in ("trainable_parameters", "steps")},
+        "history": [{"loss": x} for x in losses],
+    }
+
+
+def read_results(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Scores of an evaluation and how they are to be read; only such parts as have that form.
+
+    Raises:
+        CheckpointError: a score is no number.
+    """
+    results: dict[str, Any] = {}
+    for variant in ("base", "adapter"):
+        runs = found.get(variant)
+        for order, run in runs.items() if isinstance(runs, Mapping) else ():
+            score = run.get("overall") if isinstance(run, Mapping) else None
+            if not isinstance(score, Mapping) or not {*SCORES, "total"} <= set(score):
+                continue
+            if not all(_is_number(score[name]) for name in (*SCORES, "total")):
+                raise CheckpointError(
+                    f"{path}: the scores of {variant}, {_plain(order, variant, path)}, must be numbers."
+                )
+            kept = {name: score[name] for name in (*SCORES, "total")}
+            results.setdefault(variant, {})[_plain(order, variant, path)] = {"overall": kept}
+    if found.get("benchmark"):
+        results["benchmark"] = _plain(found["benchmark"], "benchmark", path)
+    reading = found.get("reading")
+    lines = [line for line in reading if isinstance(line, str)] if isinstance(reading, list) else []
+    if lines:
+        results["reading"] = [_as_text(line) for line in lines[:100]]
+    return results
+
+
+def _lacks_loss(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "loss" not in entry
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(value: Any, name: str, path: Path) -> Any:
+    if isinstance(value, (int, float)) or (isinstance(value, str) and WORDS.fullmatch(value)):
+        return value
+    raise CheckpointError(f"{path}: {name} is {str(value)[:80]!r}, expected a number or a few words.")
+
+
+def _as_text(line: str) -> str:
+    """A sentence on one line that is no markup."""
+    escaped = html.escape(" ".join(line.split())[:500], quote=False)
+    return escaped.replace("](", "] (").replace("`", "'")
