@@ -11,6 +11,7 @@ BACKBONE = Backbone(
     encoder_classes=("CLIPVisionTransformer", "CLIPVisionModel"),
     accepts=holds_blocks,
     layout=pixel_layout(prefix=1, must_be_told=True),
+    separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layers",
     norm="layer_norm2",

@@ -28,6 +28,7 @@ BACKBONE = Backbone(
     name="dinov2",
     encoder_classes=("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
     layout=pixel_layout(prefix=leading_tokens, must_be_told=True),
+    separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layer",
     lora=DINO_LORA,

@@ -12,15 +12,9 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import EncoderCall
-from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout, ClipLengths
-
-
-class EachRow(tuple[int, ...]):
-    """Clip lengths for any number of rows, each a clip of one frame: pictures, or tiles of pictures."""
-
-
-EACH_ROW: ClipLengths = EachRow((1,))
+from sta_adapter.errors import LayoutError, UnknownClipsError
+from sta_adapter.layout import EACH_ROW as EACH_ROW
+from sta_adapter.layout import AllRows, ClipLayout, ClipLengths, EachRow
 
 
 def row_clips(rows: int, positions: int, lengths: ClipLengths | None, *, prefix: int = 0) -> ClipLayout:
@@ -30,7 +24,7 @@ def row_clips(rows: int, positions: int, lengths: ClipLengths | None, *, prefix:
         rows: size of the encoder's batch.
         positions: patch positions of a row.
         lengths: of each clip, its frames, or (frames, tiles of each frame) where a frame takes several rows;
-            `EACH_ROW`; None for one clip of all rows.
+            `EACH_ROW`; `ALL_ROWS` or None for one clip of all rows.
         prefix: class and register tokens in front of a row's patches.
 
     Raises:
@@ -38,7 +32,8 @@ def row_clips(rows: int, positions: int, lengths: ClipLengths | None, *, prefix:
     """
     if isinstance(lengths, EachRow):
         lengths = (1,) * rows
-    clips = [(rows, 1)] if lengths is None else [n if isinstance(n, tuple) else (n, 1) for n in lengths]
+    whole = lengths is None or isinstance(lengths, AllRows)
+    clips = [(rows, 1)] if whole else [n if isinstance(n, tuple) else (n, 1) for n in lengths or ()]
     total = sum(frames * tiles for frames, tiles in clips)
     if total != rows:
         raise LayoutError(
@@ -48,9 +43,9 @@ def row_clips(rows: int, positions: int, lengths: ClipLengths | None, *, prefix:
     return ClipLayout([(frames, tiles * positions) for frames, tiles in clips], prefix=prefix)
 
 
-def unknown_clips(found: str) -> LayoutError:
+def unknown_clips(found: str) -> UnknownClipsError:
     """The error for rows of which nobody has told whether they are frames of one clip or pictures."""
-    return LayoutError(
+    return UnknownClipsError(
         f"where the clips end can't be known: {found} may be frames of one clip or separate pictures. Tell the frames "
         "of each clip: `with handle.clips([8, 1]):` around the call means a clip of 8 frames, then a picture."
     )

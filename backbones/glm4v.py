@@ -19,7 +19,7 @@ from sta_adapter.backbones.frames import unknown_clips
 from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
 from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout, ClipLengths
+from sta_adapter.layout import AllRows, ClipLayout, ClipLengths
 
 
 def frame_grid_layout(call: EncoderCall) -> ClipLayout:
@@ -31,6 +31,8 @@ def frame_grid_layout(call: EncoderCall) -> ClipLayout:
             raise unknown_clips(f"the {len(rows)} rows {rows} of {type(call.encoder).__name__}'s grid_thw")
         return ClipLayout((t, h * w) for t, h, w in rows)
     lengths = [n if isinstance(n, int) else n[0] for n in call.clip_lengths]
+    if isinstance(call.clip_lengths, AllRows):
+        lengths = [len(frames)]
     if sum(lengths) != len(frames):
         raise LayoutError(
             f"the encoder got {len(frames)} frames, but the clips {lengths} have {sum(lengths)}. "
@@ -73,6 +75,7 @@ BACKBONE = Backbone(
     name="glm4v",
     encoder_classes=("Glm4vVisionModel", "Glm4vMoeVisionModel"),
     layout=frame_grid_layout,
+    separate_frames=True,
     heads=config_heads,
     qkv_bias=False,
     clip_source=ClipSource(

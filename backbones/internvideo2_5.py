@@ -24,7 +24,7 @@ from torch import nn
 from sta_adapter.backbone import Backbone, ClipSource, EncoderCall
 from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.backbones.internvideo2 import INTERN_LORA
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import LayoutError, UnknownClipsError
 from sta_adapter.layout import ClipLayout, ClipLengths
 
 PLACEHOLDER = re.compile(r"(?:\bframe[\s_-]*(\d+)\s*:?\s*)?<image>", re.IGNORECASE)
@@ -95,11 +95,10 @@ def sample_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths 
     return lengths
 
 
-def _unknown(found: str) -> LayoutError:
-    return LayoutError(
-        f"where the clips end can't be known: {found} may be frames of one clip or separate pictures. Tell with "
-        "clip_lengths=[...] or handle.clips([...]), the frames of each clip (1 for a picture), or label frames in the "
-        "prompt of chat(...): 'Frame1: <image> Frame2: <image>'."
+def _unknown(found: str) -> UnknownClipsError:
+    return UnknownClipsError(
+        f"where the clips end can't be known: {found} may be frames of one clip or separate pictures. Tell the frames of each "
+        "by clip_lengths=[...] or handle.clips([...]), or label them in chat(...): 'Frame1: <image> Frame2: <image>'."
     )
 
 
@@ -107,6 +106,7 @@ BACKBONE = Backbone(
     name="internvideo2_5",
     encoder_classes=("InternVisionModel",),
     layout=vit_layout,
+    separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layers",
     clip_source=ClipSource(

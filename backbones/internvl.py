@@ -44,6 +44,7 @@ BACKBONE = Backbone(
     name="internvl",
     encoder_classes=("InternVLVisionModel",),
     layout=pixel_layout(),
+    separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layer",
     norm="layernorm_after",

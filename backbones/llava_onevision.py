@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import ClipSource
-from sta_adapter.backbones.frames import EACH_ROW
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLengths
+from sta_adapter.layout import EACH_ROW, ClipLengths
 
 MODELS = ("LlavaOnevisionModel", "LlavaOnevisionForConditionalGeneration")
 

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import ClipSource
-from sta_adapter.backbones.frames import EACH_ROW
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
-from sta_adapter.layout import ClipLengths
+from sta_adapter.layout import EACH_ROW, ClipLengths
 
 
 def multimodal_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

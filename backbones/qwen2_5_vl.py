@@ -50,6 +50,7 @@ BACKBONE = Backbone(
     name="qwen2_5_vl",
     encoder_classes=("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"),
     layout=grid_layout,
+    separate_frames=True,
     heads=config_heads,
     lora=GATED_LORA,
     dummy_inputs=grid_dummy,

@@ -105,6 +105,7 @@ BACKBONE = Backbone(
     name="qwen2_vl",
     encoder_classes=("Qwen2VisionTransformerPretrainedModel",),
     layout=grid_layout,
+    separate_frames=True,
     heads=config_heads,
     lora=QWEN_LORA,
     dummy_inputs=grid_dummy,

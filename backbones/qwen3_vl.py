@@ -31,6 +31,7 @@ BACKBONE = Backbone(
         *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
     ),
     layout=grid_layout,
+    separate_frames=True,
     heads=config_heads,
     lora=QWEN3_LORA,
     dummy_inputs=grid_dummy,

@@ -85,6 +85,7 @@ BACKBONE = Backbone(
     encoder_classes=("SiglipVisionTransformer", "SiglipVisionModel", "Siglip2VisionTransformer", "Siglip2VisionModel"),
     accepts=holds_blocks,
     layout=siglip_layout,
+    separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layers",
     norm="layer_norm2",

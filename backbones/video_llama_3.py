@@ -34,6 +34,7 @@ BACKBONE = Backbone(
     name="video_llama_3",
     encoder_classes=("VideoLlama3VisionModel",),
     layout=grid_layout,
+    separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layers",
     norm="layer_norm2",

@@ -24,6 +24,9 @@ from sta_adapter.reading import compare_shapes, read_json, read_tensors
 WEIGHTS = "sta_adapter.safetensors"
 CONFIG = "sta_config.json"
 FORMAT_VERSION = 1
+ADDED = (
+    ("window", None),
+)  # settings newer than the format, as before them: left out, so that older releases read the file
 
 
 def write_adapter(
@@ -112,7 +115,7 @@ def make_description(
         "language_model": base.get("language_model"),
         "positions": positions,
         "encoder": dict(encoder),
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if (name, value) not in ADDED},
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sta_adapter import xformers_kernels
 from sta_adapter.errors import BackendError, ConfigError
+from sta_adapter.frame_mask import visible_keys
 
 BACKENDS = ("auto", "xformers", "sdpa", "eager")
 CUDA_BATCH_LIMIT = 65535  # the kernels' grids have one entry per batch row in a dimension of 16 bits
@@ -23,33 +24,55 @@ class Choice(NamedTuple):
     reason: str
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None, backend: str = "auto"
+) -> Tensor:
     """Softmax attention over the second axis, scaled by 1/sqrt(D).
 
     Args:
         q: queries (P, T, H, D): P independent sequences of T tokens in H heads of size D; floating dtype. Strides are free.
-        k: keys, as q.
-        v: values, as q.
+        k: keys (P, S, H, D). With `causal`, S may be larger than T: the queries are those of the last T tokens.
+        v: values, as k.
         causal: token t sees only tokens up to t.
+        window: with `causal`, how many tokens each one sees, itself and those just before it; None for all.
         backend: "auto", "xformers", "sdpa" or "eager".
 
     Returns:
         (P, T, H, D), in q's dtype.
 
     Raises:
-        ConfigError: for an unknown backend or shapes that differ.
+        ConfigError: for an unknown backend, shapes that differ, or a window without `causal`.
         BackendError: when the backend asked for can't take these tensors; the message has the reason.
     """
-    if not q.shape == k.shape == v.shape or q.dim() != 4:
-        raise ConfigError(
-            f"attend takes q, k, v of one shape (positions, frames, heads, head size); found {tuple(q.shape)}, "
-            f"{tuple(k.shape)}, {tuple(v.shape)}."
-        )
+    _check(q, k, v, causal, window)
+    queries, keys = q.shape[1], k.shape[1]
+    if window is not None and keys >= queries + window:  # no query sees the first of them
+        k, v = k[:, 1 - queries - window :], v[:, 1 - queries - window :]
+        keys = k.shape[1]
+    if window is not None and window >= keys:
+        window = None
+    if queries == 1:  # sees all that is left
+        causal, window = False, None
     kernel = _KERNELS[choose_backend(q, backend).backend]
     if q.is_cuda and q.shape[0] > CUDA_BATCH_LIMIT:
         parts = zip(*(x.split(CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
-        return torch.cat([kernel(a, b, c, causal) for a, b, c in parts])
-    return kernel(q, k, v, causal)
+        return torch.cat([kernel(a, b, c, causal, window) for a, b, c in parts])
+    return kernel(q, k, v, causal, window)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> None:
+    if q.dim() != 4 or k.shape != v.shape or not (q.shape == k.shape or (causal and _ends_with(k, q))):
+        raise ConfigError(
+            f"attend takes q, k, v of one shape (positions, frames, heads, head size); found {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}. With causal=True k and v may have more frames than q."
+        )
+    if window is not None and (not causal or window < 1):
+        raise ConfigError(f"window={window} with causal={causal}: expected a number above 0, and causal=True.")
+
+
+def _ends_with(k: Tensor, q: Tensor) -> bool:
+    """Whether k are the keys of q's tokens and of others before them."""
+    return k.dim() == 4 and k.shape[0] == q.shape[0] and k.shape[2:] == q.shape[2:] and k.shape[1] >= q.shape[1]
 
 
 def choose_backend(q: Tensor, requested: str = "auto") -> Choice:
@@ -94,10 +117,11 @@ def xformers_refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | No
     return _REFUSALS[key]
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
+    bias = xformers_kernels.causal_bias(q, k, window) if causal else None
+    return memory_efficient_attention(q, k, v, attn_bias=bias)
 
 
 def _widens(device: str, dtype: torch.dtype) -> bool:
@@ -105,26 +129,28 @@ def _widens(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
     dtype = q.dtype
     if _widens(q.device.type, dtype):
         q, k, v = q.float(), k.float(), v.float()
+    mask = None
+    if causal and (window is not None or q.shape[1] != k.shape[1]):
+        causal, mask = False, visible_keys(q.shape[1], k.shape[1], window, q.device)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(dtype).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).to(dtype).transpose(1, 2)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
     dtype = q.dtype
     wide = torch.promote_types(torch.float32, dtype)  # scores in 16 bits overflow, or are too coarse for a softmax
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+        scores = scores.masked_fill(~visible_keys(q.shape[2], k.shape[2], window, q.device), float("-inf"))
     return (scores.softmax(dim=-1) @ v).to(dtype).transpose(1, 2)
 
 
-_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool, int | None], Tensor]] = {
     "xformers": _xformers,
     "sdpa": _sdpa,
     "eager": _eager,

@@ -118,6 +118,8 @@ class Backbone:
         accepts: a further condition on (model, encoder); None when the class name is enough.
         priority: backbones with a higher one are tried first.
         defaults: values of STAConfig fields that differ from the general ones.
+        separate_frames: whether the encoder without STA computes each frame by itself: spatial attention within a frame,
+            no embedding of time. Only then can `handle.stream` go on where the last call ended.
         qkv_bias: whether the branch's q, k, v projection has a bias.
         clip_source: calls of the full model that tell the clips, for encoders that get frames as a batch.
         lora: the recipe of stage two; None when there is none.
@@ -142,6 +144,7 @@ class Backbone:
     accepts: Callable[[nn.Module, nn.Module], bool] | None = None
     priority: int = 0
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    separate_frames: bool = False
     qkv_bias: bool = True
     clip_source: ClipSource | None = None
     lora: LoRARecipe | None = None

@@ -49,12 +49,13 @@ class STAConfig:
             as always the q, k, v projection, with a standard deviation of 0.02.
         single_frames: whether a clip of one frame, a still image, passes through the branch too.
         causal: whether a frame attends only to itself and to earlier frames.
+        window: with `causal`, to how many frames a frame attends: itself and those just before it; None for all.
         attention: which attention kernel to use; "auto" chooses per call.
         token_order: "clip" as in the paper; "published" reproduces the released Qwen2-VL code, which adds the
             branch's output in (position, frame) order to tokens in (frame, position) order.
 
     Raises:
-        ConfigError: for a value of the wrong type or out of range.
+        ConfigError: for a value of the wrong type or out of range, or a window without `causal`.
     """
 
     head_scale: float = _default(0.25)
@@ -67,6 +68,7 @@ class STAConfig:
     causal: bool = _default(False)
     attention: Literal["auto", "xformers", "sdpa", "eager"] = _default("auto")
     token_order: Literal["clip", "published"] = _default("clip")
+    window: int | None = _default(None)
 
     def __post_init__(self) -> None:
         given = []
@@ -78,6 +80,10 @@ class STAConfig:
                 given.append(field.name)
             object.__setattr__(self, field.name, _checked(field.name, value))
         object.__setattr__(self, "_given", frozenset(given))
+        if self.window is not None and not self.causal:
+            raise ConfigError(
+                f"window={self.window} is how far a frame looks back, so it needs causal=True; found causal=False."
+            )
 
     @property
     def given(self) -> frozenset[str]:
@@ -126,6 +132,8 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if value is None and name != "head_scale":
         return None
+    if name == "window":
+        return checked_window(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name}={value!r}: expected a finite number{'' if name == 'head_scale' else ' or None'}.")
     if name != "gamma_init" and value <= 0:
@@ -135,6 +143,19 @@ def _checked(name: str, value: Any) -> Any:
             f"head_scale={value!r}: expected at most 16, a share of the encoder's heads (the paper: 0.25)."
         )
     return float(value)
+
+
+def checked_window(value: Any) -> int:
+    """A window, in frames.
+
+    Raises:
+        ConfigError: it is no whole number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"window={value!r}: expected a whole number of frames above 0; a window of 1 is the frame itself."
+        )
+    return value
 
 
 def _checked_layers(value: Any) -> tuple[int, ...]:

@@ -21,6 +21,14 @@ class LayoutError(STAError, ValueError):
     """Clips, frames and positions of the tokens are unknown or don't add up."""
 
 
+class UnknownClipsError(LayoutError):
+    """Nobody has told whether several rows of an encoder's batch are frames of one clip or pictures."""
+
+
+class StreamError(STAError, RuntimeError):
+    """A stream can't take a call: another thread is using it, gradients are wanted, or its state doesn't fit."""
+
+
 class BackendError(STAError, RuntimeError):
     """An attention or decoding backend was asked for by name and can't do the work."""
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import InjectionError, MissingExtraError
+from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
 from sta_adapter.explain import Call
 from sta_adapter.hooks import CHILD, active_module, remove_hooks
 from sta_adapter.injection import Injection
 from sta_adapter.layout import checked_lengths
+from sta_adapter.live.stream import Stream, check_streaming, entered
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.telling import remove_methods
 
@@ -145,6 +146,34 @@ class STAHandle:
         self._require_injected()
         return self._injection.clips(None if lengths is None else checked_lengths(lengths))
 
+    def stream(self, window: int | None = None, *, name: str = "stream") -> Stream:
+        """A new stream: a video that comes piece by piece, each frame encoded once, with what earlier ones left.
+
+        `with handle.stream(window=64) as stream: features = encoder(next_frames, ...)`, as often as frames come.
+
+        Args:
+            window: frames that a frame attends to, itself among them; None for that of the adapter's configuration.
+            name: for messages, where there are several.
+
+        Raises:
+            ConfigError: the adapter is not causal, its encoder looks across frames by itself (InternVideo2), or the window
+                doesn't fit.
+        """
+        self._require_injected()
+        window = check_streaming(self.config, self._injection.spec, window)
+        return Stream(self._injection, self._living_blocks, window, name)
+
+    def streams(self, *streams: Stream) -> contextlib.AbstractContextManager[None]:
+        """Context in which each call of the encoder brings the next frames of each of these streams, a clip each, in order.
+
+        Raises:
+            ConfigError: they are none, one stands there twice, or one is another model's.
+        """
+        self._require_injected()
+        if not streams or len(set(streams)) < len(streams) or any(s.injection is not self._injection for s in streams):
+            raise ConfigError("streams takes one or more different streams, made by this handle's stream(...).")
+        return entered(streams)
+
     def explain(self) -> list[Call]:
         """Which attention kernel has computed STA so far, and why: an entry for each distinct shape of its calls.
 
@@ -243,6 +272,10 @@ class STAHandle:
     def _removed(self) -> bool:
         hooks = self._encoder._forward_pre_hooks.values()
         return not any(getattr(hook, "injection", None) is self._injection for hook in hooks)
+
+    def _living_blocks(self) -> dict[int, TemporalAttention]:
+        self._require_injected()
+        return self.blocks
 
     def _require_injected(self) -> None:
         if self._removed:

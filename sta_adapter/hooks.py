@@ -21,6 +21,7 @@ from sta_adapter.compatibility import HOOK_OPTIONS, hook_table, remove_load_hook
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths, checked_lengths
+from sta_adapter.live.stream import continue_streams
 from sta_adapter.module_names import STA_TENSOR, canonical
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.uncompiled import uncompiled
@@ -48,10 +49,15 @@ class EncoderBegin(Hook):
         if not injection.is_enabled:
             injection.begin(None)
             return args, kwargs
-        layout = injection.spec.layout(EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths))
-        for block in encoder.get_submodule(injection.spec.blocks).children():
-            if (sta := getattr(block, CHILD, None)) is not None:
-                injection.saw(active_module(sta).prepare(layout))
+        told = told or injection.clip_lengths or injection.default_lengths
+        call = EncoderCall.bind(encoder, args, kwargs, told)
+        layout = injection.spec.layout(call)
+        blocks = enumerate(encoder.get_submodule(injection.spec.blocks).children())
+        modules = {i: active_module(getattr(block, CHILD)) for i, block in blocks if hasattr(block, CHILD)}
+        if injection.streams:
+            layout = continue_streams(injection.streams, call, layout, modules)
+        for module in modules.values():
+            injection.saw(module.prepare(layout))
         injection.begin(layout)
         if encoder.training and torch.is_grad_enabled():
             injection.warn_of_training()
@@ -65,8 +71,11 @@ class EncoderEnd(Hook):
 
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Follow the outputs into the backward, and end the forward."""
+        """Follow the outputs into the backward, and end the forward; streams go on, if it has not failed."""
         try:
+            layout = None if output is None else self.injection.layout()
+            if layout is not None and layout.past is not None:
+                layout.past.commit()
             if torch.is_grad_enabled():
                 for tensor in iterate_tensors((output, self.injection.noted)):
                     self.injection.follow(tensor)
@@ -88,7 +97,8 @@ class BlockBegin(Hook):
             return None
         out = tokens.clone()
         stream = tokens + kwargs[RESIDUAL] if isinstance(kwargs.get(RESIDUAL), Tensor) else tokens
-        layout.patches(out).add_(getattr(block, CHILD)(layout.patches(stream), layout))
+        branch = getattr(block, CHILD)(layout.patches(stream), layout)
+        layout.patches(out).add_(branch)
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
 
 
@@ -136,7 +146,8 @@ class NormBegin(Hook):
             stream = summand.clone()
         else:
             stream = summand
-        layout.patches(summand).add_(sta(layout.patches(stream), layout))
+        branch = sta(layout.patches(stream), layout)
+        layout.patches(summand).add_(branch)
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormBegin:

@@ -12,8 +12,8 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,11 @@ from sta_adapter.compatibility import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
 from sta_adapter.explain import Call
-from sta_adapter.layout import ClipLayout, ClipLengths
+from sta_adapter.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.lora_files import checked_lora
+
+if TYPE_CHECKING:
+    from sta_adapter.live.stream import Stream
 
 CALLS_KEPT = 256
 
@@ -102,6 +105,26 @@ class Injection:
             checked_lora(model)
         except CheckpointError as error:
             warnings.warn(f"handle.save_pretrained can't save what is trained here: {error}", STAWarning, stacklevel=2)
+
+    @property
+    def streams(self) -> Sequence[Stream]:
+        """The streams whose next frames the forwards in this thread bring; none outside of `handle.stream(...)`."""
+        return getattr(self._local, "streams", ())
+
+    @contextlib.contextmanager
+    def streaming(self, streams: Sequence[Stream]) -> Iterator[None]:
+        """The forwards in this thread bring the next frames of these streams."""
+        before = self.streams
+        self._local.streams = streams
+        try:
+            yield
+        finally:
+            self._local.streams = before
+
+    @property
+    def default_lengths(self) -> ClipLengths | None:
+        """Frames of each clip where nobody has told them: a single stream takes all rows."""
+        return ALL_ROWS if len(self.streams) == 1 else None
 
     def begin(self, layout: ClipLayout | None) -> None:
         """An encoder forward starts in this thread; None when the branch is switched off."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.inject import Plan, plan_injection
+from sta_adapter.live.stream import check_streaming
+from sta_adapter.modules import TemporalAttention
 
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 FORMULA = (
@@ -21,6 +24,7 @@ FORMULA = (
     "head size, T frames, N patches of a frame, W numbers in a block's weight matrices, E in the patch embedding, L "
     "blocks, L' blocks with STA; the projector behind the blocks is not counted, an operation is half a multiply-add"
 )
+STREAM_FORMULA = "bytes = 2 x heads of STA x head size x positions x window x blocks with STA x bytes of a number"
 POSITIONS = (
     "transformers {version} numbers the text after a clip {rule}. restore_original_positions(model) of "
     "sta_adapter.backbones.qwen2_vl_positions brings the rule of its training back; the commands do so by themselves "
@@ -138,7 +142,7 @@ def inspect_model(
 
     Returns:
         Plain values, ready for JSON: `model`, `backbone`, `encoder`, `config`, `blocks`, `parameters`, `arithmetic`,
-        `warnings`.
+        `stream` (what one keeps, where `cfg` has a window; else None), `warnings`.
 
     Raises:
         STAError: as `inject_sta`.
@@ -178,6 +182,7 @@ def inspect_model(
             "model": sum(p.numel() for p in model.parameters()),
         },
         "arithmetic": count_arithmetic(plan, clip or ClipSize()),
+        "stream": count_stream(plan, clip or ClipSize(), modules),
         "warnings": _warnings(plan),
     }
 
@@ -202,6 +207,31 @@ def count_arithmetic(plan: Plan, clip: ClipSize) -> dict[str, Any]:
     }
 
 
+def count_stream(plan: Plan, clip: ClipSize, modules: Mapping[int, TemporalAttention]) -> dict[str, Any] | None:
+    """Memory of a stream whose frames have the clip's rows and columns, as `Stream.bytes` will say; None without one."""
+    window = plan.config.window
+    if window is None or _why_no_stream(plan):
+        return None
+    positions = clip.rows * clip.columns
+    numbers = sum(2 * m.num_heads * m.head_dim * positions * window for m in modules.values())
+    weight = next(iter(modules.values())).to_qkv.weight
+    return {
+        "window": window,
+        "positions": positions,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "bytes": numbers * weight.element_size(),
+        "formula": STREAM_FORMULA,
+    }
+
+
+def _why_no_stream(plan: Plan) -> str:
+    try:
+        check_streaming(plan.config, plan.site.backbone, None)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _warnings(plan: Plan) -> list[str]:
     """What the user should know about this model before training."""
     import transformers
@@ -213,6 +243,8 @@ def _warnings(plan: Plan) -> list[str]:
         what = "; and ".join(text for name, text in OTHER_RULES.items() if name in str(rule))
         what = what or f"by a rule that is not known ({rule}), and not by that of the model's training"
         found.append(POSITIONS.format(version=transformers.__version__, rule=what))
+    if plan.config.window is not None and (reason := _why_no_stream(plan)):
+        found.append(reason)
     if site.backbone.clip_source is not None and site.encoder is plan.model:
         found.append(
             "this encoder gets frames as a batch: tell the frames of each clip with handle.clips([...]), or all rows are one."

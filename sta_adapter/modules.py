@@ -100,7 +100,7 @@ class TemporalAttention(nn.Module):
         branch = self.to_out(heads)
         if self.gamma is not None:
             branch = branch * self.gamma
-        if not self.config.single_frames and any(t == 1 for t, _ in layout.clips):
+        if not self.config.single_frames and layout.past is None and any(t == 1 for t, _ in layout.clips):
             branch = branch.masked_fill(layout.single_frame_mask(branch.device), 0)
         return branch.view(tokens.shape)
 
@@ -115,6 +115,11 @@ class TemporalAttention(nn.Module):
         """
         weight = self.to_qkv.weight
         device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        like = weight.new_empty((1, 1, self.num_heads, self.head_dim), dtype=dtype)
+        if layout.past is not None:
+            return layout.past.prepare(self, like)
         if not layout.is_uniform:
             layout.scatter_index(device)
             layout.gather_index(device)
@@ -122,15 +127,14 @@ class TemporalAttention(nn.Module):
             layout.published_index(device)
         if not self.config.single_frames:
             layout.single_frame_mask(device)
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        like = weight.new_empty((1, 1, self.num_heads, self.head_dim), dtype=dtype)
         if self.config.rope_theta is not None:
             layout.rotary_tables(self.head_dim, self.config.rope_theta, like)
         return calls_of(layout, like, self.config.attention)
 
     def mix_frames(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
         """Attention over the frames of each position: (tokens, 3 * heads * head_dim) -> (tokens, heads * head_dim)."""
+        if layout.past is not None:
+            return layout.past.mix_frames(self, qkv)
         if layout.is_uniform:
             frames, positions = layout.clips[0]
             fold = rearrange(qkv, "(b t n) (k h d) -> b n t k h d", t=frames, n=positions, k=3, h=self.num_heads)
@@ -161,7 +165,8 @@ class TemporalAttention(nn.Module):
             cos, sin = (x[:frames, None] for x in layout.rotary_tables(self.head_dim, self.config.rope_theta, qkv))
             q, k = rotate(qkv[..., :2, :, :], cos, sin).flatten(0, -5).unbind(2)
             v = qkv[..., 2, :, :].flatten(0, -4)
-        return attend(q, k, v, causal=self.config.causal, backend=self.config.attention)
+        config = self.config
+        return attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.backbone import Site
+from sta_adapter.errors import UnknownClipsError
 from sta_adapter.hooks import Hook, take_clip_lengths
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths
@@ -108,4 +109,9 @@ def _tell(
         arguments: Mapping[str, Any] = inspect.signature(method).bind(*args, **kwargs).arguments
     except TypeError:  # the method itself says best what is wrong with its arguments
         return kwargs, None
-    return kwargs, source.methods[name](model, arguments)
+    try:
+        return kwargs, source.methods[name](model, arguments)
+    except UnknownClipsError:
+        if injection.default_lengths is None:
+            raise
+        return kwargs, injection.default_lengths

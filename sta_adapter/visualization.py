@@ -92,6 +92,7 @@ def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> O
     frames, positions = seen.clip
     change = (watch.after - watch.before).norm(dim=-1) / watch.before.norm(dim=-1).clamp_min(1e-12)
     visible = torch.arange(1, frames + 1) if handle.config.causal else torch.full((frames,), frames)
+    visible = visible.clamp(max=handle.config.window or frames)
     return Observation(
         blocks=tuple(seen.attention),
         attention=torch.stack([mean for mean, _ in seen.attention.values()]).numpy(),

@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sta_adapter.backbone import Backbone, EncoderCall, get_backbone
+from sta_adapter.errors import StreamError
+from sta_adapter.frame_mask import visible_keys
 from sta_adapter.handle import STAHandle
 from sta_adapter.hooks import iterate_tensors, take_clip_lengths
 from sta_adapter.layout import ClipLayout
@@ -74,6 +76,10 @@ class Watch:
         self._first, self._call = False, -1
 
     def __enter__(self) -> Watch:
+        if self.handle._injection.streams:
+            raise StreamError(
+                "a stream's frames can't be watched: look at a whole clip, outside of the stream's `with` block."
+            )
         encoder = self.handle.encoder
         self._on(encoder, "register_forward_pre_hook", self._begin, prepend=True, with_kwargs=True)
         for index, module in self.handle.blocks.items():
@@ -182,5 +188,6 @@ def _weights(module: TemporalAttention, part: Tensor, layout: ClipLayout, clip: 
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     scores = torch.einsum("n t h d, n s h d -> h n t s", q, k) * module.head_dim**-0.5
     if module.config.causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        visible = visible_keys(frames, frames, module.config.window, scores.device)
+        scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(-1)

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sta_adapter.frame_mask import visible_keys
 
 INSTALL = "pip install 'sta-adapter[xformers]'"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,7 +80,24 @@ def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-def kernel_names(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[str, str]:
+def causal_bias(q: Tensor, k: Tensor, window: int | None) -> Any:
+    """The mask for xformers in which queries (P, T, H, D), the last of the keys' (P, S, H, D) tokens, see `window` tokens."""
+    from xformers.ops.fmha import attn_bias
+
+    if window is None:
+        same = q.shape[1] == k.shape[1]
+        return attn_bias.LowerTriangularMask() if same else attn_bias.LowerTriangularFromBottomRightMask()
+    if q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return attn_bias.LowerTriangularFromBottomRightLocalAttentionMask(window)
+    # only the flash kernels have a backward with a window; the others take numbers, rows of them aligned to 16 bytes
+    visible = visible_keys(q.shape[1], k.shape[1], window, q.device)
+    rows = q.new_zeros(q.shape[1], -(-k.shape[1] // 8) * 8)[:, : k.shape[1]]
+    return rows.masked_fill_(~visible, float("-inf")).expand(q.shape[0], q.shape[2], -1, -1)
+
+
+def kernel_names(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None
+) -> tuple[str, str]:
     """Names of the forward and backward kernels that xformers takes for q, k, v (P, T, H, D) on CUDA.
 
     A name that ends in "-pt" is a kernel of torch's own, called through xformers. Nothing is computed, so fake tensors do.
@@ -85,11 +105,12 @@ def kernel_names(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tu
     Raises:
         XformersUnusable: when xformers can't be used, or has no kernel for these tensors.
     """
-    ops = import_xformers()
+    import_xformers()
     from xformers.ops.fmha.common import Inputs
     from xformers.ops.fmha.dispatch import _dispatch_bw, _dispatch_fw
 
-    inputs = Inputs(query=q, key=k, value=v, attn_bias=ops.LowerTriangularMask() if causal else None)
+    bias = causal_bias(q, k, window) if causal else None
+    inputs = Inputs(query=q, key=k, value=v, attn_bias=bias)
     try:
         return _dispatch_fw(inputs, True).NAME, _dispatch_bw(inputs, None).NAME
     except NotImplementedError as error:

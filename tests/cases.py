@@ -24,15 +24,17 @@ Arguments = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip of noise: its pixels depend on the seed and the frame alone; frame `changed` holds other pixels."""
+    """A clip of noise, or its frames from `start` on: pixels depend on the seed and the frame alone; frame `changed` holds others."""
 
     frames: int
     seed: int = 0
     changed: int | None = None
+    start: int = 0
 
     def pixels(self, *shape: int) -> Tensor:
         """(frames, *shape), seeded standard normal numbers."""
-        seeds = [1000 * self.seed + frame + (500 if frame == self.changed else 0) for frame in range(self.frames)]
+        frames = range(self.start, self.start + self.frames)
+        seeds = [1000 * self.seed + frame + (500 if frame == self.changed else 0) for frame in frames]
         return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 

@@ -9,21 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sta_adapter import attend, attention
+from sta_adapter import attend, attention, xformers_kernels
 from sta_adapter.attention import choose_backend, choose_kernel, xformers_refusal
 from sta_adapter.errors import BackendError, ConfigError
+from sta_adapter.frame_mask import visible_keys
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def plain(q, k, v, causal):
+def plain(q, k, v, causal, window=None):
     """Written out in float64, sequence by sequence and head by head."""
     q, k, v = q.double(), k.double(), v.double()
     out = torch.zeros_like(q)
     for p, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
         scores = q[p, :, h] @ k[p, :, h].T / q.shape[-1] ** 0.5
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        for i, j in itertools.product(range(scores.shape[0]), range(scores.shape[1])) if causal else ():
+            own = scores.shape[1] - scores.shape[0] + i  # the queries are those of the last keys
+            if not own - (window or own + 1) < j <= own:
+                scores[i, j] = float("-inf")
         out[p, :, h] = scores.softmax(-1) @ v[p, :, h]
     return out
 
@@ -50,14 +53,52 @@ def test_against_float64(shape, dtype, causal, backend, seed):
     assert (found - expected).abs().max() <= TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
 
 
+@settings(max_examples=60)
+@given(
+    queries=st.integers(1, 8),
+    earlier=st.integers(0, 8),
+    window=st.none() | st.integers(1, 20),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    backend=st.sampled_from(["auto", "sdpa", "eager"]),
+)
+def test_windows_and_keys_of_earlier_frames_against_float64(queries, earlier, window, dtype, backend):
+    q, k, v = random_qkv((3, queries + earlier, 2, 8), dtype)
+    q = q[:, earlier:]
+    expected = plain(q, k, v, True, window)
+    found = attend(q, k, v, causal=True, window=window, backend=backend)
+    assert found.shape == q.shape
+    assert (found - expected).abs().max() <= TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 8])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (4, 7), (1, 7)])
+def test_the_mask_is_that_of_xformers(window, queries, keys, dtype, monkeypatch):
+    pytest.importorskip("xformers.ops")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    q, k = torch.zeros(2, queries, 3, 8, dtype=dtype), torch.zeros(2, keys, 3, 8, dtype=dtype)
+    bias = xformers_kernels.causal_bias(q, k, window)
+    found = bias if isinstance(bias, torch.Tensor) else bias.materialize((2, 3, queries, keys))
+    assert found.shape == (2, 3, queries, keys)
+    assert torch.equal(found == 0, visible_keys(queries, keys, window, q.device).expand(found.shape))
+
+
+def test_a_window_needs_causal():
+    q, k, v = random_qkv((2, 3, 1, 4), torch.float32)
+    with pytest.raises(ConfigError, match="window=2 with causal=False"):
+        attend(q, k, v, window=2)
+    with pytest.raises(ConfigError, match="window=0 with causal=True"):
+        attend(q, k, v, causal=True, window=0)
+
+
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_gradients_against_float64(backend, causal):
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+def test_gradients_against_float64(backend, causal, window):
     inputs = [x.requires_grad_() for x in random_qkv((5, 7, 2, 16), torch.float32)]
     references = [x.detach().double().requires_grad_() for x in inputs]
     weight = torch.linspace(-1, 1, 5 * 7 * 2 * 16).view(5, 7, 2, 16)
-    (attend(*inputs, causal=causal, backend=backend) * weight).sum().backward()
-    (plain(*references, causal) * weight).sum().backward()
+    (attend(*inputs, causal=causal, window=window, backend=backend) * weight).sum().backward()
+    (plain(*references, causal, window) * weight).sum().backward()
     for found, expected in zip(inputs, references, strict=True):
         assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm()
 
@@ -167,9 +208,14 @@ def test_shapes_that_do_not_fit(shapes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("positions", [7, 70000])
 @pytest.mark.parametrize("backend", ["auto", "xformers", "sdpa"])
-def test_on_cuda(dtype, positions, backend):
+@pytest.mark.parametrize(
+    ("causal", "window", "earlier"), [(False, None, 0), (True, None, 0), (True, 3, 0), (True, 5, 6)]
+)
+def test_on_cuda(dtype, positions, backend, causal, window, earlier):
     if backend == "xformers":
         pytest.importorskip("xformers")
-    q, k, v = (x.cuda() for x in random_qkv((positions, 8, 2, 80), dtype))
-    found = attend(q, k, v, backend=backend)[:5].cpu()
-    assert (found - plain(q[:5].cpu(), k[:5].cpu(), v[:5].cpu(), False)).abs().max() <= max(TOLERANCE[dtype], 1e-3)
+    q, k, v = (x.cuda() for x in random_qkv((positions, 8 + earlier, 2, 80), dtype))
+    q = q[:, earlier:]
+    found = attend(q, k, v, causal=causal, window=window, backend=backend)[:5].cpu()
+    expected = plain(q[:5].cpu(), k[:5].cpu(), v[:5].cpu(), causal, window)
+    assert (found - expected).abs().max() <= max(TOLERANCE[dtype], 1e-3)

@@ -61,6 +61,24 @@ def test_round_trip(adapter):
     assert all(p.requires_grad for p in again.parameters())
 
 
+def test_adapters_of_before_there_were_windows(adapter):
+    """And files without a window are as then, so that older releases read them."""
+    assert "window" not in json.loads((adapter / CONFIG).read_text())["config"]
+    assert load_sta(seeded(make_qwen2_vl_tower), adapter).config.window is None
+
+
+def test_a_window_is_kept(tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl_tower), STAConfig(causal=True, window=5))
+    handle.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["config"]["window"] == 5
+    loaded = load_sta(seeded(make_qwen2_vl_tower), tmp_path)
+    assert (loaded.config, loaded.stream().window) == (handle.config, 5)
+    edit(tmp_path, config={**handle.config.to_dict(), "window": 6})
+    refused(tmp_path, "were not saved together")
+    edit(tmp_path, config={**handle.config.to_dict(), "window": 0})
+    refused(tmp_path, "window=0: expected a whole number of frames above 0")
+
+
 def test_into_another_dtype(adapter):
     handle = load_sta(seeded(make_qwen2_vl_tower).to(torch.bfloat16), adapter)
     assert {p.dtype for p in handle.parameters()} == {torch.bfloat16}

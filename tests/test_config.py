@@ -10,7 +10,10 @@ from sta_adapter import STAConfig
 from sta_adapter.errors import ConfigError, STAError
 
 valid = st.builds(
-    STAConfig,
+    lambda looks, **others: STAConfig(**looks, **others),
+    looks=st.sampled_from(
+        [{"causal": c, "window": w} for c, w in ((False, None), (True, None), (True, 1), (True, 64))]
+    ),
     head_scale=st.floats(0.01, 16),
     order=st.sampled_from(["after_spatial", "before_spatial"]),
     layers=st.just("all") | st.sets(st.integers(0, 99), min_size=1).map(tuple),
@@ -18,7 +21,6 @@ valid = st.builds(
     gamma_init=st.none() | st.floats(-1, 1),
     init=st.sampled_from(["zero", "normal"]),
     single_frames=st.booleans(),
-    causal=st.booleans(),
     attention=st.sampled_from(["auto", "xformers", "sdpa", "eager"]),
     token_order=st.sampled_from(["clip", "published"]),
 )
@@ -36,6 +38,7 @@ def test_pinned_defaults():
         "causal": False,
         "attention": "auto",
         "token_order": "clip",
+        "window": None,
     }
 
 
@@ -74,6 +77,12 @@ def test_what_is_not_given_takes_the_backbones_default():
         ("token_order", "frame", "'clip', 'published'"),
         ("single_frames", 1, "True or False"),
         ("causal", "no", "True or False"),
+        ("window", 0, "whole number of frames above 0"),
+        ("window", -1, "whole number of frames above 0"),
+        ("window", 2.0, "whole number of frames above 0"),
+        ("window", True, "whole number of frames above 0"),
+        ("window", "8", "whole number of frames above 0"),
+        ("window", 8, "needs causal=True; found causal=False"),
         ("layers", "some", "'all' or a sequence"),
         ("layers", 3, "'all' or a sequence"),
         ("layers", [], "nothing in it"),

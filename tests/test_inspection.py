@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from cases import case_parameters, qwen2_vl_config, seeded
+from cases import case_parameters, make_qwen2_vl, qwen2_vl_config, seeded
 from click.testing import CliRunner
 
 from sta_adapter import STAConfig, inject_sta
@@ -107,6 +107,33 @@ def test_arithmetic_by_hand(real_sizes):
         assert found["encoder_gflop"] == pytest.approx(2e-9 * base * clip.frames * patches)
         assert found["sta_gflop"] == pytest.approx(2e-9 * added * clip.frames * patches)
         assert 7 < found["percent"] < 8.5
+
+
+def test_memory_of_a_stream_by_hand(real_sizes):
+    model = empty_model(real_sizes)
+    assert inspect_model(model)["stream"] is None
+    found = inspect_model(model, STAConfig(causal=True, window=64), clip=ClipSize(8, 16, 24))["stream"]
+    assert found["bytes"] == 2 * 4 * 80 * (16 * 24) * 64 * 32 * 4
+    assert (found["window"], found["positions"], found["dtype"]) == (64, 384, "float32")
+    text = invoke(real_sizes, "--window", "64", "--clip", "8x16x24")
+    assert "stream" in text
+    assert "keeps 1,920.0 MiB in float32, for 384 positions a frame and a window of 64" in " ".join(text.split())
+
+
+def test_memory_of_a_stream_is_what_it_will_keep():
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True, window=3))
+    with handle.stream() as stream:
+        handle.encoder(torch.randn(8, 96), grid_thw=torch.tensor([[1, 2, 4]]))
+    handle.remove()
+    report = inspect_model(handle.model, STAConfig(causal=True, window=3), clip=ClipSize(1, 2, 4))
+    assert report["stream"]["bytes"] == stream.bytes > 0
+
+
+def test_a_window_for_an_encoder_that_looks_across_frames():
+    case = next(p.values[0] for p in case_parameters() if p.id == "internvideo2")
+    report = inspect_model(case.make(), STAConfig(causal=True, window=3))
+    assert report["stream"] is None
+    assert any("not known to compute each frame by itself" in warning for warning in report["warnings"])
 
 
 def test_half_the_layers_cost_half(real_sizes):

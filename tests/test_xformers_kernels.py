@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sta_adapter import STAConfig, modules, xformers_kernels
 from sta_adapter.layout import ClipLayout
@@ -69,7 +69,9 @@ BACKBONES = {  # width and heads of the encoders of README's table
 @wheel
 @pytest.mark.parametrize("clips", [[(8, 6), (8, 6)], [(4, 6), (8, 6), (1, 9)]], ids=["equal", "unequal"])
 @pytest.mark.parametrize("rope", [10000.0, None], ids=["rope", "no rope"])
-@pytest.mark.parametrize("causal", [False, True], ids=["both ways", "causal"])
+@pytest.mark.parametrize(
+    "causal", [{}, {"causal": True}, {"causal": True, "window": 3}], ids=["both ways", "causal", "window"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", list(BACKBONES.values()), ids=list(BACKBONES))
 def test_kernels_forward_and_backward_for_what_the_branch_makes(shape, dtype, causal, rope, clips, monkeypatch):
@@ -77,12 +79,17 @@ def test_kernels_forward_and_backward_for_what_the_branch_makes(shape, dtype, ca
     calls = []
 
     def record(q, k, v, **options):
-        calls.append(xformers_kernels.kernel_names(q, k, v, causal=options["causal"]))
+        calls.append(xformers_kernels.kernel_names(q, k, v, causal=options["causal"], window=options["window"]))
         return q
 
     monkeypatch.setattr(modules, "attend", record)
-    config = STAConfig(head_scale=scale, rope_theta=rope, causal=causal)
+    config = STAConfig(head_scale=scale, rope_theta=rope, **causal)
     xformers_kernels.import_xformers()
+    from xformers.ops.fmha import cutlass
+
+    for operator in (cutlass.FwOp, cutlass.BwOp):  # which look at the class of a mask
+        masks = (*operator.SUPPORTED_ATTN_BIAS_TYPES, FakeTensor)
+        monkeypatch.setattr(operator, "SUPPORTED_ATTN_BIAS_TYPES", masks)
     with FakeTensorMode(), mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
         branch = TemporalAttention(
             width, max(1, round(scale * heads)), width // heads, config, device="cuda", dtype=dtype

@@ -82,6 +82,7 @@ TOY = Backbone(
     encoder_classes=("ToyEncoder",),
     layout=lambda call: ClipLayout(call.arguments.get("clips", ((4, 2),))),
     heads=lambda encoder: HEADS,
+    separate_frames=True,
 )
 
 

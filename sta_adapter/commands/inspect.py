@@ -34,6 +34,7 @@ id, a folder or a config.json. Weights are neither downloaded nor loaded.
 @option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Where the branch stands.")
 @option("What", "--backbone", metavar="NAME", help="Instead of the one found by the model's classes.")
 @option("What", "--clip", default="16x32x32", show_default=True, help="Frames, rows and columns of patches to count.")
+@option("What", "--window", type=int, metavar="FRAMES", help="Of causal STA: also tells what a stream keeps in memory.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, every block on its own.")
 @option("Model", "--revision", metavar="NAME", help="Branch, tag or commit of the model on the Hub.")
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
@@ -54,6 +55,8 @@ def command(
     given: dict[str, Any] = {name: value for name, value in cfg.items() if value is not None}
     if "layers" in given:
         given["layers"] = parse_layers(given["layers"])
+    if "window" in given:
+        given["causal"] = True
     settings = STAConfig(**given)
     empty = empty_model(model, revision=revision, trust_remote_code=trust_remote_code)
     report = inspect_model(empty, settings, backbone=backbone, clip=size)
@@ -104,6 +107,12 @@ def describe(report: dict[str, Any], clip: str) -> list[str]:
         *_item("arithmetic", f"+{arithmetic['percent']:.1f} %: {added} on the tower's {rest}, for {clip}"),
         *_item("", f"({arithmetic['formula']})"),
     ]
+    if stream := report["stream"]:
+        kept = f"{_bytes(stream['bytes'])} in {stream['dtype']}, for {stream['positions']} positions a frame"
+        lines += [
+            *_item("stream", f"keeps {kept} and a window of {stream['window']} frames"),
+            *_item("", f"({stream['formula']})"),
+        ]
     for warning in report["warnings"]:
         lines += ["", *_item("warning", warning)]
     return lines
@@ -144,6 +153,10 @@ def _pattern(block: dict[str, Any]) -> str:
 
 def _item(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, LINE, initial_indent=f"{name:<12}", subsequent_indent=" " * 12, break_long_words=False)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB"
 
 
 def _millions(count: int) -> str:

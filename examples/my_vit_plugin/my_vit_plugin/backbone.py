@@ -12,5 +12,6 @@ BACKBONE = Backbone(
     layout=lambda call: row_clips(
         len(call.tensor("images")), (call.encoder.size // call.encoder.patch) ** 2, call.clip_lengths, prefix=1
     ),
+    separate_frames=True,
     dummy_inputs=lambda vit: ((vit.class_token.new_zeros(2, 3, vit.size, vit.size),), {}),
 )
