@@ -17,10 +17,14 @@ from typing import Any
 from sta_adapter.errors import ConfigError, MissingExtraError, STAError
 from sta_adapter.local_paths import subject
 from sta_adapter.looking import Viewer
+from sta_adapter.page_guard import AnswerLimit, SameOrigin, trusted_hosts
 
 logger = logging.getLogger(__name__)
 LONGEST = 120.0  # seconds of a clip
 LARGEST = "200mb"
+LONGEST_QUESTION = 2000  # characters
+WAITING = 32  # questions; more are refused
+TIME_LIMIT = 300.0  # seconds of a question's work
 INTRO = """# Ask about a video
 
 The model answers twice: as it is, and with its adapter, whose stacked temporal attention looks from frame to frame.
@@ -46,6 +50,7 @@ def serve(
     share: bool = False,
     longest: float = LONGEST,
     title: str | None = None,
+    time_limit: float | None = TIME_LIMIT,
     block: bool = True,
     say: Callable[[str], None] = logger.info,
     **options: Any,
@@ -60,6 +65,7 @@ def serve(
         share: ask Gradio for a public address, which sends everything through its servers.
         longest: seconds; longer clips are refused.
         title: of the page; None names model and adapter.
+        time_limit: seconds after which a question is given up, so that it can't hold up all others; None for no limit.
         block: stay here until interrupted.
         say: is told the page's address.
         options: of `Viewer.load`.
@@ -73,11 +79,18 @@ def serve(
     """
     from sta_adapter.demo import TINY_BASE
 
+    folder = tempfile.TemporaryDirectory(prefix="sta-adapter-")  # gone with the process, and all that was uploaded
+    os.environ.setdefault("GRADIO_TEMP_DIR", folder.name)
     gradio = _gradio()
     _require_port(host, port)
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     viewer = Viewer.load(model or TINY_BASE, adapter, longest=longest, **options)
-    page = build(viewer, title=title or subject(model or "tiny base", adapter))
-    page.queue(max_size=32).launch(
+    page = build(viewer, title=title or subject(model or "tiny base", adapter), time_limit=time_limit)
+    page.upload_folder = folder
+    hosts = trusted_hosts(host, share)
+    page.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -87,6 +100,7 @@ def serve(
         quiet=True,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(SameOrigin)]},
     )
     say(f"the page is at {page.share_url or page.local_url}")
     if block:
@@ -110,45 +124,63 @@ def _require_port(host: str | None, port: int | None) -> None:
         ) from error
 
 
-def build(viewer: Viewer, *, title: str = "sta-adapter") -> Any:
+def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | None = TIME_LIMIT) -> Any:
     """The page as a `gradio.Blocks`, not yet served.
 
     Args:
         viewer: the model to ask.
         title: of the browser's tab.
+        time_limit: seconds after which a question is given up; None for no limit.
     """
     gradio = _gradio()
+    running: dict[str | None, AnswerLimit] = {}  # by session
 
-    def ask(path: str | None, question: str | None) -> tuple[str, str, str]:
+    def ask(path: str | None, question: str | None, request: Any = None) -> tuple[str, str, str]:
+        session = getattr(request, "session_hash", None)
+        limit = running[session] = AnswerLimit(time_limit)
         try:
-            return _ask(viewer, path, question)
+            return _ask(viewer, path, question, limit)
         except STAError as error:
             said = html.escape(_plain(str(error), path))
-            return (
-                "",
-                "",
-                f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>',
-            )
+            alert = f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>'
+            return "", "", alert
+        finally:
+            running.pop(session, None)
 
+    def stop(request: Any = None) -> None:
+        limit = running.get(getattr(request, "session_hash", None))
+        if limit is not None:
+            limit.stopped.set()
+
+    for function in (ask, stop):  # Gradio passes what is declared as its request
+        function.__annotations__["request"] = gradio.Request
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(INTRO + ("" if viewer.trained else UNTRAINED))
         with gradio.Row():
             video = gradio.Video(label="Video", sources=["upload"], height=320, elem_id="video")
             with gradio.Column():
-                question = gradio.Textbox(label="Question", value="What happens?", lines=2, elem_id="question")
-                button = gradio.Button("Ask", variant="primary", elem_id="ask")
-                gradio.Examples([[_example(), "What happens?"]], [video, question], label="A clip to try")
+                question = gradio.Textbox(
+                    label="Question", value="What happens?", lines=2, elem_id="question", max_length=LONGEST_QUESTION
+                )
+                with gradio.Row():
+                    button = gradio.Button("Ask", variant="primary", elem_id="ask")
+                    stop_button = gradio.Button("Stop", elem_id="stop")
+                gradio.Examples([[_example(page), "What happens?"]], [video, question], label="A clip to try")
         with gradio.Row():
             base = gradio.Textbox(label="Base model", lines=3, elem_id="base", elem_classes="answer")
             adapted = gradio.Textbox(label="With the adapter", lines=3, elem_id="adapted", elem_classes="answer")
         pictures = gradio.HTML(elem_id="pictures")
-        outputs = [base, adapted, pictures]
-        button.click(ask, [video, question], outputs, api_name="ask", concurrency_limit=2)
-        question.submit(ask, [video, question], outputs, api_name=False, concurrency_limit=2)
-    return page
+        asked = {"inputs": [video, question], "outputs": [base, adapted, pictures], "concurrency_id": "ask"}
+        asking = [
+            button.click(ask, **asked, api_name="ask", concurrency_limit=1),  # the others wait in the queue
+            question.submit(ask, **asked, api_name=False, concurrency_limit=1),
+        ]
+        stop_button.click(stop, api_name=False, queue=False, cancels=asking)
+        page.unload(stop)
+    return page.queue(max_size=WAITING)
 
 
-def _ask(viewer: Viewer, path: str | None, question: str | None) -> tuple[str, str, str]:
+def _ask(viewer: Viewer, path: str | None, question: str | None, limit: AnswerLimit) -> tuple[str, str, str]:
     """Both answers, and the pictures as HTML."""
     from sta_adapter import look_page
 
@@ -156,9 +188,11 @@ def _ask(viewer: Viewer, path: str | None, question: str | None) -> tuple[str, s
         raise STAError("There is no video yet: choose a file, or the clip to try.")
     if not (question or "").strip():
         raise STAError("There is no question yet: write one.")
+    if len(str(question)) > LONGEST_QUESTION:
+        raise STAError(f"The question has {len(str(question)):,} characters; at most {LONGEST_QUESTION:,} are taken.")
     clip = viewer.read(path, str(question).strip())
-    base, adapted = viewer.answers(clip)
-    seen = viewer.observe(clip)
+    base, adapted = viewer.answers(clip, limit=limit)
+    seen = viewer.observe(clip, limit)
     frames, times, why = clip.step_frames(seen)
     noted = look_page.notes(seen, why, trained=True)  # the page says at its top whether there is an adapter
     return base, adapted, look_page.sections(seen, frames if not why else frames[:0], times, noted=noted)
@@ -169,13 +203,13 @@ def _plain(message: str, path: str | None) -> str:
     return message.replace(str(path), Path(path).name) if path else message
 
 
-def _example() -> str:
-    """A made clip in which something moves to the left."""
+def _example(page: Any) -> str:
+    """A made clip in which something moves to the left; it goes with the page."""
     from sta_adapter.demo.clips import render
     from sta_adapter.video import write_clip
 
-    folder = Path(tempfile.mkdtemp(prefix="sta-adapter-"))
-    return str(write_clip(folder / "moves-left.mp4", render("left", 20_000_000, "held_out"), 8.0))
+    folder = page.example_folder = tempfile.TemporaryDirectory(prefix="sta-adapter-")
+    return str(write_clip(Path(folder.name) / "moves-left.mp4", render("left", 20_000_000, "held_out"), 8.0))
 
 
 def _gradio() -> Any:

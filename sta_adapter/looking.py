@@ -21,6 +21,7 @@ from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.encoding import Visual
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.handle import STAHandle
+from sta_adapter.page_guard import AnswerLimit
 from sta_adapter.visualization import Observation, observe
 
 QUESTION = "Describe the video."
@@ -155,21 +156,25 @@ class Viewer:
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
         return LoadedClip(visual.pixels, _times(visual), messages, encoded, inputs, in_rows, crops(self.processor))
 
-    def observe(self, clip: LoadedClip) -> Observation:
+    def observe(self, clip: LoadedClip, limit: AnswerLimit | None = None) -> Observation:
         """What STA does with the clip."""
-        with self._lock, self._told(clip):
+        with self._lock, self._told(clip), self._limited(limit):
             return observe(self.handle, clip.inputs)
 
     @torch.no_grad()
-    def answers(self, clip: LoadedClip, max_new_tokens: int = 64) -> tuple[str, str]:
-        """What the base model says to the clip's question, and what it says with the adapter."""
+    def answers(self, clip: LoadedClip, max_new_tokens: int = 64, limit: AnswerLimit | None = None) -> tuple[str, str]:
+        """What the base model says to the clip's question, and what it says with the adapter.
+
+        Raises:
+            STAError: the limit ended it.
+        """
         from sta_adapter.answering import Questioner
         from sta_adapter.samples import Sample
 
         sample = Sample([*clip.messages, {"role": "assistant", "content": []}])
         questioner = Questioner(self.handle.model, self.processor, max_new_tokens, 1)
         said = []
-        with self._lock, self._told(clip):
+        with self._lock, self._told(clip), self._limited(limit):
             for switched in (self.without_adapter(), contextlib.nullcontext()):
                 with switched:
                     said.append(next(questioner.answer([(0, sample, clip.encoded, [])])).prediction)
@@ -184,6 +189,9 @@ class Viewer:
                 stack.enter_context(model.disable_adapter())
             stack.enter_context(self.handle.disabled())
             yield
+
+    def _limited(self, limit: AnswerLimit | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if limit is None else limit.over(self.handle.model)
 
     def _told(self, clip: LoadedClip) -> contextlib.AbstractContextManager[None]:
         return self.handle.clips([len(clip.frames)]) if clip.rows_are_frames else contextlib.nullcontext()

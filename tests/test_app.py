@@ -1,7 +1,10 @@
 """The app: what it answers, what it says to bad files, two users at once, and the page in a real browser."""
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -109,8 +112,9 @@ def test_a_clip_that_is_too_long(viewer, tmp_path):
         (b"this is <b>text</b>", "What?", "text.mp4 can&#x27;t be read as a video"),
         (None, "What?", "no video yet"),
         (b"", "", "no question yet"),
+        (b"", "a" * 2001, "has 2,001 characters; at most 2,000 are taken"),
     ],
-    ids=["text", "no-video", "no-question"],
+    ids=["text", "no-video", "no-question", "long-question"],
 )
 def test_errors_are_told_in_the_page(ask, tmp_path, content, question, message):
     path = None if content is None else tmp_path / "text.mp4"
@@ -120,6 +124,105 @@ def test_errors_are_told_in_the_page(ask, tmp_path, content, question, message):
     assert (base, adapted) == ("", "")
     assert message in page
     assert str(tmp_path) not in page
+
+
+def test_an_answer_that_takes_too_long_is_given_up_and_the_next_is_not(viewer, clip):
+    from sta_adapter.app import build
+
+    slow = next(f.fn for f in build(viewer, time_limit=0.0).fns.values() if f.api_name == "ask")
+    assert "took longer than 0 s and was given up" in slow(str(clip), "What?")[2]
+    fast = next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
+    assert fast(str(clip), "What?")[:2] == viewer.answers(viewer.read(clip, "What?"))
+    assert not viewer.handle.model.get_input_embeddings()._forward_pre_hooks
+
+
+def test_a_question_is_stopped_by_who_asked_it(viewer, clip, monkeypatch):
+    from types import SimpleNamespace
+
+    from sta_adapter.app import build
+
+    fns = build(viewer).fns.values()
+    ask, stop = (next(f.fn for f in fns if f.fn and f.fn.__name__ == name) for name in ("ask", "stop"))
+    me, other = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="other")
+    answers = viewer.answers
+
+    def interrupted(loaded, limit):
+        stop(other)
+        limit.check()
+        stop(me)
+        return answers(loaded, limit=limit)
+
+    monkeypatch.setattr(viewer, "answers", interrupted)
+    assert "The question was stopped." in ask(str(clip), "What?", me)[2]
+    stop(me)  # nothing runs any more
+    monkeypatch.undo()
+    assert ask(str(clip), "What?", me)[0]
+
+
+def test_questions_wait_in_a_bounded_queue(viewer):
+    from sta_adapter.app import build
+
+    page = build(viewer)
+    assert page._queue.max_size == 32
+    asking = [f for f in page.fns.values() if f.fn and f.fn.__name__ == "ask"]
+    assert len(asking) == 2
+    assert {(f.concurrency_id, f.concurrency_limit) for f in asking} == {("ask", 1)}
+
+
+def test_nothing_stays_behind(tmp_path, clip):
+    """The example, and what was uploaded, go with the process."""
+    code = f"""
+import httpx
+from sta_adapter.app import serve
+page = serve(block=False, port={free_port()}, device="cpu")
+sent = httpx.post(page.local_url + "gradio_api/upload", files={{"files": ("a.mp4", open({str(clip)!r}, "rb").read())}})
+assert sent.status_code == 200 and {str(tmp_path)!r} in sent.json()[0], sent.text
+page.close()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**environment, "TMPDIR": str(tmp_path)})
+    assert [p.name for p in tmp_path.iterdir() if "inductor" not in p.name] == []  # torch's own cache may be there
+
+
+@pytest.mark.parametrize(
+    ("host", "share", "space", "expected"),
+    [
+        (None, False, False, ["127.0.0.1", "localhost"]),
+        ("127.0.0.1", True, False, ["127.0.0.1", "localhost", "*.gradio.live"]),
+        ("lab.example.org", False, False, ["127.0.0.1", "localhost", "lab.example.org"]),
+        ("0.0.0.0", False, False, ["*"]),
+        (None, False, True, ["*"]),
+    ],
+)
+def test_names_under_which_the_page_answers(monkeypatch, host, share, space, expected):
+    from sta_adapter.page_guard import trusted_hosts
+
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    if space:
+        monkeypatch.setenv("SPACE_ID", "me/mine")
+    assert trusted_hosts(host, share) == expected
+
+
+def test_other_sites_pages_and_names_are_refused(clip):
+    import httpx
+
+    from sta_adapter.app import serve
+
+    page = serve(block=False, port=free_port(), device="cpu")
+    try:
+        address = page.local_url.rstrip("/")
+        upload = f"{address}/gradio_api/upload"
+
+        def send(**headers):
+            return httpx.post(upload, files={"files": ("a.mp4", clip.read_bytes())}, headers=headers).status_code
+
+        assert send() == send(Origin=address) == 200
+        assert send(Origin="https://evil.example") == send(Origin="null") == 403
+        assert send(**{"Sec-Fetch-Site": "cross-site"}) == 403
+        assert httpx.get(address).status_code == 200
+        assert httpx.get(address, headers={"Host": "rebound.example"}).status_code == 400
+    finally:
+        page.close()
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ options it shows the demo's tiny base. End it with Ctrl-C.
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
 @option("Frames", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
 @option("Frames", "--longest", type=float, metavar="S", default=120, help="Seconds of a clip. [default: 120]")
+@option("Page", "--time-limit", type=float, metavar="S", default=300, help="Seconds of an answer. [default: 300]")
 @model_options
 @adapter_options
 def command(**options: Any) -> None:
