@@ -27,14 +27,17 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.files import atomic_folder_write
 from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.lora_options import MAX_LAYER
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.published import Source, match_keys, open_source, published_keys
+from sta_adapter.reading import parse_json, shown
 from sta_adapter.requirements import require_free
 
 ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")
 HEADER = "sta_config"  # our description, in the header of published files that we write
 PUBLISHED = "staveq2.safetensors"
 HEADS, WIDTH, DEPTH = ("num_heads", "num_attention_heads"), ("embed_dim", "hidden_size"), ("depth", "num_hidden_layers")
+SIZE = re.compile(r"layers|depth|heads|experts|blocks")
 Order = Literal["after_spatial", "before_spatial"]
 
 
@@ -155,8 +158,9 @@ def _described(checkpoint: Source) -> dict[str, Any] | None:
     if HEADER not in checkpoint.metadata:
         return None
     try:
-        found = json.loads(checkpoint.metadata[HEADER])
+        found = parse_json(checkpoint.metadata[HEADER].encode(), checkpoint.folder)
         encoder = {k: int(found["encoder"][k]) for k in ("width", "depth", "num_heads", "head_dim")}
+        _require_sizes(encoder, checkpoint.folder)
         return {"backbone": str(found["backbone"]), "encoder": encoder, "config": found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the header field {HEADER!r} in {checkpoint.folder} is damaged: {error}") from error
@@ -195,6 +199,7 @@ def _encoder_facts(
     checkpoint: Source, spec: Backbone, state: Mapping[str, Tensor], heads: int | None
 ) -> dict[str, int]:
     """`width`, `depth` and `heads` of the encoder, from the configuration, compared with the weights."""
+    _require_sizes(checkpoint.config, checkpoint.folder)
     section = _vision_section(checkpoint.config)
     width = next((len(t) for key, t in state.items() if key.endswith("to_out.weight")), 0)
     declared = _first(section, WIDTH)
@@ -207,8 +212,9 @@ def _encoder_facts(
             f"the heads of the encoder can't be known: {checkpoint.folder / 'config.json'} {where}. Pass the base model's "
             "config.json with config=... (--config), or heads=... (--heads)."
         )
-    layers = [int(m[1]) for key in checkpoint.files if (m := re.search(rf"(?:^|\.){spec.blocks}\.(\d+)\.", key))]
+    layers = [int(m[1]) for key in checkpoint.files if (m := re.search(rf"(?:^|\.){spec.blocks}\.(\d{{1,6}})\.", key))]
     depth = _first(section, DEPTH) or max(layers) + 1
+    _require_sizes({"depth": depth, "heads": heads}, checkpoint.folder)
     outside = sorted({i for i in _layers(state) if i >= depth})
     if outside:
         raise CheckpointError(f"there are STA weights for the blocks {outside}, but the encoder has {depth} blocks.")
@@ -222,11 +228,23 @@ def _vision_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
         from transformers import CONFIG_MAPPING
 
         if kind in CONFIG_MAPPING:
-            return CONFIG_MAPPING[kind].from_dict(dict(config)).vision_config.to_dict()
+            try:
+                return CONFIG_MAPPING[kind].from_dict(dict(config)).vision_config.to_dict()
+            except Exception as error:  # of kinds that are transformers' and the Hub's own
+                raise CheckpointError(f"the configuration is none of a {kind}: {error}") from error
     inner = config.get("model_config")
     places = [config.get("vision_config"), config.get("vision_encoder")]
     places += [inner.get("vision_encoder")] if isinstance(inner, Mapping) else []
     return next((p for p in (*places, config) if isinstance(p, Mapping) and _first(p, HEADS)), {})
+
+
+def _require_sizes(values: Any, where: Path, name: str = "") -> None:
+    """Refuse numbers of layers, heads and the like, anywhere in a configuration, that no model has and lists would be made of."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _require_sizes(value, where, str(key))
+    elif isinstance(values, int) and SIZE.search(name) and not 0 <= values <= MAX_LAYER:
+        raise CheckpointError(f"{where}: {name} is {shown(values)}, expected at most {MAX_LAYER}.")
 
 
 def _first(section: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sta_adapter.backbone import Backbone
 from sta_adapter.errors import CheckpointError
+from sta_adapter.reading import read_header, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_INDEX_BYTES = 64 << 20
 PARAMETERS = {
     "norm": ("weight", "bias"),
     "to_qkv": ("weight", "bias"),
@@ -73,7 +75,7 @@ def open_source(source: str | Path, config: str | Path | None = None) -> Source:
     metadata: dict[str, str] = {}
     files: dict[str, Path] = {}
     for file in _safetensors(path):
-        keys, header = _header(file)
+        keys, header = read_header(file)
         metadata = metadata or header
         twice = [key for key in keys if key in files]
         if twice:
@@ -97,7 +99,7 @@ def _safetensors(path: Path) -> list[Path]:
     if not path.is_dir():
         raise CheckpointError(f"there is no file or folder {path}.")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(_files_of(index))
         wrong = [n for n in names if Path(n).name != n or not (path / n).is_file()]
         if wrong or not names:
             raise CheckpointError(f"{index} names {', '.join(map(repr, wrong)) or 'no file'}, not found in {path}.")
@@ -111,44 +113,36 @@ def _safetensors(path: Path) -> list[Path]:
     raise CheckpointError(f"{path} holds no safetensors file; found: {_listing(path)}.")
 
 
+def _files_of(index: Path) -> set[str]:
+    """Names of the files that the index of a sharded checkpoint has."""
+    names = read_json(index, MAX_INDEX_BYTES).get("weight_map", {})
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: weight_map must name a file for each tensor.")
+    return set(names.values())
+
+
 def _listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
 
 
 def _pickle_message(path: Path) -> str:
+    code = (
+        "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+        "torch.load(sys.argv[1], map_location='cpu', weights_only=True).items()}, sys.argv[2])"
+    )
+    files = " ".join(shlex.quote(str(file)) for file in (path, path.with_suffix(".safetensors")))
     return (
-        f"{path} is a pickle, which can run code when it is opened and is never read here. If you trust it, make "
-        'safetensors of it once: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for '
-        f"k, v in torch.load('{path}', map_location='cpu', weights_only=True).items()}}, '{path.with_suffix('.safetensors')}')\""
+        f"{path} is a pickle, which can run code when it is opened and is never read here. If you trust it, make safetensors of it "
+        f'once: python -c "{code}" {files}'
     )
 
 
-def _header(file: Path) -> tuple[list[str], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys()), dict(opened.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
-
-
 def _read_config(path: Path, must_exist: bool) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         if must_exist:
             raise CheckpointError(f"there is no configuration {path}.")
         return {}
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return found
+    return read_json(path)
 
 
 def published_keys(spec: Backbone) -> dict[str, str]:
@@ -169,10 +163,10 @@ def match_keys(spec: Backbone, keys: Iterable[str]) -> tuple[dict[str, str], lis
     Raises:
         CheckpointError: a tensor stands there twice, as with several PEFT adapters.
     """
-    block = rf"(?:^|\.){re.escape(spec.blocks)}\.(\d+)\."
+    block = rf"(?:^|\.){re.escape(spec.blocks)}\.(\d{{1,6}})\."
     patterns = {n: re.compile(f"{block}{_with_wrappers(p)}$") for n, p in published_keys(spec).items()}
     roots = "|".join({re.escape(module.split(".")[0]) for module in spec.published_names.values()})
-    below = re.compile(rf"{block}(?:{roots})(?:\.|$)")
+    below = re.compile(rf"(?:^|\.){re.escape(spec.blocks)}\.\d+\.(?:{roots})(?:\.|$)")
     found: dict[str, str] = {}
     unknown = []
     for key in keys:

@@ -1,6 +1,6 @@
 """Reading files that a stranger may have written: JSON and safetensors, checked, in memory of the order of their size.
 
-Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `parse_metadata`, `read_shapes`, `compare_shapes`,
+Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `parse_metadata`, `read_shapes`, `read_header`, `compare_shapes`,
 `require_plain_pattern`, `require_plain_patterns`, `shown`.
 """
 
@@ -129,8 +129,14 @@ def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a safetensors file's tensors, from its header; no tensor is read. Errors as `read_tensors`."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shapes of a safetensors file's tensors, and its metadata. Errors as `read_tensors`."""
     with _opened(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return shapes, dict(file.metadata() or {})
 
 
 @contextlib.contextmanager
