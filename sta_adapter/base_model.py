@@ -24,6 +24,7 @@ from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.inject import Plan
 
 ANY = "any"
+MERGED_LORA = "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with one of these is a language model's too
@@ -75,6 +76,7 @@ def check_base(folder: Path, description: Mapping[str, Any], plan: Plan, base_mo
         raise CheckpointError(f"the adapter in {folder} is for another encoder: {differences}. {both}")
     if base_model == ANY:
         return
+    _check_merged(folder, description, plan)
     differences = _different(saved["language_model"] or {}, here["language_model"] or {}, both_known=True)
     override = f"If it fits all the same, pass base_model={ANY!r}."
     if differences:
@@ -86,6 +88,22 @@ def check_base(folder: Path, description: Mapping[str, Any], plan: Plan, base_mo
         raise CheckpointError(
             f"the adapter in {folder} is for another base model. {both} If that is a copy or a close relative of it, "
             f"pass base_model={ANY!r}."
+        )
+
+
+def _check_merged(folder: Path, description: Mapping[str, Any], plan: Plan) -> None:
+    """STA that was trained beside LoRA weights is right only with these, also when they are merged into the base."""
+    wanted = description.get(MERGED_LORA)
+    found = _get(getattr(plan.model, "config", None), MERGED_LORA)
+    if wanted and wanted != found:
+        raise CheckpointError(
+            f"the STA in {folder} was trained beside LoRA weights (digest {wanted}) that were merged into a base, and this "
+            f"model has {f'those of digest {found}' if found else 'none'}. Use the base that `sta-adapter export` wrote with it."
+        )
+    if found and not wanted:
+        raise CheckpointError(
+            f"the model has LoRA weights of another adapter merged into it (digest {found}), and the one in {folder} was "
+            "trained without. Use the original base."
         )
 
 

@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate": "Measure a model with and without its adapter.",
     "visualize": "Draw what STA does with a clip.",
     "app": "Ask base and adapter about a video in the browser, side by side.",
+    "serve": "Serve an adapter over HTTP, by vLLM.",
+    "export": "Write an adapter as vLLM takes it.",
     "push": "Publish an adapter on the Hugging Face Hub.",
     "convert": "Turn a checkpoint of the published STAVEQ2 code into an adapter, or back.",
     "convert-data": "Write samples as another training tool reads them, or back.",

@@ -310,11 +310,11 @@ def test_the_merged_base_and_its_sta_belong_together(vllm, tmp_path):
     register()
     folder = write(tmp_path / "sta")
     start(engine_config(sta_adapter=str(folder)))
-    with pytest.raises(CheckpointError, match="LoRA weights of another adapter in it"):
+    with pytest.raises(CheckpointError, match="LoRA weights of another adapter merged into it"):
         start(engine_config(sta_adapter=str(folder), sta_merged_lora="abc"))
     description = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**description, "sta_merged_lora": "abc"}))
-    with pytest.raises(CheckpointError, match=r"this base has none\. Serve the base that export wrote"):
+    with pytest.raises(CheckpointError, match=r"this model has none\. Use the base that"):
         start(engine_config(sta_adapter=str(folder)))
     start(engine_config(sta_adapter=str(folder), sta_merged_lora="abc"))
 

@@ -107,7 +107,12 @@ def install(monkeypatch):
     setattr(models, NAME, type(NAME, (Model,), {}))
     monkeypatch.setitem(sys.modules, "vllm", package)
     monkeypatch.setitem(sys.modules, MODULE, models)
-    for parent in ("vllm.model_executor", "vllm.model_executor.models"):
+    video = types.ModuleType("vllm.multimodal.video")
+    video.VIDEO_LOADER_REGISTRY = types.SimpleNamespace(
+        found={}, register=lambda name: lambda cls: video.VIDEO_LOADER_REGISTRY.found.__setitem__(name, cls)
+    )
+    monkeypatch.setitem(sys.modules, "vllm.multimodal.video", video)
+    for parent in ("vllm.multimodal", "vllm.model_executor", "vllm.model_executor.models"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
     return registry
 

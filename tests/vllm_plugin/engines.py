@@ -10,12 +10,24 @@ from tiny_qwen import make_processor
 
 from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.loading import load_model
+from sta_adapter.text_positions import use_positions
 
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPT = f"<|im_start|>user\n{CLIP}What happens?<|im_end|>\n<|im_start|>assistant\n"
 NEW_TOKENS = 8
 VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+OF_KIND = {
+    "Qwen2VL": {"embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2},
+    "Qwen2_5_VL": {
+        "hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 128, "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+    "Qwen3VL": {
+        "hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 128, "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 64,
+    },
+}  # fmt: skip
 TEXT = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": False,
@@ -37,24 +49,17 @@ def make_base(folder: Path, kind: str) -> Path:
     """A random base of that kind, drawn wide enough that STA shows, with its processor."""
     import transformers
 
-    processor = make_processor(folder)
-    ids = {n: processor.tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("im_end", "endoftext")}
-    tokens = {
-        f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{pad}|>")
-        for name, pad in (
-            ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")
-        )
-    }  # fmt: skip
-    text = {**TEXT, "vocab_size": len(processor.tokenizer)}
-    text["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
-    if kind == "Qwen2VL":
-        vision = {**VISION, "embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2}
-    elif kind == "Qwen2_5_VL":
-        vision = {
-            **VISION, "hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 128, "window_size": 16,
-            "fullatt_block_indexes": [1],
-        }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**text, **tokens, vision_config=vision, eos_token_id=ids["im_end"])
+    processor = _processor(folder, kind)
+    convert = processor.tokenizer.convert_tokens_to_ids
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    tokens = {f"{name}_token_id": convert(f"<|{pad}|>") for name, pad in names.items()}
+    text = {**TEXT, "vocab_size": len(processor.tokenizer), "bos_token_id": None}
+    text["rope_scaling"] = {"rope_type": "default", "type": "mrope", "mrope_section": [8, 12, 12]}
+    vision = {**VISION, **OF_KIND[kind]}
+    if kind == "Qwen3VL":
+        text["rope_scaling"] |= {"type": "default", "mrope_interleaved": True}
+        text = {"text_config": text}
+    config = getattr(transformers, f"{kind}Config")(**text, **tokens, vision_config=vision)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
@@ -63,7 +68,23 @@ def make_base(folder: Path, kind: str) -> Path:
                 parameter.normal_(0, 0.08 if "visual" in name else 0.15)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.tokenizer.save_pretrained(folder)
     return folder
+
+
+def _processor(folder: Path, kind: str):
+    import transformers
+
+    made = make_processor(folder)
+    if kind == "Qwen2VL":
+        return made
+    parts = {"image_processor": made.image_processor, "tokenizer": made.tokenizer, "chat_template": made.chat_template}
+    video = made.video_processor
+    if kind == "Qwen3VL":
+        sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+        video = transformers.Qwen3VLVideoProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 100_000})
+    return getattr(transformers, f"{kind}Processor")(**parts, video_processor=video)
 
 
 def make_adapter(folder: Path, base: Path, seed: int = 0, spread: float = 0.05, lora: bool = False, **settings) -> Path:
@@ -72,7 +93,7 @@ def make_adapter(folder: Path, base: Path, seed: int = 0, spread: float = 0.05, 
 
     from sta_adapter import get_sta
 
-    model = load_model(base, dtype="fp32", device="cpu")
+    model = use_positions(load_model(base, dtype="fp32", device="cpu"))
     torch.manual_seed(seed)
     handle = inject_sta(model, STAConfig(**{"init": "normal", "head_scale": 0.5, **settings}))
     with torch.no_grad():
@@ -112,7 +133,7 @@ class Engine:
         add = core.add_request
 
         def keep_identifiers(request, *args, **kwargs):
-            self.identifiers += [feature.identifier for feature in request.mm_features]
+            self.identifiers += [feature.identifier for feature in request.mm_features or ()]
             return add(request, *args, **kwargs)
 
         core.add_request = keep_identifiers
@@ -154,15 +175,11 @@ def clip_prompt(frames, meta=False):
 class Reference:
     """The same by transformers and load_sta, with the text positions that vLLM has."""
 
-    def __init__(self, base, adapter=None, restore=True):
+    def __init__(self, base, adapter=None):
         from transformers import AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(base)
-        self.model = load_model(base, dtype="fp32", device="cpu")
-        if restore:
-            from sta_adapter.backbones.qwen2_vl_positions import restore_original_positions
-
-            restore_original_positions(self.model)
+        self.model = use_positions(load_model(base, dtype="fp32", device="cpu"))
         self.handle = None
         if adapter is not None:
             self.handle = load_sta(self.model, adapter)
@@ -181,7 +198,16 @@ class Reference:
         inputs = self.inputs(videos=[frames])
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         found = inner.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        deeper = list(getattr(found, "deepstack_features", None) or ())
         found = getattr(found, "pooler_output", found)
+        if deeper:  # Qwen3-VL: vLLM has them behind the embeddings
+            return torch.cat(
+                [
+                    torch.cat(list(found)),
+                    *(part if torch.is_tensor(part) else torch.cat(list(part)) for part in deeper),
+                ],
+                dim=-1,
+            )
         return torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
 
     @torch.no_grad()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sta_adapter.compatibility import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
-from sta_adapter.integrations.vllm.request import MERGED_LORA, ServedAdapter
+from sta_adapter.integrations.vllm.request import ServedAdapter
 from sta_adapter.lora_files import LORA_CONFIG
 from sta_adapter.reading import read_json
 
@@ -49,7 +48,6 @@ def check_encoder_settings(adapter: ServedAdapter, vllm_config: Any) -> None:
         )
     _check_positions(adapter)
     _check_lora(adapter, setting(vllm_config, "lora_config"))
-    _check_merged(adapter, vllm_config.model_config.hf_config)
 
 
 def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
@@ -111,17 +109,3 @@ def _check_lora(adapter: ServedAdapter, lora_config: Any) -> None:
             f"the LoRA weights in {adapter.folder} are for the vision encoder as well, where vLLM leaves them out: add "
             "--enable-tower-connector-lora."
         )
-
-
-def _check_merged(adapter: ServedAdapter, hf_config: Any) -> None:
-    wanted, found = adapter.description.get(MERGED_LORA), getattr(hf_config, MERGED_LORA, None)
-    if wanted == found or adapter.any_base:
-        return
-    where = Path(adapter.folder).parent / "base"
-    raise CheckpointError(
-        f"the STA in {adapter.folder} was trained beside LoRA weights (digest {wanted}) that were merged into a base; this "
-        f"base has {f'those of digest {found}' if found else 'none'}. Serve the base that export wrote, such as {where}."
-        if wanted
-        else f"the base has LoRA weights of another adapter in it (digest {found}), and the one in {adapter.folder} was "
-        "trained without. Serve the original base."
-    )

@@ -9,6 +9,7 @@ from typing import Any
 from sta_adapter.backbone import get_backbone, list_backbones
 from sta_adapter.compatibility import incompatible, parameter_names
 from sta_adapter.errors import InjectionError
+from sta_adapter.integrations.vllm.frames import register_loader
 from sta_adapter.integrations.vllm.request import asks_for_sta, check_architecture, requested
 
 MODELS = "sta_adapter.integrations.vllm.models"
@@ -30,6 +31,7 @@ def register_models() -> None:
     registry = model_registry()
     for name in architectures():
         registry.register_model(name, f"{MODELS}:{name}")
+    register_loader()
     if not isinstance(registry.inspect_model_cls, _Inspecting):
         registry.inspect_model_cls = _Inspecting(registry, registry.inspect_model_cls)
 

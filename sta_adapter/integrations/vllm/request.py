@@ -16,6 +16,7 @@ from typing import Any
 
 from sta_adapter.adapter_format import CONFIG, WEIGHTS, read_description, read_weights
 from sta_adapter.backbone import Backbone, get_backbone
+from sta_adapter.base_model import MERGED_LORA
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
 from sta_adapter.hub import resolve_adapter
@@ -24,7 +25,6 @@ ADAPTER = "sta_adapter"
 REVISION = "sta_adapter_revision"
 ANY_BASE = "sta_adapter_any_base"
 DIGEST = "sta_adapter_digest"
-MERGED_LORA = "sta_merged_lora"  # in the configuration of a base that `sta-adapter export --merge-lora` wrote
 SETTINGS = {ADAPTER: str, REVISION: str, ANY_BASE: bool}
 
 

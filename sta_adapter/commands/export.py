@@ -1,0 +1,38 @@
+"""`sta-adapter export`: an adapter in the form that vLLM takes."""
+
+from __future__ import annotations
+
+import click
+
+from sta_adapter.commands.options import Grouped, option
+
+__all__ = ["command"]
+
+DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
+DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
+HELP = """\b
+Example: sta-adapter export my-adapter served \\
+             --merge-lora Qwen/Qwen2-VL-2B-Instruct
+
+Writes what vLLM serves: with --merge-lora the folders OUT/base, the base
+with the LoRA weights in it, and OUT/sta; else OUT with STA, and LoRA weights
+as vLLM takes them.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Write an adapter as vLLM takes it.")
+@click.argument("adapter")
+@click.argument("out", type=click.Path())
+@option("What", "--merge-lora", "base", metavar="BASE", help="Base to merge LoRA into.")
+@option("What", "--dtype", type=DTYPE, metavar="TYPE", default="auto", help="Of that base: auto, bf16, fp16 or fp32.")
+def command(adapter: str, out: str, base: str | None, dtype: str) -> None:
+    """Write it, and say how it is served."""
+    from sta_adapter.integrations.vllm.export import export_adapter, export_merged
+
+    if base is not None:
+        export_merged(adapter, out, base, dtype=dtype)
+        click.echo(f"wrote {out}: sta-adapter serve --model {out}/base --adapter {out}/sta")
+        return
+    has_lora = export_adapter(adapter, out)
+    beside = ", with LoRA weights beside STA" if has_lora else ""
+    click.echo(f"wrote {out}{beside}: sta-adapter serve --model BASE --adapter {out}")

@@ -1,0 +1,54 @@
+"""`sta-adapter serve`: an adapter behind vLLM's HTTP server, with clips read as in training."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+
+import click
+
+from sta_adapter.commands.options import Grouped, adapter_options, option
+from sta_adapter.errors import MissingExtraError
+
+__all__ = ["command"]
+
+HELP = """\b
+Example: sta-adapter serve --model Qwen/Qwen2-VL-2B-Instruct \\
+             --adapter my-adapter -- --port 8000
+
+Prints and runs `vllm serve` with STA, and with the frames and pixels that
+the adapter was trained with. What follows -- goes to vLLM.
+"""
+
+
+@click.command(cls=Grouped, help=HELP, short_help="Serve an adapter over HTTP, by vLLM.")
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED)
+@option("Run", "--model", metavar="ID", required=True, help="Base on the Hub, or its folder.")
+@option("Run", "--adapter", metavar="ID", required=True, help="Adapter on the Hub, or its folder.")
+@option("Run", "--own-frames", is_flag=True, help="Leave frames to vLLM's own sampling.")
+@option("Run", "--print", "only_print", is_flag=True, help="Print the line; run nothing.")
+@adapter_options
+def command(
+    model: str,
+    adapter: str,
+    adapter_revision: str | None,
+    own_frames: bool,
+    only_print: bool,
+    any_base: bool,
+    extra: tuple[str, ...],
+) -> None:
+    """Print the line, and run it."""
+    from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line, trained_reader
+
+    reader = None if own_frames else trained_reader(model, adapter, adapter_revision)
+    line = serve_line(model, adapter, revision=adapter_revision, any_base=any_base, reader=reader, extra=extra)
+    click.echo(shlex.join(line))
+    if only_print:
+        return
+    check_plugins(os.environ.get("VLLM_PLUGINS"))
+    program = os.path.join(os.path.dirname(sys.executable), line[0])
+    if not os.path.exists(program):
+        raise MissingExtraError("serving needs vLLM beside sta-adapter: pip install 'sta-adapter[vllm]'.")
+    sys.exit(subprocess.run([program, *line[1:]]).returncode)

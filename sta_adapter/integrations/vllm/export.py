@@ -1,0 +1,102 @@
+"""An adapter in the form that vLLM takes: STA beside LoRA weights of vLLM's form, or beside a base that has them in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.adapter_format import CONFIG, WEIGHTS, read_description, read_weights, replace_files, write_adapter
+from sta_adapter.base_model import MERGED_LORA
+from sta_adapter.errors import CheckpointError
+from sta_adapter.hooks import CHILD
+from sta_adapter.hub import resolve_adapter
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.reading import read_json, read_tensors
+
+BASE, STA = "base", "sta"
+
+
+def export_adapter(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> bool:
+    """Write an adapter as vLLM and transformers both take it; LoRA weights without the copies of STA that PEFT keeps.
+
+    Args:
+        adapter: its folder, or its id on the Hub.
+        out: the folder to write.
+
+    Returns:
+        Whether there are LoRA weights, which vLLM must be told to serve.
+
+    Raises:
+        CheckpointError: no adapter, a damaged one, or `out` is its own folder.
+    """
+    from safetensors.torch import save
+
+    folder = _source(adapter, out)
+    description = read_description(folder)
+    read_weights(folder, description)
+    files = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    has_lora = (folder / LORA_CONFIG).exists()
+    if has_lora:
+        fields = read_json(folder / LORA_CONFIG)
+        others = sorted(set(fields.get("modules_to_save") or ()) - {CHILD})
+        if others:
+            raise CheckpointError(
+                f"{folder / LORA_CONFIG} trains {', '.join(others)} whole, which vLLM takes from no LoRA: merge the weights "
+                "into the base, with --merge-lora BASE."
+            )
+        tensors = read_tensors(folder / LORA_WEIGHTS)[0]
+        kept = {key: value.contiguous() for key, value in tensors.items() if f".{CHILD}." not in key}
+        files[LORA_WEIGHTS] = save(kept, {"format": "pt"})
+        files[LORA_CONFIG] = (json.dumps({**fields, "modules_to_save": None}, indent=2) + "\n").encode()
+    elif description.get("lora") is True:
+        raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
+    replace_files(out, files)
+    return has_lora
+
+
+def export_merged(adapter: str | os.PathLike[str], out: str | os.PathLike[str], base: str, **options: Any) -> None:
+    """Write the base with the adapter's LoRA weights in it (`base`), and STA alone beside it (`sta`).
+
+    Both carry the digest of the LoRA weights, without which neither is taken for the other's.
+
+    Args:
+        adapter: its folder, or its id on the Hub.
+        out: the folder to write.
+        base: the base's folder, or its id on the Hub.
+        options: further arguments of `load_model`.
+
+    Raises:
+        CheckpointError: no adapter, one without LoRA weights or for another base.
+    """
+    from sta_adapter.checkpoint import load_sta
+    from sta_adapter.inject import get_sta
+    from sta_adapter.loading import load_model, load_processor
+    from sta_adapter.text_positions import use_positions_of
+
+    folder, out = _source(adapter, out), Path(out)
+    description = read_description(folder)
+    if not (folder / LORA_CONFIG).exists():
+        raise CheckpointError(f"{folder} holds no LoRA weights ({LORA_CONFIG}), so there is nothing to merge.")
+    digest = hashlib.sha256((folder / LORA_CONFIG).read_bytes() + (folder / LORA_WEIGHTS).read_bytes()).hexdigest()[:16]
+    state = read_weights(folder, description)
+    processor = load_processor(base)
+    model = use_positions_of(load_model(base, **options), None, description.get("positions"))
+    peft_model: Any = load_sta(model, folder).model
+    merged = peft_model.merge_and_unload()
+    handle = get_sta(merged)
+    if handle is not None:
+        handle.remove()
+    setattr(merged.config, MERGED_LORA, digest)
+    merged.save_pretrained(out / BASE)
+    processor.save_pretrained(out / BASE)
+    write_adapter(out / STA, state, {**description, MERGED_LORA: digest})
+
+
+def _source(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    folder = resolve_adapter(adapter)
+    if folder.resolve() == Path(out).resolve():
+        raise CheckpointError(f"{os.fspath(out)!r} is the adapter's own folder; write to another one.")
+    return folder

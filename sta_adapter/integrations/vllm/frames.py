@@ -1,0 +1,68 @@
+"""A video loader for vLLM's server that samples and sizes frames as training did.
+
+vLLM's own loaders take other frames (see docs/serve.md). `sta-adapter serve` names this one in `--media-io-kwargs`, with
+the settings of the adapter's run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.compatibility import incompatible
+from sta_adapter.errors import ConfigError
+
+LOADER = "sta_adapter"
+SIZES = ("factor", "temporal_patch")
+
+
+def media_io_kwargs(reader: ClipReader) -> dict[str, Any]:
+    """The value of vLLM's `media_io_kwargs` by which its server reads clips as this reader does."""
+    settings = {name: getattr(reader.settings, name) for name in FrameSettings.__dataclass_fields__}
+    sizes = {name: getattr(reader, name) for name in SIZES}
+    return {"video": {"video_backend": LOADER, **settings, **sizes}}
+
+
+def register_loader() -> None:
+    """Make the loader known to vLLM by its name.
+
+    Raises:
+        CompatibilityError: vLLM has no registry of loaders.
+    """
+    try:
+        from vllm.multimodal.video import VIDEO_LOADER_REGISTRY as registry
+    except ImportError as error:
+        raise incompatible("vllm", f"it has no registry of video loaders ({error})") from error
+    registry.register(LOADER)(TrainedFrames)
+
+
+class TrainedFrames:
+    """What vLLM calls to decode a video."""
+
+    @classmethod
+    def load_bytes(cls, data: bytes, num_frames: int = -1, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The frames (T, H, W, 3) of a video and their metadata.
+
+        Args:
+            data: contents of the file.
+            num_frames: vLLM's own default, which doesn't count here; `nframes` among the options does.
+            options: fields of `FrameSettings`, and the `factor` and `temporal_patch` of `ClipReader`.
+
+        Raises:
+            ConfigError: an option that doesn't exist.
+            DataError: the video can't be read.
+        """
+        fields = FrameSettings.__dataclass_fields__
+        if unknown := sorted(set(options) - set(fields) - set(SIZES)):
+            raise ConfigError(
+                f"media_io_kwargs: {LOADER} has no option {', '.join(unknown)}; known: {', '.join((*fields, *SIZES))}."
+            )
+        settings = FrameSettings(**{name: value for name, value in options.items() if name in fields})
+        reader = ClipReader(settings, **{name: options[name] for name in SIZES if name in options})
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "clip")
+            file.write_bytes(data)
+            clip = reader.read([{"type": "video", "video": str(file)}])[0]
+        return clip.pixels, {**(clip.metadata or {}), "video_backend": LOADER, "do_sample_frames": False}

@@ -1,0 +1,96 @@
+"""The line that serves an adapter with vLLM: the base, STA, and clips sampled and sized as in training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sta_adapter.adapter_format import read_description
+from sta_adapter.backbone import get_backbone
+from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.errors import ConfigError
+from sta_adapter.hub import resolve_adapter
+from sta_adapter.integrations.vllm.frames import media_io_kwargs
+from sta_adapter.integrations.vllm.request import ADAPTER, ANY_BASE, REVISION
+from sta_adapter.lora_files import LORA_CONFIG
+from sta_adapter.reading import read_json
+
+LORA_NAME = "adapted"  # what requests name as their model to get the LoRA weights
+PLUGIN = "sta_adapter"
+
+
+def serve_line(
+    model: str,
+    adapter: str,
+    *,
+    revision: str | None = None,
+    any_base: bool = False,
+    reader: ClipReader | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """The words of the line.
+
+    Args:
+        model: the base's folder, or its id on the Hub.
+        adapter: the adapter's.
+        revision: of the adapter on the Hub.
+        any_base: take another base than the adapter names, if it fits.
+        reader: how clips are read; None leaves vLLM's own way.
+        extra: further options of `vllm serve`.
+
+    Raises:
+        CheckpointError: there is no such adapter.
+        UnknownBackboneError: vLLM doesn't serve its backbone.
+        ConfigError: an option in `extra` sets what this line sets.
+    """
+    folder = resolve_adapter(adapter, revision)
+    get_backbone(read_description(folder)["backbone"]).in_vllm()
+    named = os.path.abspath(adapter) if os.path.isdir(adapter) else adapter
+    overrides: dict[str, Any] = {ADAPTER: named}
+    overrides |= {REVISION: revision} if revision else {}
+    overrides |= {ANY_BASE: True} if any_base else {}
+    options = {"--hf-overrides": json.dumps(overrides)}
+    if reader is not None:
+        options["--media-io-kwargs"] = json.dumps(media_io_kwargs(reader))
+        options["--mm-processor-kwargs"] = json.dumps({"videos_kwargs": {"do_resize": False}})
+    for name in options:
+        if any(word.split("=")[0] == name for word in extra):
+            raise ConfigError(f"{name} is set by this command; run vllm serve yourself to set it otherwise.")
+    line = ["vllm", "serve", model, *(word for pair in options.items() for word in pair)]
+    if (folder / LORA_CONFIG).exists():
+        rank = _largest_rank(read_json(folder / LORA_CONFIG))
+        line += ["--enable-lora", "--enable-tower-connector-lora", "--max-lora-rank", str(rank)]
+        line += ["--lora-modules", f"{LORA_NAME}={named}"]
+    return [*line, *extra]
+
+
+def trained_reader(model: str, adapter: str, revision: str | None = None) -> ClipReader:
+    """How the adapter's run read its clips; the published recipe where it isn't known.
+
+    Raises:
+        CheckpointError: the base has no processor, or there is no such adapter.
+    """
+    from sta_adapter.loading import load_processor, saved_frame_settings
+
+    settings = FrameSettings(**saved_frame_settings(adapter, revision=revision))
+    return ClipReader.of(load_processor(model), settings)
+
+
+def check_plugins(allowed: str | None) -> None:
+    """Refuse an environment whose `VLLM_PLUGINS` leaves STA's plug-in out, which vLLM would do without a word.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise ConfigError(
+            f"VLLM_PLUGINS is {allowed!r}, so that vLLM would serve the base without STA: add {PLUGIN}, or unset it."
+        )
+
+
+def _largest_rank(fields: dict[str, Any]) -> int:
+    """VLLM takes one of a few values; the smallest that holds every rank."""
+    ranks = [int(fields.get("r") or 8), *map(int, (fields.get("rank_pattern") or {}).values())]
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks)), max(ranks))

@@ -1,0 +1,164 @@
+"""Serving lines and exports for vLLM, without vLLM."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from standins import fake_vllm
+from tiny_qwen import make_processor, moving_square, save_base, write_video
+
+from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.cli import cli
+from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, MissingExtraError
+from sta_adapter.integrations.vllm import register
+from sta_adapter.integrations.vllm.export import export_adapter, export_merged
+from sta_adapter.integrations.vllm.frames import TrainedFrames, media_io_kwargs, register_loader
+from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line
+from sta_adapter.loading import load_model
+from sta_adapter.text_positions import use_positions
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    return save_base(folder, make_processor(folder))
+
+
+def model_of(base):
+    return use_positions(load_model(base, dtype="fp32", device="cpu"))
+
+
+def save(base, folder, lora):
+    from peft import get_peft_model
+
+    handle = inject_sta(model_of(base), STAConfig(init="normal"))
+    if lora:
+        wrapped = get_peft_model(handle.model, handle.lora_config())
+        handle = get_sta(wrapped)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    handle.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    return save(base, tmp_path_factory.mktemp("plain"), lora=False)
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    return save(base, tmp_path_factory.mktemp("adapted"), lora=True)
+
+
+@torch.no_grad()
+def logits(model, base):
+    from transformers import AutoProcessor
+
+    text = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Which way?<|im_end|>\n"
+    inputs = AutoProcessor.from_pretrained(base)(text=[text], videos=[moving_square("left")], return_tensors="pt")
+    return model.eval()(**inputs).logits
+
+
+def test_an_export_beside_lora_is_what_vllm_takes_and_answers_alike(base, adapted, tmp_path):
+    assert export_adapter(adapted, tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    from safetensors.torch import load_file
+
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not fields["modules_to_save"]
+    assert keys
+    assert not any(".sta." in key for key in keys)
+    expected, base_logits = logits(load_sta(model_of(base), adapted).model, base), logits(model_of(base), base)
+    assert (expected - base_logits).abs().max() > 0.01
+    torch.testing.assert_close(logits(load_sta(model_of(base), tmp_path / "out").model, base), expected)
+
+
+def test_a_merged_base_and_its_sta_answer_as_the_adapter_and_only_together(base, adapted, plain, tmp_path):
+    export_merged(adapted, tmp_path, str(base), dtype="fp32", device="cpu")
+    expected = logits(load_sta(model_of(base), adapted).model, base)
+    merged = tmp_path / "base"
+    found = logits(load_sta(model_of(merged), tmp_path / "sta").model, merged)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(CheckpointError, match=r"this model has none\. Use the base that `sta-adapter export`"):
+        load_sta(model_of(base), tmp_path / "sta")
+    with pytest.raises(CheckpointError, match="LoRA weights of another adapter merged into it"):
+        load_sta(model_of(merged), plain)
+    load_sta(model_of(base), tmp_path / "sta", base_model="any")
+
+
+def test_exports_that_cannot_be(base, plain, adapted, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to merge"):
+        export_merged(plain, tmp_path / "a", str(base))
+    with pytest.raises(CheckpointError, match="own folder"):
+        export_adapter(plain, plain)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        export_adapter(tmp_path / "nowhere", tmp_path / "b")
+    assert not export_adapter(plain, tmp_path / "c")
+    load_sta(model_of(base), tmp_path / "c")
+
+
+def test_the_command_says_how_the_export_is_served(plain, tmp_path):
+    done = CliRunner().invoke(cli, ["export", str(plain), str(tmp_path / "out")], catch_exceptions=False)
+    assert f"sta-adapter serve --model BASE --adapter {tmp_path / 'out'}" in done.output
+
+
+def test_the_serve_line_carries_the_run_of_the_adapter(base, plain, adapted, tmp_path):
+    export_adapter(plain, tmp_path / "a")
+    (tmp_path / "a" / "run.json").write_text(json.dumps({"frames": {"fps": 2.0, "max_frames": 6, "max_tokens": 64}}))
+    options = ["serve", "--model", str(base), "--adapter", str(tmp_path / "a"), "--print", "--", "--port", "8123"]
+    words = shlex.split(CliRunner().invoke(cli, options, catch_exceptions=False).output)
+    assert words[:3] == ["vllm", "serve", str(base)]
+    assert words[-2:] == ["--port", "8123"]
+    given = {name: json.loads(words[words.index(name) + 1]) for name in ("--hf-overrides", "--media-io-kwargs")}
+    assert given["--hf-overrides"] == {"sta_adapter": str(tmp_path / "a")}
+    video = given["--media-io-kwargs"]["video"]
+    assert (video["fps"], video["max_frames"], video["max_tokens"], video["factor"]) == (2.0, 6, 64, 8)
+    assert "--enable-lora" not in words
+    words = serve_line("base", str(adapted), any_base=True, revision=None)
+    assert json.loads(words[words.index("--hf-overrides") + 1])["sta_adapter_any_base"] is True
+    assert words[words.index("--max-lora-rank") + 1] == "32"
+    assert "--enable-tower-connector-lora" in words
+    with pytest.raises(ConfigError, match="--hf-overrides is set by this command"):
+        serve_line("base", str(plain), extra=["--hf-overrides={}"])
+
+
+def test_a_server_without_the_plug_in_or_vllm_is_not_started(base, plain, monkeypatch):
+    check_plugins(None)
+    check_plugins("other,sta_adapter")
+    with pytest.raises(ConfigError, match=r"VLLM_PLUGINS is 'other'.*without STA"):
+        check_plugins("other")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(MissingExtraError, match=r"sta-adapter\[vllm\]"):
+        CliRunner().invoke(cli, ["serve", "--model", str(base), "--adapter", str(plain)], catch_exceptions=False)
+
+
+def test_the_loader_gives_the_frames_of_training(tmp_path):
+    file = write_video(tmp_path / "a.mp4", moving_square("left", size=64, count=16), fps=4)
+    reader = ClipReader(FrameSettings(fps=1.0, min_frames=2, min_tokens=2, max_tokens=4), factor=8, temporal_patch=2)
+    expected = reader.read([{"type": "video", "video": str(file)}])[0]
+    options = media_io_kwargs(reader)["video"]
+    assert options.pop("video_backend") == "sta_adapter"
+    frames, metadata = TrainedFrames.load_bytes(file.read_bytes(), num_frames=32, **options)
+    np.testing.assert_array_equal(frames, expected.pixels)
+    assert frames.shape == (4, 16, 16, 3)
+    assert metadata["frames_indices"] == expected.metadata["frames_indices"]
+    assert metadata["do_sample_frames"] is False
+    with pytest.raises(ConfigError, match="has no option num_frame; known: fps"):
+        TrainedFrames.load_bytes(file.read_bytes(), num_frame=3)
+
+
+def test_the_loader_is_registered(monkeypatch):
+    fake_vllm.install(monkeypatch)
+    register()
+    import vllm.multimodal.video as video
+
+    assert video.VIDEO_LOADER_REGISTRY.found == {"sta_adapter": TrainedFrames}
+    monkeypatch.delattr(video, "VIDEO_LOADER_REGISTRY")
+    with pytest.raises(CompatibilityError, match="no registry of video loaders"):
+        register_loader()
