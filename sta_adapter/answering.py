@@ -5,6 +5,7 @@ Public: `Questioner`, `Prediction`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 
 from sta_adapter.answer_text import final_answer
-from sta_adapter.collator import Collator
+from sta_adapter.clip_batches import PIXELS, missing_frames
+from sta_adapter.collator import Collator, kind_of
 from sta_adapter.encoding import Encoded, encode_answer
+from sta_adapter.errors import DataError
+from sta_adapter.inject import get_sta
 from sta_adapter.matching import named_option
 from sta_adapter.samples import Sample
 
@@ -86,31 +90,52 @@ class Questioner:
 
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
         """Predictions, those of written answers first."""
-        written = [question for question in questions if not question[-1]]
-        if written:
-            yield from self._generate(written)
+        for group in self._alike([question for question in questions if not question[-1]]):
+            yield from self._generate(group)
         yield from map(self._choose, (question for question in questions if question[-1]))
 
-    def _batch(self, items: list[Encoded]) -> dict[str, torch.Tensor]:
+    def require_possible(self, item: Encoded) -> None:
+        """Raise DataError for a prompt that only a model with STA takes."""
+        videos = item.get("pixel_values_videos")
+        unequal = videos is not None and videos.dim() == 5 and bool(missing_frames(videos).any())
+        if unequal and get_sta(self.model) is None:
+            raise DataError(
+                "its clips are of unequal lengths, which this model takes in one sample only with STA; give them one nframes."
+            )
+
+    def _alike(self, questions: list[Question]) -> list[list[Question]]:
+        """In batches that any model takes: stacked clips and pictures of one length, and of one kind where need be."""
+        groups: dict[Any, list[Question]] = {}
+        for question in questions:
+            item = question[2]
+            stacked = tuple((key, item[key].shape[1:]) for key in PIXELS if key in item and item[key].dim() == 5)
+            groups.setdefault((kind_of(item) if self.collate.one_kind else "", stacked), []).append(question)
+        return list(groups.values())
+
+    def _batch(self, items: list[Encoded]) -> tuple[dict[str, torch.Tensor], contextlib.AbstractContextManager[None]]:
+        """Arguments of the model, and a context in which STA is told the clips of what comes as rows of frames."""
         batch = self.collate(items)
-        return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        lengths, handle = batch.pop("clip_lengths", None), get_sta(self.model)
+        told = contextlib.nullcontext() if lengths is None or handle is None else handle.clips(lengths.tolist())
+        return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}, told
 
     def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
-        batch = self._batch([item for _, _, item, _ in questions])
+        batch, told = self._batch([item for _, _, item, _ in questions])
         tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
-        out = self.model.generate(
-            **batch,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=sorted({*ends, tokenizer.eos_token_id} - {None}) or None,
-            pad_token_id=self.collate.pad_id,
-        )
+        with told:
+            out = self.model.generate(
+                **batch,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=sorted({*ends, tokenizer.eos_token_id} - {None}) or None,
+                pad_token_id=self.collate.pad_id,
+            )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for (index, sample, *_), text in zip(questions, said, strict=True):
             yield judge(index, sample, text.strip())
@@ -126,13 +151,14 @@ class Questioner:
 
     def _log_likelihoods(self, prompt: Encoded, answers: list[torch.Tensor]) -> list[float]:
         rows = [_extended(prompt, answer) for answer in answers]
-        batch, longest = self._batch(rows), max(map(len, answers))
+        (batch, told), longest = self._batch(rows), max(map(len, answers))
         last = {}
         parameters = inspect.signature(self.model.forward).parameters
         base = getattr(self.model, "get_base_model", lambda: self.model)()
         if "logits_to_keep" in {*parameters, *inspect.signature(base.forward).parameters}:
             last["logits_to_keep"] = longest + 1
-        logits = self.model(**batch, **last).logits[:, -longest - 1 : -1].float()
+        with told:
+            logits = self.model(**batch, **last).logits[:, -longest - 1 : -1].float()
         targets = batch["input_ids"][:, -longest:]
         chosen = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         return [float(row[longest - len(answer) :].sum()) for row, answer in zip(chosen, answers, strict=True)]

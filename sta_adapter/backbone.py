@@ -72,10 +72,15 @@ class ClipSource:
         model_classes: class names of the model; subclasses count.
         methods: by the name of a method, `forward` among them, a function from (model, arguments by name) to the clip
             lengths, or to None when they need no telling; raises LayoutError when they can't be known.
+        runs: by the name of a method, a function that calls it: from (model, the method, which tells the clips, its
+            arguments, its keywords) to its result.
     """
 
     model_classes: tuple[str, ...]
     methods: Mapping[str, Callable[[nn.Module, Mapping[str, Any]], ClipLengths | None]]
+    runs: Mapping[str, Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = (
+        dataclasses.field(default_factory=dict)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sta_adapter.clip_batches import PIXELS, put_together, takes_one_kind
 from sta_adapter.encoding import IGNORE, Encoded
 from sta_adapter.errors import DataError
 from sta_adapter.samples import BadSample
@@ -38,19 +39,23 @@ class Collator:
         pad_id: what fills `input_ids`.
         side: "right" for training, "left" for generation.
         on_bad_sample: "skip" leaves out what makes no batch with the others, "error" raises.
+        one_kind: whether the model takes either pictures or clips in one batch.
     """
 
-    def __init__(self, pad_id: int, *, side: str = "right", on_bad_sample: str = "skip") -> None:
+    def __init__(
+        self, pad_id: int, *, side: str = "right", on_bad_sample: str = "skip", one_kind: bool = False
+    ) -> None:
         self.pad_id = pad_id
         self.side = side
         self.on_bad_sample = on_bad_sample
+        self.one_kind = one_kind
 
     @classmethod
     def of(cls, processor: Any, *, side: str = "right", on_bad_sample: str = "skip") -> Collator:
         """The collator for a processor's padding token."""
         tokenizer = processor.tokenizer
         pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(pad_id, side=side, on_bad_sample=on_bad_sample)
+        return cls(pad_id, side=side, on_bad_sample=on_bad_sample, one_kind=takes_one_kind(processor))
 
     def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, Any]:
         """Batch of `(B, L)` token tensors with `attention_mask`, and the clips' tensors one after the other.
@@ -60,7 +65,7 @@ class Collator:
         Raises:
             DataError: a sample makes no batch with the others, and `on_bad_sample` is "error".
         """
-        found = self.sort_out(items)
+        found = [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
         good = [item for item in found if not isinstance(item, BadSample)]
         bad = [f"{item.source}: {item.reason}" for item in found if isinstance(item, BadSample)]
         return {"bad_samples": bad, **(self._batch(good) if good else {"labels": torch.full((1, 1), IGNORE)})}
@@ -79,6 +84,19 @@ class Collator:
             if item is not was and isinstance(item, BadSample) and self.on_bad_sample == "error":
                 raise DataError(f"{item.source}: {item.reason}")
         return found
+
+    def _of_kind(self, item: Encoded | BadSample, usual: str) -> Encoded | BadSample:
+        """The sample, if the model takes its pictures or clips along with the others of the batch."""
+        if not self.one_kind or isinstance(item, BadSample) or kind_of(item) in ("", usual):
+            return item
+        bad = BadSample(
+            getattr(item, "source", Loaded.source),
+            "it has pictures and others of its batch have clips, or the other way round, and this model takes one of them in "
+            "a batch. Train with device_batch_size 1, or on files of one kind.",
+        )
+        if self.on_bad_sample == "error":
+            raise DataError(f"{bad.source}: {bad.reason}")
+        return bad
 
     def _joins(self, items: Sequence[Encoded | BadSample]) -> bool:
         """Whether the samples make a batch; it is only tried where their shapes leave a doubt."""
@@ -102,7 +120,7 @@ class Collator:
                     [self._pad(value, fill[key], item, length) for value, item in zip(values, items, strict=True)]
                 )
             else:
-                batch[key] = torch.cat([value for value in values if value is not None])
+                batch[key] = put_together(key, [value for value in values if value is not None])
         ones = [torch.ones_like(item["input_ids"]) for item in items]
         batch["attention_mask"] = torch.stack([self._pad(one, 0, one, length) for one in ones])
         return batch
@@ -112,6 +130,16 @@ class Collator:
             value = torch.zeros_like(item["input_ids"])
         missing = length - len(value)
         return torch.nn.functional.pad(value, (missing, 0) if self.side == "left" else (0, missing), value=fill)
+
+
+def kind_of(item: Encoded) -> str:
+    """Gives "pixel_values" of a sample with pictures, "pixel_values_videos" of one with clips, "" of text alone."""
+    return next((key for key in PIXELS if key in item), "")
+
+
+def _usual_kind(items: Sequence[Encoded | BadSample]) -> str:
+    kinds = Counter(kind_of(item) for item in items if not isinstance(item, BadSample))
+    return max(kinds, key=lambda kind: (kind != "", kinds[kind]), default="")
 
 
 def _shapes(items: Sequence[Encoded]) -> dict[str, Counter[tuple[int, ...]]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sta_adapter.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
 
@@ -172,9 +173,30 @@ def _check_placeholders(processor: Any, text: str, visuals: list[Visual]) -> Non
 
 
 def _process(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
-    """One call of the processor, with arrays, never paths, and without any sampling of its own."""
+    """Calls of the processor, with arrays, never paths, and without any sampling of its own."""
+    pieces = split_unequal(processor, text, visuals)
+    return (
+        _process_once(processor, text, visuals)
+        if len(pieces) == 1
+        else _join([_process_once(processor, words, group) for words, group in pieces])
+    )
+
+
+def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     clips = [visual for visual in visuals if visual.kind == "video"]
     images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
+    if clips and images and takes_one_kind(processor):
+        raise DataError("this model takes either pictures or clips in one sample, not both; leave one of them out.")
+    part = _visual_part(processor)
+    if hasattr(processor, "video_processor") and "BaseVideoProcessor" not in {
+        cls.__name__ for cls in type(part).__mro__
+    }:
+        raise DataError(
+            f"clips can't be put through {type(part).__name__} as this release of transformers has it: it takes neither times "
+            "nor frames that are chosen already. Use transformers 4.57 or newer for this model."
+        )
+    if any(clip.resized for clip in clips) and not hasattr(part, "patch_size"):
+        raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
     kwargs: dict[str, Any] = {"videos_kwargs": {}}
     if any(clip.resized for clip in clips):
         kwargs["videos_kwargs"]["do_resize"] = False
@@ -201,7 +223,7 @@ def _process(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
-    return encoded
+    return {**encoded, **row_lengths(processor, encoded, visuals)}
 
 
 def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None:
@@ -217,8 +239,12 @@ def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None
 
 def temporal_patch(processor: Any) -> int:
     """How many frames the model merges into one."""
-    part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
-    return int(getattr(part, "temporal_patch_size", 1) or 1)
+    return int(getattr(_visual_part(processor), "temporal_patch_size", 1) or 1)
+
+
+def _visual_part(processor: Any) -> Any:
+    """What processes clips."""
+    return getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
 
 
 def _ended(tokenizer: Any, piece: Encoded) -> Encoded:
@@ -252,6 +278,11 @@ def _end(tokenizer: Any, ids: list[int]) -> int | None:
 def _join(pieces: list[Encoded]) -> Encoded:
     """Put pieces together: what has one value a token along the sequence (0 where a piece has none), the rest along clips."""
     joined: Encoded = {}
+    if sum("batch_num_images" in piece for piece in pieces) > 1:
+        raise DataError(
+            "this model reads several pictures of a sample otherwise than each by itself, and here they stand in several turns "
+            "or between clips of unequal lengths. Put them into one turn, in front of the clips."
+        )
     for key in dict.fromkeys(key for piece in pieces for key in piece):
         per_token = key in ("input_ids", "mm_token_type_ids", "token_type_ids")
         parts = [
@@ -259,5 +290,5 @@ def _join(pieces: list[Encoded]) -> Encoded:
             for piece in pieces
             if key in piece or per_token
         ]
-        joined[key] = torch.cat(parts)
+        joined[key] = torch.cat(parts) if per_token else put_together(key, parts)
     return joined

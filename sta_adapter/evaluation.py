@@ -226,6 +226,7 @@ def _ask(asked: Questioner, dataset: VideoDataset, batch: Sequence[tuple[int, An
         sample = dataset.samples[index]
         try:
             if not isinstance(item, BadSample):
+                asked.require_possible(item)
                 good.append((index, sample, item, asked.options(sample)))
                 continue
         except Exception as error:

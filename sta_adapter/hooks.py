@@ -226,6 +226,8 @@ def take_clip_lengths(
     lengths = kwargs.get("clip_lengths")
     if "clip_lengths" in kwargs and "clip_lengths" not in inspect.signature(function).parameters:
         kwargs = {k: v for k, v in kwargs.items() if k != "clip_lengths"}
+    if isinstance(lengths, Tensor):  # as collators batch it
+        lengths = lengths.tolist()
     return kwargs, None if lengths is None else checked_lengths(lengths)
 
 

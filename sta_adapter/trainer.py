@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerState
 from sta_adapter.adapter_format import replace_files
 from sta_adapter.encoding import IGNORE
 from sta_adapter.errors import CheckpointError, DataError, STAError
+from sta_adapter.inject import get_sta
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE, load_trained, mark_complete, rotate, trained_state
 from sta_adapter.sharding import is_parallel, write_once
 from sta_adapter.streaming import Place, StreamDataset, stream_loader
@@ -106,6 +107,12 @@ class AdapterTrainer(Trainer):
         else:
             self.batches_used += 1
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the base class; only a model with STA takes `clip_lengths`."""
+        if get_sta(self._net) is None:
+            inputs.pop("clip_lengths", None)
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the base class; a batch that nothing trained takes part in (text alone, in stage one) has zero gradients."""
