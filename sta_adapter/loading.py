@@ -17,6 +17,10 @@ from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
 from sta_adapter.requirements import require_device
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
+OWN_LOOP = (
+    "check-data, train, evaluate, visualize and app take models whose processor in transformers makes text and clips into "
+    "tensors; with any other, use inject_sta in a training loop of your own, see 'Quick start' in README."
+)
 QUANTIZED = ("4bit", "8bit")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -115,14 +119,16 @@ def load_processor(
         raise MissingExtraError(
             f"the processor of {os.fspath(name)!r} needs more packages ({packages}): pip install 'sta-adapter[train]'"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise CheckpointError(f"can't load the processor of {os.fspath(name)!r}: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"can't load the processor of {os.fspath(name)!r}: {error}. {OWN_LOOP}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or template is None:
         missing = "tokenizer" if tokenizer is None else "chat template"
         raise CheckpointError(
-            f"the processor of {os.fspath(name)!r} has no {missing}; expected a chat model's processor."
+            f"the processor of {os.fspath(name)!r} has no {missing}; expected a chat model's processor. {OWN_LOOP}"
         )
     return processor
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny_bases
 import torch
+import transformers
+from cases_transformers import ROW_VISION
 from click.testing import CliRunner
 from PIL import Image
 from tiny_qwen import moving_square, write_video
@@ -248,3 +250,32 @@ def test_rows_are_counted_by_their_placeholders(folder, tmp_path):
 def test_old_releases_say_what_to_use(folder, tmp_path):
     with pytest.raises(DataError, match=r"Use transformers 4\.57 or newer"):
         encoded((tiny_bases.make_processor("llava_onevision", tmp_path), None), folder, record(clip("short")))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "processor"),
+    [
+        ("CLIPVisionModel", "CLIPVisionConfig", "CLIPImageProcessor"),
+        ("SiglipVisionModel", "SiglipVisionConfig", "SiglipImageProcessor"),
+        ("Dinov2Model", "Dinov2Config", "BitImageProcessor"),
+        ("", "", ""),
+    ],
+    ids=["clip", "siglip", "dinov2", "remote_code"],
+)
+@pytest.mark.parametrize("command", ["check-data", "train", "evaluate"])
+def test_what_commands_do_not_take_is_refused_with_what_to_do(model, config, processor, command, folder, tmp_path):
+    if model:
+        tower = getattr(transformers, config)(**{**ROW_VISION, "num_hidden_layers": 1})
+        getattr(transformers, model)(tower).save_pretrained(tmp_path / "base")
+        getattr(transformers, processor)().save_pretrained(tmp_path / "base")
+    else:
+        (tmp_path / "base").mkdir()
+        told = {"model_type": "intern_video2_chat", "architectures": ["InternVideo2"], "auto_map": {}}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(told))
+    (folder / "refused.jsonl").write_text(json.dumps(record(clip("short"))))
+    line = [command, "--model", tmp_path / "base", *(["--out", tmp_path / "out"] if command == "train" else [])]
+    line += [folder / "refused.jsonl"] if command == "check-data" else ["--data", folder / "refused.jsonl"]
+    done = CliRunner().invoke(cli, [str(word) for word in line])
+    assert done.exit_code != 0
+    said = " ".join(f"{done.output} {done.exception}".split())
+    assert "use inject_sta in a training loop of your own" in said
