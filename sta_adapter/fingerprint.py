@@ -90,7 +90,7 @@ def fingerprint_file(path: Path, start: int = 0, size: int | None = None) -> str
             if size > ENDS:
                 file.seek(start + max(ENDS, size - ENDS))
                 found.update(file.read(min(ENDS, size - ENDS)))
-    except OSError:
+    except (OSError, ValueError):  # not there, or of a name that no file has
         return "missing"
     return found.hexdigest()
 
