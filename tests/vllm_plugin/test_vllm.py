@@ -1,0 +1,267 @@
+"""The plug-in inside the real vLLM, on a CPU: the same answers as transformers and load_sta, from the same frames."""
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from engines import (
+    CLIP,
+    PICTURE,
+    PROMPT,
+    Engine,
+    Reference,
+    clip_prompt,
+    clips,
+    difference,
+    make_adapter,
+    make_base,
+    picture,
+)
+from tiny_qwen import moving_square, write_video
+
+from sta_adapter.clips import ClipReader
+from sta_adapter.errors import CheckpointError, InjectionError
+from sta_adapter.integrations.vllm.export import export_adapter, export_merged
+from sta_adapter.integrations.vllm.serve_line import trained_reader
+
+KINDS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A base of each kind, two adapters for it, and one with LoRA."""
+    made = {}
+    for kind in KINDS:
+        root = tmp_path_factory.mktemp(kind)
+        made[kind] = {"base": make_base(root / "base", kind)}
+        made[kind]["sta"] = make_adapter(root / "sta", made[kind]["base"])
+    base = made["Qwen2VL"]["base"]
+    root = tmp_path_factory.mktemp("more")
+    made["other"] = make_adapter(root / "other", base, seed=1, spread=0.2)
+    made["lora"] = make_adapter(root / "lora", base, seed=2, lora=True)
+    return made
+
+
+@contextlib.contextmanager
+def running(*args, **options):
+    engine = Engine(*args, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def compare(engine, reference, meta, **options):
+    """Tokens and logprobs of each clip by itself, and the embeddings of all in a batch."""
+    for frames in clips():
+        [(tokens, logprobs)] = engine.ask([clip_prompt(frames, meta)], **options)
+        inputs = reference.inputs(videos=[frames])
+        if "second_per_grid_ts" in inputs:  # vLLM's from the same metadata: steps of two frames, two frames a second
+            inputs["second_per_grid_ts"] = torch.tensor([1.0])
+        expected, scores = reference.answer(inputs)
+        assert tokens == expected
+        assert max(abs(scores[i][t].item() - v) for i, d in enumerate(logprobs) for t, v in d.items()) < 1e-3
+    changed = [frames[:, :, ::-1].copy() for frames in clips()]  # not in any cache
+    engine.ask([clip_prompt(frames, meta) for frames in changed], **options)
+    for found, frames in zip(engine.embeddings, changed, strict=True):
+        assert difference(found, reference.embeddings(frames)) < 1e-5
+
+
+def test_without_an_adapter_it_is_vllms_model(folders):
+    base = folders["Qwen2VL"]["base"]
+    with running(base) as engine:
+        compare(engine, Reference(base), meta=False)
+        assert not any("-sta-" in name for name in engine.identifiers)
+
+
+def test_qwen2_vl(folders):
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    reference = Reference(base, adapter)
+    with running(base, adapter) as engine:
+        compare(engine, reference, meta=False)
+        assert all("-sta-" in name for name in engine.identifiers)
+        frames, image = clips()[0], picture()
+        text = PROMPT.replace(CLIP, f"{PICTURE}{CLIP}{PICTURE}{CLIP}")
+        media = {"video": [frames, clips()[2]], "image": [image, image[::-1].copy()]}
+        [(tokens, _)] = engine.ask([{"prompt": text, "multi_modal_data": media}])
+        inputs = reference.inputs(text, videos=media["video"], images=media["image"])
+        assert tokens == reference.answer(inputs)[0]
+
+        engine.llm.collective_rpc("reload_weights")
+        engine.llm.reset_mm_cache()
+        engine.llm.llm_engine.reset_encoder_cache()
+        engine.llm.reset_prefix_cache()
+        compare(engine, reference, meta=False)
+        with reference.handle.disabled():
+            assert difference(reference.embeddings(frames), engine.embeddings[0]) > 0.1
+
+
+def test_two_engines_in_one_process(folders):
+    base = folders["Qwen2VL"]["base"]
+    with running(base, folders["Qwen2VL"]["sta"]) as one, running(base, folders["other"]) as two:
+        for _ in range(2):
+            for engine, adapter in ((one, folders["Qwen2VL"]["sta"]), (two, folders["other"])):
+                engine.ask([clip_prompt(clips()[0])])
+                found = engine.embeddings[0] if engine.embeddings else engine.first
+                engine.first = found
+                assert difference(found, Reference(base, adapter).embeddings(clips()[0])) < 1e-5
+        assert set(one.identifiers).isdisjoint(two.identifiers)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
+def test_other_towers(folders, kind):
+    base, adapter = folders[kind]["base"], folders[kind]["sta"]
+    reference = Reference(base, adapter)
+    with running(base, adapter) as engine:
+        if kind == "Qwen2_5_VL":
+            compare(engine, reference, meta=True)
+            return
+        for frames in clips():  # its prompts tell times, so that tokens depend on more than frames
+            engine.ask([clip_prompt(frames, meta=True)])
+            found = engine.embeddings[0]
+            assert difference(found, reference.embeddings(frames)) < 1e-5
+            with reference.handle.disabled():
+                assert difference(reference.embeddings(frames), found) > 0.05
+
+
+def test_lora_beside_sta(folders, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    base = folders["Qwen2VL"]["base"]
+    export_adapter(folders["lora"], tmp_path / "out")
+    lora = {"enable_lora": True, "enable_tower_connector_lora": True, "max_lora_rank": 32}
+    with running(base, tmp_path / "out", **lora) as engine:
+        request = LoRARequest("adapted", 1, str(tmp_path / "out"))
+        compare(engine, Reference(base, folders["lora"]), meta=False, lora_request=request)
+
+
+def test_a_merged_base(folders, tmp_path):
+    base = folders["Qwen2VL"]["base"]
+    export_merged(folders["lora"], tmp_path, str(base), dtype="fp32", device="cpu")
+    with running(tmp_path / "base", tmp_path / "sta") as engine:
+        compare(engine, Reference(base, folders["lora"]), meta=False)
+
+
+def test_bfloat16(folders):
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    reference = Reference(base, adapter)
+    with running(base, adapter, dtype="bfloat16") as engine:
+        engine.ask([clip_prompt(clips()[0])])
+        assert difference(engine.embeddings[0], reference.embeddings(clips()[0])) < 0.05
+
+
+def test_the_start_is_refused(folders, tmp_path):
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    cases = [
+        ({"hf_overrides": {"sta_adapter": str(tmp_path / "nowhere")}}, "there is no folder"),
+        ({"hf_overrides": {"sta_adaptor": str(adapter)}}, "Did you mean 'sta_adapter'"),
+        ({"adapter": folders["Qwen2_5_VL"]["sta"]}, "which vLLM runs as Qwen2_5_VL"),
+        ({"adapter": adapter, "model_impl": "transformers"}, "by vLLM's own class"),
+        ({"adapter": folders["lora"]}, "LoRA weights that nobody serves"),
+        ({"adapter": adapter, "load_format": "dummy"}, "passes by its load_weights"),
+    ]
+    for options, message in cases:
+        with pytest.raises((CheckpointError, InjectionError, ValueError, RuntimeError), match=message):
+            Engine(base, **options)
+
+
+PARALLEL = """
+import sys, torch
+sys.path[:0] = {paths!r}
+import conftest
+from engines import Engine, clip_prompt, clips
+if __name__ == "__main__":
+    engine = Engine({base!r}, {adapter!r}, tensor_parallel_size=2, mm_encoder_tp_mode={mode!r})
+    torch.save([engine.ask([clip_prompt(c)])[0][0] for c in clips()], {out!r})
+"""
+
+
+@pytest.mark.parametrize("mode", ["weights", "data"])
+def test_two_ranks(folders, tmp_path, mode):
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    here = Path(__file__).parent
+    script, out = tmp_path / "run.py", tmp_path / "tokens.pt"
+    facts = {"base": str(base), "adapter": str(adapter), "mode": mode, "out": str(out)}
+    script.write_text(PARALLEL.format(paths=[str(here), str(here.parent)], **facts))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference = Reference(base, adapter)
+    assert torch.load(out) == [reference.answer(reference.inputs(videos=[c]))[0] for c in clips()]
+
+
+def test_served_over_http(folders, tmp_path):
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    file = write_video(tmp_path / "clip.mp4", moving_square("left", size=64, count=16), fps=4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("sta-adapter")),
+        "serve",
+        "--model",
+        str(base),
+        "--adapter",
+        str(adapter),
+    ]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+    ]
+    log = tmp_path / "log"
+    with log.open("w") as target:
+        server = subprocess.Popen(
+            [*command, "--", *options], stdout=target, stderr=target, start_new_session=True, env={**os.environ}
+        )
+    try:
+        answer = _ask_when_ready(server, f"http://127.0.0.1:{port}", file, str(base), log)
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(60)
+    reference = Reference(base, adapter)
+    reader: ClipReader = trained_reader(str(base), str(adapter))
+    frames = reader.read([{"type": "video", "video": str(file)}])[0].pixels
+    message = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which way?"}]}]
+    text = reference.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    inputs = reference.processor(text=[text], videos=[list(frames)], do_resize=False, return_tensors="pt")
+    assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+    _, scores = reference.answer(inputs)
+    found = [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
+    assert len(found) == len(scores)
+    assert all(abs(a - b.max().item()) < 1e-3 for a, b in zip(found, scores, strict=True))
+
+
+def _ask_when_ready(server, address, file, model, log):
+    video = "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+    content = [{"type": "video_url", "video_url": {"url": video}}, {"type": "text", "text": "Which way?"}]
+    body = {
+        "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0,
+        "logprobs": True, "ignore_eos": True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    for _ in range(120):
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+        except OSError:
+            time.sleep(2)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.loads(response.read())
