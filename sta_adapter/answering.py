@@ -112,15 +112,16 @@ class Questioner:
             groups.setdefault((kind_of(item) if self.collate.one_kind else "", stacked), []).append(question)
         return list(groups.values())
 
-    def _batch(self, items: list[Encoded]) -> tuple[dict[str, torch.Tensor], contextlib.AbstractContextManager[None]]:
+    def batch(self, items: list[Encoded]) -> tuple[dict[str, torch.Tensor], contextlib.AbstractContextManager[None]]:
         """Arguments of the model, and a context in which STA is told the clips of what comes as rows of frames."""
         batch = self.collate(items)
         lengths, handle = batch.pop("clip_lengths", None), get_sta(self.model)
         told = contextlib.nullcontext() if lengths is None or handle is None else handle.clips(lengths.tolist())
         return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}, told
 
-    def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
-        batch, told = self._batch([item for _, _, item, _ in questions])
+    def write(self, prompts: list[Encoded]) -> list[str]:
+        """What the model writes behind each prompt, greedily."""
+        batch, told = self.batch(prompts)
         tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
         with told:
@@ -137,8 +138,12 @@ class Questioner:
                 pad_token_id=self.collate.pad_id,
             )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in said]
+
+    def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
+        said = self.write([item for _, _, item, _ in questions])
         for (index, sample, *_), text in zip(questions, said, strict=True):
-            yield judge(index, sample, text.strip())
+            yield judge(index, sample, text)
 
     def _choose(self, question: Question) -> Prediction:
         """The option that is likeliest as a complete answer."""
@@ -151,7 +156,7 @@ class Questioner:
 
     def _log_likelihoods(self, prompt: Encoded, answers: list[torch.Tensor]) -> list[float]:
         rows = [_extended(prompt, answer) for answer in answers]
-        (batch, told), longest = self._batch(rows), max(map(len, answers))
+        (batch, told), longest = self.batch(rows), max(map(len, answers))
         last = {}
         parameters = inspect.signature(self.model.forward).parameters
         base = getattr(self.model, "get_base_model", lambda: self.model)()

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Train STA, and LoRA beside it, on your clips.",
     "evaluate": "Measure a model with and without its adapter.",
     "visualize": "Draw what STA does with a clip.",
+    "watch": "Watch a live video, and answer about it.",
     "app": "Ask base and adapter about a video in the browser, side by side.",
     "serve": "Serve an adapter over HTTP, by vLLM.",
     "export": "Write an adapter as vLLM takes it.",

@@ -1,0 +1,117 @@
+"""`sta-adapter watch`: a model that watches a file, an address or a camera, and answers while it does.
+
+Public: `command`.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from typing import Any
+
+import click
+
+from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
+from sta_adapter.requirements import require_device
+
+HELP = """\b
+Example: sta-adapter watch rtsp://camera/1 --model ID --adapter ADAPTER
+
+Encodes frames as they come, each once, and answers every few seconds, or
+when Enter is pressed (a line of text is a new question). SOURCE is a file,
+played at its own pace, an address (rtsp, rtsps, http, https) or a camera
+such as /dev/video0. The adapter is one trained with causal=True.
+"""
+
+
+@click.command(
+    cls=Grouped,
+    needs={"train": ("torchvision", "PIL")},
+    help=HELP,
+    short_help="Watch a live video, and answer about it.",
+)
+@click.argument("source")
+@option("What", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
+@option("What", "--adapter", metavar="ID", required=True, help="Causal adapter on the Hub, or its folder.")
+@option("What", "--ask", metavar="TEXT", help="The question. [default: what happens]")
+@option("What", "--every", type=float, default=10.0, show_default=True, help="Seconds between answers; 0: at the end.")
+@option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
+@option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
+@option("Frames", "--window", type=int, metavar="N", help="Frames looked back to. [default: adapter's, or 64]")
+@option("Frames", "--budget", type=int, default=4096, show_default=True, help="Visual tokens to keep; old frames thin.")
+@option(
+    "Frames", "--timeout", type=float, default=10.0, show_default=True, help="Seconds without a frame to end after."
+)
+@option("Frames", "--fast", is_flag=True, help="A file as fast as it can be encoded.")
+@option("Result", "--json", "as_json", is_flag=True, help="Print a line of JSON for each event.")
+@model_options
+@adapter_options
+def command(source: str, adapter: str, as_json: bool, **options: Any) -> None:
+    """Watch, and print what happens."""
+    from sta_adapter.errors import ConfigError
+    from sta_adapter.live.source import LiveSource
+    from sta_adapter.live.watcher import Watcher, WatchSettings
+
+    require_device(options["device"])
+    if not 0 < options["timeout"] < float("inf"):
+        raise ConfigError(f"--timeout {options['timeout']}: expected seconds above 0.")
+    given = {"question": options["ask"], "window": options["window"]}
+    settings = WatchSettings(
+        every=options["every"], budget=options["budget"], **{k: v for k, v in given.items() if v is not None}
+    )
+    viewer = load_viewer(adapter, options)
+    live = LiveSource(source, fps=viewer.settings.fps, timeout=options["timeout"], fast=options["fast"])
+    watcher = Watcher(viewer.handle, viewer.processor, viewer.settings, settings)
+    for event in watcher.watch(live, _asked() if sys.stdin.isatty() else lambda: None):
+        click.echo(json.dumps(event) if as_json else described(event))
+
+
+def load_viewer(adapter: str, options: dict[str, Any]) -> Any:
+    """Model, processor and adapter."""
+    from sta_adapter.looking import Viewer
+
+    return Viewer.load(
+        options["model"],
+        find_adapter(adapter, options["adapter_revision"]),
+        frames={} if options["fps"] is None else {"fps": options["fps"], "nframes": None},
+        base_model=base_model_of(options["any_base"]),
+        dtype=options["dtype"] or "auto",
+        device=options["device"],
+        revision=options["revision"],
+        positions=options["positions"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+
+
+def described(event: dict[str, Any]) -> str:
+    """An event in words, for a terminal."""
+    seconds = event.get("seconds", 0.0)
+    at = f"[{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}]"
+    kind = event["event"]
+    if kind == "start":
+        return f"watching {event['source']}; a frame looks back over {event['window']} (Ctrl-C ends)"
+    if kind == "answer":
+        return f"{at} {event['question']}\n{' ' * len(at)} {event['answer'] or '(nothing)'}"
+    if kind == "dropped":
+        return f"{at} can't keep up: {event['frames']} frames dropped so far, {event['step_seconds']:.2f} s for a step"
+    if kind == "restart":
+        return f"{at} begun anew: {event['reason']}"
+    if kind == "error":
+        return f"{at} {event['error']}"
+    kept = f"{event['kept']} kept as {event['tokens']} tokens"
+    broken = f", {event['broken']} packets broken" if event["broken"] else ""
+    return f"{at} ended: {event['steps']} steps encoded, {kept}, {event['dropped']} frames dropped{broken}"
+
+
+def _asked() -> Any:
+    """A function that gives the line that was typed since the last call, or None."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line.strip())
+
+    threading.Thread(target=read, daemon=True).start()
+    return lambda: None if lines.empty() else lines.get()

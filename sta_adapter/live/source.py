@@ -1,0 +1,178 @@
+"""Frames of a video that comes as it comes: a file at its own pace, an address, a camera. Public: `LiveFrame`, `LiveSource`, `masked`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sta_adapter.errors import ConfigError, VideoError
+from sta_adapter.video import VideoNotFoundError
+
+SCHEMES = ("rtsp", "rtsps", "http", "https")
+REMOTE_PROTOCOLS = (
+    "http,https,tcp,tls,udp,rtp,rtsp,rtsps,crypto,hls"  # a playlist from elsewhere opens no file of this machine
+)
+LONGEST_ADDRESS = 4096
+
+
+class LiveFrame(NamedTuple):
+    """One frame: seconds since the first, and its pixels (H, W, 3) uint8, upright."""
+
+    seconds: float
+    pixels: np.ndarray
+
+
+class LiveSource:
+    """A source, opened when it is iterated over.
+
+    Args:
+        name: a file, an address (rtsp, rtsps, http, https), or a camera device such as /dev/video0.
+        fps: frames a second to give; those between are decoded and left out.
+        timeout: seconds after which a source that sends nothing is given up.
+        fast: give a file's frames as fast as they are taken, not at their own pace.
+
+    Attributes:
+        heard: when a frame was decoded last, or will be due, by `time.monotonic()`.
+        broken: packets that could not be decoded.
+
+    Raises:
+        ConfigError: the address is of another kind.
+        VideoNotFoundError: there is no such file or device.
+    """
+
+    def __init__(self, name: str, *, fps: float = 1.0, timeout: float = 10.0, fast: bool = False) -> None:
+        self.name = name
+        self.fps = fps
+        self.timeout = timeout
+        self.fast = fast
+        self.heard = time.monotonic()
+        self.broken = 0
+        scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*):", name)
+        self.is_remote = scheme is not None and not os.path.exists(name)
+        known = scheme is not None and scheme[1].lower() in SCHEMES
+        if self.is_remote and (not known or len(name) > LONGEST_ADDRESS or not name.isprintable()):
+            raise ConfigError(
+                f"{_shown(name)} is no address that a video is watched from; expected {', '.join(SCHEMES)} with ://, a file, "
+                "or a camera such as /dev/video0."
+            )
+        if not self.is_remote and (not os.path.exists(name) or os.path.isdir(name)):
+            what = "is a folder" if os.path.isdir(name) else "is not there"
+            raise VideoNotFoundError(
+                f"{_shown(name)} {what}; expected a file, an address or a camera such as /dev/video0."
+            )
+        self.is_camera = name.startswith("/dev/video")
+
+    def frames(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[LiveFrame]:
+        """The frames, as they come.
+
+        Raises:
+            VideoError: it can't be opened, holds no video, stalls, or breaks off.
+        """
+        import av
+
+        due, clock = 0.0, _Clock(self)
+        container = self._open(av)
+        with container:
+            if not container.streams.video:
+                raise VideoError(f"{_shown(self.name)} has no video in it.")
+            for frame in self._decoded(av, container):
+                if stopped():
+                    return
+                self.heard = time.monotonic()
+                seconds = clock.seconds(None if self.is_camera else frame.time)
+                if seconds < due - 1e-6:
+                    continue
+                due = max(due + 1 / self.fps, seconds)
+                if not self.fast:
+                    clock.wait_for(seconds, stopped)
+                yield LiveFrame(seconds, _upright(frame))
+
+    def _open(self, av: Any) -> Any:
+        options = {} if self.is_camera else {"protocol_whitelist": "file"}
+        if self.is_remote:
+            options = {"protocol_whitelist": REMOTE_PROTOCOLS}
+            if self.name.lower().startswith("rtsp"):
+                options["rtsp_transport"] = "tcp"
+        kind = "v4l2" if self.is_camera else None
+        if kind is not None and kind not in av.formats_available:
+            raise VideoError(
+                f"this PyAV ({av.__version__}) was built without {kind}, so it can't read {self.name}. Install one that was "
+                "(pip install av --no-binary av, with FFmpeg's libraries on the machine), or serve the camera over RTSP."
+            )
+        try:
+            return av.open(self.name, format=kind, options=options, timeout=(self.timeout, self.timeout))
+        except av.error.ExitError as error:
+            raise VideoError(f"{_shown(self.name)} did not answer within {self.timeout:g} seconds.") from error
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"{_shown(self.name)} can't be opened as a video: {error}.") from error
+
+    def _decoded(self, av: Any, container: Any) -> Iterator[Any]:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO" if self.fast else "SLICE"  # threads by frame give frames late
+        broke = ""
+        try:
+            for packet in container.demux(stream):
+                try:
+                    yield from packet.decode()
+                except av.error.InvalidDataError:
+                    self.broken += 1
+        except av.error.ExitError:
+            broke = f"stalls: nothing came for {self.timeout:g} seconds."
+        except (av.error.FFmpegError, OSError) as error:
+            broke = f"ended or broke off: {error}."
+        if broke:
+            with contextlib.suppress(av.error.FFmpegError):
+                yield from stream.codec_context.decode(None)  # what the decoder still holds
+            raise VideoError(f"{_shown(self.name)} {broke}")
+
+
+class _Clock:
+    """A source's time beside the machine's."""
+
+    def __init__(self, source: LiveSource) -> None:
+        self.source = source
+        self.began = time.monotonic()
+        self.last = 0.0
+        self._offset: float | None = None
+
+    def seconds(self, told: float | None) -> float:
+        """Of a frame, since the first; by the machine's clock where the source doesn't tell it.
+
+        Time that jumps back, as when a camera begins anew, goes on from the last frame.
+        """
+        if told is None:
+            self.last = max(self.last, time.monotonic() - self.began)
+            return self.last
+        if self._offset is None or told - self._offset < self.last - 1:
+            self._offset = told - (self.last and self.last + 1 / self.source.fps)
+        self.last = max(self.last, told - self._offset)
+        return self.last
+
+    def wait_for(self, seconds: float, stopped: Callable[[], bool]) -> None:
+        """Until a frame's time has come; a live source that jumps ahead is followed at once."""
+        if self.source.is_remote and seconds - (time.monotonic() - self.began) > self.source.timeout:
+            self.began = time.monotonic() - seconds
+        while (left := self.began + seconds - time.monotonic()) > 0 and not stopped():
+            self.source.heard = time.monotonic()
+            time.sleep(min(left, 0.1))
+
+
+def _upright(frame: Any) -> np.ndarray:
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+
+def masked(name: str) -> str:
+    """A source's name without the password that an address may hold."""
+    return re.sub(r"(://)[^/@]*@", r"\1***@", name)
+
+
+def _shown(name: str) -> str:
+    return ascii(masked(name))[:200]

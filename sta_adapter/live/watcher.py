@@ -1,0 +1,241 @@
+"""A model that watches: encodes frames as they come, and answers about what it has seen. Public: `Watcher`, `WatchSettings`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sta_adapter.answering import Questioner
+from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.encoding import Encoded, Visual, encode_prompt, temporal_patch
+from sta_adapter.errors import ConfigError, VideoError
+from sta_adapter.frames import fit_frames
+from sta_adapter.handle import STAHandle
+from sta_adapter.live.feed import Feed, chunks
+from sta_adapter.live.memory import FrameMemory, Step
+from sta_adapter.live.source import LiveFrame, LiveSource, masked
+from sta_adapter.video.reader import TICKS
+
+Event = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchSettings:
+    """How to watch.
+
+    Attributes:
+        question: to ask.
+        every: seconds of video between answers; 0 for at the end, and when asked, alone.
+        window: of the stream; None for the adapter's, or 64.
+        budget: visual tokens that the language model keeps.
+        max_new_tokens: longest answer.
+        waiting: frames that may wait to be encoded.
+    """
+
+    question: str = "What happens in the video?"
+    every: float = 10.0
+    window: int | None = None
+    budget: int = 4096
+    max_new_tokens: int = 64
+    waiting: int = 16
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: one is out of range.
+        """
+        for name, least in (("every", 0), ("budget", 1), ("max_new_tokens", 1), ("waiting", 1)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from {least}.")
+
+
+class Watcher:
+    """Watches one source with one model; what it saw stays when the source breaks.
+
+    Args:
+        handle: of the model, with causal STA.
+        processor: the model's.
+        frames: sizes of frames.
+        settings: how to watch.
+
+    Raises:
+        ConfigError: the adapter can't be streamed.
+    """
+
+    def __init__(self, handle: STAHandle, processor: Any, frames: FrameSettings, settings: WatchSettings) -> None:
+        self.handle = handle
+        self.settings = settings
+        self.frames = frames
+        window = settings.window or handle.config.window or 64
+        self.stream = handle.stream(window=window, name="watch")
+        self.memory = FrameMemory(settings.budget)
+        self.step = temporal_patch(processor)
+        self._reader = ClipReader.of(processor, frames)
+        self._processor = processor
+        self._questioner = Questioner(handle.model, processor, settings.max_new_tokens, 1)
+        self._size: tuple[int, int] | None = None
+        self._encoding = 0.0
+
+    def watch(self, source: LiveSource, asked: Callable[[], str | None] = lambda: None) -> Iterator[Event]:
+        """Events as they happen: "start", "answer", "restart", "dropped", "error" and at last "end".
+
+        Args:
+            source: to watch.
+            asked: whether somebody asks now: a question, "" for the one before, None for no.
+
+        Raises:
+            VideoError: the source broke; only after the last answer and the end were told.
+        """
+        question, answered, told = self.settings.question, 0.0, 0
+        failed: VideoError | None = None
+        yield {
+            "event": "start",
+            "source": masked(source.name),
+            "window": self.stream.window,
+            "budget": self.settings.budget,
+        }
+        with Feed(source, max(self.settings.waiting, self.step)) as feed:
+            try:
+                for chunk in chunks(feed.frames(), self.step):
+                    if chunk is not None:
+                        yield from self._take(chunk)
+                    wanted = asked()
+                    question = wanted or question
+                    due = self.settings.every and self._now - answered >= self.settings.every
+                    if self.memory.steps and (wanted is not None or due):
+                        answered = self._now
+                        yield self._answer(question)
+                    if feed.dropped > told:
+                        told = feed.dropped
+                        yield {"event": "dropped", "seconds": self._now, "frames": told, "step_seconds": self._encoding}
+            except VideoError as error:
+                failed = error
+                yield {"event": "error", "seconds": self._now, "error": str(error)}
+            if self.memory.steps:
+                yield self._answer(question)
+            yield {
+                "event": "end",
+                "seconds": self._now,
+                "dropped": feed.dropped,
+                **self._seen(),
+                "broken": source.broken,
+            }
+        if failed is not None:
+            raise failed
+        if not self.stream.frames:
+            raise VideoError("the source ended before its first frame.")
+
+    @property
+    def _now(self) -> float:
+        """Seconds of video seen."""
+        return self.memory.steps[-1].seconds[-1] if self.memory.steps else 0.0
+
+    def _seen(self) -> Event:
+        kept = {"kept": len(self.memory.steps), "tokens": self.memory.tokens, "thinned": self.memory.thinned}
+        return {"steps": self.stream.frames, **kept, "bytes": self.stream.bytes}
+
+    def _take(self, chunk: list[LiveFrame]) -> Iterator[Event]:
+        """Encode the next frames; where they have another size than those before, all begins anew."""
+        began = time.perf_counter()
+        pixels = [self._fitted(frame.pixels) for frame in chunk]
+        sizes = {picture.shape[:2] for picture in pixels}
+        if (self._size is not None and sizes != {self._size}) or len(sizes) > 1:
+            yield {"event": "restart", "seconds": chunk[-1].seconds, "reason": f"frames are now {sorted(sizes)} pixels"}
+            pixels = [picture if picture.shape == pixels[-1].shape else pixels[-1] for picture in pixels]
+            self.stream.reset()
+            self.memory.clear()
+        self._size = pixels[-1].shape[:2]
+        seconds = tuple(frame.seconds for frame in chunk)
+        prompt = self._prompt(np.stack(pixels), seconds, self.settings.question)
+        output = self._encode(prompt)
+        self.memory.add(Step(seconds, output, self._visual_tokens(prompt)))
+        self._encoding = time.perf_counter() - began
+
+    def _fitted(self, pixels: np.ndarray) -> np.ndarray:
+        """A frame in the size that the model gets."""
+        area = self._reader.factor**2
+        low, high = self.frames.min_tokens, self.frames.max_tokens
+        if area == 1 or (low is None and high is None):
+            return pixels
+        most = high * area if high else float("inf")
+        return fit_frames(
+            pixels[None], factor=self._reader.factor, min_pixels=min((low or 0) * area or 1, most), max_pixels=most
+        )[0]
+
+    def _prompt(self, pixels: np.ndarray, seconds: tuple[float, ...], question: str) -> Encoded:
+        """The question behind a clip of these frames (T, H, W, 3)."""
+        metadata = {
+            "total_num_frames": round(seconds[-1] * TICKS) + 1,
+            "fps": float(TICKS),
+            "width": pixels.shape[2],
+            "height": pixels.shape[1],
+            "duration": seconds[-1],
+            "video_backend": "pyav",
+            "frames_indices": [round(moment * TICKS) for moment in seconds],
+        }
+        resized = self._reader.factor > 1 and (self.frames.min_tokens is not None or self.frames.max_tokens is not None)
+        content = [{"type": "video", "video": "live"}, {"type": "text", "text": question}]
+        visual = Visual("video", pixels, metadata, resized)
+        return encode_prompt(self._processor, [{"role": "user", "content": content}], [[visual]])
+
+    def _encode(self, prompt: Encoded) -> Any:
+        """The encoder's output for a prompt's frames; the language model doesn't run."""
+        found: list[Any] = []
+
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output)
+            raise _EncodedError
+
+        hook = self.handle.encoder.register_forward_hook(take)
+        try:
+            batch, told = self._questioner.batch([prompt])
+            with self.stream, told:
+                self.handle.model(**batch)
+        except _EncodedError:
+            return found[0]
+        finally:
+            hook.remove()
+        raise ConfigError("the model did not call its vision encoder for a clip; this model can't be watched with.")
+
+    def _answer(self, question: str) -> Event:
+        """Ask about the steps that are kept."""
+        began = time.perf_counter()
+        seconds = tuple(moment for step in self.memory.steps for moment in step.seconds)
+        height, width = self._size or (0, 0)
+        prompt = self._prompt(np.zeros((len(seconds), height, width, 3), np.uint8), seconds, question)
+        with torch.no_grad(), self.handle.disabled(), _gives(self.handle.encoder, self.memory.output()):
+            said = self._questioner.write([prompt])[0]
+        asked = {"event": "answer", "seconds": self._now, "question": question, "answer": said}
+        return {**asked, "took": time.perf_counter() - began, **self._seen()}
+
+    def _visual_tokens(self, prompt: Encoded) -> int:
+        ids = prompt["input_ids"].tolist()
+        config = self.handle.model.config
+        names = ("video_token_id", "video_token_index", "image_token_id", "image_token_index")
+        known = {getattr(config, name, None) for name in names} - {None}
+        return sum(token in known for token in ids) or len(ids)
+
+
+class _EncodedError(Exception):
+    """The encoder has run; nothing else of the model needs to."""
+
+
+@contextlib.contextmanager
+def _gives(module: nn.Module, output: Any) -> Iterator[None]:
+    """A module that gives an output without computing."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
