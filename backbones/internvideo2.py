@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.errors import LayoutError
 from sta_adapter.layout import ClipLayout
+from sta_adapter.signatures import takes
 
 # language models of the InternVideo family: Mistral, Llama and Qwen2 (q_proj ...) and InternLM2 (wqkv ...)
 INTERN_LORA = LoRARecipe(
@@ -79,7 +79,7 @@ def video_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     weight = patches.proj.weight
     size = [grid * step for grid, step in zip((frames, rows, columns), patches.proj.kernel_size, strict=True)]
     video = torch.zeros(1, weight.shape[1], *size, device=weight.device, dtype=weight.dtype)
-    if "mask" not in inspect.signature(encoder.forward).parameters:
+    if not takes(encoder, "mask"):
         return (video,), {}
     keep_all = torch.zeros(1, 1 + frames * rows * columns, device=weight.device, dtype=torch.bool)
     return (video,), {"mask": keep_all}

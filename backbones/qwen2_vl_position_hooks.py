@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sta_adapter.compatibility import GENERATION_METHOD, cached_tokens, given_arguments
 from sta_adapter.errors import LayoutError
+from sta_adapter.signatures import class_method
 from sta_adapter.uncompiled import uncompiled
 
 FORWARD = "Qwen2VLModel.forward"
@@ -21,7 +22,7 @@ class FillPositions:
         """Return the arguments with `position_ids`, or None when they have them."""
         if kwargs.get("position_ids") is not None:
             return None
-        given = given_arguments(model.forward, FORWARD, args, kwargs)
+        given = given_arguments(class_method(model), FORWARD, args, kwargs)
         if given.get("position_ids") is not None:
             return None
         return (), {**given, "position_ids": self._positions(model, given)}
@@ -29,7 +30,7 @@ class FillPositions:
     @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:
         """Positions (3, batch, tokens)."""
-        past = cached_tokens(model.forward, FORWARD, given)
+        past = cached_tokens(class_method(model), FORWARD, given)
         if not past:
             positions, model.rope_deltas = model.get_rope_index(**given)
             return positions

@@ -11,6 +11,7 @@ import math
 
 from torch import nn
 
+from sta_adapter.backbone import Backbone
 from sta_adapter.backbones.qwen2_vl import BACKBONE as QWEN2_VL
 from sta_adapter.backbones.qwen2_vl_position_rules import VideoRopePositions
 from sta_adapter.backbones.qwen2_vl_positions import drop_hooks, find_owner, install, installed_rule, uninstall
@@ -48,7 +49,7 @@ def apply_videorope(model: nn.Module, scale_factor: float = 2.0) -> nn.Module:
         setattr(rotary, FREQUENCY_METHOD, frequencies)
     else:
         rotary.register_forward_hook(frequencies)
-    _rename(model, QWEN2_VL.name, BACKBONE.name)
+    _rename(model, QWEN2_VL, BACKBONE)
     return model
 
 
@@ -64,15 +65,15 @@ def remove_videorope(model: nn.Module) -> nn.Module:
         rotary = owner.language_model.rotary_emb
         vars(rotary).pop(FREQUENCY_METHOD, None)
         drop_hooks(rotary, InterleavedFrequencies)
-        _rename(model, BACKBONE.name, QWEN2_VL.name)
+        _rename(model, BACKBONE, QWEN2_VL)
     return model
 
 
-def _rename(model: nn.Module, before: str, after: str) -> None:
+def _rename(model: nn.Module, before: Backbone, after: Backbone) -> None:
     """STA that is in the model already belongs to the other backbone now."""
     for _, injection in find_injections(model):
-        if injection.backbone == before:
-            injection.backbone = after
+        if injection.backbone == before.name:
+            injection.spec = after
 
 
 def uses_videorope(model: nn.Module, encoder: nn.Module) -> bool:

@@ -6,7 +6,6 @@ Public: `Questioner`, `Prediction`.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from sta_adapter.errors import DataError
 from sta_adapter.inject import get_sta
 from sta_adapter.matching import named_option
 from sta_adapter.samples import Sample
+from sta_adapter.signatures import takes
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,8 @@ class Questioner:
         rows = [_extended(prompt, answer) for answer in answers]
         (batch, told), longest = self.batch(rows), max(map(len, answers))
         last = {}
-        parameters = inspect.signature(self.model.forward).parameters
         base = getattr(self.model, "get_base_model", lambda: self.model)()
-        if "logits_to_keep" in {*parameters, *inspect.signature(base.forward).parameters}:
+        if takes(self.model, "logits_to_keep") or takes(base, "logits_to_keep"):
             last["logits_to_keep"] = longest + 1
         with told:
             logits = self.model(**batch, **last).logits[:, -longest - 1 : -1].float()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -13,52 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownBackboneError
+from sta_adapter.encoder_call import EncoderCall
+from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.layout import ClipLayout, ClipLengths
 from sta_adapter.places import Site, find_places
 from sta_adapter.vllm_tower import VLLMTower
 
 logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "sta_adapter.backbones"
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderCall:
-    """One call of an encoder, for a backbone's layout function.
-
-    Attributes:
-        encoder: the module that is called.
-        arguments: its arguments by the names in its `forward`; those not passed are absent.
-        clip_lengths: of each clip its frames, or (frames, rows of each frame), when they were told: by
-            `handle.clips(...)`, a `clip_lengths` keyword or a `ClipSource`; None otherwise.
-    """
-
-    encoder: nn.Module
-    arguments: Mapping[str, Any]
-    clip_lengths: ClipLengths | None = None
-
-    @classmethod
-    def bind(
-        cls, encoder: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], clip_lengths: ClipLengths | None
-    ) -> EncoderCall:
-        """Name the arguments of `encoder(*args, **kwargs)`."""
-        bound = inspect.signature(encoder.forward).bind_partial(*args, **kwargs).arguments
-        extra = {k: v for value in bound.values() if isinstance(value, dict) for k, v in value.items()}
-        return cls(encoder, {**extra, **bound}, clip_lengths)
-
-    def tensor(self, *names: str) -> torch.Tensor:
-        """The first of these arguments that was passed as a tensor.
-
-        Raises:
-            LayoutError: when there is none.
-        """
-        for name in names:
-            if isinstance(self.arguments.get(name), torch.Tensor):
-                return self.arguments[name]
-        raise LayoutError(
-            f"{type(self.encoder).__name__} was called without {' or '.join(names)}, which tells STA where the clips are; "
-            f"found the arguments {', '.join(self.arguments) or 'none'}."
-        )
+OWN_MODULES = "sta_adapter.backbones."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +138,22 @@ class Backbone:
             )
         return dataclasses.replace(self, **self.vllm.changes, is_variant=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
+        """A pickled model names its backbone, and finds it among the registered ones again."""
+        if self.is_variant:
+            return _variant, (self.name,)
+        _load_entry_points()
+        if _REGISTRY.get(self.name) is not self:
+            found = "another one" if self.name in _REGISTRY else "none"
+            raise ConfigError(
+                f"a pickled model finds its backbone by the name {self.name!r}, under which {found} is registered. "
+                "Call register_backbone(spec) first, here and where it is unpickled."
+            )
+        return get_backbone, (self.name,)
+
     def find_encoder(self, model: nn.Module) -> nn.Module | None:
         """The encoder in `model`, or None.
 
@@ -230,6 +209,8 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None) -> Site:
 
 _REGISTRY: dict[str, Backbone] = {}
 _LOADED_ENTRY_POINTS = False
+_LOCK = threading.Lock()
+_THREAD = threading.local()  # .loads: this thread is loading entry points
 
 
 def register_backbone(spec: Backbone) -> None:
@@ -264,6 +245,10 @@ def unregister_backbone(name: str) -> None:
     del _REGISTRY[name]
 
 
+def _variant(name: str) -> Backbone:
+    return get_backbone(name).in_vllm()
+
+
 def list_backbones() -> list[str]:
     """Names of all backbones: the built-in ones, those of plug-ins, those registered."""
     _load_entry_points()
@@ -285,7 +270,7 @@ def get_backbone(name: str) -> Backbone:
 
 def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
     _load_entry_points()
-    if isinstance(backbone, Backbone):  # registered once it is injected, so that a spec can be mended and tried again
+    if isinstance(backbone, Backbone):  # used without registering it
         _check_name(backbone)
         return [backbone]
     if backbone is not None:
@@ -294,15 +279,47 @@ def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
 
 
 def _load_entry_points() -> None:
-    """Register the backbones of all installed packages; a broken one warns, names itself, and blocks nobody."""
+    """Register the backbones of all installed packages, ours first; a broken one warns, names itself, and blocks nobody.
+
+    Nothing is locked while a package is imported, which may call us, or wait for another thread that does: each thread
+    loads for itself, and the first that is done registers what it found.
+    """
     global _LOADED_ENTRY_POINTS
-    if _LOADED_ENTRY_POINTS:
+    if _LOADED_ENTRY_POINTS or getattr(_THREAD, "loads", False):
         return
-    _LOADED_ENTRY_POINTS = True
-    for entry in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
+    _THREAD.loads = True
+    try:
+        entries = sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value))
+        for own in (True, False):
+            loaded = [(e, _load(e)) for e in entries if e.value.startswith(OWN_MODULES) is own]
+            with _LOCK:
+                if not _LOADED_ENTRY_POINTS:
+                    _register_loaded(loaded)
+                    _LOADED_ENTRY_POINTS = not own
+    finally:
+        _THREAD.loads = False
+
+
+def _load(entry: metadata.EntryPoint) -> Any:
+    """What an entry point names, or the error in its place."""
+    try:
+        return entry.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a package that ends the process when it is imported, too
+        return error
+
+
+def _register_loaded(loaded: Sequence[tuple[metadata.EntryPoint, Any]]) -> None:
+    names = [spec.name for spec in {id(s): s for _, s in loaded if isinstance(s, Backbone)}.values()]
+    for entry, spec in loaded:
         try:
-            _register(entry.load())
-        except Exception as error:
+            if isinstance(spec, BaseException):
+                raise spec
+            if isinstance(spec, Backbone) and names.count(spec.name) > 1:
+                raise ConfigError(f"several packages have a backbone named {spec.name!r}; uninstall all but one")
+            _register(spec)
+        except BaseException as error:
             source = entry.dist.name if entry.dist else "unknown package"
             logger.warning(
                 "backbone plug-in %r of %s is left out: %s: %s", entry.name, source, type(error).__name__, error

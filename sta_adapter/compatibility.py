@@ -198,6 +198,20 @@ def graph_task() -> int:
     return function()
 
 
+def active_ddp() -> Any:
+    """The DistributedDataParallel whose forward runs; None outside of one.
+
+    Raises:
+        CompatibilityError: torch no longer tells it.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    function = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
+    if function is None:
+        raise incompatible("torch", "DistributedDataParallel has no _get_active_ddp_module")
+    return function()
+
+
 def disable_dynamo() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler before the first call.
 
@@ -389,6 +403,7 @@ _LOOKS: dict[str, tuple[str, Callable[[], object]]] = {
     "number of the backward pass": ("torch", graph_task),
     "functions outside of torch.compile": ("torch", disable_dynamo),
     "hook tables of a module": ("torch", _look_at_hooks),
+    "the DDP module at work": ("torch", active_ddp),
     "a forward's cache": ("transformers", _look_at_cache),
     "get_rope_index": ("transformers", _look_at_rope_index),
     "positions for generation": (

@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from sta_adapter.layout import ClipLengths, checked_lengths
 from sta_adapter.live.stream import continue_streams
 from sta_adapter.module_names import STA_TENSOR, canonical
 from sta_adapter.modules import TemporalAttention
+from sta_adapter.signatures import takes
 from sta_adapter.uncompiled import uncompiled
 
 CHILD = "sta"  # the name of the STA module in its block
@@ -45,7 +45,7 @@ class EncoderBegin(Hook):
         """Note the layout; with checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
         injection.end()
-        kwargs, told = take_clip_lengths(encoder.forward, kwargs)
+        kwargs, told = take_clip_lengths(encoder, kwargs)
         if not injection.is_enabled:
             injection.begin(None)
             return args, kwargs
@@ -220,11 +220,11 @@ def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
 
 
 def take_clip_lengths(
-    function: Callable[..., Any], kwargs: dict[str, Any]
+    module: nn.Module, kwargs: dict[str, Any], name: str = "forward"
 ) -> tuple[dict[str, Any], ClipLengths | None]:
-    """(the keywords without `clip_lengths`, its checked value); a function with a parameter of that name keeps it."""
+    """(the keywords without `clip_lengths`, its checked value); a method with a parameter of that name keeps it."""
     lengths = kwargs.get("clip_lengths")
-    if "clip_lengths" in kwargs and "clip_lengths" not in inspect.signature(function).parameters:
+    if "clip_lengths" in kwargs and not takes(module, "clip_lengths", name):
         kwargs = {k: v for k, v in kwargs.items() if k != "clip_lengths"}
     if isinstance(lengths, Tensor):  # as collators batch it
         lengths = lengths.tolist()

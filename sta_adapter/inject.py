@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.backbone import Backbone, Site, locate, register_backbone
+from sta_adapter.backbone import Backbone, Site, locate
 from sta_adapter.check import check_site
 from sta_adapter.compatibility import add_load_hook
 from sta_adapter.config import STAConfig
@@ -28,7 +28,7 @@ from sta_adapter.hooks import (
 )
 from sta_adapter.injection import Injection
 from sta_adapter.modules import TemporalAttention
-from sta_adapter.parallel import LanguageModelBegin, find_language_model, refuse_wrapped
+from sta_adapter.parallel import attach_agreement, refuse_wrapped
 from sta_adapter.peft_loading import watch_peft
 from sta_adapter.telling import attach_clip_source, remove_methods
 from sta_adapter.text_positions import warn_of_other_rule
@@ -123,10 +123,7 @@ class Plan:
 
     def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
-        site, spec = self.site, self.site.backbone
-        injection = Injection(self.config, spec.name, spec if spec.is_variant else None)
-        if not spec.is_variant:
-            register_backbone(spec)
+        site, injection = self.site, Injection(self.config, self.site.backbone)
         watch_peft()
         injection.watch(self.model)
         try:
@@ -142,10 +139,7 @@ class Plan:
             site.encoder.register_forward_hook(EncoderEnd(injection), always_call=True)
             add_load_hook(self.model, LoadBegin(injection))
             attach_clip_source(self.model, site, injection)
-            language_model = find_language_model(self.model, site.encoder)
-            if language_model is not None:
-                hook = LanguageModelBegin(injection, site.encoder)
-                language_model.register_forward_pre_hook(hook, with_kwargs=True)
+            attach_agreement(self.model, site.encoder, injection)
         except BaseException:
             for index in modules:
                 site.blocks[index]._modules.pop(CHILD, None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.backbone import Backbone, get_backbone
+from sta_adapter.backbone import Backbone
 from sta_adapter.base_marks import mark_base
 from sta_adapter.compatibility import graph_task
 from sta_adapter.config import STAConfig
@@ -38,14 +38,12 @@ class Injection:
 
     Args:
         config: the configuration in force.
-        backbone: name of the backbone.
-        variant: the backbone itself, where it isn't the registered one of that name.
+        spec: the backbone.
     """
 
-    def __init__(self, config: STAConfig, backbone: str, variant: Backbone | None = None) -> None:
+    def __init__(self, config: STAConfig, spec: Backbone) -> None:
         self.config = config
-        self.backbone = backbone
-        self.variant = variant
+        self.spec = spec
         self.enabled = True
         self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.base_marks
         self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
@@ -58,9 +56,9 @@ class Injection:
         self.__dict__.update(state, _local=threading.local())
 
     @property
-    def spec(self) -> Backbone:
-        """The backbone itself."""
-        return self.variant or get_backbone(self.backbone)
+    def backbone(self) -> str:
+        """Name of the backbone."""
+        return self.spec.name
 
     @property
     def is_enabled(self) -> bool:
@@ -154,6 +152,30 @@ class Injection:
     def tell(self, lengths: ClipLengths | None) -> None:
         """The full model's forward of this thread starts with these clips, or is over."""
         self._local.told = lengths
+
+    @property
+    def outputs(self) -> list[Tensor] | None:
+        """What the encoder gave in the full model's forward of this thread, where that must reach all of it."""
+        return getattr(self._local, "outputs", None)
+
+    @outputs.setter
+    def outputs(self, tensors: list[Tensor] | None) -> None:
+        self._local.outputs = tensors
+
+    @property
+    def in_dummy(self) -> bool:
+        """Whether the encoder forward of this thread is one of a dummy clip."""
+        return getattr(self._local, "in_dummy", False)
+
+    @contextlib.contextmanager
+    def dummy(self) -> Iterator[None]:
+        """The encoder forwards of this thread are of dummy clips, about which nothing was told and nothing is counted."""
+        self._local.in_dummy = True
+        try:
+            with self.clips(None):
+                yield
+        finally:
+            self._local.in_dummy = self._local.ran = False
 
     def pop_ran(self) -> bool:
         """Whether an encoder forward with gradients began in this thread since the last call."""

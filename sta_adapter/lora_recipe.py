@@ -24,7 +24,7 @@ from sta_adapter.training_config import TrainingConfig
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
     """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
-    site = locate(model, None if handle is None else handle.backbone)
+    site = locate(model, None if handle is None else handle._injection.spec)
     recipe = site.backbone.lora
     if recipe is None:
         raise ConfigError(

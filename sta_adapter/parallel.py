@@ -1,16 +1,24 @@
-"""Data-parallel training: what may not be injected into, and STA in a process whose batch has no video."""
+"""Data-parallel training: what may not be injected into, and encoders that run more often in one process than in another.
+
+DDP needs every process to reach every trained parameter once a step. FSDP and ZeRO gather an encoder's shards at each
+of its runs, so there every process must run it equally often, whatever its batch holds: they agree, run by run.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sta_adapter.compatibility import active_ddp, hook_table
 from sta_adapter.errors import InjectionError
 from sta_adapter.hooks import Hook, iterate_tensors
 from sta_adapter.injection import Injection
-from sta_adapter.sharding import is_parallel
+from sta_adapter.sharding import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.uncompiled import uncompiled
 
 WRAPPERS = {
@@ -20,6 +28,15 @@ WRAPPERS = {
     "FSDPModule": "before fully_shard(model)",
     "DeepSpeedEngine": "before deepspeed.initialize",
     "OptimizedModule": "into the original model, then torch.compile it",
+}
+EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")  # methods of transformers' models; text needs these too
+ABLE, NO_DUMMY, NO_EMBEDDINGS, SHARDED_BETWEEN = range(4)
+OBSTACLES = {
+    NO_DUMMY: "backbone {backbone!r} has no dummy_inputs. Add them to the backbone",
+    NO_EMBEDDINGS: "its language model was called without inputs_embeds, to which a run on a dummy clip could be added. "
+    "Call the whole model, or embed the tokens first",
+    SHARDED_BETWEEN: "layers between vision encoder and language model are sharded on their own and run with pictures "
+    "and clips alone. Shard them with the whole model (no fully_shard of their own)",
 }
 
 
@@ -40,42 +57,212 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise InjectionError(f"{type(module).__name__} is compiled already. Inject first, then call compile().")
 
 
-class LanguageModelBegin(Hook):
-    """Forward pre-hook of the language model: when a data-parallel process had no video, the encoder runs on a dummy clip.
+class Agreement:
+    """What the hooks below share: encoder and language model, and the processes that gather shards together.
 
-    Its output counts with weight zero. Without it, DDP reports parameters without a gradient, and FSDP waits forever
-    for the process to join in. The dummy runs where the encoder would have run, just before the language model, so
-    that all processes gather their shards in one order.
+    Args:
+        model: the model around both.
+        encoder: the vision encoder.
+        language_model: the module behind it.
     """
 
-    def __init__(self, injection: Injection, encoder: nn.Module) -> None:
-        super().__init__(injection)
+    def __init__(self, model: nn.Module, encoder: nn.Module, language_model: nn.Module) -> None:
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model)  # a copy of a part must not copy the whole
         self.encoder = encoder
+        self.language_model = language_model
+        self.groups: list[Group] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": _no_model, "groups": []}  # what is neither copied nor pickled
+
+    def look(self, model: nn.Module) -> None:
+        """Find the groups; what is gathered at the moment looks unsharded, so they stay once found.
+
+        Raises:
+            InjectionError: FSDP's first version wraps encoder or language model, and would gather before they agree.
+        """
+        self.model = weakref.ref(model)
+        if self.groups or not is_parallel():
+            return
+        self.groups = shard_groups([*self.encoder.modules(), *self.between()])
+        for module in model.modules() if self.groups else ():
+            if is_fsdp1(module) and module.module in (self.encoder, self.language_model):
+                raise InjectionError(
+                    f"FullyShardedDataParallel wraps {type(module.module).__name__} itself, so that processes whose "
+                    "batches have unequal numbers of clips would wait for ever. Wrap its blocks, or use fully_shard."
+                )
+
+    def between(self) -> list[nn.Module]:
+        """The modules outside of encoder and language model that may run with pictures and clips alone."""
+        model: Any = self.model()
+        if model is None:
+            return []
+        apart = [self.encoder, self.language_model]
+        apart += [get() for name in EMBEDDINGS if callable(get := getattr(model, name, None))]
+        known = {id(module) for part in apart if isinstance(part, nn.Module) for module in part.modules()}
+        return [module for module in model.modules() if id(module) not in known]
+
+
+def _no_model() -> None:
+    """In the place of the model in a copy, until that is called."""
+
+
+class AgreeingHook(Hook):
+    """A hook that the processes of one agreement run together."""
+
+    def __init__(self, injection: Injection, agreement: Agreement) -> None:
+        super().__init__(injection)
+        self.agreement = agreement
+
+    def agree(self, wants: bool, obstacle: int, groups: list[Group]) -> bool:
+        """Whether any process wants a run of the encoder.
+
+        Raises:
+            InjectionError: on all of them, when one wants it and one can't join in.
+        """
+        wanted, found = agree((int(wants), obstacle), groups)
+        if wanted and found:
+            raise InjectionError(
+                "the vision encoder runs more often in one process than in another, whose batch has fewer pictures or "
+                f"clips, and which can't join in: {OBSTACLES[found].format(backbone=self.injection.backbone)}, or give "
+                "every process equally many."
+            )
+        return bool(wanted)
+
+
+class FirstInLine(AgreeingHook):
+    """Forward pre-hook of the full model: finds the shards, and lets processes agree before FSDP's own hooks gather any.
+
+    `fully_shard` puts its hooks in front of those that it finds.
+    """
+
+    @uncompiled
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
+        self.injection.outputs = [] if is_parallel() else None
+        self.agreement.look(model)
+        if self.agreement.groups:
+            for module in (self.agreement.encoder, self.agreement.language_model):
+                hooks = cast("OrderedDict[int, Any]", hook_table(module, "_forward_pre_hooks"))
+                ours = [k for k, h in hooks.items() if isinstance(h, AgreeingHook) and h.injection is self.injection]
+                for key in ours:
+                    hooks.move_to_end(key, last=False)
+
+
+class LastInLine(Hook):
+    """Forward hook of the full model, called also after an exception: keeps no output any longer."""
+
+    @uncompiled
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End what `FirstInLine` began."""
+        self.injection.outputs = None
+
+
+class EncoderAgree(AgreeingHook):
+    """Forward pre-hook of an encoder: where it is sharded, the other processes are told that it runs here."""
+
+    @uncompiled
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+        """Wait for the others; a run on a dummy clip has been agreed upon already."""
+        if self.agreement.groups and not self.injection.in_dummy:
+            self.agree(True, ABLE, self.agreement.groups)
+
+
+class EncoderOutput(Hook):
+    """Forward hook of an encoder: keeps all outputs for `LanguageModelBegin`, also those that the model doesn't take."""
+
+    @uncompiled
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Change nothing."""
+        if self.injection.outputs is not None:
+            self.injection.outputs += [t for t in iterate_tensors(output) if t.requires_grad]
+
+
+class LanguageModelBegin(AgreeingHook):
+    """Forward pre-hook of the language model: the encoder runs on dummy clips, as often as it ran elsewhere, at least once.
+
+    The dummies run where the encoder would have run, just before the language model, so that all processes gather their
+    shards in one order. All that the encoder gave, here and for real clips, counts with weight zero, and so does what
+    trains between it and the language model: each process's backward then reaches the same parameters. Otherwise DDP
+    reports parameters without a gradient, and FSDP waits forever for a process to join in.
+    """
 
     @uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Add zero times the dummy's output to `inputs_embeds`."""
-        ran = self.injection.pop_ran()
+        """Add zero times the encoder's outputs to `inputs_embeds`."""
+        injection, groups = self.injection, self.agreement.groups
+        training = module.training and torch.is_grad_enabled() and injection.is_enabled and is_parallel()
+        wants = not injection.pop_ran() and training
         embeddings = kwargs.get("inputs_embeds")
-        dummy_inputs = self.injection.spec.dummy_inputs
-        if ran or embeddings is None or dummy_inputs is None:
+        if groups:
+            obstacle = self._obstacle(embeddings)
+            while self.agree(wants and not obstacle, obstacle, groups):
+                self._run_dummy()
+                wants = False
+        elif training and self._joins_ddp(wants, embeddings):
+            self._run_dummy()
+        outputs, injection.outputs = injection.outputs, None
+        if embeddings is None or not outputs:
             return None
-        if not (module.training and torch.is_grad_enabled() and self.injection.is_enabled and is_parallel()):
-            return None
-        encoder = self.encoder
-        dummy_args, dummy_kwargs = dummy_inputs(encoder)
-        with self.injection.clips(None):
-            outputs = list(iterate_tensors(encoder(*dummy_args, **dummy_kwargs)))
-        self.injection.pop_ran()
-        zero = sum(t.sum() * 0 for t in outputs if t.requires_grad)
+        zero = sum((t * 0).sum().to(embeddings.device) for t in (*outputs, *self._trained_between()))
         return args, {**kwargs, "inputs_embeds": embeddings + zero}
+
+    def _joins_ddp(self, wants: bool, embeddings: Tensor | None) -> bool:
+        """Whether to run a dummy in an unsharded model; where that can't be, all processes hear of it."""
+        obstacle = self._obstacle(embeddings) if wants else ABLE
+        if self.injection.spec.dummy_inputs is None or obstacle:
+            ddp = active_ddp()
+            if ddp is not None and not ddp.find_unused_parameters:
+                self.agree(not wants, obstacle, [Group(ddp.process_group, ddp.device)])
+        return wants and not obstacle
+
+    def _obstacle(self, embeddings: Tensor | None) -> int:
+        """Why this process can't run the encoder on a dummy clip."""
+        if self.injection.spec.dummy_inputs is None:
+            return NO_DUMMY
+        if embeddings is None:
+            return NO_EMBEDDINGS
+        return SHARDED_BETWEEN if is_sharded(self._parameters_between()) else ABLE
+
+    def _run_dummy(self) -> None:
+        """Run the encoder on its backbone's dummy clip; `EncoderOutput` keeps what comes out."""
+        dummy_inputs = cast("Callable[[nn.Module], Any]", self.injection.spec.dummy_inputs)
+        encoder = self.agreement.encoder
+        args, kwargs = dummy_inputs(encoder)
+        with self.injection.dummy():
+            encoder(*args, **kwargs)
+
+    def _parameters_between(self) -> Iterator[nn.Parameter]:
+        for module in self.agreement.between():
+            yield from module.parameters(recurse=False)
+
+    def _trained_between(self) -> list[nn.Parameter]:
+        return [p for p in self._parameters_between() if p.requires_grad and not is_sharded([p])]
+
+
+def attach_agreement(model: nn.Module, encoder: nn.Module, injection: Injection) -> None:
+    """Put the hooks into a model that has a language model behind its encoder."""
+    language_model = find_language_model(model, encoder)
+    if language_model is None:
+        return
+    agreement = Agreement(model, encoder, language_model)
+    encoder.register_forward_pre_hook(EncoderAgree(injection, agreement))
+    encoder.register_forward_hook(EncoderOutput(injection))
+    language_model.register_forward_pre_hook(LanguageModelBegin(injection, agreement), with_kwargs=True)
+    model.register_forward_pre_hook(FirstInLine(injection, agreement))
+    model.register_forward_hook(LastInLine(injection), always_call=True)
 
 
 def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
-    """The module that takes `inputs_embeds` once the encoder's output is among them; None for a bare encoder."""
+    """The module that takes `inputs_embeds` once the encoder's output is among them; None for a bare encoder.
+
+    It may hold the encoder as well, where it is the text model itself, with the embeddings of its tokens.
+    """
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     for candidate in (decoder, getattr(model, "language_model", None), getattr(model, "lm", None)):
-        if isinstance(candidate, nn.Module) and all(module is not encoder for module in candidate.modules()):
+        if not isinstance(candidate, nn.Module) or candidate is model:
+            continue
+        if "embed_tokens" in candidate._modules or all(module is not encoder for module in candidate.modules()):
             return candidate
     return None

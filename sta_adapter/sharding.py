@@ -1,15 +1,15 @@
 """Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all.
 
-Public: `whole`, `assign`, `is_sharded`, `is_first`, `write_once`.
+Public: `whole`, `assign`, `is_sharded`, `shard_groups`, `agree`, `is_first`, `write_once`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from sta_adapter.errors import CheckpointError
 
@@ -52,6 +52,49 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of them lies in parts on several processes."""
     return any(hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") for tensor in tensors)
+
+
+class Group(NamedTuple):
+    """Processes that communicate with each other, and the device on which they do; None for all processes."""
+
+    processes: Any
+    device: torch.device
+
+
+def shard_groups(modules: Iterable[nn.Module]) -> list[Group]:
+    """The groups over which the modules' own parameters are sharded, in the same order on all processes."""
+    groups: dict[int, Group] = {}
+    for module in modules:
+        found = [_fsdp1_group(module)] if is_fsdp1(module) else []
+        for parameter in module.parameters(recurse=False):
+            mesh = getattr(parameter, "device_mesh", None)
+            if mesh is not None:
+                device = torch.device(mesh.device_type)
+                found += [Group(mesh.get_group(dimension), device) for dimension in range(mesh.ndim)]
+            elif hasattr(parameter, "ds_id"):
+                found.append(Group(getattr(parameter, "ds_process_group", None), parameter.device))
+        for group in found:
+            groups.setdefault(id(group.processes), group)
+    return list(groups.values())
+
+
+def agree(numbers: Sequence[int], groups: Iterable[Group]) -> list[int]:
+    """The largest of each number over the processes of all groups, which must all call this."""
+    found = list(numbers)
+    for group in groups:
+        tensor = torch.tensor(found, device=group.device)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group.processes)
+        found = tensor.tolist()
+    return found
+
+
+def is_fsdp1(module: Any) -> bool:
+    """Whether a module is FSDP's first version around another, `module.module`."""
+    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+
+
+def _fsdp1_group(module: Any) -> Group:
+    return Group(module.process_group, module.compute_device)
 
 
 def is_parallel() -> bool:

@@ -17,6 +17,7 @@ from sta_adapter.errors import UnknownClipsError
 from sta_adapter.hooks import Hook, take_clip_lengths
 from sta_adapter.injection import Injection
 from sta_adapter.layout import ClipLengths
+from sta_adapter.signatures import bound_arguments
 from sta_adapter.uncompiled import uncompiled
 
 
@@ -26,7 +27,7 @@ class ModelBegin(Hook):
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
-        kwargs, told = _tell(self.injection, model, "forward", model.forward, args, kwargs)
+        kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
         self.injection.tell(told)
         return args, kwargs
 
@@ -67,7 +68,7 @@ class TellingMethod:
         return run(self.model, self._call, args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs, told = _tell(self.injection, self.model, self.name, self.method, args, kwargs)
+        kwargs, told = _tell(self.injection, self.model, self.name, args, kwargs)
         with self.injection.clips(told):
             return self.method(*args, **kwargs)
 
@@ -102,18 +103,17 @@ def _tell(
     injection: Injection,
     model: nn.Module,
     name: str,
-    method: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[dict[str, Any], ClipLengths | None]:
     """(keywords for the method, clips): what the user told, else what the backbone reads from the arguments."""
-    kwargs, told = take_clip_lengths(method, kwargs)
+    kwargs, told = take_clip_lengths(model, kwargs, name)
     told = told or injection.clip_lengths
     source = injection.spec.clip_source
     if told is not None or source is None or name not in source.methods or not injection.is_enabled:
         return kwargs, told
     try:
-        arguments: Mapping[str, Any] = inspect.signature(method).bind(*args, **kwargs).arguments
+        arguments: Mapping[str, Any] = bound_arguments(model, args, kwargs, name, partial=False)
     except TypeError:  # the method itself says best what is wrong with its arguments
         return kwargs, None
     try:

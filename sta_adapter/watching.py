@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sta_adapter.backbone import Backbone, EncoderCall, get_backbone
+from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.errors import StreamError
 from sta_adapter.frame_mask import visible_keys
 from sta_adapter.handle import STAHandle
@@ -85,7 +85,7 @@ class Watch:
         for index, module in self.handle.blocks.items():
             self._on(module.to_qkv, "register_forward_hook", self._projected, index, module)
             self._on(module, "register_forward_hook", self._added, index)
-        blocks: Any = encoder.get_submodule(get_backbone(self.handle.backbone).blocks)
+        blocks: Any = encoder.get_submodule(self.handle._injection.spec.blocks)
         self._on(list(blocks)[-1], "register_forward_hook", self._ended)
         return self
 
@@ -115,7 +115,7 @@ class Watch:
         injection = self.handle._injection
         if not self._first or not injection.is_enabled:
             return
-        kwargs, told = take_clip_lengths(self.handle.encoder.forward, kwargs)
+        kwargs, told = take_clip_lengths(self.handle.encoder, kwargs)
         call = EncoderCall.bind(self.handle.encoder, args, kwargs, told or injection.clip_lengths)
         layout = injection.spec.layout(call)
         self._layouts.append(layout)

@@ -1,42 +1,112 @@
-"""One of two processes of tests/test_parallel.py: trains a tiny Qwen2-VL, and the same in one process to compare with."""
+"""One of two processes of tests/test_parallel.py: trains a tiny model, and the same in one process to compare with."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
-from cases import make_qwen2_vl, qwen2_vl_prompt, randomize, seeded
+from cases import Clip, make_qwen2_vl, randomize, seeded, token_types
+from cases_transformers import llava_prompt, llava_settings, transformers_class
 from torch import distributed
 
 from sta_adapter import get_sta, inject_sta
+from sta_adapter.backbone import get_backbone
+from sta_adapter.errors import InjectionError
 from sta_adapter.sharding import whole
 
 STEPS = 3
 
 
-def prompt(step, rank, with_video):
-    """A process's training batch of one step, with a clip or of text alone."""
-    if with_video:
-        batch = qwen2_vl_prompt(2 + step + rank)
-    else:
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One case of the command line, `ways:contents|contents`: such as `units+lora:picture+clip|text`.
+
+    Ways of wrapping: `ddp`; `fsdp2`, the encoder's blocks and the model sharded each; `root`, the model alone; `units`,
+    every part a unit of its own. Beside them `lora` (stage two), `llava` (a model with a projector that trains, and an
+    encoder whose last block is not used), `between` (that projector is a unit), `undummied` (a backbone without dummy clip).
+    """
+
+    ways: frozenset[str]
+    contents: tuple[str, str]
+
+    @classmethod
+    def parse(cls, case):
+        ways, _, contents = case.partition(":")
+        return cls(frozenset(ways.split("+")), tuple(contents.split("|")))
+
+    def prompt(self, step, rank):
+        """A process's training batch of one step."""
+        return prompt(step, rank, self.contents[rank], llava_prompt if "llava" in self.ways else None)
+
+    def make(self):
+        """A model and its STA."""
+        model = seeded(make_llava if "llava" in self.ways else make_qwen2_vl).train()
+        spec = dataclasses.replace(get_backbone("qwen2_vl"), name="undummied", dummy_inputs=None)
+        handle = inject_sta(model, backbone=spec if "undummied" in self.ways else None)
+        for module in handle.blocks.values():
+            randomize(module)
+        handle.freeze_base()
+        if "llava" in self.ways:
+            projector(model).requires_grad_(True)
+        if "lora" in self.ways:
+            from peft import get_peft_model
+
+            torch.manual_seed(0)
+            model = get_peft_model(model, handle.lora_config(r=2, lora_alpha=4))
+            handle = get_sta(model)
+        return model, handle
+
+    def wrap(self, model, handle):
+        """The model for two processes."""
+        if "ddp" in self.ways:
+            return torch.nn.parallel.DistributedDataParallel(model)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        base = handle.model.get_base_model() if "lora" in self.ways else handle.model
+        units = [] if "root" in self.ways else list(handle.encoder.get_submodule(handle._injection.spec.blocks))
+        if "units" in self.ways:
+            language_model = base.get_decoder()
+            units += [handle.encoder, *language_model.layers, base.get_input_embeddings(), base.get_output_embeddings()]
+            units += [language_model]
+        if "between" in self.ways:
+            units.append(projector(model))
+        for unit in units:
+            fully_shard(unit, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+def prompt(step, rank, contents, clip_prompt=None):
+    """A batch of text alone, a clip, or a picture and a clip (two runs of the encoder)."""
+    frames = 2 + step + rank
+    if contents == "text":
         tokens = torch.tensor([[5, 6, 7, 8, 9 + step]])
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    elif clip_prompt is not None:
+        batch = clip_prompt(frames)
+    else:
+        tokens = [152, *[151] * (frames * 4), 153, 5, 6]
+        batch = {"pixel_values_videos": Clip(frames).pixels(16, 96).flatten(0, 1)}
+        batch["video_grid_thw"] = torch.tensor([[frames, 4, 4]])
+        if contents == "picture+clip":
+            tokens = [152, *[150] * 4, 153, *tokens]
+            batch |= {"pixel_values": Clip(1, seed=1).pixels(16, 96).flatten(0, 1)}
+            batch |= {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+        batch |= {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens), dtype=torch.long)}
+        batch |= token_types(tokens, video=151, image=150)
     return {**batch, "labels": batch["input_ids"]}
 
 
-def make(lora):
-    """A model and its STA; with `lora` as in stage two."""
-    model = seeded(make_qwen2_vl).train()
-    handle = inject_sta(model)
-    for module in handle.blocks.values():
-        randomize(module)
-    handle.freeze_base()
-    if lora:
-        from peft import get_peft_model
+def make_llava():
+    """A tiny LLaVA-OneVision that takes the output of the encoder's last block but one."""
+    config = transformers_class("LlavaOnevisionConfig")(**{**llava_settings(), "vision_feature_layer": -2})
+    return transformers_class("LlavaOnevisionForConditionalGeneration")(config)
 
-        torch.manual_seed(0)
-        model = get_peft_model(model, handle.lora_config(r=2, lora_alpha=4))
-        handle = get_sta(model)
-    return model, handle
+
+def projector(model):
+    """What lies between LLaVA-OneVision's encoder and its language model."""
+    return next(m for name, m in model.named_modules() if name.endswith("multi_modal_projector"))
 
 
 def trained(model):
@@ -52,39 +122,51 @@ def optimise(model, losses):
         optimizer.zero_grad()
 
 
-def wrapped(kind, model, handle):
-    if kind == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for block in handle.encoder.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def compare(case, out):
-    """Train in two processes and in one; a line for process 0 to print. `case` is such as `ddp+lora:1`."""
-    name, _, ranks = case.partition(":")
-    kind, _, lora = name.partition("+")
-    text = [int(r) for r in ranks.split(",") if r]
+    """Train in two processes and in one; a line for process 0 to print."""
+    trial = Trial.parse(case)
     rank = distributed.get_rank()
-    one, single = make(lora)
+    one, single = trial.make()
     start = [p.detach().clone() for p in trained(one)]
-    optimise(one, lambda step: sum(one(**prompt(step, r, r not in text)).loss for r in range(2)) / 2)
-    model, handle = make(lora)
-    parallel = wrapped(kind, model, handle)
-    optimise(parallel, lambda step: parallel(**prompt(step, rank, rank not in text)).loss)
+    if set(trial.contents) != {"text"}:  # of which nothing reaches what trains
+        optimise(one, lambda step: sum(one(**trial.prompt(step, r)).loss for r in range(2)) / 2)
+    model, handle = trial.make()
+    parallel = trial.wrap(model, handle)
+    optimise(parallel, lambda step: parallel(**trial.prompt(step, rank)).loss)
     values = [whole(p).detach() for p in trained(model)]
     both = [torch.zeros_like(torch.cat([v.flatten() for v in values])) for _ in range(2)]
     distributed.all_gather(both, torch.cat([v.flatten() for v in values]))
-    moved = all((a - b).abs().max() > 0 for a, b in zip(values, start, strict=True))
+    moved = sum(bool((a - b).abs().max() > 0) for a, b in zip(values, start, strict=True)) / len(start)
     error = max((a - b).abs().max() for a, b in zip(values, trained(one), strict=True))
-    handle.save_pretrained(out / case / "two")  # on both processes
+    changed = "llava" in trial.ways  # its projector trains, and is kept by nobody here
+    handle.save_pretrained(out / case / "two", base_changed=changed)  # on both processes
     if rank == 0:
-        single.save_pretrained(out / case / "one")  # on one process alone
-    return f"{case} agree {torch.equal(*both)}, moved {moved}, as one process {bool(error < 1e-5)}"
+        single.save_pretrained(out / case / "one", base_changed=changed)  # on one process alone
+    same_logits = evaluate_alike(trial, parallel, one) if "ddp" not in trial.ways else True
+    return f"{case} agree {torch.equal(*both) and same_logits}, moved {moved:.0%}, as one process {bool(error < 1e-5)}"
+
+
+@torch.no_grad()
+def evaluate_alike(trial, parallel, one):
+    """Whether both processes get the logits of one, without gradients."""
+    batch = trial.prompt(0, distributed.get_rank())
+    error = (parallel.eval()(**batch).logits - one.eval()(**batch).logits).abs().max()
+    distributed.all_reduce(error, op=distributed.ReduceOp.MAX)
+    return bool(error < 1e-4)
+
+
+def refuse(case, out):
+    """What both processes are told in the place of a training step."""
+    trial = Trial.parse(case.removeprefix("refused="))
+    parallel = trial.wrap(*trial.make())
+    told = [None, None]
+    try:
+        parallel(**trial.prompt(0, distributed.get_rank())).loss.backward()
+        message = "nothing"
+    except InjectionError as error:
+        message = str(error)
+    distributed.all_gather_object(told, message)
+    return f"{case} alike {told[0] == told[1]}: {told[0]}"
 
 
 def run_training(case, out):
@@ -117,12 +199,13 @@ def run_training(case, out):
 
 
 def main():
-    """Every case that the command line names after the folder, such as `ddp: ddp+lora:1 train=data`."""
+    """Every case that the command line names after the folder, such as `ddp:clip|text train=data`."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     out = Path(sys.argv[1])
     for case in sys.argv[2:]:
-        line = (run_training if case.startswith("train") else compare)(case, out)
+        kind = case.partition("=")[0] if "=" in case else ""
+        line = {"train": run_training, "refused": refuse, "": compare}[kind](case, out)
         if distributed.get_rank() == 0:
             print(line, flush=True)
     distributed.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
+from sta_adapter.backbone import get_backbone
 from sta_adapter.hooks import BlockBegin, EncoderEnd, _checkpoints_reentrantly, remove_hooks, take_clip_lengths
 from sta_adapter.injection import CALLS_KEPT, Injection
 
@@ -18,7 +19,7 @@ LAYOUT = ClipLayout([(2, 3)])
 
 @pytest.fixture
 def injection():
-    return Injection(STAConfig(order="before_spatial"), "qwen2_vl")
+    return Injection(STAConfig(order="before_spatial"), get_backbone("qwen2_vl"))
 
 
 @pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
@@ -49,11 +50,16 @@ def test_re_entrant_checkpointing_is_told_by_its_flag_and_function(flag):
         assert _checkpoints_reentrantly(encoder) is reentrant
 
 
+class Taking(nn.Module):
+    def forward(self, x, clip_lengths=None):
+        return x
+
+
 def test_clip_lengths_are_taken_from_the_keywords_of_those_that_do_not_have_them():
     given = {"clip_lengths": [2, 1], "x": 3}
-    assert take_clip_lengths(lambda x: x, given) == ({"x": 3}, (2, 1))
-    assert take_clip_lengths(lambda x, clip_lengths: x, given) == (given, (2, 1))
-    assert take_clip_lengths(lambda x: x, {"x": 3}) == ({"x": 3}, None)
+    assert take_clip_lengths(nn.Identity(), given) == ({"x": 3}, (2, 1))
+    assert take_clip_lengths(Taking(), given) == (given, (2, 1))
+    assert take_clip_lengths(nn.Identity(), {"x": 3}) == ({"x": 3}, None)
 
 
 def test_removed_hooks_leave_no_options_behind(injection):

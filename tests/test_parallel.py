@@ -83,7 +83,7 @@ def measured(folder):
 
 
 STA, LORA = "sta_adapter.safetensors", "adapter_model.safetensors"
-TEXT_ON = ("", "1", "0")  # processes without video
+CONTENTS = ("clip|clip", "clip|text", "text|clip", "picture+clip|clip", "text|picture+clip")
 
 
 def test_a_batch_without_video_reaches_the_branch_with_weight_zero(monkeypatch):
@@ -91,7 +91,7 @@ def test_a_batch_without_video_reaches_the_branch_with_weight_zero(monkeypatch):
     handle = inject_sta(seeded(make_qwen2_vl).train()).freeze_base()
     for module in handle.blocks.values():
         randomize(module)
-    batch = prompt(0, 0, with_video=False)
+    batch = prompt(0, 0, "text")
     expected = handle.model(**batch).logits
     assert not expected.requires_grad
     monkeypatch.setattr(parallel, "is_parallel", lambda: True)
@@ -101,19 +101,63 @@ def test_a_batch_without_video_reaches_the_branch_with_weight_zero(monkeypatch):
     assert all(p.grad is not None and not p.grad.any() for p in handle.parameters())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_what_one_does(tmp_path, kind):
-    if kind == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+def require(kind):
+    if kind != "ddp" and not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this version of torch has no fully_shard")
-    cases = [f"{kind}{lora}:{ranks}" for lora in ("", "+lora") for ranks in TEXT_ON]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "root", "units"])
+def test_two_processes_train_what_one_does(tmp_path, kind):
+    """Whatever their batches hold, and whatever is sharded."""
+    require(kind)
+    cases = [f"{kind}:{contents}" for contents in CONTENTS] + [f"{kind}+lora:{c}" for c in CONTENTS[-3:]]
     lines = run_two(tmp_path, *cases).splitlines()
-    assert lines == [f"{case} agree True, moved True, as one process True" for case in cases]
+    assert lines == [f"{case} agree True, moved 100%, as one process True" for case in cases]
     for case in cases:
         assert_close(tmp_path / case / "one", tmp_path / case / "two", STA, *([LORA] if "lora" in case else []))
-    handle = load_sta(seeded(make_qwen2_vl), tmp_path / f"{kind}+lora:1" / "two")
-    saved = load_file(tmp_path / f"{kind}+lora:1" / "two" / STA)
+    folder = tmp_path / f"{kind}+lora:text|clip" / "two"
+    handle = load_sta(seeded(make_qwen2_vl), folder)
+    saved = load_file(folder / STA)
     assert all(torch.equal(value, saved[f"blocks.0.{key}"]) for key, value in handle.blocks[0].state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "units"])
+def test_without_any_clip_nothing_moves(tmp_path, kind):
+    require(kind)
+    case = f"{kind}:text|text"
+    assert run_two(tmp_path, case) == f"{case} agree True, moved 0%, as one process True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_what_trains_beside_the_encoder_and_what_a_model_never_uses(tmp_path, kind):
+    """A projector trains, and the encoder's last block, with STA, is not reached: 6 of 22 tensors."""
+    require(kind)
+    cases = [f"{kind}+llava:{contents}" for contents in ("clip|clip", "clip|text", "text|clip")]
+    lines = run_two(tmp_path, *cases).splitlines()
+    assert lines == [f"{case} agree True, moved 73%, as one process True" for case in cases]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("ddp+undummied:clip|text", "backbone 'undummied' has no dummy_inputs"),
+        ("fsdp2+undummied:text|clip", "backbone 'undummied' has no dummy_inputs"),
+        ("units+undummied:picture+clip|clip", "backbone 'undummied' has no dummy_inputs"),
+        ("fsdp2+llava+between:text|clip", "layers between vision encoder and language model are sharded"),
+        ("root+llava+between:clip|text", "layers between vision encoder and language model are sharded"),
+        ("units+undummied:clip|clip", "nothing"),
+        ("fsdp2+llava+between:clip|clip", "nothing"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused_in_both_processes(tmp_path, case, reason):
+    require(case.partition("+")[0])
+    line = run_two(tmp_path, f"refused={case}")
+    assert line.startswith(f"refused={case} alike True: ")
+    assert reason in line
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
 """Backbones from other packages: the example, installed for real, and everything that can go wrong with a plug-in."""
 
+import copy
 import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,6 +127,32 @@ def test_registered_in_the_process(example, tmp_path):
     assert torch.equal(twin(frames), encoder(frames))
 
 
+def test_a_spec_that_was_passed_stays_unregistered(example):
+    spec = example.backbone.BACKBONE
+    before = list_backbones()
+    encoder, frames = example.MyViT().eval(), torch.randn(4, 3, 16, 16)
+    handle = inject_sta(encoder, STAConfig(init="normal"), backbone=spec)
+    with handle.clips([4]):
+        expected = encoder(frames)
+        assert torch.equal(copy.deepcopy(encoder)(frames), expected)
+    with pytest.raises(ConfigError, match=r"the name 'my_vit', under which none is registered. Call register_backbone"):
+        pickle.dumps(encoder)
+    assert handle.lora_config(target_modules=["qkv"]).target_modules == {"qkv"}
+    handle.remove()
+    assert list_backbones() == before
+    other = dataclasses.replace(spec, defaults={"head_scale": 0.5})
+    assert inject_sta(encoder, backbone=other).config.head_scale == 0.5
+    with pytest.raises(UnknownBackboneError, match="no backbone matches 'MyViT'"):
+        inject_sta(example.MyViT())
+
+
+def test_a_pickled_model_finds_its_registered_backbone(example):
+    register_backbone(example.backbone.BACKBONE)
+    encoder, frames = example.MyViT().eval(), torch.randn(4, 3, 16, 16)
+    inject_sta(encoder, STAConfig(init="normal"))
+    assert torch.equal(pickle.loads(pickle.dumps(encoder))(frames), encoder(frames))
+
+
 def test_unregistered(example):
     register_backbone(example.backbone.BACKBONE)
     unregister_backbone("my_vit")
@@ -183,3 +213,106 @@ def test_a_broken_plugin_warns_and_blocks_nobody(value, reason, example, fresh_r
     assert reason in record.getMessage()
     assert inject_sta(example.MyViT()).backbone == "my_vit"
     assert get_backbone("qwen2_vl").encoder_classes == ("Qwen2VisionTransformerPretrainedModel",)
+
+
+def write_module(folder, name, text):
+    (folder / f"{name}.py").write_text(textwrap.dedent(text))
+
+
+def test_a_plugin_that_ends_the_process_is_left_out(example, fresh_registry, monkeypatch, tmp_path, caplog):
+    write_module(tmp_path, "my_vit_exits", "raise SystemExit(3)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_plugins(
+        monkeypatch, fresh_registry, aa_exits="my_vit_exits:BACKBONE", my_vit="my_vit_plugin.backbone:BACKBONE"
+    )
+    assert list_backbones() == ["my_vit", "qwen2_vl"]
+    assert "backbone plug-in 'aa_exits' of unknown package is left out: SystemExit: 3" in caplog.text
+
+
+def test_an_interrupt_is_no_plugins_fault_and_loading_starts_again(example, fresh_registry, monkeypatch, tmp_path):
+    write_module(tmp_path, "my_vit_interrupted", "raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_plugins(
+        monkeypatch, fresh_registry, aa="my_vit_interrupted:BACKBONE", my_vit="my_vit_plugin.backbone:BACKBONE"
+    )
+    with pytest.raises(KeyboardInterrupt, match=""):
+        list_backbones()
+    write_module(tmp_path, "my_vit_interrupted", "from my_vit_plugin.backbone import BACKBONE")
+    importlib.invalidate_caches()
+    assert list_backbones() == ["my_vit", "qwen2_vl"]
+
+
+@pytest.mark.parametrize("by", ["entry point", "register_backbone at import"])
+def test_no_plugin_takes_a_built_in_ones_place(by, example, fresh_registry, monkeypatch, tmp_path, caplog):
+    """Whatever its entry point is called, ours are there before it is imported."""
+    write_module(
+        tmp_path,
+        "my_vit_first",
+        """
+        import dataclasses
+        from my_vit_plugin.backbone import BACKBONE as OTHER
+        from sta_adapter import register_backbone
+        BACKBONE = dataclasses.replace(OTHER, name="qwen2_vl")
+        """
+        + ("" if by == "entry point" else "register_backbone(BACKBONE)\n"),
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_plugins(monkeypatch, fresh_registry, aa_first="my_vit_first:BACKBONE")
+    assert get_backbone("qwen2_vl").encoder_classes == ("Qwen2VisionTransformerPretrainedModel",)
+    assert "'aa_first' of unknown package is left out" in caplog.text
+
+
+def test_two_plugins_of_one_name_are_both_left_out(example, fresh_registry, monkeypatch, tmp_path, caplog):
+    write_module(
+        tmp_path,
+        "my_vit_double",
+        """
+        import dataclasses
+        from my_vit_plugin.backbone import BACKBONE as OTHER
+        BACKBONE = dataclasses.replace(OTHER, encoder_classes=("Another",))
+        """,
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_plugins(monkeypatch, fresh_registry, aa="my_vit_double:BACKBONE", my_vit="my_vit_plugin.backbone:BACKBONE")
+    assert list_backbones() == ["qwen2_vl"]
+    assert caplog.text.count("several packages have a backbone named 'my_vit'; uninstall all but one") == 2
+
+
+def test_a_second_thread_sees_all_backbones_while_the_first_still_loads(example, fresh_registry, monkeypatch):
+    """The first thread stands still in the import of a plug-in until the second one has what it asked for."""
+    inside, seen = threading.Event(), threading.Event()
+
+    class Slow(importlib.metadata.EntryPoint):
+        def load(self):
+            if threading.current_thread() is first:
+                inside.set()
+                assert seen.wait(60)
+            return example.backbone.BACKBONE
+
+    entries = [*fresh_registry, Slow("my_vit", "my_vit_plugin.backbone:BACKBONE", ENTRY_POINT_GROUP)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    found = []
+    first = threading.Thread(target=lambda: found.append(list_backbones()))
+    first.start()
+    assert inside.wait(60)
+    found.append(list_backbones())
+    seen.set()
+    first.join(60)
+    assert found == [["my_vit", "qwen2_vl"]] * 2
+
+
+def test_a_plugin_may_ask_for_backbones_while_it_is_loaded(example, fresh_registry, monkeypatch, tmp_path):
+    write_module(
+        tmp_path,
+        "my_vit_asks",
+        """
+        from my_vit_plugin.backbone import BACKBONE
+        from sta_adapter import list_backbones, register_backbone
+        register_backbone(BACKBONE)
+        SEEN = list_backbones()
+        """,
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_plugins(monkeypatch, fresh_registry, my_vit="my_vit_asks:BACKBONE")
+    assert list_backbones() == ["my_vit", "qwen2_vl"]
+    assert sys.modules["my_vit_asks"].SEEN == ["my_vit", "qwen2_vl"]

@@ -1,0 +1,51 @@
+"""EncoderCall: one call of an encoder, its arguments by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sta_adapter.errors import LayoutError
+from sta_adapter.layout import ClipLengths
+from sta_adapter.signatures import bound_arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderCall:
+    """One call of an encoder, for a backbone's layout function.
+
+    Attributes:
+        encoder: the module that is called.
+        arguments: its arguments by the names in its `forward`; those not passed are absent.
+        clip_lengths: of each clip its frames, or (frames, rows of each frame), when they were told: by
+            `handle.clips(...)`, a `clip_lengths` keyword or a `ClipSource`; None otherwise.
+    """
+
+    encoder: nn.Module
+    arguments: Mapping[str, Any]
+    clip_lengths: ClipLengths | None = None
+
+    @classmethod
+    def bind(
+        cls, encoder: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], clip_lengths: ClipLengths | None
+    ) -> EncoderCall:
+        """Name the arguments of `encoder(*args, **kwargs)`."""
+        return cls(encoder, bound_arguments(encoder, args, kwargs), clip_lengths)
+
+    def tensor(self, *names: str) -> torch.Tensor:
+        """The first of these arguments that was passed as a tensor.
+
+        Raises:
+            LayoutError: when there is none.
+        """
+        for name in names:
+            if isinstance(self.arguments.get(name), torch.Tensor):
+                return self.arguments[name]
+        raise LayoutError(
+            f"{type(self.encoder).__name__} was called without {' or '.join(names)}, which tells STA where the clips are; "
+            f"found the arguments {', '.join(self.arguments) or 'none'}."
+        )

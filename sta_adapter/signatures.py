@@ -1,0 +1,64 @@
+"""What the arguments of a module's method are called, also where a tool has put a function of its own in its place.
+
+ms-swift and accelerate replace `forward` on the instance; what stands there then need not tell its parameters, or tells
+them without the first. The class's method does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+
+def class_method(module: nn.Module, name: str = "forward") -> Callable[..., Any]:
+    """The method as the module's class has it, for its signature."""
+    method: Any = getattr(type(module), name, None)
+    return method.__get__(module) if hasattr(method, "__get__") else getattr(module, name)
+
+
+def bound_arguments(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "forward", *, partial: bool = True
+) -> dict[str, Any]:
+    """Arguments of `module.name(*args, **kwargs)` by name, with those that went into a `**` among them.
+
+    Args:
+        module: the module that is called.
+        args: what it gets by position.
+        kwargs: what it gets by keyword.
+        name: of the method.
+        partial: whether some of the required arguments may be missing.
+
+    Raises:
+        TypeError: neither the class's method nor what stands in its place takes them.
+    """
+    *others, last = _signatures(module, name)
+    for signature in others:
+        try:
+            return _named(signature, args, kwargs, partial)
+        except TypeError:  # what stands in its place takes other arguments
+            continue
+    return _named(last, args, kwargs, partial)
+
+
+def takes(module: nn.Module, parameter: str, name: str = "forward") -> bool:
+    """Whether a method has a parameter of that name."""
+    return any(parameter in signature.parameters for signature in _signatures(module, name))
+
+
+def _signatures(module: nn.Module, name: str) -> Iterator[inspect.Signature]:
+    if name in vars(module):
+        yield inspect.signature(class_method(module, name))
+    yield inspect.signature(getattr(module, name))
+
+
+def _named(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], partial: bool
+) -> dict[str, Any]:
+    bind = signature.bind_partial if partial else signature.bind
+    arguments = bind(*args, **kwargs).arguments
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    extra = [value for name, value in arguments.items() if kinds[name] is inspect.Parameter.VAR_KEYWORD]
+    return {name: value for part in (*extra, arguments) for name, value in part.items()}
