@@ -14,6 +14,7 @@ from torch import nn
 
 from sta_adapter.backbone import Backbone, ClipSource, LoRARecipe
 from sta_adapter.backbones.frames import (
+    EACH_ROW,
     attention_heads,
     pixel_dummy,
     pixel_layout,
@@ -21,6 +22,7 @@ from sta_adapter.backbones.frames import (
     unknown_clips,
 )
 from sta_adapter.layout import ClipLengths
+from sta_adapter.vllm_tower import VLLMTower
 
 
 def feature_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
@@ -29,6 +31,14 @@ def feature_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths
     if rows > 1:
         raise unknown_clips(f"the {rows} rows of {type(model).__name__}'s pixel_values")
     return (1,)
+
+
+def vllm_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    """Clips of vLLM's `_process_vision_input(image_input)`, which says whether its rows are frames or tiles."""
+    given = arguments["image_input"]
+    if given["type"] == "pixel_values_videos":
+        return tuple(int(n) for n in given["num_patches"])
+    return EACH_ROW if given["type"] == "pixel_values" else None
 
 
 INTERNVL_LORA = LoRARecipe(
@@ -55,4 +65,12 @@ BACKBONE = Backbone(
     lora=INTERNVL_LORA,
     dummy_inputs=pixel_dummy,
     positions=pixel_positions,
+    vllm=VLLMTower(
+        {"InternVLForConditionalGeneration": "vllm.model_executor.models.interns1:InternS1ForConditionalGeneration"},
+        {
+            "encoder_classes": ("InternS1VisionModel",),
+            "clip_source": ClipSource(("InternS1ForConditionalGeneration",), {"_process_vision_input": vllm_clips}),
+        },
+        splits_clips=True,
+    ),
 )

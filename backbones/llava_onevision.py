@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import ClipSource
+from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
 from sta_adapter.clip_batches import missing_frames
@@ -109,4 +110,5 @@ BACKBONE = dataclasses.replace(
         },
         runs={"get_video_features": packed_videos},
     ),
+    vllm=VLLM_TOWER,
 )

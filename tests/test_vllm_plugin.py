@@ -13,9 +13,12 @@ from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 from sta_adapter import STAConfig
 from sta_adapter.adapter_format import CONFIG, WEIGHTS, make_description, write_adapter
 from sta_adapter.backbone import get_backbone, list_backbones
+from sta_adapter.backbones.frames import EachRow
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
+from sta_adapter.integrations.vllm.refusals import check_encoder_settings
+from sta_adapter.integrations.vllm.request import requested
 from sta_adapter.layout import ClipLayout
 from sta_adapter.modules import TemporalAttention
 
@@ -157,10 +160,8 @@ def test_blocks_of_another_shape_are_refused(vllm, tmp_path, monkeypatch):
         return self.norm2(x, residual=self.attn(self.norm1(x)))[0]
 
     monkeypatch.setattr(fake_vllm.Block, "forward", post_norm)
-    model = start(engine_config(sta_adapter=str(write(tmp_path / "a"))))
-    for _ in range(2):
-        with pytest.raises(InjectionError, match="does not fit Qwen2_5_VisionTransformer"):
-            model.visual(pixels(), grid_thw=GRID)
+    with pytest.raises(InjectionError, match="does not fit Qwen2_5_VisionTransformer"):
+        start(engine_config(sta_adapter=str(write(tmp_path / "a"))))
 
 
 def test_vllms_reload_machinery_is_used_where_it_is_at_work(vllm, tmp_path):
@@ -304,6 +305,34 @@ def test_lora_weights_that_nobody_serves_are_refused(vllm, tmp_path):
     (tmp_path / "b" / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
         start(engine_config(sta_adapter=folder))
+
+
+def test_frames_that_would_be_split_among_ranks_are_refused(vllm, tmp_path):
+    register()
+    folder = write(tmp_path / "a", backbone="llava_onevision")
+    with pytest.raises(
+        InjectionError, match="mm_encoder_tp_mode='data' gives the frames of one clip to different ranks"
+    ):
+        check_encoder_settings(
+            requested(engine_config(sta_adapter=str(folder)).model_config.hf_config), engine_config(tp_mode="data")
+        )
+    start(engine_config(sta_adapter=str(write(tmp_path / "b")), tp_mode="data"))
+
+
+def test_clips_of_models_that_get_frames_as_a_batch_are_told_by_vllms_methods():
+    llava, internvl = (get_backbone(name).in_vllm().clip_source.methods for name in ("llava_onevision", "internvl"))
+    frames = [torch.zeros(4, 3, 2, 2), torch.zeros(2, 3, 2, 2)]
+    assert llava["_process_video_pixels"](None, {"inputs": {"pixel_values_videos": frames}}) == (4, 2)
+    assert llava["_process_video_pixels"](None, {"inputs": {"pixel_values_videos": torch.zeros(2, 3, 3, 4, 4)}}) == (
+        3,
+        3,
+    )
+    assert isinstance(llava["_process_image_pixels"](None, {}), EachRow)
+    tell = internvl["_process_vision_input"]
+    videos = {"type": "pixel_values_videos", "num_patches": torch.tensor([4, 2])}
+    assert tell(None, {"image_input": videos}) == (4, 2)
+    assert isinstance(tell(None, {"image_input": {"type": "pixel_values", "num_patches": [5]}}), EachRow)
+    assert tell(None, {"image_input": {"type": "video_embeds"}}) is None
 
 
 def test_the_merged_base_and_its_sta_belong_together(vllm, tmp_path):

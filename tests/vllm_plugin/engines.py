@@ -186,12 +186,11 @@ class Reference:
             self.model = self.handle.model
 
     def inputs(self, text=PROMPT, videos=None, images=None):
-        return self.processor(
-            text=[text],
-            videos=None if videos is None else [list(v) for v in videos],
-            images=images,
-            return_tensors="pt",
-        )
+        given = {} if videos is None else {"videos": [list(v) for v in videos]}
+        if videos is not None and type(self.processor).__name__ != "Qwen2VLProcessor":
+            facts = [{k: v for k, v in with_metadata(c)[1].items() if k != "do_sample_frames"} for c in videos]
+            given |= {"video_metadata": facts, "do_sample_frames": False}
+        return self.processor(text=[text], images=images, **given, return_tensors="pt")
 
     @torch.no_grad()
     def embeddings(self, frames):

@@ -41,9 +41,11 @@ def serving_class(path: str) -> type:
         raise incompatible("vllm", f"{name}.load_weights takes other arguments than weights")
 
     class Serving(base):
+        sta_served: ServedSTA | None = None
+
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self.sta_served: ServedSTA | None = put_sta(self, vllm_config)
+            self.sta_served = put_sta(self, vllm_config)
 
         def load_weights(self, weights: Any) -> set[str] | None:
             loaded: set[str] | None = super().load_weights(weights)
@@ -51,6 +53,13 @@ def serving_class(path: str) -> type:
                 return loaded
             names = self.sta_served.load()
             return None if loaded is None else set(loaded) | names
+
+        def train(self, mode: bool = True) -> Any:
+            """Also how vLLM's loaders end, by `eval()`, once all weights have their final form."""
+            done = super().train(mode)
+            if not mode and self.sta_served is not None:
+                self.sta_served.check()
+            return done
 
     Serving._processor_factory = with_digest(base)
     Serving.__name__ = Serving.__qualname__ = name

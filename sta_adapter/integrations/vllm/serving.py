@@ -1,4 +1,4 @@
-"""STA in one of vLLM's models: built with it, filled when the base's weights load, checked at the tower's first call."""
+"""STA in one of vLLM's models: built with it, filled when the base's weights load, checked when they are finished."""
 
 from __future__ import annotations
 
@@ -89,10 +89,13 @@ class ServedSTA:
         self.is_loaded = True
         return loaded
 
-    def _before_first_call(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the tower, in front of STA's own: the check of the blocks, which needs finished weights."""
-        if self.is_checked:
-            return
+    def check(self) -> None:
+        """Check that STA has its weights and that the blocks are as the backbone declares, in a run.
+
+        Raises:
+            CheckpointError: the base's weights came without STA's.
+            InjectionError: the blocks are otherwise; lists all that was found.
+        """
         if not self.is_loaded:
             raise CheckpointError(
                 "the base's weights came in a way that passes by its load_weights, and so STA's were not loaded. "
@@ -105,3 +108,8 @@ class ServedSTA:
         except BaseException:
             self.is_checked = False
             raise
+
+    def _before_first_call(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the tower, in front of STA's own: nothing is encoded unchecked."""
+        if not self.is_checked:
+            self.check()
