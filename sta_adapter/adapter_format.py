@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sta_adapter.compatibility import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.files import atomic_folder_write, finish_write
@@ -110,6 +111,7 @@ def make_description(
     return {
         "format_version": FORMAT_VERSION,
         "sta_adapter_version": sta_adapter.__version__,
+        "transformers_version": version("transformers"),
         "backbone": backbone,
         "base_model": {"id": base.get("id") or None, "revision": base.get("revision")},
         "language_model": base.get("language_model"),

@@ -25,6 +25,7 @@ from sta_adapter.adapter_format import (
 )
 from sta_adapter.base_marks import require_same_base
 from sta_adapter.base_model import check_base, describe_base
+from sta_adapter.compatibility import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.files import SAVED
@@ -155,8 +156,13 @@ def load_sta(
         return handle
     try:
         loaded = get_sta(load_lora(model, folder, is_trainable))
-    except BaseException:
+    except BaseException as error:
         handle.remove()
+        saved, here = description.get("transformers_version"), version("transformers")
+        if isinstance(error, CheckpointError) and isinstance(saved, str) and saved != here:
+            raise CheckpointError(
+                f"{error} The adapter was saved on transformers {saved[:40]}; this is {here}."
+            ) from error
         raise
     if loaded is None:
         raise CheckpointError(f"peft replaced the encoder with a copy while loading {folder}, which is not supported.")

@@ -183,10 +183,11 @@ class Viewer:
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
         """STA off, for this thread; LoRA off, for all threads."""
+        from sta_adapter.lora_files import lora_disabled
+
         model: Any = self.handle.model
         with contextlib.ExitStack() as stack:
-            if hasattr(model, "disable_adapter"):
-                stack.enter_context(model.disable_adapter())
+            stack.enter_context(lora_disabled(model))
             stack.enter_context(self.handle.disabled())
             yield
 

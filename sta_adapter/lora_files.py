@@ -28,6 +28,7 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 STA_BESIDE = (
     "sta_config.json beside this file"  # an entry that PEFT doesn't know, so that it warns where it loads LoRA alone
 )
+BASE_VALUES = "_sta_adapter_base_values"  # of a PeftModel: the tensors of the base that its file replaced, with their values before
 WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 
 
@@ -181,10 +182,39 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
         compare_shapes(
             file.path, {k: tuple(v.shape) for k, v in values.items()}, {k: tuple(places[k].shape) for k in wanted}
         )
+        base = {key: (places[key], places[key].detach().clone()) for key in values if key in kept}
+        vars(loaded)[BASE_VALUES] = base
         with torch.no_grad():
             for key, value in values.items():
                 places[key].copy_(value)
     return loaded if is_trainable else loaded.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def lora_disabled(model: Any) -> Iterator[None]:
+    """Within it a model computes what it did before LoRA came in, also where its own biases or embeddings were trained along.
+
+    Raises:
+        CheckpointError: LoRA was trained here with biases of the base, whose values before that are not known.
+    """
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    values = vars(model).get(BASE_VALUES)
+    biased = [config.bias for config in model.peft_config.values() if getattr(config, "bias", "none") != "none"]
+    if biased and values is None:
+        raise CheckpointError(
+            f"the base can't be had from a model whose biases were trained (bias={biased[0]!r}); load the base anew."
+        )
+    trained = [(parameter, parameter.detach().clone(), value) for parameter, value in (values or {}).values()]
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+            stack.enter_context(model.disable_adapter())
+        for parameter, now, value in trained:
+            stack.callback(parameter.data.copy_, now)
+            parameter.data.copy_(value)
+        yield
 
 
 @contextlib.contextmanager

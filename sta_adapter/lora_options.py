@@ -7,9 +7,10 @@ trained can be loaded. Any other option is refused unless it is off.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,16 @@ class LoraOptions:
         """Whether a module, or one that it lies in, is trained and saved whole."""
         return any(f".{name}." in f".{module}." for name in self.get("modules_to_save", ()))
 
+    @functools.cached_property
+    def _names(self) -> dict[str, Collection[str]]:
+        """Names of modules as sets, so that thousands of them are looked up at once; patterns as they are."""
+        values = {name: self.get(name, []) for name in ("target_modules", "exclude_modules")}
+        return {name: value if isinstance(value, str) else frozenset(value) for name, value in values.items()}
+
     def targets(self, module: str) -> bool:
         """Whether LoRA goes on a module of this name, by PEFT's rules."""
-        wanted = self.fields["target_modules"]
-        if self.is_saved(module) or _named(self.get("exclude_modules", []), module):
+        wanted = self._names["target_modules"]
+        if self.is_saved(module) or _named(self._names["exclude_modules"], module):
             return False
         if isinstance(wanted, str) or module in wanted or not _named(wanted, module):
             return _named(wanted, module)
@@ -166,7 +173,7 @@ class LoraOptions:
         return LoraConfig(**{**fields, "init_lora_weights": True, "inference_mode": not is_trainable})
 
 
-def _named(names: str | Sequence[str], module: str) -> bool:
+def _named(names: Collection[str], module: str) -> bool:
     """Whether a pattern fits a module's whole name, or one of the names is its end."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None

@@ -89,6 +89,10 @@ def test_names_of_nobody_are_an_error(tmp_path):
     rename(tmp_path, ("model.visual.", "model.eyes."), ("visual.", "eyes."))
     with pytest.raises(CheckpointError, match=r"names modules that this model lacks.*release of transformers"):
         load_sta(seeded(make_qwen2_vl), tmp_path)
+    description = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**description, "transformers_version": "9.8.7"}))
+    with pytest.raises(CheckpointError, match=r"The adapter was saved on transformers 9\.8\.7; this is \d"):
+        load_sta(seeded(make_qwen2_vl), tmp_path)
 
 
 @pytest.mark.parametrize("load", [load_adapter, lambda model, folder: load_sta(model, folder).model])

@@ -15,7 +15,7 @@ from test_inject import assert_unchanged, state
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.loading import load_adapter
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS, read_lora
+from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS, lora_disabled, read_lora
 from sta_adapter.lora_options import SUPPORTED, checked_options
 
 KNOWN = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -90,10 +90,19 @@ def test_a_supported_option(option, tmp_path):
     again = tmp_path / "again"
     handle.save_pretrained(again)
     assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), again).model), expected)
-    if OPTIONS[option].get("bias", "none") == "none":
-        with handle.disabled(), handle.model.disable_adapter():
-            assert torch.equal(logits(handle.model), base)
+    with handle.disabled(), lora_disabled(handle.model):
+        assert torch.equal(logits(handle.model), base)
+    assert torch.equal(logits(handle.model), expected)
     assert torch.allclose(logits(handle.model.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_a_base_that_cant_be_had_is_not_guessed():
+    """Where the biases were trained in this process, nobody has kept what they were."""
+    with (
+        pytest.raises(CheckpointError, match=r"biases were trained \(bias='all'\); load the base anew"),
+        lora_disabled(trained(bias="all")),
+    ):
+        pass
 
 
 def test_every_supported_option_has_a_case():

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.reading import MAX_JSON_BYTES, compare_shapes, read_json, read_tensors, require_plain_pattern
+from sta_adapter.reading import (
+    MAX_JSON_BYTES,
+    compare_shapes,
+    read_json,
+    read_tensors,
+    require_plain_pattern,
+    require_plain_patterns,
+)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +92,30 @@ def test_many_differences_are_counted(tmp_path):
 )
 def test_usual_patterns(tmp_path, pattern):
     require_plain_pattern(tmp_path, pattern)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "prefixed"),
+    [([f"layers.{i}.q_proj" for i in range(257)], False), ([".*a.*b.*c.*d", "x.*"], False), ([".*a.*b.*c.*d"], True), ([".*a.*b.*c"] * 2, True)],
+    ids=["many", "long and another", "at every place", "two at every place"],
+)  # fmt: skip
+def test_patterns_that_together_take_long(tmp_path, patterns, prefixed):
+    with pytest.raises(CheckpointError, match=r"257 patterns .* at most 256|together repeat too much"):
+        require_plain_patterns(tmp_path, patterns, prefixed)
+
+
+def test_patterns_that_together_are_usual(tmp_path):
+    require_plain_patterns(tmp_path, [f"layers.{i}.self_attn.q_proj" for i in range(256)], prefixed=True)
+    require_plain_patterns(tmp_path, [r"blocks\.\d+\.attn\.qkv", "v_proj", r".*\.gate_up_proj"], prefixed=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"a": 1e999}', "not finite"), ('{"a": [NaN]}', "not finite"), ('{"a": {"b": 36893488147419103232}}', "more than 64 bits"),
+     ('{"a":' * 33 + "1" + "}" * 33, "deeper than 32")],
+    ids=["large", "nan", "whole", "deep"],
+)  # fmt: skip
+def test_numbers_and_depths_of_no_configuration(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"a.json can't be read as JSON: .*{message}"):
+        read_json(tmp_path / "a.json")

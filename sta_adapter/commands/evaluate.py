@@ -188,11 +188,11 @@ def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: 
 def _without(model: Any) -> Any:
     """The model without its adapter: STA off, LoRA off."""
     from sta_adapter.inject import get_sta
+    from sta_adapter.lora_files import lora_disabled
 
     handle = get_sta(model)
     with contextlib.ExitStack() as stack:
-        if hasattr(model, "disable_adapter"):
-            stack.enter_context(model.disable_adapter())
+        stack.enter_context(lora_disabled(model))
         if handle is not None:
             stack.enter_context(handle.disabled())
         yield
