@@ -1,11 +1,13 @@
 """Bases that vLLM's attention on a CPU takes (heads of 64), adapters for them, and the same answers by vLLM and by transformers."""
 
 import gc
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_qwen import make_processor
 
 from sta_adapter import STAConfig, inject_sta, load_sta
@@ -225,3 +227,35 @@ def difference(a, b):
 
 def copy_folder(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
+
+
+def make_row_base(folder: Path, name: str) -> Path:
+    """A random base of a family that gets frames as a batch, with heads of 64 in its language model."""
+    import copy
+
+    import tiny_bases
+
+    family = tiny_bases.FAMILIES[name]
+    settings = copy.deepcopy(family.settings)
+    settings["text_config"].update(TEXT)
+    processor = tiny_bases.make_processor(name, folder / "words")
+    tiny_bases.FAMILIES[name] = family._replace(settings=settings)
+    try:
+        model = tiny_bases.make_model(name, processor.tokenizer)
+    finally:
+        tiny_bases.FAMILIES[name] = family
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    if name == "llava_onevision":  # as the published checkpoints call it, which is what vLLM reads
+        file = folder / "model.safetensors"
+        state = {
+            re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v
+            for k, v in load_file(file).items()
+        }
+        save_file(state, file, {"format": "pt"})
+    processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return folder
