@@ -42,6 +42,8 @@ test-newest-contract: $(VENV)/.ready
 lock: .venv-tools/.ready
 	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-tools/bin/uv pip compile --quiet pyproject.toml --extra dev --universal \
 		--python-version 3.10 --constraints requirements/pins.txt --no-annotate --upgrade -o requirements/lock.txt
+	printf '%s\n' $(TOOLS) | UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-tools/bin/uv pip compile --quiet - --universal \
+		--python-version 3.10 --no-annotate --upgrade -o requirements/tools.txt
 
 # Models with STA inside lmms-eval. It pins an older PyAV than ours, with which it runs all the same, and brings a hundred
 # packages: an environment of its own, over the main one, with those that it needs for this.
@@ -74,7 +76,7 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.ready
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 
 # Known vulnerabilities of what is installed; asks the advisory database, so it needs the network.
 audit: $(VENV)/.ready .venv-tools/.ready
@@ -85,9 +87,10 @@ sbom: $(VENV)/.ready .venv-tools/.ready
 	mkdir -p dist
 	.venv-tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-format JSON -o dist/sbom.cdx.json
 
-.venv-tools/.ready:
+TOOLS := pip-audit cyclonedx-bom uv
+.venv-tools/.ready: requirements/tools.txt
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/python -m pip install --quiet pip-audit cyclonedx-bom uv
+	.venv-tools/bin/python -m pip install --quiet --constraint requirements/tools.txt $(TOOLS)
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import CheckpointError, UnknownBackboneError
-from sta_adapter.run_file import RUN_FILE, read_results, read_run_file, read_settings, read_stage
+from sta_adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"
@@ -102,6 +102,7 @@ def make_card(description: Mapping[str, Any], facts: CardFacts) -> str:
     """
     from huggingface_hub import ModelCard
 
+    description = read_about(description)
     sections = (_title(description, facts), _use(description, facts), _training(facts), _evaluation(facts))
     body = "\n\n".join([*(section for section in sections if section), _files(description, facts)])
     return str(ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n"))

@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+HIDDEN = ("_runtime", "_score", "_per_second")
+
 
 class ProgressBar(TrainerCallback):
-    """One bar for a stage, with the latest loss and evaluation beside it."""
+    """One bar for a stage, with the latest loss of training beside it, and what the latest evaluation measured as `eval_...`."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -33,12 +35,8 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the loss and what was measured."""
         if self.bar is not None:
-            values = {
-                k.removeprefix("eval_"): v for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_")
-            }
-            self.shown |= {k: f"{v:.3f}" for k, v in values.items() if isinstance(v, float) and "per_second" not in k}
-            for hidden in ("runtime", "score"):
-                self.shown.pop(hidden, None)
+            values = {k: v for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_")}
+            self.shown |= {k: f"{v:.3f}" for k, v in values.items() if isinstance(v, float) and not k.endswith(HIDDEN)}
             self.bar.set_postfix(self.shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

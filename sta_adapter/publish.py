@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 NO_LICENSE = "the card names no licence: without one others may not use the adapter; give license (--license)."
+NOT_LOOKED_UP = "a dry run asks nobody: a README that the repository has would be kept, and LoRA of an adapter before would be removed."
 NO_BASE = (
     "the card names no base model, as {found} is no Hub id: the adapter will not be listed below its base, and the "
     "card's code has a gap; give base_model (--base-model), such as Qwen/Qwen2-VL-2B-Instruct."
@@ -144,6 +145,7 @@ def _push(
 ) -> Publication:
     """See `STAHandle.push_to_hub`."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
     base = _checked_base(adapter, base_model)
     run = read_run(Path(run_folder or os.devnull), None if results is None else Path(results))
@@ -152,6 +154,7 @@ def _push(
     branch, message = revision or MAIN, commit_message or "Upload STA adapter"
     api = HfApi(endpoint=endpoint, token=token)
     try:
+        validate_repo_id(repo_id)
         name = repo_id if dry_run else prepare_branch(api, repo_id, branch, private)
         facts = CardFacts(name, base, license, datasets, adapter.parameters, LORA_CONFIG in adapter.files, run)
         return _commit(api, adapter, facts, branch, message, create_pr, dry_run)
@@ -170,7 +173,7 @@ def _commit(
     """Upload all files in one commit, or only say what would be."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    head, there = branch_contents(api, facts.repo_id, revision)
+    head, there = (None, set()) if dry_run else branch_contents(api, facts.repo_id, revision)
     card = make_card(adapter.description, facts)
     files = {**adapter.files, **({} if CARD in there else {CARD: card.encode()})}
     removed = [name for name in (LORA_CONFIG, LORA_WEIGHTS) if name in there and name not in files]
@@ -198,7 +201,7 @@ def _commit(
         files={name: len(content) for name, content in files.items()},
         card="new" if CARD in files else "kept",
         removed=removed,
-        notes=_notes(adapter, facts) if CARD in files else [],
+        notes=[*(_notes(adapter, facts) if CARD in files else []), *([NOT_LOOKED_UP] if dry_run else [])],
         card_text=card,
     )
 

@@ -126,14 +126,15 @@ def _listing(folder: Path) -> str:
 
 
 def _pickle_message(path: Path) -> str:
+    """The refusal, with a command whose words are data to the shell and to Python, whatever the file is called."""
     code = (
-        "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
-        "torch.load(sys.argv[1], map_location='cpu', weights_only=True).items()}, sys.argv[2])"
+        "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in torch.load(sys.argv[1], "
+        'map_location="cpu", weights_only=True).items()}, sys.argv[2])'
     )
-    files = " ".join(shlex.quote(str(file)) for file in (path, path.with_suffix(".safetensors")))
+    command = shlex.join(["python", "-c", code, str(path), str(path.with_suffix(".safetensors"))])
     return (
-        f"{path} is a pickle, which can run code when it is opened and is never read here. If you trust it, make safetensors of it "
-        f'once: python -c "{code}" {files}'
+        f"{path} is a pickle, which can run code when it is opened and is never read here. If you trust it, make "
+        f"safetensors of it once: {command}"
     )
 
 

@@ -1,6 +1,6 @@
 """What training and evaluation leave beside an adapter, read as a file from anybody: `run.json`, `result.json`, `results.json`.
 
-Public: `read_run_file`, `read_frames`, `read_settings`, `read_stage`, `read_results`, `RUN_FILE`. Numbers are numbers, within their ranges, and text has no more than
+Public: `read_run_file`, `read_frames`, `read_settings`, `read_stage`, `read_results`, `read_about`, `RUN_FILE`. Numbers are numbers, within their ranges, and text has no more than
 its characters, so that neither ends up in code or as markup.
 """
 
@@ -18,7 +18,7 @@ from sta_adapter.reading import read_json
 
 RUN_FILE = "run.json"
 MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged
-WORDS = re.compile(r"[\w .,:()+-]{0,80}")
+WORDS = re.compile(r"(?!.*www\.)[\w .,:()+-]{0,80}")
 SCORES = ("accuracy", "low", "high")
 
 
@@ -55,6 +55,22 @@ def read_settings(found: Mapping[str, Any], names: Mapping[str, str], path: Path
     """
     settings = {name: _plain(found[name], name, path) for name in names if found.get(name) is not None}
     return {**settings, **({"frames": read_frames(found["frames"], path)} if found.get("frames") else {})}
+
+
+def read_about(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a page shows of an adapter's `sta_config.json`: names of a few words, and whole numbers.
+
+    Raises:
+        CheckpointError: one is something else.
+    """
+    path = Path("sta_config.json")
+    encoder = description["encoder"]
+    sizes = {name: encoder.get(name) for name in ("depth", "width", "num_heads", "head_dim")}
+    wrong = [name for name, value in sizes.items() if type(value) is not int]
+    if wrong:
+        raise CheckpointError(f"{path}: {', '.join(wrong)} of the encoder must be whole numbers.")
+    names = {name: _plain(description.get(name) or "", name, path) for name in ("backbone", "sta_adapter_version")}
+    return {**description, **names, "encoder": sizes}
 
 
 def read_stage(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -122,4 +138,4 @@ def _plain(value: Any, name: str, path: Path) -> Any:
 def _as_text(line: str) -> str:
     """A sentence on one line that is no markup."""
     escaped = html.escape(" ".join(line.split())[:500], quote=False)
-    return escaped.replace("](", "] (").replace("`", "'")
+    return escaped.replace("](", "] (").replace("`", "'").replace("://", ": //")

@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,6 +352,23 @@ def test_bad_sources(tmp_path):
         convert_published(folder, tmp_path / "adapter", order="sideways")
     with pytest.raises(CheckpointError, match="there is no configuration"):
         convert_published(folder, tmp_path / "adapter", config=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["$(touch bad).bin", "a'; touch bad; '.bin", "`touch bad`.bin", "-x.bin", "a\nb.bin", 'a", "b.bin']
+)
+def test_the_command_that_is_shown_for_a_pickle_is_safe(tmp_path, monkeypatch, name):
+    """What stands in the message, given to a shell with another Python, does just that for that file."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.ones(2)}, Path(name))
+    with pytest.raises(CheckpointError, match="is a pickle") as raised:
+        convert_published(Path(name), tmp_path / "out")
+    command = str(raised.value).partition("make safetensors of it once: ")[2]
+    python, option, code, *rest = shlex.split(command)
+    assert (python, option, rest) == ("python", "-c", [name, str(Path(name).with_suffix(".safetensors"))])
+    compile(code, "shown", "exec")
+    subprocess.run(["sh", "-c", command.replace("python", "true", 1)], check=True)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_command_line(tmp_path):

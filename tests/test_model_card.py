@@ -110,6 +110,32 @@ def test_results_of_another_form_are_left_out(folder, results):
     assert "## Evaluation" not in card(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backbone": "`<script>"},
+        {"backbone": 'x"\nimport os'},
+        {"sta_adapter_version": "[x](http://x)"},
+        {"sta_adapter_version": "see www.example.org"},
+        {"encoder": {"depth": "<b>", "width": 32, "num_heads": 4, "head_dim": 8}},
+        {"encoder": {"depth": 3, "width": True, "num_heads": 4, "head_dim": 8}},
+    ],
+    ids=["markup", "code", "link", "address", "word", "truth"],
+)
+def test_what_is_no_name_and_no_number_is_refused(folder, change):
+    with pytest.raises(
+        CheckpointError, match=r"sta_config\.json: .* (expected a number or a few words|must be whole numbers)"
+    ):
+        make_card({**read_description(folder), **change}, CardFacts("user/adapter"))
+
+
+def test_sentences_are_no_markup(folder):
+    reading = ["<script>alert(1)</script> [x](y) `z` https://example.org\n# big"]
+    (folder / "results.json").write_text(json.dumps({**RESULTS, "reading": reading}))
+    text = card(folder)
+    assert "- &lt;script&gt;alert(1)&lt;/script&gt; [x] (y) 'z' https: //example.org # big" in text.splitlines()
+
+
 def test_results_that_are_not_there(folder):
     with pytest.raises(CheckpointError, match=r"no results of an evaluation in .*nowhere\.json"):
         read_run(folder, Path("nowhere.json"))

@@ -251,6 +251,7 @@ def run(*words):
 def test_the_command_says_what_it_does(hub, folder):
     planned = run(folder, NAME, "--dry-run", "--base-model", "org/base")
     assert not hub.repos
+    assert "note: a dry run asks nobody" in planned
     assert planned.startswith(f"would upload to {NAME} in one commit:")
     assert "base_model: org/base" in planned
     assert "note: the card names no licence" in planned
@@ -263,6 +264,23 @@ def test_the_command_says_what_it_does(hub, folder):
     assert "holds this adapter already; nothing was uploaded" in run(folder, NAME)
     values = json.loads(run(folder, NAME, "--revision", "second", "--json"))
     assert (values["repo_id"], values["card"], values["changed"]) == (NAME, "kept", False)
+
+
+def test_a_dry_run_needs_no_network(folder, monkeypatch):
+    import socket
+
+    def refuse(*args, **options):
+        raise AssertionError("the network was asked")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    planned = run(folder, NAME, "--dry-run", "--license", "mit", "--base-model", "org/base")
+    assert planned.startswith(f"would upload to {NAME} in one commit:")
+    assert f'handle = load_sta(model, "{NAME}")' in planned
+    done = CliRunner().invoke(cli, ["push", str(folder), 'x");import os', "--dry-run"])
+    assert isinstance(done.exception, CheckpointError)
+    assert "Repo id must use alphanumeric chars" in str(done.exception)
 
 
 def test_help_fits_a_screen():

@@ -27,12 +27,14 @@ the adapter was trained with. What follows -- goes to vLLM.
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @option("Run", "--model", metavar="ID", required=True, help="Base on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", required=True, help="Adapter on the Hub, or its folder.")
+@option("Run", "--revision", metavar="NAME", help="The base's branch, tag or commit on the Hub.")
 @option("Run", "--own-frames", is_flag=True, help="Leave frames to vLLM's own sampling.")
 @option("Run", "--print", "only_print", is_flag=True, help="Print the line; run nothing.")
 @adapter_options
 def command(
     model: str,
     adapter: str,
+    revision: str | None,
     adapter_revision: str | None,
     own_frames: bool,
     only_print: bool,
@@ -42,7 +44,8 @@ def command(
     """Print the line, and run it."""
     from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line, trained_reader
 
-    reader = None if own_frames else trained_reader(model, adapter, adapter_revision)
+    reader = None if own_frames else trained_reader(model, adapter, adapter_revision, model_revision=revision)
+    extra = extra if revision is None else ("--revision", revision, *extra)
     line = serve_line(model, adapter, revision=adapter_revision, any_base=any_base, reader=reader, extra=extra)
     click.echo(shlex.join(line))
     if only_print:

@@ -66,7 +66,9 @@ def serve_line(
     return [*line, *extra]
 
 
-def trained_reader(model: str, adapter: str, revision: str | None = None) -> ClipReader:
+def trained_reader(
+    model: str, adapter: str, revision: str | None = None, *, model_revision: str | None = None
+) -> ClipReader:
     """How the adapter's run read its clips; the published recipe where it isn't known.
 
     Raises:
@@ -75,7 +77,7 @@ def trained_reader(model: str, adapter: str, revision: str | None = None) -> Cli
     from sta_adapter.loading import load_processor, saved_frame_settings
 
     settings = FrameSettings(**saved_frame_settings(adapter, revision=revision))
-    return ClipReader.of(load_processor(model), settings)
+    return ClipReader.of(load_processor(model, revision=model_revision), settings)
 
 
 def check_plugins(allowed: str | None) -> None:
