@@ -7,7 +7,6 @@ generation, compared with its answer but for reasoning, markup, case, surroundin
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sta_adapter.answering import Prediction, Question, Questioner, judge
@@ -25,6 +23,7 @@ from sta_adapter.encoding import Encoded
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.fingerprint import fingerprint_model, fingerprint_processor, fingerprint_samples
 from sta_adapter.isolation import worker_errors
+from sta_adapter.modes import evaluating
 from sta_adapter.predictions import PredictionLog
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
@@ -184,7 +183,7 @@ def evaluate(
     def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
-    with PredictionLog(predictions_file, settings, questions, renew, overwrite) as log, _asking(model):
+    with PredictionLog(predictions_file, settings, questions, renew, overwrite) as log, evaluating(model):
         missing = [index for index in range(len(dataset)) if index not in log.done]
         asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
         for batch in _batches(dataset, missing, batch_size, num_workers, progress):
@@ -256,14 +255,3 @@ def _batches(
         for items in batches:
             yield list(zip(indices[start : start + len(items)], items, strict=True))
             start += len(items)
-
-
-@contextlib.contextmanager
-def _asking(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -1,6 +1,6 @@
-"""States that a model is in while it trains, and leaves afterwards: full precision, activation checkpointing.
+"""States that a model is in while it trains or is measured, and leaves afterwards.
 
-Public: `full_precision`, `activation_checkpointing`, `trainable_when_quantized`.
+Public: `evaluating`, `full_precision`, `activation_checkpointing`, `trainable_when_quantized`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,19 @@ from torch import nn
 from sta_adapter.backbone import locate
 from sta_adapter.compatibility import checkpointing_methods
 from sta_adapter.handle import STAHandle
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from sta_adapter.adapter_format import replace_files
 from sta_adapter.encoding import IGNORE
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.inject import get_sta
+from sta_adapter.modes import evaluating
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE, load_trained, mark_complete, rotate, trained_state
 from sta_adapter.sharding import is_parallel, write_once
 from sta_adapter.streaming import Place, StreamDataset, stream_loader
@@ -162,12 +163,9 @@ class AdapterTrainer(Trainer):
         if self.measure is None:
             return super().evaluate(*args, **kwargs)
         net = self._net
-        was_training = net.training
-        net.eval()
-        with torch.no_grad(), self.compute_loss_context_manager(), _kept_random_state():
+        with evaluating(net), self.compute_loss_context_manager(), _kept_random_state():
             values = {name: float(value) for name, value in self.measure(net).items()}
         metrics = {"eval_score": next(iter(values.values()), 0.0), **{f"eval_{name}": v for name, v in values.items()}}
-        net.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

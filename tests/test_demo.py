@@ -117,3 +117,17 @@ def encode(model, pixels, grid):
     with torch.no_grad():
         out = visual(pixels, grid)
     return out if torch.is_tensor(out) else out.pooler_output
+
+
+def test_seconds_of_a_row_are_those_of_one_seed():
+    from sta_adapter.demo.run import METHODS, summary
+
+    method = next(iter(METHODS))
+    score = {"overall": {"correct": 1, "total": 2, "accuracy": 0.5}, "categories": {"a": {"correct": 1, "total": 2}}}
+    runs = [
+        {"method": method, "ordered": score, "shuffled": score, "trainable_parameters": 3, "seconds": seconds}
+        for seconds in (10.0, 30.0)
+    ]
+    row = summary({"runs": runs}, method)
+    assert row["seconds"] == 20
+    assert row["ordered"]["total"] == 4

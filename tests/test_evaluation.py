@@ -249,6 +249,20 @@ def test_bad_samples_do_not_count(taught, processor, tmp_path):
         evaluate(taught[0], file, processor=processor, frame_settings=AS_IS, on_bad_sample="error")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_stays_in_the_mode_that_it_was_in(taught, dataset, training):
+    model = taught[0]
+    model.train(training)
+    part = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    part.train(not training)
+    try:
+        evaluate(model, dataset)
+        assert model.training is training
+        assert part.training is not training
+    finally:
+        model.eval()
+
+
 def test_a_file_needs_a_processor(taught, folder):
     with pytest.raises(ConfigError, match="pass processor="):
         evaluate(taught[0], folder / "data.jsonl")

@@ -33,3 +33,18 @@ def test_lora_reaches_every_layer_of_a_block(case):
             if plain and "lora_" not in name and not name.startswith("sta."):
                 left_out.add(name)
     assert left_out <= LEFT_OUT.get(case.id, set())
+
+
+def test_the_recipe_s_numbers_are_those_of_the_settings():
+    from cases import make_qwen2_vl
+
+    from sta_adapter.lora_recipe import lora_config
+    from sta_adapter.text_positions import use_positions_of
+    from sta_adapter.training_config import TrainingConfig
+
+    model = use_positions_of(make_qwen2_vl(), None)
+    settings = TrainingConfig(lora_rank=3, lora_alpha=5, lora_qkv_rank=7, lora_qkv_alpha=11, lora_dropout=0.25)
+    for handle in (None, inject_sta(model)):
+        found = lora_config(model, handle, settings)
+        assert (found.r, found.lora_alpha, found.lora_dropout) == (3, 5, 0.25)
+        assert (found.rank_pattern, found.alpha_pattern) == ({"attn.qkv": 7}, {"attn.qkv": 11})

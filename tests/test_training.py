@@ -279,6 +279,26 @@ def test_loss_on_other_data_is_measured(tmp_path, model, dataset):
     assert measured[1] < measured[0]
 
 
+@pytest.mark.parametrize(
+    ("measured", "name", "more_is_better"), [(False, "eval_loss", False), (True, "eval_score", True)]
+)
+def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, name, more_is_better):
+    from sta_adapter.stages import Stage
+
+    other = {"measure": lambda net: {"accuracy": 1.0}} if measured else {"eval_dataset": dataset}
+    found = Stage("1", TrainingConfig(**FAST), tmp_path, dataset, **other)._arguments()
+    assert found.load_best_model_at_end
+    assert (found.metric_for_best_model, found.greater_is_better) == (name, more_is_better)
+
+
+@pytest.mark.parametrize("limit", [0.125, 3.0])
+def test_the_limit_on_gradients_reaches_the_trainer(tmp_path, dataset, limit):
+    from sta_adapter.stages import Stage
+
+    config = TrainingConfig(**FAST, max_grad_norm=limit)
+    assert Stage("1", config, tmp_path, dataset)._arguments().max_grad_norm == limit
+
+
 # ---- baselines
 
 

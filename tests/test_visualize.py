@@ -189,6 +189,29 @@ def test_figures_of_any_size(shape, theme):
         assert image.width < 3000
 
 
+def test_the_first_frame_of_a_square_is_at_the_top_left():
+    seen = observation(2, 1, 4)
+    seen.attention[:] = np.arange(2 * 16, dtype=np.float32).reshape(2, 1, 4, 4) / 100
+    axes = pictures.draw_attention(seen).axes[0]
+    for image, tile in zip(axes.images, seen.attention[:, 0], strict=True):
+        np.testing.assert_allclose(image.get_array(), 100 * tile, rtol=1e-6)
+        left, right, bottom, top = image.get_extent()
+        assert (right - left, bottom - top) == (pytest.approx(4), pytest.approx(4))
+        assert image.origin == "upper"
+    low, high = axes.get_ylim()
+    assert low > high  # downwards, as the page says: down the frame that looks
+
+
+def test_the_bars_are_the_median_and_the_middle_eighty_percent():
+    seen = observation(2, 1, 4)
+    seen.branch[:] = np.linspace(0, 1, seen.branch.size, dtype=np.float32).reshape(seen.branch.shape)
+    (_, _, (bars,)) = pictures.draw_branch(seen).axes[0].containers[0]
+    for block, segment in enumerate(bars.get_segments()):
+        values = np.sort(100 * seen.branch[block].ravel())
+        expected = [np.quantile(values, 0.1), np.quantile(values, 0.9)]
+        np.testing.assert_allclose(segment[:, 1], expected, rtol=1e-5)
+
+
 def test_a_map_is_laid_patch_on_patch():
     """The value of a position shows in its own part of the picture, whatever the encoder's order is."""
     from matplotlib.figure import Figure
