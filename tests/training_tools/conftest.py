@@ -15,8 +15,6 @@ TOOLS = {
     "test_axolotl.py": "axolotl",
 }
 collect_ignore = [file for file, package in TOOLS.items() if importlib.util.find_spec(package) is None]
-if importlib.util.find_spec("swift") is not None:  # brings a trl of its own
-    collect_ignore.append("test_trl.py")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 

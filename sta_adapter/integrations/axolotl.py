@@ -1,0 +1,70 @@
+"""STA in axolotl: `plugins: [sta_adapter.integrations.axolotl.STAPlugin]` in the YAML, and STA's settings under `sta:`.
+
+Public: `STAPlugin`, `STAArgs`. LoRA is the YAML's own; `adapter: lora` must be there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+
+from sta_adapter.adapter_format import read_description
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import ConfigError
+from sta_adapter.hooks import CHILD
+from sta_adapter.inject import inject_sta
+from sta_adapter.integrations.callbacks import sta_callbacks
+from sta_adapter.integrations.settings import Settings, prepare_model
+
+
+class STAArgs(BaseModel):
+    """What the YAML may say: `sta`, a mapping."""
+
+    sta: dict[str, Any] | None = None
+
+
+class STAPlugin(BasePlugin):
+    """Puts STA into the model before LoRA, has LoRA train and save it, and the run watched."""
+
+    def get_input_args(self) -> str | None:
+        """Where axolotl finds the YAML's further fields."""
+        return f"{__name__}.STAArgs"
+
+    def pre_lora_load(self, cfg: Any, model: Any) -> None:
+        """Put STA in; an adapter that goes on (`lora_model_dir`) has its own settings."""
+        settings = take_settings(cfg)
+        if cfg.lora_model_dir:
+            inject_sta(model, STAConfig.from_dict(read_description(Path(cfg.lora_model_dir))["config"]))
+        else:
+            handle, lora = prepare_model(model, settings)
+            if lora is None or handle.model is not model:
+                raise ConfigError(
+                    f"the adapter {settings.adapter!r} has LoRA weights: go on with lora_model_dir instead."
+                )
+        cfg["lora_modules_to_save"] = sorted({CHILD, *(cfg.lora_modules_to_save or [])})
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        """Those that save the adapter and look at STA's gradients."""
+        return sta_callbacks(take_settings(cfg))
+
+
+def take_settings(cfg: Any) -> Settings:
+    """STA's settings in a configuration of axolotl, else those of STA_SETTINGS.
+
+    Raises:
+        ConfigError: unknown or wrong settings, or a run that STA can't train in.
+    """
+    settings = Settings.from_environment() if cfg.sta is None else Settings.from_mapping(dict(cfg.sta))
+    if settings.stage == 1:
+        raise ConfigError(
+            "stage 1 has no LoRA, which axolotl's plug-ins for adapters need: train stage 1 by `sta-adapter train --stage 1`, and go "
+            "on from its folder with sta: {adapter: FOLDER}."
+        )
+    if cfg.adapter not in ("lora", "qlora"):
+        raise ConfigError(
+            f"adapter is {cfg.adapter!r} in the YAML, and STA is saved together with LoRA: set adapter: lora."
+        )
+    return settings

@@ -1,0 +1,68 @@
+"""Running a tool's own command, and looking at what came out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from sta_adapter import get_sta, load_sta
+from sta_adapter.data import Collator, FrameSettings, VideoDataset
+from sta_adapter.loading import load_model, load_processor
+
+BIN = Path(sys.executable).parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def run(words, folder, expect=0, **environment):
+    """What a command wrote; it ends as expected, and within minutes."""
+    done = subprocess.run(
+        [str(word) for word in words], cwd=folder, env={**os.environ, **OFFLINE, "PATH": f"{BIN}:{os.environ['PATH']}", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (expect == 0), done.stdout[-5000:]
+    return done.stdout
+
+
+def outputs(folder, base, clips):
+    """What base and adapter answer to two clips, and what the base answers alone."""
+    data = VideoDataset(
+        clips / "clips.jsonl", load_processor(base), frames=FrameSettings(nframes=8, min_tokens=None, max_tokens=None)
+    )
+    batch = Collator.of(data.processor)([data[0], data[1]])
+    batch = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key != "labels"}
+    model = load_model(base, device="cpu", dtype="fp32")
+    with torch.no_grad():
+        alone = model(**batch, use_cache=False).logits
+        handle = load_sta(model, folder)
+        return handle, handle.model.eval()(**batch, use_cache=False).logits, alone
+
+
+def check_adapter(folder, base, clips, lora=True):
+    """The folder is an adapter whose STA was trained, whole."""
+    handle, found, alone = outputs(folder, base, clips)
+    assert not torch.equal(found, alone)
+    for block in handle.blocks.values():
+        assert block.to_out.weight.any()  # begins at zero
+    assert bool(getattr(handle.model, "peft_config", None)) == lora
+    with handle.disabled(), torch.no_grad():
+        assert get_sta(handle.model) is handle
+    return found
+
+
+def evaluate(folder, base, clips, out):
+    """`sta-adapter evaluate` takes the folder."""
+    words = [BIN / "sta-adapter", "evaluate", "--model", base, "--adapter", folder, "--data", clips / "clips.jsonl"]
+    return run([*words, "--out", out], clips)
+
+
+def same_weights(one, other):
+    """Whether two adapters' files hold the same bits."""
+    from safetensors.torch import load_file
+
+    for name in ("sta_adapter.safetensors", "adapter_model.safetensors"):
+        a, b = load_file(Path(one) / name), load_file(Path(other) / name)
+        assert a.keys() == b.keys()
+        differ = [key for key in a if not torch.equal(a[key], b[key])]
+        assert not differ, (name, differ[:3], max(float((a[key] - b[key]).abs().max()) for key in differ))
