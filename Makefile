@@ -106,9 +106,7 @@ TOOLS := pip-audit cyclonedx-bom uv
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools build dist *.egg-info
-
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-tools .venv-tool-* build dist *.egg-info
+	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
 
 # setuptools comes first and builds without isolation, so that it too is the one of the lock.
 LOCK := requirements/lock.txt
@@ -147,6 +145,7 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 		av click decord einops peft accelerate tqdm pytest hypothesis
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(@D)/bin/python scripts/vllm_environment.py finish
+	touch $@
 
 # Tools pin older releases of some packages, which then lie over ours. axolotl's own torch is taken out again: ours will do.
 .venv-tool-%/.ready: $(VENV)/.ready

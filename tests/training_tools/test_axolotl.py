@@ -1,6 +1,7 @@
 """STA in axolotl, by its own command and YAML."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ def axolotl(base, data, out, expect=0, **changed):
     kernels = {f"lora_{name}_kernel": False for name in ("mlp", "qkv", "o", "embedding")}
     settings = {
         "base_model": str(base), "processor_type": "AutoProcessor", "chat_template": "tokenizer_default",
-        "plugins": ["sta_adapter.integrations.axolotl.STAPlugin"], "adapter": "lora", "lora_r": 8, "lora_alpha": 8,
+        "plugins": ["axolotl_decoder.Decoder", "sta_adapter.integrations.axolotl.STAPlugin"], "adapter": "lora", "lora_r": 8, "lora_alpha": 8,
         "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "skip_prepare_dataset": True, "remove_unused_columns": False,
         "sample_packing": False, "sequence_len": 2048, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 4,
         "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template", "field_messages": "messages"}],
@@ -29,7 +30,7 @@ def axolotl(base, data, out, expect=0, **changed):
     file = out.parent / f"{out.name}.yaml"
     file.write_text(yaml.safe_dump(settings))
     words = [BIN / "python", "-m", "axolotl.cli.train", file]
-    return run(words, data.parent, expect, AXOLOTL_DO_NOT_TRACK="1")
+    return run(words, data.parent, expect, AXOLOTL_DO_NOT_TRACK="1", PYTHONPATH=str(Path(__file__).parent))
 
 
 def test_sft(base, data, clips, tmp_path):
