@@ -18,6 +18,7 @@ GLANCE = (  # what is promised, of which benchmark, case and variant, and the bo
     ("training step, LoRA beside", "step-lora", "LoRA + STA", "STA", 1.15),
     ("memory of a step, STA alone", "memory-sta", "STA", "STA", 1.15),
     ("eight packed unequal clips, to one by one", "packed", "STA", "packed", 1.0),
+    ("one frame in a stream, frame 10,000", "streaming", "frame 10,000", "STA", 1.15),
     ("T = 256, to T = 32", "lengths", "long against short", "STA, T = 256", 1.1),
 )
 
