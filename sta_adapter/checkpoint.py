@@ -149,6 +149,8 @@ def load_sta(
     state = read()
     compare_tensors(file, state, expected)
     plan.allocate(modules)
+    if any(parameter.is_meta for module in modules.values() for parameter in module.parameters()):
+        raise CheckpointError("the encoder's weights are on the meta device: load them first, then the adapter.")
     warn_of_other_rule(model, description.get("positions"))
     handle = plan.attach(modules)
     _fill(handle, state, is_trainable)

@@ -30,6 +30,7 @@ from sta_adapter.injection import Injection
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.parallel import attach_agreement, refuse_wrapped
 from sta_adapter.peft_loading import watch_peft
+from sta_adapter.sharding import execution_device
 from sta_adapter.telling import attach_clip_source, remove_methods
 from sta_adapter.text_positions import warn_of_other_rule
 
@@ -199,9 +200,8 @@ def _placement(block: nn.Module) -> tuple[torch.device, torch.dtype]:
     for dtype, size in _compute_dtypes(block):
         counts[dtype] = counts.get(dtype, 0) + size
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
-    execution = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
-    if device.type == "meta" and execution is not None:  # accelerate keeps an offloaded block's weights elsewhere
-        device = torch.device(execution)
+    if device.type == "meta":  # accelerate keeps an offloaded block's weights elsewhere
+        device = execution_device(block) or device
     return device, max(counts, key=lambda d: counts[d]) if counts else torch.get_default_dtype()
 
 

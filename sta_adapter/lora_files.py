@@ -21,7 +21,7 @@ from sta_adapter.lora_keys import PREFIX, LoraFile
 from sta_adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.modules import TemporalAttention
 from sta_adapter.reading import compare_shapes, read_json, read_shapes, read_tensors
-from sta_adapter.sharding import whole
+from sta_adapter.sharding import execution_device, whole
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
@@ -174,6 +174,7 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
     config = file.options.peft_config(is_trainable, place.targets, place.renamed)
     with _undone_on_error(model, folder):
         loaded = peft.get_peft_model(model, config)
+        _leave_meta(loaded)
         kept = loaded.state_dict(keep_vars=True)
         added = peft.get_peft_model_state_dict(loaded, kept, save_embedding_layers=False)  # "auto" would ask the Hub
         places = {**kept, **added}
@@ -233,6 +234,23 @@ def _undone_on_error(model: nn.Module, folder: Path) -> Iterator[None]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"peft can't load the LoRA weights in {folder}: {error}") from error
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """LoRA on a layer whose weights accelerate keeps elsewhere lies where the layer runs; PEFT puts it on the meta device.
+
+    Raises:
+        CheckpointError: nobody says where it runs, so that LoRA would have no values.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, peft_parts()[0])):
+        for part in (getattr(layer, name, None) for name in layer.adapter_layer_names):
+            if isinstance(part, nn.Module) and any(p.device.type == "meta" for p in part.parameters()):
+                device = execution_device(layer)
+                if device is None:
+                    raise CheckpointError(
+                        "the model's weights are on the meta device: load them first, then the adapter."
+                    )
+                part.to_empty(device=device)
 
 
 def _unwrap(model: nn.Module) -> None:

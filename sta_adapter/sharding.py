@@ -128,3 +128,14 @@ def write_once(write: Callable[[], None]) -> None:
         raise failure
     if report[0] is not None:
         raise CheckpointError(f"process 0 could not save: {report[0]}")
+
+
+def execution_device(module: Any) -> torch.device | None:
+    """Where accelerate runs a module, or a part of it, whose weights it keeps elsewhere; None where it has no hand in it."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None

@@ -253,3 +253,24 @@ def test_a_state_with_the_names_of_another_release():
         model.load_state_dict({"visual.blocks.99.sta.norm.weight": torch.ones(32)}, strict=False)
     handle.remove()
     model.load_state_dict({"visual.blocks.99.sta.norm.weight": torch.ones(32)}, strict=False)
+
+
+def test_a_model_that_accelerate_offloads(tmp_path):
+    """Its weights lie on the meta device between forwards; STA's and LoRA's must not, or they have no values."""
+    accelerate = pytest.importorskip("accelerate")
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path)
+    base = seeded(make_qwen2_vl)
+    accelerate.cpu_offload(base, execution_device="cpu")
+    handle = load_sta(base, tmp_path)
+    assert torch.equal(logits(handle.model), logits(model))
+    handle.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path / "again").model), logits(model))
+
+
+def test_a_model_without_weights(tmp_path):
+    inject_sta(seeded(make_qwen2_vl)).save_pretrained(tmp_path)
+    model = seeded(make_qwen2_vl).to("meta")
+    with pytest.raises(CheckpointError, match="on the meta device: load them first"):
+        load_sta(model, tmp_path)
+    assert get_sta(model) is None
