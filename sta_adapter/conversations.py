@@ -7,19 +7,22 @@ lists beside the messages (`"videos": ["a.mp4"]`). Records of other formats beco
 
 from __future__ import annotations
 
-import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sta_adapter._validate import shown, suggestion
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
 from sta_adapter.formats import as_conversation
+from sta_adapter.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
 
 _POSITIVE = {
     **dict.fromkeys(("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"), int),
     **dict.fromkeys(("fps", "folder_fps"), float),  # folder_fps: of a folder of pictures in the place of a video file
 }
+_LARGEST = 10**12  # beyond it no number is meant, and arithmetic overflows
 _SECONDS = ("video_start", "video_end")
 _PART_KEYS = {
     "text": {"type", "text"},
@@ -28,6 +31,8 @@ _PART_KEYS = {
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
 _NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
+_RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
 _PLACEHOLDER = re.compile(r"<(video|image)>")
 
 
@@ -117,43 +122,67 @@ def parse_sample(
     """
     try:
         if not isinstance(record, dict):
-            raise DataError(f"found {_kind(record)}, expected an object.")
-        return _parse(as_conversation(record, format, classes), source, Path(folder))
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
+            raise DataError(f"found {kind_of(record)}, expected an object.")
+        given = {str(key): value for key, value in record.items() if value is not None}
+        return _parse(as_conversation(given, format, classes), source, Path(folder))
+    except (DataError, RecursionError) as error:
+        reason = "it is nested too deeply." if isinstance(error, RecursionError) else error
+        raise DataError(f"{source}: {reason}") from error
 
 
 def _parse(record: dict[str, Any], source: str, folder: Path) -> Sample:
+    if "messages" in record and "conversations" in record:
+        raise DataError("both 'messages' and 'conversations' are given, expected one of them.")
     raw = record.get("messages", record.get("conversations"))
     if not isinstance(raw, list) or not raw:
-        raise DataError(f"'messages' is {_kind(raw)}, expected a list of messages. Keys: {', '.join(record)}.")
-    paths = {kind: _path_list(record, kind) for kind in ("video", "image")}
+        raise DataError(f"'messages' is {kind_of(raw)}, expected a list of messages. Keys: {', '.join(record)}.")
+    paths = visuals(record)
+    if "video" in record and not paths["image"]:
+        raw = [_llava(turn) for turn in raw] if not any("<video>" in _text(turn) for turn in raw) else raw
     messages = [*_system(record, raw), *(_message(turn, index, folder, paths) for index, turn in enumerate(raw))]
     for kind, left in paths.items():
         if left:
-            raise DataError(f"'{kind}s' holds {len(left)} more than there are <{kind}> in the text, first {left[0]!r}.")
-    options = record.get("options")
-    if options is not None and not (
-        isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) and option for option in options)
-    ):
-        raise DataError(f"'options' is {options!r}, expected a list of at least two texts.")
+            key = kind if kind in record else f"{kind}s"
+            raise DataError(
+                f"'{key}' holds {len(left)} more than there are <{kind}> in the text, first {shown(left[0])}."
+            )
+    options = _options(record, messages)
+    return Sample(messages, source, _category(record), options, extra_fields(record, _RECORD_KEYS))
+
+
+def _text(turn: Any) -> str:
+    """The words of a turn in which placeholders may stand."""
+    text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else ""
+    return text if isinstance(text, str) else ""
+
+
+def _llava(turn: Any) -> Any:
+    """A turn of LLaVA's, where <image> may stand for the record's 'video'."""
+    key = "content" if isinstance(turn, dict) and "content" in turn else "value"
+    return {**turn, key: turn[key].replace("<image>", "<video>")} if "<image>" in _text(turn) else turn
+
+
+def _options(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[str] | None:
+    options, texts = record.get("options"), record.get("option_texts")
+    for key, given in (("options", options), ("option_texts", texts)):
+        right = isinstance(given, list) and len(given) > 1 and all(isinstance(text, str) and text for text in given)
+        if given is not None and not right:
+            raise DataError(f"'{key}' is {shown(given)}, expected a list of at least two texts.")
+    if texts is not None and len(texts) != len(options or ()):
+        raise DataError(f"'option_texts' holds {len(texts)} texts, expected one for each of 'options'.")
     last = messages[-1]
     if options is not None and last["role"] == "assistant":
         said = "".join(part.get("text", "") for part in last["content"])
         if said not in options:
-            raise DataError(f"the answer is {said!r}, expected one of the options {options!r}.")
-    known = {"messages", "conversations", "system", "videos", "images", "options", "category"}
-    extra = {key: value for key, value in record.items() if key not in known}
+            raise DataError(f"the answer is {shown(said)}, expected one of the options {shown(options)}.")
+    return options
+
+
+def _category(record: dict[str, Any]) -> str | None:
     category = record.get("category")
-    return Sample(messages, source, None if category is None else str(category), options, extra)
-
-
-def _path_list(record: dict[str, Any], kind: str) -> list[Any]:
-    """The paths beside the messages, as a list that `_message` consumes."""
-    paths = record.get(f"{kind}s") or []
-    if not isinstance(paths, list):
-        raise DataError(f"'{kind}s' is {_kind(paths)}, expected a list of paths.")
-    return list(paths)
+    if not isinstance(category, (str, int, float, type(None))):
+        raise DataError(f"'category' is {kind_of(category)}, expected a text or a number.")
+    return None if category is None else str(category).encode(errors="backslashreplace").decode()
 
 
 def _system(record: dict[str, Any], raw: list[Any]) -> list[dict[str, Any]]:
@@ -162,7 +191,7 @@ def _system(record: dict[str, Any], raw: list[Any]) -> list[dict[str, Any]]:
     if text is None or text == "":
         return []
     if not isinstance(text, str):
-        raise DataError(f"'system' is {_kind(text)}, expected a text.")
+        raise DataError(f"'system' is {kind_of(text)}, expected a text.")
     if any(isinstance(turn, dict) and "system" in (turn.get("role"), turn.get("from")) for turn in raw):
         raise DataError("'system' is given beside the messages and among them, expected one of them.")
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
@@ -171,18 +200,25 @@ def _system(record: dict[str, Any], raw: list[Any]) -> list[dict[str, Any]]:
 def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]) -> dict[str, Any]:
     where = f"message {index}"
     if not isinstance(message, dict):
-        raise DataError(f"{where} is {_kind(message)}, expected an object with 'role' and 'content'.")
+        raise DataError(f"{where} is {kind_of(message)}, expected an object with 'role' and 'content'.")
+    message = {key: value for key, value in message.items() if value is not None}
+    for key in message:
+        if key not in _MESSAGE_KEYS:
+            raise DataError(f"{where} has the unknown key {shown(key)}. {suggestion(key, _MESSAGE_KEYS)}")
+    for one, other in (("role", "from"), ("content", "value")):
+        if one in message and other in message:
+            raise DataError(f"{where} has both {one!r} and {other!r}, expected one of them.")
     role = message.get("role", message.get("from"))
     role = _ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ("system", "user", "assistant"):
-        raise DataError(f"{where} has the role {role!r}, expected system, user or assistant.")
+        raise DataError(f"{where} has the role {shown(role)}, expected system, user or assistant.")
     content = message.get("content", message.get("value"))
     if isinstance(content, str):
         parts = [{"type": "text", "text": content}] if role == "assistant" else _split(content, where, paths)
     elif isinstance(content, list) and content:
         parts = content
     else:
-        raise DataError(f"{where} has {_kind(content)} as content, expected a text or a list of parts.")
+        raise DataError(f"{where} has {kind_of(content)} as content, expected a text or a list of parts.")
     checked = [_part(part, f"{where}, part {number}", folder) for number, part in enumerate(parts)]
     if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
         raise DataError(f"{where} is an empty answer; expected words to learn.")
@@ -193,11 +229,11 @@ def _loss(message: dict[str, Any], where: str) -> dict[str, bool]:
     """`{"loss": False}` of an answer that is part of the conversation, and not learned."""
     if message.get("loss_scale") not in (None, 1):
         raise DataError(
-            f"{where} has the loss_scale {message['loss_scale']!r}; an answer counts fully or, with 'loss': false, not."
+            f"{where} has the loss_scale {shown(message['loss_scale'])}; an answer counts fully or, with 'loss': false, not."
         )
     loss = message.get("loss")
     if loss is not None and not isinstance(loss, bool):
-        raise DataError(f"{where}: 'loss' is {loss!r}, expected true or false.")
+        raise DataError(f"{where}: 'loss' is {shown(loss)}, expected true or false.")
     return {"loss": False} if loss is False else {}
 
 
@@ -212,23 +248,25 @@ def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[dict[str,
         if not paths[piece]:
             raise DataError(f"{where} has a <{piece}> for which '{piece}s' holds no path.")
         value = paths[piece].pop(0)
-        parts.append({"type": piece, **(value if isinstance(value, dict) else {piece: value})})
+        part = value if isinstance(value, dict) else {piece: value}
+        if part.get("type", piece) != piece:
+            raise DataError(f"{where} has a <{piece}> for which '{piece}s' holds a part of type {shown(part['type'])}.")
+        parts.append({**part, "type": piece})
     return parts
 
 
 def _part(part: Any, where: str, folder: Path) -> dict[str, Any]:
-    if not isinstance(part, dict) or part.get("type") not in _PART_KEYS:
-        found = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in _PART_KEYS:
+        found = shown(kind) if isinstance(part, dict) else kind_of(part)
         raise DataError(f"{where} is {found}, expected an object whose 'type' is text, image or video.")
-    kind = part["type"]
     given = {key: value for key, value in part.items() if value is not None}
     for key in given.keys() - _PART_KEYS[kind]:
-        near = difflib.get_close_matches(key, _PART_KEYS[kind], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(_PART_KEYS[kind]))}."
-        raise DataError(f"{where} ({kind}) has the unknown key {key!r}.{hint}")
+        hint = suggestion(key, sorted(_PART_KEYS[kind]))
+        raise DataError(f"{where} ({kind}) has the unknown key {shown(key)}. {hint}")
     value = given.get(kind)
     if not isinstance(value, str) or (kind != "text" and not value):
-        raise DataError(f"{where}: {kind!r} is {_kind(value)}, expected {'a text' if kind == 'text' else 'a path'}.")
+        raise DataError(f"{where}: {kind!r} is {kind_of(value)}, expected {'a text' if kind == 'text' else 'a path'}.")
     if kind != "text":
         _check_numbers(given, where)
         given[kind] = str(folder / value.removeprefix("file://"))
@@ -239,19 +277,17 @@ def _check_numbers(part: dict[str, Any], where: str) -> None:
     for key in part.keys() & {*_POSITIVE, *_SECONDS}:
         value, whole = part[key], _POSITIVE.get(key) is int
         right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not right or value < 0 or (key not in _SECONDS and value == 0):
-            raise DataError(f"{where}: {key!r} is {value!r}, expected a positive {'whole ' if whole else ''}number.")
+        if not right or not 0 <= value <= _LARGEST or (key not in _SECONDS and value == 0):
+            raise DataError(
+                f"{where}: {key!r} is {shown(value)}, expected a positive {'whole ' if whole else ''}number of usual size."
+            )
     if "fps" in part and "nframes" in part:
         raise DataError(f"{where} gives both 'fps' and 'nframes', expected one of them.")
-    if part.get("video_end", float("inf")) <= part.get("video_start", 0):
+    idle = [key for key in ("min_frames", "max_frames") if key in part and "nframes" in part]
+    if idle:
+        raise DataError(f"{where} gives 'nframes', beside which {idle[0]!r} has no effect; leave one of them out.")
+    for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        if part.get(least, 0) > part.get(most, math.inf):
+            raise DataError(f"{where}: {least!r} is above {most!r}.")
+    if part.get("video_end", math.inf) <= part.get("video_start", 0):
         raise DataError(f"{where}: 'video_end' is not after 'video_start'.")
-
-
-def _kind(value: Any) -> str:
-    """How an error names what was found."""
-    if value is None:
-        return "missing"
-    if value in ("", []):
-        return "empty"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)

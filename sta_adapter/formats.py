@@ -6,23 +6,27 @@ keys alone, and only where they leave no doubt; everything else is an error that
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sta_adapter._validate import shown
 from sta_adapter.errors import DataError
+from sta_adapter.sample_keys import VISUAL_KEYS, extra_fields, visuals
 
 FORMATS = {
-    "conversations": "'messages' (or 'conversations'), a list of turns",
-    "multiple-choice": "'question', 'options' (or 'candidates') and 'answer', with the clip as 'video'",
+    "conversations": "'messages' (or 'conversations'), a list of turns; or 'question' and 'answer', with the clip as 'video'",
+    "multiple-choice": "'question', 'options' (or 'candidates', 'choices') and 'answer', with the clip as 'video'",
     "ssv2": "'id' and 'template', as in Something-Something v2's train.json and validation.json",
 }
 SSV2_QUESTION = "Which action does the video show? Say 'something' for every object."
 CHOICE_REQUEST = "Answer with the letter of the right option alone."
+_CONVERSATION = {"system", "category"}
 _SPLIT_NAME = re.compile(r"(train|validation|test)(?=\.json$)")
-_PART_KEYS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end")
+_OPTIONS = ("options", "candidates", "choices")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -34,8 +38,10 @@ def recognise(record: dict[str, Any]) -> str:
     """
     if "messages" in record or "conversations" in record:
         return "conversations"
-    if "question" in record and ("options" in record or "candidates" in record):
+    if "question" in record and (_option_keys(record) or _options_in_columns(record)):
         return "multiple-choice"
+    if "question" in record and "answer" in record:
+        return "conversations"
     if "id" in record and "template" in record:
         return "ssv2"
     keys = ", ".join(list(record)[:8]) + (", ..." if len(record) > 8 else "") or "none"
@@ -54,8 +60,7 @@ def as_conversation(record: dict[str, Any], format: str | None, classes: dict[st
     Raises:
         DataError: the record is not of that format.
     """
-    convert = _CONVERT[format or recognise(record)]
-    return record if convert is None else convert(record, classes)
+    return _CONVERT[format or recognise(record)](record, classes)
 
 
 def read_classes(path: Path) -> dict[str, int] | None:
@@ -65,8 +70,9 @@ def read_classes(path: Path) -> dict[str, int] | None:
     if not replaced or not file.is_file():
         return None
     try:
-        return {str(label): int(number) for label, number in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+        return {str(label): int(number) for label, number in found.items()}
+    except (OSError, ValueError, OverflowError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{file} is no list of classes; expected an object of names and numbers.") from error
 
 
@@ -79,12 +85,18 @@ def _from_ssv2(record: dict[str, Any], classes: dict[str, int] | None) -> dict[s
             "Something-Something v2."
         )
     if not isinstance(name, (str, int)) or isinstance(name, bool) or not str(name).strip():
-        raise DataError(f"'id' is {name!r}, expected the video's number.")
+        raise DataError(f"'id' is {shown(name)}, expected the video's number.")
     label = template.replace("[", "").replace("]", "")
-    extra = {key: value for key, value in record.items() if key != "template"}
+    if not VISUAL_KEYS.isdisjoint(record):
+        raise DataError(
+            "a record of Something-Something v2 names its clip by its 'id' alone, without 'video' and settings."
+        )
+    extra = extra_fields(record, {"template"})
     if classes is not None:
         if label not in classes:
-            raise DataError(f"the class {label!r} is not among the {len(classes)} of labels.json beside this file.")
+            raise DataError(
+                f"the class {shown(label)} is not among the {len(classes)} of labels.json beside this file."
+            )
         extra["class"] = classes[label]
     return {
         **extra,
@@ -94,27 +106,72 @@ def _from_ssv2(record: dict[str, Any], classes: dict[str, int] | None) -> dict[s
     }
 
 
+def _from_question(record: dict[str, Any], classes: dict[str, int] | None) -> dict[str, Any]:
+    """A question with its answer in words is a conversation of one turn; what has turns stays as it is."""
+    if "messages" in record or "conversations" in record:
+        return record
+    answer = record.get("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError(f"'answer' is {shown(answer)}, expected a text.")
+    beside = visuals(record)
+    if not any(beside.values()):
+        raise DataError("there is no 'video' and no 'image' that the question is about.")
+    return {
+        **extra_fields(record, VISUAL_KEYS | {"question", "answer"} | _CONVERSATION),
+        **{key: record[key] for key in _CONVERSATION & record.keys()},
+        "messages": _turns(_placed(beside, _question(record)), answer),
+        **{f"{kind}s": paths for kind, paths in beside.items()},
+    }
+
+
 def _from_choices(record: dict[str, Any], classes: dict[str, int] | None) -> dict[str, Any]:
     """The options are listed under letters, and the answer is a letter."""
-    question = record.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(f"'question' is {question!r}, expected a text.")
-    options = _options(record.get("options", record.get("candidates")))
+    question, keys = _question(record), _option_keys(record)
+    if len(keys) > 1:
+        raise DataError(f"{' and '.join(map(repr, keys))} are given, expected one of them.")
+    columns = {} if keys else _options_in_columns(record)
+    options = _options(record.get(keys[0]) if keys else list(columns.values()) or None)
     letters = list(_LETTERS[: len(options)])
     answer = letters[_answer_index(record.get("answer"), options)]
-    visuals = {f"{kind}s": _paths(record, kind) for kind in ("video", "image")}
-    places = "".join(f"<{key[:-1]}>" * len(paths) for key, paths in visuals.items())
-    if "<video>" in question or "<image>" in question:
-        places = ""
+    beside = visuals(record)
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
-    used = {"question", "options", "candidates", "answer", "video", "image", "start", "end", *_PART_KEYS}
     return {
-        **{key: value for key, value in record.items() if key not in used},
-        "messages": _turns(f"{places}{question.strip()}\n{listed}\n{CHOICE_REQUEST}", answer),
-        **visuals,
+        **extra_fields(record, VISUAL_KEYS | {"question", "answer", *keys, *columns} | _CONVERSATION),
+        **{key: record[key] for key in _CONVERSATION & record.keys()},
+        "messages": _turns(f"{_placed(beside, question)}\n{listed}\n{CHOICE_REQUEST}", answer),
+        **{f"{kind}s": paths for kind, paths in beside.items()},
         "options": letters,
         "option_texts": options,
     }
+
+
+def _question(record: dict[str, Any]) -> str:
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"'question' is {shown(question)}, expected a text.")
+    return question.strip()
+
+
+def _placed(beside: dict[str, list[Any]], question: str) -> str:
+    """The question with its clips and pictures in front, unless it has places for them."""
+    if "<video>" in question or "<image>" in question:
+        return question
+    return "".join(f"<{kind}>" * len(paths) for kind, paths in beside.items()) + question
+
+
+def _option_keys(record: dict[str, Any]) -> list[str]:
+    return [key for key in _OPTIONS if key in record]
+
+
+def _options_in_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """Options in fields of their own, as tables have them: A, B, ... or a0, a1, ...; nothing where there are fewer than two."""
+    for names in (list(_LETTERS), [f"a{number}" for number in range(len(_LETTERS))]):
+        found = list(itertools.takewhile(record.__contains__, names))
+        if len(found) > 1:
+            return {name: record[name] for name in found}
+    return {}
 
 
 def _options(given: Any) -> list[str]:
@@ -125,7 +182,7 @@ def _options(given: Any) -> list[str]:
         given = list(given.values())
     fits = isinstance(given, list) and 2 <= len(given) <= len(_LETTERS)
     if not fits or not all(isinstance(option, str) and option.strip() for option in given):
-        raise DataError(f"'options' is {given!r}, expected a list of 2 to {len(_LETTERS)} texts.")
+        raise DataError(f"'options' is {shown(given)}, expected a list of 2 to {len(_LETTERS)} texts.")
     own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(_LETTERS, given, strict=False)]
     if all(own):
         return [text[match.end() :].strip() for text, match in zip(given, own, strict=True) if match]
@@ -137,10 +194,10 @@ def _answer_index(answer: Any, options: list[str]) -> int:
     expected = f"expected a letter up to {_LETTERS[len(options) - 1]}, an index from 0 to {len(options) - 1}, or an option's text"
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(options):
-            raise DataError(f"'answer' is {answer}, {expected}.")
+            raise DataError(f"'answer' is {shown(answer)}, {expected}.")
         return answer
     if not isinstance(answer, str) or not answer.strip():
-        raise DataError(f"'answer' is {answer!r}, {expected}.")
+        raise DataError(f"'answer' is {shown(answer)}, {expected}.")
     found = {index for index, option in enumerate(options) if option == answer.strip()}
     if letter := re.fullmatch(r"\(?([A-Za-z])[.):]?", answer.strip()):
         index = _LETTERS.index(letter[1].upper())
@@ -150,32 +207,16 @@ def _answer_index(answer: Any, options: list[str]) -> int:
         found |= {index} if options[index : index + 1] == [both[2]] else set()
     if len(found) != 1:
         doubt = "could mean several options" if found else "is none of the options"
-        raise DataError(f"'answer' is {answer!r}, which {doubt} {options!r}; {expected}.")
+        raise DataError(f"'answer' is {shown(answer)}, which {doubt} {shown(options)}; {expected}.")
     return found.pop()
-
-
-def _paths(record: dict[str, Any], kind: str) -> Any:
-    """What stands under 'video' or 'videos'; settings beside a single 'video' go with it."""
-    single, several = record.get(kind), record.get(f"{kind}s")
-    if single is None:
-        return several or []
-    if several:
-        raise DataError(f"both '{kind}' and '{kind}s' are given, expected one of them.")
-    if kind == "image":
-        return [single]
-    settings = {key: record[key] for key in _PART_KEYS if record.get(key) is not None}
-    for short in ("start", "end"):  # as MVBench has them
-        if record.get(short) is not None:
-            settings.setdefault(f"video_{short}", record[short])
-    return [{"video": single, **settings}]
 
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-_CONVERT: dict[str, Callable[[dict[str, Any], dict[str, int] | None], dict[str, Any]] | None] = {
-    "conversations": None,
+_CONVERT: dict[str, Callable[[dict[str, Any], dict[str, int] | None], dict[str, Any]]] = {
+    "conversations": _from_question,
     "multiple-choice": _from_choices,
     "ssv2": _from_ssv2,
 }

@@ -1,4 +1,4 @@
-"""Read files of samples: JSON Lines, JSON arrays or tar shards, in any of the formats.
+"""Read files of samples: JSON Lines, JSON arrays, CSV or tar shards, in any of the formats.
 
 Public: `read_samples(path)`, `scan_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
 unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
@@ -6,7 +6,6 @@ unless one is given. Errors name the file and the line, or the entry of an array
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,19 @@ from typing import Any
 from sta_adapter.conversations import BadSample, Sample, parse_sample
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.formats import FORMATS, read_classes
+from sta_adapter.records import read_records
 from sta_adapter.shards import is_shards, scan_shards
 
 __all__ = ["BadSample", "Sample", "check_format", "parse_sample", "raw_records", "read_samples", "scan_samples"]
 
-EMPTY = "no sample in it; expected one JSON object a line, or a JSON array of them."
+EMPTY = "no sample in it; expected one JSON object a line, a JSON array of them, or rows of a table."
 
 
 def read_samples(path: str | Path, *, format: str | None = None, videos: str | Path | None = None) -> list[Sample]:
     """Read every sample of a file.
 
     Args:
-        path: JSON Lines, or a JSON array; or tar shards, as a path, a glob or a brace pattern that ends in .tar.
+        path: JSON Lines, a JSON array, or CSV (`.csv`, `.tsv`); or tar shards, as a path, a glob or a brace pattern that ends in .tar.
         format: "conversations", "multiple-choice" or "ssv2"; None recognises each record by its keys.
         videos: the folder that relative paths start from; None takes the file's own.
 
@@ -52,11 +52,11 @@ def scan_samples(
         return scan_shards(path, format=format)
     file = Path(path)
     folder = file.parent if videos is None else Path(videos)
-    text, classes = _read_text(file), read_classes(file)
-    if not folder.is_dir():
+    classes = read_classes(file)
+    if videos is not None and not folder.is_dir():
         raise DataError(f"the folder of videos {str(folder)!r} is not there.")
     found: list[Sample | BadSample] = []
-    for source, record in _records(text, file):
+    for source, record in read_records(file):
         try:
             found.append(_sample(record, source, folder, format, classes))
         except DataError as error:
@@ -73,9 +73,9 @@ def raw_records(path: str | Path) -> Iterator[tuple[str, Any]]:
         DataError: the file is missing or empty, or a record is not JSON.
     """
     file, empty = Path(path), True
-    for source, record in _records(_read_text(file), file):
-        if isinstance(record, json.JSONDecodeError):
-            raise DataError(f"{source}: {_not_json(record)}")
+    for source, record in read_records(file):
+        if isinstance(record, DataError):
+            raise DataError(f"{source}: {record}")
         empty = False
         yield source, record
     if empty:
@@ -89,58 +89,6 @@ def check_format(name: str | None) -> None:
 
 
 def _sample(record: Any, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:
-    if isinstance(record, json.JSONDecodeError):
-        raise DataError(_not_json(record))
+    if isinstance(record, DataError):
+        raise record
     return parse_sample(record, source=source, folder=folder, format=format, classes=classes)
-
-
-def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not JSON ({error.msg} at column {error.colno}); expected one object."
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(
-            f"can't read the data file {str(file)!r}: {error.strerror}. Expected a JSON Lines file or a JSON array."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(file)!r} is not UTF-8 text (byte {error.start}); expected a JSON Lines file or a JSON array."
-        ) from error
-
-
-def _records(text: str, file: Path) -> Iterator[tuple[str, Any]]:
-    """Where each record stands, and the record, or the error in its place."""
-    whole = _whole(text, file)
-    if whole is not None:
-        yield from ((f"{file}, entry {number}", record) for number, record in enumerate(whole, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{file}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{file}, line {number}", error
-
-
-def _whole(text: str, file: Path) -> list[Any] | None:
-    """The entries of a JSON array, or one object written over several lines; None for JSON Lines."""
-    start = text.lstrip()
-    if start.startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}: not a JSON array ({error.msg} at line {error.lineno}, column {error.colno})."
-            ) from error
-    if start.startswith("{"):
-        try:
-            json.loads(start.split("\n", 1)[0])
-        except json.JSONDecodeError:
-            try:
-                return [json.loads(text)]
-            except json.JSONDecodeError:
-                return None
-    return None

@@ -1,0 +1,111 @@
+"""The keys of a record: which clips and pictures stand beside the words, and which keys are not what was meant.
+
+Public: `visuals(record)`, `extra_fields(record, used)`, `SETTINGS`. A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are
+misspelt ones, those of a clip that would be left out, and those that other tools read and this one doesn't.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from sta_adapter._validate import shown
+from sta_adapter.errors import DataError
+
+SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end", "folder_fps")  # fmt: skip
+_SHORT = {"start": "video_start", "end": "video_end"}  # as MVBench has them
+KINDS = ("video", "image")
+VISUAL_KEYS = frozenset((*KINDS, *(f"{kind}s" for kind in KINDS), *SETTINGS, *_SHORT))
+_KNOWN = (
+    *("messages", "conversations", "system", "question", "answer", "options", "candidates", "choices", "category"),
+    *sorted(VISUAL_KEYS),
+)
+_NOT_READ = (  # what other tools do something with
+    *("audio", "audios", "tools", "objects", "rejected", "chosen", "rejected_response", "rejected_messages"),
+    *("kto_tag", "history"),
+)
+_MEANT = {
+    "nframes": re.compile(r"(video_)?n(um|_|um_)?frames?", re.IGNORECASE),
+    "video_start": re.compile(r"(video|clip)?_?(start|begin)(_?(time|s|secs?|seconds?))?", re.IGNORECASE),
+    "video_end": re.compile(r"(video|clip)?_?(end|stop)(_?(time|s|secs?|seconds?))?", re.IGNORECASE),
+    "video": re.compile(r"(videos?|clips?|media)(_?(files?|filenames?|paths?|urls?|uris?|list))?", re.IGNORECASE),
+    "image": re.compile(
+        r"(images?|imgs?|pictures?|photos?)(_?(files?|filenames?|paths?|urls?|uris?|list))?", re.IGNORECASE
+    ),
+}  # fmt: skip
+
+
+def visuals(record: dict[str, Any]) -> dict[str, list[Any]]:
+    """The clips and pictures beside a record's words, in order; settings beside a single one go with it.
+
+    Raises:
+        DataError: they are no paths, or settings stand beside none or several.
+    """
+    found = {kind: _listed(record, kind) for kind in KINDS}
+    settings = {key: record[key] for key in SETTINGS if key in record}
+    for short, name in _SHORT.items():
+        if short in record:
+            if name in settings:
+                raise DataError(f"both {short!r} and {name!r} are given, expected one of them.")
+            settings[name] = record[short]
+    if not settings:
+        return found
+    kind = "image" if "image" in record and "video" not in record else "video"
+    if kind not in record or len(found[kind]) != 1 or not isinstance(found[kind][0], str):
+        names = ", ".join(repr(key) for key in record if key in (*SETTINGS, *_SHORT))
+        raise DataError(
+            f"{names} beside the words belongs to no single 'video' beside them. Write it with the clip that it is about: "
+            '{"video": "clip.mp4", "fps": 2} in \'videos\', or in the message\'s own part.'
+        )
+    return {**found, kind: [{kind: found[kind][0], **settings}]}
+
+
+def _listed(record: dict[str, Any], kind: str) -> list[Any]:
+    """What stands under 'video' or 'videos'."""
+    several = f"{kind}s"
+    if kind in record and record.get(several):
+        raise DataError(f"both '{kind}' and '{several}' are given, expected one of them.")
+    if kind in record:
+        return record[kind] if isinstance(record[kind], list) else [record[kind]]
+    paths = record.get(several, [])
+    if not isinstance(paths, list):
+        raise DataError(f"'{several}' is {kind_of(paths)}, expected a list of paths.")
+    return list(paths)
+
+
+def extra_fields(record: dict[str, Any], used: Iterable[str]) -> dict[str, Any]:
+    """What a record holds besides the keys that are used.
+
+    Raises:
+        DataError: a key among them was certainly meant to be read.
+    """
+    extra = {key: value for key, value in record.items() if key not in used}
+    for key in extra:
+        if key in _NOT_READ:
+            raise DataError(f"{key!r} is not read, so the sample would not be what it says; leave it out.")
+        if key in _KNOWN:
+            raise DataError(f"{key!r} has no effect in a record of this format; leave it out, or write it another way.")
+        near = _near(key)
+        if near is not None:
+            raise DataError(f"unknown key {shown(key)}. Did you mean {near!r}?")
+    return extra
+
+
+def _near(key: str) -> str | None:
+    """The known key that one was meant to be; None for a name of its own, such as question_id."""
+    meant = next((name for name, pattern in _MEANT.items() if pattern.fullmatch(key)), None)
+    if meant is not None or any(key.startswith(f"{name}_") for name in _KNOWN):
+        return meant
+    return next(iter(difflib.get_close_matches(key.lower(), _KNOWN, n=1, cutoff=0.82)), None)
+
+
+def kind_of(value: Any) -> str:
+    """How an error names what was found."""
+    if value is None:
+        return "missing"
+    if isinstance(value, (str, list)) and not value:
+        return "empty"
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
