@@ -33,6 +33,7 @@ def clips_of(samples: Sequence[Sample]) -> list[Hashable]:
 
 def chance(samples: Sequence[Sample]) -> dict[str, Any] | None:
     """The accuracy of guessing among the options, in all and by category; None where not all samples have options."""
+    samples = [sample for sample in samples if sample.problem is None]
     shares = [1 / len(sample.options) for sample in samples if sample.options]
     if not shares or len(shares) < len(samples):
         return None

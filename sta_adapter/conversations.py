@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
@@ -47,6 +47,7 @@ class Sample:
         category: what evaluation groups by.
         options: the answers to choose from, for multiple choice.
         extra: other fields of the record, as they were.
+        problem: why the record is no sample; then it holds no message, and loading it gives a `BadSample`.
     """
 
     messages: list[dict[str, Any]]
@@ -54,11 +55,12 @@ class Sample:
     category: str | None = None
     options: list[str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
         """The messages up to the last answer."""
-        return self.messages[: self._last_answer()]
+        return [] if self.problem is not None else self.messages[: self._last_answer()]
 
     @property
     def answer(self) -> str:
@@ -74,8 +76,7 @@ class Sample:
         )
 
 
-@dataclass(frozen=True)
-class BadSample:
+class BadSample(NamedTuple):
     """A sample that can't be used, and why."""
 
     source: str

@@ -22,7 +22,7 @@ from sta_adapter.fingerprint import fingerprint, fingerprint_samples
 from sta_adapter.frames import fit_frames
 from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
 from sta_adapter.packed import unpacked
-from sta_adapter.samples import BadSample, Sample, read_samples
+from sta_adapter.samples import BadSample, Sample, open_samples, read_samples
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]
 
@@ -34,7 +34,7 @@ class VideoDataset(Dataset):
     """Samples of a file or of tar shards, decoded and encoded when asked for.
 
     Args:
-        samples: the file or shards, see `read_samples`, or samples read before.
+        samples: the file or shards, see `open_samples`, or samples read before.
         processor: the model's processor.
         frames: how clips are sampled.
         prompts: leave the last answer out, for evaluation.
@@ -65,7 +65,9 @@ class VideoDataset(Dataset):
             raise ConfigError(f"frame_order is {frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
         if on_bad_sample not in ("skip", "error"):
             raise ConfigError(f"on_bad_sample is {on_bad_sample!r}, expected 'skip' or 'error'.")
-        self.samples = read_samples(samples) if isinstance(samples, (str, Path)) else list(samples)
+        if isinstance(samples, (str, Path)):
+            samples = open_samples(samples, on_bad_sample=on_bad_sample)
+        self.samples = list(samples)
         self.processor = processor
         self.frames = frames or FrameSettings()
         self.prompts = prompts
@@ -134,6 +136,8 @@ class VideoDataset(Dataset):
             return bad
 
     def _encode(self, sample: Sample, index: int) -> Encoded:
+        if sample.problem is not None:
+            raise DataError(sample.problem)
         messages = sample.prompt if self.prompts else sample.messages
         visuals = self.visuals(messages, index)
         encoded = (encode_prompt if self.prompts else encode)(self.processor, messages, visuals)

@@ -37,15 +37,11 @@ def read_records(file: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                record = load_json(line)
-            except DataError as error:
-                record = DataError(f"{error}; expected one object.")
-            yield f"{file}, line {number}", record
+            yield f"{file}, line {number}", _or_error(line)
 
 
-def load_json(text: str | bytes, *, lines: bool = False) -> Any:
-    """A JSON value; `lines` counts lines as well in an error.
+def load_json(text: str | bytes) -> Any:
+    """A JSON value.
 
     Raises:
         DataError: it is none, it is nested too deeply, an object has a key twice, or a number has thousands of digits.
@@ -53,12 +49,18 @@ def load_json(text: str | bytes, *, lines: bool = False) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if lines else ""
-        raise DataError(f"not JSON ({error.msg} at {line}column {error.colno})") from error
+        raise DataError(f"not JSON ({error.msg} at column {error.colno}); expected one object.") from error
     except RecursionError as error:
-        raise DataError("not JSON that can be read (it is nested too deeply)") from error
+        raise DataError("not JSON that can be read (it is nested too deeply).") from error
     except ValueError as error:
-        raise DataError(f"not JSON that can be read ({error})") from error
+        raise DataError(f"not JSON that can be read ({error}).") from error
+
+
+def _or_error(text: str) -> Any:
+    try:
+        return load_json(text)
+    except DataError as error:
+        return error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,9 +86,14 @@ def _whole(text: str, file: Path) -> list[Any] | None:
     start = text.lstrip()
     if start.startswith("["):
         try:
-            return load_json(text, lines=True)
+            return load_json(text)
         except DataError as error:
-            raise DataError(f"{file}: {str(error).replace('not JSON', 'not a JSON array', 1)}.") from error
+            cause = error.__cause__
+            if isinstance(cause, json.JSONDecodeError):
+                raise DataError(
+                    f"{file}: not a JSON array ({cause.msg} at line {cause.lineno}, column {cause.colno})."
+                ) from error
+            raise DataError(f"{file}: {error}") from error
     if start.startswith("{") and "\n" in start.rstrip():
         try:
             json.loads(start.split("\n", 1)[0])
@@ -147,5 +154,5 @@ def _cell(name: str, cell: str) -> Any:
         try:
             return load_json(text)
         except DataError as error:
-            raise DataError(f"{name!r} is {error}.") from error
+            raise DataError(f"{name!r} is {error}") from error
     return cell

@@ -1,12 +1,12 @@
 """Read files of samples: JSON Lines, JSON arrays, CSV or tar shards, in any of the formats.
 
-Public: `read_samples(path)`, `scan_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
+Public: `read_samples(path)`, `scan_samples(path)`, `open_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
 unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from sta_adapter.formats import FORMATS, read_classes
 from sta_adapter.records import read_records
 from sta_adapter.shards import is_shards, scan_shards
 
-__all__ = ["BadSample", "Sample", "check_format", "parse_sample", "raw_records", "read_samples", "scan_samples"]
+__all__ = [
+    "BadSample",
+    "Sample",
+    "check_format",
+    "open_samples",
+    "parse_sample",
+    "raw_records",
+    "read_samples",
+    "require_usable",
+    "scan_samples",
+]
 
 EMPTY = "no sample in it; expected one JSON object a line, a JSON array of them, or rows of a table."
 
@@ -38,6 +48,32 @@ def read_samples(path: str | Path, *, format: str | None = None, videos: str | P
         if isinstance(item, BadSample):
             raise DataError(f"{item.source}: {item.reason}")
         samples.append(item)
+    return samples
+
+
+def open_samples(
+    path: str | Path, *, format: str | None = None, videos: str | Path | None = None, on_bad_sample: str = "skip"
+) -> list[Sample]:
+    """What a run takes: as `read_samples`, but a record that is no sample is one with a `problem`, which is skipped and counted.
+
+    Raises:
+        DataError: a record is no sample and `on_bad_sample` is "error", a shard is cut off, or the file can't be read.
+    """
+    found = scan_samples(path, format=format, videos=videos)
+    for item in found:
+        if isinstance(item, BadSample) and (on_bad_sample == "error" or is_shards(item.source)):
+            raise DataError(f"{item.source}: {item.reason}")
+    return [Sample([], item.source, problem=item.reason) if isinstance(item, BadSample) else item for item in found]
+
+
+def require_usable(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The samples, if one of them at least is none with a problem.
+
+    Raises:
+        DataError: with the first one's.
+    """
+    if samples and all(sample.problem is not None for sample in samples):
+        raise DataError(f"{samples[0].source}: {samples[0].problem}")
     return samples
 
 

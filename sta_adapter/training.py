@@ -20,7 +20,7 @@ from torch import nn
 
 from sta_adapter.adapter_format import WEIGHTS, replace_files
 from sta_adapter.config import STAConfig
-from sta_adapter.data import VideoDataset, read_samples
+from sta_adapter.data import VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.fingerprint import fingerprint_processor, fingerprint_start
 from sta_adapter.handle import STAHandle
@@ -29,6 +29,7 @@ from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.requirements import require_free, require_reporters
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.run_file import RUN_FILE, read_run_file
+from sta_adapter.samples import open_samples, require_usable
 from sta_adapter.sharding import write_once
 from sta_adapter.shards import is_shards
 from sta_adapter.streaming import StreamDataset
@@ -167,7 +168,8 @@ def open_data(
         "decode_timeout": config.decode_timeout,
     }
     if not (stream and is_shards(data)):
-        return VideoDataset(read_samples(data, format=format, videos=videos), processor, **settings)
+        samples = open_samples(data, format=format, videos=videos, on_bad_sample=config.on_bad_sample)
+        return VideoDataset(require_usable(samples), processor, **settings)
     if videos is not None:
         raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
     return StreamDataset(data, processor, format=format, shuffle=config.shuffle_buffer, seed=config.seed, **settings)

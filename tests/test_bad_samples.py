@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,30 @@ def test_an_error_that_names_no_file_gets_its_name(folder, processor, monkeypatc
     monkeypatch.setattr(clips, "read_clip", lambda *args, **options: [][0])
     item = VideoDataset(folder / "data.jsonl", processor)[0]
     assert item.reason.endswith("0.mp4' can't be read as video: IndexError: list index out of range")
+
+
+def test_a_record_that_is_none_is_a_bad_sample_of_every_run(folder, processor, tmp_path):
+    lines = (folder / "data.jsonl").read_text().splitlines()[:1] * 2
+    (folder / "records.jsonl").write_text("\n".join([lines[0], "{", '{"messages": [3]}', "[" * 9999, lines[1]]))
+    file, net = folder / "records.jsonl", make_model(processor.tokenizer)
+    found = evaluate(net, file, processor=processor, frame_settings=AS_IS, max_new_tokens=1)
+    report = check_data(file, processor=processor, frames=AS_IS, num_workers=0)
+    config = TrainingConfig(batch_size=5, device_batch_size=5, max_steps=1, num_workers=0, frames=AS_IS)
+    how = {"processor": processor, "stage": "1", "progress": False}
+    trained = train(net, file, output_dir=tmp_path / "a", config=config, **how)
+    reasons = sorted(f"{problem['source']}: {problem['reason']}" for problem in report.problems)
+    assert [reason.split(": ")[0].rsplit(" ", 1)[1] for reason in reasons] == ["2", "3", "4"]
+    assert sorted(found.bad_samples) == sorted(trained.bad_samples) == reasons
+    assert [p.index for p in found.predictions] == [0, 4]
+    for use in (
+        lambda: train(net, file, output_dir=tmp_path / "b", config=replace(config, on_bad_sample="error"), **how),
+        lambda: evaluate(net, file, processor=processor, on_bad_sample="error"),
+    ):
+        with pytest.raises(DataError, match=r"records\.jsonl, line 2: not JSON"):
+            use()
+    (tmp_path / "none.txt").write_text("no data\n")
+    with pytest.raises(DataError, match=r"none\.txt, line 1: not JSON"):
+        train(net, tmp_path / "none.txt", output_dir=tmp_path / "c", config=config, **how)
 
 
 # ---- batches

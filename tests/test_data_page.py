@@ -13,6 +13,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="u
 SECTIONS = [section.partition("\n") for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)]
 BLOCK = re.compile(r"^```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = {title: json.loads(block) for title, _, text in SECTIONS for block in BLOCK.findall(text)}
+PLAIN = re.compile(r"^```\n(\{.*?|video,.*?)^```$", re.MULTILINE | re.DOTALL)
 FORMATS = {
     "Conversations": ("conversations", ["video", "image", "text"], "No, the cup stays up."),
     "Conversations with placeholders": ("conversations", ["video", "video", "text"], "They are equally long."),
@@ -38,3 +39,17 @@ def test_example(tmp_path, title):
     file = tmp_path / "data.json"
     file.write_text(json.dumps([record]))
     assert read_samples(file, format=name)[0].messages == sample.messages
+
+
+def test_files_of_other_tools(tmp_path):
+    llava, question, table = PLAIN.findall(PAGE)
+    for text, name, words in (
+        (llava, "a.json", ["What happens?"]),
+        (question, "b.jsonl", ["What happens?"]),
+        (table, "c.csv", ["A. left", "B. right"]),
+    ):
+        (tmp_path / name).write_text(text)
+        (sample,) = read_samples(tmp_path / name)
+        video, asked = sample.messages[0]["content"]
+        assert video["video"] == str(tmp_path / "clips/1.mp4")
+        assert all(part in asked["text"] for part in words)

@@ -224,7 +224,7 @@ def test_a_bad_line_is_one_bad_sample(tmp_path, line, reason):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '[{"a": 1, "a": 2}]'], ids=["deep", "twice"])
 def test_a_bad_array_is_no_data(tmp_path, text):
-    with pytest.raises(DataError, match=r"d\.json: not a JSON array that can be read \("):
+    with pytest.raises(DataError, match=r"d\.json: not JSON that can be read \("):
         scan_samples(write(tmp_path / "d.json", text))
 
 

@@ -148,8 +148,8 @@ def _orders(options: dict[str, Any]) -> tuple[str, ...]:
 
 def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
     """What to ask, and what was left out of it."""
-    from sta_adapter.data import read_samples
     from sta_adapter.eval_sets import load_benchmark
+    from sta_adapter.samples import open_samples, require_usable
 
     if options["benchmark"]:
         given = [f"--{name}" for name in ("format", "videos") if options[name]]
@@ -158,7 +158,8 @@ def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
         found = load_benchmark(options["benchmark"], options["data"])
         samples, notes = found.samples, found.notes
     else:
-        samples, notes = read_samples(options["data"], format=options["format"], videos=options["videos"]), []
+        how = {key: options[key] for key in ("format", "videos", "on_bad_sample")}
+        samples, notes = list(require_usable(open_samples(options["data"], **how))), []
     field = options["category"]
     if field is None or field == "category":
         return samples, notes
