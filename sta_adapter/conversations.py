@@ -63,6 +63,11 @@ class Sample:
         return [] if self.problem is not None else self.messages[: self._last_answer()]
 
     @property
+    def answered(self) -> bool:
+        """Whether there is an answer to learn or to compare with."""
+        return any(message["role"] == "assistant" for message in self.messages)
+
+    @property
     def answer(self) -> str:
         """The text of the last answer."""
         return "".join(part["text"] for part in self.messages[self._last_answer()]["content"] if part["type"] == "text")

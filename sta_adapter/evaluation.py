@@ -212,7 +212,10 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
     shuffled = dataset.frame_order == "shuffled"
     return fingerprint_samples(
         [
-            (sample.prompt, [sample.options if scored else None, index if shuffled else None])
+            (
+                sample.prompt if sample.answered else [],
+                [sample.options if scored else None, index if shuffled else None],
+            )
             for index, sample in enumerate(dataset.samples)
         ]
     )

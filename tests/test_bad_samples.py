@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     bad = []
     for content in (picture("banner.png"), picture("a\0.png"), "cut emoji \ud83d", picture(".")):
         bad.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "left"}]})
-    records = [good[0], bad[0], bad[1], good[1], bad[2], bad[3], good[2]]
+    records = [good[0], bad[0], bad[1], good[1], bad[2], bad[3], good[2], {"messages": good[0]["messages"][:1]}]
     (path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     return path
 
@@ -61,6 +61,7 @@ REASONS = {
     "3": "embedded null byte",
     "5": r"the text holds '\ud83d' at character 10, which is half a character",
     "6": "Is a directory",
+    "8": "no message with role 'assistant'; expected an answer",
 }
 
 
@@ -78,7 +79,7 @@ def test_check_data_goes_on(folder, processor, workers):
 
 
 def test_training_goes_on(folder, processor, tmp_path):
-    config = TrainingConfig(batch_size=7, device_batch_size=7, max_steps=2, num_workers=0, frames=AS_IS)
+    config = TrainingConfig(batch_size=8, device_batch_size=8, max_steps=2, num_workers=0, frames=AS_IS)
     result = train(
         make_model(processor.tokenizer),
         folder / "data.jsonl",
@@ -91,13 +92,14 @@ def test_training_goes_on(folder, processor, tmp_path):
     check_reasons(result.bad_samples)
 
 
-def test_evaluation_goes_on(folder, processor):
+def test_evaluation_goes_on(folder, processor, tmp_path):
     found = evaluate(
         make_model(processor.tokenizer),
         folder / "data.jsonl",
         processor=processor,
         frame_settings=AS_IS,
         max_new_tokens=1,
+        predictions_file=tmp_path / "log.jsonl",
     )
     check_reasons(found.bad_samples)
     assert len(found.predictions) == 3
@@ -153,7 +155,8 @@ def test_a_record_that_is_none_is_a_bad_sample_of_every_run(folder, processor, t
     lines = (folder / "data.jsonl").read_text().splitlines()[:1] * 2
     (folder / "records.jsonl").write_text("\n".join([lines[0], "{", '{"messages": [3]}', "[" * 9999, lines[1]]))
     file, net = folder / "records.jsonl", make_model(processor.tokenizer)
-    found = evaluate(net, file, processor=processor, frame_settings=AS_IS, max_new_tokens=1)
+    log = tmp_path / "log.jsonl"
+    found = evaluate(net, file, processor=processor, frame_settings=AS_IS, max_new_tokens=1, predictions_file=log)
     report = check_data(file, processor=processor, frames=AS_IS, num_workers=0)
     config = TrainingConfig(batch_size=5, device_batch_size=5, max_steps=1, num_workers=0, frames=AS_IS)
     how = {"processor": processor, "stage": "1", "progress": False}

@@ -167,7 +167,7 @@ def test_evaluation_is_that_of_the_file_and_goes_on(tmp_path, pattern, folder, p
     log.write_text("".join(lines[:4]) + lines[4][:10])  # cut off while writing
     assert evaluate(net, pattern, predictions_file=log, **how).predictions == whole.predictions
     assert log.read_text().splitlines(keepends=True) == lines
-    with pytest.raises(ConfigError, match="an evaluation that differs in samples"):
+    with pytest.raises(ConfigError, match="an evaluation that differs in data"):
         evaluate(net, pattern.replace("0..3", "0..2"), predictions_file=log, **how)
 
 
