@@ -6,7 +6,7 @@ Public: `FrameSettings`, `ClipReader`. It knows no tokenizer and no model, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from sta_adapter.errors import ConfigError, DataError, STAError
 from sta_adapter.frames import fit_frames, read_image
 from sta_adapter.reading import shown
 from sta_adapter.video import Clip, read_clip, read_folder
+from sta_adapter.video.budget import KEPT_PIXELS
 
 RANGES: dict[str, tuple[float, int]] = {
     "fps": (1e-6, 1000),
@@ -88,7 +89,16 @@ class ClipReader:
 
     def read(self, parts: Sequence[dict[str, Any]], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
-        return [self._read(part, index) for part in parts]
+        visuals: list[Visual] = []
+        for part in parts:
+            visuals.append(self._read(part, index))
+            held = sum(visual.pixels.size for visual in visuals) // 3
+            if held > KEPT_PIXELS:
+                raise DataError(
+                    f"the sample's clips and pictures have {held} pixels so far, more than the {KEPT_PIXELS} that are held at "
+                    "once; take fewer or smaller ones (nframes, max_frames, max_pixels)."
+                )
+        return visuals
 
     def _read(self, part: dict[str, Any], index: int) -> Visual:
         """One of them; an error that doesn't name the file gets its name."""
@@ -102,19 +112,21 @@ class ClipReader:
     def _visual(self, part: dict[str, Any], index: int) -> Visual:
         if part["type"] == "image":
             return Visual("image", read_image(part["image"]))
-        frames, _, metadata = self._clip(part)
-        frames = frames[self._order(len(frames), index)]
         low, high = self._pixel_limits(part)
         resized = low is not None or high is not None
-        if resized:
-            frames = fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
+
+        def resize(frames: np.ndarray) -> np.ndarray:
+            return fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
+
+        frames, _, metadata = self._clip(part, resize if resized else None)
+        frames = frames[self._order(len(frames), index)]
         times = metadata.for_transformers()
         if pad := -len(frames) % self.temporal_patch:
             frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
             times["frames_indices"] = times["frames_indices"] + times["frames_indices"][-1:] * pad
         return Visual("video", frames, times, resized)
 
-    def _clip(self, part: dict[str, Any]) -> Clip:
+    def _clip(self, part: dict[str, Any], resize: Callable[[np.ndarray], np.ndarray] | None) -> Clip:
         settings = self.settings
         nframes = part.get("nframes", None if "fps" in part else settings.nframes)
         rate: dict[str, Any] = {"num_frames": nframes}
@@ -126,9 +138,10 @@ class ClipReader:
             }
         start, end = part.get("video_start"), part.get("video_end")
         if "folder_fps" in part:
-            return read_folder(part["video"], part["folder_fps"], start=start, end=end, **rate)
+            return read_folder(part["video"], part["folder_fps"], start=start, end=end, resize=resize, **rate)
         threads = None if get_worker_info() is None else 1  # workers are processes enough
-        return read_clip(part["video"], start=start, end=end, backend=settings.backend, threads=threads, **rate)
+        how: dict[str, Any] = {"backend": settings.backend, "threads": threads, "resize": resize}
+        return read_clip(part["video"], start=start, end=end, **how, **rate)
 
     def _order(self, count: int, index: int) -> np.ndarray | slice:
         if self.frame_order == "reversed":

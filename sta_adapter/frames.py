@@ -10,7 +10,8 @@ import math
 import numpy as np
 import torch
 
-from sta_adapter.video.image import read_image
+from sta_adapter.errors import DataError
+from sta_adapter.video.image import MOST_PIXELS, read_image
 
 __all__ = ["fit_frames", "read_image"]
 
@@ -34,6 +35,10 @@ def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels
         fit, bound = (math.floor, max_pixels) if area > max_pixels else (math.ceil, min_pixels)
         scale = math.sqrt(bound / (height * width)) / factor
         new_height, new_width = (max(1, fit(edge * scale)) * factor for edge in (height, width))
+    if new_height * new_width > MOST_PIXELS:
+        raise DataError(
+            f"frames of {width}x{height} would become {new_width}x{new_height}, more than {MOST_PIXELS} pixels; lower min_pixels."
+        )
     if (new_height, new_width) == (height, width):
         return frames
     channels_last = torch.from_numpy(frames).permute(0, 3, 1, 2)

@@ -42,11 +42,13 @@ class Isolated:
     Args:
         function: what to call. Its arguments and result must be picklable.
         timeout: seconds that a call may take.
+        memory: bytes that the process may take beyond what it begins with; None for no limit.
     """
 
-    def __init__(self, function: Callable[..., Any], timeout: float) -> None:
+    def __init__(self, function: Callable[..., Any], timeout: float, memory: int | None = None) -> None:
         self.function = function
         self.timeout = timeout
+        self.memory = memory
         self._pipe: Connection | None = None
         self._pid = self._owner = 0
 
@@ -96,6 +98,8 @@ class Isolated:
         if pid == 0:
             try:
                 ours.close()
+                if self.memory is not None:
+                    _limit_memory(self.memory)
                 _serve(self.function, theirs, self.timeout + GRACE)
             finally:
                 os._exit(0)
@@ -129,6 +133,8 @@ def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     _keep_memory()
+    if "torch" in sys.modules:  # threads of OpenMP don't live on in a forked process, and waiting for them never ends
+        sys.modules["torch"].set_num_threads(1)
     while True:
         try:
             args = pipe.recv()
@@ -141,6 +147,16 @@ def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None
             reply = (False, _portable(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(pipe, reply)
+
+
+def _limit_memory(more: int) -> None:
+    """Let the process take so many bytes more than it has, then MemoryError."""
+    import resource
+
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    limit = int(fields["VmData"].split()[0]) * 1024 + more
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
 def _keep_memory() -> None:

@@ -21,9 +21,12 @@ from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.encoding import Visual
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.handle import STAHandle
+from sta_adapter.isolation import POSSIBLE, Isolated
 from sta_adapter.page_guard import AnswerLimit
 from sta_adapter.visualization import Observation, observe
 
+DECODE_TIMEOUT = 60.0
+DECODE_MEMORY = 4 << 30  # bytes that the process which decodes may take
 QUESTION = "Describe the video."
 
 
@@ -87,6 +90,8 @@ class Viewer:
         self.settings = settings
         self.trained = trained
         self.longest = longest
+        self._decoding = threading.Lock()  # the process that decodes answers one at a time
+        self._isolated = Isolated(self._decode, DECODE_TIMEOUT, DECODE_MEMORY) if POSSIBLE else None
         self._lock = threading.Lock()  # LoRA is switched off for all threads at once, and memory is needed once
 
     @classmethod
@@ -143,9 +148,8 @@ class Viewer:
         from sta_adapter.encoding import encode_prompt
 
         file = os.fspath(path)
-        if self.longest is not None:
-            _check_length(file, self.longest)
-        visual = ClipReader.of(self.processor, self.settings).read([{"type": "video", "video": file}])[0]
+        with self._decoding:
+            visual = self._decode(file) if self._isolated is None else self._isolated(file)
         content = [{"type": "video", "video": file}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         encoded = encode_prompt(self.processor, messages, [[visual]])
@@ -155,6 +159,12 @@ class Viewer:
         pixels = inputs.get("pixel_values")
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
         return LoadedClip(visual.pixels, _times(visual), messages, encoded, inputs, in_rows, crops(self.processor))
+
+    def _decode(self, file: str) -> Visual:
+        """The clip of a file; in a process of its own, where that is possible."""
+        if self.longest is not None:
+            _check_length(file, self.longest)
+        return ClipReader.of(self.processor, self.settings).read([{"type": "video", "video": file}])[0]
 
     def observe(self, clip: LoadedClip, limit: AnswerLimit | None = None) -> Observation:
         """What STA does with the clip."""

@@ -5,15 +5,18 @@ return something else than PyAV, so that the same call gives the same pixels whe
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
+from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
 from sta_adapter.video.table import UNTURNED, FrameTable, import_av, open_video, video_stream
 
 Pixels = NDArray[np.uint8]
+Resize = Callable[[Pixels], Pixels]
 
 
 class DeclinedError(Exception):
@@ -66,6 +69,7 @@ def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[
     with open_video(table.path) as container:
         stream = video_stream(container)
         stream.codec_context.thread_count = threads
+        stream.codec_context.options = DECODER_LIMIT
         for key, group in groups.items():
             target = int(table.pts[key])
             container.seek(target, stream=stream, backward=True)
@@ -91,6 +95,7 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
     with open_video(table.path) as container:
         stream = video_stream(container)
         stream.codec_context.thread_count = threads
+        stream.codec_context.options = DECODER_LIMIT
         decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet))
         for number, frame in enumerate(decoded):
             index = index_of.get(frame.pts, -1) if table.seekable else number
@@ -203,8 +208,38 @@ def check_threads(threads: int | None) -> None:
         )
 
 
-def decode(table: FrameTable, indices: NDArray[np.int64], backend: str, threads: int = 0) -> tuple[Pixels, str, str]:
+def _read_all(backend: str, table: FrameTable, threads: int, indices: NDArray[np.int64]) -> Pixels:
+    try:
+        return DECODERS[backend](table, indices, threads)
+    except MemoryError as error:
+        raise VideoError(
+            f"{table.path}: {len(indices)} frames of {table.width}x{table.height} don't fit into memory. "
+            "Ask for fewer frames, or write the file again with a smaller picture."
+        ) from error
+
+
+def _made_smaller(
+    table: FrameTable, indices: NDArray[np.int64], read: Callable[[NDArray[np.int64]], Pixels], resize: Resize | None
+) -> Pixels:
+    """Decode frames and resize them, a few at a time, so that few are there in their full size."""
+    area = table.width * table.height
+    if resize is None:
+        check_kept(table.path, len(indices), area)
+        return read(indices)
+    size = max(1, CHUNK_PIXELS // area)
+    done: list[Pixels] = []
+    for start in range(0, len(indices), size):
+        done.append(resize(read(indices[start : start + size])))
+        check_kept(table.path, len(indices), done[0].shape[1] * done[0].shape[2])
+    return done[0] if len(done) == 1 else np.concatenate(done)
+
+
+def decode(
+    table: FrameTable, indices: NDArray[np.int64], backend: str, threads: int = 0, resize: Resize | None = None
+) -> tuple[Pixels, str, str]:
     """Decode the frames `indices` (T,) of a file by so many threads; 0 lets the decoder choose.
+
+    `resize` makes frames (t, H, W, 3) of their full size into those that are kept.
 
     Returns:
         The frames (T, H, W, 3), the backend that decoded them, and why it was that one.
@@ -212,17 +247,12 @@ def decode(table: FrameTable, indices: NDArray[np.int64], backend: str, threads:
     failures: list[str] = []
     for name in AUTOMATIC if backend == "auto" else (backend,):
         try:
-            frames = DECODERS[name](table, indices, threads)
+            frames = _made_smaller(table, indices, partial(_read_all, name, table, threads), resize)
         except (DeclinedError, MissingExtraError) as error:
             if backend != "auto" and isinstance(error, MissingExtraError):
                 raise
             failures.append(f"{name}: {error}")
             continue
-        except MemoryError as error:
-            raise VideoError(
-                f"{table.path}: {len(indices)} frames of {table.width}x{table.height} don't fit into memory. "
-                "Ask for fewer frames, or write the file again with a smaller picture."
-            ) from error
         if backend != "auto":
             return frames, name, "asked for by name"
         return frames, name, f"not {'; '.join(failures)}" if failures else "first choice"

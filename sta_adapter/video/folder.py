@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from sta_adapter.errors import VideoError
+from sta_adapter.video.budget import check_kept
+from sta_adapter.video.decoders import Resize
 from sta_adapter.video.image import natural_order, read_image
 from sta_adapter.video.reader import Clip, ClipMetadata
 from sta_adapter.video.sampling import Sampling, choose_frames
@@ -15,12 +17,13 @@ from sta_adapter.video.table import VideoNotFoundError
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
-def read_folder(path: str | os.PathLike[str], rate: float, **sampling: Any) -> Clip:
+def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | None = None, **sampling: Any) -> Clip:
     """Frames of a clip that lies there as pictures, sampled by time as `read_clip` does.
 
     Args:
         path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). Hidden files don't count.
         rate: Pictures a second.
+        resize: As for `read_clip`.
         sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.
 
     Raises:
@@ -37,13 +40,18 @@ def read_folder(path: str | os.PathLike[str], rate: float, **sampling: Any) -> C
         raise VideoError(f"{str(folder)!r} holds no picture; expected {', '.join(ENDINGS)}.")
     times, duration = np.arange(len(files)) / rate, len(files) / rate
     indices = choose_frames(times, duration, Sampling(**sampling))
-    frames = [read_image(files[index])[0] for index in indices]
-    if len({frame.shape for frame in frames}) > 1:
-        sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
-        raise VideoError(f"{str(folder)!r} holds pictures of several sizes: {', '.join(sizes)}; expected one.")
-    height, width = frames[0].shape[:2]
+    frames, sizes = [], set()
+    for index in indices:
+        picture = read_image(files[index])
+        sizes.add((picture.shape[2], picture.shape[1]))
+        if len(sizes) > 1:
+            told = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+            raise VideoError(f"{str(folder)!r} holds pictures of several sizes: {told}; expected one.")
+        frames.append(picture if resize is None else resize(picture))
+        check_kept(folder, len(indices), frames[0].shape[1] * frames[0].shape[2])
+    ((width, height),) = sizes
     found, begins = tuple(indices.tolist()), tuple(times[indices].tolist())
     metadata = ClipMetadata(
         folder, len(files), rate, duration, width, height, 0, "pillow", "a folder of pictures", found, begins
     )
-    return Clip(np.stack(frames), times[indices], metadata)
+    return Clip(np.concatenate(frames), times[indices], metadata)

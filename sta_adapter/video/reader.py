@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import VideoError
-from sta_adapter.video.decoders import check_backend, check_threads, decode
+from sta_adapter.video.decoders import Resize, check_backend, check_threads, decode
 from sta_adapter.video.sampling import Sampling, choose_frames
 from sta_adapter.video.table import FrameTable, read_table
 
@@ -77,6 +77,7 @@ def read_clip(
     end: float | None = None,
     backend: str = "auto",
     threads: int | None = None,
+    resize: Resize | None = None,
 ) -> Clip:
     """Read frames of a video file, sampled by time.
 
@@ -102,6 +103,9 @@ def read_clip(
         backend: "auto" (decord where it is installed and reads the file as PyAV does, else PyAV), or by name
             "decord", "pyav" or "torchcodec".
         threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the quickest.
+        resize: Makes some frames (t, H, W, 3) into those that are kept, so that never all are there in their full size.
+
+    Frames of more than 8192x4320 pixels, and more frames than about 3 GB, are refused before memory is taken for them.
 
     Raises:
         VideoError: The file is missing (then also a FileNotFoundError), no video, cut off or damaged where frames are
@@ -119,7 +123,7 @@ def read_clip(
         indices = choose_frames(table.times, table.duration, sampling)
     except VideoError as error:
         raise VideoError(f"{table.path}: {error}") from error
-    frames, used, reason = decode(table, indices, backend, int(threads or 0))
+    frames, used, reason = decode(table, indices, backend, int(threads or 0), resize)
     return Clip(frames, table.times[indices], _metadata(table, indices, used, reason))
 
 

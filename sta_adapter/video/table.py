@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.agreement import seeks_exactly, why_unlike
+from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.endings import cut_off
 from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
 
@@ -131,7 +132,7 @@ def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) ->
 def _probing(path: Path) -> dict[str, str]:
     """Options for listing a file's frames: an MP4's header tells all that FFmpeg would decode the first frame for."""
     with path.open("rb") as file:
-        return {"skip_frame": "all"} if file.read(8)[4:] == b"ftyp" else {}
+        return {**DECODER_LIMIT, **({"skip_frame": "all"} if file.read(8)[4:] == b"ftyp" else {})}
 
 
 def video_stream(container: "InputContainer") -> "VideoStream":
@@ -185,7 +186,11 @@ def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[Pack
     first: VideoFrame | None = None
     seen, damaged = 0, False
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
-    stream.codec_context.options = {"threads": "1", "skip_loop_filter": "all"}  # nobody looks at the first frame
+    stream.codec_context.options = {
+        "threads": "1",
+        "skip_loop_filter": "all",
+        **DECODER_LIMIT,
+    }  # nobody looks at the first frame
     for packet in container.demux(stream):
         if packet.is_corrupt:
             damaged = True
@@ -254,6 +259,7 @@ def read_table(path: str | os.PathLike[str]) -> FrameTable:
 def _table_of(container: "InputContainer", path: Path) -> FrameTable:
     _check_is_video(container, path)
     stream, formats = video_stream(container), set(container.format.name.split(","))
+    check_frame(path, stream.codec_context.width or 0, stream.codec_context.height or 0)
     rows, complete, first = _scan(container, stream)
     _check_is_video(container, path, len(rows))
     announced = (stream.duration or 0) if "mxf" in formats else 0  # its header counts frames in this way
