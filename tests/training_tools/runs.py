@@ -1,8 +1,10 @@
 """Running a tool's own command, and looking at what came out."""
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,10 +17,19 @@ BIN = Path(sys.executable).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+@functools.lru_cache
+def commands():
+    """A folder with `torchrun` for this environment, since torch lies in another, whose command runs Python there."""
+    folder = Path(tempfile.mkdtemp(prefix="commands-"))
+    (folder / "torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
+    (folder / "torchrun").chmod(0o755)
+    return folder
+
+
 def run(words, folder, expect=0, **environment):
     """What a command wrote; it ends as expected, and within minutes."""
     done = subprocess.run(
-        [str(word) for word in words], cwd=folder, env={**os.environ, **OFFLINE, "PATH": f"{BIN}:{os.environ['PATH']}", **environment},
+        [str(word) for word in words], cwd=folder, env={**os.environ, **OFFLINE, "PATH": f"{commands()}:{BIN}:{os.environ['PATH']}", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
     )  # fmt: skip
     assert (done.returncode == 0) == (expect == 0), done.stdout[-5000:]
