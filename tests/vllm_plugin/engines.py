@@ -85,6 +85,7 @@ def _processor(folder: Path, kind: str):
     video = made.video_processor
     if kind == "Qwen3VL":
         sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+        sizes |= {name: getattr(made.image_processor, name) for name in ("image_mean", "image_std")}  # vLLM has one
         video = transformers.Qwen3VLVideoProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 100_000})
     return getattr(transformers, f"{kind}Processor")(**parts, video_processor=video)
 
