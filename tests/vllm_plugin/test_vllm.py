@@ -127,7 +127,9 @@ def test_qwen2_5_vl(folders):
 def test_qwen3_vl(folders):
     base, adapter = folders["Qwen3VL"]["base"], folders["Qwen3VL"]["sta"]
     reference = Reference(base, adapter)
-    with running(base, adapter) as engine:  # of deepstack as well; the two put times into prompts each in its own way
+    with running(base, adapter) as engine:  # embeddings with those of deepstack
+        [(tokens, _)] = engine.ask([clip_prompt(clips()[0][:, :, ::-1].copy(), meta=True)])
+        assert tokens == reference.answer(reference.inputs(videos=[clips()[0][:, :, ::-1]]))[0]
         for frames in clips():
             engine.ask([clip_prompt(frames, meta=True)])
             found = engine.embeddings[0]
