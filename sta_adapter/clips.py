@@ -6,8 +6,8 @@ Public: `FrameSettings`, `ClipReader`. It knows no tokenizer and no model, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,24 @@ class ClipReader:
         threads = None if get_worker_info() is None else 1  # workers are processes enough
         how: dict[str, Any] = {"backend": settings.backend, "threads": threads, "resize": resize}
         return read_clip(part["video"], start=start, end=end, **how, **rate)
+
+    def settings_of(self, parts: Iterable[dict[str, Any]]) -> FrameSettings:
+        """The settings in force for clips, where all of them set their own alike; else those of the reader."""
+        found = {self._own_settings(part) for part in parts if part["type"] == "video"}
+        return found.pop() if len(found) == 1 else self.settings
+
+    def _own_settings(self, part: dict[str, Any]) -> FrameSettings:
+        own: dict[str, Any] = {
+            name: part[name] for name in ("fps", "nframes", "min_frames", "max_frames") if name in part
+        }
+        if "fps" in own:
+            own.setdefault("nframes", None)
+        area = self.factor**2
+        for limit in ("min", "max"):
+            pixels = part.get(f"{limit}_pixels")
+            if pixels is not None and area > 1:
+                own[f"{limit}_tokens"] = max(1, round(pixels / area))
+        return replace(self.settings, **own)
 
     def _order(self, count: int, index: int) -> np.ndarray | slice:
         if self.frame_order == "reversed":

@@ -20,7 +20,7 @@ from torch import nn
 
 from sta_adapter.adapter_format import WEIGHTS, replace_files
 from sta_adapter.config import STAConfig
-from sta_adapter.data import VideoDataset
+from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.fingerprint import fingerprint_processor, fingerprint_start
 from sta_adapter.handle import STAHandle
@@ -209,7 +209,7 @@ def _identity(
         "format": RUN_FORMAT,
         "stage": stage,
         **{key: value for key, value in config.to_dict().items() if key not in HARMLESS},
-        "frames": dataclasses.asdict(dataset.frames),
+        "frames": dataclasses.asdict(_frames_in_force(dataset)),
         "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
         "data": dataset.digest(),
         "eval_data": None if eval_dataset is None else eval_dataset.digest(),
@@ -218,6 +218,15 @@ def _identity(
         **start,
     }
     return json.loads(json.dumps(found))
+
+
+def _frames_in_force(dataset: Any) -> FrameSettings:
+    """How the run samples its clips, for whoever looks at one afterwards: records may say it themselves."""
+    if isinstance(dataset, StreamDataset):
+        return dataset.frames  # the records are not known yet
+    messages = (message for sample in dataset.samples for message in sample.messages)
+    found: FrameSettings = dataset.reader.settings_of(part for message in messages for part in message["content"])
+    return found
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:

@@ -324,3 +324,17 @@ def test_damaged_models_are_one_line(run, data, tmp_path):
     assert "can't load the processor" in only_message(run(*line))
     with pytest.raises(CheckpointError, match="can't load the model"):
         load_model(tmp_path / "model")
+
+
+def test_what_is_published_shows_no_folders(tmp_path):
+    from sta_adapter.local_paths import public_name, subject, without_folders
+
+    (tmp_path / "my model").mkdir()
+    assert public_name(tmp_path / "my model") == "my model"
+    assert public_name("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert subject("org/base", "/home/ann/runs/adapter/") == "org/base, adapter"
+    text = (
+        "/home/ann/d.jsonl, line 2: no such video file '/mnt/x y/clips/0.mp4'; 1 / 2, and/or, https://example.org/a/b"
+    )
+    shown = without_folders({"a": [text]}, ["/mnt/x y/clips"])["a"][0]
+    assert shown == "d.jsonl, line 2: no such video file '0.mp4'; 1 / 2, and/or, https://example.org/a/b"

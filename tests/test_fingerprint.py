@@ -256,3 +256,43 @@ def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tm
     ):
         with pytest.raises(ConfigError, match=rf"holds a run that differs in {name}\."):
             train(net, data, eval_data=eval_data, **how)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([{"nframes": 6}, {"nframes": 6}], {"nframes": 6}),
+        ([{"nframes": 6}, {"nframes": 4}], {"nframes": 8}),
+        ([{"nframes": 6}, {}], {"nframes": 8}),
+        ([{"fps": 2.0, "max_frames": 9}], {"fps": 2.0, "max_frames": 9, "nframes": None}),
+        ([{"max_pixels": 784 * 3}], {"max_tokens": 3}),
+        ([], {"nframes": 8}),
+    ],
+    ids=["alike", "unlike", "some", "rate", "pixels", "none"],
+)
+def test_what_all_records_set_alike_is_how_the_run_samples(parts, expected):
+    from sta_adapter.clips import ClipReader
+
+    reader = ClipReader(FrameSettings(nframes=8), factor=28)
+    found = reader.settings_of(
+        [{"type": "video", "video": "x", **part} for part in parts] + [{"type": "text", "text": "x"}]
+    )
+    assert found == dataclasses.replace(reader.settings, **expected)
+
+
+def test_records_that_sample_themselves_are_in_the_run(model, processor, folder, tmp_path):
+    from sta_adapter.loading import saved_frame_settings
+
+    data = VideoDataset(
+        folder / "data.jsonl", processor, frames=FrameSettings(fps=3.0, min_tokens=None, max_tokens=None)
+    )
+    own = {
+        part.get("nframes")
+        for s in data.samples
+        for m in s.messages
+        for part in m["content"]
+        if part["type"] == "video"
+    }
+    settings = TrainingConfig(batch_size=4, device_batch_size=4, max_steps=1, num_workers=0)
+    train(model, data, output_dir=tmp_path, stage="1", config=settings, progress=False)
+    assert {saved_frame_settings(tmp_path)["nframes"]} == own == {4}
