@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import glob
 import gzip
-import json
 import re
+import sys
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -20,10 +19,12 @@ from typing import IO, Any, cast
 from sta_adapter.conversations import BadSample, Sample
 from sta_adapter.errors import DataError, MissingExtraError
 from sta_adapter.packed import Packed, Span
+from sta_adapter.records import load_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes
-_DAMAGE = (OSError, EOFError, tarfile.TarError, zlib.error)
+MOST_INFLATED = 1 << 30  # bytes of one member of a compressed shard, whose claims the size on disk doesn't bound
+MOST_RECORD = 64 << 20  # bytes of a .json or .jsonl
 
 
 def is_shards(name: str | Path) -> bool:
@@ -125,19 +126,30 @@ def _members(path: Path, lookup: bool, noted: Callable[[Exception], bool]) -> It
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                     if member.isreg() and not _ASIDE.match(member.name):
-                        data = _contents(path, tar, member, lookup)
+                        data = _contents(path, tar, member, lookup, compressed)
                         yield {"fname": member.name, "data": data, "__url__": str(path)}
                 _check_end(file, None if compressed else tar.offset)
-    except _DAMAGE as error:
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile header makes tarfile raise
         noted(error)
 
 
-def _contents(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, lookup: bool) -> bytes | Span:
-    """A file's contents; or where they lie, if it isn't a record."""
-    if not lookup or member.issparse() or member.name.endswith((".json", ".jsonl")):
-        return cast(IO[bytes], tar.extractfile(member)).read()
-    if member.offset_data + member.size > path.stat().st_size:
+def _contents(
+    path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, lookup: bool, compressed: bool
+) -> bytes | Span:
+    """A file's contents; or where they lie, if it isn't a record. What a header claims is checked before it is read."""
+    record = member.name.endswith((".json", ".jsonl"))
+    if member.issparse():
+        raise tarfile.ReadError(
+            f"{member.name!r} is a sparse file, whose size is only claimed; pack it without --sparse"
+        )
+    if not 0 <= member.size <= (MOST_RECORD if record else MOST_INFLATED if compressed else sys.maxsize):
+        raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, more than is read")
+    if not compressed and member.offset_data + member.size > path.stat().st_size:
         raise tarfile.ReadError("unexpected end of data")
+    if not lookup or record:
+        return cast(IO[bytes], tar.extractfile(member)).read()
     return Span(path, member.offset_data, member.size)
 
 
@@ -164,12 +176,12 @@ def _records(path: Path, group: dict[str, Any]) -> Iterator[Packed | BadSample]:
     try:
         records: list[Any] = []
         if "json" in members:
-            found = json.loads(members["json"])
+            found = load_json(members["json"])
             records += found if isinstance(found, list) else [found]
         if "jsonl" in members:
-            records += [json.loads(line) for line in members["jsonl"].splitlines() if line.strip()]
-    except ValueError as error:
-        yield BadSample(source, f"its record is not JSON: {error}")
+            records += [load_json(line) for line in members["jsonl"].splitlines() if line.strip()]
+    except DataError as error:
+        yield BadSample(source, f"its record is not JSON: {error.__cause__}")
         return
     if not records:
         yield BadSample(source, f"no record; expected {name}.json or {name}.jsonl beside {', '.join(files) or 'it'}.")

@@ -194,3 +194,11 @@ def test_without_matplotlib(report, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sta-adapter\[viz\]'"):
         draw(report, tmp_path / "results.png")
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "a $ b $", "50 % {x_}", r"\alpha"])
+def test_a_category_is_no_formula(report, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    runs = {order: {**run, "categories": {name: run["overall"]}} for order, run in report["base"].items()}
+    draw({"base": runs}, tmp_path / "results.png")
+    assert (tmp_path / "results.png").stat().st_size

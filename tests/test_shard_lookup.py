@@ -109,6 +109,29 @@ def test_formats_that_there_are_not(pattern, make):
         make(pattern, format="csv")
 
 
+def claiming(path, name, size, kind=tarfile.REGTYPE):
+    """A tar whose only header claims so many bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    return path
+
+
+@pytest.mark.parametrize("lookup", [False, True], ids=["streamed", "looked_up"])
+@pytest.mark.parametrize(("name", "size", "kind"), [("a.mp4", 1 << 40, tarfile.REGTYPE), ("a.json", 1 << 31, tarfile.REGTYPE), ("a.mp4", 1 << 31, tarfile.GNUTYPE_SPARSE), ("a.mp4", 1 << 40, tarfile.GNUTYPE_LONGNAME)], ids=["terabyte", "record", "sparse", "long_name"])  # fmt: skip
+def test_what_a_header_claims_is_not_believed(tmp_path, name, size, kind, lookup):
+    (bad,) = read_shard(claiming(tmp_path / "x.tar", name, size, kind), lookup=lookup)
+    assert "the shard is cut off or damaged after 0 samples" in bad.reason
+
+
+def test_members_of_a_compressed_shard_are_bounded(tmp_path):
+    plain = claiming(tmp_path / "x.tar", "a.mp4", 1 << 40)
+    packed = tmp_path / "x.tar.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    (bad,) = read_shard(packed)
+    assert "'a.mp4' claims 1099511627776 bytes, more than is read" in bad.reason
+
+
 # ---- check-data
 
 
