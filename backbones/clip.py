@@ -10,7 +10,7 @@ BACKBONE = Backbone(
     name="clip",
     encoder_classes=("CLIPVisionTransformer", "CLIPVisionModel"),
     accepts=holds_blocks,
-    layout=pixel_layout(prefix=1, must_be_told=True),
+    layout=pixel_layout(prefix=1),
     separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layers",

@@ -27,7 +27,7 @@ DINO_LORA = LoRARecipe(
 BACKBONE = Backbone(
     name="dinov2",
     encoder_classes=("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
-    layout=pixel_layout(prefix=leading_tokens, must_be_told=True),
+    layout=pixel_layout(prefix=leading_tokens),
     separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layer",

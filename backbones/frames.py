@@ -17,19 +17,24 @@ from sta_adapter.layout import EACH_ROW as EACH_ROW
 from sta_adapter.layout import AllRows, ClipLayout, ClipLengths, EachRow
 
 
-def row_clips(rows: int, positions: int, lengths: ClipLengths | None, *, prefix: int = 0) -> ClipLayout:
+def row_clips(
+    rows: int, positions: int, lengths: ClipLengths | None, *, prefix: int = 0, must_be_told: bool = True
+) -> ClipLayout:
     """Layout of rows (rows, prefix + positions, C) that are the frames of one clip after the other.
 
     Args:
         rows: size of the encoder's batch.
         positions: patch positions of a row.
         lengths: of each clip, its frames, or (frames, tiles of each frame) where a frame takes several rows;
-            `EACH_ROW`; `ALL_ROWS` or None for one clip of all rows.
+            `EACH_ROW`; `ALL_ROWS` for one clip of all rows; None when nobody has told.
         prefix: class and register tokens in front of a row's patches.
+        must_be_told: whether several rows of which nobody has told are an error; else they are one clip.
 
     Raises:
-        LayoutError: when the clips don't add up to the rows.
+        LayoutError: when the clips don't add up to the rows, or are not known.
     """
+    if must_be_told and rows > 1 and lengths is None:
+        raise unknown_clips(f"the encoder's {rows} rows")
     if isinstance(lengths, EachRow):
         lengths = (1,) * rows
     whole = lengths is None or isinstance(lengths, AllRows)
@@ -55,7 +60,7 @@ def pixel_layout(
     *,
     patch_size: Callable[[Any], int | tuple[int, int]] = lambda encoder: encoder.config.patch_size,
     prefix: int | Callable[[Any], int] = 1,
-    must_be_told: bool = False,
+    must_be_told: bool = True,
 ) -> Callable[[EncoderCall], ClipLayout]:
     """A layout function for encoders called with `pixel_values` (F, channels, H, W).
 
@@ -77,7 +82,9 @@ def pixel_layout(
         size = patch_size(call.encoder)
         down, across = (size, size) if isinstance(size, int) else size
         leading = prefix if isinstance(prefix, int) else prefix(call.encoder)
-        return row_clips(rows, (height // down) * (width // across), call.clip_lengths, prefix=leading)
+        return row_clips(
+            rows, (height // down) * (width // across), call.clip_lengths, prefix=leading, must_be_told=False
+        )
 
     return layout
 

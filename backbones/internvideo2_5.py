@@ -34,8 +34,8 @@ def vit_layout(call: EncoderCall) -> ClipLayout:
     """Layout of rows (F, 1 + N, C), from `pixel_values` (F, 3, H, W) or `pixel_embeds` (F, 1 + N, C)."""
     embeds = call.arguments.get("pixel_embeds")
     if isinstance(embeds, torch.Tensor):
-        return row_clips(embeds.shape[0], embeds.shape[1] - 1, call.clip_lengths, prefix=1)
-    return pixel_layout()(call)
+        return row_clips(embeds.shape[0], embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)
+    return pixel_layout(must_be_told=False)(call)
 
 
 def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

@@ -53,7 +53,7 @@ INTERNVL_LORA = LoRARecipe(
 BACKBONE = Backbone(
     name="internvl",
     encoder_classes=("InternVLVisionModel",),
-    layout=pixel_layout(),
+    layout=pixel_layout(must_be_told=False),
     separate_frames=True,
     heads=attention_heads,
     blocks="encoder.layer",

@@ -28,7 +28,7 @@ SIGLIP_LORA = LoRARecipe(
     rank_pattern={VISION_QKV: 32},
     alpha_pattern={VISION_QKV: 32},
 )
-_fixed_layout = pixel_layout(prefix=0, must_be_told=True)
+_fixed_layout = pixel_layout(prefix=0)
 
 
 def holds_blocks(model: nn.Module, encoder: nn.Module) -> bool:

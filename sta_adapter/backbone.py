@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sta_adapter.encoder_call import EncoderCall
-from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
-from sta_adapter.layout import ClipLayout, ClipLengths
+from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError, UnknownClipsError
+from sta_adapter.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.places import Site, find_places
 from sta_adapter.vllm_tower import VLLMTower
 
@@ -137,6 +137,13 @@ class Backbone:
                 f"STA with the backbone {self.name!r} can't be served by vLLM; backbones that can: {', '.join(served)}."
             )
         return dataclasses.replace(self, **self.vllm.changes, is_variant=True)
+
+    def dummy_layout(self, call: EncoderCall) -> ClipLayout:
+        """The layout of `dummy_inputs`, which are one clip, also for encoders that must be told of clips."""
+        try:
+            return self.layout(call)
+        except UnknownClipsError:
+            return self.layout(dataclasses.replace(call, clip_lengths=ALL_ROWS))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         return self

@@ -95,6 +95,11 @@ def main() -> None:
             traceback.print_exc()
         click.secho(f"error: {in_one_line(error)}", fg="red", err=True)
         sys.exit(1)
+    finally:
+        if "torch.distributed" in sys.modules:  # not imported for commands that don't need it
+            from sta_adapter.sharding import end_processes
+
+            end_processes()
 
 
 if __name__ == "__main__":

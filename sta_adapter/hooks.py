@@ -51,7 +51,7 @@ class EncoderBegin(Hook):
             return args, kwargs
         told = told or injection.clip_lengths or injection.default_lengths
         call = EncoderCall.bind(encoder, args, kwargs, told)
-        layout = injection.spec.layout(call)
+        layout = injection.spec.dummy_layout(call) if injection.in_dummy else injection.spec.layout(call)
         blocks = enumerate(encoder.get_submodule(injection.spec.blocks).children())
         modules = {i: active_module(getattr(block, CHILD)) for i, block in blocks if hasattr(block, CHILD)}
         if injection.streams:

@@ -1,10 +1,11 @@
 """Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all.
 
-Public: `whole`, `assign`, `is_sharded`, `shard_groups`, `agree`, `is_first`, `write_once`.
+Public: `whole`, `assign`, `is_sharded`, `shard_groups`, `agree`, `is_first`, `write_once`, `end_processes`.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,18 @@ def is_parallel() -> bool:
 def is_first() -> bool:
     """Whether this is process 0, or the only one."""
     return not is_parallel() or distributed.get_rank() == 0
+
+
+def end_processes() -> None:
+    """Leave the other processes at the end of a run: what uses their connection ends first, then the connection.
+
+    Left to the interpreter's end, threads of the connection may still run when their objects are taken apart, and a signal
+    ends the process after all its work is done.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # wrapped models, trainers and loaders that only cycles keep
+        distributed.destroy_process_group()
+        gc.collect()
 
 
 def write_once(write: Callable[[], None]) -> None:

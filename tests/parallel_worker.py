@@ -12,7 +12,7 @@ from torch import distributed
 from sta_adapter import get_sta, inject_sta
 from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import InjectionError
-from sta_adapter.sharding import whole
+from sta_adapter.sharding import end_processes, whole
 
 STEPS = 3
 
@@ -208,7 +208,7 @@ def main():
         line = {"train": run_training, "refused": refuse, "": compare}[kind](case, out)
         if distributed.get_rank() == 0:
             print(line, flush=True)
-    distributed.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

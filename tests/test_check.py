@@ -9,8 +9,9 @@ from cases import case_parameters, seeded
 from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
+from sta_adapter.backbones.frames import row_clips
 from sta_adapter.check import FEW_TOKENS, check_site
-from sta_adapter.errors import InjectionError, UnknownBackboneError
+from sta_adapter.errors import InjectionError, UnknownBackboneError, UnknownClipsError
 from sta_adapter.places import find_places
 
 WIDTH, HEADS, PATCHES = 16, 4, 3
@@ -312,17 +313,11 @@ def test_blocks_that_do_not_get_tokens_are_refused(change, shape):
 
 
 def test_a_mended_spec_of_the_same_name_is_taken():
-    from sta_adapter.backbone import unregister_backbone
-
     model = toy()
     assert_refused(model, spec(norm="norm1"), "own input")
     handle = inject_sta(model, STAConfig(init="normal"), backbone=SPEC)
-    try:
-        assert handle.backbone == "toy"
-        assert "toy" in list_backbones()
-    finally:
-        handle.remove()
-        unregister_backbone("toy")
+    assert handle.backbone == "toy"
+    assert "toy" not in list_backbones()
 
 
 def test_few_tokens_of_a_large_dummy_clip_are_enough():
@@ -335,6 +330,20 @@ def test_few_tokens_of_a_large_dummy_clip_are_enough():
 
 def test_no_dummy_inputs_means_no_run():
     check_site(find_places(spec(dummy_inputs=None), toy(PostNormBlock)))
+
+
+def test_a_dummy_of_several_rows_is_one_clip_for_a_layout_that_must_be_told():
+    def told(call):
+        rows, positions = call.tensor("patches").shape[:2]
+        return row_clips(rows, positions, call.clip_lengths, prefix=1)
+
+    model = toy().eval()
+    handle = inject_sta(model, backbone=spec(layout=told))
+    with pytest.raises(UnknownClipsError, match="the encoder's 4 rows may be frames of one clip or separate pictures"):
+        model(torch.randn(4, 3, 4))
+    with handle.clips([4]):
+        model(torch.randn(4, 3, 4))
+    model(torch.randn(1, 3, 4))
 
 
 def test_the_meta_device_is_left_alone(caplog):

@@ -9,6 +9,7 @@ from torch import nn
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.backbones.frames import EACH_ROW, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.errors import LayoutError
+from sta_adapter.layout import ALL_ROWS
 
 
 def encoder(**config):
@@ -23,7 +24,7 @@ def encoder(**config):
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        (None, [(4, 6)]),
+        (ALL_ROWS, [(4, 6)]),
         (EACH_ROW, [(1, 6)] * 4),
         ((3, 1), [(3, 6), (1, 6)]),
         (((1, 3), 1), [(1, 18), (1, 6)]),
@@ -37,6 +38,13 @@ def test_rows_of_the_batch(lengths, expected):
     assert row_clips(4, 6, lengths, prefix=2).prefix == 2
 
 
+def test_several_rows_of_which_nobody_has_told():
+    with pytest.raises(LayoutError, match="the encoder's 4 rows may be frames of one clip or separate pictures"):
+        row_clips(4, 6, None)
+    assert row_clips(1, 6, None).clips == ((1, 6),)
+    assert row_clips(4, 6, None, must_be_told=False).clips == ((4, 6),)
+
+
 def test_clips_must_add_up():
     with pytest.raises(LayoutError, match=r"got 4 rows, one a frame, but the clips \[\(2, 3\), 1\] have 7"):
         row_clips(4, 6, ((2, 3), 1))
@@ -45,7 +53,7 @@ def test_clips_must_add_up():
 @pytest.mark.parametrize("size", [4, (4, 8)], ids=["square", "oblong"])
 def test_layout_and_positions_from_pixels(size):
     module = encoder(patch_size=size)
-    call = EncoderCall(module, {"pixel_values": torch.zeros(2, 3, 8, 16)})
+    call = EncoderCall(module, {"pixel_values": torch.zeros(2, 3, 8, 16)}, (2,))
     columns = 4 if size == 4 else 2
     layout = pixel_layout()(call)
     assert (list(layout.clips), layout.prefix) == ([(2, 2 * columns)], 1)

@@ -107,7 +107,7 @@ def test_row_clips_hold_every_row_once(clips, positions):
     layout = row_clips(rows, positions, clips, prefix=1)
     assert layout.num_tokens == rows * positions
     assert [frames for frames, _ in layout.clips] == [frames for frames, _ in clips]
-    assert row_clips(rows, positions, None).clips == ((rows, positions),)
+    assert row_clips(rows, positions, None, must_be_told=False).clips == ((rows, positions),)
     with pytest.raises(LayoutError, match="must add up"):
         row_clips(rows + 1, positions, clips)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sta_adapter import STAConfig, backbone, inject_sta, list_backbones, load_sta, register_backbone
+from sta_adapter import STAConfig, backbone, get_sta, inject_sta, list_backbones, load_sta, register_backbone
 from sta_adapter.backbone import ENTRY_POINT_GROUP, get_backbone, unregister_backbone
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
 
@@ -122,9 +122,9 @@ def test_registered_in_the_process(example, tmp_path):
     handle = inject_sta(encoder, STAConfig(init="normal"))
     assert handle.backbone == "my_vit"
     handle.save_pretrained(tmp_path)
-    load_sta(twin, tmp_path)
     frames = torch.randn(4, 3, 16, 16)
-    assert torch.equal(twin(frames), encoder(frames))
+    with load_sta(twin, tmp_path).clips([4]), handle.clips([4]):
+        assert torch.equal(twin(frames), encoder(frames))
 
 
 def test_a_spec_that_was_passed_stays_unregistered(example):
@@ -132,9 +132,9 @@ def test_a_spec_that_was_passed_stays_unregistered(example):
     before = list_backbones()
     encoder, frames = example.MyViT().eval(), torch.randn(4, 3, 16, 16)
     handle = inject_sta(encoder, STAConfig(init="normal"), backbone=spec)
-    with handle.clips([4]):
-        expected = encoder(frames)
-        assert torch.equal(copy.deepcopy(encoder)(frames), expected)
+    twin = copy.deepcopy(encoder)
+    with handle.clips([4]), get_sta(twin).clips([4]):
+        assert torch.equal(twin(frames), encoder(frames))
     with pytest.raises(ConfigError, match=r"the name 'my_vit', under which none is registered. Call register_backbone"):
         pickle.dumps(encoder)
     assert handle.lora_config(target_modules=["qkv"]).target_modules == {"qkv"}
@@ -148,7 +148,7 @@ def test_a_spec_that_was_passed_stays_unregistered(example):
 
 def test_a_pickled_model_finds_its_registered_backbone(example):
     register_backbone(example.backbone.BACKBONE)
-    encoder, frames = example.MyViT().eval(), torch.randn(4, 3, 16, 16)
+    encoder, frames = example.MyViT().eval(), torch.randn(1, 3, 16, 16)
     inject_sta(encoder, STAConfig(init="normal"))
     assert torch.equal(pickle.loads(pickle.dumps(encoder))(frames), encoder(frames))
 

@@ -11,7 +11,6 @@ from cases import case_parameters, clips_of, randomize
 from toy import TOY, ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, get_sta, inject_sta
-from sta_adapter.backbone import unregister_backbone
 from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.visualization import branch_sizes, crossing_map, observe, temporal_attention
 
@@ -38,9 +37,7 @@ def variant():
         names.append(f"toy-{len(names)}")
         return dataclasses.replace(TOY, name=names[-1], **fields)
 
-    yield make
-    for name in names:
-        unregister_backbone(name)
+    return make
 
 
 def hook_count(model):
