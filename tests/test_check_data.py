@@ -132,3 +132,10 @@ def test_long_reports_are_cut():
     assert "    ... and 5 more; --json lists all" in lines
     assert lines[-1] == "    ... and 10 more; --json lists all"
     assert max(map(len, lines)) <= 80
+
+
+def test_a_misspelt_setting_is_refused(tmp_path):
+    settings = tmp_path / "run.yaml"
+    settings.write_text("model: x\nmax_lenght: 41\n")
+    done = CliRunner().invoke(cli, ["check-data", str(write_samples(tmp_path, 1)), "--config", str(settings)])
+    assert "unknown setting 'max_lenght'. Did you mean 'max_length'?" in str(done.exception)

@@ -45,12 +45,12 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
 def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Any) -> None:
     """Check and print what was found."""
+    from sta_adapter.commands.train import RUN_OPTIONS
     from sta_adapter.data_check import check_data
     from sta_adapter.loading import load_processor
     from sta_adapter.training_config import TrainingConfig, read_yaml
 
-    known = TrainingConfig.__dataclass_fields__
-    values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name in known}
+    values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name not in RUN_OPTIONS}
     settings = TrainingConfig.from_dict(values)
     timeout = options["decode_timeout"]
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
