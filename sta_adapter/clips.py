@@ -111,7 +111,10 @@ class ClipReader:
 
     def _visual(self, part: dict[str, Any], index: int) -> Visual:
         if part["type"] == "image":
-            return Visual("image", read_image(part["image"]))
+            pixels, low, high = read_image(part["image"]), part.get("min_pixels"), part.get("max_pixels")
+            if low is not None or high is not None:
+                pixels = fit_frames(pixels, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
+            return Visual("image", pixels)
         low, high = self._pixel_limits(part)
         resized = low is not None or high is not None
 

@@ -252,6 +252,18 @@ def test_fit_frames_keeps_within_the_limits(height, width, factor, low, more):
         assert least <= new_height * new_width <= most
 
 
+@pytest.mark.parametrize(
+    ("limit", "grid"), [({}, [1, 4, 4]), ({"max_pixels": 64}, [1, 2, 2]), ({"min_pixels": 1024}, [1, 8, 8])]
+)
+def test_limits_of_a_picture(processor, tmp_path, limit, grid):
+    from PIL import Image
+
+    Image.fromarray(moving_square("left")[0]).save(tmp_path / "a.png")
+    record = sample([{"type": "image", "image": str(tmp_path / "a.png"), **limit}])
+    item = VideoDataset([parse_sample(record)], processor, frames=AS_IS, on_bad_sample="error")[0]
+    assert item["image_grid_thw"].tolist() == [grid]
+
+
 def test_range_of_a_clip(processor, tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square("right"), fps=4)
     record = sample([{"type": "video", "video": str(path), "fps": 4, "video_start": 1.0, "video_end": 2.0}])
