@@ -39,6 +39,7 @@ OPTIONS = {
     },
     **{"format": "ssv2", "overwrite": True, "learning_rate": 1e-3, "batch_size": 8, "max_steps": 5, "epochs": 2.0},
     **{"on_bad_sample": "error", "trust_remote_code": True, "dtype": "bf16", "quantize": "4bit", "revision": "main"},
+    **{"positions": "trained", "adapter_revision": "v1"},
 }
 
 
