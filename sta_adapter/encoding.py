@@ -7,6 +7,8 @@ prompt and answer, a `DataError` says so. The prompt's tokens are exactly those 
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from sta_adapter.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
+from sta_adapter.frames import resize_frames
 
 IGNORE = -100
 Encoded = dict[str, torch.Tensor]
@@ -198,7 +201,8 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     if any(clip.resized for clip in clips) and not hasattr(part, "patch_size"):
         raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
     kwargs: dict[str, Any] = {"videos_kwargs": {}}
-    if any(clip.resized for clip in clips):
+    if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
+        clips = [clip if clip.resized else _resized_by(part, clip) for clip in clips]
         kwargs["videos_kwargs"]["do_resize"] = False
     if hasattr(processor, "video_processor"):
         kwargs["videos_kwargs"]["do_sample_frames"] = False
@@ -224,6 +228,22 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
     return {**encoded, **row_lengths(processor, encoded, visuals)}
+
+
+def _resized_by(part: Any, clip: Visual) -> Visual:
+    """A clip in the size that the processor would give to it."""
+    frames = clip.pixels[:1].repeat(getattr(part, "temporal_patch_size", 1) or 1, axis=0).transpose(0, 3, 1, 2)
+    names = inspect.signature(part.preprocess).parameters
+    options: dict[str, Any] = {"images": None} if "images" in names else {}
+    options |= {"do_sample_frames": False} if hasattr(part, "do_sample_frames") else {}
+    found = part.preprocess(videos=[frames], return_tensors="pt", **options) if "videos" in names else {}
+    if "video_grid_thw" not in found:
+        raise DataError(
+            "a clip of this sample has min_pixels or max_pixels and another has none, and the size that "
+            f"{type(part).__name__} would give to it can't be known; give limits to all of them or to none."
+        )
+    height, width = (int(size) * part.patch_size for size in found["video_grid_thw"][0, 1:])
+    return dataclasses.replace(clip, pixels=resize_frames(clip.pixels, height, width), resized=True)
 
 
 def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None:

@@ -13,7 +13,7 @@ import torch
 from sta_adapter.errors import DataError
 from sta_adapter.video.image import MOST_PIXELS, read_image
 
-__all__ = ["fit_frames", "read_image"]
+__all__ = ["fit_frames", "read_image", "resize_frames"]
 
 
 def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels: float) -> np.ndarray:
@@ -39,9 +39,14 @@ def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels
         raise DataError(
             f"frames of {width}x{height} would become {new_width}x{new_height}, more than {MOST_PIXELS} pixels; lower min_pixels."
         )
-    if (new_height, new_width) == (height, width):
+    return resize_frames(frames, new_height, new_width)
+
+
+def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames `(T, H, W, 3)` uint8 in another size."""
+    if frames.shape[1:3] == (height, width):
         return frames
     channels_last = torch.from_numpy(frames).permute(0, 3, 1, 2)
     # On uint8 in this memory layout torch is more than ten times as fast as on floats, and does what processors do.
-    resized = torch.nn.functional.interpolate(channels_last, (new_height, new_width), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(channels_last, (height, width), mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).contiguous().numpy()

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from sta_adapter.backbone import locate
+from sta_adapter.backbone import Backbone, LoRARecipe, locate
 from sta_adapter.errors import ConfigError
 from sta_adapter.handle import STAHandle
 from sta_adapter.hooks import CHILD
@@ -25,11 +25,7 @@ from sta_adapter.training_config import TrainingConfig
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
     """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
     site = locate(model, None if handle is None else handle._injection.spec)
-    recipe = site.backbone.lora
-    if recipe is None:
-        raise ConfigError(
-            f"backbone {site.backbone.name!r} has no LoRA recipe; train stage 1, or add the recipe to it."
-        )
+    recipe = require_recipe(site.backbone)
     targets = list(recipe.target_modules)
     patterns: dict[str, dict[str, int]] = {
         "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
@@ -51,6 +47,17 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
         **patterns,
     }
     return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
+
+
+def require_recipe(backbone: Backbone) -> LoRARecipe:
+    """The backbone's recipe.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if backbone.lora is None:
+        raise ConfigError(f"backbone {backbone.name!r} has no LoRA recipe; train stage 1, or add the recipe to it.")
+    return backbone.lora
 
 
 class STALoraConfig(LoraConfig):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sta_adapter.adapter_format import WEIGHTS, replace_files
+from sta_adapter.backbone import locate
 from sta_adapter.config import STAConfig
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
@@ -104,6 +105,7 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
+        from sta_adapter.lora_recipe import require_recipe
         from sta_adapter.stages import Stage, join_processes
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
@@ -116,6 +118,9 @@ def train(
         eval_data = open_data(eval_data, processor, config, stream=False)
     _check_stream(dataset, eval_data, [config.for_stage(name) for name in names])
     folder = Path(output_dir)
+    if "2" in names:  # said now, and not when stage one has been trained
+        injected = model if isinstance(model, STAHandle) else get_sta(model)
+        require_recipe(locate(model).backbone if injected is None else injected._injection.spec)  # type: ignore[arg-type]
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
     write_once(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))

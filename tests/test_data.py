@@ -264,6 +264,27 @@ def test_limits_of_a_picture(processor, tmp_path, limit, grid):
     assert item["image_grid_thw"].tolist() == [grid]
 
 
+def test_limits_of_one_clip_leave_the_others_to_the_processor(processor, tmp_path):
+    """Each clip of a sample is encoded as it is alone, whichever of them sets its own limits."""
+    path = write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 255, (4, 96, 128, 3), np.uint8))
+    parts = [
+        {"type": "video", "video": str(path), "nframes": 4},
+        {"type": "video", "video": str(path), "nframes": 4, "max_pixels": 1024},
+    ]
+    settings = FrameSettings(min_tokens=None, max_tokens=None)
+
+    def encoded(*chosen):
+        file = jsonl(tmp_path / "data.jsonl", sample([*chosen, {"type": "text", "text": "which?"}]))
+        return VideoDataset(file, processor, frames=settings, on_bad_sample="error")[0]
+
+    alone = [encoded(part) for part in parts]
+    for order in ((0, 1), (1, 0)):
+        both = encoded(*(parts[index] for index in order))
+        assert torch.equal(both["video_grid_thw"], torch.cat([alone[i]["video_grid_thw"] for i in order]))
+        assert torch.equal(both["pixel_values_videos"], torch.cat([alone[i]["pixel_values_videos"] for i in order]))
+    assert not torch.equal(alone[0]["video_grid_thw"], alone[1]["video_grid_thw"])
+
+
 def test_range_of_a_clip(processor, tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square("right"), fps=4)
     record = sample([{"type": "video", "video": str(path), "fps": 4, "video_start": 1.0, "video_end": 2.0}])

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -447,3 +448,13 @@ def test_command_refuses(arguments, error):
     done = CliRunner().invoke(cli, ["train", *arguments])
     assert done.exit_code == 2
     assert error in done.output.replace("'--model'", "--model")
+
+
+def test_a_backbone_without_lora_says_so_before_stage_one(tmp_path, model, dataset):
+    from sta_adapter.backbone import get_backbone
+
+    plain = dataclasses.replace(get_backbone("qwen2_vl"), name="plain", lora=None)
+    handle = inject_sta(model, backbone=plain)
+    with pytest.raises(ConfigError, match="backbone 'plain' has no LoRA recipe; train stage 1"):
+        train(handle, dataset, output_dir=tmp_path / "out", config=TrainingConfig(**FAST), progress=False)
+    assert not (tmp_path / "out").exists()
