@@ -187,16 +187,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except ImportError as error:
         raise MissingExtraError("reading YAML needs PyYAML: pip install 'sta-adapter[train]'.") from error
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _single_keys(yaml))  # a SafeLoader
     except OSError as error:
         raise ConfigError(f"can't read the settings in {str(path)!r}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad dates and numbers of thousands of digits, too
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:500]}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, expected lines like 'learning_rate: 1.0e-4'.")
     return values
+
+
+def _single_keys(yaml: Any) -> Any:
+    """A safe loader that refuses a key which stands twice, of which YAML would take the last."""
+
+    class SingleKeys(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice!r} stands twice in it, line {node.start_mark.line + 1} and after")
+            return super().construct_mapping(node, deep)
+
+    return SingleKeys
 
 
 def _check_names(values: Mapping[str, Any], where: str = "the settings", known: type = TrainingConfig) -> None:

@@ -218,3 +218,22 @@ TWO = ["It moves left.", "It moves right."]
 )  # fmt: skip
 def test_named_option(said, labels, texts, index):
     assert named_option(said, labels, texts) == index
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "[" * 100_000),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}"),
+        ("a.csv", "a,b\n" + '"' + "x" * 200_000 + '",1'),
+        ("a.parquet", "PAR1 and nothing of a table PAR1"),
+    ],
+)
+def test_files_of_any_content_are_errors_of_ours(tmp_path, name, content):
+    from sta_adapter.eval_sets.tables import read_file
+
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name} can't be read as"):
+        read_file(tmp_path / name)

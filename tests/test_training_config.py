@@ -165,3 +165,22 @@ def test_batches_that_do_not_divide(batch, device, processes, error):
 def test_missing_settings_file(tmp_path):
     with pytest.raises(ConfigError, match=r"can't read the settings in .*none\.yaml.*No such file"):
         TrainingConfig.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 1\nepochs: 2\n", "'epochs' stands twice in it"),
+        ("frames:\n  fps: 1\n  fps: 2\n", "'fps' stands twice in it"),
+        ("epochs: 2024-13-45\n", "is not YAML: month must be"),
+        ("a: " + "[" * 5000, "is not YAML"),
+        ("max_steps: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+    ],
+    ids=["twice", "twice-inside", "date", "deep", "digits"],
+)
+def test_settings_that_are_no_yaml(tmp_path, text, message):
+    from sta_adapter.training_config import read_yaml
+
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "run.yaml")

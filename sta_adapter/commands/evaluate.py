@@ -23,7 +23,7 @@ from sta_adapter.commands.options import (
     option,
     quantize_option,
 )
-from sta_adapter.errors import ConfigError, DataError, MissingExtraError
+from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.eval_sets import BENCHMARKS
 from sta_adapter.local_paths import public_name, without_folders
 from sta_adapter.requirements import require_device, require_writable
@@ -200,13 +200,13 @@ def _without(model: Any) -> Any:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    """results.json and results.png; without matplotlib a hint in its place."""
+    """results.json and results.png; where it can't be drawn, the reason in its place."""
     from sta_adapter.evaluation_plot import draw
 
     (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     try:
         draw(report, folder / "results.png")
-    except MissingExtraError as error:
+    except Exception as error:  # a picture must not cost the outcome of hours, whatever its library can't draw
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
 
 

@@ -30,7 +30,7 @@ def read_file(file: Path) -> Any:
         if file.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{file} can't be read as {file.suffix.removeprefix('.')}: {error}") from error
 
 
@@ -48,10 +48,13 @@ def read_table(file: Path) -> list[dict[str, Any]]:
 
 def _parquet(file: Path) -> list[dict[str, Any]]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise MissingExtraError(f"{file} needs pyarrow: pip install 'sta-adapter[eval]'.") from error
-    return parquet.read_table(file).to_pylist()
+    try:
+        return parquet.read_table(file).to_pylist()
+    except ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 def find(folder: Path, *patterns: str) -> list[Path]:
