@@ -202,7 +202,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def _single_keys(yaml: Any) -> Any:
     """A safe loader that refuses a key which stands twice, of which YAML would take the last."""
 
-    class SingleKeys(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+    class SingleKeys(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             twice = next((name for name in names if names.count(name) > 1), None)
