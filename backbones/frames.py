@@ -1,6 +1,6 @@
 """Shared by encoders that take frames as a batch of images: rows (F, prefix + N, C), one row a frame or a tile of it.
 
-Of rows whose clips nobody has told (`EncoderCall.clip_lengths`), some backbones make one clip; others refuse several.
+Of rows whose clips nobody has told, some backbones make one clip; others refuse several.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def row_clips(
     Args:
         rows: size of the encoder's batch.
         positions: patch positions of a row.
-        lengths: of each clip, its frames, or (frames, tiles of each frame) where a frame takes several rows;
-            `EACH_ROW`; `ALL_ROWS` for one clip of all rows; None when nobody has told.
+        lengths: of each clip, its frames, or (frames, tiles of each frame); `EACH_ROW`; `ALL_ROWS`; None when not told.
         prefix: class and register tokens in front of a row's patches.
         must_be_told: whether several rows of which nobody has told are an error; else they are one clip.
 
@@ -81,10 +80,9 @@ def pixel_layout(
             raise unknown_clips(f"the {rows} rows of {type(call.encoder).__name__}'s pixel_values")
         size = patch_size(call.encoder)
         down, across = (size, size) if isinstance(size, int) else size
+        positions = (height // down) * (width // across)
         leading = prefix if isinstance(prefix, int) else prefix(call.encoder)
-        return row_clips(
-            rows, (height // down) * (width // across), call.clip_lengths, prefix=leading, must_be_told=False
-        )
+        return row_clips(rows, positions, call.clip_lengths, prefix=leading, must_be_told=False)
 
     return layout
 

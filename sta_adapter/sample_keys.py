@@ -91,9 +91,10 @@ def extra_fields(record: dict[str, Any], used: Iterable[str]) -> dict[str, Any]:
 
 
 def _near(key: str) -> str | None:
-    """The known key that one was meant to be; None for a name of its own, such as question_id."""
+    """The known key that one was meant to be; None for a name of its own, such as question_id or videoid."""
     meant = next((name for name, pattern in _MEANT.items() if pattern.fullmatch(key)), None)
-    if meant is not None or any(key.startswith(f"{name}_") for name in _KNOWN):
+    own_name = key.lower().endswith("id") or any(key.startswith(f"{name}_") for name in _KNOWN)
+    if meant is not None or own_name:
         return meant
     return next(iter(difflib.get_close_matches(key.lower(), _KNOWN, n=1, cutoff=0.82)), None)
 

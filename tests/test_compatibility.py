@@ -92,17 +92,17 @@ def test_parameters_that_cannot_be_read():
 
 
 @needs_seams
-def test_a_forward_whose_cache_was_renamed_gives_no_positions(model):
+def test_a_forward_whose_cache_was_renamed_gives_no_positions(model, monkeypatch):
     restore_original_positions(model)
     owner = find_owner(model)
-    original = owner.forward
+    original = type(owner).forward
 
     @functools.wraps(original)
     def forward(*args, **kwargs):
         return original(*args, **kwargs)
 
-    forward.__signature__ = inspect.signature(forward_of("input_ids, attention_mask=None, memory=None"))
-    owner.forward = forward
+    forward.__signature__ = inspect.signature(forward_of("self, input_ids, attention_mask=None, memory=None"))
+    monkeypatch.setattr(type(owner), "forward", forward)
     with raises("Qwen2VLModel.forward has no parameter called cache or past_key_values"):
         owner(**batch_of([(5,)]))
 

@@ -86,7 +86,7 @@ def test_what_other_packages_deprecate_is_not_shown_to_users_of_a_command(catego
 
     code = (
         "import sys, warnings, sta_adapter.cli as c\nsys.argv = ['sta-adapter', '--version']\n"
-        "c.cli = lambda: [warnings.warn_explicit('old', %s, 'f.py', 1, module=m) for m in ('peft.x', 'sta_adapter.x')]\n"
+        "c.cli = lambda words, prog_name: [warnings.warn_explicit('old', %s, 'f.py', 1, module=m) for m in ('peft.x', 'sta_adapter.x')]\n"
         "c.main()"
     )
     done = subprocess.run([sys.executable, "-c", code % category], capture_output=True, text=True)
