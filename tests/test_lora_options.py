@@ -29,7 +29,7 @@ OPTIONS = {
     "rank_pattern": {"r": 2, "rank_pattern": {r"blocks\.\d\.attn\.qkv": 4, "v_proj": 1}},
     "alpha_pattern": {"alpha_pattern": {"attn.qkv": 9}},
     "layers_to_transform": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-    "layers_pattern": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "layers_pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
     "modules_to_save": {"modules_to_save": ["merger"]},
     "bias": {"bias": "lora_only"},
     "bias-all": {"bias": "all"},

@@ -85,7 +85,7 @@ def test_enlarged_frames_have_a_budget(video, monkeypatch):
 def test_no_frame_is_enlarged_without_bounds(tmp_path, video):
     with pytest.raises(DataError, match=r"would become \d+x\d+, more than \d+ pixels; lower min_pixels"):
         fit_frames(np.zeros((1, 48, 64, 3), np.uint8), factor=8, min_pixels=10**13, max_pixels=float("inf"))
-    part = {"type": "video", "video": str(video), "min_pixels": 10**13}
+    part = {"type": "video", "video": str(video), "min_pixels": 10**8}
     record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "x"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     item = VideoDataset(tmp_path / "a.jsonl", None)[0]
