@@ -49,6 +49,7 @@ def _say_if_rounded() -> None:
     if int(transformers.__version__.split(".")[0]) < 5:
         logger.warning(
             "transformers %s rounds the seconds of a temporal step down to whole ones in Qwen2.5-VL's positions, so that "
-            "steps of less than a second fall together. Use transformers 5, or sampling with whole seconds a step.",
+            "steps of less than a second fall together, unless the model numbers text as it was trained: the commands do so, "
+            "in Python sta_adapter.text_positions.use_positions(model) does. Or use transformers 5.",
             transformers.__version__,
         )
