@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import EACH_ROW as EACH_ROW
+from sta_adapter.attention.layout import AllRows, ClipLayout, ClipLengths, EachRow
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.errors import LayoutError, UnknownClipsError
-from sta_adapter.layout import EACH_ROW as EACH_ROW
-from sta_adapter.layout import AllRows, ClipLayout, ClipLengths, EachRow
 
 
 def row_clips(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout
 from sta_adapter.signatures import takes
 
 # language models of the InternVideo family: Mistral, Llama and Qwen2 (q_proj ...) and InternLM2 (wqkv ...)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.backbone import Backbone, ClipSource, LoRARecipe
 from sta_adapter.backbones.frames import (
     EACH_ROW,
@@ -21,7 +22,6 @@ from sta_adapter.backbones.frames import (
     pixel_positions,
     unknown_clips,
 )
-from sta_adapter.layout import ClipLengths
 from sta_adapter.vllm_tower import VLLMTower
 
 

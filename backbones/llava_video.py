@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import EACH_ROW, ClipLengths
 from sta_adapter.backbone import ClipSource
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
-from sta_adapter.layout import EACH_ROW, ClipLengths
 
 
 def multimodal_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout
 from sta_adapter.vllm_tower import VLLMTower
 
 QWEN_LORA = LoRARecipe(

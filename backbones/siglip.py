@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.backbones.frames import (
     attention_heads,
@@ -17,7 +18,6 @@ from sta_adapter.backbones.frames import (
     unknown_clips,
 )
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLayout
 
 VISION_QKV = r"encoder\.layers\.\d+\.self_attn\.[qkv]_proj"
 SIGLIP_LORA = LoRARecipe(

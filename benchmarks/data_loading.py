@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from sta_adapter.data import FrameSettings, VideoDataset  # noqa: E402
 from sta_adapter.frames import fit_frames  # noqa: E402
 from sta_adapter.samples import Sample  # noqa: E402
-from sta_adapter.video.sampling import Sampling, choose_frames  # noqa: E402
+from sta_adapter.video import Sampling, choose_frames  # noqa: E402
 from sta_adapter.video.table import read_table  # noqa: E402
 
 # seconds, frames a second, height and width of the files; frames taken; whether they are resized
@@ -64,7 +64,7 @@ class Function(Dataset):
 
 def write_clips(folder: Path, count: int, seconds: int, rate: int, height: int, width: int) -> list[Path]:
     """H.264 files of a moving picture with noise, about as large as real ones: 100 KB for 4 s (Something-Something v2: 90)."""
-    from sta_adapter.video.writer import write_clip
+    from sta_adapter.video import write_clip
 
     made = []
     for number in range(count):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.encoder_call import EncoderCall
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError, UnknownClipsError
-from sta_adapter.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.places import Site, find_places
 from sta_adapter.vllm_tower import VLLMTower
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.errors import InjectionError
 from sta_adapter.hooks import RESIDUAL, iterate_tensors
-from sta_adapter.layout import ClipLayout
 from sta_adapter.places import Site
 
 logger = logging.getLogger(__name__)

@@ -385,7 +385,7 @@ def _look_at_hooks() -> None:
 
 
 def _look_at_xformers() -> None:
-    from sta_adapter import xformers_kernels
+    from sta_adapter.attention import xformers_kernels
 
     try:
         xformers_kernels.import_xformers()

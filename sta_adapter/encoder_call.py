@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ClipLengths
 from sta_adapter.signatures import bound_arguments
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from sta_adapter.attention import choose_kernel
+from sta_adapter.attention.kernels import choose_kernel
 from sta_adapter.backbone import ENTRY_POINT_GROUP, get_backbone, list_backbones
 from sta_adapter.compatibility import TESTED, seams, version
 
@@ -64,7 +64,7 @@ def _kernel(device: str, dtype: torch.dtype) -> dict[str, str]:
     choice = choose_kernel(device, dtype, FRAMES, HEAD_DIM)
     kernel = choice.backend
     if kernel == "xformers":
-        from sta_adapter.xformers_kernels import kernel_names
+        from sta_adapter.attention.xformers_kernels import kernel_names
 
         q = torch.empty(1, FRAMES, 1, HEAD_DIM, device=device, dtype=dtype)
         kernel = f"xformers ({', '.join(kernel_names(q, q, q))})"

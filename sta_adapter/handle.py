@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sta_adapter.attention.explain import Call
+from sta_adapter.attention.layout import checked_lengths
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
-from sta_adapter.explain import Call
 from sta_adapter.hooks import CHILD, active_module, remove_hooks
 from sta_adapter.injection import Injection
-from sta_adapter.layout import checked_lengths
 from sta_adapter.live.stream import Stream, check_streaming, entered
-from sta_adapter.modules import TemporalAttention
 from sta_adapter.telling import remove_methods
 
 if TYPE_CHECKING:

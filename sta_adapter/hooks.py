@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.attention.layout import ClipLengths, checked_lengths
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.compatibility import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection import Injection
-from sta_adapter.layout import ClipLengths, checked_lengths
 from sta_adapter.live.stream import continue_streams
 from sta_adapter.module_names import STA_TENSOR, canonical
-from sta_adapter.modules import TemporalAttention
 from sta_adapter.signatures import takes
 from sta_adapter.uncompiled import uncompiled
 

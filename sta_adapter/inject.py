@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.backbone import Backbone, Site, locate
 from sta_adapter.check import check_site
 from sta_adapter.compatibility import add_load_hook
@@ -27,7 +28,6 @@ from sta_adapter.hooks import (
     remove_hooks,
 )
 from sta_adapter.injection import Injection
-from sta_adapter.modules import TemporalAttention
 from sta_adapter.parallel import attach_agreement, refuse_wrapped
 from sta_adapter.peft_loading import watch_peft
 from sta_adapter.sharding import execution_device

@@ -14,13 +14,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sta_adapter.attention.frame_mask import visible_keys
+from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.attention.module import TemporalAttention, rotate
 from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.errors import StreamError
-from sta_adapter.frame_mask import visible_keys
 from sta_adapter.handle import STAHandle
 from sta_adapter.hooks import iterate_tensors, take_clip_lengths
-from sta_adapter.layout import ClipLayout
-from sta_adapter.modules import TemporalAttention, rotate
 
 
 @dataclass

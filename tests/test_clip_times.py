@@ -11,8 +11,7 @@ from make_videos import write
 
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.samples import parse_sample
-from sta_adapter.video import read_clip
-from sta_adapter.video.reader import ClipMetadata
+from sta_adapter.video import ClipMetadata, read_clip
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 SPURT = [

@@ -14,11 +14,11 @@ from torch import nn
 
 from sta_adapter import compatibility as seams
 from sta_adapter import inject_sta
+from sta_adapter.attention.recompute import project_normed
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.errors import CompatibilityError
 from sta_adapter.modes import activation_checkpointing
-from sta_adapter.recompute import project_normed
 
 TOLD = r"[\s\S]*This is {} \S+, and STA was tested with .*: install one of these \(pip install {}==\.\.\.\)"
 only_5 = pytest.mark.skipif(not is_transformers_5(), reason="a part of transformers 5")

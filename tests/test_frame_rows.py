@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from sta_adapter.attention.layout import ALL_ROWS
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.backbones.frames import EACH_ROW, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import ALL_ROWS
 
 
 def encoder(**config):

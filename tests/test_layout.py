@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter import ClipLayout
+from sta_adapter.attention.layout import checked_lengths
 from sta_adapter.errors import LayoutError
-from sta_adapter.layout import checked_lengths
 
 clips = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=5)
 cpu = torch.device("cpu")

@@ -12,6 +12,7 @@ from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 
 from sta_adapter import STAConfig
 from sta_adapter.adapter_format import CONFIG, WEIGHTS, make_description, write_adapter
+from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbone import get_backbone, list_backbones
 from sta_adapter.backbones.frames import EachRow
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
@@ -19,8 +20,6 @@ from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings
 from sta_adapter.integrations.vllm.request import requested
-from sta_adapter.layout import ClipLayout
-from sta_adapter.modules import TemporalAttention
 
 GRID = [[3, 2, 2], [2, 2, 4]]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sta_adapter import STAConfig, modules, xformers_kernels
-from sta_adapter.layout import ClipLayout
-from sta_adapter.modules import TemporalAttention
+from sta_adapter import STAConfig
+from sta_adapter.attention import ClipLayout, TemporalAttention, xformers_kernels
+from sta_adapter.attention import module as modules
 
 wheel = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="xformers has wheels for Linux on x86-64 alone"
@@ -27,7 +27,7 @@ def in_a_new_process(code):
 @wheel
 def test_it_loads_with_its_cuda_kernels_and_says_nothing():
     run = in_a_new_process(
-        "from sta_adapter.xformers_kernels import import_xformers\n"
+        "from sta_adapter.attention.xformers_kernels import import_xformers\n"
         "import_xformers()\nimport xformers._cpp_lib\nprint(xformers._cpp_lib._built_with_cuda)"
     )
     assert (run.stdout.strip(), run.stderr.strip()) == ("True", ""), run
@@ -38,7 +38,7 @@ def test_nothing_is_loaded_before_it_is_asked_for():
     run = in_a_new_process(
         "import ctypes, sys, torch\nloaded, load = [], ctypes.CDLL\n"
         "ctypes.CDLL = lambda name, *args, **named: loaded.append(name) or load(name, *args, **named)\n"
-        "import sta_adapter, sta_adapter.attention\nfrom sta_adapter.xformers_kernels import import_xformers\n"
+        "import sta_adapter, sta_adapter.attention.kernels\nfrom sta_adapter.attention.xformers_kernels import import_xformers\n"
         "print(loaded, 'xformers' in sys.modules)\nimport_xformers()\nprint(any('cudart' in str(x) for x in loaded))"
     )
     same = int((torch.version.cuda or "0").split(".")[0]) == xformers_kernels.built_for()[0] // 100

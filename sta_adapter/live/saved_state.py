@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.errors import StreamError
 from sta_adapter.live.state import StreamState
-from sta_adapter.modules import TemporalAttention
 
 FORMAT = 1
 

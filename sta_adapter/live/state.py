@@ -13,12 +13,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sta_adapter.attention import attend
+from sta_adapter.attention.explain import Call as KernelCall
+from sta_adapter.attention.explain import calls_of
+from sta_adapter.attention.kernels import attend
+from sta_adapter.attention.layout import ClipLayout, rotary_tables
+from sta_adapter.attention.module import TemporalAttention, rotate
 from sta_adapter.errors import LayoutError, StreamError
-from sta_adapter.explain import Call as KernelCall
-from sta_adapter.explain import calls_of
-from sta_adapter.layout import ClipLayout, rotary_tables
-from sta_adapter.modules import TemporalAttention, rotate
 from sta_adapter.uncompiled import uncompiled
 
 FrameShape = tuple[int, tuple[int, ...] | None]  # patch positions; rows and columns, where known

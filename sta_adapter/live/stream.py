@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.config import STAConfig, checked_window
 from sta_adapter.errors import ConfigError, LayoutError, StreamError
-from sta_adapter.layout import ClipLayout
 from sta_adapter.live.saved_state import restored, saved
 from sta_adapter.live.state import Call, Chunk, FrameShape, StreamState
-from sta_adapter.modules import TemporalAttention
 
 if TYPE_CHECKING:
     from sta_adapter.injection import Injection

@@ -8,12 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sta_adapter.attention import attend
+from sta_adapter.attention.explain import Call, calls_of
+from sta_adapter.attention.kernels import attend
+from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.attention.recompute import project_normed, recomputed
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
-from sta_adapter.explain import Call, calls_of
-from sta_adapter.layout import ClipLayout
-from sta_adapter.recompute import project_normed, recomputed
 
 
 class TemporalAttention(nn.Module):
@@ -32,7 +32,7 @@ class TemporalAttention(nn.Module):
         qkv_bias: whether `to_qkv` has a bias.
 
     Attributes:
-        recompute: keep only the branch's input for the backward, and compute the rest again; see `sta_adapter.recompute`.
+        recompute: keep only the branch's input for the backward, and compute the rest again; see `sta_adapter.attention.recompute`.
 
     Raises:
         ConfigError: when RoPE is asked for and the head size is odd.

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sta_adapter import xformers_kernels
+from sta_adapter.attention import xformers_kernels
+from sta_adapter.attention.frame_mask import visible_keys
 from sta_adapter.errors import BackendError, ConfigError
-from sta_adapter.frame_mask import visible_keys
 
 BACKENDS = ("auto", "xformers", "sdpa", "eager")
 CUDA_BATCH_LIMIT = 65535  # the kernels' grids have one entry per batch row in a dimension of 16 bits

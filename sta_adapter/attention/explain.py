@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sta_adapter.attention import choose_kernel
-from sta_adapter.layout import ClipLayout
+from sta_adapter.attention.kernels import choose_kernel
+from sta_adapter.attention.layout import ClipLayout
 
 
 @dataclass(frozen=True)
