@@ -20,7 +20,7 @@ from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
 from sta_adapter.clip_batches import missing_frames
-from sta_adapter.compatibility import incompatible
+from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import LayoutError
 
 MODELS = ("LlavaOnevisionModel", "LlavaOnevisionForConditionalGeneration")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.compatibility import GENERATION_METHOD, cached_tokens, given_arguments
+from sta_adapter.compatibility.seams import GENERATION_METHOD, cached_tokens, given_arguments
+from sta_adapter.compatibility.signatures import class_method
+from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError
-from sta_adapter.signatures import class_method
-from sta_adapter.uncompiled import uncompiled
 
 FORWARD = "Qwen2VLModel.forward"
 

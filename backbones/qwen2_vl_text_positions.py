@@ -16,7 +16,7 @@ from sta_adapter.backbones.qwen2_vl_position_rules import (
     WholeSecondsRowsAndColumns,
 )
 from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, uninstall
-from sta_adapter.compatibility import ROPE_INDEX, parameter_names
+from sta_adapter.compatibility.seams import ROPE_INDEX, parameter_names
 from sta_adapter.errors import ConfigError
 
 # before transformers 4.52, the head computes positions itself

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sta_adapter.compatibility import incompatible
+from sta_adapter.compatibility.seams import incompatible
 
 
 class InterleavedFrequencies:

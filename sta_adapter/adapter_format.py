@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sta_adapter.compatibility import version
+from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.files import atomic_folder_write, finish_write

@@ -25,7 +25,7 @@ from sta_adapter.adapter_format import (
 )
 from sta_adapter.base_marks import require_same_base
 from sta_adapter.base_model import check_base, describe_base
-from sta_adapter.compatibility import version
+from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.files import SAVED

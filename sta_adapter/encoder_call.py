@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLengths
+from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.errors import LayoutError
-from sta_adapter.signatures import bound_arguments
 
 
 @dataclasses.dataclass(frozen=True)

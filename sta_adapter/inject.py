@@ -12,7 +12,7 @@ from torch import nn
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.backbone import Backbone, Site, locate
 from sta_adapter.check import check_site
-from sta_adapter.compatibility import add_load_hook
+from sta_adapter.compatibility.seams import add_load_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.handle import STAHandle

@@ -22,7 +22,7 @@ from sta_adapter.attention.explain import Call
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.backbone import Backbone
 from sta_adapter.base_marks import mark_base
-from sta_adapter.compatibility import graph_task
+from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
 from sta_adapter.lora_files import checked_lora

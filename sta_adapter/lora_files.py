@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.compatibility import peft_parts
+from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.errors import CheckpointError, MissingExtraError
 from sta_adapter.lora_keys import PREFIX, LoraFile
 from sta_adapter.lora_options import OURS, LoraOptions, checked_options

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sta_adapter.compatibility import version
+from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
+from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError
 from sta_adapter.lora_options import LoraOptions
-from sta_adapter.module_names import STA_TENSOR, canonical
 from sta_adapter.reading import compare_shapes, read_tensors
 
 PREFIX = "base_model.model."  # of a PeftModel around its model

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.compatibility import version
+from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError, STAError
 from sta_adapter.reading import MAX_NAMES, require_plain_patterns, shown
 

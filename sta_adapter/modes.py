@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sta_adapter.backbone import locate
-from sta_adapter.compatibility import checkpointing_methods
+from sta_adapter.compatibility.seams import checkpointing_methods
 from sta_adapter.handle import STAHandle
 
 

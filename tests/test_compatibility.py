@@ -12,11 +12,11 @@ from cases import make_qwen2_vl
 from qwen2_vl_prompts import batch_of, is_transformers_5, needs_seams
 from torch import nn
 
-from sta_adapter import compatibility as seams
 from sta_adapter import inject_sta
 from sta_adapter.attention.recompute import project_normed
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
+from sta_adapter.compatibility import seams
 from sta_adapter.errors import CompatibilityError
 from sta_adapter.modes import activation_checkpointing
 

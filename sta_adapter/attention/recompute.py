@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sta_adapter.compatibility import is_hooked
+from sta_adapter.compatibility.seams import is_hooked
 
 
 def recomputed(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import distributed, nn
 from transformers import TrainerCallback
 
-from sta_adapter.compatibility import peft_parts, version
+from sta_adapter.compatibility.seams import peft_parts, version
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta

@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import nn
 
 from sta_adapter.adapter_format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
-from sta_adapter.compatibility import peft_hook
+from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
 from sta_adapter.hooks import CHILD

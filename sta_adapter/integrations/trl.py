@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from sta_adapter.compatibility import parameter_names, version
+from sta_adapter.compatibility.seams import parameter_names, version
 from sta_adapter.data import BadSample, Collator, FrameSettings, Sample, VideoDataset
 from sta_adapter.encoding import IGNORE, encode
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError

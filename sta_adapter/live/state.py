@@ -18,8 +18,8 @@ from sta_adapter.attention.explain import calls_of
 from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout, rotary_tables
 from sta_adapter.attention.module import TemporalAttention, rotate
+from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
-from sta_adapter.uncompiled import uncompiled
 
 FrameShape = tuple[int, tuple[int, ...] | None]  # patch positions; rows and columns, where known
 

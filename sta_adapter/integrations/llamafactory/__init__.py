@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.compatibility import incompatible
+from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.integrations import peft
 from sta_adapter.integrations.callbacks import sta_callbacks

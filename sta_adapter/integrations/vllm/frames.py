@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.clips import ClipReader, FrameSettings
-from sta_adapter.compatibility import incompatible
+from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import ConfigError
 
 LOADER = "sta_adapter"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sta_adapter.compatibility import incompatible
+from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.integrations.vllm.request import DIGEST
 
 FACTORIES = "_processor_factory"

@@ -10,7 +10,7 @@ import functools
 import importlib
 from typing import Any
 
-from sta_adapter.compatibility import incompatible, parameter_names
+from sta_adapter.compatibility.seams import incompatible, parameter_names
 from sta_adapter.integrations.vllm.identifiers import with_digest
 from sta_adapter.integrations.vllm.registry import architectures
 from sta_adapter.integrations.vllm.serving import ServedSTA, put_sta

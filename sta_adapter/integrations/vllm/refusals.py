@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.compatibility import incompatible
+from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.integrations.vllm.request import ServedAdapter
 from sta_adapter.lora_files import LORA_CONFIG
