@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter_format import (
+from sta_adapter.adapter.atomic_write import SAVED
+from sta_adapter.adapter.base_marks import require_same_base
+from sta_adapter.adapter.base_model import check_base, describe_base
+from sta_adapter.adapter.format import (
     CONFIG,
     WEIGHTS,
     compare_tensors,
@@ -23,14 +26,11 @@ from sta_adapter.adapter_format import (
     require_description,
     write_adapter,
 )
-from sta_adapter.base_marks import require_same_base
-from sta_adapter.base_model import check_base, describe_base
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, lora_files, lora_state, read_lora
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.files import SAVED
 from sta_adapter.inject import get_sta, plan_injection
-from sta_adapter.lora_files import LORA_CONFIG, load_lora, lora_files, lora_state, read_lora
 from sta_adapter.sharding import is_sharded, whole, write_once
 from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
 
@@ -123,7 +123,7 @@ def load_sta(
         revision: branch, tag or commit on the Hub.
         is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
         base_model: "any" takes every model whose vision encoder fits, such as a renamed or fine-tuned copy; by default
-            another language model, or another Hub id, is refused (see `sta_adapter.base_model`).
+            another language model, or another Hub id, is refused (see `sta_adapter.adapter.base_model`).
         hub_options: further arguments of `huggingface_hub.snapshot_download`, such as `token` or `cache_dir`.
 
     Returns:
@@ -137,7 +137,7 @@ def load_sta(
     Warns:
         STAWarning: the model numbers text by another rule than the one that the adapter was trained with.
     """
-    from sta_adapter.hub import resolve_adapter
+    from sta_adapter.adapter.hub import resolve_adapter
 
     folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
     description, file, read = _describe(folder)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sta_adapter.adapter_format import (
+from sta_adapter.adapter.atomic_write import atomic_folder_write
+from sta_adapter.adapter.format import (
     CONFIG,
     WEIGHTS,
     compare_tensors,
@@ -22,15 +23,14 @@ from sta_adapter.adapter_format import (
     read_weights,
     write_adapter,
 )
+from sta_adapter.adapter.lora_options import MAX_LAYER
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.safe_read import parse_json, shown
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.backbone import Backbone, get_backbone, list_backbones
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
-from sta_adapter.files import atomic_folder_write
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.lora_options import MAX_LAYER
 from sta_adapter.published import Source, match_keys, open_source, published_keys
-from sta_adapter.reading import parse_json, shown
 from sta_adapter.requirements import require_free
 
 ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")

@@ -23,7 +23,7 @@ from sta_adapter.telling import remove_methods
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from sta_adapter.publish import Publication
+    from sta_adapter.adapter.push import Publication
 
 
 class STAHandle:
@@ -261,7 +261,7 @@ class STAHandle:
             CheckpointError: weights are not finite, or the Hub refused; the repository is as before.
             ConfigError: an argument has another form.
         """
-        from sta_adapter.publish import push_adapter
+        from sta_adapter.adapter.push import push_adapter
 
         self._require_injected()
         card = {"license": license, "base_model": base_model}

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.adapter.base_marks import mark_base
+from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.attention.explain import Call
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.backbone import Backbone
-from sta_adapter.base_marks import mark_base
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
-from sta_adapter.lora_files import checked_lora
 
 if TYPE_CHECKING:
     from sta_adapter.live.stream import Stream
@@ -45,7 +45,7 @@ class Injection:
         self.config = config
         self.spec = spec
         self.enabled = True
-        self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.base_marks
+        self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
         self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
         self._local = threading.local()
 

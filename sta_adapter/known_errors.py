@@ -57,7 +57,7 @@ def _known(error: BaseException) -> str | None:
     if isinstance(error, STAError):
         return str(error)
     if names & set(HUB):
-        from sta_adapter.hub import explain
+        from sta_adapter.adapter.hub import explain
 
         return f"the Hub: {explain(error)}"
     if isinstance(error, ImportError):

@@ -156,11 +156,11 @@ def load_adapter(
     Raises:
         CheckpointError: no adapter, or one for another model.
     """
-    from sta_adapter.adapter_format import CONFIG
+    from sta_adapter.adapter.atomic_write import SAVED
+    from sta_adapter.adapter.format import CONFIG
+    from sta_adapter.adapter.hub import resolve_adapter
+    from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
     from sta_adapter.checkpoint import load_sta
-    from sta_adapter.files import SAVED
-    from sta_adapter.hub import resolve_adapter
-    from sta_adapter.lora_files import LORA_CONFIG, load_lora, read_lora
 
     folder = resolve_adapter(name, revision)
     with_sta = (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists()
@@ -179,8 +179,8 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
     Raises:
         CheckpointError: no adapter, or what it says of frames is out of range.
     """
-    from sta_adapter.adapter_format import CONFIG
-    from sta_adapter.run_file import RUN_FILE, read_frames
+    from sta_adapter.adapter.format import CONFIG
+    from sta_adapter.adapter.run_file import RUN_FILE, read_frames
 
     run, description = _saved_run(name, revision)
     if run:
@@ -208,9 +208,9 @@ def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None
 
 def _saved_run(name: str | os.PathLike[str], revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an adapter's `run.json` and `sta_config.json` say; empty where there is no such file."""
-    from sta_adapter.adapter_format import CONFIG, read_description
-    from sta_adapter.hub import resolve_adapter
-    from sta_adapter.run_file import RUN_FILE, read_run_file
+    from sta_adapter.adapter.format import CONFIG, read_description
+    from sta_adapter.adapter.hub import resolve_adapter
+    from sta_adapter.adapter.run_file import RUN_FILE, read_run_file
 
     folder = resolve_adapter(name, revision)
     return read_run_file(folder / RUN_FILE), read_description(folder) if (folder / CONFIG).is_file() else {}

@@ -193,7 +193,7 @@ class Viewer:
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
         """STA off, for this thread; LoRA off, for all threads."""
-        from sta_adapter.lora_files import lora_disabled
+        from sta_adapter.adapter.lora_weights import lora_disabled
 
         model: Any = self.handle.model
         with contextlib.ExitStack() as stack:

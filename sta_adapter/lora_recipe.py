@@ -13,12 +13,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.backbone import Backbone, LoRARecipe, locate
 from sta_adapter.errors import ConfigError
 from sta_adapter.handle import STAHandle
 from sta_adapter.hooks import CHILD
-from sta_adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
 from sta_adapter.training_config import TrainingConfig
 
 

@@ -52,10 +52,10 @@ def watch_peft() -> None:
 
 def _folder_with_sta(name: Any, revision: str | None) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
-    from sta_adapter.adapter_format import CONFIG
-    from sta_adapter.hub import resolve_adapter
-    from sta_adapter.lora_files import LORA_CONFIG
-    from sta_adapter.lora_options import OURS
+    from sta_adapter.adapter.format import CONFIG
+    from sta_adapter.adapter.hub import resolve_adapter
+    from sta_adapter.adapter.lora_options import OURS
+    from sta_adapter.adapter.lora_weights import LORA_CONFIG
 
     try:
         folder = resolve_adapter(name, revision)

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.errors import CheckpointError
-from sta_adapter.files import atomic_folder_write
 from sta_adapter.sharding import assign, whole, whole_shape
 
 TRAINED_FILE = "trained.safetensors"

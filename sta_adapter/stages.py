@@ -21,14 +21,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
-from sta_adapter.adapter_format import adapter_files
+from sta_adapter.adapter.format import adapter_files
+from sta_adapter.adapter.lora_weights import lora_files
 from sta_adapter.checkpoint import adapter_contents
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.errors import ConfigError
 from sta_adapter.handle import STAHandle
 from sta_adapter.inject import get_sta
 from sta_adapter.isolation import worker_errors
-from sta_adapter.lora_files import lora_files
 from sta_adapter.lora_recipe import lora_config, lora_parameters
 from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
 from sta_adapter.progress import ProgressBar

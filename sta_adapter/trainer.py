@@ -22,7 +22,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
-from sta_adapter.adapter_format import replace_files
+from sta_adapter.adapter.format import replace_files
 from sta_adapter.encoding import IGNORE
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.inject import get_sta

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_lora_options import logits, trained
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
-from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError, STAWarning
 from sta_adapter.loading import load_adapter
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
 

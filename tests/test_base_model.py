@@ -7,9 +7,10 @@ import pytest
 from cases import make_qwen2_vl, make_qwen2_vl_tower, seeded
 from test_inject import assert_unchanged, state
 
-from sta_adapter import base_model, inject_sta, load_sta
-from sta_adapter.adapter_format import CONFIG
-from sta_adapter.base_model import describe_base, is_hub_id
+from sta_adapter import inject_sta, load_sta
+from sta_adapter.adapter import base_model
+from sta_adapter.adapter.base_model import describe_base, is_hub_id
+from sta_adapter.adapter.format import CONFIG
 from sta_adapter.errors import CheckpointError, ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

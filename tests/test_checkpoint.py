@@ -12,8 +12,9 @@ from test_inject import assert_unchanged, state
 from toy import toy  # noqa: F401
 
 import sta_adapter
-from sta_adapter import STAConfig, adapter_format, inject_sta, load_sta
-from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter import STAConfig, inject_sta, load_sta
+from sta_adapter.adapter import format as adapter_format
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAError, UnknownBackboneError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sta_adapter import files
-from sta_adapter.files import atomic_folder_write, finish_write
+from sta_adapter.adapter import atomic_write as files
+from sta_adapter.adapter.atomic_write import atomic_folder_write, finish_write
 
 OLD, NEW = {"a": b"old a", "b": b"old b", "lora": b"old"}, {"a": b"new a", "b": b"new b", "more": b"new"}
 STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "listdir")

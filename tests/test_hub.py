@@ -9,9 +9,9 @@ from hub_server import HubServer
 from test_inject import assert_unchanged, state
 
 from sta_adapter import STAConfig, inject_sta, load_sta
-from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.hub import WAITS
 from sta_adapter.errors import CheckpointError
-from sta_adapter.hub import WAITS
 
 NAME = "user/adapter"
 

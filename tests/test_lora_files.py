@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sta_adapter import get_sta, inject_sta, load_sta
-from sta_adapter.adapter_format import WEIGHTS
+from sta_adapter.adapter.format import WEIGHTS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError, MissingExtraError
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from test_inject import assert_unchanged, state
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.adapter.lora_options import SUPPORTED, checked_options
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, lora_disabled, read_lora
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.loading import load_adapter
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS, lora_disabled, read_lora
-from sta_adapter.lora_options import SUPPORTED, checked_options
 
 KNOWN = {field.name for field in dataclasses.fields(LoraConfig)}
 OPTIONS = {

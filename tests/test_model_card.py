@@ -11,12 +11,12 @@ from cases import make_qwen2_vl_tower, seeded
 from hub_server import HubServer
 
 from sta_adapter import inject_sta
-from sta_adapter.adapter_format import CONFIG, read_description
+from sta_adapter.adapter.format import CONFIG, read_description
+from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
+from sta_adapter.adapter.push import push_folder
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import CheckpointError
 from sta_adapter.loading import saved_frame_settings
-from sta_adapter.model_card import CardFacts, make_card, read_run
-from sta_adapter.publish import push_folder
 
 SCORE = {"accuracy": 0.8125, "low": 0.7, "high": 0.9, "correct": 13, "total": 16}
 RESULTS = {

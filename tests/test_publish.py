@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from hub_server import HubServer
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
-from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.push import push_folder
 from sta_adapter.cli import cli
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.publish import push_folder
 
 NAME = "user/adapter"
 LORA = {"adapter_config.json", "adapter_model.safetensors"}

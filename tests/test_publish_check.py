@@ -12,11 +12,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sta_adapter import get_sta, inject_sta
-from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.push import push_folder
+from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.errors import CheckpointError
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.publish import push_folder
-from sta_adapter.publish_check import read_checked
 
 FILES = (CONFIG, WEIGHTS, LORA_CONFIG, LORA_WEIGHTS)
 

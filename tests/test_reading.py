@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sta_adapter.errors import CheckpointError
-from sta_adapter.reading import (
+from sta_adapter.adapter.safe_read import (
     MAX_JSON_BYTES,
     compare_shapes,
     read_json,
@@ -17,6 +16,7 @@ from sta_adapter.reading import (
     require_plain_pattern,
     require_plain_patterns,
 )
+from sta_adapter.errors import CheckpointError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from standins import fake_vllm
 from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 
 from sta_adapter import STAConfig
-from sta_adapter.adapter_format import CONFIG, WEIGHTS, make_description, write_adapter
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, make_description, write_adapter
 from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbone import get_backbone, list_backbones
 from sta_adapter.backbones.frames import EachRow

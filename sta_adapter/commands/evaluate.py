@@ -188,8 +188,8 @@ def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: 
 @contextlib.contextmanager
 def _without(model: Any) -> Any:
     """The model without its adapter: STA off, LoRA off."""
+    from sta_adapter.adapter.lora_weights import lora_disabled
     from sta_adapter.inject import get_sta
-    from sta_adapter.lora_files import lora_disabled
 
     handle = get_sta(model)
     with contextlib.ExitStack() as stack:

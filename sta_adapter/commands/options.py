@@ -91,7 +91,7 @@ def find_adapter(adapter: str | None, revision: str | None) -> Path | None:
         if revision is not None:
             raise ConfigError(f"--adapter-revision {revision}: there is no --adapter.")
         return None
-    from sta_adapter.hub import resolve_adapter
+    from sta_adapter.adapter.hub import resolve_adapter
 
     return resolve_adapter(adapter, revision)
 

@@ -39,7 +39,7 @@ write access: HF_TOKEN, or a login.
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON.")
 def command(folder: str, repo_id: str, private: bool, as_json: bool, **options: Any) -> None:
     """Push and say what was uploaded."""
-    from sta_adapter.publish import push_folder
+    from sta_adapter.adapter.push import push_folder
 
     done = push_folder(folder, repo_id, private=private or None, **options)
     if as_json:

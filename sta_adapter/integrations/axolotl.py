@@ -11,7 +11,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
-from sta_adapter.adapter_format import read_description
+from sta_adapter.adapter.format import read_description
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 from sta_adapter.hooks import CHILD

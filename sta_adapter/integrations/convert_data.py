@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.files import atomic_folder_write
 from sta_adapter.formats import read_classes
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
 from sta_adapter.samples import Sample, check_format, parse_sample, raw_records

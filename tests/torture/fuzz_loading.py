@@ -13,7 +13,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["sta_adapter"]):
-    from sta_adapter import adapter_format, config, lora_files, reading
+    from sta_adapter import config
+    from sta_adapter.adapter import format as adapter_format
+    from sta_adapter.adapter import lora_weights as lora_files
+    from sta_adapter.adapter import safe_read as reading
 from sta_adapter.errors import STAError
 
 FOLDER = Path(tempfile.mkdtemp())

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.adapter_format import CONFIG, WEIGHTS, read_description, read_weights, replace_files, write_adapter
-from sta_adapter.base_model import MERGED_LORA
+from sta_adapter.adapter.base_model import MERGED_LORA
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights, replace_files, write_adapter
+from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.safe_read import read_json, read_tensors
 from sta_adapter.errors import CheckpointError
 from sta_adapter.hooks import CHILD
-from sta_adapter.hub import resolve_adapter
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.reading import read_json, read_tensors
 
 BASE, STA = "base", "sta"
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from sta_adapter.adapter.lora_weights import LORA_CONFIG
+from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.integrations.vllm.request import ServedAdapter
-from sta_adapter.lora_files import LORA_CONFIG
-from sta_adapter.reading import read_json
 
 ENCODER_OPTIONS = {"cudagraph_mm_encoder": "captured", "compile_mm_encoder": "compiled"}
 TOWER_PARTS = ("visual", "vision", "attn.qkv", "attn.proj", "mlp.fc", "linear_fc")

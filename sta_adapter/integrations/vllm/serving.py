@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.adapter_format import WEIGHTS, compare_tensors, read_weights
-from sta_adapter.base_model import ANY, check_base
+from sta_adapter.adapter.base_model import ANY, check_base
+from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
 from sta_adapter.check import check_site
 from sta_adapter.errors import CheckpointError
 from sta_adapter.handle import STAHandle

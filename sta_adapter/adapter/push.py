@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sta_adapter.adapter_format import CONFIG, adapter_files
-from sta_adapter.base_model import is_hub_id
+from sta_adapter.adapter.base_model import is_hub_id
+from sta_adapter.adapter.format import CONFIG, adapter_files
+from sta_adapter.adapter.hub import MAIN, branch_contents, explain, prepare_branch
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
+from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.hub import MAIN, branch_contents, explain, prepare_branch
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.model_card import CardFacts, make_card, read_run
-from sta_adapter.publish_check import read_checked
 
 if TYPE_CHECKING:
     from sta_adapter.handle import STAHandle

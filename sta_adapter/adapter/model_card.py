@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
 from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import CheckpointError, UnknownBackboneError
-from sta_adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.clips import FrameSettings
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.reading import read_json
 
 RUN_FILE = "run.json"
 MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged

@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
 from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError, STAError
-from sta_adapter.reading import MAX_NAMES, require_plain_patterns, shown
 
 MAX_RANK = 8192
 MAX_ALPHA = 1e6

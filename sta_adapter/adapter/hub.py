@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sta_adapter.adapter_format import CONFIG, WEIGHTS
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
 
 logger = logging.getLogger(__name__)
 

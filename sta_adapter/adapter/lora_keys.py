@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sta_adapter.adapter.lora_options import LoraOptions
+from sta_adapter.adapter.safe_read import compare_shapes, read_tensors
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError
-from sta_adapter.lora_options import LoraOptions
-from sta_adapter.reading import compare_shapes, read_tensors
 
 PREFIX = "base_model.model."  # of a PeftModel around its model
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sta_adapter.adapter_format import CONFIG, WEIGHTS, read_description, require_description, require_same_settings
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, require_description, require_same_settings
+from sta_adapter.adapter.lora_keys import LoraFile
+from sta_adapter.adapter.lora_options import LoraOptions
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.run_file import read_frames
+from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.lora_keys import LoraFile
-from sta_adapter.lora_options import LoraOptions
-from sta_adapter.reading import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
-from sta_adapter.run_file import read_frames
 
 STA_KEY = re.compile(r"blocks\.\d+\.(?:(?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)")
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sta_adapter.adapter.atomic_write import atomic_folder_write, finish_write
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_tensors
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
-from sta_adapter.files import atomic_folder_write, finish_write
-from sta_adapter.lora_files import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.reading import compare_shapes, read_json, read_tensors
 
 WEIGHTS = "sta_adapter.safetensors"
 CONFIG = "sta_config.json"
