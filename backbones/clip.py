@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sta_adapter.backbone import Backbone
 from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, pixel_positions
 from sta_adapter.backbones.siglip import SIGLIP_LORA, holds_blocks
+from sta_adapter.injection.backbone import Backbone
 
 BACKBONE = Backbone(
     name="clip",

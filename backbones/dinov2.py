@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sta_adapter.backbone import Backbone, LoRARecipe
 from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, pixel_positions
+from sta_adapter.injection.backbone import Backbone, LoRARecipe
 
 
 def leading_tokens(encoder: Any) -> int:

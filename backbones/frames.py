@@ -13,8 +13,8 @@ from torch import nn
 
 from sta_adapter.attention.layout import EACH_ROW as EACH_ROW
 from sta_adapter.attention.layout import AllRows, ClipLayout, ClipLengths, EachRow
-from sta_adapter.backbone import EncoderCall
 from sta_adapter.errors import LayoutError, UnknownClipsError
+from sta_adapter.injection.backbone import EncoderCall
 
 
 def row_clips(

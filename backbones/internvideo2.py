@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.errors import LayoutError
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe
 
 # language models of the InternVideo family: Mistral, Llama and Qwen2 (q_proj ...) and InternLM2 (wqkv ...)
 INTERN_LORA = LoRARecipe(

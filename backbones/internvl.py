@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLengths
-from sta_adapter.backbone import Backbone, ClipSource, LoRARecipe
 from sta_adapter.backbones.frames import (
     EACH_ROW,
     attention_heads,
@@ -22,7 +21,8 @@ from sta_adapter.backbones.frames import (
     pixel_positions,
     unknown_clips,
 )
-from sta_adapter.vllm_tower import VLLMTower
+from sta_adapter.injection.backbone import Backbone, ClipSource, LoRARecipe
+from sta_adapter.injection.vllm_tower import VLLMTower
 
 
 def feature_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

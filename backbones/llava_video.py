@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import EACH_ROW, ClipLengths
-from sta_adapter.backbone import ClipSource
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
+from sta_adapter.injection.backbone import ClipSource
 
 
 def multimodal_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

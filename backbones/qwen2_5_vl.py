@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.backbones.qwen2_vl import (
     QWEN_LORA,
     config_heads,
@@ -24,6 +23,7 @@ from sta_adapter.backbones.qwen2_vl import (
     vllm_tower,
 )
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
+from sta_adapter.injection.backbone import Backbone, EncoderCall
 
 # The vision MLP has the names of the language model: gate_proj, up_proj and down_proj. Omni keeps q, k and v apart,
 # so that its vision attention takes part by attn.proj alone.

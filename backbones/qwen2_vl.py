@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
-from sta_adapter.vllm_tower import VLLMTower
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe
+from sta_adapter.injection.vllm_tower import VLLMTower
 
 QWEN_LORA = LoRARecipe(
     target_modules=(

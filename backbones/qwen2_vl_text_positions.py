@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.backbone import TextPositions
 from sta_adapter.backbones.qwen2_vl_owner import FAMILIES, find_owner, tokens_per_second
 from sta_adapter.backbones.qwen2_vl_position_rules import (
     OriginalPositions,
@@ -18,6 +17,7 @@ from sta_adapter.backbones.qwen2_vl_position_rules import (
 from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, uninstall
 from sta_adapter.compatibility.seams import ROPE_INDEX, parameter_names
 from sta_adapter.errors import ConfigError
+from sta_adapter.injection.backbone import TextPositions
 
 # before transformers 4.52, the head computes positions itself
 HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from sta_adapter.backbone import Backbone
 from sta_adapter.backbones.qwen2_vl import (
     QWEN_LORA,
     config_heads,
@@ -16,6 +15,7 @@ from sta_adapter.backbones.qwen2_vl import (
     grid_positions,
     vllm_tower,
 )
+from sta_adapter.injection.backbone import Backbone
 
 QWEN3_LORA = dataclasses.replace(
     QWEN_LORA,

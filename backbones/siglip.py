@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbone import Backbone, EncoderCall, LoRARecipe
 from sta_adapter.backbones.frames import (
     attention_heads,
     picture_dummy,
@@ -18,6 +17,7 @@ from sta_adapter.backbones.frames import (
     unknown_clips,
 )
 from sta_adapter.errors import LayoutError
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe
 
 VISION_QKV = r"encoder\.layers\.\d+\.self_attn\.[qkv]_proj"
 SIGLIP_LORA = LoRARecipe(

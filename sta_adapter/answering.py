@@ -18,7 +18,7 @@ from sta_adapter.collator import Collator, kind_of
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.encoding import Encoded, encode_answer
 from sta_adapter.errors import DataError
-from sta_adapter.inject import get_sta
+from sta_adapter.injection.inject import get_sta
 from sta_adapter.matching import named_option
 from sta_adapter.samples import Sample
 

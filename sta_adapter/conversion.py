@@ -27,9 +27,9 @@ from sta_adapter.adapter.lora_options import MAX_LAYER
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import parse_json, shown
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.backbone import Backbone, get_backbone, list_backbones
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
+from sta_adapter.injection.backbone import Backbone, get_backbone, list_backbones
 from sta_adapter.published import Source, match_keys, open_source, published_keys
 from sta_adapter.requirements import require_free
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.errors import ConfigError
-from sta_adapter.hooks import CHILD
-from sta_adapter.inject import get_sta
+from sta_adapter.injection.hooks import CHILD
+from sta_adapter.injection.inject import get_sta
 from sta_adapter.sharding import is_sharded, whole
 
 __all__ = [

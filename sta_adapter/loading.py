@@ -50,7 +50,7 @@ def load_model(
     """
     import transformers
 
-    from sta_adapter.peft_loading import watch_peft
+    from sta_adapter.injection.peft_loading import watch_peft
 
     watch_peft()
     if dtype not in ("auto", *DTYPES):
@@ -160,7 +160,7 @@ def load_adapter(
     from sta_adapter.adapter.format import CONFIG
     from sta_adapter.adapter.hub import resolve_adapter
     from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
-    from sta_adapter.checkpoint import load_sta
+    from sta_adapter.injection.load import load_sta
 
     folder = resolve_adapter(name, revision)
     with_sta = (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists()

@@ -20,7 +20,7 @@ from torch import Tensor
 from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.encoding import Visual
 from sta_adapter.errors import CheckpointError, VideoError
-from sta_adapter.handle import STAHandle
+from sta_adapter.injection.handle import STAHandle
 from sta_adapter.isolation import POSSIBLE, Isolated
 from sta_adapter.page_guard import AnswerLimit
 from sta_adapter.visualization import Observation, observe
@@ -120,7 +120,7 @@ class Viewer:
         Raises:
             CheckpointError: one of them can't be had, or the adapter holds no STA.
         """
-        from sta_adapter.inject import get_sta, inject_sta
+        from sta_adapter.injection.inject import get_sta, inject_sta
         from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
         from sta_adapter.text_positions import use_positions_of
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.backbone import Backbone, LoRARecipe, locate
 from sta_adapter.errors import ConfigError
-from sta_adapter.handle import STAHandle
-from sta_adapter.hooks import CHILD
+from sta_adapter.injection.backbone import Backbone, LoRARecipe, locate
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.hooks import CHILD
 from sta_adapter.training_config import TrainingConfig
 
 
@@ -72,7 +72,7 @@ class STALoraConfig(LoraConfig):
 
 def recipe_config(handle: STAHandle, overrides: Mapping[str, Any]) -> LoraConfig:
     """See `STAHandle.lora_config`."""
-    from sta_adapter.checkpoint import describe_adapter
+    from sta_adapter.injection.load import describe_adapter
 
     recipe = handle._injection.spec.lora
     if recipe is None and "target_modules" not in overrides:

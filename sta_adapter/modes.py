@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.backbone import locate
 from sta_adapter.compatibility.seams import checkpointing_methods
-from sta_adapter.handle import STAHandle
+from sta_adapter.injection.backbone import locate
+from sta_adapter.injection.handle import STAHandle
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sta_adapter.adapter.safe_read import read_header, read_json
-from sta_adapter.backbone import Backbone
 from sta_adapter.errors import CheckpointError
+from sta_adapter.injection.backbone import Backbone
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_INDEX_BYTES = 64 << 20

@@ -23,11 +23,11 @@ from transformers import PrinterCallback, TrainingArguments
 
 from sta_adapter.adapter.format import adapter_files
 from sta_adapter.adapter.lora_weights import lora_files
-from sta_adapter.checkpoint import adapter_contents
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.errors import ConfigError
-from sta_adapter.handle import STAHandle
-from sta_adapter.inject import get_sta
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.load import adapter_contents
 from sta_adapter.isolation import worker_errors
 from sta_adapter.lora_recipe import lora_config, lora_parameters
 from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized

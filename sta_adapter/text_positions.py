@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.backbone import TextPositions, get_backbone, list_backbones
 from sta_adapter.errors import ConfigError, InjectionError, STAWarning
+from sta_adapter.injection.backbone import TextPositions, get_backbone, list_backbones
 
 __all__ = ["CHOICES", "rule_in_use", "use_positions", "use_positions_of", "warn_of_other_rule"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sta_adapter.errors import ConfigError, LayoutError
-from sta_adapter.handle import STAHandle
+from sta_adapter.injection.handle import STAHandle
 from sta_adapter.watching import Seen, Watch
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from sta_adapter.attention.frame_mask import visible_keys
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention, rotate
-from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.errors import StreamError
-from sta_adapter.handle import STAHandle
-from sta_adapter.hooks import iterate_tensors, take_clip_lengths
+from sta_adapter.injection.backbone import Backbone, EncoderCall
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.hooks import iterate_tensors, take_clip_lengths
 
 
 @dataclass

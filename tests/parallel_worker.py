@@ -10,8 +10,8 @@ from cases_transformers import llava_prompt, llava_settings, transformers_class
 from torch import distributed
 
 from sta_adapter import get_sta, inject_sta
-from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import InjectionError
+from sta_adapter.injection.backbone import get_backbone
 from sta_adapter.sharding import end_processes, whole
 
 STEPS = 3

@@ -10,9 +10,9 @@ from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.backbones.frames import row_clips
-from sta_adapter.check import FEW_TOKENS, check_site
 from sta_adapter.errors import InjectionError, UnknownBackboneError, UnknownClipsError
-from sta_adapter.places import find_places
+from sta_adapter.injection.target import find_places
+from sta_adapter.injection.validate import FEW_TOKENS, check_site
 
 WIDTH, HEADS, PATCHES = 16, 4, 3
 
@@ -176,7 +176,7 @@ def test_a_pre_norm_block_passes_and_nothing_changes(kind, dtype, caplog):
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
     caplog.set_level(logging.INFO)
     check_site(find_places(SPEC, model))
-    assert not [r for r in caplog.records if r.name == "sta_adapter.check"]
+    assert not [r for r in caplog.records if r.name == "sta_adapter.injection.validate"]
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert count_hooks(model) == 0
@@ -362,11 +362,11 @@ def test_a_block_that_gives_nan_is_no_verdict(caplog):
 
 @pytest.mark.parametrize("case", case_parameters())
 def test_built_in_backbones_are_really_checked(case, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "sta_adapter.check")
+    caplog.set_level(logging.INFO, "sta_adapter.injection.validate")
     model = seeded(case.make)
     site = find_places(_backbone(case), case.encoder(model))
     check_site(site)
-    assert not [r for r in caplog.records if r.name == "sta_adapter.check"]
+    assert not [r for r in caplog.records if r.name == "sta_adapter.injection.validate"]
     monkeypatch.setattr(type(site.blocks[0]), "forward", _post_norm(type(site.blocks[0]).forward))
     with pytest.raises(InjectionError, match="block 0"):
         check_site(site)
@@ -374,7 +374,7 @@ def test_built_in_backbones_are_really_checked(case, caplog, monkeypatch):
 
 @pytest.mark.parametrize("case", case_parameters())
 def test_a_built_in_backbone_that_can_not_run_is_logged_and_goes_on(case, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "sta_adapter.check")
+    caplog.set_level(logging.INFO, "sta_adapter.injection.validate")
     model = seeded(case.make)
 
     def fail(*args, **kwargs):
@@ -388,7 +388,7 @@ def test_a_built_in_backbone_that_can_not_run_is_logged_and_goes_on(case, caplog
 
 
 def _backbone(case):
-    from sta_adapter.backbone import get_backbone
+    from sta_adapter.injection.backbone import get_backbone
 
     return get_backbone(case.backbone)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 import pytest
 
-from sta_adapter import backbone
 from sta_adapter.cli import COMMANDS, cli
 from sta_adapter.demo import TINY_BASE
+from sta_adapter.injection import backbone
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -117,11 +117,11 @@ def test_a_section_that_is_gone_is_an_error():
 
 def test_links_out_of_the_docs():
     prepared = importlib.import_module("docs_hooks").prepared
-    source = "[the class](../../sta_adapter/handle.py#L1)"
-    assert prepared(source, "api/index.md") == "the class: `sta_adapter/handle.py`"
+    source = "[the class](../../sta_adapter/injection/handle.py#L1)"
+    assert prepared(source, "api/index.md") == "the class: `sta_adapter/injection/handle.py`"
     assert (
         prepared(source, "api/index.md", "https://a.b/c/")
-        == "[the class](https://a.b/c/blob/main/sta_adapter/handle.py#L1)"
+        == "[the class](https://a.b/c/blob/main/sta_adapter/injection/handle.py#L1)"
     )
     assert "[Training on many GPUs and many nodes](multi-node.md)" in prepared(
         "<!-- include: README Tests -->", "index.md"

@@ -10,9 +10,15 @@ import torch
 from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
-from sta_adapter.backbone import get_backbone
-from sta_adapter.hooks import BlockBegin, EncoderEnd, _checkpoints_reentrantly, remove_hooks, take_clip_lengths
-from sta_adapter.injection import CALLS_KEPT, Injection
+from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.hooks import (
+    BlockBegin,
+    EncoderEnd,
+    _checkpoints_reentrantly,
+    remove_hooks,
+    take_clip_lengths,
+)
+from sta_adapter.injection.state import CALLS_KEPT, Injection
 
 LAYOUT = ClipLayout([(2, 3)])
 

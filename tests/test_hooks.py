@@ -14,7 +14,7 @@ from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
 from sta_adapter.errors import LayoutError
-from sta_adapter.hooks import Hook
+from sta_adapter.injection.hooks import Hook
 
 A, B = ((4, 2), (1, 3)), ((2, 5), (3, 1))
 styles = pytest.mark.parametrize("style", ["call", "forward", "inside"])

@@ -13,10 +13,10 @@ from standins.internvl_chat import InternVisionModel, InternVLChatModel, Tokeniz
 from test_goldens import assert_golden_gradients, load_golden_weights, read_golden, relative_error
 
 from sta_adapter import STAConfig, get_sta, inject_sta
-from sta_adapter.backbone import get_backbone
 from sta_adapter.backbones.frames import row_clips
 from sta_adapter.backbones.internvideo2_5 import batch_chat_clips, sample_clips
 from sta_adapter.errors import LayoutError
+from sta_adapter.injection.backbone import get_backbone
 
 OPTIONS = {"max_new_tokens": 2, "do_sample": False}
 

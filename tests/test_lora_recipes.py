@@ -5,7 +5,7 @@ from cases import all_cases
 from torch import nn
 
 from sta_adapter import inject_sta
-from sta_adapter.backbone import get_backbone
+from sta_adapter.injection.backbone import get_backbone
 
 LEFT_OUT = {  # layers without LoRA, and why
     "qwen2_5_omni-tower": {

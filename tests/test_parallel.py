@@ -13,7 +13,8 @@ from parallel_worker import prompt, run_training
 from safetensors.torch import load_file
 from tiny_qwen import write_samples
 
-from sta_adapter import inject_sta, load_sta, parallel
+from sta_adapter import inject_sta, load_sta
+from sta_adapter.injection import data_parallel as parallel
 from sta_adapter.resume import last_checkpoint
 
 FOLDER = Path(__file__).parent

@@ -14,8 +14,8 @@ from test_goldens import assert_golden_gradients, load_golden_weights, read_gold
 from test_internvideo2_5 import Layouts
 
 from sta_adapter import STAConfig, get_sta, inject_sta
-from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import LayoutError
+from sta_adapter.injection.backbone import get_backbone
 
 pytestmark = pytest.mark.real_code
 needs_old_transformers = pytest.mark.skipif(

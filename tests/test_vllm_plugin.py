@@ -13,9 +13,9 @@ from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 from sta_adapter import STAConfig
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, make_description, write_adapter
 from sta_adapter.attention import ClipLayout, TemporalAttention
-from sta_adapter.backbone import get_backbone, list_backbones
 from sta_adapter.backbones.frames import EachRow
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
+from sta_adapter.injection.backbone import get_backbone, list_backbones
 from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.inject import Plan
+from sta_adapter.injection.inject import Plan
 
 ANY = "any"
 MERGED_LORA = "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
-from sta_adapter.backbone import get_backbone
 from sta_adapter.errors import CheckpointError, UnknownBackboneError
+from sta_adapter.injection.backbone import get_backbone
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"

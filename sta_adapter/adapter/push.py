@@ -22,7 +22,7 @@ from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from sta_adapter.handle import STAHandle
+    from sta_adapter.injection.handle import STAHandle
 
 CARD = "README.md"
 NO_LICENSE = "the card names no licence: without one others may not use the adapter; give license (--license)."
@@ -113,7 +113,7 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
 
 def push_adapter(handle: STAHandle, repo_id: str, **options: Any) -> Publication | None:
     """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
-    from sta_adapter.checkpoint import adapter_contents
+    from sta_adapter.injection.load import adapter_contents
     from sta_adapter.sharding import is_sharded, whole_shape, write_once
 
     files = adapter_files(*adapter_contents(handle))

@@ -189,7 +189,7 @@ def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: 
 def _without(model: Any) -> Any:
     """The model without its adapter: STA off, LoRA off."""
     from sta_adapter.adapter.lora_weights import lora_disabled
-    from sta_adapter.inject import get_sta
+    from sta_adapter.injection.inject import get_sta
 
     handle = get_sta(model)
     with contextlib.ExitStack() as stack:

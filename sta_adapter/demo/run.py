@@ -26,7 +26,7 @@ from sta_adapter.demo.clips import FRAMES, LABELS, PAIRS, write_dataset
 from sta_adapter.demo.model import tiny_model
 from sta_adapter.errors import STAError
 from sta_adapter.evaluation import Prediction, evaluate, wilson
-from sta_adapter.handle import STAHandle
+from sta_adapter.injection.handle import STAHandle
 from sta_adapter.loading import load_processor
 from sta_adapter.lora_recipe import lora_config
 from sta_adapter.training import TrainingConfig, TrainingResult, train

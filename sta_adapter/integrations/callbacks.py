@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from sta_adapter.compatibility.seams import peft_parts, version
 from sta_adapter.errors import ConfigError, DataError, InjectionError
-from sta_adapter.handle import STAHandle
-from sta_adapter.inject import get_sta
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.inject import get_sta
 from sta_adapter.integrations.settings import Settings
 from sta_adapter.sharding import is_parallel, is_sharded, write_once
 

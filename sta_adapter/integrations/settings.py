@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sta_adapter.checkpoint import load_sta
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
-from sta_adapter.handle import STAHandle
-from sta_adapter.inject import get_sta, inject_sta
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.injection.load import load_sta
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -14,7 +14,7 @@ from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import read_json, read_tensors
 from sta_adapter.errors import CheckpointError
-from sta_adapter.hooks import CHILD
+from sta_adapter.injection.hooks import CHILD
 
 BASE, STA = "base", "sta"
 
@@ -71,8 +71,8 @@ def export_merged(adapter: str | os.PathLike[str], out: str | os.PathLike[str], 
     Raises:
         CheckpointError: no adapter, one without LoRA weights or for another base.
     """
-    from sta_adapter.checkpoint import load_sta
-    from sta_adapter.inject import get_sta
+    from sta_adapter.injection.inject import get_sta
+    from sta_adapter.injection.load import load_sta
     from sta_adapter.loading import load_model, load_processor
     from sta_adapter.text_positions import use_positions_of
 

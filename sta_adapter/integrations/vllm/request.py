@@ -17,9 +17,9 @@ from typing import Any
 from sta_adapter.adapter.base_model import MERGED_LORA
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights
 from sta_adapter.adapter.hub import resolve_adapter
-from sta_adapter.backbone import Backbone, get_backbone
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
+from sta_adapter.injection.backbone import Backbone, get_backbone
 
 ADAPTER = "sta_adapter"
 REVISION = "sta_adapter_revision"

@@ -9,10 +9,10 @@ from torch import nn
 
 from sta_adapter.adapter.base_model import ANY, check_base
 from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
-from sta_adapter.check import check_site
 from sta_adapter.errors import CheckpointError
-from sta_adapter.handle import STAHandle
-from sta_adapter.inject import Plan, plan_injection
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.inject import Plan, plan_injection
+from sta_adapter.injection.validate import check_site
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
 from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
 

@@ -15,10 +15,10 @@ from sta_adapter.attention.layout import checked_lengths
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
-from sta_adapter.hooks import CHILD, active_module, remove_hooks
-from sta_adapter.injection import Injection
-from sta_adapter.live.stream import Stream, check_streaming, entered
-from sta_adapter.telling import remove_methods
+from sta_adapter.injection.clip_source import remove_methods
+from sta_adapter.injection.hooks import CHILD, active_module, remove_hooks
+from sta_adapter.injection.state import Injection
+from sta_adapter.injection.stream import Stream, check_streaming, entered
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -207,7 +207,7 @@ class STAHandle:
         return self.model
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, base_changed: bool = False) -> None:
-        """Save STA, and LoRA weights if the model has them, into a folder; see `sta_adapter.checkpoint`.
+        """Save STA, and LoRA weights if the model has them, into a folder; see `sta_adapter.injection.load`.
 
         Args:
             folder: made when it does not exist; an adapter in it is replaced.
@@ -218,7 +218,7 @@ class STAHandle:
             CheckpointError: the base model was changed, weights are not finite, LoRA has options that can't be loaded, or the
                 folder can't be written; what was there stays.
         """
-        from sta_adapter.checkpoint import save_adapter
+        from sta_adapter.injection.load import save_adapter
 
         self._require_injected()
         save_adapter(self, folder, base_changed)

@@ -11,7 +11,7 @@ from torch import nn
 from sta_adapter.errors import InjectionError
 
 if TYPE_CHECKING:
-    from sta_adapter.backbone import Backbone
+    from sta_adapter.injection.backbone import Backbone
 
 
 @dataclasses.dataclass(frozen=True)

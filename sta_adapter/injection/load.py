@@ -30,12 +30,12 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, lora_files,
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.inject import get_sta, plan_injection
+from sta_adapter.injection.inject import get_sta, plan_injection
 from sta_adapter.sharding import is_sharded, whole, write_once
 from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
 
 if TYPE_CHECKING:
-    from sta_adapter.handle import STAHandle
+    from sta_adapter.injection.handle import STAHandle
 
 
 def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed: bool = False) -> None:

@@ -31,8 +31,8 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        from sta_adapter.checkpoint import load_sta
-        from sta_adapter.inject import get_sta
+        from sta_adapter.injection.inject import get_sta
+        from sta_adapter.injection.load import load_sta
 
         folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs.get("revision"))
         if folder is None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.backbone import Backbone, Site, locate
-from sta_adapter.check import check_site
 from sta_adapter.compatibility.seams import add_load_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError
-from sta_adapter.handle import STAHandle
-from sta_adapter.hooks import (
+from sta_adapter.injection.backbone import Backbone, Site, locate
+from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
+from sta_adapter.injection.data_parallel import attach_agreement, refuse_wrapped
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.hooks import (
     CHILD,
     BlockBegin,
     BlockEnd,
@@ -27,11 +28,10 @@ from sta_adapter.hooks import (
     find_injections,
     remove_hooks,
 )
-from sta_adapter.injection import Injection
-from sta_adapter.parallel import attach_agreement, refuse_wrapped
-from sta_adapter.peft_loading import watch_peft
+from sta_adapter.injection.peft_loading import watch_peft
+from sta_adapter.injection.state import Injection
+from sta_adapter.injection.validate import check_site
 from sta_adapter.sharding import execution_device
-from sta_adapter.telling import attach_clip_source, remove_methods
 from sta_adapter.text_positions import warn_of_other_rule
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.errors import InjectionError
-from sta_adapter.hooks import RESIDUAL, iterate_tensors
-from sta_adapter.places import Site
+from sta_adapter.injection.backbone import Backbone, EncoderCall
+from sta_adapter.injection.hooks import RESIDUAL, iterate_tensors
+from sta_adapter.injection.target import Site
 
 logger = logging.getLogger(__name__)
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large

@@ -11,14 +11,14 @@ import torch
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.backbone import Backbone, EncoderCall
 from sta_adapter.config import STAConfig, checked_window
 from sta_adapter.errors import ConfigError, LayoutError, StreamError
-from sta_adapter.live.saved_state import restored, saved
-from sta_adapter.live.state import Call, Chunk, FrameShape, StreamState
+from sta_adapter.injection.backbone import Backbone, EncoderCall
+from sta_adapter.injection.stream_file import restored, saved
+from sta_adapter.injection.stream_state import Call, Chunk, FrameShape, StreamState
 
 if TYPE_CHECKING:
-    from sta_adapter.injection import Injection
+    from sta_adapter.injection.state import Injection
 
 
 class Stream:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths, checked_lengths
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.backbone import EncoderCall
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection import Injection
-from sta_adapter.live.stream import continue_streams
+from sta_adapter.injection.backbone import EncoderCall
+from sta_adapter.injection.state import Injection
+from sta_adapter.injection.stream import continue_streams
 
 CHILD = "sta"  # the name of the STA module in its block
 RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream

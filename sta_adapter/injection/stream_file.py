@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.errors import StreamError
-from sta_adapter.live.state import StreamState
+from sta_adapter.injection.stream_state import StreamState
 
 FORMAT = 1
 

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLengths
-from sta_adapter.backbone import Site
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import UnknownClipsError
-from sta_adapter.hooks import Hook, take_clip_lengths
-from sta_adapter.injection import Injection
+from sta_adapter.injection.backbone import Site
+from sta_adapter.injection.hooks import Hook, take_clip_lengths
+from sta_adapter.injection.state import Injection
 
 
 class ModelBegin(Hook):

@@ -22,13 +22,13 @@ from sta_adapter.adapter.base_marks import mark_base
 from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.attention.explain import Call
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
-from sta_adapter.backbone import Backbone
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
+from sta_adapter.injection.backbone import Backbone
 
 if TYPE_CHECKING:
-    from sta_adapter.live.stream import Stream
+    from sta_adapter.injection.stream import Stream
 
 CALLS_KEPT = 256
 
