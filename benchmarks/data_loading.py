@@ -31,10 +31,10 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from sta_adapter.data import FrameSettings, VideoDataset  # noqa: E402
-from sta_adapter.frames import fit_frames  # noqa: E402
 from sta_adapter.samples import Sample  # noqa: E402
 from sta_adapter.video import Sampling, choose_frames  # noqa: E402
-from sta_adapter.video.table import read_table  # noqa: E402
+from sta_adapter.video.frame_table import read_table  # noqa: E402
+from sta_adapter.video.resize import fit_frames  # noqa: E402
 
 # seconds, frames a second, height and width of the files; frames taken; whether they are resized
 CASES = {

@@ -17,9 +17,9 @@ from sta_adapter.adapter.safe_read import shown
 from sta_adapter.conversations import reason_of
 from sta_adapter.encoding import Visual, temporal_patch
 from sta_adapter.errors import ConfigError, DataError, STAError
-from sta_adapter.frames import fit_frames, read_image
 from sta_adapter.video import Clip, read_clip, read_folder
 from sta_adapter.video.budget import KEPT_PIXELS
+from sta_adapter.video.resize import fit_frames, read_image
 
 RANGES: dict[str, tuple[float, int]] = {
     "fps": (1e-6, 1000),

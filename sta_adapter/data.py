@@ -19,10 +19,10 @@ from sta_adapter.collator import Collator, Loaded
 from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.fingerprint import fingerprint, fingerprint_samples
-from sta_adapter.frames import fit_frames
 from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
 from sta_adapter.packed import unpacked
 from sta_adapter.samples import BadSample, Sample, open_samples, read_samples
+from sta_adapter.video.resize import fit_frames
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]
 

@@ -18,7 +18,7 @@ import torch
 from sta_adapter.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
-from sta_adapter.frames import resize_frames
+from sta_adapter.video.resize import resize_frames
 
 IGNORE = -100
 Encoded = dict[str, torch.Tensor]

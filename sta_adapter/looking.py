@@ -218,7 +218,7 @@ def _usual_frames(model: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_length(file: str, longest: float) -> None:
-    from sta_adapter.video.table import read_table
+    from sta_adapter.video.frame_table import read_table
 
     duration = read_table(file).duration
     if duration > longest:

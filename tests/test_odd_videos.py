@@ -13,8 +13,8 @@ from make_videos import cut, decode_all, pictures, write
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip
-from sta_adapter.video.agreement import why_unlike
-from sta_adapter.video.table import VideoNotFoundError, _containers, open_video, video_stream
+from sta_adapter.video.decoder_parity import why_unlike
+from sta_adapter.video.frame_table import VideoNotFoundError, _containers, open_video, video_stream
 
 
 class Attached(enum.Flag):

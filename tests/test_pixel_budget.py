@@ -12,10 +12,10 @@ from sta_adapter import isolation
 from sta_adapter.clips import ClipReader
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.errors import DataError, VideoError
-from sta_adapter.frames import fit_frames
 from sta_adapter.isolation import Isolated
 from sta_adapter.looking import Viewer
 from sta_adapter.video import budget, decoders, read_clip, read_folder
+from sta_adapter.video.resize import fit_frames
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def video(tmp_path_factory):
 
 @pytest.fixture
 def nothing_decodes(monkeypatch):
-    monkeypatch.setattr("sta_adapter.video.table._scan", lambda *args: pytest.fail("a frame was decoded"))
+    monkeypatch.setattr("sta_adapter.video.frame_table._scan", lambda *args: pytest.fail("a frame was decoded"))
     for name in decoders.DECODERS:
         monkeypatch.setitem(decoders.DECODERS, name, lambda *args: pytest.fail("a frame was decoded"))
 
@@ -44,7 +44,7 @@ def test_frames_that_are_too_large_are_not_decoded(video, monkeypatch, nothing_d
 
 @pytest.mark.parametrize("how", [{}, {"end": 0.5}])
 def test_a_stream_that_is_larger_than_its_container_says_is_not_decoded(video, monkeypatch, how):
-    monkeypatch.setattr("sta_adapter.video.table.check_frame", lambda *args: None)
+    monkeypatch.setattr("sta_adapter.video.frame_table.check_frame", lambda *args: None)
     monkeypatch.setitem(budget.DECODER_LIMIT, "max_pixels", "3000")
     with pytest.raises(VideoError, match=r"decode|can't be read"):
         read_clip(video, **how)

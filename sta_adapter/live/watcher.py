@@ -16,12 +16,12 @@ from sta_adapter.answering import Questioner
 from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.encoding import Encoded, Visual, encode_prompt, temporal_patch
 from sta_adapter.errors import ConfigError, VideoError
-from sta_adapter.frames import fit_frames
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step
 from sta_adapter.live.source import LiveFrame, LiveSource, masked
 from sta_adapter.video.reader import TICKS
+from sta_adapter.video.resize import fit_frames
 
 Event = dict[str, Any]
 

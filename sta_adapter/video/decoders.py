@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
-from sta_adapter.video.table import UNTURNED, FrameTable, import_av, open_video, video_stream
+from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, video_stream
 
 Pixels = NDArray[np.uint8]
 Resize = Callable[[Pixels], Pixels]

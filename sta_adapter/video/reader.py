@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import VideoError
 from sta_adapter.video.decoders import Resize, check_backend, check_threads, decode
+from sta_adapter.video.frame_table import FrameTable, read_table
 from sta_adapter.video.sampling import Sampling, choose_frames
-from sta_adapter.video.table import FrameTable, read_table
 
 TICKS = 1_000_000
 """A second, counted as finely as any container's timestamps are worth."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, VideoError
-from sta_adapter.video.table import import_av
+from sta_adapter.video.frame_table import import_av
 
 ENCODERS: dict[str, dict[str, str]] = {
     "libx264": {"crf": "18"},

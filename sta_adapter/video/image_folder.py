@@ -9,10 +9,10 @@ import numpy as np
 from sta_adapter.errors import VideoError
 from sta_adapter.video.budget import check_kept
 from sta_adapter.video.decoders import Resize
+from sta_adapter.video.frame_table import VideoNotFoundError
 from sta_adapter.video.image import natural_order, read_image
 from sta_adapter.video.reader import Clip, ClipMetadata
 from sta_adapter.video.sampling import Sampling, choose_frames
-from sta_adapter.video.table import VideoNotFoundError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 

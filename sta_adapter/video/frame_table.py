@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
-from sta_adapter.video.agreement import seeks_exactly, why_unlike
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
-from sta_adapter.video.endings import cut_off
+from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
 from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
+from sta_adapter.video.truncation import cut_off
 
 if TYPE_CHECKING:
     from av.container import InputContainer
