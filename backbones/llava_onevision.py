@@ -18,8 +18,8 @@ from sta_adapter.attention.layout import EACH_ROW, ClipLengths
 from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
-from sta_adapter.clip_batches import missing_frames
 from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.data.clip_batches import missing_frames
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import ClipSource
 

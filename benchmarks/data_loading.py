@@ -30,8 +30,11 @@ use_checkout()
 import torch  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
-from sta_adapter.data import FrameSettings, VideoDataset  # noqa: E402
-from sta_adapter.samples import Sample  # noqa: E402
+from sta_adapter.data import (  # noqa: E402
+    FrameSettings,
+    Sample,
+    VideoDataset,
+)
 from sta_adapter.video import Sampling, choose_frames  # noqa: E402
 from sta_adapter.video.frame_table import read_table  # noqa: E402
 from sta_adapter.video.resize import fit_frames  # noqa: E402

@@ -27,8 +27,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from sta_adapter import get_sta, inject_sta  # noqa: E402
-from sta_adapter.collator import Collator  # noqa: E402
-from sta_adapter.encoding import Visual, encode  # noqa: E402
+from sta_adapter.data import Collator  # noqa: E402
+from sta_adapter.data.chat_encoding import Visual, encode  # noqa: E402
 from sta_adapter.lora_recipe import lora_config, lora_parameters  # noqa: E402
 from sta_adapter.training_config import TrainingConfig  # noqa: E402
 

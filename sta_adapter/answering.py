@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from sta_adapter.answer_text import final_answer
-from sta_adapter.clip_batches import PIXELS, missing_frames
-from sta_adapter.collator import Collator, kind_of
 from sta_adapter.compatibility.signatures import takes
-from sta_adapter.encoding import Encoded, encode_answer
+from sta_adapter.data.chat_encoding import Encoded, encode_answer
+from sta_adapter.data.clip_batches import PIXELS, missing_frames
+from sta_adapter.data.collator import Collator, kind_of
+from sta_adapter.data.samples import Sample
 from sta_adapter.errors import DataError
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.matching import named_option
-from sta_adapter.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from sta_adapter.bootstrap import FEW, mean_interval
+from sta_adapter.data.samples import Sample
 from sta_adapter.evaluation import EvaluationResult
-from sta_adapter.samples import Sample
 
 Runs = Mapping[str, Mapping[str, EvaluationResult]]
 CONTROLS = ("shuffled", "reversed")

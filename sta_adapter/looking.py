@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sta_adapter.clips import ClipReader, FrameSettings
-from sta_adapter.encoding import Visual
+from sta_adapter.data.chat_encoding import Visual
+from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.isolation import POSSIBLE, Isolated
 from sta_adapter.page_guard import AnswerLimit
 from sta_adapter.visualization import Observation, observe
 
@@ -144,8 +144,8 @@ class Viewer:
         Raises:
             VideoError: it can't be read, or is too long.
         """
-        from sta_adapter.collator import Collator
-        from sta_adapter.encoding import encode_prompt
+        from sta_adapter.data.chat_encoding import encode_prompt
+        from sta_adapter.data.collator import Collator
 
         file = os.fspath(path)
         with self._decoding:
@@ -179,7 +179,7 @@ class Viewer:
             STAError: the limit ended it.
         """
         from sta_adapter.answering import Questioner
-        from sta_adapter.samples import Sample
+        from sta_adapter.data.samples import Sample
 
         sample = Sample([*clip.messages, {"role": "assistant", "content": []}])
         questioner = Questioner(self.handle.model, self.processor, max_new_tokens, 1)

@@ -23,19 +23,19 @@ from transformers import PrinterCallback, TrainingArguments
 
 from sta_adapter.adapter.format import adapter_files
 from sta_adapter.adapter.lora_weights import lora_files
-from sta_adapter.data import Collator, VideoDataset
+from sta_adapter.data.dataset import Collator, VideoDataset
+from sta_adapter.data.stream import StreamDataset
+from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.injection.load import adapter_contents
-from sta_adapter.isolation import worker_errors
 from sta_adapter.lora_recipe import lora_config, lora_parameters
 from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
 from sta_adapter.progress import ProgressBar
 from sta_adapter.requirements import require_reporters
 from sta_adapter.resume import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.sharding import is_sharded, whole_shape, write_once
-from sta_adapter.streaming import StreamDataset
 from sta_adapter.trainer import AdapterTrainer
 from sta_adapter.training_config import TrainingConfig
 

@@ -22,18 +22,18 @@ from sta_adapter.adapter.format import WEIGHTS, replace_files
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import RUN_FILE, read_run_file
 from sta_adapter.config import STAConfig
-from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.data.dataset import FrameSettings, VideoDataset
+from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_start
+from sta_adapter.data.samples import open_samples, require_usable
+from sta_adapter.data.shards import is_shards
+from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
-from sta_adapter.fingerprint import fingerprint_processor, fingerprint_start
 from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta, inject_sta
 from sta_adapter.requirements import require_free, require_reporters
 from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
-from sta_adapter.samples import open_samples, require_usable
 from sta_adapter.sharding import write_once
-from sta_adapter.shards import is_shards
-from sta_adapter.streaming import StreamDataset
 from sta_adapter.text_positions import rule_in_use
 from sta_adapter.training_config import HARMLESS, TrainingConfig
 

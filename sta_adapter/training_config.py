@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data import DECODE_TIMEOUT, FrameSettings
+from sta_adapter.data.dataset import DECODE_TIMEOUT, FrameSettings
 from sta_adapter.errors import ConfigError, MissingExtraError
 
 CHOICES = {

@@ -17,9 +17,9 @@ from sta_adapter import inject_sta
 from sta_adapter.answering import Questioner
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation import evaluate
-from sta_adapter.samples import parse_sample
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 GLM = ("glm4v", "glm4v_moe")

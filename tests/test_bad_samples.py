@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 from tiny_qwen import make_model, make_processor, write_samples
 
-from sta_adapter import clips, data, encoding
-from sta_adapter.collator import Collator, Loaded
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
-from sta_adapter.data_check import check_data
+from sta_adapter.data import chat_encoding as encoding
+from sta_adapter.data import clip_reader as clips
+from sta_adapter.data import dataset as data
+from sta_adapter.data.check import check_data
+from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError
 from sta_adapter.evaluation import evaluate
-from sta_adapter.samples import parse_sample
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -224,7 +226,7 @@ def test_check_data_makes_batches(folder, processor, monkeypatch):
         is_odd = messages[0]["content"][0].get("video") == str(odd)
         return {**item, "pixel_values_videos": item["pixel_values_videos"][:, : 7 if is_odd else None]}
 
-    monkeypatch.setattr("sta_adapter.data_check.encode", encode)
+    monkeypatch.setattr("sta_adapter.data.check.encode", encode)
     file = write_samples(folder / "batches", 3)
     file.write_text(file.read_text().replace('"0.mp4"', json.dumps(str(odd))))
     report = check_data(file, processor=processor, frames=AS_IS, num_workers=0)

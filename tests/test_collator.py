@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sta_adapter.collator import Collator
-from sta_adapter.encoding import IGNORE
-from sta_adapter.samples import BadSample
+from sta_adapter.data import BadSample, Collator
+from sta_adapter.data.chat_encoding import IGNORE
 
 LONG = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([IGNORE, 6, 7])}
 SHORT = {"input_ids": torch.tensor([8]), "labels": torch.tensor([8]), "token_type_ids": torch.tensor([1])}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sta_adapter.bootstrap import mean_interval
 from sta_adapter.comparison import as_text, chance, clips_of, compare
-from sta_adapter.conversations import Sample
+from sta_adapter.data import Sample
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.evaluation import EvaluationResult, Prediction
 from sta_adapter.evaluation_plot import draw, figure_of

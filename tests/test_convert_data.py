@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter.cli import cli
+from sta_adapter.data.samples import parse_sample, read_samples
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.convert_data import convert_data
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
-from sta_adapter.samples import parse_sample, read_samples
 
 OTHERS = [tool for tool in TOOLS if tool != "sta-adapter"]
 WORDS = st.text("abc é?\n", min_size=1, max_size=8).filter(str.strip)

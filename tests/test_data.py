@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tiny_qwen import CHATML, make_processor, moving_square, write_samples, write_video
 
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset, fit_frames, read_samples
-from sta_adapter.encoding import IGNORE, encode, encode_answer, encode_prompt
+from sta_adapter.data.chat_encoding import IGNORE, encode, encode_answer, encode_prompt
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.samples import parse_sample
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 PART = "{% for part in m['content'] %}{{ part['text'] if part['type'] == 'text' else '<|' + part['type'] + '_pad|>' }}{% endfor %}"

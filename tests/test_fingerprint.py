@@ -10,10 +10,15 @@ from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.data.fingerprint import (
+    fingerprint_model,
+    fingerprint_processor,
+    fingerprint_samples,
+    fingerprint_start,
+)
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import ConfigError
 from sta_adapter.evaluation import evaluate
-from sta_adapter.fingerprint import fingerprint_model, fingerprint_processor, fingerprint_samples, fingerprint_start
-from sta_adapter.samples import parse_sample
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -271,7 +276,7 @@ def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tm
     ids=["alike", "unlike", "some", "rate", "pixels", "none"],
 )
 def test_what_all_records_set_alike_is_how_the_run_samples(parts, expected):
-    from sta_adapter.clips import ClipReader
+    from sta_adapter.data.clip_reader import ClipReader
 
     reader = ClipReader(FrameSettings(nframes=8), factor=28)
     found = reader.settings_of(

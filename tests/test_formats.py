@@ -5,11 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_qwen import make_processor, moving_square, write_video
 
-from sta_adapter import samples
-from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.data import FrameSettings, VideoDataset, samples
+from sta_adapter.data.formats import FORMATS, recognise
+from sta_adapter.data.samples import BadSample, parse_sample, read_samples, scan_samples
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.formats import FORMATS, recognise
-from sta_adapter.samples import BadSample, parse_sample, read_samples, scan_samples
 
 HOLDING = {
     "id": "74225",

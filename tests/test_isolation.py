@@ -11,10 +11,10 @@ import torch
 from tiny_qwen import make_model, make_processor, write_samples
 from torch.utils.data import DataLoader
 
-from sta_adapter import clips
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
+from sta_adapter.data import clip_reader as clips
+from sta_adapter.data.worker_process import Isolated, ProcessError, worker_errors
 from sta_adapter.errors import DataError, STAError, VideoError
-from sta_adapter.isolation import Isolated, ProcessError, worker_errors
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.video import VideoNotFoundError, read_clip
 

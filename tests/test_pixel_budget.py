@@ -8,11 +8,11 @@ import pytest
 from make_videos import pictures, write
 from PIL import Image
 
-from sta_adapter import isolation
-from sta_adapter.clips import ClipReader
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
+from sta_adapter.data import worker_process as isolation
+from sta_adapter.data.clip_reader import ClipReader
+from sta_adapter.data.worker_process import Isolated
 from sta_adapter.errors import DataError, VideoError
-from sta_adapter.isolation import Isolated
 from sta_adapter.looking import Viewer
 from sta_adapter.video import budget, decoders, read_clip, read_folder
 from sta_adapter.video.resize import fit_frames
@@ -105,7 +105,7 @@ def test_a_folder_of_frames_has_the_same_budget(tmp_path, monkeypatch):
 
 
 def test_all_clips_of_a_sample_have_one_budget(video, monkeypatch):
-    monkeypatch.setattr("sta_adapter.clips.KEPT_PIXELS", 7 * 64 * 48)
+    monkeypatch.setattr("sta_adapter.data.clip_reader.KEPT_PIXELS", 7 * 64 * 48)
     reader = ClipReader(FrameSettings(nframes=4, min_tokens=None, max_tokens=None))
     part = {"type": "video", "video": str(video)}
     assert len(reader.read([part])) == 1

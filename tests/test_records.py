@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sta_adapter.data.samples import BadSample, parse_sample, read_samples, scan_samples
 from sta_adapter.errors import DataError
-from sta_adapter.samples import BadSample, parse_sample, read_samples, scan_samples
 
 ANSWER = {"role": "assistant", "content": "It falls."}
 TALK = {"messages": [{"role": "user", "content": "What happens?"}, ANSWER]}

@@ -13,7 +13,7 @@ from test_model_card import FRAMES, RESULTS, SETTINGS, STAGE, card
 from sta_adapter import inject_sta
 from sta_adapter.adapter.model_card import read_run
 from sta_adapter.adapter.push import push_folder
-from sta_adapter.clips import FrameSettings
+from sta_adapter.data import FrameSettings
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.loading import saved_frame_settings, saved_positions
 

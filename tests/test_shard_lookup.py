@@ -13,11 +13,11 @@ from tiny_qwen import save_base
 
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, VideoDataset, read_samples
-from sta_adapter.data_check import check_data
+from sta_adapter.data.check import check_data
+from sta_adapter.data.shards import read_shard, scan_shards
+from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation import evaluate
-from sta_adapter.shards import read_shard, scan_shards
-from sta_adapter.streaming import StreamDataset
 from sta_adapter.training import TrainingConfig, train
 
 pytest.importorskip("webdataset")

@@ -17,13 +17,13 @@ from test_training import AS_IS, FAST, folder, make_model, processor  # noqa: F4
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from sta_adapter import streaming
-from sta_adapter.clips import ClipReader
 from sta_adapter.data import BadSample
+from sta_adapter.data import stream as streaming
+from sta_adapter.data.clip_reader import ClipReader
+from sta_adapter.data.shards import find_shards, read_shard
+from sta_adapter.data.stream import Place, StreamDataset, stream_loader
+from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.isolation import worker_errors
-from sta_adapter.shards import find_shards, read_shard
-from sta_adapter.streaming import Place, StreamDataset, stream_loader
 from sta_adapter.training import TrainingConfig, train
 
 pytest.importorskip("webdataset")

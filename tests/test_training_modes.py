@@ -110,7 +110,7 @@ def test_quantised_base(tmp_path, model, dataset):  # noqa: F811
 
 def test_activations_of_sta_are_not_kept(model, dataset):  # noqa: F811
     """With checkpointing, what the backward pass needs of STA is computed again."""
-    from sta_adapter.collator import Collator
+    from sta_adapter.data import Collator
 
     handle = inject_sta(model).freeze_base()
     if not any(hasattr(module, "gradient_checkpointing") for module in handle.encoder.modules()):

@@ -12,11 +12,11 @@ from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.integrations import peft as hook
 from sta_adapter.integrations.callbacks import ReportBadClips, RequireGradient, SaveAdapter, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
-from sta_adapter.samples import parse_sample
 
 
 @pytest.fixture(scope="module")

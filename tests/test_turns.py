@@ -3,9 +3,9 @@
 import pytest
 from test_data import chat, learned, processor, sample  # noqa: F401
 
-from sta_adapter.encoding import encode
+from sta_adapter.data.chat_encoding import encode
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import DataError
-from sta_adapter.samples import parse_sample
 
 
 @pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")], ids="_".join)

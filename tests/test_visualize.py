@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from sta_adapter import STAConfig, inject_sta, look_page, pictures
 from sta_adapter.cli import cli
+from sta_adapter.data.chat_encoding import temporal_patch
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import render
-from sta_adapter.encoding import temporal_patch
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.loading import load_model
 from sta_adapter.looking import Viewer, crops

@@ -12,7 +12,7 @@ from tiny_qwen import make_processor, moving_square, save_base, write_video
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.cli import cli
-from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, MissingExtraError
 from sta_adapter.integrations.vllm import register
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged

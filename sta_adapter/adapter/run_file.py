@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.safe_read import read_json
-from sta_adapter.clips import FrameSettings
+from sta_adapter.data.clip_reader import FrameSettings
 from sta_adapter.errors import CheckpointError, ConfigError
 
 RUN_FILE = "run.json"

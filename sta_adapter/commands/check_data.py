@@ -46,7 +46,7 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Any) -> None:
     """Check and print what was found."""
     from sta_adapter.commands.train import RUN_OPTIONS
-    from sta_adapter.data_check import check_data
+    from sta_adapter.data.check import check_data
     from sta_adapter.loading import load_processor
     from sta_adapter.training_config import TrainingConfig, read_yaml
 

@@ -148,8 +148,8 @@ def _orders(options: dict[str, Any]) -> tuple[str, ...]:
 
 def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
     """What to ask, and what was left out of it."""
+    from sta_adapter.data.samples import open_samples, require_usable
     from sta_adapter.eval_sets import load_benchmark
-    from sta_adapter.samples import open_samples, require_usable
 
     if options["benchmark"]:
         given = [f"--{name}" for name in ("format", "videos") if options[name]]
@@ -171,7 +171,7 @@ def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
 
 def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: dict[str, Any]) -> Any:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
-    from sta_adapter.data import FrameSettings, VideoDataset
+    from sta_adapter.data.dataset import FrameSettings, VideoDataset
     from sta_adapter.loading import saved_frame_settings
 
     if options["fps"] is not None and options["nframes"] is not None:

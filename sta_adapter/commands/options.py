@@ -109,7 +109,7 @@ def base_model_of(any_base: bool) -> str | None:
 
 def data_options(command: Any) -> Any:
     """How a file of samples is read; in the group of the options beside it."""
-    from sta_adapter.formats import FORMATS
+    from sta_adapter.data.formats import FORMATS
 
     choice = click.Choice(list(FORMATS))
     for decorate in (

@@ -14,7 +14,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from sta_adapter import load_sta
-    from sta_adapter.data import VideoDataset
+    from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.demo import TINY_BASE
     from sta_adapter.demo.model import tiny_model
     from sta_adapter.demo.run import FRAME_SETTINGS, LOGITS, answer_logits

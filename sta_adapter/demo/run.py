@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import sta_adapter
-from sta_adapter.data import Collator, FrameSettings, VideoDataset
+from sta_adapter.data.dataset import Collator, FrameSettings, VideoDataset
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import FRAMES, LABELS, PAIRS, write_dataset
 from sta_adapter.demo.model import tiny_model

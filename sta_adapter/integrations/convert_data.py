@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
+from sta_adapter.data.formats import read_classes
+from sta_adapter.data.samples import Sample, check_format, parse_sample, raw_records
+from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.formats import read_classes
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
-from sta_adapter.samples import Sample, check_format, parse_sample, raw_records
-from sta_adapter.shards import is_shards
 
 INSTEAD = {  # what says the same for all clips of a run
     "ms-swift": "the environment variables FPS, FPS_MIN_FRAMES, FPS_MAX_FRAMES, VIDEO_MIN_TOKEN_NUM and VIDEO_MAX_TOKEN_NUM",

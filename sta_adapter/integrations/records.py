@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sta_adapter.conversations import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
 
 PATH_KEYS = ("path", "url")  # what a part is also called by, beside its type

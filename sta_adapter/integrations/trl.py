@@ -20,13 +20,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sta_adapter.compatibility.seams import parameter_names, version
-from sta_adapter.data import BadSample, Collator, FrameSettings, Sample, VideoDataset
-from sta_adapter.encoding import IGNORE, encode
+from sta_adapter.data.chat_encoding import IGNORE, encode
+from sta_adapter.data.dataset import BadSample, Collator, FrameSettings, Sample, VideoDataset
+from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.integrations.callbacks import ReportBadClips, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
-from sta_adapter.samples import parse_sample
 
 logger = logging.getLogger(__name__)
 

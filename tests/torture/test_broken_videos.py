@@ -15,8 +15,8 @@ import pytest
 from broken_videos import corpus, whole
 from make_videos import decode_all
 
+from sta_adapter.data.worker_process import Isolated, ProcessError
 from sta_adapter.errors import BackendError, MissingExtraError, STAError, VideoError
-from sta_adapter.isolation import Isolated, ProcessError
 from sta_adapter.video import read_clip
 
 CASES = corpus()

@@ -29,7 +29,7 @@ from engines import (
 )
 from tiny_qwen import moving_square, write_video
 
-from sta_adapter.clips import ClipReader
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 from sta_adapter.integrations.vllm.serve_line import trained_reader

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.clips import ClipReader, FrameSettings
 from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.errors import ConfigError
 
 LOADER = "sta_adapter"

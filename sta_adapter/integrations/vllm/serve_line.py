@@ -11,7 +11,7 @@ from sta_adapter.adapter.format import read_description
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.safe_read import read_json
-from sta_adapter.clips import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import get_backbone
 from sta_adapter.integrations.vllm.frames import media_io_kwargs

@@ -20,7 +20,7 @@ ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")
 
 
 class Decoded(Protocol):
-    """What is asked of a decoded clip or image, see `sta_adapter.encoding.Visual`."""
+    """What is asked of a decoded clip or image, see `sta_adapter.data.chat_encoding.Visual`."""
 
     @property
     def kind(self) -> str:

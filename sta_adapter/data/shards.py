@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from sta_adapter.conversations import BadSample, Sample
+from sta_adapter.data.conversation import BadSample, Sample
+from sta_adapter.data.records import load_json
+from sta_adapter.data.shard_clips import Packed, Span
 from sta_adapter.errors import DataError, MissingExtraError
-from sta_adapter.packed import Packed, Span
-from sta_adapter.records import load_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes

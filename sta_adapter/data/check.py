@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sta_adapter.clips import FrameSettings
-from sta_adapter.collator import Collator, Loaded
-from sta_adapter.data import DECODE_TIMEOUT, VideoDataset
-from sta_adapter.encoding import Encoded, Visual, encode
+from sta_adapter.data.chat_encoding import Encoded, Visual, encode
+from sta_adapter.data.clip_reader import FrameSettings
+from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.dataset import DECODE_TIMEOUT, VideoDataset
+from sta_adapter.data.samples import BadSample, Sample, scan_samples
+from sta_adapter.data.shards import is_shards
+from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import DataError
-from sta_adapter.isolation import worker_errors
-from sta_adapter.samples import BadSample, Sample, scan_samples
-from sta_adapter.shards import is_shards
 
 ENDLESS = 10**7  # tokenizers without a limit of their own give a larger number
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sta_adapter.clip_batches import PIXELS, put_together, takes_one_kind
-from sta_adapter.encoding import IGNORE, Encoded
+from sta_adapter.data.chat_encoding import IGNORE, Encoded
+from sta_adapter.data.clip_batches import PIXELS, put_together, takes_one_kind
+from sta_adapter.data.samples import BadSample
 from sta_adapter.errors import DataError
-from sta_adapter.samples import BadSample
 
 PER_TOKEN = {"input_ids": 0, "labels": IGNORE, "mm_token_type_ids": 0, "token_type_ids": 0}  # and what fills them up
 

@@ -1,6 +1,6 @@
 """Read files of samples: JSON Lines, JSON arrays, CSV or tar shards, in any of the formats.
 
-Public: `read_samples(path)`, `scan_samples(path)`, `open_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.formats`; each record's is recognised by its keys
+Public: `read_samples(path)`, `scan_samples(path)`, `open_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.data.formats`; each record's is recognised by its keys
 unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.conversations import BadSample, Sample, parse_sample
+from sta_adapter.data.conversation import BadSample, Sample, parse_sample
+from sta_adapter.data.formats import FORMATS, read_classes
+from sta_adapter.data.records import read_records
+from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.formats import FORMATS, read_classes
-from sta_adapter.records import read_records
-from sta_adapter.shards import is_shards, scan_shards
 
 __all__ = [
     "BadSample",

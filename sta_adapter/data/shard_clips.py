@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.conversations import Sample, parse_sample
+from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.errors import STAError
 from sta_adapter.video import VideoNotFoundError
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter._validate import shown
+from sta_adapter.data.sample_keys import SETTINGS
 from sta_adapter.errors import DataError
-from sta_adapter.sample_keys import SETTINGS
 
 EXPECTED = "Expected a JSON Lines file, a JSON array or a CSV file."
 TABLES = {".csv": ",", ".tsv": "\t"}

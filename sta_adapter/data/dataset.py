@@ -14,14 +14,14 @@ from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
 
-from sta_adapter.clips import ClipReader, FrameSettings
-from sta_adapter.collator import Collator, Loaded
-from sta_adapter.encoding import Encoded, Visual, encode, encode_prompt
+from sta_adapter.data.chat_encoding import Encoded, Visual, encode, encode_prompt
+from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.fingerprint import fingerprint, fingerprint_samples
+from sta_adapter.data.samples import BadSample, Sample, open_samples, read_samples
+from sta_adapter.data.shard_clips import unpacked
+from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.fingerprint import fingerprint, fingerprint_samples
-from sta_adapter.isolation import POSSIBLE, Isolated, ProcessError
-from sta_adapter.packed import unpacked
-from sta_adapter.samples import BadSample, Sample, open_samples, read_samples
 from sta_adapter.video.resize import fit_frames
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]
@@ -91,7 +91,7 @@ class VideoDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Encoded | BadSample:
-        """Tensors of one sample, see `sta_adapter.encoding.encode`."""
+        """Tensors of one sample, see `sta_adapter.data.chat_encoding.encode`."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         item = self.load(self.samples[index], index)

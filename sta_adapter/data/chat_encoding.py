@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sta_adapter.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
-from sta_adapter.clip_times import step_seconds, told_seconds
+from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
+from sta_adapter.data.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
 from sta_adapter.video.resize import resize_frames
 

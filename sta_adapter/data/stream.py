@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sta_adapter.clips import FrameSettings
-from sta_adapter.data import DECODE_TIMEOUT, VideoDataset
-from sta_adapter.encoding import Encoded
+from sta_adapter.data.chat_encoding import Encoded
+from sta_adapter.data.clip_reader import FrameSettings
+from sta_adapter.data.dataset import DECODE_TIMEOUT, VideoDataset
+from sta_adapter.data.fingerprint import fingerprint, fingerprint_file
+from sta_adapter.data.samples import BadSample, check_format
+from sta_adapter.data.shard_clips import Packed
+from sta_adapter.data.shards import find_shards, read_shard
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.fingerprint import fingerprint, fingerprint_file
-from sta_adapter.packed import Packed
-from sta_adapter.samples import BadSample, check_format
-from sta_adapter.shards import find_shards, read_shard
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Public: `Sample`, `BadSample`, `parse_sample(record)`. Two ways of writing a conversation are understood: visual parts inside the messages'
 content (`{"type": "video", "video": "a.mp4", "nframes": 8}`), and `<video>` / `<image>` in plain text with the paths in
-lists beside the messages (`"videos": ["a.mp4"]`). Records of other formats become conversations first, see `sta_adapter.formats`.
+lists beside the messages (`"videos": ["a.mp4"]`). Records of other formats become conversations first, see `sta_adapter.data.formats`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sta_adapter._validate import shown, suggestion
+from sta_adapter.data.formats import as_conversation
+from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
-from sta_adapter.formats import as_conversation
-from sta_adapter.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
 
 _POSITIVE = {
     **dict.fromkeys(("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"), int),
@@ -120,7 +120,7 @@ def parse_sample(
         record: the object of one line.
         source: how errors name it.
         folder: what relative paths are relative to.
-        format: one of `sta_adapter.formats.FORMATS`; None recognises it by its keys.
+        format: one of `sta_adapter.data.formats.FORMATS`; None recognises it by its keys.
         classes: names and numbers of Something-Something v2's classes, to check against.
 
     Raises:

@@ -14,8 +14,8 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from sta_adapter.adapter.safe_read import shown
-from sta_adapter.conversations import reason_of
-from sta_adapter.encoding import Visual, temporal_patch
+from sta_adapter.data.chat_encoding import Visual, temporal_patch
+from sta_adapter.data.conversation import reason_of
 from sta_adapter.errors import ConfigError, DataError, STAError
 from sta_adapter.video import Clip, read_clip, read_folder
 from sta_adapter.video.budget import KEPT_PIXELS

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter._validate import shown
+from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, visuals
 from sta_adapter.errors import DataError
-from sta_adapter.sample_keys import VISUAL_KEYS, extra_fields, visuals
 
 FORMATS = {
     "conversations": "'messages' (or 'conversations'), a list of turns; or 'question' and 'answer', with the clip as 'video'",
