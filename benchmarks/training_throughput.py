@@ -29,8 +29,8 @@ from torch import nn  # noqa: E402
 from sta_adapter import get_sta, inject_sta  # noqa: E402
 from sta_adapter.data import Collator  # noqa: E402
 from sta_adapter.data.chat_encoding import Visual, encode  # noqa: E402
-from sta_adapter.lora_recipe import lora_config, lora_parameters  # noqa: E402
-from sta_adapter.training_config import TrainingConfig  # noqa: E402
+from sta_adapter.training import TrainingConfig  # noqa: E402
+from sta_adapter.training.lora import lora_config, lora_parameters  # noqa: E402
 
 
 def batch_of(processor: Any, clips: int, frames: int, size: int) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from sta_adapter.data import Sample, read_samples
 from sta_adapter.errors import DataError
-from sta_adapter.modes import full_precision
+from sta_adapter.training.contexts import full_precision
 from sta_adapter.video import read_clip
 
 IGNORE = -100

@@ -23,8 +23,8 @@ from sta_adapter.data.dataset import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_model, fingerprint_processor, fingerprint_samples
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.modes import evaluating
 from sta_adapter.predictions import PredictionLog
+from sta_adapter.training.contexts import evaluating
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
 

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_qwen import make_model, make_processor
 from transformers import TrainerCallback, TrainerState
 
-from sta_adapter import stages  # noqa: F401  # with peft and accelerate, once for all forks
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.errors import CheckpointError
-from sta_adapter.resume import last_checkpoint
 from sta_adapter.training import TrainingConfig, train
+from sta_adapter.training import stage as stages  # noqa: F401  # with peft and accelerate, once for all forks
+from sta_adapter.training.checkpoints import last_checkpoint
 
 SETTINGS = {
     "batch_size": 2,

@@ -170,7 +170,7 @@ def refuse(case, out):
 
 
 def run_training(case, out):
-    """`sta_adapter.training.train` on the samples in the folder `case` names, whole or spoilt."""
+    """`sta_adapter.training.two_stage.train` on the samples in the folder `case` names, whole or spoilt."""
     from tiny_qwen import make_model, make_processor
 
     from sta_adapter.data import FrameSettings, VideoDataset

@@ -18,7 +18,7 @@ from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_origina
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.compatibility import seams
 from sta_adapter.errors import CompatibilityError
-from sta_adapter.modes import activation_checkpointing
+from sta_adapter.training.contexts import activation_checkpointing
 
 TOLD = r"[\s\S]*This is {} \S+, and STA was tested with .*: install one of these \(pip install {}==\.\.\.\)"
 only_5 = pytest.mark.skipif(not is_transformers_5(), reason="a part of transformers 5")

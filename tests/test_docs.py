@@ -92,7 +92,7 @@ def messages():
 def test_settings_files_are_taken():
     import yaml
 
-    from sta_adapter.training_config import TrainingConfig
+    from sta_adapter.training import TrainingConfig
 
     blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGES["train.md"], re.MULTILINE | re.DOTALL)
     assert blocks

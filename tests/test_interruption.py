@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_qwen import make_processor, write_samples
 
-from sta_adapter.resume import drop_incomplete, last_checkpoint, mark_complete, rotate
+from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, mark_complete, rotate
 
 KILLED, FULL = -9, 3
 

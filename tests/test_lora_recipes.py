@@ -38,9 +38,9 @@ def test_lora_reaches_every_layer_of_a_block(case):
 def test_the_recipe_s_numbers_are_those_of_the_settings():
     from cases import make_qwen2_vl
 
-    from sta_adapter.lora_recipe import lora_config
     from sta_adapter.text_positions import use_positions_of
-    from sta_adapter.training_config import TrainingConfig
+    from sta_adapter.training import TrainingConfig
+    from sta_adapter.training.lora import lora_config
 
     model = use_positions_of(make_qwen2_vl(), None)
     settings = TrainingConfig(lora_rank=3, lora_alpha=5, lora_qkv_rank=7, lora_qkv_alpha=11, lora_dropout=0.25)

@@ -15,7 +15,7 @@ from tiny_qwen import write_samples
 
 from sta_adapter import inject_sta, load_sta
 from sta_adapter.injection import data_parallel as parallel
-from sta_adapter.resume import last_checkpoint
+from sta_adapter.training.checkpoints import last_checkpoint
 
 FOLDER = Path(__file__).parent
 

@@ -5,7 +5,7 @@ import types
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from sta_adapter.progress import ProgressBar
+from sta_adapter.training.progress import ProgressBar
 
 
 @pytest.fixture

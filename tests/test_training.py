@@ -11,9 +11,9 @@ from sta_adapter import get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.errors import CheckpointError, ConfigError, DataError
 from sta_adapter.loading import load_adapter
-from sta_adapter.resume import load_trained
-from sta_adapter.trainer import parameter_groups
 from sta_adapter.training import TrainingConfig, train
+from sta_adapter.training.checkpoints import load_trained
+from sta_adapter.training.trainer import parameter_groups
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 FAST = {
@@ -284,7 +284,7 @@ def test_loss_on_other_data_is_measured(tmp_path, model, dataset):
     ("measured", "name", "more_is_better"), [(False, "eval_loss", False), (True, "eval_score", True)]
 )
 def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, name, more_is_better):
-    from sta_adapter.stages import Stage
+    from sta_adapter.training.stage import Stage
 
     other = {"measure": lambda net: {"accuracy": 1.0}} if measured else {"eval_dataset": dataset}
     found = Stage("1", TrainingConfig(**FAST), tmp_path, dataset, **other)._arguments()
@@ -294,7 +294,7 @@ def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, n
 
 @pytest.mark.parametrize("limit", [0.125, 3.0])
 def test_the_limit_on_gradients_reaches_the_trainer(tmp_path, dataset, limit):
-    from sta_adapter.stages import Stage
+    from sta_adapter.training.stage import Stage
 
     config = TrainingConfig(**FAST, max_grad_norm=limit)
     assert Stage("1", config, tmp_path, dataset)._arguments().max_grad_norm == limit

@@ -179,7 +179,7 @@ def test_missing_settings_file(tmp_path):
     ids=["twice", "twice-inside", "date", "deep", "digits"],
 )
 def test_settings_that_are_no_yaml(tmp_path, text, message):
-    from sta_adapter.training_config import read_yaml
+    from sta_adapter.training.config import read_yaml
 
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):

@@ -13,8 +13,8 @@ from transformers import Trainer
 from sta_adapter import inject_sta
 from sta_adapter.data import VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
-from sta_adapter.modes import activation_checkpointing
 from sta_adapter.training import TrainingConfig, train
+from sta_adapter.training.contexts import activation_checkpointing
 
 ADAPTER = ("sta_adapter.safetensors", "adapter_model.safetensors")
 
@@ -61,7 +61,7 @@ def test_bf16_on_the_cpu(tmp_path, model, dataset):  # noqa: F811
 
 
 def test_fp16_is_not_silently_fp32(tmp_path, model, dataset, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("sta_adapter.stages._has_accelerator", lambda: False)
+    monkeypatch.setattr("sta_adapter.training.stage._has_accelerator", lambda: False)
     config = TrainingConfig(**FAST, precision="fp16")
     with pytest.raises(ConfigError, match="precision fp16 needs a GPU"):
         train(model, dataset, output_dir=tmp_path, stage="1", config=config, progress=False)

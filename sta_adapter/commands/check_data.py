@@ -48,7 +48,7 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
     from sta_adapter.commands.train import RUN_OPTIONS
     from sta_adapter.data.check import check_data
     from sta_adapter.loading import load_processor
-    from sta_adapter.training_config import TrainingConfig, read_yaml
+    from sta_adapter.training.config import TrainingConfig, read_yaml
 
     values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name not in RUN_OPTIONS}
     settings = TrainingConfig.from_dict(values)

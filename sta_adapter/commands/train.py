@@ -78,7 +78,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
 def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
-    from sta_adapter.training_config import TrainingConfig, read_yaml
+    from sta_adapter.training.config import TrainingConfig, read_yaml
 
     values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
     values = merged(
@@ -109,7 +109,7 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
     from sta_adapter.sharding import is_first
     from sta_adapter.text_positions import use_positions_of
-    from sta_adapter.training import open_data, train
+    from sta_adapter.training.two_stage import open_data, train
 
     require_reporters(settings.report_to)
     require_writable(Path(run["out"]))
@@ -141,7 +141,7 @@ def _device(narrow: str | None) -> str:
     """Where the base is loaded: quantised weights can't move, others are moved by the trainer."""
     if narrow is None:
         return "cpu"
-    from sta_adapter.stages import join_processes
+    from sta_adapter.training.stage import join_processes
 
     return str(join_processes().device)
 

@@ -28,8 +28,8 @@ from sta_adapter.errors import STAError
 from sta_adapter.evaluation import Prediction, evaluate, wilson
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.loading import load_processor
-from sta_adapter.lora_recipe import lora_config
-from sta_adapter.training import TrainingConfig, TrainingResult, train
+from sta_adapter.training.lora import lora_config
+from sta_adapter.training.two_stage import TrainingConfig, TrainingResult, train
 
 logger = logging.getLogger(__name__)
 METHODS = {

@@ -114,7 +114,7 @@ class STAHandle:
         try:
             import peft  # noqa: F401
 
-            from sta_adapter.lora_recipe import recipe_config
+            from sta_adapter.training.lora import recipe_config
         except ImportError as error:
             raise MissingExtraError("stage two needs peft: pip install 'sta-adapter[train]'") from error
         return recipe_config(self, overrides)

@@ -1,6 +1,6 @@
 """One stage of training: what trains in it, in which precision, and the trainer that runs it.
 
-Public: `Stage` (`prepare`, `run`), `join_processes`. Used by `sta_adapter.training`.
+Public: `Stage` (`prepare`, `run`), `join_processes`. Used by `sta_adapter.training.two_stage`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.injection.load import adapter_contents
-from sta_adapter.lora_recipe import lora_config, lora_parameters
-from sta_adapter.modes import activation_checkpointing, full_precision, trainable_when_quantized
-from sta_adapter.progress import ProgressBar
 from sta_adapter.requirements import require_reporters
-from sta_adapter.resume import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.sharding import is_sharded, whole_shape, write_once
-from sta_adapter.trainer import AdapterTrainer
-from sta_adapter.training_config import TrainingConfig
+from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
+from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized
+from sta_adapter.training.lora import lora_config, lora_parameters
+from sta_adapter.training.progress import ProgressBar
+from sta_adapter.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)
 

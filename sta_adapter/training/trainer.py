@@ -27,10 +27,17 @@ from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import Place, StreamDataset, stream_loader
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.injection.inject import get_sta
-from sta_adapter.modes import evaluating
-from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE, load_trained, mark_complete, rotate, trained_state
 from sta_adapter.sharding import is_parallel, write_once
-from sta_adapter.training_config import TrainingConfig
+from sta_adapter.training.checkpoints import (
+    SAMPLES_FILE,
+    TRAINED_FILE,
+    load_trained,
+    mark_complete,
+    rotate,
+    trained_state,
+)
+from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.contexts import evaluating
 
 logger = logging.getLogger(__name__)
 

@@ -32,10 +32,10 @@ from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta, inject_sta
 from sta_adapter.requirements import require_free, require_reporters
-from sta_adapter.resume import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.sharding import write_once
 from sta_adapter.text_positions import rule_in_use
-from sta_adapter.training_config import HARMLESS, TrainingConfig
+from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE
+from sta_adapter.training.config import HARMLESS, TrainingConfig
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
@@ -105,8 +105,8 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
-        from sta_adapter.lora_recipe import require_recipe
-        from sta_adapter.stages import Stage, join_processes
+        from sta_adapter.training.lora import require_recipe
+        from sta_adapter.training.stage import Stage, join_processes
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
@@ -236,7 +236,7 @@ def _frames_in_force(dataset: Any) -> FrameSettings:
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
     """Make the output folder this run's; a run of other settings in it is only thrown away if asked for."""
-    from sta_adapter.stages import write_json
+    from sta_adapter.training.stage import write_json
 
     file = folder / RUN_FILE
     if not file.exists():
@@ -258,7 +258,7 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
 def _publish(stage_folder: Path, folder: Path) -> None:
     """Copy the last stage's adapter to where users look for it, all of it or nothing."""
-    from sta_adapter.stages import RESULT_FILE
+    from sta_adapter.training.stage import RESULT_FILE
 
     others = (RESULT_FILE, SAMPLES_FILE, TRAINED_FILE)
     adapter = [file for file in stage_folder.iterdir() if file.is_file() and file.name not in others]

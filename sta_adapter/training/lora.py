@@ -19,7 +19,7 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe, locate
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import CHILD
-from sta_adapter.training_config import TrainingConfig
+from sta_adapter.training.config import TrainingConfig
 
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
