@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sta_adapter.demo.clips import LABELS, render
 from sta_adapter.errors import DataError
-from sta_adapter.eval_sets.ssv2_t10 import CLASSES as TEN
+from sta_adapter.evaluation.benchmarks.ssv2_t10 import CLASSES as TEN
 from sta_adapter.video import write_clip
 
 

@@ -178,8 +178,8 @@ class Viewer:
         Raises:
             STAError: the limit ended it.
         """
-        from sta_adapter.answering import Questioner
         from sta_adapter.data.samples import Sample
+        from sta_adapter.evaluation.answering import Questioner
 
         sample = Sample([*clip.messages, {"role": "assistant", "content": []}])
         questioner = Questioner(self.handle.model, self.processor, max_new_tokens, 1)

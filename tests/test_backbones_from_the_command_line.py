@@ -14,12 +14,12 @@ from PIL import Image
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter import inject_sta
-from sta_adapter.answering import Questioner
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation import evaluate
+from sta_adapter.evaluation.answering import Questioner
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 GLM = ("glm4v", "glm4v_moe")

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sta_adapter.bootstrap import mean_interval
-from sta_adapter.comparison import as_text, chance, clips_of, compare
 from sta_adapter.data import Sample
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.evaluation import EvaluationResult, Prediction
-from sta_adapter.evaluation_plot import draw, figure_of
+from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
+from sta_adapter.evaluation.plot import draw, figure_of
+from sta_adapter.evaluation.statistics import mean_interval
 
 TASKS = [
     "Temporal Perception", "Spatial Perception", "Attribute Perception", "Action Recognition", "Object Recognition",

@@ -14,11 +14,10 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
-from sta_adapter.comparison import as_text
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.errors import CheckpointError, ConfigError, DataError
-from sta_adapter.evaluation import EvaluationResult, Prediction, evaluate, wilson
+from sta_adapter.evaluation import EvaluationResult, Prediction, as_text, evaluate, wilson
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)

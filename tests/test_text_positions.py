@@ -238,7 +238,7 @@ def test_training_writes_the_rule_and_evaluation_takes_it(tmp_path, monkeypatch,
     assert done.exit_code == 0, done.output
     assert json.loads((out / "sta_config.json").read_text())["positions"] == rule
     seen = []
-    import sta_adapter.evaluation as evaluation
+    import sta_adapter.evaluation.evaluator as evaluation
 
     measure = evaluation.evaluate
     monkeypatch.setattr(

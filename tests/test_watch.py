@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from tiny_qwen import make_model, make_processor, moving_square, save_base, write_video
 
 from sta_adapter import STAConfig, get_sta, inject_sta
-from sta_adapter.answering import Questioner
 from sta_adapter.cli import cli
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.errors import ConfigError, STAError, VideoError
+from sta_adapter.evaluation.answering import Questioner
 from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step
 from sta_adapter.live.source import LiveFrame, LiveSource, masked

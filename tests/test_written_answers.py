@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sta_adapter.answer_text import final_answer
-from sta_adapter.matching import named_option
+from sta_adapter.evaluation.answer_text import final_answer
+from sta_adapter.evaluation.option_matching import named_option
 
 TEXTS = ["left", "right", "up", "down"]
 B = [

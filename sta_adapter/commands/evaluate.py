@@ -24,7 +24,7 @@ from sta_adapter.commands.options import (
     quantize_option,
 )
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.eval_sets import BENCHMARKS
+from sta_adapter.evaluation.benchmarks import BENCHMARKS
 from sta_adapter.local_paths import public_name, without_folders
 from sta_adapter.requirements import require_device, require_writable
 
@@ -72,7 +72,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @adapter_options
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
-    from sta_adapter.comparison import as_text, chance, clips_of, compare
+    from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
     from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
     from sta_adapter.text_positions import use_positions_of
 
@@ -149,7 +149,7 @@ def _orders(options: dict[str, Any]) -> tuple[str, ...]:
 def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
     """What to ask, and what was left out of it."""
     from sta_adapter.data.samples import open_samples, require_usable
-    from sta_adapter.eval_sets import load_benchmark
+    from sta_adapter.evaluation.benchmarks import load_benchmark
 
     if options["benchmark"]:
         given = [f"--{name}" for name in ("format", "videos") if options[name]]
@@ -201,7 +201,7 @@ def _without(model: Any) -> Any:
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     """results.json and results.png; where it can't be drawn, the reason in its place."""
-    from sta_adapter.evaluation_plot import draw
+    from sta_adapter.evaluation.plot import draw
 
     (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     try:
@@ -211,7 +211,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _measure(model: Any, dataset: Any, name: str, out: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    from sta_adapter.evaluation import evaluate
+    from sta_adapter.evaluation.evaluator import evaluate
 
     return {
         order: evaluate(

@@ -25,7 +25,7 @@ from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import FRAMES, LABELS, PAIRS, write_dataset
 from sta_adapter.demo.model import tiny_model
 from sta_adapter.errors import STAError
-from sta_adapter.evaluation import Prediction, evaluate, wilson
+from sta_adapter.evaluation.evaluator import Prediction, evaluate, wilson
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.loading import load_processor
 from sta_adapter.training.lora import lora_config

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sta_adapter.answering import Questioner
 from sta_adapter.data.chat_encoding import Encoded, Visual, encode_prompt, temporal_patch
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.errors import ConfigError, VideoError
+from sta_adapter.evaluation.answering import Questioner
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sta_adapter import answer_words as words
-from sta_adapter.answer_text import final_answer
+from sta_adapter.evaluation import answer_words as words
+from sta_adapter.evaluation.answer_text import final_answer
 
 __all__ = ["named_option"]
 

@@ -1,7 +1,7 @@
 """Results of an evaluation side by side: base against adapter, and frames in order against frames out of order.
 
 Public: `compare(results, clips)` -> what results.json holds, and `as_text(report)` -> the same to read, within 80 columns. Differences are of the
-same questions, with bootstrap intervals (see `sta_adapter.bootstrap`); single accuracies have Wilson intervals.
+same questions, with bootstrap intervals (see `sta_adapter.evaluation.statistics`); single accuracies have Wilson intervals.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from sta_adapter.bootstrap import FEW, mean_interval
 from sta_adapter.data.samples import Sample
-from sta_adapter.evaluation import EvaluationResult
+from sta_adapter.evaluation.evaluator import EvaluationResult
+from sta_adapter.evaluation.statistics import FEW, mean_interval
 
 Runs = Mapping[str, Mapping[str, EvaluationResult]]
 CONTROLS = ("shuffled", "reversed")

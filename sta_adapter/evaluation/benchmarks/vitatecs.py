@@ -13,8 +13,8 @@ from typing import Any
 
 from sta_adapter.data.samples import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.eval_sets.question import EvalSet, question
-from sta_adapter.eval_sets.tables import clip_file, field, find, read_table
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_table
+from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 ASPECTS = ("Direction", "Intensity", "Sequence", "Compositionality", "Localization", "Type")
 

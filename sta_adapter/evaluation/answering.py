@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from sta_adapter.answer_text import final_answer
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import Encoded, encode_answer
 from sta_adapter.data.clip_batches import PIXELS, missing_frames
 from sta_adapter.data.collator import Collator, kind_of
 from sta_adapter.data.samples import Sample
 from sta_adapter.errors import DataError
+from sta_adapter.evaluation.answer_text import final_answer
+from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.injection.inject import get_sta
-from sta_adapter.matching import named_option
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Questioner:
         processor: its processor.
         max_new_tokens: longest written answer.
         batch_size: samples, or options of samples, at a time.
-        choose: how a question with options is answered: "likeliest" or "written", see `sta_adapter.evaluation.evaluate`.
+        choose: how a question with options is answered: "likeliest" or "written", see `sta_adapter.evaluation.evaluator.evaluate`.
     """
 
     def __init__(

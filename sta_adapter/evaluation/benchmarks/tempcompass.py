@@ -13,8 +13,8 @@ from typing import Any
 
 from sta_adapter.data.samples import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.eval_sets.question import EvalSet, question
-from sta_adapter.eval_sets.tables import clip_file, field, find, read_file
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_file
+from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 BEST = "\nPlease directly give the best option:"
 REQUESTS = {"multi-choice": BEST, "yes_no": "\nPlease answer yes or no:", "caption_matching": BEST}

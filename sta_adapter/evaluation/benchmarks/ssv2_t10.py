@@ -13,8 +13,8 @@ from typing import Any
 
 from sta_adapter.data.samples import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.eval_sets.question import EvalSet, question
-from sta_adapter.eval_sets.tables import clip_file, field, find, first_folder, read_table
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_table
+from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 CLASSES = (
     "Pulling [something] from left to right",

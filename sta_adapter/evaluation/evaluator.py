@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.answering import Prediction, Question, Questioner, judge
 from sta_adapter.data.chat_encoding import Encoded
 from sta_adapter.data.dataset import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_model, fingerprint_processor, fingerprint_samples
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.predictions import PredictionLog
+from sta_adapter.evaluation.answering import Prediction, Question, Questioner, judge
+from sta_adapter.evaluation.prediction_log import PredictionLog
 from sta_adapter.training.contexts import evaluating
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]

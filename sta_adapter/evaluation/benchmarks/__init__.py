@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.eval_sets.question import EvalSet
+from sta_adapter.evaluation.benchmarks.base import EvalSet
 
 __all__ = ["BENCHMARKS", "EvalSet", "load_benchmark"]
 
@@ -34,7 +34,7 @@ def load_benchmark(name: str, folder: str | Path) -> EvalSet:
     place = Path(folder)
     if not place.is_dir():
         raise DataError(f"there is no folder {str(place)!r}; expected a local copy of {name}.")
-    module = importlib.import_module(f"sta_adapter.eval_sets.{name.replace('-', '_')}")
+    module = importlib.import_module(f"sta_adapter.evaluation.benchmarks.{name.replace('-', '_')}")
     found: EvalSet = module.load(place)
     if not found.samples:
         raise DataError(f"{place} holds no question of {name} that can be asked. " + " ".join(found.notes))

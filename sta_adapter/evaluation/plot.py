@@ -24,7 +24,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Write the picture.
 
     Args:
-        report: of `sta_adapter.comparison.compare`.
+        report: of `sta_adapter.evaluation.comparison.compare`.
         path: a .png.
 
     Raises:
