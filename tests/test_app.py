@@ -17,8 +17,8 @@ from cases import randomize
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import render
 from sta_adapter.errors import VideoError
-from sta_adapter.looking import Viewer
 from sta_adapter.video import write_clip
+from sta_adapter.visualization.viewer import Viewer
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'sta-adapter[app]'")
 SPACE = Path(__file__).parents[1] / "examples/space"
@@ -48,7 +48,7 @@ def free_port():
 @pytest.fixture
 def ask(viewer):
     """The function behind the button."""
-    from sta_adapter.app import build
+    from sta_adapter.visualization.app import build
 
     return next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
 
@@ -127,7 +127,7 @@ def test_errors_are_told_in_the_page(ask, tmp_path, content, question, message):
 
 
 def test_an_answer_that_takes_too_long_is_given_up_and_the_next_is_not(viewer, clip):
-    from sta_adapter.app import build
+    from sta_adapter.visualization.app import build
 
     slow = next(f.fn for f in build(viewer, time_limit=0.0).fns.values() if f.api_name == "ask")
     assert "took longer than 0 s and was given up" in slow(str(clip), "What?")[2]
@@ -139,7 +139,7 @@ def test_an_answer_that_takes_too_long_is_given_up_and_the_next_is_not(viewer, c
 def test_a_question_is_stopped_by_who_asked_it(viewer, clip, monkeypatch):
     from types import SimpleNamespace
 
-    from sta_adapter.app import build
+    from sta_adapter.visualization.app import build
 
     fns = build(viewer).fns.values()
     ask, stop = (next(f.fn for f in fns if f.fn and f.fn.__name__ == name) for name in ("ask", "stop"))
@@ -160,7 +160,7 @@ def test_a_question_is_stopped_by_who_asked_it(viewer, clip, monkeypatch):
 
 
 def test_questions_wait_in_a_bounded_queue(viewer):
-    from sta_adapter.app import build
+    from sta_adapter.visualization.app import build
 
     page = build(viewer)
     assert page._queue.max_size == 32
@@ -173,7 +173,7 @@ def test_nothing_stays_behind(tmp_path, clip):
     """The example, and what was uploaded, go with the process."""
     code = f"""
 import httpx
-from sta_adapter.app import serve
+from sta_adapter.visualization.app import serve
 page = serve(block=False, port={free_port()}, device="cpu")
 sent = httpx.post(page.local_url + "gradio_api/upload", files={{"files": ("a.mp4", open({str(clip)!r}, "rb").read())}})
 assert sent.status_code == 200 and {str(tmp_path)!r} in sent.json()[0], sent.text
@@ -195,7 +195,7 @@ page.close()
     ],
 )
 def test_names_under_which_the_page_answers(monkeypatch, host, share, space, expected):
-    from sta_adapter.page_guard import trusted_hosts
+    from sta_adapter.visualization.page_guard import trusted_hosts
 
     monkeypatch.delenv("SPACE_ID", raising=False)
     if space:
@@ -206,7 +206,7 @@ def test_names_under_which_the_page_answers(monkeypatch, host, share, space, exp
 def test_other_sites_pages_and_names_are_refused(clip):
     import httpx
 
-    from sta_adapter.app import serve
+    from sta_adapter.visualization.app import serve
 
     page = serve(block=False, port=free_port(), device="cpu")
     try:
@@ -251,7 +251,7 @@ def no_network(monkeypatch):
 def test_it_starts_without_asking_anybody(monkeypatch, clip):
     from gradio_client import Client, handle_file
 
-    from sta_adapter.app import serve
+    from sta_adapter.visualization.app import serve
 
     with no_network(monkeypatch) as asked:
         said = []
@@ -271,10 +271,10 @@ def test_it_starts_without_asking_anybody(monkeypatch, clip):
 def test_the_space_calls_the_package(monkeypatch):
     import runpy
 
-    import sta_adapter.app
+    import sta_adapter.visualization.app
 
     calls = []
-    monkeypatch.setattr(sta_adapter.app, "serve", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(sta_adapter.visualization.app, "serve", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setenv("STA_ADAPTER", "me/mine")
     monkeypatch.delenv("STA_MODEL", raising=False)
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
@@ -290,7 +290,7 @@ def test_in_a_browser(viewer, clip, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    from sta_adapter.app import build
+    from sta_adapter.visualization.app import build
 
     page = build(viewer)
     page.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), ssr_mode=False)

@@ -327,7 +327,7 @@ def test_damaged_models_are_one_line(run, data, tmp_path):
 
 
 def test_what_is_published_shows_no_folders(tmp_path):
-    from sta_adapter.local_paths import public_name, subject, without_folders
+    from sta_adapter.visualization.local_paths import public_name, subject, without_folders
 
     (tmp_path / "my model").mkdir()
     assert public_name(tmp_path / "my model") == "my model"

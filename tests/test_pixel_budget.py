@@ -13,9 +13,9 @@ from sta_adapter.data import worker_process as isolation
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.worker_process import Isolated
 from sta_adapter.errors import DataError, VideoError
-from sta_adapter.looking import Viewer
 from sta_adapter.video import budget, decoders, read_clip, read_folder
 from sta_adapter.video.resize import fit_frames
+from sta_adapter.visualization.viewer import Viewer
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,8 @@ def test_the_app_decodes_in_a_process_of_its_own(video, monkeypatch):
     monkeypatch.undo()
     crash = Viewer.load(TINY_BASE)
     monkeypatch.setattr(
-        "sta_adapter.looking.ClipReader.read", lambda *args: os.kill(os.getpid(), 9) if os.getpid() != here else 1 / 0
+        "sta_adapter.visualization.viewer.ClipReader.read",
+        lambda *args: os.kill(os.getpid(), 9) if os.getpid() != here else 1 / 0,
     )
     with pytest.raises(VideoError, match="the process that decodes it died"):
         crash.read(video)

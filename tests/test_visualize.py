@@ -12,16 +12,18 @@ from browser import chromium, find_chromium
 from cases import randomize
 from click.testing import CliRunner
 
-from sta_adapter import STAConfig, inject_sta, look_page, pictures
+from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data.chat_encoding import temporal_patch
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import render
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.loading import load_model
-from sta_adapter.looking import Viewer, crops
 from sta_adapter.video import read_clip, write_clip
 from sta_adapter.visualization import Observation, observe
+from sta_adapter.visualization import figures as pictures
+from sta_adapter.visualization import report as look_page
+from sta_adapter.visualization.viewer import Viewer, crops
 
 FILES = {
     "index.html",

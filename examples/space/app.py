@@ -2,6 +2,6 @@
 
 import os
 
-from sta_adapter.app import serve
+from sta_adapter.visualization.app import serve
 
 serve(os.environ.get("STA_MODEL"), os.environ.get("STA_ADAPTER"), longest=float(os.environ.get("STA_LONGEST", "120")))

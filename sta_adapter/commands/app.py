@@ -11,8 +11,8 @@ import click
 
 from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
-from sta_adapter.local_paths import subject
 from sta_adapter.requirements import require_device
+from sta_adapter.visualization.local_paths import subject
 
 HELP = """\b
 Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\
@@ -44,7 +44,7 @@ options it shows the demo's tiny base. End it with Ctrl-C.
 @adapter_options
 def command(**options: Any) -> None:
     """Serve the page."""
-    from sta_adapter.app import serve
+    from sta_adapter.visualization.app import serve
 
     require_device(options["device"])
     fps, nframes = options.pop("fps"), options.pop("nframes")

@@ -25,8 +25,8 @@ from sta_adapter.commands.options import (
 )
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.benchmarks import BENCHMARKS
-from sta_adapter.local_paths import public_name, without_folders
 from sta_adapter.requirements import require_device, require_writable
+from sta_adapter.visualization.local_paths import public_name, without_folders
 
 ORDERS = ("ordered", "shuffled", "reversed")
 FRAMES = click.Choice([*ORDERS, "all"])

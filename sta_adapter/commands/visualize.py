@@ -13,8 +13,8 @@ import click
 
 from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
-from sta_adapter.local_paths import subject
 from sta_adapter.requirements import require_device, require_free, require_writable
+from sta_adapter.visualization.local_paths import subject
 
 MADE = (
     *(
@@ -59,7 +59,7 @@ one file), PNG, MP4, GIF, arrays.npz and numbers.json.
 def command(clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Any) -> None:
     """Look at a clip and write what was seen."""
     from sta_adapter.demo import TINY_BASE
-    from sta_adapter.looking import Viewer
+    from sta_adapter.visualization.viewer import Viewer
 
     if options["fps"] is not None and options["nframes"] is not None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
@@ -89,7 +89,8 @@ def write_look(viewer: Any, clip: str, out: Path, block: int | None, subject: st
     import numpy as np
 
     import sta_adapter
-    from sta_adapter import look_page, pictures
+    from sta_adapter.visualization import figures as pictures
+    from sta_adapter.visualization import report as look_page
 
     loaded = viewer.read(clip)
     seen = viewer.observe(loaded)

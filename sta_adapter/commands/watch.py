@@ -70,7 +70,7 @@ def command(source: str, adapter: str, as_json: bool, **options: Any) -> None:
 
 def load_viewer(adapter: str, options: dict[str, Any]) -> Any:
     """Model, processor and adapter."""
-    from sta_adapter.looking import Viewer
+    from sta_adapter.visualization.viewer import Viewer
 
     return Viewer.load(
         options["model"],

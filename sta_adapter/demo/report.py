@@ -125,7 +125,7 @@ def draw_attention(path: Path, model: Any, test: Any) -> None:
     """Which frame looks at which in each block, for a clip and the movement that is its opposite."""
     from matplotlib import pyplot as plt
 
-    from sta_adapter.visualization import temporal_attention
+    from sta_adapter.visualization.observation import temporal_attention
 
     pictures = {}
     for index in (0, 1):

@@ -16,7 +16,7 @@ import numpy as np
 
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.video import write_clip
-from sta_adapter.visualization import Observation
+from sta_adapter.visualization.observation import Observation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

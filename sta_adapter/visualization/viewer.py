@@ -22,8 +22,8 @@ from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.page_guard import AnswerLimit
-from sta_adapter.visualization import Observation, observe
+from sta_adapter.visualization.observation import Observation, observe
+from sta_adapter.visualization.page_guard import AnswerLimit
 
 DECODE_TIMEOUT = 60.0
 DECODE_MEMORY = 4 << 30  # bytes that the process which decodes may take

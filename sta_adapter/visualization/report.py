@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sta_adapter.pictures import DARK, LIGHT, Theme, draw_attention, draw_branch, draw_maps, png, strongest_block
-from sta_adapter.visualization import Observation
+from sta_adapter.visualization.figures import (
+    DARK,
+    LIGHT,
+    Theme,
+    draw_attention,
+    draw_branch,
+    draw_maps,
+    png,
+    strongest_block,
+)
+from sta_adapter.visualization.observation import Observation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +55,7 @@ ELSEWHERE = (
 
 def page(title: str, subject: str, made: str, content: str) -> str:
     """A whole page; `content` is HTML (see `sections`), all else is plain text."""
-    template = Template((Path(__file__).parent / "look.html").read_text(encoding="utf-8"))
+    template = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     words = {"title": title, "subject": subject, "made": made}
     return template.substitute({name: html.escape(text) for name, text in words.items()}, sections=content)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.errors import ConfigError, MissingExtraError, STAError
-from sta_adapter.local_paths import subject
-from sta_adapter.looking import Viewer
-from sta_adapter.page_guard import AnswerLimit, SameOrigin, trusted_hosts
+from sta_adapter.visualization.local_paths import subject
+from sta_adapter.visualization.page_guard import AnswerLimit, SameOrigin, trusted_hosts
+from sta_adapter.visualization.viewer import Viewer
 
 logger = logging.getLogger(__name__)
 LONGEST = 120.0  # seconds of a clip
@@ -182,7 +182,7 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
 
 def _ask(viewer: Viewer, path: str | None, question: str | None, limit: AnswerLimit) -> tuple[str, str, str]:
     """Both answers, and the pictures as HTML."""
-    from sta_adapter import look_page
+    from sta_adapter.visualization import report as look_page
 
     if not path:
         raise STAError("There is no video yet: choose a file, or the clip to try.")

@@ -1,7 +1,7 @@
 """What STA does with a clip, as arrays: who looks at whom, where, how much is added, what changes.
 
 Public: `observe` (everything, for the pictures), and one array at a time: `temporal_attention`, `crossing_map`,
-`branch_sizes`. The pictures themselves are drawn by `sta_adapter.pictures`.
+`branch_sizes`. The pictures themselves are drawn by `sta_adapter.visualization.figures`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.watching import Seen, Watch
+from sta_adapter.visualization.recorder import Seen, Watch
 
 if TYPE_CHECKING:
     import numpy as np
