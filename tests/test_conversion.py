@@ -17,8 +17,8 @@ from test_goldens import qwen2_vl_tower, read_golden, relative_error, run
 
 from sta_adapter import inject_sta, load_sta
 from sta_adapter.cli import cli
-from sta_adapter.conversion import _branch_facts, convert_published, convert_to_published
 from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.integrations.staveq2.conversion import _branch_facts, convert_published, convert_to_published
 
 GOLDENS = ["after_0.25", "after_0.5_head80", "after_1.0", "before_0.25"]
 QWEN = {"norm": "norm3", "qkv": "temp_attn.qkv", "proj": "temp_attn.proj"}

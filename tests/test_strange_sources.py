@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_conversion import published_checkpoint
 
-from sta_adapter.conversion import convert_published, convert_to_published
 from sta_adapter.errors import CheckpointError
+from sta_adapter.integrations.staveq2.conversion import convert_published, convert_to_published
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ model's and LoRA's stay where they are.
 @option("Back", "--prefix", metavar="TEXT", help="In front of 'blocks.0'. [default: the published one]")
 def command(source: str, out: str, to_published: bool, prefix: str | None, overwrite: bool, **options: Any) -> None:
     """Turn a published checkpoint into an adapter, or back."""
-    from sta_adapter.conversion import convert_published, convert_to_published
+    from sta_adapter.integrations.staveq2.conversion import convert_published, convert_to_published
 
     if to_published:
         given = [f"--{name}" for name, value in options.items() if value is not None]

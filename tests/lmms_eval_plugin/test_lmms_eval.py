@@ -14,7 +14,7 @@ from lmms_eval.tasks import TaskManager
 from sta_adapter import get_sta, load_sta
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import ConfigError
-from sta_adapter.lmms_eval_plugin import MODELS
+from sta_adapter.integrations.lmms_eval import MODELS
 from sta_adapter.loading import load_model
 
 ARGUMENTS = "pretrained={},device=cpu,device_map=cpu"

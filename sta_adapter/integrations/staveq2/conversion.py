@@ -30,7 +30,7 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.backbone import Backbone, get_backbone, list_backbones
-from sta_adapter.published import Source, match_keys, open_source, published_keys
+from sta_adapter.integrations.staveq2.published import Source, match_keys, open_source, published_keys
 from sta_adapter.requirements import require_free
 
 ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")

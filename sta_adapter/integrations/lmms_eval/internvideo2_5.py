@@ -7,7 +7,7 @@ from typing import Any
 from lmms_eval.models.simple.internvideo2_5 import InternVideo2_5
 
 from sta_adapter.errors import ConfigError
-from sta_adapter.lmms_eval_plugin.adapted import WithAdapter
+from sta_adapter.integrations.lmms_eval.adapted import WithAdapter
 
 
 class Simple(WithAdapter, InternVideo2_5):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmms_eval.models.simple.qwen2_vl import Qwen2_VL
 
-from sta_adapter.lmms_eval_plugin.adapted import WithAdapter
+from sta_adapter.integrations.lmms_eval.adapted import WithAdapter
 
 
 class Simple(WithAdapter, Qwen2_VL):
