@@ -97,7 +97,7 @@ def main() -> None:
         sys.exit(1)
     finally:
         if "torch.distributed" in sys.modules:  # not imported for commands that don't need it
-            from sta_adapter.sharding import end_processes
+            from sta_adapter.distributed import end_processes
 
             end_processes()
 

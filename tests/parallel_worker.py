@@ -10,9 +10,9 @@ from cases_transformers import llava_prompt, llava_settings, transformers_class
 from torch import distributed
 
 from sta_adapter import get_sta, inject_sta
+from sta_adapter.distributed import end_processes, whole
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import get_backbone
-from sta_adapter.sharding import end_processes, whole
 
 STEPS = 3
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError
-from sta_adapter.sharding import is_sharded
 
 SAMPLED = 16  # numbers of each tensor
 AROUND = re.compile(

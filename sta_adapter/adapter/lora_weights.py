@@ -20,8 +20,8 @@ from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_shapes, read_tensors
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
+from sta_adapter.distributed import execution_device, whole
 from sta_adapter.errors import CheckpointError, MissingExtraError
-from sta_adapter.sharding import execution_device, whole
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"

@@ -113,8 +113,8 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
 
 def push_adapter(handle: STAHandle, repo_id: str, **options: Any) -> Publication | None:
     """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
+    from sta_adapter.distributed import is_sharded, whole_shape, write_once
     from sta_adapter.injection.load import adapter_contents
-    from sta_adapter.sharding import is_sharded, whole_shape, write_once
 
     files = adapter_files(*adapter_contents(handle))
     count = sum(math.prod(whole_shape(parameter)) for parameter in handle.parameters())

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.distributed import is_sharded, whole
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.hooks import CHILD
 from sta_adapter.injection.inject import get_sta
-from sta_adapter.sharding import is_sharded, whole
 
 __all__ = [
     "fingerprint",

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sta_adapter.compatibility.seams import active_ddp, hook_table
 from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.hooks import Hook, iterate_tensors
 from sta_adapter.injection.state import Injection
-from sta_adapter.sharding import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 
 WRAPPERS = {
     "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",

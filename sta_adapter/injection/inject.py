@@ -12,6 +12,7 @@ from torch import nn
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import add_load_hook
 from sta_adapter.config import STAConfig
+from sta_adapter.distributed import execution_device
 from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.injection.backbone import Backbone, Site, locate
 from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
@@ -31,7 +32,6 @@ from sta_adapter.injection.hooks import (
 from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.validate import check_site
-from sta_adapter.sharding import execution_device
 from sta_adapter.text_positions import warn_of_other_rule
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

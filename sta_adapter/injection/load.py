@@ -29,9 +29,9 @@ from sta_adapter.adapter.format import (
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, lora_files, lora_state, read_lora
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
+from sta_adapter.distributed import is_sharded, whole, write_once
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.inject import get_sta, plan_injection
-from sta_adapter.sharding import is_sharded, whole, write_once
 from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
 
 if TYPE_CHECKING:

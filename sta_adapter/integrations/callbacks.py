@@ -15,11 +15,11 @@ from torch import distributed, nn
 from transformers import TrainerCallback
 
 from sta_adapter.compatibility.seams import peft_parts, version
+from sta_adapter.distributed import is_parallel, is_sharded, write_once
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.integrations.settings import Settings
-from sta_adapter.sharding import is_parallel, is_sharded, write_once
 
 logger = logging.getLogger(__name__)
 SAVED: weakref.WeakSet[STAHandle] = weakref.WeakSet()  # those whose adapter a callback saves

@@ -22,11 +22,11 @@ from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_de
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
+from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
 from sta_adapter.injection.hooks import CHILD
 from sta_adapter.injection.inject import get_sta, inject_sta
 from sta_adapter.integrations.settings import Settings, prepare_model
-from sta_adapter.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []

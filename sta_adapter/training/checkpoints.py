@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
+from sta_adapter.distributed import assign, whole, whole_shape
 from sta_adapter.errors import CheckpointError
-from sta_adapter.sharding import assign, whole, whole_shape
 
 TRAINED_FILE = "trained.safetensors"
 SAMPLES_FILE = "samples.json"

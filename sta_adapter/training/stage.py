@@ -26,12 +26,12 @@ from sta_adapter.adapter.lora_weights import lora_files
 from sta_adapter.data.dataset import Collator, VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.data.worker_process import worker_errors
+from sta_adapter.distributed import is_sharded, whole_shape, write_once
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.injection.load import adapter_contents
 from sta_adapter.requirements import require_reporters
-from sta_adapter.sharding import is_sharded, whole_shape, write_once
 from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized

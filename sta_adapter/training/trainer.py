@@ -25,9 +25,9 @@ from transformers import Trainer, TrainerState
 from sta_adapter.adapter.format import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import Place, StreamDataset, stream_loader
+from sta_adapter.distributed import is_parallel, write_once
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.injection.inject import get_sta
-from sta_adapter.sharding import is_parallel, write_once
 from sta_adapter.training.checkpoints import (
     SAMPLES_FILE,
     TRAINED_FILE,

@@ -27,12 +27,12 @@ from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_star
 from sta_adapter.data.samples import open_samples, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
+from sta_adapter.distributed import write_once
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta, inject_sta
 from sta_adapter.requirements import require_free, require_reporters
-from sta_adapter.sharding import write_once
 from sta_adapter.text_positions import rule_in_use
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.training.config import HARMLESS, TrainingConfig
