@@ -5,7 +5,7 @@ from click.testing import CliRunner
 from tiny_qwen import make_processor, write_samples
 
 from sta_adapter.cli import cli
-from sta_adapter.commands.check_data import describe
+from sta_adapter.cli.check_data import describe
 from sta_adapter.data import FrameSettings
 from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.check import check_data

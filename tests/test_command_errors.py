@@ -11,9 +11,9 @@ from tiny_qwen import write_samples
 
 from sta_adapter import cli as command_line
 from sta_adapter import inject_sta, requirements
+from sta_adapter.cli.known_errors import in_one_line
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
-from sta_adapter.known_errors import in_one_line
 from sta_adapter.loading import load_model
 from sta_adapter.requirements import require_device, require_free, require_reporters, require_writable
 
@@ -105,7 +105,7 @@ def test_an_error_nobody_foresaw(run, monkeypatch):
     def fail(*args, **options):
         raise KeyError("surprise")
 
-    monkeypatch.setattr("sta_adapter.environment.describe_environment", fail)
+    monkeypatch.setattr("sta_adapter.cli.environment.describe_environment", fail)
     assert "KeyError: 'surprise'. This was not foreseen" in only_message(run("env"))
 
 

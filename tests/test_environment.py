@@ -10,10 +10,9 @@ import yaml
 from click.testing import CliRunner
 from test_package import ROOT
 
-from sta_adapter import environment
 from sta_adapter.attention import kernels as attention
 from sta_adapter.attention import xformers_kernels
-from sta_adapter.cli import cli
+from sta_adapter.cli import cli, environment
 
 
 def env(*args):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
-from sta_adapter.commands.inspect import describe, parse_layers
+from sta_adapter.cli.inspect import describe, parse_layers
 from sta_adapter.errors import CheckpointError, ConfigError, UnknownBackboneError
 from sta_adapter.inspection import ClipSize, empty_model, inspect_model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, option
+from sta_adapter.cli.options import Grouped, option
 from sta_adapter.errors import ConfigError
 
 LINE = 80

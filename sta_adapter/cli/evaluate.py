@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import (
+from sta_adapter.cli.options import (
     Grouped,
     adapter_options,
     base_model_of,

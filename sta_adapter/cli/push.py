@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, option
+from sta_adapter.cli.options import Grouped, option
 
 LINE = 80
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
+from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device
 from sta_adapter.visualization.local_paths import subject

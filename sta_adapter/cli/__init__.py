@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in `sta_adapter.commands.NAME`, as an object called `command`."""
+    """A group whose commands live in `sta_adapter.cli.NAME`, as an object called `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the workflow."""
@@ -42,7 +42,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"sta_adapter.commands.{cmd_name.replace('-', '_')}").command
+        return importlib.import_module(f"sta_adapter.cli.{cmd_name.replace('-', '_')}").command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -89,7 +89,7 @@ def main() -> None:
     try:
         cli([word for word in words if word != DEBUG], prog_name="sta-adapter")
     except Exception as error:
-        from sta_adapter.known_errors import in_one_line
+        from sta_adapter.cli.known_errors import in_one_line
 
         if debug:
             traceback.print_exc()
@@ -100,7 +100,3 @@ def main() -> None:
             from sta_adapter.distributed import end_processes
 
             end_processes()
-
-
-if __name__ == "__main__":
-    main()

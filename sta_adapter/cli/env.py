@@ -6,7 +6,7 @@ import json
 
 import click
 
-from sta_adapter.commands.options import Grouped, option
+from sta_adapter.cli.options import Grouped, option
 
 __all__ = ["command"]
 
@@ -24,7 +24,7 @@ Paste it into a bug report.
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """Print it."""
-    from sta_adapter.environment import describe_environment, format_environment
+    from sta_adapter.cli.environment import describe_environment, format_environment
 
     found = describe_environment()
     click.echo(json.dumps(found, indent=2) if as_json else format_environment(found))

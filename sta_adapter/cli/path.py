@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from sta_adapter.commands.options import Grouped
+from sta_adapter.cli.options import Grouped
 
 FILES = {"ms-swift": "ms_swift/sta_plugin.py"}
 

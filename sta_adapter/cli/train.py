@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import (
+from sta_adapter.cli.options import (
     Grouped,
     data_options,
     find_adapter,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sta_adapter.commands.options import Grouped, option
+from sta_adapter.cli.options import Grouped, option
 from sta_adapter.requirements import require_free, require_writable
 
 NEEDS = {"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml", "rich"), "viz": ("matplotlib",)}

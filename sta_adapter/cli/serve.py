@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from sta_adapter.commands.options import Grouped, adapter_options, option
+from sta_adapter.cli.options import Grouped, adapter_options, option
 from sta_adapter.errors import MissingExtraError
 
 __all__ = ["command"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, data_options, option
+from sta_adapter.cli.options import Grouped, data_options, option
 from sta_adapter.integrations.records import TOOLS
 
 HELP = """\b

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sta_adapter.commands.options import Grouped, option
+from sta_adapter.cli.options import Grouped, option
 
 __all__ = ["command"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.commands.options import Grouped, data_options, option
+from sta_adapter.cli.options import Grouped, data_options, option
 
 SHOWN = 20  # problems, and categories, in the printed report; --json has all
 LINE = 80
@@ -45,7 +45,7 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
 def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Any) -> None:
     """Check and print what was found."""
-    from sta_adapter.commands.train import RUN_OPTIONS
+    from sta_adapter.cli.train import RUN_OPTIONS
     from sta_adapter.data.check import check_data
     from sta_adapter.loading import load_processor
     from sta_adapter.training.config import TrainingConfig, read_yaml

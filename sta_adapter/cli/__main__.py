@@ -1,0 +1,5 @@
+"""`python -m sta_adapter.cli`."""
+
+from sta_adapter.cli import main
+
+main()

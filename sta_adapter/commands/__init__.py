@@ -1,1 +1,0 @@
-"""The sub-commands of `sta-adapter`, one file each."""
