@@ -136,9 +136,9 @@ def backbone_table() -> str:
 
 
 def settings_table(place: str) -> str:
-    """A row for each field of a class, "training_config.TrainingConfig" for one, with the comment behind it."""
-    module, _, name = place.partition(".")
-    text = (ROOT / "sta_adapter" / f"{module}.py").read_text(encoding="utf-8")
+    """A row for each field of a class, "training.config.TrainingConfig" for one, with the comment behind it."""
+    module, _, name = place.rpartition(".")
+    text = (ROOT / "sta_adapter" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     lines = text.splitlines()
     node = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == name)
     defaults = {f.name: f for f in dataclasses.fields(getattr(importlib.import_module(f"sta_adapter.{module}"), name))}
