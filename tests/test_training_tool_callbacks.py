@@ -85,6 +85,15 @@ def test_every_checkpoint_is_an_adapter(model, data, processor, tmp_path):
     assert not torch.equal(outputs(first.model, data, processor), outputs(trained, data, processor))
 
 
+def test_a_reference_beside_the_adapter_is_not_spoken_of(model, data, processor, tmp_path, recwarn):
+    handle = inject_sta(model)
+    trained = get_peft_model(handle.model, handle.lora_config(r=2))
+    trained.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))
+    train(trained, data, collate(processor), tmp_path, callbacks=[SaveAdapter()])
+    assert not [str(warning.message) for warning in recwarn if "PEFT adapters" in str(warning.message)]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
+
+
 def test_resuming_from_the_files_that_the_callback_writes(processor, data, tmp_path):
     def run(out, steps, resume=None):
         torch.manual_seed(0)

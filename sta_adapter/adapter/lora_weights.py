@@ -72,6 +72,12 @@ def lora_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | N
     from peft import PeftModel, get_peft_model_state_dict
 
     name, fields, options = found
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    if others := sorted(set(configs) - {name}):
+        warnings.warn(
+            f"of {len(configs)} PEFT adapters in this model {name!r} is saved, which is at work; not saved: {', '.join(others)}.",
+            stacklevel=3,
+        )
     kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
     state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
     start = "" if isinstance(model, PeftModel) else PREFIX
@@ -102,12 +108,6 @@ def _active_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
         raise CheckpointError(
             f"{len(names)} of PEFT's adapters are at work in this model ({', '.join(names)}), and a file holds one: choose it with "
             "model.set_adapter(...)."
-        )
-    others = sorted(set(configs) - set(names))
-    if others:
-        warnings.warn(
-            f"of {len(configs)} PEFT adapters in this model {names[0]!r} is saved, which is at work; not saved: {', '.join(others)}.",
-            stacklevel=4,
         )
     return names[0]
 

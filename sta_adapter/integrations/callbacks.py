@@ -6,6 +6,7 @@ Public: `SaveAdapter`, `RequireGradient`, `ReportBadClips`, `sta_callbacks`.
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -187,10 +188,12 @@ def _handle(model: nn.Module | None) -> STAHandle:
 
 def _save(model: nn.Module | None, folder: Path) -> None:
     handle = _handle(model)
-    if is_sharded(handle.model.parameters()):
-        handle.save_pretrained(folder)
-    else:
-        write_once(lambda: handle.save_pretrained(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"of \d+ PEFT adapters")  # the others are a reference, as DPO's
+        if is_sharded(handle.model.parameters()):
+            handle.save_pretrained(folder)
+        else:
+            write_once(lambda: handle.save_pretrained(folder))
 
 
 def _differs_from_zero(parameter: nn.Parameter) -> bool:

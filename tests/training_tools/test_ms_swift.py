@@ -122,7 +122,19 @@ def test_two_processes(base, data, clips, tmp_path):
 
 
 def test_bf16_and_checkpointing(base, data, clips, tmp_path):
-    swift("sft", base, data, tmp_path / "out", "--torch_dtype", "bfloat16", "--gradient_checkpointing", "true", steps=2)
+    swift(
+        "sft",
+        base,
+        data,
+        tmp_path / "out",
+        "--use_cpu",
+        "true",
+        "--torch_dtype",
+        "bfloat16",
+        "--gradient_checkpointing",
+        "true",
+        steps=2,
+    )
     check_adapter(tmp_path / "out/checkpoint-2", base, clips)
 
 

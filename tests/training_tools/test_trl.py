@@ -116,6 +116,16 @@ def test_bf16_and_checkpointing(base, rows, tmp_path):
     load_sta(load_model(base), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [({"packing": True}, "set `packing=False`"), ({"padding_free": True}, "set `padding_free=False`")],
+    ids=["packing", "padding-free"],
+)
+def test_packing_is_refused_with_what_to_set(base, rows, tmp_path, setting, said):
+    with pytest.raises(ValueError, match=said):
+        sft(base, rows, tmp_path, 1, **setting)
+
+
 def test_stage_one_and_then_two(base, rows, tmp_path):
     sft(base, rows, tmp_path / "one", 2, settings={"stage": 1, "head_scale": 0.5})
     assert not (tmp_path / "one/adapter_config.json").exists()
