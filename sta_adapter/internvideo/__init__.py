@@ -1,0 +1,43 @@
+"""Chat models whose code lies on the Hub only, put together from transformers' parts and the published weights.
+
+Public: `builder_of`. No code that comes with a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+BUILDERS: dict[str, str] = {}
+"""By the module that a published `auto_map` names for the model, or by the `model_type` that we save."""
+
+
+class Builder(Protocol):
+    """What a module in `BUILDERS` has."""
+
+    def load_model(self, name: str | Path, config: dict[str, Any], **options: Any) -> nn.Module:
+        """The model with its weights; options: `revision`, `dtype`, `device`, `quantization_config`."""
+
+    def load_processor(self, name: str | Path, config: dict[str, Any], revision: str | None) -> Any:
+        """Its processor."""
+
+    def empty_model(self, config: dict[str, Any]) -> nn.Module:
+        """The model without weights, made under whatever device context is in force."""
+
+
+def builder_of(config: Mapping[str, Any]) -> Builder | None:
+    """What makes the model that a `config.json` describes; None where transformers does so itself.
+
+    Args:
+        config: contents of the file.
+    """
+    remote = config.get("auto_map")
+    named = [str(value).split("--")[-1].split(".")[0] for value in remote.values()] if isinstance(remote, dict) else []
+    for name in (config.get("model_type"), *named):
+        if isinstance(name, str) and name in BUILDERS:
+            return cast(Builder, importlib.import_module(BUILDERS[name]))
+    return None

@@ -1,0 +1,165 @@
+"""Weights of a published checkpoint, one tensor after the other, into a model that has none yet.
+
+Public: `weight_files`, `iterate_weights`, `fill`. Safetensors are mapped from the disk, and pickles (`.bin`, `.pt`, `.pth`) are
+read by torch's `weights_only` reader alone, which runs no code. Beyond the model's own size, no more than one tensor is held
+(of pickles in the format before torch 1.6, one file).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sta_adapter.errors import CheckpointError
+
+Weights = Iterable[tuple[str, Tensor]]
+
+NAMES = ("model.safetensors", "pytorch_model.bin")
+PICKLES = (".bin", ".pt", ".pth")
+NESTED = ("model", "module", "state_dict")
+"""Keys below which training code keeps the weights in a `.pt`."""
+SHOWN = 4
+"""Differences of each kind that an error names."""
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files with a checkpoint's weights: those of its index, else the one of the usual name, else the only one there is.
+
+    Args:
+        source: the checkpoint's folder, or one file of weights.
+
+    Raises:
+        CheckpointError: there is none, several could be meant, or one that the index names is missing.
+    """
+    if source.is_file():
+        return [source]
+    for name in NAMES:
+        index = source / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (source / name).is_file():
+            return [source / name]
+    found = sorted(path for path in source.glob("*") if path.suffix in (".safetensors", *PICKLES))
+    if len(found) == 1:
+        return found
+    held = f"holds {', '.join(path.name for path in found)}" if found else "holds no weights"
+    raise CheckpointError(
+        f"{source} {held}; expected {' or '.join(NAMES)}, or one of them in parts with its .index.json. Name the file, or "
+        "download the checkpoint again."
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(table.values()))
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ValueError("it names files outside of its folder, or none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.name} names {len(names)} files of weights, and {', '.join(missing)} is not in {index.parent}; "
+            "download the checkpoint again."
+        )
+    return [index.parent / name for name in names]
+
+
+def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each weight.
+
+    Raises:
+        CheckpointError: a file is damaged, or a pickle holds more than tensors.
+    """
+    for file in files:
+        yield from _pickled(file) if file.suffix in PICKLES else _mapped(file)
+
+
+def _mapped(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                yield name, opened.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} can't be read as safetensors: {error}; download it again.") from error
+
+
+def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            held = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except Exception as error:  # whatever the unpickler says
+        raise CheckpointError(
+            f"{file} can't be read as weights alone: {type(error).__name__}: {str(error).splitlines()[0]}. It is damaged, or "
+            "holds objects whose code would have to run, which is never done; get the checkpoint as safetensors."
+        ) from error
+    inner = [key for key in NESTED if isinstance(held, Mapping) and isinstance(held.get(key), Mapping)]
+    weights: Any = held[inner[0]] if len(inner) == 1 else held
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{file} holds a {type(held).__name__} that is no table of weights by name.")
+    yield from weights.items()
+
+
+def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Give a model on the meta device its weights, each in memory of its own.
+
+    Args:
+        model: made on the meta device; buffers that no checkpoint holds (rotary frequencies) must be real already.
+        weights: by the model's names.
+        source: what an error calls the checkpoint.
+        dtype: of floating-point weights.
+        device: where to.
+
+    Raises:
+        CheckpointError: naming weights that are missing, have no place, or are of another shape.
+    """
+    places = model.state_dict()
+    missing, foreign, shapes = set(places), [], []
+    for name, tensor in weights:
+        if name not in places:
+            foreign.append(name)
+            continue
+        missing.discard(name)
+        if places[name].shape != tensor.shape:
+            shapes.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(places[name].shape)}")
+            continue
+        kept = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        _put(model, name, kept.contiguous())
+    problems = [
+        *([f"{_few(sorted(missing))} missing"] if missing else []),
+        *([f"{_few(sorted(foreign))} without a place in the model"] if foreign else []),
+        *([f"of other sizes: {_few(shapes)}"] if shapes else []),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {source} don't fit its configuration: {'; '.join(problems)}. Either config.json or the weights "
+            "are of another model or release; download both again."
+        )
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if last in module._parameters:
+        parameter = module._parameters[last]
+        wanted = parameter is None or parameter.requires_grad
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=wanted and tensor.is_floating_point())
+    else:
+        module._buffers[last] = tensor
+
+
+def _few(names: list[str]) -> str:
+    rest = len(names) - SHOWN
+    return f"{', '.join(names[:SHOWN])}{f' and {rest} more' if rest > 0 else ''}"
