@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sta_adapter import attend
 from sta_adapter.attention import kernels as attention
 from sta_adapter.attention import xformers_kernels
-from sta_adapter.attention.frame_mask import visible_keys
 from sta_adapter.attention.kernels import choose_backend, choose_kernel, xformers_refusal
+from sta_adapter.attention.weights import visible_keys
 from sta_adapter.errors import BackendError, ConfigError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 5e-3}

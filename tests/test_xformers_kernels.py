@@ -48,7 +48,7 @@ def test_nothing_is_loaded_before_it_is_asked_for():
 @wheel
 def test_xformers_imported_too_early_is_told():
     run = in_a_new_process(
-        "import torch\nfrom sta_adapter import xformers_kernels as x\n"
+        "import torch\nfrom sta_adapter.attention import xformers_kernels as x\n"
         "if int(torch.version.cuda.split('.')[0]) == x.built_for()[0] // 100: x._load_cuda_runtime = print\n"
         "import xformers.ops, xformers._cpp_lib\nxformers._cpp_lib._built_with_cuda = False\n"
         "print(x.refusal('cuda', torch.float16, 64))"

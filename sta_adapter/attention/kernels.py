@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sta_adapter.attention import xformers_kernels
-from sta_adapter.attention.frame_mask import visible_keys
+from sta_adapter.attention.weights import attention_weights, visible_keys
 from sta_adapter.errors import BackendError, ConfigError
 
 BACKENDS = ("auto", "xformers", "sdpa", "eager")
@@ -141,13 +141,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> 
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
-    dtype = q.dtype
-    wide = torch.promote_types(torch.float32, dtype)  # scores in 16 bits overflow, or are too coarse for a softmax
-    q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores.masked_fill(~visible_keys(q.shape[2], k.shape[2], window, q.device), float("-inf"))
-    return (scores.softmax(dim=-1) @ v).to(dtype).transpose(1, 2)
+    weights = attention_weights(q, k, causal=causal, window=window)
+    return (weights @ v.to(weights.dtype).transpose(1, 2)).to(q.dtype).transpose(1, 2)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool, int | None], Tensor]] = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sta_adapter.attention.frame_mask import visible_keys
+from sta_adapter.attention.weights import visible_keys
 
 INSTALL = "pip install 'sta-adapter[xformers]'"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

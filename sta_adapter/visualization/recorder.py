@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sta_adapter.attention.frame_mask import visible_keys
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention, rotate
+from sta_adapter.attention.weights import attention_weights
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.handle import STAHandle
@@ -186,8 +185,5 @@ def _weights(module: TemporalAttention, part: Tensor, layout: ClipLayout, clip: 
     if module.config.rope_theta is not None:
         cos, sin = (x[:frames] for x in layout.rotary_tables(module.head_dim, module.config.rope_theta, q))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    scores = torch.einsum("n t h d, n s h d -> h n t s", q, k) * module.head_dim**-0.5
-    if module.config.causal:
-        visible = visible_keys(frames, frames, module.config.window, scores.device)
-        scores = scores.masked_fill(~visible, float("-inf"))
-    return scores.softmax(-1)
+    config = module.config
+    return attention_weights(q, k, causal=config.causal, window=config.window).transpose(0, 1)
