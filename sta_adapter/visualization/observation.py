@@ -1,24 +1,23 @@
-"""What STA does with a clip, as arrays: who looks at whom, where, how much is added, what changes.
+"""What STA does with a clip, as arrays: attention weights, where they cross frames, how much is added, what changes.
 
-Public: `observe` (everything, for the pictures), and one array at a time: `temporal_attention`, `crossing_map`,
-`branch_sizes`. The pictures themselves are drawn by `sta_adapter.visualization.figures`.
+`observe` gives everything, the other functions one array each; `sta_adapter.visualization.figures` draws them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.visualization.recorder import Seen, Watch
+from sta_adapter.visualization.recorder import AttentionRecorder, Recording
 
-if TYPE_CHECKING:
-    import numpy as np
+__all__ = ["Observation", "branch_sizes", "crossing_map", "observe", "temporal_attention"]
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,17 @@ def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> O
         own = weights.diagonal(dim1=-2, dim2=-1)  # (heads, positions, T)
         return weights.mean(1).cpu(), (1 - own).mean(0).t().cpu()
 
-    watch = Watch(handle, clip, summarise)
-    with watch, torch.no_grad():
+    recorder = AttentionRecorder(handle, clip, summarise)
+    with recorder, torch.no_grad():
         handle.model(**inputs)
-        seen = _found(watch, handle)
-        watch.again()
+        seen = _found(recorder, handle)
+        recorder.rewind()
         with handle.disabled():
             handle.model(**inputs)
-    if watch.before is None or watch.after is None:
+    if recorder.before is None or recorder.after is None:
         raise LayoutError("the encoder's last block gave no tensor that could be compared with STA on and off.")
     frames, positions = seen.clip
-    change = (watch.after - watch.before).norm(dim=-1) / watch.before.norm(dim=-1).clamp_min(1e-12)
+    change = (recorder.after - recorder.before).norm(dim=-1) / recorder.before.norm(dim=-1).clamp_min(1e-12)
     visible = torch.arange(1, frames + 1) if handle.config.causal else torch.full((frames,), frames)
     visible = visible.clamp(max=handle.config.window or frames)
     return Observation(
@@ -148,19 +147,19 @@ def branch_sizes(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0)
     return {block: sizes.numpy() for block, sizes in _run(handle, inputs, clip).branch.items()}
 
 
-def _run(handle: STAHandle, inputs: Mapping[str, Any], clip: int) -> Seen:
-    watch = Watch(handle, clip, lambda weights: weights.cpu())
-    with watch, torch.no_grad():
+def _run(handle: STAHandle, inputs: Mapping[str, Any], clip: int) -> Recording:
+    recorder = AttentionRecorder(handle, clip, lambda weights: weights.cpu())
+    with recorder, torch.no_grad():
         handle.model(**inputs)
-    return _found(watch, handle)
+    return _found(recorder, handle)
 
 
-def _found(watch: Watch, handle: STAHandle) -> Seen:
+def _found(recorder: AttentionRecorder, handle: STAHandle) -> Recording:
     """What was seen, or the reason why nothing was."""
     if not handle.blocks:
         raise ConfigError("this handle's STA has been removed from the model; inject or load again.")
     if not handle._injection.is_enabled:
         raise ConfigError("STA is switched off, so there is nothing to see; call handle.enable() first.")
-    if not watch.seen.attention:
-        raise LayoutError(f"clip {watch.clip} was asked for; the inputs hold {watch.clips}, counted from 0.")
-    return watch.seen
+    if not recorder.recording.attention:
+        raise LayoutError(f"clip {recorder.clip} was asked for; the inputs hold {recorder.clips}, counted from 0.")
+    return recorder.recording

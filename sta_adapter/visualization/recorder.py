@@ -1,6 +1,6 @@
-"""Hooks that see what STA does with one clip while a model runs. Public: `Watch`, `Seen`.
+"""Hooks that record what STA does with one clip while a model runs.
 
-They see the calls of their own thread alone, so that others may go on using the model meanwhile.
+They record the calls of their own thread alone, so that others may go on using the model meanwhile.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import iterate_tensors, take_clip_lengths
 
+__all__ = ["AttentionRecorder", "Recording"]
+
 
 @dataclass
-class Seen:
+class Recording:
     """What STA did with the clip, by block; tensors are on the CPU.
 
     Attributes:
         clip: (frames, positions).
-        attention: what `Watch.reduce` made of the weights (heads, positions, T, T).
+        attention: what `AttentionRecorder.reduce` made of the weights (heads, positions, T, T).
         branch: (T, N), length of the branch relative to the stream that it is added to.
         positions: (rows, columns), index of the position that stands there on the picture; None if not known.
         no_picture: why there are no positions, else "".
@@ -41,8 +43,8 @@ class Seen:
     no_picture: str = ""
 
 
-class Watch:
-    """Context in which the forwards of a model are watched; `again()` in front of a second one, with STA off.
+class AttentionRecorder:
+    """Context in which the forwards of a model are recorded; `rewind()` in front of a second one, with STA off.
 
     Args:
         handle: of the injected model.
@@ -50,7 +52,7 @@ class Watch:
         reduce: from attention weights (heads, positions, T, T), on their device, to what is kept of them.
 
     Attributes:
-        seen: what was seen with STA on.
+        recording: what STA did.
         clips: how many clips the encoder got.
         after: (T * N, C), the clip's tokens behind the last block, with STA on.
         before: the same with STA off.
@@ -60,32 +62,33 @@ class Watch:
         self.handle = handle
         self.clip = clip
         self.reduce = reduce
-        self.seen = Seen()
+        self.recording = Recording()
         self.clips = 0
         self.after: Tensor | None = None
         self.before: Tensor | None = None
         self._thread = threading.get_ident()
-        self._layouts: list[ClipLayout] = []  # of the encoder's calls with STA on; with STA off nobody tells them
+        self._layouts: list[ClipLayout] = []  # of the encoder's calls with STA on, which with STA off have none
         self._call = -1
-        self._first = True
+        self._arguments: EncoderCall | None = None  # of the call of the encoder that is under way, with STA on
         self._hooks: list[Any] = []
 
-    def again(self) -> None:
+    def rewind(self) -> None:
         """The next forward of the model is the one with STA off."""
-        self._first, self._call = False, -1
+        self._call = -1
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> AttentionRecorder:
         if self.handle._injection.streams:
             raise StreamError(
-                "a stream's frames can't be watched: look at a whole clip, outside of the stream's `with` block."
+                "a stream's frames can't be recorded: look at a whole clip, outside of the stream's `with` block."
             )
         encoder = self.handle.encoder
-        self._on(encoder, "register_forward_pre_hook", self._begin, prepend=True, with_kwargs=True)
+        self._on(encoder, "register_forward_pre_hook", self._encoder_starts, prepend=True, with_kwargs=True)
         for index, module in self.handle.blocks.items():
-            self._on(module.to_qkv, "register_forward_hook", self._projected, index, module)
-            self._on(module, "register_forward_hook", self._added, index)
+            self._on(module, "register_forward_pre_hook", self._branch_starts)
+            self._on(module.to_qkv, "register_forward_hook", self._record_attention, index, module)
+            self._on(module, "register_forward_hook", self._record_branch, index)
         blocks: Any = encoder.get_submodule(self.handle._injection.spec.blocks)
-        self._on(list(blocks)[-1], "register_forward_hook", self._ended)
+        self._on(list(blocks)[-1], "register_forward_hook", self._record_output)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -100,7 +103,7 @@ class Watch:
         self._hooks.append(getattr(module, kind)(hook, **options))
 
     @property
-    def _place(self) -> tuple[ClipLayout, int] | None:
+    def _clip_here(self) -> tuple[ClipLayout, int] | None:
         """The layout of the encoder's call and the clip's index in it; None where the clip isn't in this call."""
         if not 0 <= self._call < len(self._layouts):
             return None
@@ -108,49 +111,53 @@ class Watch:
         index = self.clip - sum(len(earlier.clips) for earlier in self._layouts[: self._call])
         return (layout, index) if 0 <= index < len(layout.clips) else None
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The encoder is called."""
+    def _encoder_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call += 1
         injection = self.handle._injection
-        if not self._first or not injection.is_enabled:
+        self._arguments = None
+        if injection.is_enabled:
+            kwargs, told = take_clip_lengths(self.handle.encoder, kwargs)
+            self._arguments = EncoderCall.bind(self.handle.encoder, args, kwargs, told or injection.clip_lengths)
+
+    def _branch_starts(self, args: tuple[Tensor, ClipLayout]) -> None:
+        """The first of the blocks tells the layout of the encoder's call."""
+        if self._arguments is None or len(self._layouts) > self._call:
             return
-        kwargs, told = take_clip_lengths(self.handle.encoder, kwargs)
-        call = EncoderCall.bind(self.handle.encoder, args, kwargs, told or injection.clip_lengths)
-        layout = injection.spec.layout(call)
+        layout = args[1]
         self._layouts.append(layout)
         self.clips += len(layout.clips)
-        if self._place is not None:
-            index = self._place[1]
-            self.seen.clip = layout.clips[index]
-            self.seen.positions, self.seen.no_picture = _positions(injection.spec, call, layout, index)
+        if self._clip_here is not None:
+            spec, (_, clip) = self.handle._injection.spec, self._clip_here
+            self.recording.clip = layout.clips[clip]
+            self.recording.positions, self.recording.no_picture = _positions(spec, self._arguments, layout, clip)
 
-    def _projected(self, index: int, module: TemporalAttention, args: tuple[Any, ...], qkv: Tensor) -> None:
-        """A block's q, k and v (..., 3 * heads * head_dim) of all tokens."""
-        if self._place is not None:
-            layout, clip = self._place
+    def _record_attention(self, index: int, module: TemporalAttention, args: tuple[Any, ...], qkv: Tensor) -> None:
+        """From a block's q, k and v (..., 3 * heads * head_dim) of all tokens."""
+        if self._clip_here is not None:
+            layout, clip = self._clip_here
             part = qkv.reshape(layout.num_tokens, -1)[_span(layout, clip)]
-            self.seen.attention[index] = self.reduce(_weights(module, part.float(), layout, clip))
+            self.recording.attention[index] = self.reduce(_weights(module, part.float(), layout, clip))
 
-    def _added(self, index: int, args: tuple[Tensor, ClipLayout], branch: Tensor) -> None:
-        """A block's stream (..., C) and the branch that will be added to it; looked at before that happens."""
-        if self._place is not None:
-            layout, clip = self._place
+    def _record_branch(self, index: int, args: tuple[Tensor, ClipLayout], branch: Tensor) -> None:
+        """From a block's stream (..., C) and the branch that will be added to it; looked at before that happens."""
+        if self._clip_here is not None:
+            layout, clip = self._clip_here
             span, shape = _span(layout, clip), layout.clips[clip]
             stream, added = (x.reshape(layout.num_tokens, -1)[span].float().norm(dim=-1) for x in (args[0], branch))
-            self.seen.branch[index] = (added / stream.clamp_min(1e-12)).view(shape).cpu()
+            self.recording.branch[index] = (added / stream.clamp_min(1e-12)).view(shape).cpu()
 
-    def _ended(self, args: tuple[Any, ...], output: Any) -> None:
-        """The last block's output: tokens, or two summands of them, as fused norms hand them on."""
-        if self._place is None:
+    def _record_output(self, args: tuple[Any, ...], output: Any) -> None:
+        """Of the last block: tokens, or two summands of them, as fused norms hand them on."""
+        if self._clip_here is None:
             return
-        layout, clip = self._place
+        layout, clip = self._clip_here
         tensors = [t for t in iterate_tensors(output) if t.is_floating_point()]
         tokens = sum((t for t in tensors[1:] if t.shape == tensors[0].shape), tensors[0])
         kept = layout.patches(tokens).reshape(layout.num_tokens, -1)[_span(layout, clip)].float().clone()
-        if self._first:
-            self.after = kept
-        else:
+        if self._arguments is None:
             self.before = kept
+        else:
+            self.after = kept
 
 
 def _positions(spec: Backbone, call: EncoderCall, layout: ClipLayout, clip: int) -> tuple[Tensor | None, str]:
