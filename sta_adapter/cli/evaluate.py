@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from sta_adapter.cli.engine import ENGINES, check_options, measure_by_engine, sentences
 from sta_adapter.cli.options import (
     Grouped,
     adapter_options,
@@ -59,13 +60,18 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("Run", "--out", metavar="FOLDER", help="Gets results and a plot; begun ones go on.")
 @option("Run", "--overwrite", is_flag=True, help="Throw away the predictions that are in FOLDER.")
 @option("Run", "--json", "as_json", is_flag=True, help="Print JSON, not a table.")
-@option("How", "--batch-size", type=click.IntRange(1), metavar="N", default=8, help="Samples at a time. [default: 8]")
+@option("How", "--batch-size", type=click.IntRange(1), metavar="N", help="Samples at a time. [default: 8; vllm: 64]")
 @option("How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="[default: 32]")
 @option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
 @option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
 @option("How", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
 @option("How", "--seed", type=int, metavar="N", default=0, help="Of shuffling and intervals. [default: 0]")
 @option("How", "--on-bad-sample", type=BAD, metavar="WHAT", default="skip", help="skip or error. [default: skip]")
+@option(
+    "How", "--engine", type=click.Choice(ENGINES), default="transformers", metavar="NAME", help="transformers or vllm."
+)
+@option("How", "--engine-options", metavar="JSON", help="Further arguments of vllm.LLM.")
+@option("How", "--check", type=click.IntRange(0), metavar="N", help="Of vllm's, to ask transformers too. [default: 16]")
 @option("How", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @quantize_option
 @model_options
@@ -73,31 +79,36 @@ Measures accuracy with its 95 % interval, in all and by category.
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
-    from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
-    from sta_adapter.text_positions import use_positions_of
+    from sta_adapter.loading import load_processor
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     about = _about(model, adapter, options)
     require_device(options["device"])
+    check_options(options)
+    runs = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
     if out:
-        planned = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
-        _require_results_free(Path(out), about, planned, options)
+        _require_results_free(Path(out), about, runs, options)
     samples, notes = _samples(options)
     folder = find_adapter(adapter, options["adapter_revision"])
     processor = load_processor(model, **source)
     dataset = _dataset(samples, processor, folder, options)
-    how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}
-    net = load_model(model, **how, **source)
-    use_positions_of(net, options["positions"], saved_positions(folder) if folder else None)
-    if folder is not None:
-        net = load_adapter(net, folder, base_model=base_model_of(options["any_base"]))
-    runs: dict[str, Any] = {"base": _without(net)} if base or adapter is None else {}
-    if adapter is not None:
-        runs["adapter"] = contextlib.nullcontext()
-    results = {}
-    for name, switched in runs.items():
-        with switched:
-            results[name] = _measure(net, dataset, name, out, options)
+
+    def measure(net: Any, data: Any, name: str, orders: tuple[str, ...] | None) -> dict[str, Any]:
+        return _measure(net, data, name, None if orders else out, options, orders or _orders(options))
+
+    def by_transformers(data: Any, names: list[str], orders: tuple[str, ...] | None = None) -> dict[str, Any]:
+        net = _load(model, folder, options)
+        found = {}
+        for name in names:
+            with _without(net) if name == "base" else contextlib.nullcontext():
+                found[name] = measure(net, data, name, orders)
+        return found
+
+    if options["engine"] == "vllm":
+        results, engine = measure_by_engine(model, folder, dataset, runs, options, measure, by_transformers)
+        about["engine"], notes = engine, [*notes, *sentences(engine)]
+    else:
+        results = by_transformers(dataset, runs)
     for result in (result for orders in results.values() for result in orders.values()):
         if not result.predictions:
             first = result.bad_samples[0] if result.bad_samples else "there is none"
@@ -108,6 +119,18 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     if out:
         _write(public, Path(out))
     click.echo(json.dumps(public, indent=1) if as_json else as_text(report))
+
+
+def _load(model: str, folder: Path | None, options: dict[str, Any]) -> Any:
+    """The model, with its adapter if there is one."""
+    from sta_adapter.loading import load_adapter, load_model, saved_positions
+    from sta_adapter.text_positions import use_positions_of
+
+    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}
+    net = load_model(model, **how, **source)
+    use_positions_of(net, options["positions"], saved_positions(folder) if folder else None)
+    return net if folder is None else load_adapter(net, folder, base_model=base_model_of(options["any_base"]))
 
 
 def _about(model: str, adapter: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +233,9 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
 
 
-def _measure(model: Any, dataset: Any, name: str, out: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _measure(
+    model: Any, dataset: Any, name: str, out: str | None, options: dict[str, Any], orders: tuple[str, ...]
+) -> dict[str, Any]:
     from sta_adapter.evaluation.evaluator import evaluate
 
     return {
@@ -219,7 +244,7 @@ def _measure(model: Any, dataset: Any, name: str, out: str | None, options: dict
             dataset,
             frames=order,
             seed=options["seed"],
-            batch_size=options["batch_size"],
+            batch_size=options["batch_size"] or (64 if options["engine"] == "vllm" else 8),
             max_new_tokens=options["max_new_tokens"],
             choose="written" if options["benchmark"] else "likeliest",
             num_workers=options["num_workers"],
@@ -227,5 +252,5 @@ def _measure(model: Any, dataset: Any, name: str, out: str | None, options: dict
             overwrite=options["overwrite"],
             progress=True,
         )
-        for order in _orders(options)
+        for order in orders
     }

@@ -41,6 +41,34 @@ class Visual:
     resized: bool = False
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as an engine takes it that processes clips by itself.
+
+    Attributes:
+        tokens: the rendered conversation, with one placeholder for each clip or image.
+        visuals: these, in their final size where `settings` say so.
+        settings: of the video processor.
+        temporal_patch: how many frames the model merges into one.
+    """
+
+    tokens: list[int]
+    visuals: list[Visual]
+    settings: dict[str, Any]
+    temporal_patch: int = 1
+
+    @classmethod
+    def of(cls, processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Prompt:
+        """The prompt of a conversation; arguments as for `encode_prompt`."""
+        flat = [visual for group in visuals for visual in group]
+        clips = [visual for visual in flat if visual.kind == "video"]
+        sized, settings = _sized(processor, clips)
+        final = iter(sized)
+        shown = [next(final) if visual.kind == "video" else visual for visual in flat]
+        tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True))
+        return cls(tokens, shown, settings, temporal_patch(processor))
+
+
 def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
     """Encode a conversation for training.
 
@@ -200,16 +228,12 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
         )
     if any(clip.resized for clip in clips) and not hasattr(part, "patch_size"):
         raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
-    kwargs: dict[str, Any] = {"videos_kwargs": {}}
-    if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
-        clips = [clip if clip.resized else _resized_by(part, clip) for clip in clips]
-        kwargs["videos_kwargs"]["do_resize"] = False
+    clips, settings = _sized(processor, clips)
+    kwargs: dict[str, Any] = {"videos_kwargs": settings}
     if hasattr(processor, "video_processor"):
-        kwargs["videos_kwargs"]["do_sample_frames"] = False
-        if hasattr(processor.video_processor, "cap_pixels_per_frame"):  # the same sizes whatever the default becomes
-            kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
+        settings["do_sample_frames"] = False
         if all(clip.metadata for clip in clips):
-            kwargs["videos_kwargs"]["video_metadata"] = [clip.metadata for clip in clips]
+            settings["video_metadata"] = [clip.metadata for clip in clips]
     out = processor(
         text=[text],
         images=images or None,
@@ -228,6 +252,18 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
     return {**encoded, **row_lengths(processor, encoded, visuals)}
+
+
+def _sized(processor: Any, clips: list[Visual]) -> tuple[list[Visual], dict[str, Any]]:
+    """Clips of which all or none have their final size, and the settings by which the video processor keeps it."""
+    part = _visual_part(processor)
+    settings: dict[str, Any] = {}
+    if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
+        clips = [clip if clip.resized else _resized_by(part, clip) for clip in clips]
+        settings["do_resize"] = False
+    if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
+        settings["cap_pixels_per_frame"] = False  # the same sizes whatever the default becomes
+    return clips, settings
 
 
 def _resized_by(part: Any, clip: Visual) -> Visual:

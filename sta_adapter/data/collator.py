@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sta_adapter.data.chat_encoding import IGNORE, Encoded
+from sta_adapter.data.chat_encoding import IGNORE, Encoded, Prompt
 from sta_adapter.data.clip_batches import PIXELS, put_together, takes_one_kind
 from sta_adapter.data.samples import BadSample
 from sta_adapter.errors import DataError
@@ -20,9 +20,10 @@ PER_TOKEN = {"input_ids": 0, "labels": IGNORE, "mm_token_type_ids": 0, "token_ty
 
 
 class Loaded(dict[str, torch.Tensor]):
-    """An encoded sample that knows where it stands."""
+    """An encoded sample that knows where it stands, and for engines what it was made from."""
 
     source = "sample"
+    prompt: Prompt | None = None
 
     @classmethod
     def of(cls, encoded: Encoded, source: str) -> Loaded:

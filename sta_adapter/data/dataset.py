@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
 
-from sta_adapter.data.chat_encoding import Encoded, Visual, encode, encode_prompt
+from sta_adapter.data.chat_encoding import Encoded, Prompt, Visual, encode, encode_prompt
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_samples
@@ -43,6 +43,7 @@ class VideoDataset(Dataset):
         on_bad_sample: "skip" gives a `BadSample` in place of an unusable one, "error" raises.
         max_length: samples of more tokens are bad samples.
         cache: keep what was encoded in memory, so that later epochs and runs needn't decode.
+        for_engine: give each sample's token ids and its `Prompt`, as engines take it, in the place of tensors for a model.
         decode_timeout: seconds in which a DataLoader's worker must have decoded a sample, else it is a bad one; None for no
             limit. Without workers (num_workers=0), and on other systems than Linux, there is none.
     """
@@ -59,6 +60,7 @@ class VideoDataset(Dataset):
         on_bad_sample: str = "skip",
         max_length: int | None = None,
         cache: bool = False,
+        for_engine: bool = False,
         decode_timeout: float | None = DECODE_TIMEOUT,
     ) -> None:
         if frame_order not in FRAME_ORDERS:
@@ -75,11 +77,12 @@ class VideoDataset(Dataset):
         self.seed = seed
         self.on_bad_sample = on_bad_sample
         self.max_length = max_length
+        self.for_engine = for_engine
         self.decode_timeout = decode_timeout
         self.reader = ClipReader.of(processor, self.frames, frame_order, seed)
         self._isolated = Isolated(self.reader.read, decode_timeout) if decode_timeout and POSSIBLE else None
         self._cache: dict[int, Encoded | BadSample] | None = {} if cache else None
-        self._prompts: dict[tuple[str, int], VideoDataset] = {}
+        self._prompts: dict[tuple[str, int, bool], VideoDataset] = {}
 
     @property
     def cached(self) -> bool:
@@ -99,11 +102,12 @@ class VideoDataset(Dataset):
             self._cache[index] = item
         return item
 
-    def as_prompts(self, frame_order: str = "ordered", seed: int = 0) -> VideoDataset:
+    def as_prompts(self, frame_order: str = "ordered", seed: int = 0, *, for_engine: bool = False) -> VideoDataset:
         """The same samples without their last answers, for evaluation; made once if this data set keeps what it encodes."""
-        if self.prompts and (self.frame_order, self.seed) == (frame_order, seed):
+        wanted = (frame_order, seed, for_engine)
+        if self.prompts and (self.frame_order, self.seed, self.for_engine) == wanted:
             return self
-        made = self._prompts.get((frame_order, seed))
+        made = self._prompts.get(wanted)
         if made is None:
             made = VideoDataset(
                 self.samples,
@@ -115,10 +119,11 @@ class VideoDataset(Dataset):
                 on_bad_sample=self.on_bad_sample,
                 max_length=self.max_length,
                 cache=self.cached,
+                for_engine=for_engine,
                 decode_timeout=self.decode_timeout,
             )
         if self.cached:
-            self._prompts[frame_order, seed] = made
+            self._prompts[wanted] = made
         return made
 
     def digest(self) -> str:
@@ -128,14 +133,14 @@ class VideoDataset(Dataset):
     def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
         """Decode and encode a sample, which need not be one of the data set's; `index` is for the shuffling of its frames."""
         try:
-            return Loaded.of(self._encode(sample, index), sample.source)
+            return self._encode(sample, index)
         except BaseException as error:  # whatever a library raises, also one written in Rust, is about this sample
             bad = BadSample.of(sample.source, error)
             if self.on_bad_sample == "error":
                 raise DataError(f"{bad.source}: {bad.reason}") from error
             return bad
 
-    def _encode(self, sample: Sample, index: int) -> Encoded:
+    def _encode(self, sample: Sample, index: int) -> Loaded:
         if sample.problem is not None:
             raise DataError(sample.problem)
         messages = sample.prompt if self.prompts else sample.messages
@@ -146,7 +151,11 @@ class VideoDataset(Dataset):
             raise DataError(
                 f"{length} tokens, more than max_length {self.max_length}; take fewer frames or fewer tokens a frame."
             )
-        return encoded
+        if not self.for_engine:
+            return Loaded.of(encoded, sample.source)
+        loaded = Loaded.of({"input_ids": encoded["input_ids"]}, sample.source)
+        loaded.prompt = Prompt.of(self.processor, messages, visuals)
+        return loaded
 
     def visuals(self, messages: list[dict[str, Any]], index: int) -> list[list[Visual]]:
         """The decoded clips and images of each message: all of a sample in one go, in a worker within its time limit."""

@@ -53,8 +53,24 @@ def judge(index: int, sample: Sample, said: str, scores: list[float] | None = No
     return Prediction(*about, named is not None and sample.options[named] == sample.answer, unmatched=named is None)
 
 
+def likeliest(index: int, sample: Sample, scores: list[float]) -> Prediction:
+    """The option of the highest log-likelihood as the answer."""
+    options = sample.options or []
+    return judge(index, sample, options[max(range(len(options)), key=scores.__getitem__)], scores)
+
+
 Question = tuple[int, Sample, Encoded, list[torch.Tensor]]
 """A sample's index, the sample, its prompt, and its options as tokens where the likeliest is looked for."""
+
+
+def option_tokens(processor: Any, sample: Sample, choose: str) -> list[torch.Tensor]:
+    """A sample's options as tokens; none where its answer is written.
+
+    Raises:
+        DataError: the chat template or the tokenizer can't take one of them.
+    """
+    likeliest = sample.options if sample.options is not None and choose != "written" else []
+    return [encode_answer(processor, sample.prompt, option) for option in likeliest]
 
 
 class Questioner:
@@ -80,13 +96,8 @@ class Questioner:
         self.device = next(model.parameters()).device
 
     def options(self, sample: Sample) -> list[torch.Tensor]:
-        """A sample's options as tokens; none where its answer is written.
-
-        Raises:
-            DataError: the chat template or the tokenizer can't take one of them.
-        """
-        likeliest = sample.options if sample.options is not None and self.choose != "written" else []
-        return [encode_answer(self.processor, sample.prompt, option) for option in likeliest]
+        """See `option_tokens`."""
+        return option_tokens(self.processor, sample, self.choose)
 
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
         """Predictions, those of written answers first."""
@@ -148,11 +159,10 @@ class Questioner:
     def _choose(self, question: Question) -> Prediction:
         """The option that is likeliest as a complete answer."""
         index, sample, item, answers = question
-        options = sample.options or []
         scores: list[float] = []
-        for start in range(0, len(options), self.batch_size):
+        for start in range(0, len(answers), self.batch_size):
             scores += self._log_likelihoods(item, answers[start : start + self.batch_size])
-        return judge(index, sample, options[max(range(len(options)), key=scores.__getitem__)], scores)
+        return likeliest(index, sample, scores)
 
     def _log_likelihoods(self, prompt: Encoded, answers: list[torch.Tensor]) -> list[float]:
         rows = [_extended(prompt, answer) for answer in answers]

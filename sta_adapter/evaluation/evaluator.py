@@ -7,6 +7,7 @@ generation, compared with its answer but for reasoning, markup, case, surroundin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,6 +24,7 @@ from sta_adapter.data.fingerprint import fingerprint_model, fingerprint_processo
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.answering import Prediction, Question, Questioner, judge
+from sta_adapter.evaluation.engine import Engine, EngineQuestioner
 from sta_adapter.evaluation.prediction_log import PredictionLog
 from sta_adapter.training.contexts import evaluating
 
@@ -125,7 +127,7 @@ def _score(predictions: Iterable[Prediction]) -> Score:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Engine,
     data: str | Path | VideoDataset,
     *,
     processor: Any = None,
@@ -145,7 +147,8 @@ def evaluate(
     """Ask the model about every sample and compare with the answers.
 
     Args:
-        model: a full model, with or without STA or LoRA; it is as before afterwards.
+        model: a full model, with or without STA or LoRA, which is as before afterwards; or an engine, such as
+            `sta_adapter.integrations.vllm.engine.VLLMEngine`.
         data: a file of samples or tar shards, see `read_samples`; or a data set (then its own settings hold).
         processor: the model's processor, where `data` is a file.
         frames: "ordered"; "shuffled" (decoded frames permuted, each clip in its own way) or "reversed" as controls.
@@ -173,7 +176,7 @@ def evaluate(
         if processor is None:
             raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
         data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
-    dataset = data.as_prompts(frames, seed)
+    dataset = data.as_prompts(frames, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
     settings, questions = {}, []
     if predictions_file is not None:
@@ -183,20 +186,26 @@ def evaluate(
     def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
-    with PredictionLog(predictions_file, settings, questions, renew, overwrite) as log, evaluating(model):
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(PredictionLog(predictions_file, settings, questions, renew, overwrite))
+        asked: Questioner | EngineQuestioner
+        if isinstance(model, nn.Module):
+            stack.enter_context(evaluating(model))
+            asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
+        else:
+            asked = EngineQuestioner(model, dataset.processor, max_new_tokens, choose)
         missing = [index for index in range(len(dataset)) if index not in log.done]
-        asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
         for batch in _batches(dataset, missing, batch_size, num_workers, progress):
             _ask(asked, dataset, batch, log)
         predictions = [Prediction(**log.done[i]) for i in sorted(log.done)]
         return EvaluationResult(predictions, list(log.bad.values()), frames, time.perf_counter() - started)
 
 
-def _settings(model: nn.Module, dataset: VideoDataset) -> dict[str, Any]:
+def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, Any]:
     """What every prediction depends on; what differs is named when predictions are refused."""
     return {
         "format": PREDICTION_FORMAT,
-        **fingerprint_model(model),
+        **(fingerprint_model(model) if isinstance(model, nn.Module) else model.fingerprint()),
         "processor": fingerprint_processor(dataset.processor),
         "sampling": dataclasses.asdict(dataset.frames),
         "max_length": dataset.max_length,
@@ -221,7 +230,9 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
     )
 
 
-def _ask(asked: Questioner, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog) -> None:
+def _ask(
+    asked: Questioner | EngineQuestioner, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog
+) -> None:
     """Answer the usable samples of a batch, by their numbers; all that comes of it goes into the log."""
     good: list[Question] = []
     for (index, _), item in zip(batch, asked.collate.sort_out([item for _, item in batch]), strict=True):

@@ -57,7 +57,14 @@ def export_adapter(adapter: str | os.PathLike[str], out: str | os.PathLike[str])
     return has_lora
 
 
-def export_merged(adapter: str | os.PathLike[str], out: str | os.PathLike[str], base: str, **options: Any) -> None:
+def export_merged(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str,
+    *,
+    base_model: str | None = None,
+    **options: Any,
+) -> None:
     """Write the base with the adapter's LoRA weights in it (`base`), and STA alone beside it (`sta`).
 
     Both carry the digest of the LoRA weights, without which neither is taken for the other's.
@@ -66,6 +73,7 @@ def export_merged(adapter: str | os.PathLike[str], out: str | os.PathLike[str], 
         adapter: its folder, or its id on the Hub.
         out: the folder to write.
         base: the base's folder, or its id on the Hub.
+        base_model: as for `load_sta`.
         options: further arguments of `load_model`.
 
     Raises:
@@ -80,11 +88,12 @@ def export_merged(adapter: str | os.PathLike[str], out: str | os.PathLike[str], 
     description = read_description(folder)
     if not (folder / LORA_CONFIG).exists():
         raise CheckpointError(f"{folder} holds no LoRA weights ({LORA_CONFIG}), so there is nothing to merge.")
-    digest = hashlib.sha256((folder / LORA_CONFIG).read_bytes() + (folder / LORA_WEIGHTS).read_bytes()).hexdigest()[:16]
+    digest = lora_digest(folder)
     state = read_weights(folder, description)
-    processor = load_processor(base)
+    source = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    processor = load_processor(base, **source)
     model = use_positions_of(load_model(base, **options), None, description.get("positions"))
-    peft_model: Any = load_sta(model, folder).model
+    peft_model: Any = load_sta(model, folder, base_model=base_model).model
     merged = peft_model.merge_and_unload()
     handle = get_sta(merged)
     if handle is not None:
@@ -93,6 +102,11 @@ def export_merged(adapter: str | os.PathLike[str], out: str | os.PathLike[str], 
     merged.save_pretrained(out / BASE)
     processor.save_pretrained(out / BASE)
     write_adapter(out / STA, state, {**description, MERGED_LORA: digest})
+
+
+def lora_digest(folder: Path) -> str:
+    """Of an adapter's LoRA weights and their settings."""
+    return hashlib.sha256((folder / LORA_CONFIG).read_bytes() + (folder / LORA_WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
 def _source(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:

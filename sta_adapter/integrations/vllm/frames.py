@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.data.chat_encoding import Visual
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.clip_times import step_seconds
 from sta_adapter.errors import ConfigError
 
 LOADER = "sta_adapter"
@@ -65,4 +67,21 @@ class TrainedFrames:
             file = Path(folder, "clip")
             file.write_bytes(data)
             clip = reader.read([{"type": "video", "video": str(file)}])[0]
-        return clip.pixels, {**(clip.metadata or {}), "video_backend": LOADER, "do_sample_frames": False}
+        return clip.pixels, clip_facts(clip, reader.temporal_patch)
+
+
+def clip_facts(clip: Visual, temporal_patch: int) -> dict[str, Any]:
+    """What vLLM is told of a clip: its times as training had them, and that no frames are to be chosen again.
+
+    Processors take the seconds of a temporal step from the share of the file's frames that was sampled, which is right for
+    frames spread evenly over the whole file; the total is given such that the clip's own step comes out, whatever was read.
+
+    Args:
+        clip: the decoded clip.
+        temporal_patch: how many frames the model merges into one.
+    """
+    facts = {**(clip.metadata or {}), "video_backend": LOADER, "do_sample_frames": False}
+    if clip.metadata is not None:
+        step = step_seconds(clip.metadata, temporal_patch) / temporal_patch
+        facts["total_num_frames"] = len(clip.metadata["frames_indices"]) * clip.metadata["fps"] * step
+    return facts

@@ -1,0 +1,116 @@
+"""`sta-adapter evaluate --engine vllm`: the runs of an evaluation by an engine, and how far it agrees with transformers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.errors import ConfigError
+
+ENGINES = ("transformers", "vllm")
+ORDERED = "ordered"
+
+
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The engine's own options.
+
+    Raises:
+        ConfigError: they are no JSON object, there is no engine for them, or an option is for transformers alone.
+    """
+    text = options["engine_options"]
+    if options["engine"] != "vllm":
+        given = [name for name in ("engine_options", "check") if options[name] is not None]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is for --engine vllm.")
+        return {}
+    hints = {"quantize": "--engine-options '{\"quantization\": ...}'", "device": "CUDA_VISIBLE_DEVICES"}
+    for name, hint in hints.items():
+        if options[name] is not None:
+            raise ConfigError(f"--{name} is for transformers; vLLM takes {hint}.")
+    if options["positions"] == "transformers":
+        raise ConfigError("--positions transformers: vLLM numbers text as the base was trained; leave the option out.")
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--engine-options {text!r} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--engine-options {text!r}: expected an object, such as '{{\"tensor_parallel_size\": 2}}'.")
+    return found
+
+
+def measure_by_engine(
+    model: str,
+    folder: Path | None,
+    dataset: Any,
+    runs: list[str],
+    options: dict[str, Any],
+    measure: Callable[..., Any],
+    by_transformers: Callable[..., Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results of each run, each by an engine of its own, and what is to be said of the engine.
+
+    Args:
+        model: the base.
+        folder: the adapter's.
+        dataset: the questions.
+        runs: "base", "adapter" or both.
+        options: the command's.
+        measure: `measure(engine, dataset, run, orders)`, which asks; without orders it takes the command's and keeps what
+            it finds.
+        by_transformers: `by_transformers(dataset, runs, orders)`, the same without an engine.
+    """
+    from sta_adapter.compatibility.seams import version
+    from sta_adapter.evaluation.engine import agreement
+    from sta_adapter.integrations.vllm.engine import VLLMEngine
+
+    own = check_options(options)
+    some = _some(dataset, 16 if options["check"] is None else options["check"])
+    expected = by_transformers(some, runs, (ORDERED,)) if len(some) else {}
+    _free_memory()
+    how: dict[str, Any] = {key: options[key] for key in ("revision", "trust_remote_code", "any_base")}
+    how |= {"dtype": options["dtype"] or "auto", "most": _most(dataset.samples), "options": own}
+    results, agreements = {}, {}
+    for run in runs:
+        with VLLMEngine(model, folder if run == "adapter" else None, **how) as engine:
+            results[run] = measure(engine, dataset, run, None)
+            if expected:
+                found = measure(engine, some, run, (ORDERED,))
+                agreements[run] = agreement(found[ORDERED], expected[run][ORDERED])
+        _free_memory()
+    return results, {"name": "vllm", "version": version("vllm"), "options": own, "agreement": agreements}
+
+
+def sentences(engine: dict[str, Any]) -> list[str]:
+    """What the report says of the engine."""
+    said = [f"Answered by {engine['name']} {engine['version']}."]
+    for run, found in engine["agreement"].items():
+        scores = found["largest_difference"]
+        apart = "" if scores is None else f"; log-likelihoods of options are at most {scores:.2g} apart"
+        said.append(f"{run}: {found['equal']} of {found['samples']} answers are those of transformers{apart}.")
+    return said if engine["agreement"] else [*said, "Not compared with transformers (--check 0)."]
+
+
+def _some(dataset: Any, count: int) -> Any:
+    """A data set of so many of its samples, spread evenly."""
+    from sta_adapter.data.dataset import VideoDataset
+
+    every = max(1, -(-len(dataset.samples) // count)) if count else len(dataset.samples) + 1
+    chosen = dataset.samples[::every] if count else []
+    return VideoDataset(chosen, dataset.processor, frames=dataset.frames, on_bad_sample=dataset.on_bad_sample)
+
+
+def _most(samples: list[Any]) -> dict[str, int]:
+    """The most clips and pictures of a sample."""
+    kinds = [[part["type"] for message in s.messages for part in message["content"]] for s in samples]
+    return {kind: max((found.count(kind) for found in kinds), default=0) for kind in ("video", "image")}
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,138 @@
+"""Engine: what answers in the place of a model, by its own processing of prompts and clips; EngineQuestioner asks it.
+
+Public: `Engine`, `agreement`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from sta_adapter.data.chat_encoding import Encoded, Prompt
+from sta_adapter.data.collator import Collator
+from sta_adapter.data.samples import Sample
+from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.evaluation.answering import Prediction, Question, judge, likeliest, option_tokens
+
+if TYPE_CHECKING:
+    from sta_adapter.evaluation.evaluator import EvaluationResult
+
+__all__ = ["Engine", "agreement"]
+
+
+class Engine(Protocol):
+    """What `sta_adapter.evaluation.evaluate` takes in the place of a model.
+
+    Attributes:
+        max_length: tokens of the longest prompt with its answer.
+    """
+
+    max_length: int
+
+    def fingerprint(self) -> dict[str, str]:
+        """What every answer depends on."""
+
+    def write(self, prompts: Sequence[tuple[Prompt, list[int]]], max_new_tokens: int) -> list[list[int]]:
+        """The tokens that are written behind each prompt, greedily; with each comes the prompt as transformers makes it.
+
+        Raises:
+            CompatibilityError: the engine makes other tokens of a prompt.
+        """
+
+    def log_likelihoods(
+        self, prompts: Sequence[tuple[Prompt, list[int]]], options: Sequence[list[list[int]]]
+    ) -> list[list[float]]:
+        """The log-likelihood of each of a prompt's options, in nats.
+
+        Raises:
+            CompatibilityError: the engine makes other tokens of a prompt.
+        """
+
+
+class EngineQuestioner:
+    """Answers of an engine to encoded prompts: as `Questioner` has them of a model.
+
+    Args:
+        engine: the engine.
+        processor: the base's processor.
+        max_new_tokens: longest written answer.
+        choose: how a question with options is answered, see `sta_adapter.evaluation.evaluate`.
+    """
+
+    def __init__(self, engine: Engine, processor: Any, max_new_tokens: int, choose: str) -> None:
+        self.engine = engine
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.choose = choose
+        self.collate = Collator.of(processor)
+
+    def options(self, sample: Sample) -> list[torch.Tensor]:
+        """See `option_tokens`."""
+        return option_tokens(self.processor, sample, self.choose)
+
+    def require_possible(self, item: Encoded) -> None:
+        """Raise DataError for a prompt that the engine has no room for."""
+        needed = len(item["input_ids"]) + self.max_new_tokens
+        if needed > self.engine.max_length:
+            raise DataError(
+                f"its prompt and the longest answer have {needed} tokens, more than the {self.engine.max_length} of the "
+                "engine; take fewer frames or fewer tokens a frame, or a larger max_model_len."
+            )
+
+    def answer(self, questions: list[Question]) -> Iterator[Prediction]:
+        """Predictions, those of written answers first; each kind is asked in one go."""
+        written, chosen = ([q for q in questions if bool(q[-1]) is scored] for scored in (False, True))
+        if written:
+            said = self.engine.write([_prompt(item) for _, _, item, _ in written], self.max_new_tokens)
+            texts = self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+            for (index, sample, *_), text in zip(written, texts, strict=True):
+                yield judge(index, sample, text.strip())
+        if chosen:
+            answers = [[option.tolist() for option in options] for *_, options in chosen]
+            scores = self.engine.log_likelihoods([_prompt(item) for _, _, item, _ in chosen], answers)
+            for (index, sample, *_), found in zip(chosen, scores, strict=True):
+                yield likeliest(index, sample, found)
+
+
+def _prompt(item: Any) -> tuple[Prompt, list[int]]:
+    return item.prompt, item["input_ids"].tolist()
+
+
+def agreement(found: EvaluationResult, expected: EvaluationResult) -> dict[str, Any]:
+    """How far an engine's answers are those of transformers.
+
+    Args:
+        found: by the engine.
+        expected: by transformers, to the same questions.
+
+    Returns:
+        `samples`, `equal` answers among them, those that are `correct` here and there, and the `largest_difference` of an
+        option's log-likelihood in nats, where options were scored.
+
+    Raises:
+        ConfigError: the questions differ.
+    """
+    ours, theirs = ({p.index: p for p in result.predictions} for result in (found, expected))
+    if ours.keys() != theirs.keys():
+        raise ConfigError(
+            f"the engine answered {len(ours)} samples and transformers {len(theirs)}, which are not the same: "
+            f"{[*found.bad_samples, *expected.bad_samples][:1]}."
+        )
+    pairs = [(ours[index], theirs[index]) for index in sorted(ours)]
+    differences = [
+        abs(a - b)
+        for one, two in pairs
+        if one.scores and two.scores
+        for a, b in zip(one.scores, two.scores, strict=True)
+    ]
+    return {
+        "samples": len(pairs),
+        "equal": sum(one.prediction == two.prediction for one, two in pairs),
+        "correct": {
+            "engine": sum(one.correct for one, _ in pairs),
+            "transformers": sum(two.correct for _, two in pairs),
+        },
+        "largest_difference": max(differences, default=None),
+    }
