@@ -50,9 +50,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("Run", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder.")
 @option("Run", "--base", is_flag=True, help="Also measure the model without the adapter.")
-@option(
-    "Run", "--data", metavar="PATH", required=True, help="Samples with answers, or tar shards; or a benchmark's folder."
-)
+@option("Run", "--data", metavar="PATH", required=True, help="Samples, tar shards, or a benchmark's folder.")
 @option("Run", "--benchmark", type=click.Choice(BENCHMARKS), metavar="NAME", help=f"{', '.join(BENCHMARKS)}.")
 @data_options
 @option("Run", "--category", metavar="FIELD", help="What to group by. [default: category]")
@@ -71,7 +69,7 @@ Measures accuracy with its 95 % interval, in all and by category.
     "How", "--engine", type=click.Choice(ENGINES), default="transformers", metavar="NAME", help="transformers or vllm."
 )
 @option("How", "--engine-options", metavar="JSON", help="Further arguments of vllm.LLM.")
-@option("How", "--check", type=click.IntRange(0), metavar="N", help="Of vllm's, to ask transformers too. [default: 16]")
+@option("How", "--check", type=click.IntRange(0), metavar="N", help="That transformers answers too. [default: 16]")
 @option("How", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @quantize_option
 @model_options

@@ -11,7 +11,7 @@ import click
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 
-POSITIONS = "Of text: trained or transformers. [default: as trained]"
+POSITIONS = "Text: trained or transformers. [default: as trained]"
 
 
 class _GroupedOption(click.Option):
@@ -73,7 +73,7 @@ def model_options(command: Any) -> Any:
 def adapter_options(command: Any) -> Any:
     """How an adapter is had and put on the model; what `find_adapter` and `base_model_of` read."""
     for decorate in (
-        option("Model", "--any-base", is_flag=True, help="Take another base than the adapter names, if it fits."),
+        option("Model", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits."),
         option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit."),
     ):
         command = decorate(command)
