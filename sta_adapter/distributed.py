@@ -1,6 +1,6 @@
 """Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all.
 
-Public: `whole`, `assign`, `is_sharded`, `shard_groups`, `agree`, `is_first`, `write_once`, `end_processes`.
+Public: `full_tensor`, `assign`, `is_sharded`, `shard_groups`, `agree`, `is_rank_zero`, `on_rank_zero`, `end_processes`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from sta_adapter.errors import CheckpointError
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor's full value. Where it is sharded, all processes must call this, in the same order."""
     if hasattr(tensor, "full_tensor"):  # FSDP2
         return tensor.full_tensor()
@@ -45,7 +45,7 @@ def assign(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the full value."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -103,7 +103,7 @@ def is_parallel() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is process 0, or the only one."""
     return not is_parallel() or distributed.get_rank() == 0
 
@@ -120,7 +120,7 @@ def end_processes() -> None:
         gc.collect()
 
 
-def write_once(write: Callable[[], None]) -> None:
+def on_rank_zero(write: Callable[[], None]) -> None:
     """Run `write` on process 0 while the others wait for it; alone, just run it.
 
     Raises:

@@ -148,15 +148,15 @@ def inspect_model(
         STAError: as `inject_sta`.
     """
     plan = plan_injection(model, cfg, backbone)
-    site, config = plan.site, plan.config
+    target, config = plan.target, plan.config
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     modules = plan.build("meta")
-    hooked = site.norms if config.order == "after_spatial" else site.blocks
+    hooked = target.norms if config.order == "after_spatial" else target.blocks
     blocks = [
         {
             "index": index,
             "hook": names[id(hooked[index])],
-            "width": site.width,
+            "width": target.width,
             "heads": module.num_heads,
             "head_size": module.head_dim,
             "parameters": sum(p.numel() for p in module.parameters()),
@@ -165,20 +165,20 @@ def inspect_model(
     ]
     return {
         "model": type(model).__name__,
-        "backbone": site.backbone.name,
+        "backbone": target.backbone.name,
         "encoder": {
-            "class": type(site.encoder).__name__,
-            "path": names[id(site.encoder)],
-            "blocks": len(site.blocks),
-            "width": site.width,
-            "heads": site.heads,
-            "head_size": site.head_dim,
+            "class": type(target.encoder).__name__,
+            "path": names[id(target.encoder)],
+            "blocks": len(target.blocks),
+            "width": target.width,
+            "heads": target.heads,
+            "head_size": target.head_dim,
         },
         "config": config.to_dict(),
         "blocks": blocks,
         "parameters": {
             "sta": sum(block["parameters"] for block in blocks),
-            "encoder": sum(p.numel() for p in site.encoder.parameters()),
+            "encoder": sum(p.numel() for p in target.encoder.parameters()),
             "model": sum(p.numel() for p in model.parameters()),
         },
         "arithmetic": count_arithmetic(plan, clip or ClipSize()),
@@ -189,14 +189,14 @@ def inspect_model(
 
 def count_arithmetic(plan: Plan, clip: ClipSize) -> dict[str, Any]:
     """Operations of the tower and of STA for one clip, as `formula` says, and STA's in percent of the tower's."""
-    site = plan.site
+    target = plan.target
     positions = clip.rows * clip.columns
-    blocks = {id(p): p for block in site.blocks for p in block.parameters()}
+    blocks = {id(p): p for block in target.blocks for p in block.parameters()}
     matrices = sum(p.numel() for p in blocks.values() if p.dim() == 2)
-    embedding = sum(p.numel() for p in site.encoder.parameters() if p.dim() > 2 and id(p) not in blocks)
-    base = matrices + embedding + len(site.blocks) * 2 * positions * site.width
-    inner = plan.num_heads * site.head_dim
-    added = len(plan.layers) * (4 * site.width * inner + 2 * clip.frames * inner)
+    embedding = sum(p.numel() for p in target.encoder.parameters() if p.dim() > 2 and id(p) not in blocks)
+    base = matrices + embedding + len(target.blocks) * 2 * positions * target.width
+    inner = plan.num_heads * target.head_dim
+    added = len(plan.layers) * (4 * target.width * inner + 2 * clip.frames * inner)
     tokens = clip.frames * positions
     return {
         "clip": dataclasses.asdict(clip),
@@ -226,7 +226,7 @@ def count_stream(plan: Plan, clip: ClipSize, modules: Mapping[int, TemporalAtten
 
 def _why_no_stream(plan: Plan) -> str:
     try:
-        check_streaming(plan.config, plan.site.backbone, None)
+        check_streaming(plan.config, plan.target.backbone, None)
     except ConfigError as error:
         return str(error)
     return ""
@@ -237,20 +237,20 @@ def _warnings(plan: Plan) -> list[str]:
     import transformers
 
     found = []
-    site = plan.site
-    rules = site.backbone.text_positions
+    target = plan.target
+    rules = target.backbone.text_positions
     if rules is not None and (rule := rules.in_use(plan.model)) != rules.of_training(plan.model):
         what = "; and ".join(text for name, text in OTHER_RULES.items() if name in str(rule))
         what = what or f"by a rule that is not known ({rule}), and not by that of the model's training"
         found.append(POSITIONS.format(version=transformers.__version__, rule=what))
     if plan.config.window is not None and (reason := _why_no_stream(plan)):
         found.append(reason)
-    if site.backbone.clip_source is not None and site.encoder is plan.model:
+    if target.backbone.clip_source is not None and target.encoder is plan.model:
         found.append(
             "this encoder gets frames as a batch: tell the frames of each clip with handle.clips([...]), or all rows are one."
         )
-    if getattr(getattr(site.encoder, "config", None), "window_size", None):
+    if getattr(getattr(target.encoder, "config", None), "window_size", None):
         found.append("windowed attention is counted as attention over whole frames, so STA's share is a little higher.")
-    if site.backbone.name == "internvideo2":
+    if target.backbone.name == "internvideo2":
         found.append("attention over all frames is counted as attention over one frame each, so STA's share is lower.")
     return found

@@ -10,7 +10,7 @@ from cases_transformers import llava_prompt, llava_settings, transformers_class
 from torch import distributed
 
 from sta_adapter import get_sta, inject_sta
-from sta_adapter.distributed import end_processes, whole
+from sta_adapter.distributed import end_processes, full_tensor
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import get_backbone
 
@@ -133,7 +133,7 @@ def compare(case, out):
     model, handle = trial.make()
     parallel = trial.wrap(model, handle)
     optimise(parallel, lambda step: parallel(**trial.prompt(step, rank)).loss)
-    values = [whole(p).detach() for p in trained(model)]
+    values = [full_tensor(p).detach() for p in trained(model)]
     both = [torch.zeros_like(torch.cat([v.flatten() for v in values])) for _ in range(2)]
     distributed.all_gather(both, torch.cat([v.flatten() for v in values]))
     moved = sum(bool((a - b).abs().max() > 0) for a, b in zip(values, start, strict=True)) / len(start)

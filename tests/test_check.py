@@ -11,8 +11,8 @@ from torch import nn
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.backbones.frames import row_clips
 from sta_adapter.errors import InjectionError, UnknownBackboneError, UnknownClipsError
-from sta_adapter.injection.target import find_places
-from sta_adapter.injection.validate import FEW_TOKENS, check_site
+from sta_adapter.injection.target import resolve_target
+from sta_adapter.injection.validate import FEW_TOKENS, validate_target
 
 WIDTH, HEADS, PATCHES = 16, 4, 3
 
@@ -175,7 +175,7 @@ def test_a_pre_norm_block_passes_and_nothing_changes(kind, dtype, caplog):
     model.blocks[1].eval()
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
     caplog.set_level(logging.INFO)
-    check_site(find_places(SPEC, model))
+    validate_target(resolve_target(SPEC, model))
     assert not [r for r in caplog.records if r.name == "sta_adapter.injection.validate"]
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
@@ -278,7 +278,7 @@ class RMSNorm(nn.Module):
 def test_the_branch_gets_a_norm_of_the_encoders_kind(norm, kind, eps):
     model = toy(depth=1)
     model.blocks[0].norm2 = norm
-    site = find_places(spec(), model)
+    site = resolve_target(spec(), model)
     assert (site.norm_kind, site.norm_eps, site.width, site.heads, site.head_dim) == (kind, eps, 16, 4, 4)
 
 
@@ -309,7 +309,7 @@ def test_blocks_that_do_not_get_tokens_are_refused(change, shape):
     model = toy()
     model.dropout.register_forward_hook(lambda module, args, output: change(output))
     with pytest.raises(InjectionError, match=f"its blocks' first tensor has the shape {shape}; expected tokens"):
-        check_site(find_places(SPEC, model))
+        validate_target(resolve_target(SPEC, model))
 
 
 def test_a_mended_spec_of_the_same_name_is_taken():
@@ -324,12 +324,12 @@ def test_few_tokens_of_a_large_dummy_clip_are_enough():
     model, seen = toy(), []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-    check_site(find_places(spec(dummy_inputs=lambda encoder: ((torch.ones(2, 40, 4),), {})), model))
+    validate_target(resolve_target(spec(dummy_inputs=lambda encoder: ((torch.ones(2, 40, 4),), {})), model))
     assert seen == [(2, FEW_TOKENS, WIDTH)] * 4
 
 
 def test_no_dummy_inputs_means_no_run():
-    check_site(find_places(spec(dummy_inputs=None), toy(PostNormBlock)))
+    validate_target(resolve_target(spec(dummy_inputs=None), toy(PostNormBlock)))
 
 
 def test_a_dummy_of_several_rows_is_one_clip_for_a_layout_that_must_be_told():
@@ -348,7 +348,7 @@ def test_a_dummy_of_several_rows_is_one_clip_for_a_layout_that_must_be_told():
 
 def test_the_meta_device_is_left_alone(caplog):
     caplog.set_level(logging.INFO)
-    check_site(find_places(SPEC, toy(PostNormBlock).to("meta")))
+    validate_target(resolve_target(SPEC, toy(PostNormBlock).to("meta")))
     assert "not checked: parameters are on the meta device" in caplog.text
 
 
@@ -356,7 +356,7 @@ def test_a_block_that_gives_nan_is_no_verdict(caplog):
     caplog.set_level(logging.INFO)
     model = toy()
     nn.init.constant_(model.blocks[0].mlp[0].bias, float("nan"))
-    check_site(find_places(SPEC, model))
+    validate_target(resolve_target(SPEC, model))
     assert "gives NaN or infinity" in caplog.text
 
 
@@ -364,12 +364,12 @@ def test_a_block_that_gives_nan_is_no_verdict(caplog):
 def test_built_in_backbones_are_really_checked(case, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "sta_adapter.injection.validate")
     model = seeded(case.make)
-    site = find_places(_backbone(case), case.encoder(model))
-    check_site(site)
+    site = resolve_target(_backbone(case), case.encoder(model))
+    validate_target(site)
     assert not [r for r in caplog.records if r.name == "sta_adapter.injection.validate"]
     monkeypatch.setattr(type(site.blocks[0]), "forward", _post_norm(type(site.blocks[0]).forward))
     with pytest.raises(InjectionError, match="block 0"):
-        check_site(site)
+        validate_target(site)
 
 
 @pytest.mark.parametrize("case", case_parameters())
@@ -380,9 +380,9 @@ def test_a_built_in_backbone_that_can_not_run_is_logged_and_goes_on(case, caplog
     def fail(*args, **kwargs):
         raise RuntimeError("no kernel for this device")
 
-    site = find_places(_backbone(case), case.encoder(model))
+    site = resolve_target(_backbone(case), case.encoder(model))
     monkeypatch.setattr(type(site.blocks[0]), "forward", fail)
-    check_site(site)
+    validate_target(site)
     assert "is not checked" in caplog.text
     assert "no kernel for this device" in caplog.text
 

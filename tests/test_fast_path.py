@@ -258,7 +258,7 @@ def test_compile_breaks_the_graph_at_most_once_and_in_no_block():
     torch._dynamo.reset()
     ours = [r for r in found if any("sta_adapter" in str(frame) for frame in (*r.user_stack, r.reason))]
     assert len(ours) <= 1
-    assert not any("NormBegin" in str(r) or "BlockBegin" in str(r) or "modules.py" in str(r) for r in ours)
+    assert not any("NormPreHook" in str(r) or "BlockPreHook" in str(r) or "modules.py" in str(r) for r in ours)
 
 
 @pytest.mark.parametrize("name", ["norm", "to_qkv"])

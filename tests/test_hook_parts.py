@@ -12,8 +12,8 @@ from torch import nn
 from sta_adapter import ClipLayout, STAConfig
 from sta_adapter.injection.backbone import get_backbone
 from sta_adapter.injection.hooks import (
-    BlockBegin,
-    EncoderEnd,
+    BlockPreHook,
+    EncoderPostHook,
     _checkpoints_reentrantly,
     remove_hooks,
     take_clip_lengths,
@@ -37,7 +37,7 @@ def test_the_branch_sees_the_stream_and_adds_to_the_tokens(injection, by_keyword
     injection.begin(LAYOUT)
     kwargs = {"other": 3, **({"hidden": tokens} if by_keyword else {})}
     kwargs |= {} if residual is None else {"residual": residual}
-    args, found = BlockBegin(injection)(block, () if by_keyword else (tokens, 7), kwargs)
+    args, found = BlockPreHook(injection)(block, () if by_keyword else (tokens, 7), kwargs)
     assert torch.equal(found["hidden"] if by_keyword else args[0], tokens + 1)
     assert args[1:] == (() if by_keyword else (7,))
     assert found["other"] == 3
@@ -70,18 +70,18 @@ def test_clip_lengths_are_taken_from_the_keywords_of_those_that_do_not_have_them
 
 def test_removed_hooks_leave_no_options_behind(injection):
     module = nn.Linear(2, 2)
-    module.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
-    module.register_forward_hook(EncoderEnd(injection), always_call=True)
+    module.register_forward_pre_hook(BlockPreHook(injection), with_kwargs=True)
+    module.register_forward_hook(EncoderPostHook(injection), always_call=True)
     remove_hooks(module, injection)
     for name in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called"):
         assert not getattr(module, f"_forward_{name}")
 
 
 def test_an_output_is_noted_within_a_forward_only(injection):
-    injection.note("before")
+    injection.set_output("before")
     assert injection.noted is None
     injection.begin(LAYOUT)
-    injection.note("within")
+    injection.set_output("within")
     assert injection.noted == "within"
     injection.end()
     assert injection.noted is None
@@ -100,9 +100,9 @@ def test_forwards_with_gradients_are_counted_until_asked_for(injection):
 
 
 def test_the_latest_kinds_of_calls_are_kept(injection):
-    injection.saw(range(CALLS_KEPT))
+    injection.record_calls(range(CALLS_KEPT))
     assert list(injection.calls) == list(range(CALLS_KEPT))
-    injection.saw([CALLS_KEPT, CALLS_KEPT + 1])
+    injection.record_calls([CALLS_KEPT, CALLS_KEPT + 1])
     assert list(injection.calls) == list(range(2, CALLS_KEPT + 2))
 
 
@@ -113,7 +113,7 @@ def test_threads_that_see_many_kinds_of_calls(injection):
     def see(first):
         try:
             for number in range(first, first + 20_000):
-                injection.saw([number])
+                injection.record_calls([number])
         except RuntimeError as error:
             failures.append(error)
 
@@ -130,12 +130,12 @@ def test_the_clips_told_last_count_and_those_before_come_back(injection):
     assert injection.clip_lengths is None
     with contextlib.suppress(ZeroDivisionError), injection.clips((4,)):
         assert injection.clip_lengths == (4,)
-        injection.tell((2, 2))
+        injection.set_clips((2, 2))
         assert injection.clip_lengths == (2, 2)
         with injection.clips((3,)):
             assert injection.clip_lengths == (3,)
         assert injection.clip_lengths == (2, 2)
-        injection.tell(None)
+        injection.set_clips(None)
         assert injection.clip_lengths == (4,)
         raise ZeroDivisionError
     assert injection.clip_lengths is None

@@ -162,7 +162,7 @@ def test_it_says_what_injection_does(case, order, tmp_path):
     for block, module in zip(report["blocks"], handle.blocks.values(), strict=True):
         assert (block["heads"], block["head_size"]) == (module.num_heads, module.head_dim)
         hooks = [type(h).__name__ for h in model.get_submodule(block["hook"])._forward_pre_hooks.values()]
-        assert ("NormBegin" if order == "after_spatial" else "BlockBegin") in hooks
+        assert ("NormPreHook" if order == "after_spatial" else "BlockPreHook") in hooks
     assert 0 < report["arithmetic"]["percent"] < 200
 
 

@@ -119,13 +119,13 @@ def _saved_base(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encoder(plan: Plan) -> dict[str, Any]:
-    site = plan.site
+    target = plan.target
     return {
-        "backbone": site.backbone.name,
-        "width": site.width,
-        "depth": len(site.blocks),
+        "backbone": target.backbone.name,
+        "width": target.width,
+        "depth": len(target.blocks),
         "num_heads": plan.num_heads,
-        "head_dim": site.head_dim,
+        "head_dim": target.head_dim,
     }
 
 

@@ -20,7 +20,7 @@ from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_shapes, read_tensors
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
-from sta_adapter.distributed import execution_device, whole
+from sta_adapter.distributed import execution_device, full_tensor
 from sta_adapter.errors import CheckpointError, MissingExtraError
 
 LORA_CONFIG = "adapter_config.json"
@@ -49,7 +49,7 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
     from safetensors.torch import save
 
     config, state = found
-    tensors = {key: whole(value).detach().to("cpu").contiguous() for key, value in state.items()}
+    tensors = {key: full_tensor(value).detach().to("cpu").contiguous() for key, value in state.items()}
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(f"{len(broken)} LoRA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")

@@ -113,16 +113,16 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
 
 def push_adapter(handle: STAHandle, repo_id: str, **options: Any) -> Publication | None:
     """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
-    from sta_adapter.distributed import is_sharded, whole_shape, write_once
+    from sta_adapter.distributed import full_shape, is_sharded, on_rank_zero
     from sta_adapter.injection.load import adapter_contents
 
     files = adapter_files(*adapter_contents(handle))
-    count = sum(math.prod(whole_shape(parameter)) for parameter in handle.parameters())
+    count = sum(math.prod(full_shape(parameter)) for parameter in handle.parameters())
     adapter = _Adapter(json.loads(files[CONFIG]), {**files}, count)
     if not is_sharded(handle.model.parameters()):
         return _push(adapter, repo_id, **options)
     done: list[Publication] = []
-    write_once(lambda: done.append(_push(adapter, repo_id, **options)))
+    on_rank_zero(lambda: done.append(_push(adapter, repo_id, **options)))
     return done[0] if done else None
 
 

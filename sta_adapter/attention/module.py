@@ -163,13 +163,13 @@ class TemporalAttention(nn.Module):
             q, k, v = qkv.flatten(0, -5).unbind(2)
         else:
             cos, sin = (x[:frames, None] for x in layout.rotary_tables(self.head_dim, self.config.rope_theta, qkv))
-            q, k = rotate(qkv[..., :2, :, :], cos, sin).flatten(0, -5).unbind(2)
+            q, k = apply_rotary(qkv[..., :2, :, :], cos, sin).flatten(0, -5).unbind(2)
             v = qkv[..., 2, :, :].flatten(0, -4)
         config = self.config
         return attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding by half-rotation; x is (..., D), the tables fit it by broadcasting, such as (T, 1, D)."""
     left, right = x.chunk(2, dim=-1)
     cos, sin = cos[..., : left.shape[-1]], sin[..., : left.shape[-1]]

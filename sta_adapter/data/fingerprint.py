@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.distributed import is_sharded, whole
+from sta_adapter.distributed import full_tensor, is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.hooks import CHILD
 from sta_adapter.injection.inject import get_sta
@@ -134,7 +134,7 @@ def fingerprint_start(model: nn.Module) -> dict[str, str]:
     sta = {} if (handle := get_sta(model)) is None else {f"{i}": block.to_out for i, block in handle.blocks.items()}
     ends = [value for name, value in lora.items() if ".lora_B." in name or ".lora_embedding_B." in name]
     ends += [parameter for out in sta.values() for parameter in out.parameters()]
-    fresh = not any(bool(whole(value).any()) for value in ends)
+    fresh = not any(bool(full_tensor(value).any()) for value in ends)
     start = "fresh" if fresh else fingerprint(_sta(model), _weights(lora))
     return {"base": fingerprint(_base(model, base), _positions(model)), "start": start}
 
@@ -179,7 +179,7 @@ def _weights(state: Mapping[str, Any]) -> list[tuple[str, str]]:
             "results that are kept in files are of this model. Load it without offloading to the disk, or keep none."
         )
     if is_sharded(tensors.values()):  # one at a time, as each is gathered whole
-        return [(name, _tensor(whole(value))) for name, value in tensors.items()]
+        return [(name, _tensor(full_tensor(value))) for name, value in tensors.items()]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(zip(tensors, pool.map(_tensor, tensors.values()), strict=True))
 

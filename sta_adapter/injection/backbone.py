@@ -16,7 +16,7 @@ from torch import nn
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError, UnknownClipsError
 from sta_adapter.injection.encoder_call import EncoderCall
-from sta_adapter.injection.target import Site, find_places
+from sta_adapter.injection.target import InjectionTarget, resolve_target
 from sta_adapter.injection.vllm_tower import VLLMTower
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _active_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if id(m) not in replaced]
 
 
-def locate(model: nn.Module, backbone: str | Backbone | None = None) -> Site:
+def locate(model: nn.Module, backbone: str | Backbone | None = None) -> InjectionTarget:
     """Find the encoder and the places of the hooks in a model, and check them; changes nothing.
 
     Raises:
@@ -197,7 +197,7 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None) -> Site:
     for spec in _candidates(backbone):
         encoder = spec.find_encoder(model)
         if encoder is not None:
-            return find_places(spec, encoder)
+            return resolve_target(spec, encoder)
     if backbone is not None:
         spec = _candidates(backbone)[0]
         classes = {type(m).__name__ for m in model.modules()}

@@ -16,29 +16,29 @@ from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import UnknownClipsError
-from sta_adapter.injection.backbone import Site
+from sta_adapter.injection.backbone import InjectionTarget
 from sta_adapter.injection.hooks import Hook, take_clip_lengths
 from sta_adapter.injection.state import Injection
 
 
-class ModelBegin(Hook):
+class ModelPreHook(Hook):
     """Forward pre-hook of the full model: takes `clip_lengths` away and notes the clips."""
 
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
-        self.injection.tell(told)
+        self.injection.set_clips(told)
         return args, kwargs
 
 
-class ModelEnd(Hook):
+class ModelPostHook(Hook):
     """Forward hook of the full model, called also after an exception: forgets the clips."""
 
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End what `ModelBegin` began."""
-        self.injection.tell(None)
+        """End what `ModelPreHook` began."""
+        self.injection.set_clips(None)
 
 
 class TellingMethod:
@@ -73,18 +73,18 @@ class TellingMethod:
             return self.method(*args, **kwargs)
 
 
-def attach_clip_source(model: nn.Module, site: Site, injection: Injection) -> None:
+def attach_clip_source(model: nn.Module, target: InjectionTarget, injection: Injection) -> None:
     """Follow the calls of each module around the encoder that the backbone's `ClipSource` names."""
-    source = site.backbone.clip_source
+    source = target.backbone.clip_source
     if source is None:
         return
     for module in model.modules():
         if not any(cls.__name__ in source.model_classes for cls in type(module).__mro__):
             continue
-        if all(inner is not site.encoder for inner in module.modules()):
+        if all(inner is not target.encoder for inner in module.modules()):
             continue
-        module.register_forward_pre_hook(ModelBegin(injection), with_kwargs=True)
-        module.register_forward_hook(ModelEnd(injection), always_call=True)
+        module.register_forward_pre_hook(ModelPreHook(injection), with_kwargs=True)
+        module.register_forward_hook(ModelPostHook(injection), always_call=True)
         for name in source.methods:
             if name != "forward" and hasattr(type(module), name):
                 module.__dict__[name] = TellingMethod(injection, module, name)

@@ -37,7 +37,7 @@ class Hook:
         self.injection = injection
 
 
-class EncoderBegin(Hook):
+class EncoderPreHook(Hook):
     """Forward pre-hook of the encoder: reads the layout."""
 
     @uncompiled
@@ -57,7 +57,7 @@ class EncoderBegin(Hook):
         if injection.streams:
             layout = continue_streams(injection.streams, call, layout, modules)
         for module in modules.values():
-            injection.saw(module.prepare(layout))
+            injection.record_calls(module.prepare(layout))
         injection.begin(layout)
         if encoder.training and torch.is_grad_enabled():
             injection.warn_of_training()
@@ -66,7 +66,7 @@ class EncoderBegin(Hook):
         return args, kwargs
 
 
-class EncoderEnd(Hook):
+class EncoderPostHook(Hook):
     """Forward hook of the encoder, called also after an exception: forgets the layout."""
 
     @uncompiled
@@ -78,12 +78,12 @@ class EncoderEnd(Hook):
                 layout.past.commit()
             if torch.is_grad_enabled():
                 for tensor in iterate_tensors((output, self.injection.noted)):
-                    self.injection.follow(tensor)
+                    self.injection.restore_on_backward(tensor)
         finally:
             self.injection.end()
 
 
-class BlockBegin(Hook):
+class BlockPreHook(Hook):
     """Forward pre-hook of a block: follows its input; with order="before_spatial" adds the branch to it."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,7 +92,7 @@ class BlockBegin(Hook):
         layout = injection.layout()
         name, tokens = _block_input(args, kwargs)
         if not torch.compiler.is_compiling():
-            injection.follow(tokens)
+            injection.restore_on_backward(tokens)
         if layout is None or injection.config.order != "before_spatial":
             return None
         out = tokens.clone()
@@ -102,16 +102,16 @@ class BlockBegin(Hook):
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
 
 
-class BlockEnd(Hook):
+class BlockPostHook(Hook):
     """Forward hook of a block: notes its output, which a model may take as it is, past the end of the encoder."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Change nothing."""
         if not torch.compiler.is_compiling():
-            self.injection.note(output)
+            self.injection.set_output(output)
 
 
-class NormBegin(Hook):
+class NormPreHook(Hook):
     """Forward pre-hook of the norm in front of a block's MLP: adds the branch to the residual stream, in place.
 
     The norm's input is the fresh sum of residual and spatial attention, so that the block's own residual sees the
@@ -150,13 +150,13 @@ class NormBegin(Hook):
         layout.patches(summand).add_(branch)
         return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NormBegin:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormPreHook:
         if id(self.block) not in memo:
-            return NormBegin(self.injection, self.block)
-        return NormBegin(copy.deepcopy(self.injection, memo), memo[id(self.block)])
+            return NormPreHook(self.injection, self.block)
+        return NormPreHook(copy.deepcopy(self.injection, memo), memo[id(self.block)])
 
 
-class LoadBegin(Hook):
+class LoadStatePreHook(Hook):
     """Hook of `load_state_dict` of the model that STA went into: STA's tensors are found under the names of any release.
 
     transformers saves a model under the names of an older release, and its trainer loads them with `strict=False`: STA would
@@ -215,7 +215,7 @@ def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
         (module, hook.injection)
         for module in model.modules()
         for hook in hook_table(module, "_forward_pre_hooks").values()
-        if isinstance(hook, EncoderBegin)
+        if isinstance(hook, EncoderPreHook)
     ]
 
 

@@ -14,24 +14,24 @@ from sta_adapter.compatibility.seams import add_load_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import execution_device
 from sta_adapter.errors import ConfigError, InjectionError
-from sta_adapter.injection.backbone import Backbone, Site, locate
+from sta_adapter.injection.backbone import Backbone, InjectionTarget, locate
 from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
 from sta_adapter.injection.data_parallel import attach_agreement, refuse_wrapped
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import (
     CHILD,
-    BlockBegin,
-    BlockEnd,
-    EncoderBegin,
-    EncoderEnd,
-    LoadBegin,
-    NormBegin,
+    BlockPostHook,
+    BlockPreHook,
+    EncoderPostHook,
+    EncoderPreHook,
+    LoadStatePreHook,
+    NormPreHook,
     find_injections,
     remove_hooks,
 )
 from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.injection.state import Injection
-from sta_adapter.injection.validate import check_site
+from sta_adapter.injection.validate import validate_target
 from sta_adapter.text_positions import warn_of_other_rule
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,69 +86,69 @@ class Plan:
     """A checked injection that has not happened yet."""
 
     model: nn.Module
-    site: Site
+    target: InjectionTarget
     config: STAConfig
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the blocks that get a branch."""
-        return tuple(range(len(self.site.blocks))) if self.config.layers == "all" else self.config.layers
+        return tuple(range(len(self.target.blocks))) if self.config.layers == "all" else self.config.layers
 
     @property
     def num_heads(self) -> int:
         """Heads of the branch: the paper's max(1, round(head_scale * heads))."""
-        return max(1, round(self.config.head_scale * self.site.heads))
+        return max(1, round(self.config.head_scale * self.target.heads))
 
     def build(self, device: torch.device | str | None = None) -> dict[int, TemporalAttention]:
         """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own."""
-        return {index: self._build(self.site.blocks[index], device) for index in self.layers}
+        return {index: self._build(self.target.blocks[index], device) for index in self.layers}
 
     def allocate(self, modules: dict[int, TemporalAttention]) -> None:
         """Give modules that were built on the meta device memory on their blocks' devices, without values."""
         for index, module in modules.items():
-            module.to_empty(device=_placement(self.site.blocks[index])[0])
+            module.to_empty(device=_placement(self.target.blocks[index])[0])
 
     def _build(self, block: nn.Module, device: torch.device | str | None) -> TemporalAttention:
         found_device, dtype = _placement(block)
         return TemporalAttention(
-            self.site.width,
+            self.target.width,
             self.num_heads,
-            self.site.head_dim,
+            self.target.head_dim,
             self.config,
-            norm=self.site.norm_kind,
-            norm_eps=self.site.norm_eps,
-            qkv_bias=self.site.backbone.qkv_bias,
+            norm=self.target.norm_kind,
+            norm_eps=self.target.norm_eps,
+            qkv_bias=self.target.backbone.qkv_bias,
             device=device or found_device,
             dtype=dtype,
         )
 
     def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
-        site, injection = self.site, Injection(self.config, self.site.backbone)
+        target, injection = self.target, Injection(self.config, self.target.backbone)
         watch_peft()
         injection.watch(self.model)
         try:
             for index, module in modules.items():
-                block = site.blocks[index]
+                block = target.blocks[index]
                 block.add_module(CHILD, module)
                 module.train(block.training)
-                block.register_forward_pre_hook(BlockBegin(injection), with_kwargs=True)
-                block.register_forward_hook(BlockEnd(injection))
+                block.register_forward_pre_hook(BlockPreHook(injection), with_kwargs=True)
+                block.register_forward_hook(BlockPostHook(injection))
                 if self.config.order == "after_spatial":
-                    site.norms[index].register_forward_pre_hook(NormBegin(injection, block), with_kwargs=True)
-            site.encoder.register_forward_pre_hook(EncoderBegin(injection), with_kwargs=True)
-            site.encoder.register_forward_hook(EncoderEnd(injection), always_call=True)
-            add_load_hook(self.model, LoadBegin(injection))
-            attach_clip_source(self.model, site, injection)
-            attach_agreement(self.model, site.encoder, injection)
+                    target.norms[index].register_forward_pre_hook(NormPreHook(injection, block), with_kwargs=True)
+            target.encoder.register_forward_pre_hook(EncoderPreHook(injection), with_kwargs=True)
+            target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
+            add_load_hook(self.model, LoadStatePreHook(injection))
+            attach_clip_source(self.model, target, injection)
+            attach_agreement(self.model, target.encoder, injection)
         except BaseException:
             for index in modules:
-                site.blocks[index]._modules.pop(CHILD, None)
+                target.blocks[index]._modules.pop(CHILD, None)
             for part in self.model.modules():
                 remove_hooks(part, injection)
                 remove_methods(part, injection)
             raise
-        return STAHandle.of(self.model, site.encoder, injection)
+        return STAHandle.of(self.model, target.encoder, injection)
 
 
 def plan_injection(
@@ -160,7 +160,7 @@ def plan_injection(
         model: as for `inject_sta`.
         cfg: as for `inject_sta`.
         backbone: as for `inject_sta`.
-        run_blocks: whether to check the blocks in a run (`check_site`), which needs the model's weights.
+        run_blocks: whether to check the blocks in a run (`validate_target`), which needs the model's weights.
     """
     if not isinstance(model, nn.Module):
         raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
@@ -171,23 +171,25 @@ def plan_injection(
         raise InjectionError(
             "this model has STA already. Use get_sta(model) for its handle, or handle.remove() before injecting again."
         )
-    site = locate(model, backbone)
-    config = (cfg or STAConfig()).with_defaults(site.backbone.defaults)
-    depth = len(site.blocks)
+    target = locate(model, backbone)
+    config = (cfg or STAConfig()).with_defaults(target.backbone.defaults)
+    depth = len(target.blocks)
     missing = [i for i in config.layers if i >= depth] if config.layers != "all" else []
     if missing:
         raise ConfigError(f"layers {missing} don't exist: the encoder has {depth} blocks, 0 to {depth - 1}.")
-    if config.token_order == "published" and not site.backbone.published_token_order:
+    if config.token_order == "published" and not target.backbone.published_token_order:
         raise ConfigError(
-            f"token_order='published' is for weights trained with the released Qwen2-VL code; for {site.backbone.name!r} "
+            f"token_order='published' is for weights trained with the released Qwen2-VL code; for {target.backbone.name!r} "
             "there is no such order. Use token_order='clip'."
         )
-    taken = [i for i, block in enumerate(site.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)]
+    taken = [
+        i for i, block in enumerate(target.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)
+    ]
     if taken:
         raise InjectionError(f"blocks {taken} have an attribute {CHILD!r} already, the name that STA's modules need.")
     if run_blocks:
-        check_site(site)
-    return Plan(model, site, config)
+        validate_target(target)
+    return Plan(model, target, config)
 
 
 def _placement(block: nn.Module) -> tuple[torch.device, torch.dtype]:

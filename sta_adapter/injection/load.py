@@ -29,7 +29,7 @@ from sta_adapter.adapter.format import (
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, lora_files, lora_state, read_lora
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
-from sta_adapter.distributed import is_sharded, whole, write_once
+from sta_adapter.distributed import full_tensor, is_sharded, on_rank_zero
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.inject import get_sta, plan_injection
 from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
@@ -54,7 +54,7 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
     """
     contents = adapter_contents(handle, base_changed)
     if is_sharded(handle.model.parameters()):
-        write_once(lambda: write_adapter(folder, *contents))
+        on_rank_zero(lambda: write_adapter(folder, *contents))
     else:
         write_adapter(folder, *contents)
 
@@ -80,7 +80,7 @@ def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
             "(model.unmerge_adapter())."
         )
     return {
-        f"blocks.{index}.{name}": whole(tensor).detach().to("cpu").contiguous()
+        f"blocks.{index}.{name}": full_tensor(tensor).detach().to("cpu").contiguous()
         for index, module in handle.blocks.items()
         for name, tensor in plain_state(module).items()
     }

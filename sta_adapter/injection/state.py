@@ -129,13 +129,13 @@ class Injection:
         self._local.forward = (layout,)
         self._local.ran = getattr(self._local, "ran", False) or torch.is_grad_enabled()
 
-    def saw(self, calls: Iterable[Call]) -> None:
+    def record_calls(self, calls: Iterable[Call]) -> None:
         """A block makes these calls of the attention kernel; the latest kinds are kept."""
         self.calls.update(dict.fromkeys(calls))
         for call in list(self.calls)[:-CALLS_KEPT]:  # a copy: another thread may add to it meanwhile
             self.calls.pop(call, None)
 
-    def note(self, output: Any) -> None:
+    def set_output(self, output: Any) -> None:
         """A block of the encoder forward of this thread gave this output; nothing is kept when it is recomputed."""
         if getattr(self._local, "forward", None) is not None:
             self._local.output = output
@@ -149,7 +149,7 @@ class Injection:
         """The encoder forward of this thread is over."""
         self._local.forward = self._local.output = None
 
-    def tell(self, lengths: ClipLengths | None) -> None:
+    def set_clips(self, lengths: ClipLengths | None) -> None:
         """The full model's forward of this thread starts with these clips, or is over."""
         self._local.told = lengths
 
@@ -206,7 +206,7 @@ class Injection:
             "Call the encoder, or switch STA off with handle.disabled()."
         )
 
-    def follow(self, tensor: Tensor) -> None:
+    def restore_on_backward(self, tensor: Tensor) -> None:
         """Put this forward's layout back when the gradient of `tensor`, which lies behind a block, has been computed."""
         if tensor.requires_grad:
             tensor.register_hook(_Restore(self, self.layout()))

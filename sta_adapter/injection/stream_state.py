@@ -17,7 +17,7 @@ from sta_adapter.attention.explain import Call as KernelCall
 from sta_adapter.attention.explain import calls_of
 from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout, rotary_tables
-from sta_adapter.attention.module import TemporalAttention, rotate
+from sta_adapter.attention.module import TemporalAttention, apply_rotary
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
 
@@ -82,7 +82,7 @@ class Chunk:
         q, k, v = qkv.unbind(2)
         if branch.config.rope_theta is not None:
             cos, sin = self.tables(branch, branch.config.rope_theta, qkv)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         new = torch.stack([k, v])
         cache = self._caches[index] = self._cache(index, new)
         window, seen, backend = self.state.window, self.state.frames, branch.config.attention

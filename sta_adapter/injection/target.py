@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class InjectionTarget:
     """A backbone's places in one model, checked: what injection works on."""
 
     backbone: Backbone
@@ -29,7 +29,7 @@ class Site:
     norm_eps: float
 
 
-def find_places(spec: Backbone, encoder: nn.Module) -> Site:
+def resolve_target(spec: Backbone, encoder: nn.Module) -> InjectionTarget:
     """The places in an encoder.
 
     Raises:
@@ -48,7 +48,7 @@ def find_places(spec: Backbone, encoder: nn.Module) -> Site:
     heads = _heads(spec, encoder, width, problems)
     if problems:
         raise InjectionError(f"backbone {spec.name!r} does not fit {type(encoder).__name__}: {'; '.join(problems)}.")
-    return Site(spec, encoder, blocks, norms, width, heads, width // heads, kind, eps)
+    return InjectionTarget(spec, encoder, blocks, norms, width, heads, width // heads, kind, eps)
 
 
 def _blocks(spec: Backbone, encoder: nn.Module, problems: list[str]) -> tuple[nn.Module, ...]:

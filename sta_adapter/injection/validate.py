@@ -19,7 +19,7 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.hooks import RESIDUAL, iterate_tensors
-from sta_adapter.injection.target import Site
+from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
@@ -30,7 +30,7 @@ class _Reached(Exception):
     """Ends the encoder's forward at its first block."""
 
 
-def check_site(site: Site) -> None:
+def validate_target(target: InjectionTarget) -> None:
     """Run the backbone's dummy clip as far as the first block, and probe the blocks; the model stays as it is.
 
     Nothing is done for a backbone without `dummy_inputs`, or while parameters are on the meta device. When a built-in
@@ -39,21 +39,21 @@ def check_site(site: Site) -> None:
     Raises:
         InjectionError: the blocks or the layout function are not as the backbone declares; lists all that was found.
     """
-    spec = site.backbone
+    spec = target.backbone
     if spec.dummy_inputs is None:
         return
-    if any(t.is_meta for t in (*site.encoder.parameters(), *site.encoder.buffers())):
+    if any(t.is_meta for t in (*target.encoder.parameters(), *target.encoder.buffers())):
         logger.info("backbone %r is not checked: parameters are on the meta device", spec.name)
         return
-    with _undisturbed(site.encoder):
-        problems = _find_problems(site, spec.dummy_inputs)
-    _refuse(site, problems)
+    with _undisturbed(target.encoder):
+        problems = _find_problems(target, spec.dummy_inputs)
+    _refuse(target, problems)
 
 
-def _refuse(site: Site, problems: list[str]) -> None:
+def _refuse(target: InjectionTarget, problems: list[str]) -> None:
     if problems:
         raise InjectionError(
-            f"backbone {site.backbone.name!r} does not fit {type(site.encoder).__name__}: {'; '.join(problems)}."
+            f"backbone {target.backbone.name!r} does not fit {type(target.encoder).__name__}: {'; '.join(problems)}."
         )
 
 
@@ -72,36 +72,36 @@ def _undisturbed(encoder: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _find_problems(site: Site, dummy_inputs: Callable[[nn.Module], Call]) -> list[str]:
-    spec = site.backbone
+def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], Call]) -> list[str]:
+    spec = target.backbone
     try:
-        args, kwargs = dummy_inputs(site.encoder)
-        call = _first_block_call(site, args, kwargs)
+        args, kwargs = dummy_inputs(target.encoder)
+        call = _first_block_call(target, args, kwargs)
     except Exception as error:
         return _unable(spec, "the encoder can't run on Backbone.dummy_inputs", error)
     if call is None:
         return [f"its forward does not call the first of Backbone.blocks={spec.blocks!r}"]
     tokens = next(iterate_tensors(call), None)
     problems = (
-        [] if tokens is None else _layout_problems(site, EncoderCall.bind(site.encoder, args, kwargs, None), tokens)
+        [] if tokens is None else _layout_problems(target, EncoderCall.bind(target.encoder, args, kwargs, None), tokens)
     )
-    return problems + _problems_of_blocks(site, call, tokens)
+    return problems + _problems_of_blocks(target, call, tokens)
 
 
-def _problems_of_blocks(site: Site, call: Call, tokens: Tensor | None) -> list[str]:
+def _problems_of_blocks(target: InjectionTarget, call: Call, tokens: Tensor | None) -> list[str]:
     """What is wrong with the first block and the last, when they get what the first is called with."""
-    spec = site.backbone
+    spec = target.backbone
     if tokens is None or tokens.dim() not in (2, 3) or not tokens.is_floating_point():
         shape = None if tokens is None else tuple(tokens.shape)
         return [f"its blocks' first tensor has the shape {shape}; expected tokens (tokens, C) or (rows, tokens, C)"]
     call = _fewer_tokens(call, tokens)
     try:
-        problems = _block_problems(site, 0, call)
+        problems = _block_problems(target, 0, call)
     except Exception as error:
         return _unable(spec, "block 0 can't run", error)
-    if not problems and len(site.blocks) > 1:
+    if not problems and len(target.blocks) > 1:
         try:
-            problems += _block_problems(site, len(site.blocks) - 1, call)
+            problems += _block_problems(target, len(target.blocks) - 1, call)
         except Exception as error:
             logger.info("backbone %r: the last block is not checked: %s: %s", spec.name, type(error).__name__, error)
     return problems
@@ -116,13 +116,13 @@ def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
     return [f"{text}"]
 
 
-def _first_block_call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+def _first_block_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     """What the encoder calls its first block with; None when it does not call it.
 
     Blocks that vLLM may compile have a `__call__` that goes past their hooks, straight to `forward`.
     """
     found: list[Call] = []
-    first = site.blocks[0]
+    first = target.blocks[0]
     own = {name: value for name, value in vars(first).items() if name == "forward"}
 
     def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def _first_block_call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any])
     hook = first.register_forward_pre_hook(capture, with_kwargs=True, prepend=True)
     vars(first)["forward"] = lambda *args, **kwargs: capture(first, args, kwargs)
     try:
-        site.encoder(*args, **kwargs)
+        target.encoder(*args, **kwargs)
     except _Reached:
         return found[0]
     finally:
@@ -142,11 +142,11 @@ def _first_block_call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any])
     return None
 
 
-def _layout_problems(site: Site, call: EncoderCall, tokens: Tensor) -> list[str]:
+def _layout_problems(target: InjectionTarget, call: EncoderCall, tokens: Tensor) -> list[str]:
     try:
-        layout = site.backbone.dummy_layout(call)
+        layout = target.backbone.dummy_layout(call)
     except Exception as error:
-        return _unable(site.backbone, "Backbone.layout fails on Backbone.dummy_inputs", error)
+        return _unable(target.backbone, "Backbone.layout fails on Backbone.dummy_inputs", error)
     if not isinstance(layout, ClipLayout):
         return [f"Backbone.layout returns a {type(layout).__name__}; expected a ClipLayout"]
     rows = tokens.shape[0] if tokens.dim() == 3 else 1
@@ -167,10 +167,10 @@ def _fewer_tokens(call: Call, tokens: Tensor) -> Call:
     return tuple(few if a is tokens else a for a in args), {k: few if v is tokens else v for k, v in kwargs.items()}
 
 
-def _block_problems(site: Site, index: int, call: Call) -> list[str]:
+def _block_problems(target: InjectionTarget, index: int, call: Call) -> list[str]:
     """What is wrong with a block's norm, from two runs of the block."""
-    name = f"{site.backbone.norm!r} of block {index}"
-    first = _Probe(site, index, call)
+    name = f"{target.backbone.norm!r} of block {index}"
+    first = _Probe(target, index, call)
     if len(first.inputs) != 1:
         return [
             f"{name} is called {len(first.inputs)} times in the block's forward; expected once, in front of the MLP"
@@ -187,9 +187,9 @@ def _block_problems(site: Site, index: int, call: Call) -> list[str]:
     scale = before.abs().max().clamp(min=1, max=1000 if stream.dtype == torch.float16 else None)
     delta = (torch.arange(stream.numel(), device=stream.device) * 0.7).cos().view(stream.shape) * scale
     delta = delta.to(stream.dtype)
-    change = _Probe(site, index, call, delta, normed).output(stream) - before
+    change = _Probe(target, index, call, delta, normed).output(stream) - before
     if not change.isfinite().all():
-        logger.info("backbone %r is not checked: block %d gives NaN or infinity", site.backbone.name, index)
+        logger.info("backbone %r is not checked: block %d gives NaN or infinity", target.backbone.name, index)
         return []
     tolerance = 1e-3 if torch.finfo(stream.dtype).eps < 1e-4 else 5e-2
     if ((change - delta.float()).abs() <= tolerance * (scale + before.abs())).all():
@@ -209,7 +209,7 @@ class _Probe:
     """One run of a block, with what its norm got and gave.
 
     Args:
-        site: the places.
+        target: the places.
         index: which block.
         call: arguments of the block.
         delta: added in place to the norm's first input.
@@ -217,7 +217,7 @@ class _Probe:
     """
 
     def __init__(
-        self, site: Site, index: int, call: Call, delta: Tensor | None = None, normed: Tensor | None = None
+        self, target: InjectionTarget, index: int, call: Call, delta: Tensor | None = None, normed: Tensor | None = None
     ) -> None:
         self.inputs: list[Any] = []
         self.normed: list[Any] = []
@@ -225,13 +225,13 @@ class _Probe:
         self.shares_input = False
         args, kwargs = _copied(call)
         self.tokens: Tensor = next(iterate_tensors((args, kwargs)))
-        norm = site.norms[index]
+        norm = target.norms[index]
         hooks = [
             norm.register_forward_pre_hook(self._before, with_kwargs=True),
             norm.register_forward_hook(self._after),
         ]
         try:
-            self.result = site.blocks[index](*args, **kwargs)
+            self.result = target.blocks[index](*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -16,7 +16,7 @@ from torch import distributed, nn
 from transformers import TrainerCallback
 
 from sta_adapter.compatibility.seams import peft_parts, version
-from sta_adapter.distributed import is_parallel, is_sharded, write_once
+from sta_adapter.distributed import is_parallel, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta
@@ -193,7 +193,7 @@ def _save(model: nn.Module | None, folder: Path) -> None:
         if is_sharded(handle.model.parameters()):
             handle.save_pretrained(folder)
         else:
-            write_once(lambda: handle.save_pretrained(folder))
+            on_rank_zero(lambda: handle.save_pretrained(folder))
 
 
 def _differs_from_zero(parameter: nn.Parameter) -> bool:

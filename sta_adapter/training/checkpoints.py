@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
-from sta_adapter.distributed import assign, whole, whole_shape
+from sta_adapter.distributed import assign, full_shape, full_tensor
 from sta_adapter.errors import CheckpointError
 
 TRAINED_FILE = "trained.safetensors"
@@ -27,7 +27,7 @@ COMPLETE_FILE = "complete.json"
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies on the CPU of the parameters that require a gradient, by name; gathered where they are sharded."""
     return {
-        name: whole(parameter).detach().cpu().clone().contiguous()
+        name: full_tensor(parameter).detach().cpu().clone().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -50,7 +50,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     wrong = sorted(
         name
         for name in saved.keys() | target.keys()
-        if name not in saved or name not in target or saved[name].shape != whole_shape(target[name])
+        if name not in saved or name not in target or saved[name].shape != full_shape(target[name])
     )
     if wrong:
         raise CheckpointError(

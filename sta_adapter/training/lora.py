@@ -24,8 +24,8 @@ from sta_adapter.training.config import TrainingConfig
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
     """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
-    site = locate(model, None if handle is None else handle._injection.spec)
-    recipe = require_recipe(site.backbone)
+    target = locate(model, None if handle is None else handle._injection.spec)
+    recipe = require_recipe(target.backbone)
     targets = list(recipe.target_modules)
     patterns: dict[str, dict[str, int]] = {
         "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
@@ -33,7 +33,7 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
     }
     if config.lora_targets == "language":
         patterns = {"rank_pattern": {}, "alpha_pattern": {}}
-        encoder = {id(module) for module in site.encoder.modules()}
+        encoder = {id(module) for module in target.encoder.modules()}
         targets = [
             name
             for name, module in model.named_modules()

@@ -26,7 +26,7 @@ from sta_adapter.adapter.lora_weights import lora_files
 from sta_adapter.data.dataset import Collator, VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.data.worker_process import worker_errors
-from sta_adapter.distributed import is_sharded, whole_shape, write_once
+from sta_adapter.distributed import full_shape, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta
@@ -95,7 +95,7 @@ class Stage:
         started = time.perf_counter()
         with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
             trainer = self._trainer(model, handle, callbacks, progress)
-            write_once(lambda: drop_incomplete(self.folder))
+            on_rank_zero(lambda: drop_incomplete(self.folder))
             checkpoint = last_checkpoint(self.folder)
             if checkpoint is not None:
                 logger.info("going on from %s", checkpoint)
@@ -108,11 +108,11 @@ class Stage:
         result = {
             "steps": trainer.state.global_step,
             "seconds": round(time.perf_counter() - started, 3),
-            "trainable_parameters": sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad),
+            "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
             "bad_samples": trainer.sample_counts()["bad_samples"],
             "history": trainer.state.log_history,
         }
-        write_once(lambda: write_json(finished, result))
+        on_rank_zero(lambda: write_json(finished, result))
         return result
 
     def _trainer(

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerState
 from sta_adapter.adapter.format import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import Place, StreamDataset, stream_loader
-from sta_adapter.distributed import is_parallel, write_once
+from sta_adapter.distributed import is_parallel, on_rank_zero
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.training.checkpoints import (
@@ -185,25 +185,25 @@ class AdapterTrainer(Trainer):
         """
         counts = json.dumps({**self.sample_counts(), "place": self.place.saved()}).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
-        write_once(lambda: replace_files(output_dir or str(self.args.output_dir), files))
+        on_rank_zero(lambda: replace_files(output_dir or str(self.args.output_dir), files))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the base class; the checkpoint counts, and older ones go, only when all processes have written theirs."""
         parent = Path(str(self.args.output_dir))
         folder = parent / f"checkpoint-{self.state.global_step}"
-        write_once(lambda: shutil.rmtree(folder, ignore_errors=True))
+        on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
         try:
             super()._save_checkpoint(*args, **kwargs)
             if is_parallel():
                 distributed.barrier()
-            write_once(lambda: mark_complete(folder))
+            on_rank_zero(lambda: mark_complete(folder))
         except (STAError, OSError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
                 f"can't save {folder} ({error}). The checkpoints before it are whole. When the cause is gone (a full disk, for "
                 "example), the same command goes on from them."
             ) from error
-        write_once(lambda: rotate(parent, self.config.keep_checkpoints, self.state.best_model_checkpoint))
+        on_rank_zero(lambda: rotate(parent, self.config.keep_checkpoints, self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

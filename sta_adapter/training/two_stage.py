@@ -27,7 +27,7 @@ from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_star
 from sta_adapter.data.samples import open_samples, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
-from sta_adapter.distributed import write_once
+from sta_adapter.distributed import on_rank_zero
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
@@ -123,12 +123,12 @@ def train(
         require_recipe(locate(model).backbone if injected is None else injected._injection.spec)  # type: ignore[arg-type]
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
-    write_once(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))
+    on_rank_zero(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))
     for name in names:
         part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, measure)
         result.model, result.handle = part.prepare(result.model, result.handle)
         result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
-    write_once(lambda: _publish(folder / f"stage{names[-1]}", folder))
+    on_rank_zero(lambda: _publish(folder / f"stage{names[-1]}", folder))
     result.model.eval()
     return result
 

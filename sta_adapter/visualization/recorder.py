@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.attention.module import TemporalAttention, rotate
+from sta_adapter.attention.module import TemporalAttention, apply_rotary
 from sta_adapter.attention.weights import attention_weights
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
@@ -191,6 +191,6 @@ def _weights(module: TemporalAttention, part: Tensor, layout: ClipLayout, clip: 
     q, k, _ = rearrange(part, "(t n) (k h d) -> k n t h d", t=frames, k=3, h=module.num_heads)
     if module.config.rope_theta is not None:
         cos, sin = (x[:frames] for x in layout.rotary_tables(module.head_dim, module.config.rope_theta, q))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     config = module.config
     return attention_weights(q, k, causal=config.causal, window=config.window).transpose(0, 1)

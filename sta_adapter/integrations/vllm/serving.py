@@ -12,7 +12,7 @@ from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import Plan, plan_injection
-from sta_adapter.injection.validate import check_site
+from sta_adapter.injection.validate import validate_target
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
 from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
 
@@ -34,7 +34,7 @@ def put_sta(model: nn.Module, vllm_config: Any) -> ServedSTA | None:
     plan = plan_injection(model, adapter.config, spec, run_blocks=False)
     check_base(adapter.folder, adapter.description, plan, ANY if adapter.any_base else None)
     if spec.clip_source is None:  # nothing around the tower tells of clips, so that hooks stay within it
-        plan = dataclasses.replace(plan, model=plan.site.encoder)
+        plan = dataclasses.replace(plan, model=plan.target.encoder)
     modules = plan.build("meta")
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
     compare_tensors(adapter.folder / WEIGHTS, read_weights(adapter.folder, adapter.description), expected)
@@ -60,10 +60,10 @@ class ServedSTA:
         self.plan = plan
         self.handle = handle
         self.adapter = adapter
-        self.prefix = next(name for name, module in model.named_modules() if module is plan.site.encoder)
+        self.prefix = next(name for name, module in model.named_modules() if module is plan.target.encoder)
         self.is_loaded = False
         self.is_checked = False
-        plan.site.encoder.register_forward_pre_hook(self._before_first_call, prepend=True)
+        plan.target.encoder.register_forward_pre_hook(self._before_first_call, prepend=True)
 
     def load(self) -> set[str]:
         """Fill STA from the adapter's files, at the start and at each reload of the base.
@@ -85,7 +85,7 @@ class ServedSTA:
                     loader(parameter, values)
                 else:
                     parameter.data.copy_(values)
-                loaded.add(f"{self.prefix}.{self.plan.site.backbone.blocks}.{index}.sta.{name}")
+                loaded.add(f"{self.prefix}.{self.plan.target.backbone.blocks}.{index}.sta.{name}")
         self.is_loaded = True
         return loaded
 
@@ -104,7 +104,7 @@ class ServedSTA:
         self.is_checked = True
         try:
             with self.handle.disabled():
-                check_site(self.plan.site)
+                validate_target(self.plan.target)
         except BaseException:
             self.is_checked = False
             raise
