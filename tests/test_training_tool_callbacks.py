@@ -290,6 +290,26 @@ def test_peft_alone_trains_and_saves_sta(model, data, processor, tmp_path, insta
     assert torch.equal(outputs(again, data, processor), expected)
 
 
+@pytest.mark.parametrize("options", [{"revision": "main"}, {"subfolder": "one"}], ids=["revision", "subfolder"])
+def test_peft_goes_on_with_sta_whatever_it_is_given_beside_the_folder(
+    model, data, processor, tmp_path, installed, options
+):
+    installed(Settings(config=STAConfig(init="normal")))
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    trained.save_pretrained(str(tmp_path / "one"))
+    folder = tmp_path if "subfolder" in options else tmp_path / "one"
+    again = PeftModel.from_pretrained(make_model(processor.tokenizer), str(folder), is_trainable=True, **options)
+    assert all(parameter.requires_grad for parameter in get_sta(again).parameters())
+    assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
+
+
+def test_peft_says_so_where_it_can_not_see_sta(processor, tmp_path, installed, caplog):
+    installed()
+    with pytest.raises(Exception, match="gone"):
+        PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path / "gone"))
+    assert "whether STA belongs to the LoRA of" in caplog.text
+
+
 def test_stas_own_file_is_the_one_truth_for_peft_too(model, data, processor, tmp_path, installed):
     from safetensors.torch import load_file, save_file
 

@@ -12,7 +12,7 @@ import contextvars
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,7 +76,7 @@ def install(settings: Settings | STAConfig | None = None) -> None:
 
     @functools.wraps(load.__func__)
     def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        had, folder = get_sta(model) is not None, _adapter_folder(model_id, kwargs.get("revision"))
+        had, folder = get_sta(model) is not None, _adapter_folder(model_id, kwargs)
         with _from(folder):
             loaded = load.__func__(cls, model, model_id, *args, **kwargs)
         if not had and folder is not None and get_sta(loaded) is not None:
@@ -113,11 +113,13 @@ def _from(folder: Path | None) -> Iterator[None]:
         _loading.reset(token)
 
 
-def _adapter_folder(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+def _adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
+    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision)
-    except CheckpointError:  # PEFT says what is wrong
+        folder = resolve_adapter(name, revision) / (options.get("subfolder") or "")
+    except CheckpointError as error:
+        logger.warning("whether STA belongs to the LoRA of %s can't be seen: %s", os.fspath(name), error)
         return None
     if (folder / CONFIG).is_file():
         return folder
