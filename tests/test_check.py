@@ -1,7 +1,9 @@
 """What injection finds out about a backbone that does not fit its model, before anything changes."""
 
+import copy
 import dataclasses
 import logging
+import warnings
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.backbones.frames import row_clips
-from sta_adapter.errors import InjectionError, UnknownBackboneError, UnknownClipsError
+from sta_adapter.errors import InjectionError, STAWarning, UnknownBackboneError, UnknownClipsError
+from sta_adapter.injection import first_call
 from sta_adapter.injection.target import resolve_target
 from sta_adapter.injection.validate import FEW_TOKENS, validate_target
 
@@ -328,7 +331,87 @@ def test_few_tokens_of_a_large_dummy_clip_are_enough():
     assert seen == [(2, FEW_TOKENS, WIDTH)] * 4
 
 
-def test_no_dummy_inputs_means_no_run():
+def undummied(model, **changes):
+    return inject_sta(model, STAConfig(init="normal"), backbone=spec(dummy_inputs=None, **changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        (Block, {"norm": "norm1"}, "'norm1' of block 0 gets the block's own input"),
+        (PostNormBlock, {}, "the block is post-norm"),
+        (ForgetfulBlock, {}, "called 0 times in the block's forward"),
+        (CopyBlock, {}, "the norm gets a copy of the residual"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_without_dummy_inputs_the_first_call_is_checked(kind, changes, match, training):
+    """And every further one refused, until STA is taken off again."""
+    model, patches = toy(kind).train(training), torch.randn(2, PATCHES, 4)
+    torch.manual_seed(1)
+    expected = model(patches)
+    handle = undummied(model, **changes)
+    before = count_hooks(model)
+    for _ in range(2):
+        with pytest.raises(InjectionError, match=match):
+            model(patches)
+    assert count_hooks(model) == before
+    with handle.disabled():
+        torch.manual_seed(1)
+        assert torch.equal(model(patches), expected)
+    handle.remove()
+    torch.manual_seed(1)
+    assert torch.equal(model(patches), expected)
+    assert count_hooks(model) == 0
+
+
+def test_a_first_call_that_is_as_declared_changes_nothing():
+    """Outputs, gradients, dropout's random numbers, modes: as with dummy inputs."""
+    patches, results = torch.randn(2, 40, 4), []
+    for backbone in (SPEC, spec(dummy_inputs=None)):
+        torch.manual_seed(2)
+        model, shapes = toy().train(), []
+        handle = inject_sta(model, STAConfig(init="normal"), backbone=backbone)
+        model.blocks[1].eval()
+        model.blocks[0].attn.register_forward_pre_hook(lambda module, args, seen=shapes: seen.append(args[0].shape[1]))
+        torch.manual_seed(3)
+        outputs = [model(patches), model(patches)]
+        outputs[1].square().mean().backward()
+        modes = [module.training for module in model.modules()]
+        results.append((*outputs, *(p.grad for p in handle.parameters()), torch.tensor(modes)))
+        assert shapes == ([FEW_TOKENS] * 2 if backbone.dummy_inputs is None else []) + [41, 41]
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_call_that_fails_by_itself_says_so_and_the_next_is_checked():
+    model = toy(PostNormBlock)
+    undummied(model)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(torch.randn(2, PATCHES, 5))
+    with pytest.raises(InjectionError, match="post-norm"):
+        model(torch.randn(2, PATCHES, 4))
+
+
+def test_copies_and_pickles_are_checked_too():
+    model = toy(PostNormBlock)
+    undummied(model)
+    with pytest.raises(InjectionError, match="post-norm"):
+        copy.deepcopy(model)(torch.randn(2, PATCHES, 4))
+
+
+def test_a_sharded_encoder_says_that_it_is_unverified(monkeypatch):
+    model, patches = toy(), torch.randn(2, PATCHES, 4)
+    undummied(model)
+    monkeypatch.setattr(first_call, "is_sharded", lambda tensors: True)
+    with pytest.warns(STAWarning, match="the encoder is sharded, so whether its norm is .* is unverified"):
+        model(patches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(patches)
+
+
+def test_no_dummy_inputs_means_no_run_at_injection():
     validate_target(resolve_target(spec(dummy_inputs=None), toy(PostNormBlock)))
 
 

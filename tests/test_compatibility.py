@@ -1,24 +1,35 @@
 """Seams: renamed or changed, each is an error that says which releases were tested, and no number."""
 
+import dataclasses
 import functools
 import inspect
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from cases import make_qwen2_vl
+from peft import LoraModel
 from qwen2_vl_prompts import batch_of, is_transformers_5, needs_seams
+from tiny_qwen import make_processor
 from torch import nn
 
 from sta_adapter import inject_sta
 from sta_adapter.attention.recompute import project_normed
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
-from sta_adapter.compatibility import seams
+from sta_adapter.compatibility import checkpointing, processors, seams
+from sta_adapter.data.chat_encoding import Visual, encode, temporal_patch
+from sta_adapter.data.clip_batches import row_lengths
+from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.fingerprint import fingerprint_processor
 from sta_adapter.errors import CompatibilityError
-from sta_adapter.training.contexts import activation_checkpointing
+from sta_adapter.injection import data_parallel
+from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.training.contexts import activation_checkpointing, trainable_when_quantized
+from sta_adapter.visualization.viewer import crops
 
 TOLD = r"[\s\S]*This is {} \S+, and STA was tested with .*: install one of these \(pip install {}==\.\.\.\)"
 only_5 = pytest.mark.skipif(not is_transformers_5(), reason="a part of transformers 5")
@@ -238,7 +249,219 @@ def test_a_model_that_checkpoints_otherwise(model, found):
         pass
 
 
+@pytest.fixture
+def training_encoder(model):
+    return inject_sta(model).encoder.train()
+
+
+def clip():
+    return torch.randn(32, 96), torch.tensor([[2, 4, 4]])
+
+
+def test_a_flag_of_another_name_is_no_training_without_gradients(training_encoder, monkeypatch):
+    """The release's own property knows the new flag, ours doesn't."""
+    name = next(name for name in checkpointing.PROPERTIES if hasattr(type(training_encoder), name))
+    monkeypatch.setattr(type(training_encoder), name, property(lambda self: True))
+    with raises("checkpoints, and none of its modules has one of the flags gradient_checkpointing, with_cp"):
+        training_encoder(*clip())
+
+
+def test_a_model_that_does_not_say_whether_it_checkpoints(training_encoder, monkeypatch):
+    for name in checkpointing.PROPERTIES:
+        monkeypatch.delattr(transformers.PreTrainedModel, name, raising=False)
+    with raises("has neither is_activation_checkpointing nor is_gradient_checkpointing"):
+        training_encoder(*clip())
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (functools.partial(print, use_reentrant=False), False),
+        (functools.partial(print, use_reentrant=True), True),
+        (functools.partial(print), True),
+        (print, True),
+        (None, True),
+    ],
+    ids=["without", "with", "torch's default", "no partial", "none"],
+)
+def test_what_a_flag_and_its_function_say(training_encoder, function, expected):
+    """An input that requires a gradient does no harm where it isn't needed."""
+    block = training_encoder.blocks[1]
+    block.gradient_checkpointing = True
+    if function is not None:
+        setattr(block, checkpointing.FUNCTION, function)
+    elif hasattr(block, checkpointing.FUNCTION):
+        delattr(block, checkpointing.FUNCTION)
+    assert checkpointing.checkpoints_reentrantly(training_encoder) is expected
+
+
+@pytest.mark.parametrize("flag", checkpointing.FLAGS[1:])
+def test_flags_of_code_that_models_bring_along(flag):
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert not checkpointing.checkpoints_reentrantly(module)
+    setattr(module[0], flag, True)
+    assert checkpointing.checkpoints_reentrantly(module)
+
+
+def test_a_trainer_that_knows_adapters_otherwise(model, monkeypatch):
+    model.is_quantized = True
+    monkeypatch.delattr(_owner(type(model), seams.ADAPTER_FLAG), seams.ADAPTER_FLAG)
+    with raises(f"Qwen2VLForConditionalGeneration has no {seams.ADAPTER_FLAG}"), trainable_when_quantized(model):
+        pass
+
+
+def _owner(cls, name):
+    return next(base for base in cls.__mro__ if name in vars(base))
+
+
+# Processes
+
+
+def test_a_forward_of_ddp_that_cannot_be_known(monkeypatch):
+    monkeypatch.delattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module")
+    with raises("DistributedDataParallel has no _get_active_ddp_module", "torch"):
+        seams.active_ddp()
+
+
+@pytest.mark.parametrize("name", seams.DDP_ATTRIBUTES)
+def test_a_ddp_that_is_built_otherwise(name, monkeypatch):
+    ddp = types.SimpleNamespace(**dict.fromkeys(set(seams.DDP_ATTRIBUTES) - {name}))
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", lambda: ddp)
+    with raises(f"SimpleNamespace has no {name}", "torch"):
+        seams.active_ddp()
+
+
+def test_ddp_is_asked_before_a_process_goes_on_without_a_clip(model, monkeypatch):
+    handle = inject_sta(
+        model, backbone=dataclasses.replace(get_backbone("qwen2_vl"), name="other", dummy_inputs=None)
+    ).freeze_base()
+    monkeypatch.setattr(data_parallel, "is_parallel", lambda: True)
+    monkeypatch.delattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module")
+    with raises("DistributedDataParallel has no _get_active_ddp_module", "torch"):
+        handle.model.train()(input_ids=torch.tensor([[20, 21]]))
+
+
+# Loading
+
+
+def test_a_module_that_takes_no_hook_before_loading(monkeypatch):
+    for name in ("register_load_state_dict_pre_hook", "_register_load_state_dict_pre_hook"):
+        monkeypatch.delattr(nn.Module, name, raising=False)
+    with raises("Identity has no register_load_state_dict_pre_hook", "torch"):
+        seams.add_load_hook(nn.Identity(), print)
+
+
+def test_hooks_before_loading_that_are_kept_elsewhere():
+    module = nn.Identity()
+    del module._load_state_dict_pre_hooks
+    with raises("Identity._load_state_dict_pre_hooks is a NoneType, expected a dict", "torch"):
+        seams.remove_load_hooks(module, bool)
+
+
+# Processors
+
+
+@pytest.fixture
+def processor(tmp_path):
+    return make_processor(tmp_path)
+
+
+def video_conversation():
+    return [
+        {"role": "user", "content": [{"type": "video"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "left"}]},
+    ]
+
+
+def encode_clip(processor):
+    visual = Visual("video", np.zeros((2, 16, 16, 3), np.uint8))
+    return encode(processor, video_conversation(), [[visual], []])
+
+
+def rename(monkeypatch, owner, old, new):
+    """Of an object, and of the classes that give the attribute to it."""
+    value = getattr(owner, old)
+    vars(owner).pop(old, None)
+    for cls in [cls for cls in type(owner).__mro__ if old in vars(cls)]:
+        monkeypatch.delattr(cls, old)
+    setattr(owner, new, value)
+
+
+@pytest.mark.parametrize("name", ["patch_size", "merge_size", "temporal_patch_size"])
+@pytest.mark.parametrize(
+    "use", [lambda p: ClipReader.of(p, FrameSettings()), encode_clip, temporal_patch], ids=["read", "encode", "step"]
+)
+def test_sizes_of_other_names(processor, name, use, monkeypatch):
+    rename(monkeypatch, processors.visual_part(processor), name, f"{name}_px")
+    with raises(f"has no whole number called {name}, of a patch's size"):
+        use(processor)
+
+
+def test_a_processor_that_does_not_name_its_outputs(processor):
+    part = processors.visual_part(processor)
+    part.model_input_names = None
+    with raises(f"{type(part).__name__} has no list model_input_names"):
+        ClipReader.of(processor, FrameSettings())
+
+
+def test_a_processor_whose_parts_have_other_names(processor, monkeypatch):
+    for name in processors.PARTS:
+        if hasattr(processor, name):
+            rename(monkeypatch, processor, name, f"{name}_part")
+    for use in (lambda p: ClipReader.of(p, FrameSettings()), fingerprint_processor, crops):
+        with raises("Qwen2VLProcessor has neither video_processor nor image_processor"):
+            use(processor)
+
+
+@only_5
+def test_clips_that_nothing_takes(processor, monkeypatch):
+    """Without its video processor the clip would be sampled again."""
+    rename(monkeypatch, processor, "video_processor", "clip_processor")
+    with raises(r"Qwen2VLProcessor has no video_processor, and Qwen2VLImageProcessor\w* takes no videos"):
+        encode_clip(processor)
+
+
+def test_clips_without_a_placeholder(processor):
+    plain = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(convert_tokens_to_ids=lambda token: None, unk_token_id=None)
+    )
+    assert processors.placeholder(plain, "video") is None
+    with raises("SimpleNamespace has no video_token that its tokenizer knows"):
+        processors.placeholder(plain, "video", required=True)
+    assert processors.placeholder(processor, "video", required=True) == "<|video_pad|>"
+
+
+@pytest.mark.parametrize("name", ["image_seq_length", "image_token_id"])
+def test_rows_whose_numbers_have_other_names(name, monkeypatch):
+    rows = types.SimpleNamespace(image_seq_length=4, image_token_id=7)
+    encoded = {"pixel_values": torch.zeros(2, 3, 8, 8), "input_ids": torch.tensor([7] * 8)}
+    clips = [Visual("video", np.zeros((2, 8, 8, 3), np.uint8))]
+    assert row_lengths(rows, encoded, clips)["clip_lengths"].tolist() == [2]
+    rename(monkeypatch, rows, name, f"{name}s")
+    with raises("SimpleNamespace has no numbers image_seq_length and image_token_id"):
+        row_lengths(rows, encoded, clips)
+
+
+def test_settings_that_a_fingerprint_would_miss(processor):
+    part = types.SimpleNamespace()
+    setattr(processor, next(name for name in processors.PARTS if hasattr(processor, name)), part)
+    with raises("SimpleNamespace has no to_dict, which tells its settings"):
+        fingerprint_processor(processor)
+
+
 # PEFT
+
+
+def test_a_peft_without_its_hook_before_lora(monkeypatch):
+    monkeypatch.delattr(_owner(LoraModel, "_pre_injection_hook"), "_pre_injection_hook")
+    with raises("LoraModel has no _pre_injection_hook", "peft"):
+        seams.peft_hook()
+
+
+def test_a_peft_whose_hook_takes_other_arguments(monkeypatch):
+    monkeypatch.setattr(LoraModel, "_pre_injection_hook", forward_of("self, model, settings"))
+    with raises("LoraModel._pre_injection_hook takes self, model, settings", "peft"):
+        seams.peft_hook()
 
 
 def test_a_peft_whose_classes_lie_elsewhere(monkeypatch):

@@ -23,7 +23,7 @@ from qwen2_vl_prompts import (
 from safetensors.torch import load_file
 
 from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
-from sta_adapter.compatibility.seams import checkpointing_methods
+from sta_adapter.compatibility.checkpointing import checkpointing_methods
 from sta_adapter.errors import CompatibilityError, LayoutError
 
 pytestmark = needs_seams

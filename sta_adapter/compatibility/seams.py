@@ -32,6 +32,8 @@ GENERATION_METHOD = "_prepare_position_ids_for_generation"  # transformers 5: po
 FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rotary embedding mixes its axes with it
 ROPE_INDEX = "get_rope_index"
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device")
+ADAPTER_FLAG = "_hf_peft_config_loaded"
 LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
@@ -202,14 +204,18 @@ def active_ddp() -> Any:
     """The DistributedDataParallel whose forward runs; None outside of one.
 
     Raises:
-        CompatibilityError: torch no longer tells it.
+        CompatibilityError: torch no longer tells it, or the object is built otherwise.
     """
     from torch.nn.parallel import DistributedDataParallel
 
     function = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
     if function is None:
         raise incompatible("torch", "DistributedDataParallel has no _get_active_ddp_module")
-    return function()
+    ddp = function()
+    missing = [name for name in DDP_ATTRIBUTES if ddp is not None and not hasattr(ddp, name)]
+    if missing:
+        raise incompatible("torch", f"{type(ddp).__name__} has no {' and no '.join(missing)}")
+    return ddp
 
 
 def disable_dynamo() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -222,6 +228,20 @@ def disable_dynamo() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     if function is None:
         raise incompatible("torch", "torch._compile has no _disable_dynamo")
     return function
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether transformers' trainer takes a quantised model for one with an adapter: `ADAPTER_FLAG` says so.
+
+    Raises:
+        CompatibilityError: models of transformers have no such flag.
+    """
+    found = getattr(model, ADAPTER_FLAG, None)
+    if not isinstance(found, bool):
+        raise incompatible(
+            "transformers", f"{type(model).__name__} has no {ADAPTER_FLAG}, by which the trainer knows adapters"
+        )
+    return found
 
 
 def hook_table(module: nn.Module, name: str) -> dict[int, Any]:
@@ -276,34 +296,6 @@ def is_hooked(module: nn.Module) -> bool:
         )
     except AttributeError as error:
         raise incompatible("torch", f"the hooks of {type(module).__name__} can't be found ({error})") from error
-
-
-class Checkpointing(NamedTuple):
-    """How a model of transformers is told to checkpoint: `enable(**{keywords: {"use_reentrant": ...}})`."""
-
-    enable: Callable[..., None]
-    keywords: str
-    disable: Callable[[], None]
-
-
-def checkpointing_methods(model: Any) -> Checkpointing:
-    """The model's methods, under the name that its release has for them ("activation" since transformers 5.24).
-
-    Raises:
-        CompatibilityError: it has neither, or they take no keywords for the checkpoint function.
-    """
-    for name in ("activation", "gradient"):
-        enable = getattr(model, f"{name}_checkpointing_enable", None)
-        disable = getattr(model, f"{name}_checkpointing_disable", None)
-        if enable is not None and disable is not None:
-            keywords = f"{name}_checkpointing_kwargs"
-            if keywords not in parameter_names(enable, f"{name}_checkpointing_enable"):
-                raise incompatible("transformers", f"{name}_checkpointing_enable has no parameter {keywords}")
-            return Checkpointing(enable, keywords, disable)
-    raise incompatible(
-        "transformers",
-        f"{type(model).__name__} has neither activation_checkpointing_enable nor gradient_checkpointing_enable",
-    )
 
 
 def peft_parts() -> tuple[type[Any], type[Any]]:
@@ -378,6 +370,24 @@ def _look_at_rope_index() -> None:
         )
 
 
+def _look_at_checkpointing() -> None:
+    from sta_adapter.compatibility import checkpointing
+
+    model = _qwen2_vl().Qwen2VLForConditionalGeneration
+    checkpointing.checkpointing_methods(model)
+    if not any(hasattr(model, name) for name in checkpointing.PROPERTIES):
+        raise incompatible("transformers", f"{model.__name__} has neither {' nor '.join(checkpointing.PROPERTIES)}")
+
+
+def _look_at_processors() -> None:
+    from sta_adapter.compatibility import processors
+
+    transformers = importlib.import_module("transformers")
+    kind = getattr(transformers, "Qwen2VLVideoProcessor", None) or transformers.Qwen2VLImageProcessor
+    if not processors.Sizes.of(kind()).packs:
+        raise incompatible("transformers", f"{kind.__name__} doesn't say that it packs patches")
+
+
 def _look_at_hooks() -> None:
     module = nn.Identity()
     for name in (*HOOK_TABLES, *HOOK_OPTIONS, LOAD_HOOKS):
@@ -411,10 +421,12 @@ _LOOKS: dict[str, tuple[str, Callable[[], object]]] = {
         lambda: has_generation_method(_qwen2_vl().Qwen2VLForConditionalGeneration),
     ),
     "rotary frequencies": ("transformers", lambda: has_frequency_method(_qwen2_vl().Qwen2VLRotaryEmbedding)),
-    "checkpointing methods": (
+    "checkpointing methods and flags": ("transformers", _look_at_checkpointing),
+    "the trainer's flag for adapters": (
         "transformers",
-        lambda: checkpointing_methods(_qwen2_vl().Qwen2VLForConditionalGeneration),
+        lambda: has_adapter(_qwen2_vl().Qwen2VLForConditionalGeneration),
     ),
+    "sizes that processors tell": ("transformers", _look_at_processors),
     "layers and copies of PEFT": ("peft", peft_parts),
     "PEFT's hook before LoRA": ("peft", peft_hook),
     "xformers' CUDA build": ("xformers", _look_at_xformers),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sta_adapter.compatibility import processors
 from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.data.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
@@ -192,11 +193,9 @@ def _piece(processor: Any, before: str, after: str, visuals: list[Visual]) -> En
 
 def _check_placeholders(processor: Any, text: str, visuals: list[Visual]) -> None:
     for kind in ("image", "video"):
-        token = getattr(processor, f"{kind}_token", None) or getattr(processor.tokenizer, f"{kind}_token", None)
-        token = token if isinstance(token, str) else f"<|{kind}_pad|>"
         expected = sum(visual.kind == kind for visual in visuals)
-        known = processor.tokenizer.convert_tokens_to_ids(token) not in (None, processor.tokenizer.unk_token_id)
-        if known and text.count(token) != expected:
+        token = processors.placeholder(processor, kind, required=expected > 0)
+        if token is not None and text.count(token) != expected:
             raise DataError(
                 f"the rendered text has {text.count(token)} times {token}, expected {expected}, one for each {kind}. "
                 "Either the chat template has no place for it, or the sample's text contains the token itself."
@@ -218,19 +217,19 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
     if clips and images and takes_one_kind(processor):
         raise DataError("this model takes either pictures or clips in one sample, not both; leave one of them out.")
-    part = _visual_part(processor)
-    if hasattr(processor, "video_processor") and "BaseVideoProcessor" not in {
-        cls.__name__ for cls in type(part).__mro__
-    }:
+    part = processors.visual_part(processor)
+    sizes = processors.Sizes.of(part)
+    sampled = bool(clips) and processors.takes_clips(processor)
+    if sampled and "BaseVideoProcessor" not in {cls.__name__ for cls in type(part).__mro__}:
         raise DataError(
             f"clips can't be put through {type(part).__name__} as this release of transformers has it: it takes neither times "
             "nor frames that are chosen already. Use transformers 4.57 or newer for this model."
         )
-    if any(clip.resized for clip in clips) and not hasattr(part, "patch_size"):
+    if any(clip.resized for clip in clips) and not sizes.packs:
         raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
     clips, settings = _sized(processor, clips)
     kwargs: dict[str, Any] = {"videos_kwargs": settings}
-    if hasattr(processor, "video_processor"):
+    if sampled:
         settings["do_sample_frames"] = False
         if all(clip.metadata for clip in clips):
             settings["video_metadata"] = [clip.metadata for clip in clips]
@@ -256,7 +255,7 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
 
 def _sized(processor: Any, clips: list[Visual]) -> tuple[list[Visual], dict[str, Any]]:
     """Clips of which all or none have their final size, and the settings by which the video processor keeps it."""
-    part = _visual_part(processor)
+    part = processors.visual_part(processor)
     settings: dict[str, Any] = {}
     if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
         clips = [clip if clip.resized else _resized_by(part, clip) for clip in clips]
@@ -268,7 +267,7 @@ def _sized(processor: Any, clips: list[Visual]) -> tuple[list[Visual], dict[str,
 
 def _resized_by(part: Any, clip: Visual) -> Visual:
     """A clip in the size that the processor would give to it."""
-    frames = clip.pixels[:1].repeat(getattr(part, "temporal_patch_size", 1) or 1, axis=0).transpose(0, 3, 1, 2)
+    frames = clip.pixels[:1].repeat(processors.Sizes.of(part).frames, axis=0).transpose(0, 3, 1, 2)
     names = inspect.signature(part.preprocess).parameters
     options: dict[str, Any] = {"images": None} if "images" in names else {}
     options |= {"do_sample_frames": False} if hasattr(part, "do_sample_frames") else {}
@@ -295,12 +294,7 @@ def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None
 
 def temporal_patch(processor: Any) -> int:
     """How many frames the model merges into one."""
-    return int(getattr(_visual_part(processor), "temporal_patch_size", 1) or 1)
-
-
-def _visual_part(processor: Any) -> Any:
-    """What processes clips."""
-    return getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+    return processors.Sizes.of(processors.visual_part(processor)).frames
 
 
 def _ended(tokenizer: Any, piece: Encoded) -> Encoded:

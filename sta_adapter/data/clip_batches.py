@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sta_adapter.compatibility.processors import row_tokens
 from sta_adapter.errors import DataError
 
 PIXELS = ("pixel_values_videos", "pixel_values")
@@ -87,6 +88,12 @@ def split_unequal(processor: Any, text: str, visuals: Sequence[Decoded]) -> list
     return pieces
 
 
+def gives_rows(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Decoded]) -> bool:
+    """Whether pictures are tiles of one size that a number of placeholders stands for, or clips came out among them."""
+    clips = any(visual.kind == "video" for visual in visuals)
+    return hasattr(processor, "image_seq_length") or (clips and PIXELS[0] not in encoded)
+
+
 def row_lengths(
     processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Decoded]
 ) -> dict[str, torch.Tensor]:
@@ -94,10 +101,11 @@ def row_lengths(
 
     The rows' placeholders tell which is which: each frame has a run of its own, a picture one run for all its tiles.
     """
-    per_row, pixels = getattr(processor, "image_seq_length", None), encoded.get("pixel_values")
-    if per_row is None or pixels is None or pixels.dim() != 4:
+    pixels = encoded.get("pixel_values")
+    if pixels is None or pixels.dim() != 4 or not gives_rows(processor, encoded, visuals):
         return {}
-    flags = (encoded["input_ids"] == processor.image_token_id).tolist()
+    per_row, token = row_tokens(processor)
+    flags = (encoded["input_ids"] == token).tolist()
     runs = iter([len(list(group)) // per_row for flag, group in groupby(flags) if flag])
     lengths: list[int] = []
     for visual in visuals:

@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from sta_adapter.adapter.safe_read import shown
-from sta_adapter.data.chat_encoding import Visual, temporal_patch
+from sta_adapter.compatibility.processors import Sizes, visual_part
+from sta_adapter.data.chat_encoding import Visual
 from sta_adapter.data.conversation import reason_of
 from sta_adapter.errors import ConfigError, DataError, STAError
 from sta_adapter.video import Clip, read_clip, read_folder
@@ -83,9 +84,8 @@ class ClipReader:
     @classmethod
     def of(cls, processor: Any, settings: FrameSettings, frame_order: str = "ordered", seed: int = 0) -> ClipReader:
         """The reader for a model's processor; None for reading without one."""
-        part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
-        factor = (getattr(part, "patch_size", 1) or 1) * (getattr(part, "merge_size", 1) or 1)
-        return cls(settings, int(factor), temporal_patch(processor), frame_order, seed)
+        sizes = Sizes(1, 1, False) if processor is None else Sizes.of(visual_part(processor))
+        return cls(settings, sizes.factor, sizes.frames, frame_order, seed)
 
     def read(self, parts: Sequence[dict[str, Any]], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling."""

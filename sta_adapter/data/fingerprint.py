@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.compatibility.processors import fingerprint_parts
 from sta_adapter.distributed import full_tensor, is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.hooks import CHILD
@@ -101,8 +102,7 @@ def fingerprint_processor(processor: Any) -> str:
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()) if tokenizer else None
-    parts: list[Any] = [getattr(processor, name, None) for name in ("image_processor", "video_processor")]
-    return fingerprint(template, words, [_nameless(part.to_dict()) for part in parts if hasattr(part, "to_dict")])
+    return fingerprint(template, words, [_nameless(part) for part in fingerprint_parts(processor)])
 
 
 def fingerprint_model(model: nn.Module) -> dict[str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import types
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths, checked_lengths
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
@@ -61,7 +61,7 @@ class EncoderPreHook(Hook):
         injection.begin(layout)
         if encoder.training and torch.is_grad_enabled():
             injection.warn_of_training()
-        if encoder.training and torch.is_grad_enabled() and _checkpoints_reentrantly(encoder):
+        if encoder.training and torch.is_grad_enabled() and checkpoints_reentrantly(encoder):
             return _require_grad(args, kwargs)
         return args, kwargs
 
@@ -253,18 +253,6 @@ def iterate_tensors(output: Any) -> Iterator[Tensor]:
             yield from iterate_tensors(value)
     elif dataclasses.is_dataclass(output) or isinstance(output, types.SimpleNamespace):
         yield from iterate_tensors(vars(output))
-
-
-def _checkpoints_reentrantly(encoder: nn.Module) -> bool:
-    """Whether the encoder's blocks may be run under re-entrant checkpointing, which needs an input with a gradient."""
-    for module in encoder.modules():
-        if any(
-            getattr(module, flag, False) is True for flag in ("gradient_checkpointing", "with_cp", "use_checkpoint")
-        ):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            keywords = function.keywords if isinstance(function, functools.partial) else {}
-            return keywords.get("use_reentrant") is not False
-    return False
 
 
 def _require_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

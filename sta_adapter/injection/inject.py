@@ -17,6 +17,7 @@ from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.injection.backbone import Backbone, InjectionTarget, locate
 from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
 from sta_adapter.injection.data_parallel import attach_agreement, refuse_wrapped
+from sta_adapter.injection.first_call import FirstCallPreHook
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import (
     CHILD,
@@ -56,7 +57,8 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
         UnknownBackboneError: no backbone fits the model.
         ConfigError: a setting does not fit the model, such as layers that it does not have.
         InjectionError: the model has STA already, is wrapped for parallel training or compiled, or is not as the
-            backbone declares. Whatever is raised, the model is as before.
+            backbone declares (one without `dummy_inputs`: at the encoder's first forward). Whatever is raised, the model is
+            as before.
 
     Warns:
         STAWarning: the model numbers text by another rule than the one it was trained with; says how to mend it.
@@ -136,6 +138,8 @@ class Plan:
                 block.register_forward_hook(BlockPostHook(injection))
                 if self.config.order == "after_spatial":
                     target.norms[index].register_forward_pre_hook(NormPreHook(injection, block), with_kwargs=True)
+            if target.backbone.dummy_inputs is None:
+                target.encoder.register_forward_pre_hook(FirstCallPreHook(injection), with_kwargs=True)
             target.encoder.register_forward_pre_hook(EncoderPreHook(injection), with_kwargs=True)
             target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
             add_load_hook(self.model, LoadStatePreHook(injection))

@@ -33,8 +33,9 @@ class _Reached(Exception):
 def validate_target(target: InjectionTarget) -> None:
     """Run the backbone's dummy clip as far as the first block, and probe the blocks; the model stays as it is.
 
-    Nothing is done for a backbone without `dummy_inputs`, or while parameters are on the meta device. When a built-in
-    backbone's dummy clip can't be run (an attention kernel that needs another device, say), that is logged.
+    Nothing is done for a backbone without `dummy_inputs`, whose first call is checked (`FirstCallPreHook`), or while
+    parameters are on the meta device. When a built-in backbone's dummy clip can't be run (an attention kernel that needs
+    another device, say), that is logged.
 
     Raises:
         InjectionError: the blocks or the layout function are not as the backbone declares; lists all that was found.
@@ -48,6 +49,25 @@ def validate_target(target: InjectionTarget) -> None:
     with _undisturbed(target.encoder):
         problems = _find_problems(target, spec.dummy_inputs)
     _refuse(target, problems)
+
+
+def validate_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """As `validate_target`, with the arguments of a real call; False when the encoder fails on them, as it will say itself.
+
+    Raises:
+        InjectionError: as for `validate_target`.
+    """
+    with _undisturbed(target.encoder):
+        try:
+            call = _first_block_call(target, args, kwargs)
+        except Exception:
+            return False
+        if call is None:
+            problems = [f"its forward does not call the first of Backbone.blocks={target.backbone.blocks!r}"]
+        else:
+            problems = _problems_of_blocks(target, call, next(iterate_tensors(call), None))
+    _refuse(target, problems)
+    return True
 
 
 def _refuse(target: InjectionTarget, problems: list[str]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.compatibility.seams import checkpointing_methods
+from sta_adapter.compatibility.checkpointing import checkpointing_methods
+from sta_adapter.compatibility.seams import ADAPTER_FLAG, has_adapter
 from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
 
@@ -70,14 +71,14 @@ def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | 
 @contextlib.contextmanager
 def trainable_when_quantized(model: Any) -> Iterator[None]:
     """The Hugging Face trainer refuses quantised models without LoRA; STA is an adapter as well, of which it can't know."""
-    if not getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False):
+    if not getattr(model, "is_quantized", False) or has_adapter(model):
         yield
         return
-    model._hf_peft_config_loaded = True
+    setattr(model, ADAPTER_FLAG, True)
     try:
         yield
     finally:
-        del model._hf_peft_config_loaded
+        delattr(model, ADAPTER_FLAG)
 
 
 def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sta_adapter.compatibility.processors import visual_part
 from sta_adapter.data.chat_encoding import Visual
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
@@ -236,6 +237,6 @@ def _times(visual: Visual) -> np.ndarray | None:
 
 def crops(processor: Any) -> bool:
     """Whether a processor cuts something off the frames of videos, or adds to them."""
-    part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+    part = visual_part(processor)
     flags = ("do_center_crop", "crop_to_patches")
     return any(getattr(part, flag, None) for flag in flags) or getattr(part, "pad_size", None) is not None

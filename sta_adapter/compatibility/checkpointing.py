@@ -1,0 +1,76 @@
+"""How models checkpoint their activations: the methods of transformers, and what their modules say of it.
+
+Public: `checkpointing_methods`, `checkpoints_reentrantly`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from sta_adapter.compatibility.seams import incompatible, parameter_names
+
+FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint")  # transformers; code that models bring along
+FUNCTION = "_gradient_checkpointing_func"
+PROPERTIES = ("is_activation_checkpointing", "is_gradient_checkpointing")  # since transformers 5.24, and before
+
+
+class Checkpointing(NamedTuple):
+    """How a model of transformers is told to checkpoint: `enable(**{keywords: {"use_reentrant": ...}})`."""
+
+    enable: Callable[..., None]
+    keywords: str
+    disable: Callable[[], None]
+
+
+def checkpointing_methods(model: Any) -> Checkpointing:
+    """The model's methods, under the name that its release has for them ("activation" since transformers 5.24).
+
+    Raises:
+        CompatibilityError: it has neither, or they take no keywords for the checkpoint function.
+    """
+    for name in ("activation", "gradient"):
+        enable = getattr(model, f"{name}_checkpointing_enable", None)
+        disable = getattr(model, f"{name}_checkpointing_disable", None)
+        if enable is not None and disable is not None:
+            keywords = f"{name}_checkpointing_kwargs"
+            if keywords not in parameter_names(enable, f"{name}_checkpointing_enable"):
+                raise incompatible("transformers", f"{name}_checkpointing_enable has no parameter {keywords}")
+            return Checkpointing(enable, keywords, disable)
+    raise incompatible(
+        "transformers",
+        f"{type(model).__name__} has neither activation_checkpointing_enable nor gradient_checkpointing_enable",
+    )
+
+
+def checkpoints_reentrantly(encoder: nn.Module) -> bool:
+    """Whether the encoder's blocks may be run under re-entrant checkpointing, which needs an input with a gradient.
+
+    Raises:
+        CompatibilityError: the encoder is a model of transformers that checkpoints, and no module of it has a flag that we
+            know. STA would get no gradient.
+    """
+    for module in encoder.modules():
+        if any(vars(module).get(flag, getattr(type(module), flag, False)) is True for flag in FLAGS):
+            function = getattr(module, FUNCTION, None)
+            keywords = function.keywords if isinstance(function, functools.partial) else {}
+            return keywords.get("use_reentrant") is not False
+    if _says_that_it_checkpoints(encoder):
+        raise incompatible(
+            "transformers",
+            f"{type(encoder).__name__} checkpoints, and none of its modules has one of the flags {', '.join(FLAGS)}",
+        )
+    return False
+
+
+def _says_that_it_checkpoints(encoder: nn.Module) -> bool:
+    """What a model of transformers says itself; False for another module."""
+    if not hasattr(type(encoder), "from_pretrained"):
+        return False
+    name = next((name for name in PROPERTIES if hasattr(type(encoder), name)), None)
+    if name is None:
+        raise incompatible("transformers", f"{type(encoder).__name__} has neither {' nor '.join(PROPERTIES)}")
+    return bool(getattr(encoder, name))

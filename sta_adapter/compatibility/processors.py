@@ -1,0 +1,144 @@
+"""What STA reads of transformers' processors though no documentation promises it, each in one place.
+
+Public: `visual_part`, `Sizes`, `placeholder`, `row_tokens`, `fingerprint_parts`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+from sta_adapter.compatibility.seams import incompatible
+
+PARTS = ("video_processor", "image_processor")
+GRID = (
+    "_grid_thw"  # what the names of a processor's outputs end with, where it packs patches of all sizes into one tensor
+)
+
+
+def visual_part(processor: Any) -> Any:
+    """What processes clips: the video processor; before transformers 4.52 the image processor.
+
+    Raises:
+        CompatibilityError: it has neither.
+    """
+    part = next((found for name in PARTS if (found := getattr(processor, name, None)) is not None), None)
+    if part is None:
+        raise incompatible("transformers", f"{type(processor).__name__} has neither {' nor '.join(PARTS)}")
+    return part
+
+
+def takes_clips(processor: Any) -> bool:
+    """Whether clips have a processor of their own, which is told not to sample; before 4.52 the image processor took them.
+
+    Raises:
+        CompatibilityError: there is none, and the image processor takes no clips.
+    """
+    if getattr(processor, "video_processor", None) is not None:
+        return True
+    part = visual_part(processor)
+    names = inspect.signature(part.preprocess).parameters
+    if "videos" not in names and "pixel_values_videos" not in _outputs(part):
+        raise incompatible(
+            "transformers",
+            f"{type(processor).__name__} has no video_processor, and {type(part).__name__} takes no videos",
+        )
+    return False
+
+
+class Sizes(NamedTuple):
+    """Edge lengths that a processor cuts clips by; 1 where it brings all frames to one size.
+
+    Attributes:
+        factor: of a visual token, in pixels.
+        frames: of a temporal step, in frames.
+        packs: whether it cuts at all.
+    """
+
+    factor: int
+    frames: int
+    packs: bool
+
+    @classmethod
+    def of(cls, part: Any) -> Sizes:
+        """Of what `visual_part` gives.
+
+        Raises:
+            CompatibilityError: it packs patches, and their sizes stand under other names.
+        """
+        if not any(name.endswith(GRID) for name in _outputs(part)):
+            return cls(1, 1, False)
+        found: dict[str, Any] = {
+            name: getattr(part, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")
+        }
+        wrong = [name for name, size in found.items() if not isinstance(size, int) or size < 1]
+        if wrong:
+            raise incompatible(
+                "transformers",
+                f"{type(part).__name__} has no whole number called {' or '.join(wrong)}, of a patch's size",
+            )
+        return cls(found["patch_size"] * found["merge_size"], found["temporal_patch_size"], True)
+
+
+def _outputs(part: Any) -> list[str]:
+    """What a part calls its outputs, which is how models and trainers know them."""
+    names = getattr(part, "model_input_names", None)
+    if not isinstance(names, (list, tuple)):
+        raise incompatible("transformers", f"{type(part).__name__} has no list model_input_names")
+    return list(names)
+
+
+def placeholder(processor: Any, kind: str, *, required: bool = False) -> str | None:
+    """The token that stands for a clip ("video") or picture ("image") in the text; None where the tokenizer has none.
+
+    Raises:
+        CompatibilityError: there is none where it is required, so that places in the text can't be counted.
+    """
+    tokenizer = processor.tokenizer
+    for owner in (processor, tokenizer):
+        token = getattr(owner, f"{kind}_token", None)
+        if isinstance(token, str) and _is_token(tokenizer, token):
+            return token
+    usual = f"<|{kind}_pad|>"
+    if _is_token(tokenizer, usual):
+        return usual
+    if required:
+        raise incompatible("transformers", f"{type(processor).__name__} has no {kind}_token that its tokenizer knows")
+    return None
+
+
+def _is_token(tokenizer: Any, token: str) -> bool:
+    return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+
+
+def row_tokens(processor: Any) -> tuple[int, int]:
+    """(tokens of a row, the id of their placeholder) of a processor that gives frames and tiles as rows of one tensor.
+
+    Raises:
+        CompatibilityError: they stand under other names.
+    """
+    found: list[Any] = [getattr(processor, name, None) for name in ("image_seq_length", "image_token_id")]
+    if not all(isinstance(number, int) for number in found):
+        raise incompatible(
+            "transformers",
+            f"{type(processor).__name__} has no numbers image_seq_length and image_token_id, so its rows can't be told",
+        )
+    return found[0], found[1]
+
+
+def fingerprint_parts(processor: Any) -> list[dict[str, Any]]:
+    """The settings of all that processes clips and pictures.
+
+    Raises:
+        CompatibilityError: there is nothing of the kind, or it doesn't tell its settings.
+    """
+    visual_part(processor)
+    settings = []
+    for name in PARTS:
+        part = getattr(processor, name, None)
+        if part is None:
+            continue
+        if not callable(getattr(part, "to_dict", None)):
+            raise incompatible("transformers", f"{type(part).__name__} has no to_dict, which tells its settings")
+        settings.append(part.to_dict())
+    return settings
