@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
+from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.requirements import require_device
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
@@ -178,11 +179,22 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
 
     Raises:
         CheckpointError: no adapter, or what it says of frames is out of range.
+
+    Warns:
+        STAWarning: the records of its data set their own sampling, each otherwise, so that there is no one setting.
     """
     from sta_adapter.adapter.format import CONFIG
-    from sta_adapter.adapter.run_file import RUN_FILE, read_frames
+    from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames
 
     run, description = _saved_run(name, revision)
+    said = (run or description).get(RECORDS_FIELD)
+    if isinstance(said, str) and said in RECORDS:
+        warnings.warn(
+            f"{Path(name).name} was trained on clips of which not all were sampled alike: {RECORDS[said]}. A clip that doesn't say "
+            "it is sampled by the settings of the run; give fps or nframes to have it otherwise.",
+            STAWarning,
+            stacklevel=2,
+        )
     if run:
         return read_frames(run.get("frames", {}), Path(name) / RUN_FILE)
     published = read_frames(

@@ -9,7 +9,7 @@ from sta_adapter.cli.check_data import describe
 from sta_adapter.data import FrameSettings
 from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.check import check_data
-from sta_adapter.errors import DataError
+from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video import read_clip
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -118,6 +118,13 @@ def test_command_with_a_model_and_settings(tmp_path, processor, monkeypatch):
     assert done.exit_code == 1
     assert "42 tokens, more than the 41 allowed" in " ".join(done.output.split())
     assert CliRunner().invoke(cli, [*line, "--max-length", "42"]).exit_code == 0
+
+
+@pytest.mark.parametrize("words", [["--max-length", "9"], ["--revision", "main"], ["--trust-remote-code"]], ids=str)
+def test_options_of_a_model_that_is_not_given(tmp_path, words):
+    done = CliRunner().invoke(cli, ["check-data", str(write_samples(tmp_path, 1)), *words])
+    assert isinstance(done.exception, ConfigError)
+    assert f"{words[0]} has no effect without --model" in str(done.exception)
 
 
 def test_files_that_are_no_data(tmp_path):

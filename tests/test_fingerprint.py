@@ -17,7 +17,7 @@ from sta_adapter.data.fingerprint import (
     fingerprint_start,
 )
 from sta_adapter.data.samples import parse_sample
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, STAWarning
 from sta_adapter.evaluation import evaluate
 from sta_adapter.training import TrainingConfig, train
 
@@ -270,10 +270,13 @@ def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tm
         ([{"nframes": 6}, {"nframes": 4}], {"nframes": 8}),
         ([{"nframes": 6}, {}], {"nframes": 8}),
         ([{"fps": 2.0, "max_frames": 9}], {"fps": 2.0, "max_frames": 9, "nframes": None}),
-        ([{"max_pixels": 784 * 3}], {"max_tokens": 3}),
+        ([{"max_pixels": 784 * 3}], {"min_tokens": 3, "max_tokens": 3}),
+        ([{"min_pixels": 784 * 300}], {"min_tokens": 300, "max_tokens": 300}),
+        ([{"max_frames": 3}], {"min_frames": 3, "max_frames": 3, "nframes": None}),
+        ([{"min_frames": 40}], {"min_frames": 40, "max_frames": 40, "nframes": None}),
         ([], {"nframes": 8}),
     ],
-    ids=["alike", "unlike", "some", "rate", "pixels", "none"],
+    ids=["alike", "unlike", "some", "rate", "most pixels", "least pixels", "most frames", "least frames", "none"],
 )
 def test_what_all_records_set_alike_is_how_the_run_samples(parts, expected):
     from sta_adapter.data.clip_reader import ClipReader
@@ -283,6 +286,23 @@ def test_what_all_records_set_alike_is_how_the_run_samples(parts, expected):
         [{"type": "video", "video": "x", **part} for part in parts] + [{"type": "text", "text": "x"}]
     )
     assert found == dataclasses.replace(reader.settings, **expected)
+
+
+def test_records_that_sample_themselves_each_otherwise_are_told_of(model, processor, folder, tmp_path):
+    """`visualize`, the app, `serve` and `evaluate` ask the same function, for clips that don't say it themselves."""
+    from sta_adapter.loading import saved_frame_settings
+
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    lines[0] = lines[0].replace('"nframes": 4', '"nframes": 2')
+    assert lines[0] not in (folder / "data.jsonl").read_text()
+    (folder / "unlike.jsonl").write_text("\n".join(lines))
+    data = VideoDataset(
+        folder / "unlike.jsonl", processor, frames=FrameSettings(fps=3.0, min_tokens=None, max_tokens=None)
+    )
+    settings = TrainingConfig(batch_size=4, device_batch_size=4, max_steps=1, num_workers=0)
+    train(model, data, output_dir=tmp_path, stage="1", config=settings, progress=False)
+    with pytest.warns(STAWarning, match="its records set how their clips are sampled themselves, each otherwise"):
+        assert saved_frame_settings(tmp_path)["fps"] == 3.0
 
 
 def test_records_that_sample_themselves_are_in_the_run(model, processor, folder, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import warnings
 
 import pytest
 from cases import make_qwen2_vl_tower, seeded
@@ -14,7 +15,7 @@ from sta_adapter import inject_sta
 from sta_adapter.adapter.model_card import read_run
 from sta_adapter.adapter.push import push_folder
 from sta_adapter.data import FrameSettings
-from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.loading import saved_frame_settings, saved_positions
 
 FILES = ("run.json", "results.json", "stage1/result.json")
@@ -51,6 +52,17 @@ def test_frames_out_of_range(folder, name, value):
         saved_frame_settings(folder)
     with pytest.raises(CheckpointError, match=r"run\.json"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(("value", "told"), [("differ", True), ("unknown", True), (["differ"], False), ("<b>", False)])
+def test_that_records_differ_travels_along(folder, value, told):
+    (folder / "run.json").write_text(json.dumps({**SETTINGS, "frames": FRAMES, "frames_of_records": value}))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert saved_frame_settings(folder) == FRAMES
+    assert [w.category for w in said] == [STAWarning] * told
+    push_folder(folder, "user/name", dry_run=True)
+    assert ("frames_of_records" in read_run(folder)["settings"]) is told
 
 
 def test_frames_of_a_published_adapter(folder):

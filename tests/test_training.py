@@ -193,6 +193,25 @@ def test_stage_two_goes_on_from_an_adapter(trained, tmp_path, processor, dataset
         assert all(not torch.equal(old[key], new[key]) for key in old)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"sta_config": {"head_scale": 1.0}}, "sta_config.head_scale is 1.0, but the model has STA with .* already"),
+        ({"lora_rank": 3}, "lora_rank is 3, but the model has LoRA already"),
+        (
+            {"lora_targets": "language"},
+            r"lora_targets is 'language', but the model has LoRA already \(set up when it was made\)",
+        ),
+    ],
+    ids=["sta", "rank", "targets"],
+)
+def test_settings_that_an_adapter_leaves_without_effect(trained, tmp_path, processor, dataset, changes, error):
+    handle = load_sta(make_model(processor.tokenizer), trained[0].output_dir, is_trainable=True)
+    config = TrainingConfig(**{**FAST, "max_steps": 1, **changes})
+    with pytest.raises(ConfigError, match=error):
+        train(handle, dataset, output_dir=tmp_path, stage="2", config=config, progress=False)
+
+
 # ---- checkpoints (of interrupted runs: test_interruption.py)
 
 
@@ -305,7 +324,8 @@ def test_the_limit_on_gradients_reaches_the_trainer(tmp_path, dataset, limit):
 
 @pytest.mark.parametrize("targets", ["all", "language"])
 def test_lora_without_sta(tmp_path, processor, dataset, batch, targets):
-    config = TrainingConfig(**{**FAST, "max_steps": 2}, sta=False, lora_targets=targets, lora_rank=4, lora_qkv_rank=6)
+    ranks = {"lora_rank": 4, **({"lora_qkv_rank": 6} if targets == "all" else {})}
+    config = TrainingConfig(**{**FAST, "max_steps": 2}, sta=False, lora_targets=targets, **ranks)
     result = train(
         make_model(processor.tokenizer), dataset, output_dir=tmp_path, stage="2", config=config, progress=False
     )

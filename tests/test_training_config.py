@@ -110,6 +110,31 @@ WRONG_YAML = {
     "division": ("batch_size: 10\ndevice_batch_size: 4", "batch_size 10 is not a multiple of device_batch_size 4"),
     "no_yaml": ("a: [", "is not YAML: while parsing"),
     "list": ("- a", "holds list, expected lines like 'learning_rate: 1.0e-4'"),
+    "of_the_run": (
+        "stage2:\n  frames:\n    fps: 2",
+        "stage2: frames has no effect there, as it is one for both stages; write it beside stage2",
+    ),
+    "sta_of_a_stage": ("stage1:\n  sta_config: {head_scale: 0.5}", "stage1: sta_config has no effect there"),
+    "length_of_a_stage": ("stage2:\n  max_length: 100", "stage2: max_length has no effect there"),
+    "stage_in_stage": ("stage2:\n  stage1: {}", "stage2: stage1 has no effect there"),
+    "lora_in_stage_one": (
+        "stage1:\n  lora_rank: 4",
+        "stage1: lora_rank has no effect there, as stage one trains STA alone",
+    ),
+    "sta_settings_without_sta": (
+        "sta: false\nsta_config: {head_scale: 0.5}",
+        "sta_config has no effect with sta: false",
+    ),
+    "sta_rate_without_sta": ("sta: false\nsta_learning_rate: 1", "sta_learning_rate has no effect with sta: false"),
+    "qkv_of_the_language_model": (
+        "lora_targets: language\nlora_qkv_alpha: 4",
+        "lora_qkv_alpha is of the vision encoder, and has no effect with lora_targets: language",
+    ),
+    "frames_crossed": (
+        "frames: {min_frames: 8, max_frames: 6}",
+        "min_frames 8 is above max_frames 6; change one of them",
+    ),
+    "tokens_crossed": ("frames: {min_tokens: 300}", "min_tokens 300 is above max_tokens 256; change one of them"),
     "no_mapping": ("stage1: fast", "stage1 is 'fast', expected settings below it"),
 }
 

@@ -19,6 +19,7 @@ from sta_adapter.adapter.hub import MAIN, branch_contents, explain, prepare_bran
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
 from sta_adapter.adapter.push_check import read_checked
+from sta_adapter.adapter.run_file import RECORDS_FIELD
 from sta_adapter.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -76,14 +77,17 @@ class _Adapter:
     files: dict[str, bytes]
     parameters: int
 
-    def published(self, base_model: str | None, frames: Mapping[str, Any]) -> _Adapter:
+    def published(self, base_model: str | None, run: Mapping[str, Any]) -> _Adapter:
         """With the base model's public name in the place of a path on this machine, and how clips were sampled."""
         saved = self.description["base_model"]
         name = base_model or _last(saved.get("id"))
         revision = saved.get("revision") if name == saved.get("id") else None
         description = {**self.description, "base_model": {"id": name, "revision": revision}}
-        sampling = {key: value for key, value in frames.items() if key != "backend"}  # what decodes is no matter
+        sampling = {
+            key: value for key, value in run.get("frames", {}).items() if key != "backend"
+        }  # what decodes is no matter
         description |= {"frames": sampling} if sampling else {}
+        description |= {RECORDS_FIELD: run[RECORDS_FIELD]} if RECORDS_FIELD in run else {}
         files = {**self.files, CONFIG: _as_json(description)}
         if LORA_CONFIG in files:
             lora = json.loads(files[LORA_CONFIG])
@@ -149,7 +153,7 @@ def _push(
 
     base = _checked_base(adapter, base_model)
     run = read_run(Path(run_folder or os.devnull), None if results is None else Path(results))
-    adapter = adapter.published(base, run.get("settings", {}).get("frames", {}))
+    adapter = adapter.published(base, run.get("settings", {}))
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
     branch, message = revision or MAIN, commit_message or "Upload STA adapter"
     api = HfApi(endpoint=endpoint, token=token)

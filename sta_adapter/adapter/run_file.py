@@ -17,6 +17,11 @@ from sta_adapter.data.clip_reader import FrameSettings
 from sta_adapter.errors import CheckpointError, ConfigError
 
 RUN_FILE = "run.json"
+RECORDS_FIELD = "frames_of_records"  # where `frames` are not those of every clip
+RECORDS = {
+    "differ": "its records set how their clips are sampled themselves, each otherwise",
+    "unknown": "its records, in tar shards, may have set how their clips are sampled themselves",
+}
 MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged
 WORDS = re.compile(r"(?!.*www\.)[\w .,:()+-]{0,80}")
 SCORES = ("accuracy", "low", "high")
@@ -54,7 +59,11 @@ def read_settings(found: Mapping[str, Any], names: Mapping[str, str], path: Path
         CheckpointError: one is neither a number nor a few words.
     """
     settings = {name: _plain(found[name], name, path) for name in names if found.get(name) is not None}
-    return {**settings, **({"frames": read_frames(found["frames"], path)} if found.get("frames") else {})}
+    if found.get("frames"):
+        settings["frames"] = read_frames(found["frames"], path)
+    if str(found.get(RECORDS_FIELD)) in RECORDS:
+        settings[RECORDS_FIELD] = found[RECORDS_FIELD]
+    return settings
 
 
 def read_about(description: Mapping[str, Any]) -> dict[str, Any]:

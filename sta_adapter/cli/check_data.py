@@ -13,9 +13,11 @@ from typing import Any
 import click
 
 from sta_adapter.cli.options import Grouped, data_options, option
+from sta_adapter.errors import ConfigError
 
 SHOWN = 20  # problems, and categories, in the printed report; --json has all
 LINE = 80
+OF_THE_MODEL = ("max_length", "revision", "trust_remote_code")
 
 HELP = """\b
 Example: sta-adapter check-data train.jsonl \\
@@ -50,6 +52,12 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
     from sta_adapter.loading import load_processor
     from sta_adapter.training.config import TrainingConfig, read_yaml
 
+    idle = [name for name in OF_THE_MODEL if options[name]]
+    if idle and not model:
+        name = idle[0].replace("_", "-")
+        raise ConfigError(
+            f"--{name} has no effect without --model, whose processor counts tokens; add it, or leave --{name} out."
+        )
     values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name not in RUN_OPTIONS}
     settings = TrainingConfig.from_dict(values)
     timeout = options["decode_timeout"]

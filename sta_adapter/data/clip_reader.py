@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[float, int]] = {
     "min_tokens": (1, 1 << 20),
     "max_tokens": (1, 1 << 20),
 }
+BY_TIME = ("fps", "min_frames", "max_frames")  # none of which has an effect beside nframes
+LIMITS = (("min_frames", "max_frames"), ("min_tokens", "max_tokens"))
 OPTIONAL = ("nframes", "min_tokens", "max_tokens")
 
 
@@ -59,8 +61,16 @@ class FrameSettings:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "a number above 0" if name == "fps" else f"a whole number from {low}"
                 raise ConfigError(f"{name} is {shown(value)}, expected {kind}, up to {high}.")
+        for least, most in LIMITS:
+            low, high = getattr(self, least), getattr(self, most)
+            unused = least == "min_frames" and self.nframes is not None
+            if low is not None and high is not None and low > high and low != _DEFAULTS[least] and not unused:
+                raise ConfigError(f"{least} {low} is above {most} {high}; change one of them.")
         if not isinstance(self.backend, str):
             raise ConfigError(f"backend is {self.backend!r}, expected a name.")
+
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(FrameSettings)}  # a default gives way to a smaller maximum
 
 
 @dataclass(frozen=True)
@@ -130,15 +140,11 @@ class ClipReader:
         return Visual("video", frames, times, resized)
 
     def _clip(self, part: dict[str, Any], resize: Callable[[np.ndarray], np.ndarray] | None) -> Clip:
-        settings = self.settings
-        nframes = part.get("nframes", None if "fps" in part else settings.nframes)
-        rate: dict[str, Any] = {"num_frames": nframes}
-        if nframes is None:
-            rate = {
-                "fps": part.get("fps", settings.fps),
-                "min_frames": part.get("min_frames", settings.min_frames),
-                "max_frames": part.get("max_frames", settings.max_frames),
-            }
+        settings = self._own_settings(part)
+        least = min(settings.min_frames, settings.max_frames)
+        rate: dict[str, Any] = {"fps": settings.fps, "min_frames": least, "max_frames": settings.max_frames}
+        if settings.nframes is not None:
+            rate = {"num_frames": settings.nframes}
         start, end = part.get("video_start"), part.get("video_end")
         if "folder_fps" in part:
             return read_folder(part["video"], part["folder_fps"], start=start, end=end, resize=resize, **rate)
@@ -148,20 +154,33 @@ class ClipReader:
 
     def settings_of(self, parts: Iterable[dict[str, Any]]) -> FrameSettings:
         """The settings in force for clips, where all of them set their own alike; else those of the reader."""
-        found = {self._own_settings(part) for part in parts if part["type"] == "video"}
+        found = self._settings_of_clips(parts)
         return found.pop() if len(found) == 1 else self.settings
 
+    def differ(self, parts: Iterable[dict[str, Any]]) -> bool:
+        """Whether clips set their own, each otherwise."""
+        return len(self._settings_of_clips(parts)) > 1
+
+    def _settings_of_clips(self, parts: Iterable[dict[str, Any]]) -> set[FrameSettings]:
+        return {self._own_settings(part) for part in parts if part["type"] == "video"}
+
     def _own_settings(self, part: dict[str, Any]) -> FrameSettings:
-        own: dict[str, Any] = {
-            name: part[name] for name in ("fps", "nframes", "min_frames", "max_frames") if name in part
-        }
-        if "fps" in own:
-            own.setdefault("nframes", None)
+        """The settings for one clip: what it sets itself comes first, and the settings' other limit gives way to it."""
+        own: dict[str, Any] = {name: part[name] for name in (*BY_TIME, "nframes") if name in part}
+        if any(name in part for name in BY_TIME):
+            own["nframes"] = None
         area = self.factor**2
         for limit in ("min", "max"):
             pixels = part.get(f"{limit}_pixels")
             if pixels is not None and area > 1:
                 own[f"{limit}_tokens"] = max(1, round(pixels / area))
+        for least, most in LIMITS:
+            low, high = own.get(least), own.get(most)
+            other = getattr(self.settings, most if high is None else least)
+            if low is not None and high is None and other is not None:
+                own[most] = max(low, other)
+            if high is not None and low is None and other is not None:
+                own[least] = min(high, other)
         return replace(self.settings, **own)
 
     def _order(self, count: int, index: int) -> np.ndarray | slice:
@@ -172,12 +191,14 @@ class ClipReader:
         return slice(None)  # spares a copy
 
     def _pixel_limits(self, part: dict[str, Any]) -> tuple[int | None, int | None]:
-        """Limits of a frame's area: the part's own, else the settings', if the size of a token is known."""
+        """Limits of a frame's area: the part's own, to which those of the settings give way, if a token's size is known."""
         area = self.factor**2
         low, high = self.settings.min_tokens, self.settings.max_tokens
         known = area > 1
         high_pixels = part.get("max_pixels", high * area if known and high else None)
         low_pixels = part.get("min_pixels", low * area if known and low else None)
-        if low_pixels is not None and high_pixels is not None:
-            low_pixels = min(low_pixels, high_pixels)
-        return low_pixels, high_pixels
+        if low_pixels is None or high_pixels is None:
+            return low_pixels, high_pixels
+        if "min_pixels" in part and "max_pixels" not in part:
+            return low_pixels, max(low_pixels, high_pixels)
+        return min(low_pixels, high_pixels), high_pixels

@@ -50,6 +50,8 @@ OPTIONAL = (  # None has a meaning
     "sta_learning_rate",
     "decode_timeout",
 )
+# of the whole run: both stages share model, STA and data
+OF_THE_RUN = ("sta", "sta_config", "frames", "on_bad_sample", "max_length", "shuffle_buffer", "decode_timeout", "stage1", "stage2")  # fmt: skip
 DEVICE_BATCH_SIZE = 4  # at most, where it isn't set
 # What may differ when an interrupted run is taken up again: it doesn't change the weights that come out.
 HARMLESS = ("save_steps", "keep_checkpoints", "logging_steps", "num_workers", "decode_timeout", "report_to")
@@ -121,10 +123,25 @@ class TrainingConfig:
             ):
                 raise ConfigError(f"{name} is {value!r}, expected a number of at least {least}.")
         self.device_batches()
+        self._check_idle()
         for stage in ("stage1", "stage2"):
             if getattr(self, stage):
                 _check_names(getattr(self, stage), stage)
+                _check_effect(getattr(self, stage), stage)
                 dataclasses.replace(self, **{"stage1": {}, "stage2": {}, **_typed(getattr(self, stage))})
+
+    def _check_idle(self) -> None:
+        """Refuse settings that others leave without effect."""
+        without_sta = [name for name in ("sta_config", "sta_learning_rate") if getattr(self, name) and not self.sta]
+        if without_sta:
+            raise ConfigError(
+                f"{without_sta[0]} has no effect with sta: false, which trains LoRA alone; leave one of them out."
+            )
+        qkv = [name for name in ("lora_qkv_rank", "lora_qkv_alpha") if getattr(self, name) != DEFAULTS[name]]
+        if qkv and self.lora_targets == "language":
+            raise ConfigError(
+                f"{qkv[0]} is of the vision encoder, and has no effect with lora_targets: language; leave one of them out."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -180,6 +197,9 @@ class TrainingConfig:
         return size, share // size
 
 
+DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(TrainingConfig)}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A mapping from a YAML file."""
     try:
@@ -220,6 +240,19 @@ def _check_names(values: Mapping[str, Any], where: str = "the settings", known: 
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
             raise ConfigError(f"{where}: unknown setting {name!r}. {hint}")
+
+
+def _check_effect(values: Mapping[str, Any], stage: str) -> None:
+    """Refuse what a stage of its own doesn't read."""
+    for name in values:
+        if name in OF_THE_RUN:
+            raise ConfigError(
+                f"{stage}: {name} has no effect there, as it is one for both stages; write it beside {stage}."
+            )
+        if stage == "stage1" and name.startswith("lora_"):
+            raise ConfigError(
+                f"{stage}: {name} has no effect there, as stage one trains STA alone; write it below stage2."
+            )
 
 
 def _typed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe, locate
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import CHILD
-from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.config import DEFAULTS, TrainingConfig
 
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
@@ -47,6 +47,27 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
         **patterns,
     }
     return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
+
+
+def require_same_lora(model: Any, config: TrainingConfig) -> None:
+    """Refuse settings of LoRA that a model which brings its own leaves without effect.
+
+    Args:
+        model: a PeftModel.
+        config: the settings, of which those count that are not the defaults.
+
+    Raises:
+        ConfigError: one is another than that of the model's LoRA.
+    """
+    found = model.peft_config[model.active_adapter]
+    has = {"lora_rank": found.r, "lora_alpha": found.lora_alpha, "lora_dropout": found.lora_dropout}
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv_rank", "lora_qkv_alpha", "lora_targets"):
+        asked = getattr(config, name)
+        if asked != DEFAULTS[name] and has.get(name) != asked:
+            raise ConfigError(
+                f"{name} is {asked!r}, but the model has LoRA already ({has.get(name, 'set up when it was made')}), where it "
+                "has no effect; leave it out, or start without that adapter."
+            )
 
 
 def require_recipe(backbone: Backbone) -> LoRARecipe:

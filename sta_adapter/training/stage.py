@@ -35,7 +35,7 @@ from sta_adapter.requirements import require_reporters
 from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized
-from sta_adapter.training.lora import lora_config, lora_parameters
+from sta_adapter.training.lora import lora_config, lora_parameters, require_same_lora
 from sta_adapter.training.progress import ProgressBar
 from sta_adapter.training.trainer import AdapterTrainer
 
@@ -77,6 +77,8 @@ class Stage:
         torch.manual_seed(self.config.seed)
         if not isinstance(model, PeftModel):
             model = get_peft_model(model, lora_config(model, handle, self.config))
+        else:
+            require_same_lora(model, self.config)
         handle = get_sta(model)
         model.requires_grad_(False)
         for parameter in lora_parameters(model) if handle is None else [*lora_parameters(model), *handle.parameters()]:

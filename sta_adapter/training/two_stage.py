@@ -20,7 +20,7 @@ from torch import nn
 
 from sta_adapter.adapter.format import WEIGHTS, replace_files
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.run_file import RUN_FILE, read_run_file
+from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import FrameSettings, VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_start
@@ -200,6 +200,14 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
         if handle is not None:
             raise ConfigError("the settings say sta: false, but the model has STA; call handle.remove() first.")
         return model, None  # type: ignore[return-value]
+    if handle is not None:
+        asked = STAConfig.from_dict(config.sta_config).with_defaults(handle._injection.spec.defaults)
+        wrong = [name for name in config.sta_config if getattr(asked, name) != getattr(handle.config, name)]
+        if wrong:
+            raise ConfigError(
+                f"sta_config.{wrong[0]} is {getattr(asked, wrong[0])!r}, but the model has STA with "
+                f"{getattr(handle.config, wrong[0])!r} already, where it has no effect; leave it out, or start without that adapter."
+            )
     if handle is None:
         torch.manual_seed(config.seed)
         handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
@@ -215,6 +223,7 @@ def _identity(
         "stage": stage,
         **{key: value for key, value in config.to_dict().items() if key not in HARMLESS},
         "frames": dataclasses.asdict(_frames_in_force(dataset)),
+        **_frames_of_records(dataset),
         "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
         "data": dataset.digest(),
         "eval_data": None if eval_dataset is None else eval_dataset.digest(),
@@ -232,6 +241,15 @@ def _frames_in_force(dataset: Any) -> FrameSettings:
     messages = (message for sample in dataset.samples for message in sample.messages)
     found: FrameSettings = dataset.reader.settings_of(part for message in messages for part in message["content"])
     return found
+
+
+def _frames_of_records(dataset: Any) -> dict[str, str]:
+    """That the settings above are not those of every clip, where records say it themselves, each otherwise."""
+    if isinstance(dataset, StreamDataset):
+        return {RECORDS_FIELD: "unknown"}
+    messages = (message for sample in dataset.samples for message in sample.messages)
+    differ = dataset.reader.differ(part for message in messages for part in message["content"])
+    return {RECORDS_FIELD: "differ"} if differ else {}
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
