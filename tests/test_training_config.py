@@ -45,7 +45,7 @@ OPTIONS = {
 
 def settings_of(tmp_path, monkeypatch, values, *line):
     """What `sta-adapter train` would train with."""
-    from sta_adapter.commands import train
+    from sta_adapter.cli import train
 
     seen = []
     monkeypatch.setattr(train, "_train", lambda run, settings: seen.append((run, settings)))
@@ -57,7 +57,7 @@ def settings_of(tmp_path, monkeypatch, values, *line):
 
 
 def test_each_option_of_train_can_stand_in_the_file(tmp_path, monkeypatch):
-    from sta_adapter.commands import train
+    from sta_adapter.cli import train
 
     assert {parameter.name for parameter in train.command.params} - {"config", "pairs"} == OPTIONS.keys()
     in_file = settings_of(tmp_path, monkeypatch, OPTIONS)
