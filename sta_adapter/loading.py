@@ -43,7 +43,8 @@ def load_model(
         device: where to; None takes CUDA if there is one.
         quantize: "4bit" (NF4, as QLoRA has it) or "8bit" weights, by bitsandbytes. STA and LoRA stay floating point.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: run Python code that comes with the model, also where it could be put together without (see
+            `sta_adapter.internvideo`).
 
     Raises:
         CheckpointError: it can't be had, or is no model for images or video and text.
@@ -52,6 +53,8 @@ def load_model(
     import transformers
 
     from sta_adapter.injection.peft_loading import watch_peft
+    from sta_adapter.internvideo import builder_of
+    from sta_adapter.internvideo.files import published_config
 
     watch_peft()
     if dtype not in ("auto", *DTYPES):
@@ -64,6 +67,10 @@ def load_model(
     narrow = (
         {} if quantize is None else {"quantization_config": _quantization(quantize, wanted), "device_map": {"": where}}
     )
+    published = {} if trust_remote_code else published_config(name, revision)
+    if (builder := builder_of(published)) is not None:
+        how = {"dtype": wanted, "device": where, "quantization_config": narrow.get("quantization_config")}
+        return builder.load_model(name, published, revision=revision, **how).eval()
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
         loader = auto_class(transformers, config)

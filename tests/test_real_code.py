@@ -3,11 +3,13 @@
 import inspect
 import json
 
+import internvideo2_5_chat
 import pytest
 import torch
 import transformers
 from cases import randomize
 from real_code import load
+from safetensors.torch import save_file
 from standins.internvideo2 import PretrainVisionTransformer
 from standins.internvl_chat import InternVisionModel
 from test_goldens import assert_golden_gradients, load_golden_weights, read_golden, relative_error
@@ -16,6 +18,7 @@ from test_internvideo2_5 import Layouts
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.loading import load_model
 
 pytestmark = pytest.mark.real_code
 needs_old_transformers = pytest.mark.skipif(
@@ -228,6 +231,44 @@ def test_internvideo2_5_chat(real_chat):
     assert seen == [((8, 16),), ((8, 16),), ((4, 16), (4, 16))]
     with pytest.raises(LayoutError, match="can't be known"):
         model.chat(Tokenizer(), rows[:4], "<image>\n" * 4, dict(options), num_patches_list=[1] * 4)
+
+
+VARIANTS = {
+    "published": {},
+    "other_settings": {
+        "vision": {"qk_normalization": True, "norm_type": "rms_norm", "qkv_bias": False},
+        "language": {"bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}, "num_key_value_heads": 4},
+        "chat": {"ps_version": "v1", "select_layer": -2, "template": "internlm2-chat"},
+    },
+    "no_scaling": {"language": {"rope_scaling": None, "num_key_value_heads": 1}, "chat": {"force_image_size": 112}},
+}
+
+
+@needs_old_transformers
+@pytest.mark.parametrize("case", list(internvideo2_5_chat.CASES))
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_internvideo2_5_put_together(variant, case, tmp_path, monkeypatch):
+    """Ours against the published model itself."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    tiny, changed = internvideo2_5_chat, VARIANTS[variant]
+    config = {**tiny.CONFIG, **changed.get("chat", {})}
+    config["vision_config"] = {**tiny.VISION, **changed.get("vision", {})}
+    config["llm_config"] = {**tiny.LANGUAGE, **changed.get("language", {})}
+    theirs = tiny.published(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = tiny.tiny(load_model(tmp_path, dtype="fp32", device="cpu"))
+    (ids, mask), rows = tiny.prompts(case), tiny.pixels(tiny.CASES[case][0], seed=2)
+    flags = torch.ones(len(rows), 1, dtype=torch.long)
+    with torch.no_grad():
+        assert relative_error(ours.extract_feature(rows), theirs.extract_feature(rows)) <= 1e-5
+        expected = theirs(rows, ids, mask, image_flags=flags).logits
+        assert (
+            relative_error(ours(rows, ids, mask, image_flags=flags).logits[mask.bool()], expected[mask.bool()]) <= 1e-5
+        )
+    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    fresh = tiny.published(config).generate(rows, ids, mask, **options)
+    assert ours.generate(rows, ids, mask, **options)[:, ids.shape[1] :].tolist() == fresh.tolist()
 
 
 @needs_old_transformers

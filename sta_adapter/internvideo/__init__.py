@@ -6,23 +6,26 @@ Public: `builder_of`. No code that comes with a checkpoint is run.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch import nn
 
-BUILDERS: dict[str, str] = {}
+BUILDERS = {
+    "modeling_internvl_chat_hico2": "sta_adapter.internvideo.v2_5_loading",
+    "internvideo2_5_chat": "sta_adapter.internvideo.v2_5_loading",
+}
 """By the module that a published `auto_map` names for the model, or by the `model_type` that we save."""
 
 
 class Builder(Protocol):
     """What a module in `BUILDERS` has."""
 
-    def load_model(self, name: str | Path, config: dict[str, Any], **options: Any) -> nn.Module:
+    def load_model(self, name: str | os.PathLike[str], config: dict[str, Any], **options: Any) -> nn.Module:
         """The model with its weights; options: `revision`, `dtype`, `device`, `quantization_config`."""
 
-    def load_processor(self, name: str | Path, config: dict[str, Any], revision: str | None) -> Any:
+    def load_processor(self, name: str | os.PathLike[str], config: dict[str, Any], revision: str | None) -> Any:
         """Its processor."""
 
     def empty_model(self, config: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,163 @@
+"""InternVideo2.5-Chat from its published files, or from a folder that `save_pretrained` wrote.
+
+Public: `load_model`, `load_processor`, `empty_model`, as `sta_adapter.internvideo.Builder` has them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig
+
+from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.internvideo.files import TOKENIZER_FILES, WEIGHT_FILES, added_tokens, fetch_folder
+from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
+from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
+from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
+from sta_adapter.internvideo.weights import Weights, fill, iterate_weights, weight_files
+
+RENAMED = {
+    r"^language_model\.output\.": "language_model.lm_head.",
+    r"\.tok_embeddings\.": ".embed_tokens.",
+    r"\.attention\.wo\.": ".self_attn.o_proj.",
+    r"\.feed_forward\.w1\.": ".mlp.gate_proj.",
+    r"\.feed_forward\.w2\.": ".mlp.down_proj.",
+    r"\.feed_forward\.w3\.": ".mlp.up_proj.",
+    r"\.attention_norm\.": ".input_layernorm.",
+    r"\.ffn_norm\.": ".post_attention_layernorm.",
+}
+"""InternLM2's names, and a Llama's."""
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    config: dict[str, Any],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    quantization_config: Any = None,
+) -> nn.Module:
+    """The model with its weights, on a device.
+
+    Args:
+        name: Hub id or folder.
+        config: contents of its `config.json`.
+        revision: branch, tag or commit on the Hub.
+        dtype: of the weights; "auto" for that of the configuration, bfloat16 where it names none.
+        device: where to.
+        quantization_config: for bitsandbytes; only for folders that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or weights don't fit the configuration.
+        ConfigError: published weights are to be quantized.
+    """
+    folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
+    own = config.get("model_type") == InternVideo2_5Config.model_type
+    if own:
+        options: dict[str, Any] = {DTYPE: dtype}
+        if quantization_config is not None:
+            options |= {"quantization_config": quantization_config, "device_map": {"": device}}
+        model: Any = InternVideo2_5ForConditionalGeneration.from_pretrained(folder, **options)
+    elif quantization_config is not None:
+        raise ConfigError(
+            f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are converted. "
+            "Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load FOLDER."
+        )
+    else:
+        model = _published(folder, config, dtype, device)
+    model.config._name_or_path = os.fspath(name)
+    return model if quantization_config is not None else model.to(device)
+
+
+def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:
+    """The model's processor, from published files or from a folder that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: the tokenizer's files are missing or damaged.
+    """
+    from sta_adapter.internvideo.v2_5_processor import InternVideo2_5Processor
+
+    return InternVideo2_5Processor.from_pretrained(fetch_folder(name, revision, TOKENIZER_FILES), config=config)
+
+
+def empty_model(config: dict[str, Any]) -> nn.Module:
+    """The model without weights, made on the device of the context that it is called in."""
+    return InternVideo2_5ForConditionalGeneration(configuration(config))
+
+
+def configuration(config: dict[str, Any]) -> InternVideo2_5Config:
+    """The configuration for the contents of a `config.json`, published or our own."""
+    if config.get("model_type") == InternVideo2_5Config.model_type:
+        return InternVideo2_5Config.from_dict(config)
+    return from_published(config)
+
+
+def _published(folder: Path, config: dict[str, Any], dtype: Any, device: str) -> Any:
+    made, known = from_published(config), added_tokens(folder)
+    made.image_token_id = known.get(IMAGE_TOKEN)
+    if dtype == "auto":
+        dtype = getattr(
+            torch, str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
+        )
+    with torch.device("meta"):
+        model = InternVideo2_5ForConditionalGeneration(made)
+    make_rotary(model, made.text_config)
+    weights = convert(iterate_weights(weight_files(folder)), made.text_config)
+    fill(model, weights, source=folder, dtype=dtype, device=device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    ends = [model.generation_config.eos_token_id, known.get(END)]
+    flat = [end for found in ends if found is not None for end in (found if isinstance(found, list) else [found])]
+    model.generation_config.eos_token_id = sorted(set(flat)) or None
+    return model.eval()
+
+
+def make_rotary(model: nn.Module, config: LlamaConfig) -> None:
+    """Rotary frequencies, which no checkpoint holds, in the place of those on the meta device."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "RotaryEmbedding" in type(child).__name__:
+                kind: Any = type(child)
+                setattr(parent, name, kind(config=config))
+
+
+def convert(weights: Weights, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """Published names and tensors to those of the model.
+
+    InternLM2 keeps, for each head of keys, its group of query heads, then the keys, then the values, in one projection.
+
+    Args:
+        weights: as published.
+        config: of the language model.
+    """
+    keys = int(config.num_key_value_heads or config.num_attention_heads)
+    group, head = config.num_attention_heads // keys, config.hidden_size // config.num_attention_heads
+    for name, tensor in weights:
+        if "rotary_emb" in name:
+            continue
+        found = name
+        for pattern, replacement in RENAMED.items():
+            found = re.sub(pattern, replacement, found)
+        if ".attention.wqkv." not in found:
+            yield found, tensor
+            continue
+        rows = (keys, group + 2, head)
+        if tensor.shape[0] != rows[0] * rows[1] * rows[2]:
+            raise CheckpointError(
+                f"{name} has {tensor.shape[0]} rows; expected {rows[0] * rows[1] * rows[2]} for {config.num_attention_heads} "
+                f"heads, {rows[0]} of keys, of size {head}. Either config.json or the weights are of another model."
+            )
+        parts = tensor.unflatten(0, rows)
+        for letter, part in zip("qkv", (parts[:, :group], parts[:, group], parts[:, group + 1]), strict=True):
+            yield found.replace(".attention.wqkv.", f".self_attn.{letter}_proj."), part.reshape(-1, *tensor.shape[1:])
+
+
+DTYPE = "dtype" if hasattr(LlamaConfig(), "dtype") else "torch_dtype"
+"""What this release of transformers calls it."""

@@ -1,0 +1,64 @@
+"""How InternVideo2.5-Chat's conversations are written: special tokens, system messages, and the chat template."""
+
+from __future__ import annotations
+
+IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+IMAGE, VIDEO = "<image>", "<video>"
+"""What stands for a picture and for a clip in a rendered conversation, before the processor puts tokens there."""
+
+ASSISTANT = "<|im_start|>assistant\n"
+END = "<|im_end|>"
+SYSTEM_MESSAGES = {
+    "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",  # noqa: RUF001
+    "internlm2-chat": "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",  # noqa: RUF001
+}
+"""What the model was told of itself in training, by the published names of the conversation's form."""
+SEPARATORS = {"internvl2_5": f"{END}\n", "internlm2-chat": END}
+
+
+def chat_template(name: str, bos: str) -> str:
+    """The Jinja template of a published form; clips and pictures are parts of type "video" and "image".
+
+    Args:
+        name: one of `SYSTEM_MESSAGES`.
+        bos: the token in front of every conversation.
+    """
+    end, system = SEPARATORS[name].replace("\n", "\\n"), SYSTEM_MESSAGES[name]
+    return (
+        "{{ '" + bos + "' }}"
+        "{% if not messages or messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\n" + system + end + "' }}{% endif %}"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% elif part['type'] == 'image' %}{{ '" + IMAGE + "\\n' }}"
+        "{% else %}{{ '" + VIDEO + "' }}{% endif %}{% endfor %}{% endif %}"
+        "{{ '" + end + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+def conversation(name: str, turns: list[tuple[str, str]], question: str, system: str | None = None) -> str:
+    """A conversation that waits for an answer, as `chat` writes it, without the token in front.
+
+    Args:
+        name: one of `SYSTEM_MESSAGES`.
+        turns: earlier questions and their answers.
+        question: the last one.
+        system: instead of the form's own system message.
+    """
+    end = SEPARATORS[name]
+    said = [("system", SYSTEM_MESSAGES[name] if system is None else system)]
+    said += [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    written = "".join(f"<|im_start|>{role}\n{text}{end}" for role, text in [*said, ("user", question)])
+    return written + ASSISTANT
+
+
+def image_tokens(count: int) -> str:
+    """What the model reads in the place of a picture, or of a frame, of that many visual tokens."""
+    return f"{IMAGE_START}{IMAGE_TOKEN * count}{IMAGE_END}"
+
+
+def frames_prefix(frames: int, tokens: int) -> str:
+    """What the model reads in the place of a clip: each frame with its number, a line each."""
+    return "".join(f"Frame{number}: {image_tokens(tokens)}\n" for number in range(1, frames + 1))

@@ -1,0 +1,206 @@
+"""InternViT, the vision encoder of InternVL and InternVideo2.5: frames or tiles as its batch, under the published names.
+
+The same arithmetic as the published file (its plain attention), so that adapters and weights go from one to the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from sta_adapter.errors import LayoutError
+from sta_adapter.internvideo.v2_5_config import InternVisionConfig
+
+
+class InternRMSNorm(nn.Module):
+    """Root mean square norm, computed in float32 and weighted in the input's type."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        wide = states.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(states.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": InternRMSNorm, "layer_norm": nn.LayerNorm}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leaves out a branch of some rows in training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(F, ...) to the same."""
+        if not self.training or self.rate == 0:
+            return states
+        keep = 1 - self.rate
+        kept = states.new_empty(len(states), *[1] * (states.dim() - 1)).bernoulli_(keep)
+        return states * kept / keep
+
+
+class InternVisionEmbeddings(nn.Module):
+    """Patches, a class token, and positions that are resized to the picture's grid."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.side = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.position_embedding = nn.Parameter(torch.randn(1, self.side**2 + 1, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(F, 3, H, W) to (F, 1 + N, C)."""
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        rows, columns = patches.shape[2:]
+        grid = self.position_embedding[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False).to(patches.dtype)
+        tokens = patches.flatten(2).transpose(1, 2) + grid.flatten(2).transpose(1, 2)
+        first = (self.class_embedding + self.position_embedding[:, :1]).to(patches.dtype)
+        return torch.cat([first.expand(len(patches), -1, -1), tokens], dim=1)
+
+
+class InternAttention(nn.Module):
+    """Spatial attention within a row."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj_drop = nn.Dropout(config.dropout)
+        self.qk_normalization = config.qk_normalization
+        if config.qk_normalization:
+            self.q_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps)
+            self.k_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(F, 1 + N, C) to the same."""
+        q, k, v = self.qkv(states).chunk(3, dim=-1)
+        if self.qk_normalization:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+class InternMLP(nn.Module):
+    """Two layers."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        self.act = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        return self.fc2(self.act(self.fc1(states)))
+
+
+class InternVisionEncoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and with a scale for each channel."""
+
+    def __init__(self, config: InternVisionConfig, drop_path: float) -> None:
+        super().__init__()
+        norm = cast(Any, NORMS[config.norm_type])
+        self.attn = InternAttention(config)
+        self.mlp = InternMLP(config)
+        self.norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ls1 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
+        self.ls2 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(F, 1 + N, C) to the same."""
+        states = states + self.drop_path1(self.attn(self.norm1(states)) * self.ls1)
+        return states + self.drop_path2(self.mlp(self.norm2(states)) * self.ls2)
+
+
+class InternVisionEncoder(nn.Module):
+    """The layers, checkpointed in training where that is switched on."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
+        self.layers = nn.ModuleList(InternVisionEncoderLayer(config, rate) for rate in rates)
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = checkpoint
+
+    def forward(self, states: Tensor) -> list[Tensor]:
+        """(F, 1 + N, C) to the input and the output of every layer."""
+        found = [states]
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                found.append(self._gradient_checkpointing_func(layer.__call__, found[-1]))
+            else:
+                found.append(layer(found[-1]))
+        return found
+
+
+class InternVisionModel(PreTrainedModel):
+    """The encoder; each row of the batch by itself."""
+
+    config_class = InternVisionConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternVisionEncoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = InternVisionEmbeddings(config)
+        self.encoder = InternVisionEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What takes pixels."""
+        return self.embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        pixel_embeds: Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """`pixel_values` (F, 3, H, W), or `pixel_embeds` (F, 1 + N, C), to `last_hidden_state` (F, 1 + N, C).
+
+        Raises:
+            LayoutError: the pixels are of another shape.
+        """
+        if pixel_embeds is None:
+            size = self.config.patch_size
+            if pixel_values is None or pixel_values.dim() != 4 or any(side % size for side in pixel_values.shape[2:]):
+                found = None if pixel_values is None else tuple(pixel_values.shape)
+                raise LayoutError(
+                    f"pixel_values have the shape {found}; expected (frames, {self.config.num_channels}, height, width) in "
+                    f"multiples of {size}, frames and tiles one after the other, as the processor makes them."
+                )
+            pixel_embeds = self.embeddings(pixel_values)
+        states = self.encoder(pixel_embeds)
+        kept = tuple(states) if output_hidden_states else None
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1], pooler_output=states[-1][:, 0], hidden_states=kept
+        )
