@@ -110,7 +110,7 @@ BACKBONE = Backbone(
     heads=attention_heads,
     blocks="encoder.layers",
     clip_source=ClipSource(
-        model_classes=("InternVLChatModel",),
+        model_classes=("InternVLChatModel", "InternVideo2_5ForConditionalGeneration"),
         methods={"chat": chat_clips, "batch_chat": batch_chat_clips, "forward": sample_clips, "generate": sample_clips},
     ),
     lora=INTERN_LORA,

@@ -120,6 +120,12 @@ def load_processor(
     """
     from transformers import AutoProcessor
 
+    from sta_adapter.internvideo import builder_of
+    from sta_adapter.internvideo.files import published_config
+
+    published = {} if trust_remote_code else published_config(name, revision)
+    if (builder := builder_of(published)) is not None:
+        return builder.load_processor(name, published, revision)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except ImportError as error:  # transformers names packages, and not what brings them

@@ -100,7 +100,7 @@ def weights(shapes):
 
 def tokenizer():
     """A tokenizer of bytes, with the model's special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = {text: number for number, text in enumerate([*ADDED, *(f"<0x{byte:02X}>" for byte in range(256))])}
@@ -108,6 +108,7 @@ def tokenizer():
     core.normalizer = normalizers.Replace(" ", "▁")
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " ")])
     core.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ADDED])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     ends = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     made = PreTrainedTokenizerFast(tokenizer_object=core, **ends, clean_up_tokenization_spaces=False)
     made.add_special_tokens({"additional_special_tokens": ADDED[3:]})

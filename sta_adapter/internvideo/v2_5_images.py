@@ -1,0 +1,127 @@
+"""Pixels for InternVideo2.5-Chat: frames and pictures brought to one size, pictures cut into tiles.
+
+The same numbers as the published preprocessing: Pillow's bicubic resizing, and the colours of ImageNet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sta_adapter.errors import DataError, MissingExtraError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's colours."""
+
+
+class InternVideo2_5ImageProcessor:
+    """Makes rows (3, size, size) of frames and pictures.
+
+    Attributes:
+        image_size: side of a row in pixels.
+        min_tiles: tiles that a picture is cut into at least.
+        max_tiles: and at most, but for the whole picture that comes with several.
+        use_thumbnail: whether it does.
+        temporal_patch_size: rows whose tokens are merged together; clips and pictures are filled up to a multiple of it.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 448,
+        min_tiles: int = 1,
+        max_tiles: int = 6,
+        use_thumbnail: bool = True,
+        temporal_patch_size: int = 4,
+    ) -> None:
+        self.image_size = image_size
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.use_thumbnail = use_thumbnail
+        self.temporal_patch_size = temporal_patch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as they are saved."""
+        return {"image_processor_type": type(self).__name__, **vars(self)}
+
+    def clip(self, frames: Any) -> Tensor:
+        """Rows (F, 3, size, size) of a clip, filled up with its last frame.
+
+        Args:
+            frames: (T, H, W, 3) or (T, 3, H, W) uint8, an array, a tensor, or a list of pictures.
+
+        Raises:
+            DataError: they are no frames.
+        """
+        pictures = [_picture(frame) for frame in frames]
+        if not pictures:
+            raise DataError("a clip has no frame; expected at least one.")
+        return self._rows([_resized(picture, self.image_size, self.image_size) for picture in pictures])
+
+    def picture(self, image: Any) -> Tensor:
+        """Rows (F, 3, size, size) of a picture: its tiles, then the whole of it, filled up with the last of them.
+
+        Args:
+            image: (H, W, 3) or (3, H, W) uint8, an array, a tensor, or Pillow's.
+
+        Raises:
+            DataError: it is no picture.
+        """
+        picture = _picture(image)
+        columns, rows = self.grid(*picture.size)
+        size = self.image_size
+        large = _resized(picture, columns * size, rows * size)
+        corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
+        tiles = [large.crop((left, top, left + size, top + size)) for left, top in corners]
+        if self.use_thumbnail and len(tiles) > 1:
+            tiles.append(_resized(picture, size, size))
+        return self._rows(tiles)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles for a picture: those nearest to its shape; of several, the more the larger it is."""
+        most = range(1, self.max_tiles + 1)
+        known = {(c, r) for n in most for c in range(1, n + 1) for r in range(1, n + 1) if self._allowed(c * r)}
+        best, least = (1, 1), float("inf")
+        for columns, rows in sorted(known, key=lambda pair: pair[0] * pair[1]):
+            difference = abs(width / height - columns / rows)
+            large = width * height > 0.5 * self.image_size**2 * columns * rows
+            if difference < least or (difference == least and large):
+                best, least = (columns, rows), difference
+        return best
+
+    def _allowed(self, tiles: int) -> bool:
+        return self.min_tiles <= tiles <= self.max_tiles
+
+    def _rows(self, pictures: list[Any]) -> Tensor:
+        pictures = [*pictures, *pictures[-1:] * (-len(pictures) % self.temporal_patch_size)]
+        stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        pixels = stacked.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        return pixels.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1)).contiguous()
+
+
+def _picture(image: Any) -> Any:
+    """Pillow's picture, in RGB."""
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingExtraError("pictures and frames are resized by Pillow: pip install 'sta-adapter[train]'")
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        raise DataError(
+            f"a frame or picture is of shape {pixels.shape} and type {pixels.dtype}; expected (height, width, 3) or (3, height, "
+            "width) in uint8. A clip is (frames, height, width, 3): tiles of frames are not taken."
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _resized(picture: Any, width: int, height: int) -> Any:
+    from PIL import Image
+
+    return picture.resize((width, height), Image.Resampling.BICUBIC)

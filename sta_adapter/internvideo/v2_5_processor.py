@@ -1,0 +1,236 @@
+"""What InternVideo2.5-Chat reads: a processor in transformers' manner, of a conversation with clips and pictures to tensors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+
+from sta_adapter.errors import CheckpointError, DataError
+from sta_adapter.internvideo.files import read_json
+from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
+from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
+from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
+from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, chat_template, frames_prefix, image_tokens
+
+SETTINGS = "preprocessor_config.json"
+NAME = "InternVideo2_5Processor"
+PLACES = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
+
+
+class InternVideo2_5Processor:
+    """Tokens and rows of pixels of conversations; a frame and a tile of a picture are rows of the same size.
+
+    A clip is written as in training, a line for each frame: `Frame1: <img>...</img>`. Clips and pictures are filled up to whole
+    groups of rows, whose tokens the model merges.
+
+    Attributes:
+        tokenizer: the model's.
+        image_processor: what makes rows.
+        chat_template: Jinja; parts of type "video" and "image" are clips and pictures.
+        image_seq_length: visual tokens of a row.
+    """
+
+    image_token, video_token = IMAGE, VIDEO
+    model_input_names = ("input_ids", "attention_mask", "pixel_values", "clip_lengths")
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: InternVideo2_5ImageProcessor,
+        *,
+        image_seq_length: int = 16,
+        template: str = "internvl2_5",
+        chat_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_seq_length = image_seq_length
+        self.template = template
+        self.chat_template = chat_template or _template_of(template, tokenizer.bos_token or "")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise CheckpointError(
+                f"the tokenizer has no token {IMAGE_TOKEN}; expected InternVideo2.5-Chat's own, with its added tokens "
+                "(tokenizer_config.json or added_tokens.json)."
+            )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        *,
+        add_special_tokens: bool | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        **options: Any,
+    ) -> BatchFeature:
+        """Encode texts with their clips and pictures.
+
+        Args:
+            images: all pictures of the texts, in order.
+            text: one or several, with `<image>` for each picture and `<video>` for each clip.
+            videos: all clips of the texts, in order, (T, H, W, 3) or (T, 3, H, W) uint8 each.
+            add_special_tokens: whether the token in front of every conversation is added; None adds it where the text has none.
+            return_tensors: "pt", the only kind.
+            padding: as for the tokenizer; False takes one text.
+            options: of the tokenizer; `videos_kwargs` and `images_kwargs` hold nothing that matters here.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L); with clips or pictures `pixel_values` (F, 3, size, size), and
+            `clip_lengths`, the rows of each clip and 1 for each tile of a picture.
+
+        Raises:
+            DataError: texts, clips and pictures don't go together.
+        """
+        if text is None or return_tensors not in ("pt", None):
+            raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}; expected a text, and 'pt'.")
+        for name in ("videos_kwargs", "images_kwargs"):
+            options.pop(name, None)
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures, clips = _listed(images), _listed(videos)
+        found = [place for one in texts for place in PLACES.findall(one)]
+        if found.count(IMAGE) != len(pictures) or found.count(VIDEO) != len(clips):
+            raise DataError(
+                f"the text has {found.count(IMAGE)} times {IMAGE} and {found.count(VIDEO)} times {VIDEO}, and there are "
+                f"{len(pictures)} pictures and {len(clips)} clips; expected one for each. Either one is missing, or the text "
+                "contains these words itself."
+            )
+        waiting = {IMAGE: iter(pictures), VIDEO: iter(clips)}
+        rows: list[Tensor] = []
+        lengths: list[int] = []
+
+        def written(place: re.Match[str]) -> str:
+            of_clip, given = place[0] == VIDEO, next(waiting[place[0]])
+            made = self.image_processor.clip(given) if of_clip else self.image_processor.picture(given)
+            rows.append(made)
+            lengths.extend([len(made)] if of_clip else [1] * len(made))
+            tokens = self.image_seq_length
+            return frames_prefix(len(made), tokens) if of_clip else image_tokens(tokens * len(made))
+
+        whole = [PLACES.sub(written, one) for one in texts]
+        inputs = dict(self._tokens(whole, add_special_tokens, padding, options))
+        if rows:
+            inputs |= {"pixel_values": torch.cat(rows), "clip_lengths": torch.tensor(lengths)}
+        return BatchFeature(inputs)
+
+    def _tokens(self, texts: list[str], special: bool | None, padding: bool | str, options: dict[str, Any]) -> Any:
+        bos = self.tokenizer.bos_token
+        if special is None:
+            special = not (bos and all(text.startswith(bos) for text in texts))
+        return self.tokenizer(texts, add_special_tokens=special, padding=padding, return_tensors="pt", **options)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """The conversation as text, or with `tokenize` encoded with the clips and pictures that stand in its parts.
+
+        Args:
+            conversation: messages with `role` and `content`; or a list of such conversations.
+            chat_template: instead of the processor's own.
+            tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their type.
+            return_dict: whether everything is returned, or the token ids alone.
+            options: `add_generation_prompt`, and those of calling the processor.
+        """
+        prompt = options.pop("add_generation_prompt", False)
+        template = chat_template or self.chat_template
+        text = self.tokenizer.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+        if not tokenize:
+            return text
+        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        messages = list(itertools.chain.from_iterable(conversation)) if several else conversation
+        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+        held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
+        options.setdefault("add_special_tokens", False)
+        encoded = self(text=text, images=held["image"] or None, videos=held["video"] or None, **options)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As the tokenizer."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """As the tokenizer."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as they are saved."""
+        own = {"processor_class": NAME, "image_seq_length": self.image_seq_length, "template": self.template}
+        return {**own, "image_processor": self.image_processor.to_dict()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the tokenizer, the chat template and the settings into a folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        before, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.chat_template = before
+        (folder / SETTINGS).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], config: dict[str, Any] | None = None
+    ) -> InternVideo2_5Processor:
+        """The processor of a folder with published files, or of one that `save_pretrained` wrote.
+
+        Args:
+            folder: with the tokenizer's files.
+            config: contents of the model's `config.json`; None reads it from the folder.
+
+        Raises:
+            CheckpointError: the tokenizer's files are missing or damaged, or the settings of both are.
+        """
+        folder = Path(folder)
+        saved = read_json(folder / SETTINGS)
+        if saved.get("processor_class") == NAME:
+            tokenizer = load_tokenizer(folder)
+            told = {key: value for key, value in saved["image_processor"].items() if key != "image_processor_type"}
+            kept = {key: saved[key] for key in ("image_seq_length", "template")}
+            return cls(tokenizer, InternVideo2_5ImageProcessor(**told), chat_template=tokenizer.chat_template, **kept)
+        config = read_json(folder / "config.json") if config is None else config
+        own = config.get("model_type") == InternVideo2_5Config.model_type
+        found: Any = InternVideo2_5Config.from_dict(config) if own else from_published(config)
+        rows = InternVideo2_5ImageProcessor(
+            found.vision_config.image_size,
+            found.min_dynamic_patch,
+            found.max_dynamic_patch,
+            found.use_thumbnail,
+            found.local_num_frames,
+        )
+        per_row = found.num_tome_tokens // found.local_num_frames
+        return cls(load_tokenizer(folder), rows, image_seq_length=per_row, template=found.template)
+
+
+def _template_of(name: str, bos: str) -> str:
+    try:
+        return chat_template(name, bos)
+    except KeyError as error:
+        raise CheckpointError(f"template {name!r} is not known; expected internvl2_5 or internlm2-chat.") from error
+
+
+def _listed(given: Any) -> list[Any]:
+    """Pictures or clips as a list; one array of a single clip or picture is none."""
+    if given is None:
+        return []
+    if not isinstance(given, (list, tuple)):
+        raise DataError(f"pictures and clips come as a list of them; found a {type(given).__name__}.")
+    return list(given)

@@ -1,0 +1,359 @@
+"""InternVideo2.5-Chat from the published layout: JSON Lines to losses, adapters and answers, STA, LoRA, and what is refused."""
+
+import json
+
+import internvideo2_5_chat as tiny
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from standins.internvl_chat import InternVisionModel
+from test_internvideo2_5 import Layouts
+from tiny_qwen import moving_square, write_video
+
+from sta_adapter import get_sta, inject_sta, load_sta
+from sta_adapter.cli import cli
+from sta_adapter.data import Collator, FrameSettings, VideoDataset
+from sta_adapter.data.samples import parse_sample
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
+from sta_adapter.loading import load_model, load_processor
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return tiny.save_published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def base(published, tmp_path_factory):
+    """A folder as `save_pretrained` writes it, with the tiny model's own numbers of tokens."""
+    folder = tmp_path_factory.mktemp("saved") / "base"
+    tiny.tiny(load_model(published, dtype="fp32", device="cpu")).save_pretrained(folder)
+    processor = load_processor(published)
+    processor.image_seq_length = tiny.ROW_TOKENS
+    processor.image_processor.max_tiles = 3
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(base):
+    return load_processor(base)
+
+
+@pytest.fixture
+def model(base):
+    return load_model(base, dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    write_video(folder / "short.mp4", moving_square("left", count=24))
+    write_video(folder / "long.mp4", moving_square("right", size=24, count=56))
+    for name, size in (("square", (16, 16)), ("wide", (48, 16))):
+        Image.effect_noise(size, 200).convert("RGB").save(folder / f"{name}.png")
+    return folder
+
+
+def clip(name, **how):
+    return {"type": "video", "video": f"{name}.mp4", **how}
+
+
+def picture(name):
+    return {"type": "image", "image": f"{name}.png"}
+
+
+def record(*content, answer="left", **more):
+    user = {"role": "user", "content": [*content, {"type": "text", "text": "Which way?"}]}
+    return {"messages": [user, {"role": "assistant", "content": answer}], **more}
+
+
+def encoded(processor, folder, *lines, **options):
+    samples = [parse_sample(line, folder=folder) for line in lines]
+    data = VideoDataset(samples, processor, frames=FrameSettings(), on_bad_sample="error", **options)
+    return [data[index] for index in range(len(samples))]
+
+
+def trained(model):
+    """The model's handle, with STA that does something."""
+    handle = inject_sta(model)
+    torch.manual_seed(1)
+    for parameter in handle.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return handle
+
+
+MIXED = [clip("short", nframes=8), picture("wide"), clip("long", nframes=5)]
+
+
+def test_a_prompt_is_what_chat_writes(model, processor, clips):
+    (item,) = encoded(processor, clips, record(clip("short", nframes=8)), prompts=True)
+    model.generate = lambda **inputs: seen.append(inputs) or inputs["input_ids"]
+    seen = []
+    question = "".join(f"Frame{number}: <image>\n" for number in range(1, 9)) + "Which way?"
+    model.chat(processor, item["pixel_values"], question, {}, num_patches_list=[1] * 8)
+    assert item["input_ids"].tolist() == seen[0]["input_ids"][0].tolist()
+    assert item["clip_lengths"].tolist() == [8]
+
+
+def test_clips_and_pictures_are_filled_up_to_whole_groups(processor, clips):
+    (item,) = encoded(processor, clips, record(*MIXED))
+    assert item["clip_lengths"].tolist() == [8, 1, 1, 1, 1, 8]
+    assert item["pixel_values"].shape == (20, 3, 112, 112)
+    torch.testing.assert_close(item["pixel_values"][-1], item["pixel_values"][-4], rtol=0, atol=0)
+    assert int((item["input_ids"] == tiny.CONTEXT).sum()) == 20 * tiny.ROW_TOKENS
+    assert processor.tokenizer.decode(item["labels"][item["labels"] != -100]) == "left<|im_end|>"
+
+
+def test_several_clips_of_a_sample_are_told_by_the_batch_itself(model, processor, clips):
+    handle = trained(model)
+    layouts = Layouts(handle)
+    items = encoded(processor, clips, record(*MIXED), record(clip("long", nframes=4)), record())
+    batch = Collator.of(processor, on_bad_sample="error")(items)
+    batch.pop("bad_samples")
+    with torch.no_grad():
+        model(**batch)
+        model.generate(**{k: v for k, v in batch.items() if k != "labels"}, max_new_tokens=1, pad_token_id=tiny.EOS)
+    one = tuple((rows, 64) for rows in (8, 1, 1, 1, 1, 8, 4))
+    assert layouts.seen == [one, one]
+
+
+def test_a_batch_is_its_samples(model, processor, clips):
+    trained(model)
+    lines = [record(*MIXED), record(clip("long", nframes=4), answer="right"), record(picture("square")), record()]
+    items = encoded(processor, clips, *lines)
+
+    def loss(*some):
+        batch = Collator.of(processor, on_bad_sample="error")(some)
+        batch.pop("bad_samples")
+        learned = int((batch["labels"] != -100).sum())
+        with torch.no_grad():
+            return float(model(**batch).loss) * learned
+
+    assert loss(*items) == pytest.approx(sum(map(loss, items)), rel=1e-4)
+
+
+def test_frames_reach_each_other_within_a_clip_alone(model, processor, clips):
+    trained(model)
+    (item,) = encoded(processor, clips, record(clip("short", nframes=8), clip("long", nframes=8)))
+    changed = item["pixel_values"].clone()
+    changed[0] += 1
+    with torch.no_grad(), get_sta(model).clips(item["clip_lengths"].tolist()):
+        before = model.vision_model(item["pixel_values"]).last_hidden_state
+        after = model.vision_model(changed).last_hidden_state
+    moved = (before - after).abs().amax((1, 2)) > 0
+    assert moved.tolist() == [True] * 8 + [False] * 8
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"use_cache": False}, {}])
+def test_generate(model, processor, clips, how):
+    items = encoded(processor, clips, record(clip("short", nframes=8)), record(clip("long", nframes=4)), prompts=True)
+    batch = Collator.of(processor, side="left")(items)
+    inputs = {key: value for key, value in batch.items() if key != "bad_samples"}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": tiny.EOS, "do_sample": False, **how}
+    torch.manual_seed(0)
+    said = model.generate(**inputs, **options)
+    assert said.shape == (2, inputs["input_ids"].shape[1] + 6)
+    if not how.get("do_sample"):
+        alone = model.generate(**{**items[1], "input_ids": items[1]["input_ids"][None]}, **options)
+        assert alone[0, -6:].tolist() == said[1, -6:].tolist()
+    if how == {"use_cache": False}:
+        assert said.tolist() == model.generate(**inputs, **{**options, "use_cache": True}).tolist()
+
+
+def test_saved_and_loaded_it_computes_the_same(published, base):
+    first, second = tiny.tiny(load_model(published, dtype="fp32", device="cpu")), load_model(base, dtype="fp32")
+    (ids, mask), rows = tiny.prompts("one_clip"), tiny.pixels(8)
+    with torch.no_grad():
+        torch.testing.assert_close(first(rows, ids, mask).logits, second(rows, ids, mask).logits, rtol=0, atol=0)
+    assert second.generation_config.eos_token_id == first.generation_config.eos_token_id == [tiny.EOS, tiny.END]
+    assert second.config.image_token_id == tiny.CONTEXT
+
+
+def test_weights_in_half_precision(published):
+    model = load_model(published, dtype="bf16", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    frequencies = model.language_model.model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def run(*line):
+    done = CliRunner().invoke(cli, [str(word) for word in line])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_from_json_lines_to_an_adapter_and_answers(base, clips, tmp_path):
+    lines = [
+        record(clip("short", nframes=4)),
+        record(*MIXED, answer="right"),
+        record(clip("long", nframes=4), options=["left", "right", "up"]),
+        record(picture("square")),
+        record(),
+    ]
+    file = clips / "mixed.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert run("check-data", file, "--model", base).startswith(f"{len(lines)} samples, 0 of them bad")
+    size = ["--set", "device_batch_size=5", "--set", "num_workers=0", "--set", "lora_rank=2"]
+    out = tmp_path / "adapter"
+    run("train", "--model", base, "--data", file, "--out", out, "--max-steps", 2, "--batch-size", 5, *size)
+    for stage in ("stage1", "stage2"):
+        assert json.loads((out / stage / "result.json").read_text())["bad_samples"] == []
+    answers = ["--out", tmp_path / "answers", "--batch-size", 4, "--max-new-tokens", 2]
+    run("evaluate", "--model", base, "--adapter", out, "--data", file, *answers)
+    assert f'"total": {len(lines)}' in (tmp_path / "answers" / "results.json").read_text()
+    run("visualize", clips / "short.mp4", "--model", base, "--adapter", out, "--out", tmp_path / "seen")
+    assert list((tmp_path / "seen").rglob("*.html"))
+
+
+def test_lora_and_sta_are_saved_and_loaded(base, model, tmp_path):
+    peft = pytest.importorskip("peft")
+    handle = trained(model)
+    wrapped = peft.get_peft_model(handle.model, handle.lora_config(r=2))
+    adapted = {name.split(".lora_A")[0] for name, _ in wrapped.named_modules() if name.endswith(".lora_A")}
+    assert sum("vision_model" in name for name in adapted) == 8
+    assert sum("language_model" in name for name in adapted) == 14
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    get_sta(wrapped).save_pretrained(tmp_path)
+    (ids, mask), rows = tiny.prompts("two_clips"), tiny.pixels(12)
+    inputs = {"pixel_values": rows, "input_ids": ids, "attention_mask": mask, "clip_lengths": [8, 4]}
+    with torch.no_grad():
+        before = wrapped(**inputs).logits
+        again = load_sta(load_model(base, dtype="fp32", device="cpu"), tmp_path).model
+        torch.testing.assert_close(again(**inputs).logits, before)
+        assert (load_model(base, dtype="fp32", device="cpu")(**inputs).logits - before).abs().max() > 1e-3
+
+
+def test_sta_goes_from_the_published_towers_names_to_ours_and_back(model, tmp_path):
+    sizes = {name: tiny.VISION[name] for name in ("image_size", "patch_size")}
+    theirs = InternVisionModel(**sizes).eval()
+    theirs.load_state_dict(model.vision_model.state_dict())
+    trained(theirs).save_pretrained(tmp_path)
+    load_sta(model, tmp_path)
+    rows = tiny.pixels(8)
+    with torch.no_grad():
+        expected = theirs(rows).last_hidden_state
+        torch.testing.assert_close(model.vision_model(rows).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_are_cut_as_published(processor):
+    rows = processor.image_processor
+    assert [rows.grid(*size) for size in ((112, 112), (336, 112), (112, 400), (200, 100))] == [
+        (1, 1),
+        (3, 1),
+        (1, 3),
+        (2, 1),
+    ]
+    noise = np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)
+    made = rows.picture(noise)
+    assert made.shape == (4, 3, 112, 112)
+    whole = (torch.from_numpy(noise).permute(2, 0, 1) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / (
+        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    )
+    torch.testing.assert_close(torch.cat([made[0], made[1]], dim=2), whole)
+
+
+def broken(folder, target, change):
+    """A copy of a folder's files, with one changed."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    change(target)
+    return target
+
+
+def of_config(**changed):
+    def change(folder):
+        (folder / "config.json").write_text(json.dumps({**tiny.CONFIG, **changed}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (of_config(llm_config={**tiny.LANGUAGE, "hidden_size": 64}), r"of other sizes|has 64 rows; expected 128"),
+        (of_config(llm_config={**tiny.LANGUAGE, "num_hidden_layers": 3}), "layers.2.* missing"),
+        (
+            of_config(vision_config={**tiny.VISION, "intermediate_size": 96}),
+            r"of other sizes: .*\(48,\), expected \(96,\)",
+        ),
+        (of_config(template="phi3-chat"), "template 'phi3-chat'; expected 'internvl2_5'"),
+        (of_config(llm_config={**tiny.LANGUAGE, "architectures": ["Phi3ForCausalLM"]}), "Phi3ForCausalLM"),
+        (of_config(vision_config=None), "no vision_config and llm_config"),
+        (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "download the checkpoint again"),
+    ],
+    ids=["width", "depth", "vision", "template", "language_model", "no_vision", "missing_shard"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(published, change, said, tmp_path):
+    folder = broken(published, tmp_path / "base", change)
+    with pytest.raises(CheckpointError, match=said):
+        load_model(folder, dtype="fp32", device="cpu")
+
+
+def test_a_missing_tokenizer_is_named(published, tmp_path):
+    folder = broken(published, tmp_path / "base", lambda folder: (folder / "tokenizer.json").unlink())
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        load_processor(folder)
+    (folder / "tokenizer.model").write_bytes(b"\xff\xffno model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        load_processor(folder)
+
+
+def test_published_weights_are_quantized_only_after_saving(published):
+    from sta_adapter.internvideo import v2_5_loading
+
+    with pytest.raises(ConfigError, match="Save the model once"):
+        v2_5_loading.load_model(published, tiny.CONFIG, quantization_config={"load_in_8bit": True})
+
+
+def test_rows_that_do_not_go_together_are_refused(model, processor):
+    (ids, mask), rows = tiny.prompts("one_clip"), tiny.pixels(8)
+    words = processor.tokenizer
+    with pytest.raises(LayoutError, match="6 rows of pixels: tokens of 4 rows"):
+        model(rows[:6], ids, mask)
+    with pytest.raises(LayoutError, match="16 places for visual tokens, and the rows of pixels give 8"):
+        model(rows[:4], ids, mask)
+    with pytest.raises(LayoutError, match=r"clip 1 takes rows 0 to 5"):
+        model(rows, ids, mask, clip_lengths=[6, 2])
+    with pytest.raises(LayoutError, match=r"shape \(2, 4, 3, 112, 112\); expected \(frames, 3"):
+        model.vision_model(rows.view(2, 4, 3, 112, 112))
+    with pytest.raises(LayoutError, match=r"multiple of 4 rows"):
+        model.batch_chat(words, rows, ["What?", "Who?"], {}, num_patches_list=[6, 2])
+    with pytest.raises(LayoutError, match=r"num_patches_list is \[4\]"):
+        model.chat(words, rows, "What?", {}, num_patches_list=[4])
+    with pytest.raises(LayoutError, match="neither input_ids nor inputs_embeds"):
+        model(rows)
+    model.img_context_token_id = None
+    with pytest.raises(LayoutError, match="img_context_token_id"):
+        model(rows, ids, mask)
+
+
+def test_tiles_where_frames_are_expected_are_refused(processor):
+    tiles = np.zeros((2, 4, 8, 8, 3), np.uint8)
+    with pytest.raises(DataError, match="tiles of frames are not taken"):
+        processor(text="<video>What?", videos=[tiles])
+    with pytest.raises(DataError, match="0 times <image> and 1 times <video>, and there are 1 pictures and 1 clips"):
+        processor(text="<video>What?", videos=[tiles[0]], images=[tiles[0, 0]])
+    with pytest.raises(DataError, match="come as a list"):
+        processor(text="<video>What?", videos=tiles[0])
+
+
+def test_an_unknown_revision_is_told(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import RevisionNotFoundError
+
+    from sta_adapter.internvideo import files
+
+    def refuse(*args, **kwargs):
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"'user/model' at revision 'v9' can't be had: it has no such branch"):
+        files.fetch_folder("user/model", "v9", ())
