@@ -71,7 +71,7 @@ test-trl test-ms-swift test-llamafactory test-axolotl: test-%: .venv-tool-%/.rea
 	.venv-tool-$*/bin/python -m pytest tests/training_tools/test_$(subst -,_,$*).py
 
 TOOL_trl := trl==1.16.0
-TOOL_ms-swift := ms-swift==4.6.0 qwen_vl_utils
+TOOL_ms-swift := ms-swift==4.6.0 qwen_vl_utils msgspec
 TOOL_llamafactory := llamafactory==0.9.5
 TOOL_axolotl := axolotl==0.19.0
 

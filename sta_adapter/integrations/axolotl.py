@@ -10,6 +10,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
+from transformers import set_seed
 
 from sta_adapter.adapter.format import read_description
 from sta_adapter.config import STAConfig
@@ -18,6 +19,8 @@ from sta_adapter.injection.hooks import CHILD
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
+
+PACKING = ("sample_packing", "eval_sample_packing", "batch_flattening")
 
 
 class STAArgs(BaseModel):
@@ -29,6 +32,10 @@ class STAArgs(BaseModel):
 class STAPlugin(BasePlugin):
     """Puts STA into the model before LoRA, has LoRA train and save it, and the run watched."""
 
+    def register(self, cfg: Any) -> None:
+        """Refuse what can't be trained, before anything is loaded."""
+        take_settings(cfg)
+
     def get_input_args(self) -> str | None:
         """Where axolotl finds the YAML's further fields."""
         return f"{__name__}.STAArgs"
@@ -36,6 +43,7 @@ class STAPlugin(BasePlugin):
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         """Put STA in; an adapter that goes on (`lora_model_dir`) has its own settings."""
         settings = take_settings(cfg)
+        set_seed(42 if cfg.seed is None else cfg.seed)  # axolotl leaves the start of LoRA and STA to chance
         if cfg.lora_model_dir:
             inject_sta(model, STAConfig.from_dict(read_description(Path(cfg.lora_model_dir))["config"]))
         else:
@@ -57,14 +65,25 @@ def take_settings(cfg: Any) -> Settings:
     Raises:
         ConfigError: unknown or wrong settings, or a run that STA can't train in.
     """
-    settings = Settings.from_environment() if cfg.sta is None else Settings.from_mapping(dict(cfg.sta))
+    given = cfg.get("sta")
+    settings = Settings.from_environment() if given is None else Settings.from_mapping(given)
     if settings.stage == 1:
         raise ConfigError(
             "stage 1 has no LoRA, which axolotl's plug-ins for adapters need: train stage 1 by `sta-adapter train --stage 1`, and go "
             "on from its folder with sta: {adapter: FOLDER}."
         )
-    if cfg.adapter not in ("lora", "qlora"):
+    if cfg.get("adapter") not in ("lora", "qlora"):
         raise ConfigError(
-            f"adapter is {cfg.adapter!r} in the YAML, and STA is saved together with LoRA: set adapter: lora."
+            f"adapter is {cfg.get('adapter')!r} in the YAML, and STA is saved together with LoRA: set adapter: lora."
         )
+    if cfg.get("rl"):
+        raise ConfigError(
+            f"rl is {cfg['rl']!r} in the YAML, and axolotl's preference and reinforcement learning hands no clips to the model: leave rl "
+            "out, or train by DPO in TRL, ms-swift or LLaMA-Factory."
+        )
+    for name in PACKING:
+        if cfg.get(name):
+            raise ConfigError(
+                f"{name} is {cfg[name]!r} in the YAML, and axolotl packs texts without clips: set {name}: false."
+            )
     return settings

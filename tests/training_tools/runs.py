@@ -2,6 +2,8 @@
 
 import functools
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.loading import load_model, load_processor
 
 BIN = Path(sys.executable).parent
+KILLED = str(Path(__file__).with_name("killed"))  # on Python's path it ends a run in its fourth step
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -30,7 +33,7 @@ def run(words, folder, expect=0, **environment):
     """What a command wrote; it ends as expected, and within minutes."""
     done = subprocess.run(
         [str(word) for word in words], cwd=folder, env={**os.environ, **OFFLINE, "PATH": f"{commands()}:{BIN}:{os.environ['PATH']}", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200,
     )  # fmt: skip
     assert (done.returncode == 0) == (expect == 0), done.stdout[-5000:]
     return done.stdout
@@ -62,12 +65,6 @@ def check_adapter(folder, base, clips, lora=True):
     return found
 
 
-def evaluate(folder, base, clips, out):
-    """`sta-adapter evaluate` takes the folder."""
-    words = [BIN / "sta-adapter", "evaluate", "--model", base, "--adapter", folder, "--data", clips / "clips.jsonl"]
-    return run([*words, "--out", out], clips)
-
-
 def same_weights(one, other):
     """Whether two adapters' files hold the same bits."""
     from safetensors.torch import load_file
@@ -77,3 +74,27 @@ def same_weights(one, other):
         assert a.keys() == b.keys()
         differ = [key for key in a if not torch.equal(a[key], b[key])]
         assert not differ, (name, differ[:3], max(float((a[key] - b[key]).abs().max()) for key in differ))
+
+
+class Page:
+    """A page of docs/tools, followed in a folder with clips, train.jsonl and test.jsonl alone, on the tiny base."""
+
+    def __init__(self, name, base, clips, folder):
+        text = (Path(__file__).parents[2] / f"docs/tools/{name}.md").read_text()
+        self.text, self.folder = text.replace("Qwen/Qwen2-VL-2B-Instruct", str(base)), folder
+        for clip in clips.glob("*.mp4"):
+            shutil.copy(clip, folder)
+        for file in ("train.jsonl", "test.jsonl"):
+            shutil.copy(clips / "clips.jsonl", folder / file)
+
+    def block(self, kind):
+        """The first block of code of that kind."""
+        return re.search(rf"```{kind}\n(.*?)```", self.text, re.DOTALL)[1]
+
+    def command(self, start):
+        """The command in the text that starts so."""
+        return re.search(rf"^ {{4}}({start}.*)$", self.text, re.MULTILINE)[1]
+
+    def run(self, command, **environment):
+        """Run it as a shell would."""
+        return run(["bash", "-euc", command], self.folder, **environment)

@@ -1,13 +1,18 @@
 """STA in LLaMA-Factory, by its own launcher and its own YAML."""
 
 import json
+import math
 import sys
 
 import pytest
+import torch
 import yaml
-from runs import check_adapter, evaluate, run, same_weights
+from runs import KILLED, Page, check_adapter, run, same_weights
+from safetensors.torch import load_file
 
+from sta_adapter.errors import ConfigError
 from sta_adapter.integrations.convert_data import convert_data
+from sta_adapter.integrations.llamafactory import take_settings
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +42,28 @@ def trained(base, data, tmp_path_factory):
     return out
 
 
-def test_sft(trained, base, clips, tmp_path):
+def test_sft(trained, base, clips):
     for folder in (trained, trained / "checkpoint-4"):
         check_adapter(folder, base, clips)
     assert json.loads((trained / "sta_config.json").read_text())["config"]["head_scale"] == 0.5
-    evaluate(trained, base, clips, tmp_path / "evaluation")
 
 
-def test_resuming_gives_the_same_bits(trained, base, data, tmp_path):
-    resumed = {"resume_from_checkpoint": str(trained / "checkpoint-2"), "sta": {"head_scale": 0.5}}
-    factory(base, data, tmp_path / "again", **resumed)
-    same_weights(trained, tmp_path / "again")
+def test_the_page(base, clips, tmp_path):
+    page = Page("llamafactory", base, clips, tmp_path)
+    page.run(page.command("sta-adapter convert-data"))
+    on_a_cpu = {"use_cpu": True, "report_to": "none"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**yaml.safe_load(page.block("yaml")), **on_a_cpu}))
+    page.run(page.block("bash"), DISABLE_VERSION_CHECK="1")
+    check_adapter(tmp_path / "my-adapter", base, clips)
+    page.run(page.command("sta-adapter evaluate"))
+
+
+def test_resuming_after_a_kill_gives_the_same_bits(trained, base, data, tmp_path):
+    factory(base, data, tmp_path / "out", expect=1, environment={"PYTHONPATH": KILLED}, sta={"head_scale": 0.5})
+    assert not (tmp_path / "out/checkpoint-4").exists()
+    said = factory(base, data, tmp_path / "out", sta={"head_scale": 0.5})  # the same command again
+    assert "Resuming training from" in said
+    same_weights(trained, tmp_path / "out")
 
 
 def test_two_processes_by_its_launcher(base, data, clips, tmp_path):
@@ -56,18 +72,47 @@ def test_two_processes_by_its_launcher(base, data, clips, tmp_path):
     check_adapter(tmp_path / "out", base, clips)
 
 
-def test_dpo(base, data, clips, tmp_path):
-    factory(base, data, tmp_path / "out", stage="dpo", dataset="pairs-lf", max_steps=2)
+def first_loss(out):
+    return json.loads((out / "trainer_log.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_dpo(trained, base, data, clips, tmp_path):
+    """The first loss is log 2 where the model that is trained equals the reference."""
+    settings = {"stage": "dpo", "dataset": "pairs-lf"}
+    factory(base, data, tmp_path / "out", max_steps=2, **settings)
+    check_adapter(tmp_path / "out", base, clips)
+    assert first_loss(tmp_path / "out") == pytest.approx(math.log(2), abs=1e-4)
+
+    after = {"adapter_name_or_path": str(trained), "max_steps": 1, **settings}
+    factory(base, data, tmp_path / "from-base", **after)
+    assert abs(first_loss(tmp_path / "from-base") - math.log(2)) > 1e-3
+    factory(base, data, tmp_path / "from-itself", **after, ref_model=str(base), ref_model_adapters=str(trained))
+    assert first_loss(tmp_path / "from-itself") == pytest.approx(math.log(2), abs=1e-4)
+    check_adapter(tmp_path / "from-itself", base, clips)
+
+
+def test_bf16_and_checkpointing(base, data, clips, tmp_path):
+    said = factory(base, data, tmp_path / "out", max_steps=2, bf16=True, disable_gradient_checkpointing=False)
+    assert "Gradient checkpointing enabled" in said
     check_adapter(tmp_path / "out", base, clips)
 
 
-def test_bf16(base, data, clips, tmp_path):
-    factory(base, data, tmp_path / "out", max_steps=2, bf16=True)
-    check_adapter(tmp_path / "out", base, clips)
+def test_packing(base, data, tmp_path):
+    """Two samples in one row train STA as two rows do; without borders between them they are refused."""
+    two = {"max_samples": 2, "max_steps": 1, "cutoff_len": 256, "optim": "sgd", "learning_rate": 1.0}
+    factory(base, data, tmp_path / "rows", **two)
+    said = factory(base, data, tmp_path / "packed", **two, neat_packing=True)
+    assert "Num examples = 1" in said
+    rows, packed = (load_file(tmp_path / name / "sta_adapter.safetensors") for name in ("rows", "packed"))
+    for name in rows:
+        assert torch.allclose(rows[name], packed[name], atol=1e-5), name
+    assert rows["blocks.0.to_out.weight"].abs().max() > 1e-3  # begins at zero
+    with pytest.raises(ConfigError, match="set neat_packing: true"):
+        take_settings({**two, "packing": True})
 
 
 def test_wrong_settings(base, data, tmp_path):
     said = factory(base, data, tmp_path / "out", expect=1, sta={"head_scal": 1})
     assert "error: unknown setting 'head_scal' (did you mean 'head_scale'?)" in said
-    said = factory(base, data, tmp_path / "out", expect=1, finetuning_type="full")
-    assert "finetuning_type is 'full', and STA goes in together with LoRA" in said
+    with pytest.raises(ConfigError, match="finetuning_type is 'full', and STA goes in together with LoRA"):
+        take_settings({"finetuning_type": "full"})

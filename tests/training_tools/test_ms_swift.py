@@ -1,12 +1,17 @@
 """STA in ms-swift's own commands."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from runs import BIN, check_adapter, evaluate, run, same_weights
+import torch
+from runs import BIN, KILLED, Page, check_adapter, run, same_weights
 
+from sta_adapter.errors import ConfigError
 from sta_adapter.integrations.convert_data import convert_data
+from sta_adapter.loading import load_model
 
 FRAMES = {"FPS_MAX_FRAMES": "8", "VIDEO_MIN_TOKEN_NUM": "16", "VIDEO_MAX_TOKEN_NUM": "16"}
 TINY = Path(__file__).with_name("swift_tiny.py")
@@ -80,20 +85,31 @@ def trained(base, data, tmp_path_factory):
     return out, swift("sft", base, data, out)
 
 
-def test_sft(trained, base, clips, tmp_path):
+def test_sft(trained, base, clips):
     out, said = trained
     assert "--strict true makes it an error" in said
     check_adapter(out / "checkpoint-4", base, clips)
     check_adapter(out, base, clips)
     config = json.loads((out / "checkpoint-4/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (16, 16)  # the recipe's
-    evaluate(out, base, clips, tmp_path)
 
 
-def test_resuming_gives_the_same_bits(trained, base, data, tmp_path):
+def test_the_page(base, clips, tmp_path):
+    page = Page("ms-swift", base, clips, tmp_path)
+    page.run(page.command("sta-adapter convert-data"))
+    command = page.block("bash").strip().replace('path ms-swift)"', f'path ms-swift)" {TINY}')
+    tiny = "--model_type qwen2_vl --template qwen2_vl --torch_dtype float32 --report_to none"
+    page.run(f"{command} {tiny}")
+    check_adapter(tmp_path / "my-adapter", base, clips)
+    page.run(page.command("sta-adapter evaluate"))
+
+
+def test_resuming_after_a_kill_gives_the_same_bits(trained, base, data, tmp_path):
     out, _ = trained
-    swift("sft", base, data, tmp_path / "again", "--resume_from_checkpoint", out / "checkpoint-2")
-    same_weights(out / "checkpoint-4", tmp_path / "again/checkpoint-4")
+    swift("sft", base, data, tmp_path / "out", expect=1, PYTHONPATH=KILLED)
+    assert not (tmp_path / "out/checkpoint-4").exists()
+    swift("sft", base, data, tmp_path / "out", "--resume_from_checkpoint", tmp_path / "out/checkpoint-2")
+    same_weights(out / "checkpoint-4", tmp_path / "out/checkpoint-4")
 
 
 def test_stage_one_then_two_and_settings_from_the_command_line(base, data, clips, tmp_path):
@@ -138,11 +154,62 @@ def test_bf16_and_checkpointing(base, data, clips, tmp_path):
     check_adapter(tmp_path / "out/checkpoint-2", base, clips)
 
 
-def test_dpo_after_sft(trained, base, clips, data, tmp_path):
+def losses(out):
+    rows = map(json.loads, (out / "logging.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_dpo(trained, base, clips, data, tmp_path):
+    """The first loss is log 2 where the model that is trained equals the reference."""
     out, _ = trained
-    words = ["--rlhf_type", "dpo", "--adapters", out / "checkpoint-4", "--ref_adapters", out / "checkpoint-4"]
-    swift("rlhf", base, data.with_name("swift-pairs.jsonl"), tmp_path / "out", *words, steps=2)
+    pairs, after = data.with_name("swift-pairs.jsonl"), ["--rlhf_type", "dpo", "--adapters", out / "checkpoint-4"]
+    dropout = ["--lora_dropout", 0.0]
+    swift("rlhf", base, pairs, tmp_path / "out", *after, "--ref_adapters", out / "checkpoint-4", *dropout, steps=2)
     check_adapter(tmp_path / "out/checkpoint-2", base, clips)
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-4)
+    swift("rlhf", base, pairs, tmp_path / "from-base", *after, *dropout, steps=1)
+    assert abs(losses(tmp_path / "from-base")[0] - math.log(2)) > 1e-3
+
+
+def test_grpo(base, clips, data, tmp_path):
+    words = ["--rlhf_type", "grpo", "--reward_funcs", "differs", "--num_generations", 2, "--max_completion_length", 4]
+    swift("rlhf", base, data, tmp_path / "out", *words, "--use_vllm", "false", steps=2)
+    check_adapter(tmp_path / "out/checkpoint-2", base, clips)
+
+
+def test_answers_from_vllm_are_refused(base):
+    from sta_adapter.integrations.ms_swift import STATuner
+
+    with pytest.raises(ConfigError, match="set --use_vllm false"):
+        STATuner.prepare_model(SimpleNamespace(use_vllm=True), load_model(base))
+
+
+def test_packing_on_a_cpu_is_refused_with_what_to_set(base, data, tmp_path):
+    said = swift("sft", base, data, tmp_path / "out", "--packing", "true", expect=1)
+    assert 'The "packing" feature requires a flash attention implementation' in said
+
+
+def test_padding_free_batches_have_the_same_clips(base, data, monkeypatch):
+    """With flash attention: the texts of a batch become one row, and the vision encoder gets what it gets otherwise."""
+    import swift_tiny  # noqa: F401
+    from swift.model import get_processor
+    from swift.template import get_template
+
+    for name, value in FRAMES.items():
+        monkeypatch.setenv(name, value)
+    rows = [json.loads(line) for line in data.read_text().splitlines()][:2]
+    batches = []
+    for padding_free in (False, True):
+        processor = get_processor(str(base), model_type="qwen2_vl")
+        template = get_template(processor, template_type="qwen2_vl", padding_free=padding_free)
+        template.model = load_model(base)  # numbers the positions
+        template.set_mode("train")
+        batches.append(template.data_collator([template.encode(row, return_length=True) for row in rows]))
+    padded, free = batches
+    assert len(padded["input_ids"]) == 2
+    assert len(free["input_ids"]) == 1
+    for name in ("pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(padded[name], free[name])
 
 
 def test_answers(trained, base, data, tmp_path):

@@ -1,13 +1,12 @@
 """STA in TRL's own trainers."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from runs import KILLED, Page, run, same_weights
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from sta_adapter import get_sta, load_sta
@@ -37,13 +36,13 @@ def pairs(clips):
     )
 
 
-def sft(base, rows, out, steps=4, resume=None, **changed):
+def sft(base, rows, out, steps=4, **changed):
     torch.manual_seed(0)
     sta = prepare(load_model(base), load_processor(base), frames=FRAMES, settings=changed.pop("settings", None))
     config = SFTConfig(str(out), max_steps=steps, save_steps=2, **{**RUN, **changed}, **sta.config)
     trainer = SFTTrainer(**sta.arguments, train_dataset=rows, args=config)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train()
     return trainer, before
 
 
@@ -78,32 +77,14 @@ def test_what_comes_out_is_an_adapter(trained, base, rows):
         assert torch.equal(logits(load_sta(load_model(base), folder).model, base, rows), expected)
 
 
-def test_evaluate_takes_the_output_folder(trained, base, clips):
-    from click.testing import CliRunner
-
-    from sta_adapter.cli import cli
-
-    *_, out = trained
-    words = [
-        "evaluate",
-        "--model",
-        str(base),
-        "--adapter",
-        str(out),
-        "--data",
-        str(clips / "clips.jsonl"),
-        "--out",
-        str(out / "evaluation"),
-    ]
-    done = CliRunner().invoke(cli, words)
-    assert done.exit_code == 0, (done.output, done.exception)
-
-
-def test_resuming_gives_the_same_bits(trained, base, rows, tmp_path):
-    trainer, _, out = trained
-    again, _ = sft(base, rows, tmp_path, resume=str(out / "checkpoint-2"))
-    for (name, a), b in zip(trainer.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+def test_the_page(base, clips, tmp_path):
+    page = Page("trl", base, clips, tmp_path)
+    page.run(page.command("sta-adapter convert-data"))
+    on_a_cpu = 'SFTConfig("my-adapter", use_cpu=True, bf16=False, report_to="none", '
+    (tmp_path / "train.py").write_text(page.block("python").replace('SFTConfig("my-adapter", ', on_a_cpu))
+    page.run("python train.py")
+    load_sta(load_model(base), tmp_path / "my-adapter")
+    page.run(page.command("sta-adapter evaluate"))
 
 
 def test_bf16_and_checkpointing(base, rows, tmp_path):
@@ -244,12 +225,20 @@ def test_grpo_with_video_is_found_out_by_the_callback(base, clips, tmp_path, mon
         trainer.train()
 
 
+def script(base, clips, out, *more, processes=1, **environment):
+    words = ["torchrun", "--nproc-per-node", processes, "--standalone", Path(__file__).with_name("trl_sft.py")]
+    return run([*words, base, clips / "trl.jsonl", out, *more], clips, **environment)
+
+
 def test_two_processes(base, clips, rows, tmp_path):
-    script = Path(__file__).with_name("trl_sft.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    done = subprocess.run(
-        [*words, str(base), str(clips / "trl.jsonl"), str(tmp_path)], capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+    script(base, clips, tmp_path, processes=2)
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
         load_sta(load_model(base), folder)
+
+
+def test_resuming_after_a_kill_gives_the_same_bits(base, clips, rows, tmp_path):
+    script(base, clips, tmp_path / "alone")
+    script(base, clips, tmp_path / "out", expect=1, PYTHONPATH=KILLED)
+    assert not (tmp_path / "out/checkpoint-4").exists()
+    script(base, clips, tmp_path / "out", "resume")
+    same_weights(tmp_path / "alone", tmp_path / "out")

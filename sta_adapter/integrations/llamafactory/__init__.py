@@ -85,4 +85,8 @@ def take_settings(values: Any) -> Settings:
         raise ConfigError(
             f"finetuning_type is {kind!r}, and STA goes in together with LoRA: set finetuning_type: lora."
         )
+    if values.get("packing") and not values.get("neat_packing"):
+        raise ConfigError(
+            "packing without neat_packing lets the samples of a row attend to each other's clips: set neat_packing: true."
+        )
     return settings

@@ -39,7 +39,15 @@ class STATuner(Tuner):
 
     @staticmethod
     def prepare_model(args: Any, model: nn.Module) -> nn.Module:
-        """Put STA in, and LoRA, and have the run watched and saved."""
+        """Put STA in, and LoRA, and have the run watched and saved.
+
+        Raises:
+            ConfigError: answers to learn from would come from vLLM, whose copy of the model has no STA.
+        """
+        if getattr(args, "use_vllm", False):
+            raise ConfigError(
+                "use_vllm is true, and vLLM's copy of the model has no STA that trains: set --use_vllm false."
+            )
         settings = Settings.from_environment()
         own = {FIELDS[name]: getattr(args, name) for name, value in DEFAULTS.items() if _given(args, name, value)}
         handle, lora = prepare_model(model, settings, **({} if settings.stage == 1 else own))
