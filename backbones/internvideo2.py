@@ -95,7 +95,7 @@ BACKBONE = Backbone(
     name="internvideo2",
     encoder_classes=(
         *("PretrainVisionTransformer", "PretrainVisionTransformer_clean"),
-        *("PretrainInternVideo2", "InternVideo2", "DistInternVideo2"),
+        *("PretrainInternVideo2", "InternVideo2", "DistInternVideo2", "InternVideo2Encoder"),
     ),
     layout=video_layout,
     heads=block_heads,

@@ -236,6 +236,25 @@ def internvideo2_chat_prompt(frames: int) -> Arguments:
     return {"input_ids": torch.tensor([[5, 6]]), "video": clip_videos([Clip(frames)])["x"]}
 
 
+def make_internvideo2_chat_model() -> nn.Module:
+    """InternVideo2-Chat as `load_model` puts it together."""
+    from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
+    from sta_adapter.internvideo.v2_model import InternVideo2Chat
+
+    vision = {"embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "img_size": 8, "patch_size": 4}
+    vision |= {"num_frames": 4, "init_values": 0.5, "sep_image_video_pos_embed": True}
+    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**layers, "vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = InternVideo2ChatConfig(vision, {**layers, "vocab_size": 16}, text, 2, 2)
+    return InternVideo2Chat(config)
+
+
+def internvideo2_chat_model_prompt(frames: int) -> Arguments:
+    """A clip of so many frames, four tokens, and text around it."""
+    clip = clip_videos([Clip(frames)])["x"].transpose(1, 2)
+    return {"input_ids": torch.tensor([[1, *[65] * 4, 5, 6]]), "pixel_values_videos": clip}
+
+
 def frame_pixels(clips: Sequence[Clip]) -> Arguments:
     """All frames of all clips as a batch of pictures."""
     return {"pixel_values": torch.cat([clip.pixels(3, 8, 8) for clip in clips])}
@@ -276,6 +295,10 @@ CASES = [
     Case(
         *("internvideo2-chat", "internvideo2", make_internvideo2_chat, clip_videos, clip_rows, EQUAL),
         generate=internvideo2_chat_prompt,
+    ),
+    Case(
+        *("internvideo2_chat", "internvideo2", make_internvideo2_chat_model, clip_videos, clip_rows, EQUAL),
+        generate=internvideo2_chat_model_prompt,
     ),
     Case("internvideo2_5-tower", "internvideo2_5", make_intern_vit, frame_pixels, frame_rows, tell_clips=True),
     Case(

@@ -2,7 +2,7 @@
 
 The folder holds one subfolder a release, with the files as published:
 
-    internvideo2_chat/    modeling_internvideo2_vit.py, of InternVideo2-Chat on the Hub
+    internvideo2_chat/    model_config.py, modeling_*.py, of InternVideo2-Chat on the Hub
     internvideo2/         internvideo2.py, internvideo2_clip_vision.py, pos_embed.py, flash_attention_class.py,
                           of OpenGVLab/InternVideo, InternVideo2/multi_modality/models/backbones/internvideo2
     internvideo2_single/  internvideo2.py, internvideo2_pretrain.py, internvideo2_distill.py, pos_embed.py,
@@ -59,6 +59,7 @@ TIMM = {
         "DropPath": DropPath,
         "to_2tuple": lambda x: x if isinstance(x, tuple) else (x, x),
         "trunc_normal_": torch.nn.init.trunc_normal_,
+        "drop_path": lambda x, drop_prob, training: DropPath(drop_prob).train(training)(x),
     },
     "timm.models.registry": {"register_model": lambda function: function},
 }

@@ -4,6 +4,7 @@ import inspect
 import json
 
 import internvideo2_5_chat
+import internvideo2_chat
 import pytest
 import torch
 import transformers
@@ -177,6 +178,21 @@ def test_internvideo2_5_golden_and_stand_in():
         assert_golden_gradients(handle, tensors)
         handle.remove()
     assert relative_error(standin.eval()(rows).last_hidden_state, tensors["base_output"]) <= 1e-5
+
+
+@needs_old_transformers
+def test_internvideo2_chat_itself():
+    """Its code gives the numbers that the main tests compare ours with; its weights have the names that they load."""
+    shapes, expected = internvideo2_chat.read_golden()
+    model, found_shapes = internvideo2_chat.published_with_weights()
+    assert found_shapes == shapes
+    found = dict(internvideo2_chat.results_of(model))
+    assert found.keys() == expected.keys()
+    for name, result in found.items():
+        if result.is_floating_point():
+            assert relative_error(result, expected[name]) <= 1e-5, name
+        else:
+            assert torch.equal(result, expected[name]), name
 
 
 class Tokenizer:

@@ -15,6 +15,8 @@ from torch import nn
 BUILDERS = {
     "modeling_internvl_chat_hico2": "sta_adapter.internvideo.v2_5_loading",
     "internvideo2_5_chat": "sta_adapter.internvideo.v2_5_loading",
+    "modeling_videochat2": "sta_adapter.internvideo.v2_loading",
+    "internvideo2_chat": "sta_adapter.internvideo.v2_loading",
 }
 """By the module that a published `auto_map` names for the model, or by the `model_type` that we save."""
 

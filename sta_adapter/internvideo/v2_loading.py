@@ -1,0 +1,103 @@
+"""InternVideo2-Chat from its published files, or from a folder that `save_pretrained` wrote.
+
+Public: `load_model`, `load_processor`, `empty_model`, as `sta_adapter.internvideo.Builder` has them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import GenerationConfig
+
+from sta_adapter.errors import ConfigError
+from sta_adapter.internvideo.files import TOKENIZER_FILES, WEIGHT_FILES, fetch_folder
+from sta_adapter.internvideo.v2_config import MODEL_TYPE, read_config
+from sta_adapter.internvideo.v2_model import InternVideo2Chat
+from sta_adapter.internvideo.v2_weights import model_weights
+from sta_adapter.internvideo.weights import fill, iterate_weights, weight_files
+
+OTHER_FILES = ("*/config.json", "bert/*", "bert-base-uncased/*")
+"""A language model's configuration and the Q-Former's tokenizer, where a folder has them."""
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    config: dict[str, Any],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    quantization_config: Any = None,
+) -> nn.Module:
+    """The model with its weights, on a device.
+
+    Args:
+        name: Hub id or folder.
+        config: contents of its `config.json`.
+        revision: branch, tag or commit on the Hub.
+        dtype: of the weights; "auto" for that of the configuration, bfloat16 where it names none.
+        device: where to.
+        quantization_config: for bitsandbytes; only for folders that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or weights don't fit the configuration.
+        ConfigError: published weights are to be quantized.
+    """
+    folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES, *OTHER_FILES))
+    if quantization_config is not None:
+        if config.get("model_type") != MODEL_TYPE:
+            raise ConfigError(
+                f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are "
+                "converted. Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load "
+                "FOLDER."
+            )
+        quantized: Any = InternVideo2Chat.from_pretrained(folder, quantization_config=quantization_config)
+        quantized.config._name_or_path = os.fspath(name)
+        return quantized
+    if dtype == "auto":
+        dtype = getattr(
+            torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        )
+    made = read_config(config, folder)
+    with _Unallocated():
+        model: Any = InternVideo2Chat(made)
+    weights = model_weights(iterate_weights(weight_files(folder)), made.lora_scale)
+    fill(model, weights, source=folder, dtype=dtype, device=device)  # type: ignore[arg-type]
+    made.lora_scale = None  # it is merged now
+    made._name_or_path = os.fspath(name)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(device).eval()
+
+
+def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:
+    """The model's processor, from published files or from a folder that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: the tokenizer's files are missing or damaged.
+    """
+    from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
+
+    folder = fetch_folder(name, revision, (*TOKENIZER_FILES, *OTHER_FILES))
+    return InternVideo2ChatProcessor.of_folder(folder, read_config(config, folder), str(name))
+
+
+def empty_model(config: dict[str, Any], folder: Path | None = None) -> nn.Module:
+    """The model without weights, made on the device of the context that it is called in."""
+    return InternVideo2Chat(read_config(config, folder))
+
+
+class _Unallocated(TorchFunctionMode):
+    """Weights that are made without a value are on the meta device; what is computed, as rotary frequencies, is real."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch."""
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})

@@ -1,0 +1,213 @@
+"""InternVideo2-Chat, put together from transformers' parts: video encoder, Q-Former (InstructBLIP's), Mistral.
+
+Public: `InternVideo2Chat`. Numbers made by the published code prove that it computes the same: `tests/test_internvideo2_chat.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import InstructBlipQFormerModel, MistralForCausalLM, PreTrainedModel
+
+from sta_adapter.data.clip_batches import missing_frames
+from sta_adapter.errors import DataError
+from sta_adapter.internvideo.v2_chat import ChatMixin
+from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
+from sta_adapter.internvideo.v2_encoder import InternVideo2Encoder
+
+LAYER_NORM_EPS = 1e-12
+
+
+class InternVideo2Chat(ChatMixin, PreTrainedModel):
+    """A language model that reads each clip and each picture as as many tokens as the Q-Former has queries.
+
+    Args:
+        config: its sizes.
+    """
+
+    config_class = InternVideo2ChatConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: InternVideo2ChatConfig) -> None:
+        super().__init__(config)
+        encoder, qformer = config.encoder(), config.qformer()
+        self.vision_encoder = InternVideo2Encoder(encoder)
+        self.vision_layernorm = nn.LayerNorm(encoder.embed_dim, eps=LAYER_NORM_EPS)
+        self.qformer = InstructBlipQFormerModel(qformer)
+        self.query_tokens = nn.Parameter(torch.randn(1, config.num_query_token, qformer.hidden_size) * 0.02)
+        self.extra_query_tokens = nn.Parameter(torch.zeros(1, config.extra_num_query_token, qformer.hidden_size))
+        self.project_up = nn.Linear(qformer.hidden_size, config.text_config.hidden_size)
+        self.lm = MistralForCausalLM(config.text_config)
+        self.generation_config = self.lm.generation_config
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Each part initialises itself."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put others in their place."""
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.lm.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's output: `logits` (B, L, V), `loss` if there are `labels`.
+
+        Args:
+            input_ids: (B, L), with a placeholder for each token of each clip and picture.
+            attention_mask: (B, L).
+            pixel_values_videos: clips (n, T, 3, H, W) in the order of their placeholders, normalised; shorter ones are filled
+                up with frames of NaN.
+            pixel_values: pictures (n, 3, H, W), likewise.
+            inputs_embeds: (B, L, C) instead of `input_ids` and pixels.
+            qformer_input_ids: tokens (1 or n, L') of an instruction that the Q-Former reads as well.
+            qformer_attention_mask: of these.
+            kwargs: what Mistral takes.
+
+        Raises:
+            DataError: placeholders and pixels don't go together.
+        """
+        if inputs_embeds is None:
+            text = (qformer_input_ids, qformer_attention_mask)
+            inputs_embeds = self.embed(input_ids, pixel_values_videos, pixel_values, text)
+        return self.lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        instruction: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
+        """Embeddings (B, L, C) of text, clips and pictures; arguments as for `forward`.
+
+        Raises:
+            DataError: placeholders and pixels don't go together.
+        """
+        if input_ids is None:
+            raise DataError("neither input_ids nor inputs_embeds were given; expected one of them.")
+        config = self.config
+        seen = (
+            ("clips", config.video_token_id, pixel_values_videos),
+            ("pictures", config.image_token_id, None if pixel_values is None else pixel_values.unsqueeze(1)),
+        )
+        visual = (input_ids == config.video_token_id) | (input_ids == config.image_token_id)
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(visual, 0))
+        for kind, token, pixels in seen:
+            places = input_ids == token
+            found = 0 if pixels is None else len(pixels)
+            if int(places.sum()) != found * config.num_visual_tokens:
+                raise DataError(
+                    f"{int(places.sum())} placeholders of {kind} and {found} {kind} were given; expected "
+                    f"{config.num_visual_tokens} for each. Make both with the processor of this model."
+                )
+            if pixels is not None and found:
+                features = self.encode(pixels, *instruction).to(embeddings.dtype)
+                embeddings = embeddings.masked_scatter(places[..., None], features)
+        return embeddings
+
+    def encode(
+        self, clips: Tensor, qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """What the language model reads of clips (n, T, 3, H, W), pictures with T = 1: (n, queries, C).
+
+        Raises:
+            DataError: the tensor has another shape, or a clip has no frame.
+        """
+        if clips.dim() != 5 or clips.shape[2] != 3:
+            raise DataError(
+                f"clips have the shape {tuple(clips.shape)}; expected (clips, frames, 3, height, width) of pixel_values_videos, "
+                "or (pictures, 3, height, width) of pixel_values."
+            )
+        lengths = (~missing_frames(clips)).sum(1).tolist()
+        if 0 in lengths:
+            raise DataError(f"clips have {lengths} frames; expected at least one of each.")
+        features: list[Tensor | None] = [None] * len(clips)
+        for frames in sorted(set(lengths)):  # a forward for each length: a row of the encoder is a whole clip
+            rows = [row for row, length in enumerate(lengths) if length == frames]
+            text = [_rows(tensor, rows) for tensor in (qformer_input_ids, qformer_attention_mask)]
+            for row, feature in zip(rows, self._encode(clips[rows, :frames], *text), strict=True):
+                features[row] = feature
+        return torch.stack([feature for feature in features if feature is not None])
+
+    def _encode(self, clips: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Clips (n, T, 3, H, W) of as many frames each."""
+        tokens = self.vision_layernorm(self.vision_encoder(clips.transpose(1, 2)))
+        queries = torch.cat([self.query_tokens, self.extra_query_tokens], dim=1).expand(len(clips), -1, -1)
+        count, mask = queries.shape[1], None
+        if input_ids is not None:
+            given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            mask = torch.cat([given.new_ones(len(clips), count), given], dim=1)
+        out = self.qformer(input_ids=input_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=tokens)
+        return self.project_up(out.last_hidden_state[:, :count])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """What the language model writes: `input_ids` and the new tokens (B, L + new), of `inputs_embeds` the new ones alone.
+
+        Args:
+            input_ids: as for `forward`, likewise the others.
+            attention_mask: (B, L).
+            pixel_values_videos: clips.
+            pixel_values: pictures.
+            inputs_embeds: (B, L, C) instead of `input_ids` and pixels.
+            qformer_input_ids: an instruction for the Q-Former.
+            qformer_attention_mask: of that.
+            options: of transformers' `generate`.
+        """
+        if inputs_embeds is None:
+            text = (qformer_input_ids, qformer_attention_mask)
+            inputs_embeds = self.embed(input_ids, pixel_values_videos, pixel_values, text)
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        self.lm.generation_config = self.generation_config
+        out = self.lm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+        if input_ids is None:
+            return out
+        if isinstance(out, Tensor):
+            return _behind(input_ids, out)
+        out.sequences = _behind(input_ids, out.sequences)
+        return out
+
+
+def _rows(tensor: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+    """The rows of those clips, or the only one for each of them."""
+    if tensor is None:
+        return None
+    return tensor.expand(len(rows), -1) if len(tensor) == 1 else tensor[list(rows)]
+
+
+def _behind(prompts: Tensor, new: Tensor) -> Tensor:
+    """New tokens (B * n, L') behind their prompts (B, L)."""
+    return torch.cat([prompts.repeat_interleave(len(new) // len(prompts), dim=0), new], dim=1)

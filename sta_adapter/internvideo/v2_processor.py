@@ -1,0 +1,259 @@
+"""What InternVideo2-Chat reads: a processor in transformers' manner, of a conversation with clips and pictures to tensors.
+
+Public: `InternVideo2ChatProcessor`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BatchFeature, MistralConfig
+
+from sta_adapter.errors import CheckpointError, DataError
+from sta_adapter.internvideo.files import read_json
+from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
+from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
+from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, prompt_tokens
+
+SETTINGS = "preprocessor_config.json"
+NAME = "InternVideo2ChatProcessor"
+HD_TILES = (2, 1)
+"""Columns and rows of tiles that the HD variant was published with, whatever the picture's shape."""
+FRAMES = 8
+"""Frames that a clip was published with."""
+PLACES = re.compile(
+    f"<(Image|Video)>(?:{re.escape(IMAGE)}|{re.escape(VIDEO)})</\\1>|{re.escape(IMAGE)}|{re.escape(VIDEO)}"
+)
+BERT_FOLDERS = ("bert-base-uncased", "bert")
+
+
+class InternVideo2ChatProcessor:
+    """Tokens and clips of conversations.
+
+    Attributes:
+        tokenizer: the language model's.
+        image_processor: what makes pixels; its `tiles` are set for the HD variant.
+        qformer_tokenizer: of bert-base-uncased, for instructions that the Q-Former reads; None where there is none.
+        chat_template: Jinja; parts of type "video" and "image" are clips and pictures.
+        num_visual_tokens: of each clip and picture.
+        image_token_id: stands for each token of a picture.
+        video_token_id: stands for each token of a clip.
+        num_frames: of a clip, as published.
+    """
+
+    image_token, video_token = IMAGE, VIDEO
+    model_input_names = ("input_ids", "attention_mask", "pixel_values_videos", "pixel_values")
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: InternVideo2ImageProcessor,
+        *,
+        num_visual_tokens: int,
+        image_token_id: int,
+        video_token_id: int,
+        num_frames: int = FRAMES,
+        qformer_tokenizer: Any = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.add_tokens(
+            [IMAGE, VIDEO], special_tokens=True
+        )  # for who counts them in a text; ids of our own stand for them
+        self.image_processor = image_processor
+        self.qformer_tokenizer = qformer_tokenizer
+        self.num_visual_tokens = num_visual_tokens
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.num_frames = num_frames
+        self.chat_template = chat_template or CHAT_TEMPLATE
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        *,
+        instruction: str | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        **options: Any,
+    ) -> BatchFeature:
+        """Encode texts with their clips and pictures.
+
+        Args:
+            images: all pictures of the texts, in order.
+            text: one or several, with `[<IMG_PLH>]` for each picture and `[<VID_PLH>]` for each clip.
+            videos: all clips of the texts, in order, (T, H, W, 3) or (T, 3, H, W) uint8 each.
+            instruction: what the Q-Former reads along with each clip, as the HD variant's `chat` gives it.
+            return_tensors: "pt", the only kind.
+            padding: of texts of unequal lengths, on the tokenizer's `padding_side`; False takes one text.
+            options: `add_special_tokens`, `videos_kwargs` and `images_kwargs`, of which none matters here.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L); `pixel_values_videos` (n, T, 3, size, size), shorter clips filled up with
+            frames of NaN; `pixel_values` (n, 3, size, size); with an instruction `qformer_input_ids` and its mask.
+
+        Raises:
+            DataError: texts, clips and pictures don't go together.
+        """
+        unknown = options.keys() - {"add_special_tokens", "videos_kwargs", "images_kwargs"}
+        if text is None or return_tensors not in ("pt", None) or unknown:
+            told = f", and {', '.join(sorted(unknown))}" if unknown else ""
+            raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}{told}; expected a text, and 'pt'.")
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures, clips = list(images or ()), list(videos if videos is not None else ())
+        places = [found[0] for one in texts for found in PLACES.finditer(one)]
+        counts = [sum(place_token in place for place in places) for place_token in (IMAGE, VIDEO)]
+        if counts != [len(pictures), len(clips)]:
+            raise DataError(
+                f"the text has {counts[0]} times {IMAGE} and {counts[1]} times {VIDEO}, and there are {len(pictures)} pictures and "
+                f"{len(clips)} clips; expected one for each. Either one is missing, or the text contains these words itself."
+            )
+        repeated = [PLACES.sub(lambda found: found[0] * self.image_processor.per_clip, one) for one in texts]
+        inputs = self._padded([prompt_tokens(self.tokenizer, one, self) for one in repeated], padding)
+        inputs |= self.image_processor.preprocess(pictures, clips)
+        if instruction:
+            inputs |= self._instruction(instruction)
+        return BatchFeature(inputs)
+
+    def _padded(self, rows: list[list[int]], padding: bool | str) -> dict[str, Tensor]:
+        longest = max(map(len, rows))
+        if padding is False and any(len(row) != longest for row in rows):
+            raise DataError(f"texts have {sorted({len(row) for row in rows})} tokens; expected padding=True for these.")
+        right = self.tokenizer.padding_side == "right"
+
+        def filled(row: list[int], fill: int) -> list[int]:
+            more = [fill] * (longest - len(row))
+            return row + more if right else more + row
+
+        ids = [filled(row, self.tokenizer.pad_token_id) for row in rows]
+        mask = [filled([1] * len(row), 0) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def _instruction(self, instruction: str) -> dict[str, Tensor]:
+        if self.qformer_tokenizer is None:
+            raise DataError(
+                "an instruction for the Q-Former needs the tokenizer of bert-base-uncased; put its files into the model's folder as "
+                "bert-base-uncased/, or set processor.qformer_tokenizer."
+            )
+        told = self.qformer_tokenizer(instruction, truncation=True, max_length=512, return_tensors="pt")
+        return {"qformer_input_ids": told["input_ids"], "qformer_attention_mask": told["attention_mask"]}
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """The conversation as text, or with `tokenize` encoded with the clips and pictures that stand in its parts.
+
+        Args:
+            conversation: messages with `role` and `content`; or a list of such conversations.
+            chat_template: instead of the processor's own.
+            tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their type.
+            return_dict: whether everything is returned, or the token ids alone.
+            options: `add_generation_prompt`, which changes nothing here, and those of calling the processor.
+        """
+        prompt = options.pop("add_generation_prompt", False)
+        text = self.tokenizer.apply_chat_template(
+            conversation,
+            chat_template=chat_template or self.chat_template,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+        if not tokenize:
+            return text
+        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        messages = list(itertools.chain.from_iterable(conversation)) if several else conversation
+        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+        held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
+        encoded = self(text=text, images=held["image"] or None, videos=held["video"] or None, **options)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As the tokenizer."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """As the tokenizer."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as they are saved."""
+        kept = {
+            key: getattr(self, key) for key in ("num_visual_tokens", "image_token_id", "video_token_id", "num_frames")
+        }
+        return {"processor_class": NAME, **kept, "image_processor": self.image_processor.to_dict()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the tokenizers, the chat template and the settings into a folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        before, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.chat_template = before
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(folder / BERT_FOLDERS[0])
+        (folder / SETTINGS).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def of_folder(cls, folder: Path, config: InternVideo2ChatConfig, name: str) -> InternVideo2ChatProcessor:
+        """The processor of a folder with published files, or of one that `save_pretrained` wrote.
+
+        Args:
+            folder: with the tokenizer's files.
+            config: the model's.
+            name: what the model is called; one that ends in "_HD" is the HD variant, whose configuration is the same.
+
+        Raises:
+            CheckpointError: the tokenizer's files are missing or damaged.
+        """
+        tokenizer, saved = _tokenizer(folder), read_json(folder / SETTINGS)
+        berts = [folder / bert for bert in BERT_FOLDERS if (folder / bert).is_dir()]
+        read: dict[str, Any] = {"qformer_tokenizer": _tokenizer(berts[0]) if berts else None}
+        if saved.get("processor_class") == NAME:
+            told = {key: value for key, value in saved["image_processor"].items() if key != "image_processor_type"}
+            kept = {key: value for key, value in saved.items() if key not in ("processor_class", "image_processor")}
+            read["chat_template"] = tokenizer.chat_template
+            return cls(tokenizer, InternVideo2ImageProcessor(**told), **read, **kept)
+        tiles = HD_TILES if name.rstrip("/").upper().endswith("HD") else None
+        return cls(
+            tokenizer,
+            InternVideo2ImageProcessor(config.vision_config["img_size"], tiles),
+            num_visual_tokens=config.num_visual_tokens,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            **read,
+        )
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        # the configuration spares a look at config.json, which names code of its own
+        return AutoTokenizer.from_pretrained(folder, config=MistralConfig(), trust_remote_code=False)
+    except Exception as error:  # whatever the releases of transformers and tokenizers raise
+        held = (
+            ", ".join(sorted(path.name for path in folder.iterdir() if "token" in path.name))
+            or "no file of a tokenizer"
+        )
+        raise CheckpointError(
+            f"the tokenizer in {folder} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); the folder holds "
+            f"{held}, expected tokenizer.json, or tokenizer.model with the package sentencepiece, and tokenizer_config.json. "
+            "InternVideo2-Chat's is that of mistralai/Mistral-7B-Instruct-v0.3."
+        ) from error

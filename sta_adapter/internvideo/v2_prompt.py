@@ -1,0 +1,90 @@
+"""The prompt that InternVideo2-Chat was trained with, and its tokens.
+
+Public: `IMAGE`, `VIDEO`, `CHAT_TEMPLATE`, `prompt_tokens`, `conversation`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sta_adapter.errors import DataError
+
+IMAGE, VIDEO = "[<IMG_PLH>]", "[<VID_PLH>]"
+"""Where a picture or a clip stands in a prompt."""
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}{% else %}\
+{% set parts = message['content'] %}{% endif %}
+    {%- set seen = parts | selectattr('type', 'in', ['image', 'video']) | list %}
+    {%- set said = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') | trim %}
+    {%- if message['role'] == 'system' %}
+        {{- said }}
+    {%- elif message['role'] == 'user' %}
+        {%- if seen %}
+            {{- '[INST] ' }}
+            {%- for part in seen %}
+                {{- '<Image>[<IMG_PLH>]</Image>' if part['type'] == 'image' else '<Video>[<VID_PLH>]</Video>' }}
+            {%- endfor %}
+            {{- '[/INST] [INST] ' + said + ' [/INST]' }}
+        {%- elif loop.first or messages[loop.index0 - 1]['role'] == 'system' %}
+            {{- '[INST] ' + said + ' [/INST]' }}
+        {%- else %}
+            {{- ' [INST] ' + said + ' [/INST]' }}
+        {%- endif %}
+    {%- else %}
+        {{- said + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+"""As the published `chat` writes it: clips and pictures in a turn of their own, then the question."""
+
+
+def prompt_tokens(tokenizer: Any, text: str, config: Any) -> list[int]:
+    """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
+
+    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's beginning.
+
+    Args:
+        tokenizer: the language model's.
+        text: the text; a `bos_token` that it begins with isn't doubled.
+        config: has `num_visual_tokens`, `image_token_id` and `video_token_id`.
+
+    Raises:
+        DataError: the tokenizer has no token for a text's beginning.
+    """
+    if tokenizer.bos_token_id is None:
+        raise DataError(f"{type(tokenizer).__name__} has no bos_token, which begins each stretch of text; set it.")
+    tokens: list[int] = []
+    for stretch in re.split(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})", text.removeprefix(tokenizer.bos_token)):
+        if stretch in (IMAGE, VIDEO):
+            place = config.image_token_id if stretch == IMAGE else config.video_token_id
+            tokens += [place] * config.num_visual_tokens
+        else:
+            tokens += [tokenizer.bos_token_id, *tokenizer(stretch, add_special_tokens=False)["input_ids"]]
+    return tokens
+
+
+def conversation(
+    question: str,
+    placeholders: Sequence[str],
+    *,
+    message: str = "",
+    instruction: str = "",
+    history: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The published conversation, without the `bos_token` that begins it.
+
+    Args:
+        question: what is asked now.
+        placeholders: `IMAGE` or `VIDEO` for each picture or clip.
+        message: text behind them, such as at which seconds the frames were taken.
+        instruction: text in front of all.
+        history: questions and answers before.
+    """
+    tags = {IMAGE: "Image", VIDEO: "Video"}
+    seen = "".join(f"<{tags[place]}>{place}</{tags[place]}>" for place in placeholders)
+    before = "".join(f" [INST] {asked} [/INST]{answered}</s>" for asked, answered in history)
+    return f"{instruction}[INST] {seen}{message.rstrip()}[/INST]{before} [INST] {question} [/INST]"

@@ -1,0 +1,103 @@
+"""InternVideo2-Chat from published names and weights: the numbers are those of the published code (see internvideo2_chat.py)."""
+
+import pytest
+import torch
+from internvideo2_chat import (
+    CLIPS,
+    CONFIG,
+    HISTORY,
+    INSTRUCTION,
+    MIXED,
+    NEW_TOKENS,
+    QUESTION,
+    clips,
+    prompts,
+    read_golden,
+    tokenizer,
+    write_folder,
+)
+from test_goldens import relative_error
+
+from sta_adapter.internvideo.v2_loading import load_model
+from sta_adapter.internvideo.v2_prompt import prompt_tokens
+
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return read_golden()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_model(folder, CONFIG)
+
+
+def padded(rows):
+    """(input_ids, attention_mask) of rows of ids, padded on the left."""
+    longest = max(map(len, rows))
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return torch.tensor([[0] * (longest - len(row)) + row for row in rows]), mask
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@torch.no_grad()
+def test_what_the_language_model_reads_of_clips(loaded, golden, name):
+    assert relative_error(loaded.encode(clips(name)), golden[f"{name}/embeddings"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_an_instruction_for_the_q_former(loaded, golden):
+    found = loaded.encode(clips("three tiles of 8"), INSTRUCTION)
+    assert relative_error(found, golden["three tiles of 8/instructed"]) <= 1e-5
+    assert relative_error(found, golden["three tiles of 8/embeddings"]) > 1e-2
+
+
+@torch.no_grad()
+def test_clips_of_unequal_lengths_in_one_call(loaded, golden):
+    names = ("one clip of 12", "two clips of 16", "one clip of 8")
+    rows = [clip for name in names for clip in clips(name)]
+    filled = torch.stack(
+        [torch.nn.functional.pad(row, (0,) * 7 + (16 - len(row),), value=float("nan")) for row in rows]
+    )
+    expected = torch.cat([golden[f"{name}/embeddings"] for name in names])
+    assert relative_error(loaded.encode(filled), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["one clip of 8", "two clips of 16", "one clip of 64", "three tiles of 8"])
+@torch.no_grad()
+def test_logits_and_greedy_tokens(loaded, golden, name):
+    text = tokenizer()
+    ids, mask = padded([prompt_tokens(text, f"<s>{prompt}", loaded.config) for prompt in prompts(name)])
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": clips(name)}
+    assert relative_error(loaded(**batch).logits[:, -6:], golden[f"{name}/logits"]) <= 1e-5
+    out = loaded.generate(**batch, **GREEDY)
+    assert torch.equal(out[:, : ids.shape[1]], ids)
+    assert torch.equal(out[:, ids.shape[1] :], golden[f"{name}/tokens"])
+
+
+@torch.no_grad()
+def test_pictures_and_a_clip_in_one_sample(loaded, golden):
+    ids = torch.tensor([prompt_tokens(tokenizer(), MIXED, loaded.config)])
+    batch = {
+        "input_ids": ids,
+        "pixel_values_videos": clips("one clip of 8"),
+        "pixel_values": clips("two pictures")[:, 0],
+    }
+    assert relative_error(loaded(**batch).logits[:, -6:], golden["mixed/logits"]) <= 1e-5
+    assert torch.equal(loaded.generate(**batch, **GREEDY)[:, ids.shape[1] :], golden["mixed/tokens"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("one clip of 8", "video"), ("two pictures", "image")])
+def test_chat(loaded, golden, name, kind):
+    said, history = loaded.chat(
+        *(tokenizer(), "Taken at 1, 2 s. ", QUESTION, kind, clips(name)[0], "Look closely.", HISTORY, True, GREEDY)
+    )
+    assert said.encode() == bytes(golden[f"{name}/chat"].tolist())
+    assert history == [*HISTORY, (QUESTION, said)]
