@@ -1,9 +1,9 @@
 """Fine-tune InternVideo2.5-Chat with STA: stage one trains STA alone, stage two LoRA beside it.
 
-    python examples/finetune_internvideo2_5_chat.py --data clips.jsonl --out my-adapter --trust-remote-code
+    python examples/finetune_internvideo2_5_chat.py --data clips.jsonl --out my-adapter
     python examples/finetune_internvideo2_5_chat.py --tiny
 
-The model's own code needs transformers below 4.50. Each sample is one clip, one question and one answer.
+`sta-adapter train` does the same. This loop shows every step. A sample is one clip, one question and one answer.
 """
 
 from __future__ import annotations
@@ -17,21 +17,17 @@ from common import arguments
 from peft import get_peft_model
 from remote_chat import answer_loss, clip_question_answer, load_pixels, make_loader, padded_tokens, run_stage
 from tiny_models import internvl_chat
-from torch import Tensor, distributed
-from transformers import AutoTokenizer
+from torch import Tensor
 
 from sta_adapter import STAHandle, get_sta, inject_sta, load_sta
-from sta_adapter.loading import load_model
+from sta_adapter.loading import load_model, load_processor
 
 
 def load(args: Any) -> tuple[Any, Any]:
-    """Model and tokenizer. The model's code is only run where the user says so."""
+    """Model and tokenizer."""
     if args.tiny:
         return internvl_chat()
-    if not distributed.is_initialized():  # the model's forward asks for its rank
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    options = {"trust_remote_code": args.trust_remote_code}
-    return load_model(args.model, dtype="bf16", **options), AutoTokenizer.from_pretrained(args.model, **options)
+    return load_model(args.model, dtype="bf16"), load_processor(args.model).tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

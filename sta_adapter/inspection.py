@@ -89,6 +89,8 @@ def empty_model(
     """
     import transformers
 
+    from sta_adapter.internvideo import builder_of
+
     name, path = os.fspath(source), Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
@@ -99,7 +101,10 @@ def empty_model(
         )
     try:
         found, _ = transformers.PretrainedConfig.get_config_dict(name, revision=revision)
-        kind = found.get("model_type")
+        kind, builder = found.get("model_type"), None if trust_remote_code else builder_of(found)
+        if builder is not None:
+            with _WithoutWeights():
+                return builder.empty_model(found).eval()
         if "auto_map" in found and kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
             raise CheckpointError(
                 f"{name!r} comes with Python code of its own ({kind}). If you trust it, pass trust_remote_code=True "
@@ -141,8 +146,8 @@ def inspect_model(
         clip: for which arithmetic is counted; None for 16 frames of 32x32 patches.
 
     Returns:
-        Plain values, ready for JSON: `model`, `backbone`, `encoder`, `config`, `blocks`, `parameters`, `arithmetic`,
-        `stream` (what one keeps, where `cfg` has a window; else None), `warnings`.
+        Plain values, ready for JSON: `model`, `code` (where its class comes from), `backbone`, `encoder`, `config`, `blocks`,
+        `parameters`, `arithmetic`, `stream` (what one keeps, where `cfg` has a window; else None), `warnings`.
 
     Raises:
         STAError: as `inject_sta`.
@@ -165,6 +170,7 @@ def inspect_model(
     ]
     return {
         "model": type(model).__name__,
+        "code": _code_of(model),
         "backbone": target.backbone.name,
         "encoder": {
             "class": type(target.encoder).__name__,
@@ -185,6 +191,15 @@ def inspect_model(
         "stream": count_stream(plan, clip or ClipSize(), modules),
         "warnings": _warnings(plan),
     }
+
+
+def _code_of(model: nn.Module) -> str:
+    """Where a model's class comes from."""
+    package = type(model).__module__.split(".")[0]
+    return {
+        "sta_adapter": "sta-adapter, put together from the published weights; the published code is not run",
+        "transformers_modules": "Python files that come with the model",
+    }.get(package, package)
 
 
 def count_arithmetic(plan: Plan, clip: ClipSize) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from sta_adapter.cli import cli
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
+from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.loading import load_model, load_processor
+from sta_adapter.video.sampling import Sampling, choose_frames
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,7 @@ def run(*line):
     return done.output
 
 
+@pytest.mark.filterwarnings("ignore:.*sampled alike:sta_adapter.errors.STAWarning")
 def test_from_json_lines_to_an_adapter_and_answers(base, clips, tmp_path):
     lines = [
         record(clip("short", nframes=4)),
@@ -357,3 +360,93 @@ def test_an_unknown_revision_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"'user/model' at revision 'v9' can't be had: it has no such branch"):
         files.fetch_folder("user/model", "v9", ())
+
+
+def test_inspect_says_whose_code_it_is(published):
+    found = json.loads(run("inspect", published, "--json"))
+    assert found["model"] == "InternVideo2_5ForConditionalGeneration"
+    assert found["code"].startswith("sta-adapter, put together")
+    assert found["backbone"] == "internvideo2_5"
+    assert found["encoder"]["path"] == "vision_model"
+
+
+ADDED = {3: "<|im_start|>", 4: "<|im_end|>", 270: "<img>", 271: "</img>", 272: "<IMG_CONTEXT>"}
+
+
+def sentencepiece_model(folder, prefix=False):
+    """InternLM2's kind of tokenizer.model: byte pairs, bytes, and unused pieces whose places other tokens take."""
+    protobuf = pytest.importorskip("google.protobuf")
+    assert protobuf
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = 2, 0
+    model.normalizer_spec.add_dummy_prefix = prefix
+    unknown, normal, control, defined, byte = 2, 1, 3, 4, 6
+    words = ["▁", "a", "b", "ab", "▁ab", "abb"]
+    pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control), ("[UNUSED_1]", defined), ("[UNUSED_2]", defined)]
+    pieces += [(f"<0x{number:02X}>", byte) for number in range(256)] + [(word, normal) for word in words]
+    pieces += [("c", normal), ("bb", normal), ("<keep>", defined)]
+    for number, (text, kind) in enumerate(pieces):
+        model.pieces.add(piece=text, type=kind, score=0.0 if kind != normal else -float(number))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    told = {str(number): {"content": text, "special": True} for number, text in ADDED.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": told, "add_bos_token": True}))
+
+
+def test_a_sentencepiece_model_is_converted_without_the_published_code(tmp_path):
+    sentencepiece_model(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    text = "<|im_start|>abb ab é<IMG_CONTEXT><|im_end|><keep>"
+    words = ["<|im_start|>", "abb", "▁ab", "▁", "<0xC3>", "<0xA9>", "<IMG_CONTEXT>", "<|im_end|>", "<keep>"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == words
+    assert tokenizer(text)["input_ids"] == [1, *ids]
+    assert tokenizer.decode(ids) == text
+    assert [tokenizer.convert_tokens_to_ids(word) for word in ADDED.values()] == list(ADDED)
+    assert "<IMG_CONTEXT>" in tokenizer.all_special_tokens
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == [1, *ids]
+
+
+def test_a_dummy_prefix_and_foreign_ids_are_known(tmp_path):
+    sentencepiece_model(tmp_path, prefix=True)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁ab"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<img>": 99999}))
+    with pytest.raises(CheckpointError, match="added tokens don't get their ids"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("total", "count"), [(56, 8), (300, 16), (57, 4), (24, 12)])
+def test_frames_are_the_middles_of_segments(total, count):
+    size = (total - 1) / count  # as the published loader counts them
+    expected = [int(size / 2 + np.round(size * index)) for index in range(count)]
+    times = np.arange(total) / 8
+    assert choose_frames(times, total / 8, Sampling(num_frames=count, segments=True)).tolist() == expected
+
+
+def test_more_segments_than_frames_take_each_frame_once():
+    found = choose_frames(np.arange(6) / 8, 6 / 8, Sampling(num_frames=16, segments=True))
+    assert found.tolist() == [0, 1, 2, 3, 4, 5]
+    part = choose_frames(np.arange(80) / 8, 10.0, Sampling(num_frames=4, segments=True, start=2.0, end=4.0))
+    assert part.tolist() == [18, 22, 26, 30]
+
+
+def test_the_commands_read_those_frames(processor, clips):
+    reader = VideoDataset([], processor, frames=FrameSettings(nframes=8)).reader
+    (visual,) = reader.read([{"type": "video", "video": str(clips / "long.mp4")}])
+    assert [round(number) for number in visual.metadata["frames_indices"]] == [
+        int(55 / 16 + np.round(55 / 8 * index)) for index in range(8)
+    ]
+
+
+def test_rows_without_text(processor):
+    frames = [np.zeros((8, 8, 3), np.uint8)] * 5
+    made = processor.image_processor.preprocess(images=frames[:1], videos=[frames])
+    assert made["clip_lengths"].tolist() == [1, 1, 1, 1, 8]
+    assert len(made["pixel_values"]) == 12
+    with pytest.raises(DataError, match="neither pictures nor clips"):
+        processor.image_processor.preprocess()

@@ -93,6 +93,7 @@ def describe(report: dict[str, Any], clip: str) -> list[str]:
         )
     lines = [
         *_item("model", report["model"]),
+        *_item("code", report["code"]),
         *_item("backbone", report["backbone"]),
         *_item("encoder", f"{encoder['class']}{at}"),
         *_item(

@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         factor: of a visual token, in pixels.
-        frames: of a temporal step, in frames.
+        frames: of a temporal step, in frames; those that tokens are merged over, where a processor of ours has `merged_frames`.
         packs: whether it cuts at all.
     """
 
@@ -67,7 +67,7 @@ class Sizes(NamedTuple):
             CompatibilityError: it packs patches, and their sizes stand under other names.
         """
         if not any(name.endswith(GRID) for name in _outputs(part)):
-            return cls(1, 1, False)
+            return cls(1, getattr(part, "merged_frames", 1), False)
         found: dict[str, Any] = {
             name: getattr(part, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")
         }
@@ -91,13 +91,15 @@ def _outputs(part: Any) -> list[str]:
 def placeholder(processor: Any, kind: str, *, required: bool = False) -> str | None:
     """The token that stands for a clip ("video") or picture ("image") in the text; None where the tokenizer has none.
 
+    A processor of ours with `text_placeholders` puts tokens in the place of words, which need be none of the tokenizer's.
+
     Raises:
         CompatibilityError: there is none where it is required, so that places in the text can't be counted.
     """
     tokenizer = processor.tokenizer
     for owner in (processor, tokenizer):
         token = getattr(owner, f"{kind}_token", None)
-        if isinstance(token, str) and _is_token(tokenizer, token):
+        if isinstance(token, str) and (getattr(owner, "text_placeholders", False) or _is_token(tokenizer, token)):
             return token
     usual = f"<|{kind}_pad|>"
     if _is_token(tokenizer, usual):

@@ -83,6 +83,7 @@ class ClipReader:
         temporal_patch: how many frames the model merges into one; clips are filled up to a multiple of it.
         frame_order: "ordered", "shuffled" or "reversed".
         seed: of the shuffling.
+        segments: whether a number of frames means the middles of as many segments, see `read_clip`.
     """
 
     settings: FrameSettings
@@ -90,12 +91,15 @@ class ClipReader:
     temporal_patch: int = 1
     frame_order: str = "ordered"
     seed: int = 0
+    segments: bool = False
 
     @classmethod
     def of(cls, processor: Any, settings: FrameSettings, frame_order: str = "ordered", seed: int = 0) -> ClipReader:
         """The reader for a model's processor; None for reading without one."""
-        sizes = Sizes(1, 1, False) if processor is None else Sizes.of(visual_part(processor))
-        return cls(settings, sizes.factor, sizes.frames, frame_order, seed)
+        part = None if processor is None else visual_part(processor)
+        sizes = Sizes(1, 1, False) if part is None else Sizes.of(part)
+        segments = bool(getattr(part, "frame_segments", False))
+        return cls(settings, sizes.factor, sizes.frames, frame_order, seed, segments)
 
     def read(self, parts: Sequence[dict[str, Any]], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
@@ -144,7 +148,7 @@ class ClipReader:
         least = min(settings.min_frames, settings.max_frames)
         rate: dict[str, Any] = {"fps": settings.fps, "min_frames": least, "max_frames": settings.max_frames}
         if settings.nframes is not None:
-            rate = {"num_frames": settings.nframes}
+            rate = {"num_frames": settings.nframes, "segments": self.segments}
         start, end = part.get("video_start"), part.get("video_end")
         if "folder_fps" in part:
             return read_folder(part["video"], part["folder_fps"], start=start, end=end, resize=resize, **rate)

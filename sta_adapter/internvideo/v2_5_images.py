@@ -26,8 +26,11 @@ class InternVideo2_5ImageProcessor:
         min_tiles: tiles that a picture is cut into at least.
         max_tiles: and at most, but for the whole picture that comes with several.
         use_thumbnail: whether it does.
-        temporal_patch_size: rows whose tokens are merged together; clips and pictures are filled up to a multiple of it.
+        merged_frames: rows whose tokens are merged together; clips and pictures are filled up to a multiple of it.
+        frame_segments: whether N frames of a file are the middles of N segments, as in training.
     """
+
+    model_input_names = ("pixel_values", "clip_lengths")
 
     def __init__(
         self,
@@ -35,17 +38,35 @@ class InternVideo2_5ImageProcessor:
         min_tiles: int = 1,
         max_tiles: int = 6,
         use_thumbnail: bool = True,
-        temporal_patch_size: int = 4,
+        merged_frames: int = 4,
+        frame_segments: bool = True,
     ) -> None:
         self.image_size = image_size
         self.min_tiles = min_tiles
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
-        self.temporal_patch_size = temporal_patch_size
+        self.merged_frames = merged_frames
+        self.frame_segments = frame_segments
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, as they are saved."""
         return {"image_processor_type": type(self).__name__, **vars(self)}
+
+    def preprocess(self, images: Any = None, videos: Any = None) -> dict[str, Tensor]:
+        """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them.
+
+        Args:
+            images: a list of pictures, see `picture`.
+            videos: a list of clips, see `clip`.
+
+        Raises:
+            DataError: there is none, or one is neither.
+        """
+        rows = [(self.picture(image), False) for image in images or ()] + [(self.clip(c), True) for c in videos or ()]
+        if not rows:
+            raise DataError("neither pictures nor clips were given.")
+        lengths = [length for made, whole in rows for length in ([len(made)] if whole else [1] * len(made))]
+        return {"pixel_values": torch.cat([made for made, _ in rows]), "clip_lengths": torch.tensor(lengths)}
 
     def clip(self, frames: Any) -> Tensor:
         """Rows (F, 3, size, size) of a clip, filled up with its last frame.
@@ -96,7 +117,7 @@ class InternVideo2_5ImageProcessor:
         return self.min_tiles <= tiles <= self.max_tiles
 
     def _rows(self, pictures: list[Any]) -> Tensor:
-        pictures = [*pictures, *pictures[-1:] * (-len(pictures) % self.temporal_patch_size)]
+        pictures = [*pictures, *pictures[-1:] * (-len(pictures) % self.merged_frames)]
         stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
         pixels = stacked.permute(0, 3, 1, 2).to(torch.float32).div_(255)
         return pixels.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1)).contiguous()

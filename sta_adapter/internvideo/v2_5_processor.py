@@ -40,6 +40,7 @@ class InternVideo2_5Processor:
     """
 
     image_token, video_token = IMAGE, VIDEO
+    text_placeholders = True
     model_input_names = ("input_ids", "attention_mask", "pixel_values", "clip_lengths")
 
     def __init__(

@@ -78,6 +78,7 @@ def read_clip(
     backend: str = "auto",
     threads: int | None = None,
     resize: Resize | None = None,
+    segments: bool = False,
 ) -> Clip:
     """Read frames of a video file, sampled by time.
 
@@ -104,6 +105,8 @@ def read_clip(
             "decord", "pyav" or "torchcodec".
         threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the quickest.
         resize: Makes some frames (t, H, W, 3) into those that are kept, so that never all are there in their full size.
+        segments: With `num_frames`, the middle frame of each of that many segments, counted in frames, as InternVL's family is
+            trained; else the first of each, by time.
 
     Frames of more than 8192x4320 pixels, and more frames than about 3 GB, are refused before memory is taken for them.
 
@@ -114,7 +117,7 @@ def read_clip(
         BackendError: The backend asked for by name can't read this file.
         MissingExtraError: The backend asked for by name is not installed.
     """
-    sampling = Sampling(fps, num_frames, min_frames, max_frames, start, end)
+    sampling = Sampling(fps, num_frames, min_frames, max_frames, start, end, segments)
     check_backend(backend)
     check_threads(threads)
     table = read_table(path)

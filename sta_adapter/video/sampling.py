@@ -46,6 +46,7 @@ class Sampling:
     max_frames: int = 32
     start: float | None = None
     end: float | None = None
+    segments: bool = False
 
     def __post_init__(self) -> None:
         if self.fps is not None and self.num_frames is not None:
@@ -114,6 +115,10 @@ def choose_frames(times: NDArray[np.float64], duration: float, sampling: Samplin
             f"(excluded); the video lasts {duration:g} s and the frames nearest to the start begin at {nearest} s. "
             "Choose start and end within it."
         )
+    if sampling.segments and sampling.num_frames is not None:
+        chosen = _middles(inside, len(times), sampling.num_frames)
+        missing = min(sampling.num_frames, inside.size) - chosen.size
+        return np.sort(np.append(chosen, _farthest(times, inside, chosen, missing))).astype(np.int64)
     count, step, least = sampling.plan(end - start)
     if count > MOST_TARGETS:
         count, step = MOST_TARGETS, step * (count / MOST_TARGETS)
@@ -123,6 +128,14 @@ def choose_frames(times: NDArray[np.float64], duration: float, sampling: Samplin
     chosen = np.unique(shown.clip(inside[0], inside[-1]))
     missing = min(least, inside.size) - chosen.size
     return np.sort(np.append(chosen, _farthest(times, inside, chosen, missing))).astype(np.int64)
+
+
+def _middles(inside: NDArray[np.int64], total: int, count: int) -> NDArray[np.int64]:
+    """The middle frame of each of `count` segments, as InternVL's family chooses them: by the frames' numbers, not their times."""
+    first, last = int(inside[0]), min(int(inside[-1]) + 1, total - 1)
+    size = (last - first) / count
+    numbers = first + size / 2 + np.round(size * np.arange(min(count, MOST_TARGETS)))
+    return np.unique(numbers.astype(np.int64).clip(inside[0], inside[-1]))
 
 
 def _farthest(
