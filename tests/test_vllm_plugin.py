@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import save
 from standins import fake_vllm
 from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 
@@ -286,10 +287,12 @@ def test_an_engine_without_a_tower_is_refused(vllm, tmp_path, monkeypatch):
 
 def lora_files(modules_to_save=None, targets=("q_proj",)):
     fields = {"peft_type": "LORA", "modules_to_save": modules_to_save, "target_modules": list(targets)}
-    return {"adapter_config.json": json.dumps(fields).encode(), "adapter_model.safetensors": b""}
+    keys = [f"base_model.model.model.{t}.lora_A.weight" for t in targets]
+    weights = save({key: torch.zeros(1, 1) for key in keys})
+    return {"adapter_config.json": json.dumps(fields).encode(), "adapter_model.safetensors": weights}
 
 
-def test_lora_weights_that_nobody_serves_are_refused(vllm, tmp_path):
+def test_lora_weights_that_nobody_serves_are_refused(vllm, tmp_path, monkeypatch):
     register()
     lora = types.SimpleNamespace(enable_tower_connector_lora=False)
     folder = str(write(tmp_path / "a", lora=lora_files(["sta"])))
@@ -297,10 +300,15 @@ def test_lora_weights_that_nobody_serves_are_refused(vllm, tmp_path):
         start(engine_config(sta_adapter=folder))
     with pytest.raises(CheckpointError, match=r"takes no LoRA that trains whole modules.*sta-adapter export"):
         start(engine_config(sta_adapter=folder, lora_config=lora))
-    folder = str(write(tmp_path / "b", lora=lora_files(targets=("q_proj", "attn.qkv"))))
+    folder = str(write(tmp_path / "b", lora=lora_files(targets=("q_proj", "visual.blocks.0.attn.qkv"))))
     with pytest.raises(CheckpointError, match="--enable-tower-connector-lora"):
         start(engine_config(sta_adapter=folder, lora_config=lora))
     start(engine_config(sta_adapter=folder, lora_config=types.SimpleNamespace(enable_tower_connector_lora=True)))
+    monkeypatch.setattr(fake_vllm.Model, "supports_tower_connector_lora", False)
+    with pytest.raises(
+        CheckpointError, match=r"vLLM leaves those of \w+ out\. Merge them into the base.*--merge-lora BASE"
+    ):
+        start(engine_config(sta_adapter=folder, lora_config=types.SimpleNamespace(enable_tower_connector_lora=True)))
     (tmp_path / "b" / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
         start(engine_config(sta_adapter=folder))

@@ -74,6 +74,7 @@ class Factories:
 
 class Model(nn.Module):
     _processor_factory = Factories()
+    supports_tower_connector_lora = True
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()

@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.adapter.lora_weights import LORA_CONFIG
-from sta_adapter.adapter.safe_read import read_json
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.safe_read import read_json, read_shapes
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.integrations.vllm.request import ServedAdapter
 
 ENCODER_OPTIONS = {"cudagraph_mm_encoder": "captured", "compile_mm_encoder": "compiled"}
-TOWER_PARTS = ("visual", "vision", "attn.qkv", "attn.proj", "mlp.fc", "linear_fc")
+TOWERS = ("visual", "vision_tower", "vision_model")  # what the encoder is called in a base
 
 
 def setting(config: Any, name: str) -> Any:
-    """A field of one of vLLM's configurations.
+    """A field of one of vLLM's configurations, or of its model.
 
     Raises:
         CompatibilityError: there is no such field.
@@ -51,10 +51,11 @@ def check_encoder_settings(adapter: ServedAdapter, vllm_config: Any) -> None:
 
 
 def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
-    """Refuse an engine without a tower, and branches at a place that vLLM's blocks pass by.
+    """Refuse an engine without a tower, branches at a place that vLLM's blocks pass by, and LoRA that it has no place for.
 
     Raises:
-        InjectionError: as said.
+        InjectionError: the tower.
+        CheckpointError: the LoRA weights.
     """
     spec = adapter.backbone
     encoder = spec.find_encoder(model)
@@ -69,6 +70,11 @@ def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
         raise InjectionError(
             f"the adapter in {adapter.folder} has order='before_spatial', and vLLM calls the blocks of "
             f"{type(encoder).__name__} past their hooks: only order='after_spatial' can be served there."
+        )
+    if _is_for_tower(adapter) and not setting(model, "supports_tower_connector_lora"):
+        raise CheckpointError(
+            f"the LoRA weights in {adapter.folder} are for the vision encoder as well, and vLLM leaves those of "
+            f"{type(model).__name__} out. Merge them into the base: sta-adapter export {adapter.folder} OUT --merge-lora BASE."
         )
 
 
@@ -97,15 +103,19 @@ def _check_lora(adapter: ServedAdapter, lora_config: Any) -> None:
             f"({export} --merge-lora BASE), or serve them by vLLM beside STA ({export}, then --enable-lora "
             "--enable-tower-connector-lora --lora-modules NAME=OUT)."
         )
-    fields = read_json(file)
-    if fields.get("modules_to_save"):
+    if read_json(file).get("modules_to_save"):
         raise CheckpointError(
             f"vLLM takes no LoRA that trains whole modules, as {file} does. Write it for vLLM: {export}"
         )
-    targets = fields.get("target_modules")
-    in_tower = isinstance(targets, str) or any(part in str(name) for name in targets or () for part in TOWER_PARTS)
-    if in_tower and not setting(lora_config, "enable_tower_connector_lora"):
+    if _is_for_tower(adapter) and not setting(lora_config, "enable_tower_connector_lora"):
         raise CheckpointError(
             f"the LoRA weights in {adapter.folder} are for the vision encoder as well, where vLLM leaves them out: add "
             "--enable-tower-connector-lora."
         )
+
+
+def _is_for_tower(adapter: ServedAdapter) -> bool:
+    """Whether LoRA weights in the adapter's folder are the vision encoder's."""
+    if not (adapter.folder / LORA_CONFIG).exists():
+        return False
+    return any(set(TOWERS) & set(key.split(".")) for key in read_shapes(adapter.folder / LORA_WEIGHTS))
