@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             ("POST", r"/api/validate-yaml", self._validate),
             ("GET", r"/api/whoami-v2", self._whoami),
             ("POST", r"/api/repos/create", self._create),
-            ("GET", rf"/api/models/{name}/tree/(?P<rev>[^/]+)(/.*)?", self._tree),
+            ("GET", rf"/api/models/{name}/tree/(?P<rev>[^/]+)(?P<folder>/.+)?", self._tree),
             ("GET", rf"/api/models/{name}(/revision/(?P<rev>[^/]+))?", self._info),
             ("POST", rf"/api/models/{name}/branch/(?P<rev>[^/]+)", self._branch),
             ("POST", rf"/api/models/{name}/preupload/(?P<rev>[^/]+)", self._preupload),
@@ -149,11 +149,15 @@ class Handler(BaseHTTPRequestHandler):
         facts = {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         return {"_id": "1", "id": id, "modelId": id, "sha": commit, "siblings": files, **facts}
 
-    def _tree(self, id, rev):
+    def _tree(self, id, rev, folder):
         repo, commit = self._readable(id, rev)
+        inside = f"{folder.strip('/')}/" if folder else ""
+        if not any(path.startswith(inside) for path in repo.commits[commit]):
+            raise Reply(404, "EntryNotFound")
         return [
             {"type": "file", "path": path, "size": len(data), "oid": git_id(data), **lfs_facts(path, data)}
             for path, data in repo.commits[commit].items()
+            if path.startswith(inside)
         ]
 
     def _branch(self, id, rev):

@@ -51,12 +51,14 @@ class Prompt:
         visuals: these, in their final size where `settings` say so.
         settings: of the video processor.
         temporal_patch: how many frames the model merges into one.
+        placeholders: the token ids that stand for what the encoder sees.
     """
 
     tokens: list[int]
     visuals: list[Visual]
     settings: dict[str, Any]
     temporal_patch: int = 1
+    placeholders: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Prompt:
@@ -67,7 +69,8 @@ class Prompt:
         final = iter(sized)
         shown = [next(final) if visual.kind == "video" else visual for visual in flat]
         tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True))
-        return cls(tokens, shown, settings, temporal_patch(processor))
+        ids = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
+        return cls(tokens, shown, settings, temporal_patch(processor), frozenset(i for i in ids if i is not None))
 
 
 def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:

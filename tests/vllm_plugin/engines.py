@@ -1,6 +1,7 @@
 """Bases that vLLM's attention on a CPU takes (heads of 64), adapters for them, and the same answers by vLLM and by transformers."""
 
 import gc
+import json
 import re
 import shutil
 from pathlib import Path
@@ -228,6 +229,27 @@ def difference(a, b):
 
 def copy_folder(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
+
+
+def quantize_base(base: Path, folder: Path) -> Path:
+    """A copy whose language model has weights in 8 bits, in the format of compressed-tensors."""
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+    activations = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    quantization = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["re:.*visual.*", "lm_head"],
+    }  # fmt: skip
+    copy_folder(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    state = load_file(folder / "model.safetensors")
+    for name in [n for n in state if n.endswith("_proj.weight") and "visual" not in n]:
+        scale = state[name].abs().amax(1, keepdim=True) / 127
+        state[f"{name}_scale"] = scale
+        state[name] = (state[name] / scale).round().to(torch.int8)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def make_row_base(folder: Path, name: str) -> Path:

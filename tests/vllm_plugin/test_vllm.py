@@ -15,20 +15,25 @@ import pytest
 import torch
 from engines import (
     CLIP,
+    NEW_TOKENS,
     PICTURE,
     PROMPT,
     Engine,
     Reference,
     clip_prompt,
     clips,
+    copy_folder,
     difference,
     make_adapter,
     make_base,
     make_row_base,
     picture,
+    quantize_base,
 )
+from hub_server import HubServer
 from tiny_qwen import moving_square, write_video
 
+from sta_adapter.adapter.format import CONFIG
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
@@ -179,6 +184,21 @@ def test_bfloat16(folders):
         assert difference(engine.embeddings[0], reference.embeddings(clips()[0])) < 0.05
 
 
+def test_a_quantized_base(folders, tmp_path):
+    """A language model in 8 bits, as vLLM runs it on a CPU as well; STA and the encoder are not touched by it."""
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    reference, frames = Reference(base, adapter), clips()[0]
+    with running(quantize_base(base, tmp_path / "int8"), adapter, dtype="bfloat16") as engine:
+        [kinds] = engine.llm.apply_model(lambda model: {n: p.dtype for n, p in model.named_parameters()})
+        assert torch.int8 in kinds.values()
+        assert {kind for name, kind in kinds.items() if ".sta." in name} == {torch.bfloat16}
+        [(tokens, _)] = engine.ask([clip_prompt(frames)])
+        assert len(tokens) == NEW_TOKENS
+        assert difference(engine.embeddings[0], reference.embeddings(frames)) < 0.05
+        with reference.handle.disabled():
+            assert difference(reference.embeddings(frames), engine.embeddings[0]) > 0.1
+
+
 REFUSED = {
     "no folder": (lambda f: {"hf_overrides": {"sta_adapter": "/no/where/else"}}, "there is no folder"),
     "typo": (lambda f: {"hf_overrides": {"sta_adaptor": "a/b"}}, "Did you mean 'sta_adapter'"),
@@ -220,41 +240,27 @@ def test_two_ranks(folders, tmp_path, mode):
     assert torch.load(out) == [reference.answer(reference.inputs(videos=[c]))[0] for c in clips()]
 
 
-def test_served_over_http(folders, tmp_path):
-    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+def test_served_over_http_from_the_hub(folders, tmp_path):
+    """`sta-adapter serve` with ids of a Hub on loopback; a clip in an mp4, read as training reads it."""
+    base = folders["Qwen2VL"]["base"]
+    adapter = copy_folder(folders["Qwen2VL"]["sta"], tmp_path / "sta")
+    description = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(
+        json.dumps({**description, "base_model": {**description["base_model"], "id": "ann/base"}})
+    )
     file = write_video(tmp_path / "clip.mp4", moving_square("left", size=64, count=16), fps=4)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("sta-adapter")),
-        "serve",
-        "--model",
-        str(base),
-        "--adapter",
-        str(adapter),
-    ]
-    options = [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "512",
-    ]
-    log = tmp_path / "log"
-    with log.open("w") as target:
-        server = subprocess.Popen(
-            [*command, "--", *options], stdout=target, stderr=target, start_new_session=True, env={**os.environ}
-        )
-    try:
-        answer = _ask_when_ready(server, f"http://127.0.0.1:{port}", file, str(base), log)
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(60)
+    with HubServer(tokens={"hf_ann": "ann"}) as hub:
+        for name, folder in (("ann/base", base), ("ann/sta", adapter)):
+            hub.upload(
+                name, {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+            )
+        environment = hub.environment(tmp_path / "home", "hf_ann")
+        command = [str(Path(sys.executable).with_name("sta-adapter")), "serve", "--model", "ann/base", "--adapter"]
+        refused = subprocess.run([*command, "ann/none"], capture_output=True, text=True, env=environment, timeout=120)
+        assert refused.returncode == 1
+        assert "ann/none" in refused.stderr
+        with _serving([*command, "ann/sta"], environment, tmp_path / "log") as address:
+            answer = _ask(address, file, "ann/base")
     reference = Reference(base, adapter)
     reader: ClipReader = trained_reader(str(base), str(adapter))
     frames = reader.read([{"type": "video", "video": str(file)}])[0].pixels
@@ -268,7 +274,34 @@ def test_served_over_http(folders, tmp_path):
     assert all(abs(a - b.max().item()) < 1e-3 for a, b in zip(found, scores, strict=True))
 
 
-def _ask_when_ready(server, address, file, model, log):
+@contextlib.contextmanager
+def _serving(command, environment, log):
+    """The address of a server that is ready; it ends with the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len 512".split()
+    with log.open("w") as target:
+        server = subprocess.Popen(
+            [*command, "--", *options], stdout=target, stderr=target, start_new_session=True, env=environment
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(150):
+            assert server.poll() is None, log.read_text()[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            time.sleep(2)
+        else:
+            pytest.fail(log.read_text()[-3000:])
+        yield address
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, 15)
+        server.wait(60)
+
+
+def _ask(address, file, model):
     video = "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
     content = [{"type": "video_url", "video_url": {"url": video}}, {"type": "text", "text": "Which way?"}]
     body = {
@@ -278,12 +311,5 @@ def _ask_when_ready(server, address, file, model, log):
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    for _ in range(120):
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                break
-        except OSError:
-            time.sleep(2)
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.loads(response.read())

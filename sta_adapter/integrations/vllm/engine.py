@@ -142,7 +142,7 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=0, max_tokens=max_new_tokens, detokenize=False)
-        outputs = self._generate([request(prompt) for prompt, _ in prompts], how, [ids for _, ids in prompts])
+        outputs = self._generate([(prompt, ids, ()) for prompt, ids in prompts], how)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def log_likelihoods(
@@ -157,24 +157,30 @@ class VLLMEngine:
 
         tree = OptionTree(options)
         for nodes in tree.rounds():
-            asked = [request(prompts[node.prompt][0], node.before) for node in nodes]
             how = [
                 SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprob_token_ids=ids)
                 for ids in tree.padded(nodes)
             ]
-            outputs = self._generate(asked, how, [[*prompts[node.prompt][1], *node.before] for node in nodes])
+            outputs = self._generate([(*prompts[node.prompt], node.before) for node in nodes], how)
             for node, output in zip(nodes, outputs, strict=True):
                 found = output.outputs[0].logprobs[0]
                 tree.tell(node, {token: found[token].logprob for token in node.following})
         return tree.scores()
 
-    def _generate(self, prompts: list[Any], how: Any, expected: list[list[int]]) -> list[Any]:
-        outputs = self.llm.generate(prompts, how, use_tqdm=False)
-        for output, ids in zip(outputs, expected, strict=True):
-            if list(output.prompt_token_ids) != ids:
+    def _generate(self, asked: Sequence[tuple[Prompt, list[int], tuple[int, ...]]], how: Any) -> list[Any]:
+        """What follows prompts with the beginning of an answer behind them, if their tokens are those of transformers."""
+        outputs = self.llm.generate([request(prompt, before) for prompt, _, before in asked], how, use_tqdm=False)
+        for output, (prompt, ids, before) in zip(outputs, asked, strict=True):
+            found, expected = (
+                [
+                    -1 if token in prompt.placeholders else token for token in tokens
+                ]  # vLLM has one kind where we have two
+                for tokens in (output.prompt_token_ids, [*ids, *before])
+            )
+            if found != expected:
                 raise incompatible(
                     "vllm",
-                    f"vLLM made {len(output.prompt_token_ids)} tokens of a prompt, which are not the {len(ids)} of transformers",
+                    f"vLLM made {len(found)} tokens of a prompt, which are not the {len(expected)} of transformers",
                 )
         return list(outputs)
 
