@@ -26,7 +26,7 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "xformers", "triton", "numpy", "av", "decord", "torchcodec")
+PACKAGES = ("torch", "transformers", "peft", "vllm", "xformers", "triton", "numpy", "av", "decord", "torchcodec")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
 
