@@ -69,8 +69,12 @@ class Prompt:
         final = iter(sized)
         shown = [next(final) if visual.kind == "video" else visual for visual in flat]
         tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True))
-        ids = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
-        return cls(tokens, shown, settings, temporal_patch(processor), frozenset(i for i in ids if i is not None))
+        return cls(tokens, shown, settings, temporal_patch(processor), _placeholders(processor))
+
+
+def _placeholders(processor: Any) -> frozenset[int]:
+    words = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
+    return frozenset(processor.tokenizer.convert_tokens_to_ids(word) for word in words if isinstance(word, str))
 
 
 def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
