@@ -19,6 +19,7 @@ from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.loading import load_model, load_processor
+from sta_adapter.training.contexts import activation_checkpointing
 from sta_adapter.video.sampling import Sampling, choose_frames
 
 
@@ -450,3 +451,40 @@ def test_rows_without_text(processor):
     assert len(made["pixel_values"]) == 12
     with pytest.raises(DataError, match="neither pictures nor clips"):
         processor.image_processor.preprocess()
+
+
+def test_chats_tell_their_clips(model, processor):
+    layouts = Layouts(trained(model))
+    options = {"max_new_tokens": 1, "do_sample": False}
+    question = "".join(f"Frame{1 + number % 4}: <image>\n" for number in range(8)) + "Which way?"
+    model.chat(processor, tiny.pixels(8), question, dict(options), num_patches_list=[1] * 8)
+    model.chat(processor, tiny.pixels(8), "Which way?", dict(options))
+    model.batch_chat(processor, tiny.pixels(12), ["What?", "Who?"], dict(options), num_patches_list=[8, 4])
+    assert layouts.seen == [((4, 64), (4, 64)), ((8, 64),), ((8, 64), (4, 64))]
+
+
+def test_a_conversation_goes_on(model, processor):
+    options = {"max_new_tokens": 2, "do_sample": False}
+    first, history = model.chat(processor, tiny.pixels(8), "What?", dict(options), return_history=True)
+    assert history == [("<image>\nWhat?", first)]
+    again, longer = model.chat(processor, tiny.pixels(8), "Why?", dict(options), history, True)
+    assert longer == [*history, ("Why?", again)]
+    assert isinstance(model.chat(processor, None, "Who are you?", dict(options)), str)
+
+
+@pytest.mark.parametrize("kind", [True, "reentrant"])
+def test_checkpointing_gives_the_same_gradients(model, kind):
+    handle = trained(model)
+    handle.freeze_base()
+    (ids, mask), rows = tiny.prompts("two_clips"), tiny.pixels(12)
+
+    def gradients(checkpointing):
+        model.train()
+        with activation_checkpointing(model, handle, checkpointing):
+            model(rows, ids, mask, labels=ids, clip_lengths=[8, 4]).loss.backward()
+        found = [parameter.grad.clone() for parameter in handle.parameters()]
+        model.zero_grad()
+        return found
+
+    for plain, checkpointed in zip(gradients(False), gradients(kind), strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
