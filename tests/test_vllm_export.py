@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sta_adapter.integrations.vllm import register
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 from sta_adapter.integrations.vllm.frames import TrainedFrames, media_io_kwargs, register_loader
 from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line
-from sta_adapter.loading import load_model
+from sta_adapter.loading import load_model, saved_frame_settings
 from sta_adapter.text_positions import use_positions
 
 
@@ -90,6 +91,18 @@ def test_a_merged_base_and_its_sta_answer_as_the_adapter_and_only_together(base,
     with pytest.raises(CheckpointError, match="LoRA weights of another adapter merged into it"):
         load_sta(model_of(merged), plain)
     load_sta(model_of(base), tmp_path / "sta", base_model="any")
+
+
+def test_exports_know_how_the_run_sampled_its_clips(base, adapted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    frames = {"fps": 2.0, "max_frames": 6, "max_tokens": 64}
+    (run / "run.json").write_text(json.dumps({"frames": frames}))
+    export_adapter(run, tmp_path / "beside")
+    export_merged(run, tmp_path / "merged", str(base), dtype="fp32", device="cpu")
+    for folder in (tmp_path / "beside", tmp_path / "merged" / "sta"):
+        assert saved_frame_settings(folder) == saved_frame_settings(run) == frames
+    assert saved_frame_settings(adapted) == {}
 
 
 def test_exports_that_cannot_be(base, plain, adapted, tmp_path):

@@ -37,7 +37,8 @@ def export_adapter(adapter: str | os.PathLike[str], out: str | os.PathLike[str])
     folder = _source(adapter, out)
     description = read_description(folder)
     read_weights(folder, description)
-    files = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    told = {**read_json(folder / CONFIG), **_frames(folder)}
+    files = {WEIGHTS: (folder / WEIGHTS).read_bytes(), CONFIG: (json.dumps(told, indent=2) + "\n").encode()}
     has_lora = (folder / LORA_CONFIG).exists()
     if has_lora:
         fields = read_json(folder / LORA_CONFIG)
@@ -101,7 +102,15 @@ def export_merged(
     setattr(merged.config, MERGED_LORA, digest)
     merged.save_pretrained(out / BASE)
     processor.save_pretrained(out / BASE)
-    write_adapter(out / STA, state, {**description, MERGED_LORA: digest})
+    write_adapter(out / STA, state, {**description, **_frames(folder), MERGED_LORA: digest})
+
+
+def _frames(folder: Path) -> dict[str, Any]:
+    """How the adapter's run sampled its clips, which in the run's own folder a file of its own says."""
+    from sta_adapter.loading import saved_frame_settings
+
+    found = saved_frame_settings(folder)
+    return {"frames": found} if found else {}
 
 
 def lora_digest(folder: Path) -> str:
