@@ -36,7 +36,7 @@ from sta_adapter.data import (  # noqa: E402
     VideoDataset,
 )
 from sta_adapter.video import Sampling, choose_frames  # noqa: E402
-from sta_adapter.video.frame_table import read_table  # noqa: E402
+from sta_adapter.video.frame_table import read_frame_table  # noqa: E402
 from sta_adapter.video.resize import fit_frames  # noqa: E402
 
 # seconds, frames a second, height and width of the files; frames taken; whether they are resized
@@ -95,7 +95,7 @@ def plain(
 
 def clips(dataset: VideoDataset, index: int) -> torch.Tensor:
     """The decoded frames of a sample, as they go to the processor."""
-    return torch.from_numpy(dataset.visuals(dataset.samples[index].prompt, index)[0][0].pixels)
+    return torch.from_numpy(dataset.encoder.visuals(dataset.samples[index].prompt, index)[0][0].pixels)
 
 
 def sample(path: Path) -> Sample:
@@ -132,7 +132,7 @@ def measure(report: Report, name: str, folder: Path, options: dict[str, Any], pr
     paths = write_clips(folder, FILES, *shape) * math.ceil(count / FILES)
     settings = FrameSettings(nframes=frames, max_tokens=256)
     dataset = VideoDataset([sample(path) for path in paths], processor, frames=settings)
-    tables = [read_table(path) for path in paths[:FILES]] * math.ceil(
+    tables = [read_frame_table(path) for path in paths[:FILES]] * math.ceil(
         count / FILES
     )  # decord in this process would hang those that are forked from it
     sampling = Sampling(None, frames, 1, frames, None, None)

@@ -42,7 +42,17 @@ class VideoError(STAError, OSError):
 
 
 class DataError(STAError, ValueError):
-    """A dataset file or one of its samples is not what it should be."""
+    """A dataset file or one of its samples is not what it should be.
+
+    Attributes:
+        source: where it stands, "FILE, line 3"; None where nobody has said it.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, reason: str = "", *, source: str | None = None) -> None:
+        super().__init__(reason if source is None else f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
 
 
 class MissingExtraError(STAError, ImportError):

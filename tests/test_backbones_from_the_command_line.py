@@ -16,10 +16,10 @@ from tiny_qwen import moving_square, write_video
 from sta_adapter import inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation import evaluate
-from sta_adapter.evaluation.answering import Questioner
+from sta_adapter.evaluation.answering import Answerer, Question
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 GLM = ("glm4v", "glm4v_moe")
@@ -183,8 +183,8 @@ def test_answers_do_not_depend_on_the_batch(family, parts, folder):
     lines = [record(clip("short", nframes=3)), record(clip("long", nframes=6)), record(picture("square")), record()]
     samples = [parse_sample(line, folder=folder) for line in lines]
     data = VideoDataset(samples, parts[0], frames=AS_IS, prompts=True, on_bad_sample="error")
-    asked = Questioner(parts[1], parts[0], 3, 4)
-    questions = [(index, sample, data[index], []) for index, sample in enumerate(samples)]
+    asked = Answerer(parts[1], parts[0], 3, 4)
+    questions = [Question(index, sample, data[index], []) for index, sample in enumerate(samples)]
     together = {found.index: found.prediction for found in asked.answer(questions)}
     alone = {found.index: found.prediction for question in questions for found in asked.answer([question])}
     assert together == alone

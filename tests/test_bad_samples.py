@@ -12,10 +12,9 @@ from tiny_qwen import make_model, make_processor, write_samples
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data import chat_encoding as encoding
 from sta_adapter.data import clip_reader as clips
-from sta_adapter.data import dataset as data
 from sta_adapter.data.check import check_data
 from sta_adapter.data.collator import Collator, Loaded
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError
 from sta_adapter.evaluation import evaluate
 from sta_adapter.training import TrainingConfig, train
@@ -222,7 +221,7 @@ def test_check_data_makes_batches(folder, processor, monkeypatch):
     odd = folder / "0.mp4"
 
     def encode(processor, messages, visuals):
-        item = data.encode(processor, messages, visuals)
+        item = encoding.encode(processor, messages, visuals)
         is_odd = messages[0]["content"][0].get("video") == str(odd)
         return {**item, "pixel_values_videos": item["pixel_values_videos"][:, : 7 if is_odd else None]}
 

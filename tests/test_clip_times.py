@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from make_videos import write
 
 from sta_adapter.data import FrameSettings, VideoDataset
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.video import ClipMetadata, read_clip
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)

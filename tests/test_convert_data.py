@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter.cli import cli
-from sta_adapter.data.samples import parse_sample, read_samples
+from sta_adapter.data.conversation import parse_sample
+from sta_adapter.data.samples import read_samples
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.convert_data import convert_data
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record

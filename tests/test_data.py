@@ -9,7 +9,7 @@ from tiny_qwen import CHATML, make_processor, moving_square, write_samples, writ
 
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset, fit_frames, read_samples
 from sta_adapter.data.chat_encoding import IGNORE, encode, encode_answer, encode_prompt
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import ConfigError, DataError
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -214,7 +214,7 @@ def test_frame_order(processor, tmp_path, order):
     clip = VideoDataset(file, processor, frames=AS_IS, frame_order=order, seed=3)
 
     def frames(dataset):
-        return dataset.reader.read(dataset.samples[0].messages[0]["content"][:1], 0)[0].pixels
+        return dataset.encoder.reader.read(dataset.samples[0].messages[0]["content"][:1], 0)[0].pixels
 
     expected = {
         "ordered": np.arange(4),

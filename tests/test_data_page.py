@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.data.formats import recognise
-from sta_adapter.data.samples import parse_sample, read_samples
+from sta_adapter.data.samples import read_samples
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 SECTIONS = [section.partition("\n") for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)]

@@ -61,7 +61,7 @@ def with_options(dataset):
 
 def test_an_engine_answers_the_prompts_that_a_model_would_get(dataset, processor):
     engine = Rules(processor.tokenizer)
-    result = evaluate(engine, dataset, frames="reversed", num_workers=2)
+    result = evaluate(engine, dataset, frame_order="reversed", num_workers=2)
     assert [p.prediction for p in result.predictions] == ["left"] * 4
     assert result.accuracy == 0.5
     encoded = list(dataset.as_prompts("reversed"))
@@ -81,7 +81,7 @@ def test_options_are_chosen_by_their_log_likelihood(processor, tmp_path):
     found = evaluate(engine, dataset).predictions
     assert [p.prediction for p in found] == ["down and up"] * 2
     assert found[0].scores[2] > found[0].scores[0]
-    assert [p.prediction for p in evaluate(engine, dataset, choose="written").predictions] == ["left"] * 2
+    assert [p.prediction for p in evaluate(engine, dataset, choose="generate").predictions] == ["left"] * 2
 
 
 def test_what_was_asked_already_belongs_to_the_engine(dataset, processor, tmp_path):
@@ -101,7 +101,7 @@ def test_prompts_without_room_are_bad_samples(dataset, processor):
     result = evaluate(engine, dataset)
     assert len(result.bad_samples) == 4
     assert "more than the 40 of the engine" in result.bad_samples[0]
-    dataset.on_bad_sample = "error"
+    dataset.encoder.on_bad_sample = "error"
     with pytest.raises(DataError, match="or a larger max_model_len"):
         evaluate(engine, dataset)
 

@@ -11,7 +11,7 @@ from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError, VideoError
 from sta_adapter.evaluation import BENCHMARKS, evaluate, load_benchmark
-from sta_adapter.evaluation.benchmarks.annotations import read_table
+from sta_adapter.evaluation.benchmarks.annotations import read_annotations
 from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.loading import load_model, load_processor
 from sta_adapter.video import read_folder
@@ -45,7 +45,7 @@ def test_every_layout_is_asked(tiny, tmp_path, name, layout):
     model, processor = tiny
     found = load_benchmark(name, copy_of(name, tmp_path, layout))
     dataset = VideoDataset(found.samples, processor, frames=AS_IS, on_bad_sample="error")
-    result = evaluate(model, dataset, choose="written", max_new_tokens=3)
+    result = evaluate(model, dataset, choose="generate", max_new_tokens=3)
     assert len(result.predictions) == len(found.samples) > 1
     assert set(result.categories) == {sample.category for sample in found.samples}
     for sample in found.samples:
@@ -70,7 +70,7 @@ def test_mvbench_seconds_pictures_and_missing_clips(tiny, tmp_path):
     )
     assert found.notes[1].startswith("No annotations of action_count, action_localization, ")
     dataset = VideoDataset(found.samples, tiny[1], frames=AS_IS, on_bad_sample="error")
-    grey = {s.category: dataset.visuals(s.prompt, 0)[0][0].pixels[:, 0, 0, 0] for s in found.samples}
+    grey = {s.category: dataset.encoder.visuals(s.prompt, 0)[0][0].pixels[:, 0, 0, 0] for s in found.samples}
     assert np.abs(grey["action_sequence"].astype(int) - [40, 40, 60, 80]).max() < 6  # seconds 2 to 5
     assert grey["episodic_reasoning"].tolist() == [30, 40, 60, 70]  # six pictures: those of seconds 1 and 2
 
@@ -128,13 +128,13 @@ def test_unknown_benchmarks_and_damaged_files(tmp_path, monkeypatch):
     for name, text in (("a.json", "{"), ("b.json", "{}"), ("c.jsonl", '{"a": 1}\nx')):
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=rf"{name}.* (can't be read as json|holds no list of records)"):
-            read_table(tmp_path / name)
+            read_annotations(tmp_path / name)
     (tmp_path / "d.csv").write_text("a,b\n1,2\n")
-    assert read_table(tmp_path / "d.csv") == [{"a": "1", "b": "2"}]
+    assert read_annotations(tmp_path / "d.csv") == [{"a": "1", "b": "2"}]
     (tmp_path / "e.parquet").write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sta-adapter\[eval\]'"):
-        read_table(tmp_path / "e.parquet")
+        read_annotations(tmp_path / "e.parquet")
 
 
 def test_annotations_that_do_not_add_up(tmp_path):

@@ -176,9 +176,9 @@ def test_frame_order_reaches_the_model(dataset, processor, frames):
     straight, other = (dataset.as_prompts(order, 5)[0]["pixel_values_videos"] for order in ("ordered", frames))
     assert not torch.equal(straight, other)
     assert torch.equal(straight.sort(0).values.sum(), other.sort(0).values.sum())
-    result = evaluate(model, dataset, frames=frames, seed=5, max_new_tokens=1)
-    assert result.frames == frames
-    again = evaluate(model, dataset, frames=frames, seed=5, max_new_tokens=1)
+    result = evaluate(model, dataset, frame_order=frames, seed=5, max_new_tokens=1)
+    assert result.frame_order == frames
+    again = evaluate(model, dataset, frame_order=frames, seed=5, max_new_tokens=1)
     assert [p.prediction for p in result.predictions] == [p.prediction for p in again.predictions]
 
 
@@ -205,7 +205,7 @@ def test_predictions_are_kept_and_not_asked_again(taught, dataset, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"tag": "other"}, "tag"), ({"frames": "reversed"}, "frames"), ({"max_new_tokens": 3}, "max_new_tokens")],
+    [({"tag": "other"}, "tag"), ({"frame_order": "reversed"}, "frames"), ({"max_new_tokens": 3}, "max_new_tokens")],
     ids=["tag", "frames", "length"],
 )
 def test_predictions_of_another_evaluation_are_refused(taught, dataset, tmp_path, options, name):

@@ -10,15 +10,11 @@ from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.data import FrameSettings, VideoDataset
-from sta_adapter.data.fingerprint import (
-    fingerprint_model,
-    fingerprint_processor,
-    fingerprint_samples,
-    fingerprint_start,
-)
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
+from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
 from sta_adapter.errors import ConfigError, STAWarning
 from sta_adapter.evaluation import evaluate
+from sta_adapter.injection.fingerprint import fingerprint_model, fingerprint_start
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)

@@ -70,7 +70,7 @@ def test_calls_run_in_one_other_process(isolated):
     [
         ("crash", r"died \(SIGSEGV\)"),
         ("killed", r"died \(SIGKILL, often for lack of memory\)"),
-        ("leave", "ended without a word"),
+        ("leave", "ended silently"),
     ],
     ids=["crash", "killed", "left"],
 )
@@ -233,7 +233,7 @@ def test_other_errors_pass(error):
 def test_without_workers_there_is_no_process(trouble, processor):
     dataset = VideoDataset(trouble[0], processor, frames=AS_IS)
     assert not isinstance(dataset[0], BadSample)
-    assert dataset._isolated._pipe is None
+    assert dataset.encoder.isolated._pipe is None
 
 
 def test_errors_are_ours():

@@ -12,8 +12,7 @@ from tiny_qwen import moving_square, write_video
 from sta_adapter.data import BadSample, VideoDataset
 from sta_adapter.errors import DataError, VideoError
 from sta_adapter.video import read_clip, read_folder
-from sta_adapter.video.image import MOST_PIXELS, natural_order
-from sta_adapter.video.resize import read_image
+from sta_adapter.video.image import MOST_PIXELS, natural_order, read_image
 
 CORNERS = np.zeros((8, 16, 3), np.uint8)
 CORNERS[:4, :8], CORNERS[:4, 8:], CORNERS[4:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)

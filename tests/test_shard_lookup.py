@@ -181,7 +181,13 @@ def test_check_data_command(pattern):
 
 def test_evaluation_is_that_of_the_file_and_goes_on(tmp_path, pattern, folder, processor):  # noqa: F811
     net, log = make_model(processor.tokenizer), tmp_path / "answers.jsonl"
-    how = {"processor": processor, "frame_settings": AS_IS, "max_new_tokens": 2, "batch_size": 2, "frames": "shuffled"}
+    how = {
+        "processor": processor,
+        "frame_settings": AS_IS,
+        "max_new_tokens": 2,
+        "batch_size": 2,
+        "frame_order": "shuffled",
+    }
     one, other = (evaluate(net, data, **how).predictions for data in (folder / "data.jsonl", pattern))
     assert [p.prediction for p in one] == [p.prediction for p in other]
     assert [p.answer for p in other] == ["left", "right"] * 4

@@ -21,7 +21,7 @@ from sta_adapter.data import BadSample
 from sta_adapter.data import stream as streaming
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.shards import find_shards, read_shard
-from sta_adapter.data.stream import Place, StreamDataset, stream_loader
+from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training import TrainingConfig, train
@@ -86,7 +86,7 @@ def test_each_sample_comes_once_a_pass(tmp_path, processor, processes, workers):
     dataset = Keys(pattern, processor, passes=1, shuffle=4)
     seen = []
     for process in range(processes):
-        place = Place(process, processes, workers, batch_size=2)
+        place = StreamPosition(process, processes, workers, batch_size=2)
         seen.append([key for batch in stream_loader(dataset, place, list) for key in batch])
     assert all(seen)
     assert sorted(itertools.chain(*seen)) == keys_of(pattern)
@@ -97,7 +97,7 @@ def emulated(dataset, place, count):
     """Batches as a DataLoader with workers gives them, in this process."""
     readers = []
     for worker in range(max(place.workers, 1)):
-        readers.append(read_as(dataset.placed(place), worker, place.workers))
+        readers.append(read_as(dataset.starting_at(place), worker, place.workers))
     turns = itertools.cycle(readers)
     return [list(itertools.islice(next(turns), place.batch_size)) for _ in range(count)]
 
@@ -127,16 +127,16 @@ def many_keys(tmp_path_factory):
 def test_going_on_gives_what_would_have_come(many_keys, processes, workers, size, skip, shuffle):
     dataset = Keys(many_keys, None, shuffle=shuffle)
     for process in range(processes):
-        place = Place(process, processes, workers, size, seed=3)
+        place = StreamPosition(process, processes, workers, size, seed=3)
         whole = emulated(dataset, place, skip + 6)
         resumed = place.resumed(place.saved(), 10 + skip, 1)
         assert resumed.skip == 10 + skip
-        rest = emulated(dataset, Place(process, processes, workers, size, 3, 0, skip), 6)
+        rest = emulated(dataset, StreamPosition(process, processes, workers, size, 3, 0, skip), 6)
         assert rest == whole[skip:]
 
 
 def test_workers_take_turns_as_emulated(many_keys):
-    dataset, place = Keys(many_keys, None), Place(0, 1, 2, 3, seed=1, skip=3)
+    dataset, place = Keys(many_keys, None), StreamPosition(0, 1, 2, 3, seed=1, skip=3)
     assert list(itertools.islice(stream_loader(dataset, place, list), 5)) == emulated(dataset, place, 5)
 
 
@@ -151,9 +151,9 @@ def test_passes_and_seeds_differ_in_order(many_keys):
 
 
 def test_other_readers_begin_a_new_pass(caplog):
-    was = Place(0, 2, 4, 1, seed=5)
+    was = StreamPosition(0, 2, 4, 1, seed=5)
     with caplog.at_level(logging.WARNING):
-        now = Place(0, 1, 4, 1, seed=5).resumed(was.saved(), 30, 2)
+        now = StreamPosition(0, 1, 4, 1, seed=5).resumed(was.saved(), 30, 2)
     assert "read by 2 processes with 4 workers and batches of 1, now by 1 with 4 and 1" in caplog.text
     assert (now.seed, now.since, now.skip) == (35, 30, 0)
     again = now.resumed(now.saved(), 37, 2)  # and is found again from there
@@ -286,7 +286,7 @@ def test_errors_of_workers_are_plain(tmp_path, processor):  # noqa: F811
     path = write_tar(tmp_path / "x.tar", [("a.mp4", b"")])
     dataset = StreamDataset(path, processor, on_bad_sample="error")
     with pytest.raises(DataError, match=r"^\S*x\.tar, a: no record"), worker_errors():
-        list(stream_loader(dataset, Place(workers=1), list))
+        list(stream_loader(dataset, StreamPosition(workers=1), list))
 
 
 # ---- training

@@ -5,7 +5,7 @@ from tiny_qwen import make_model, make_processor, moving_square, write_video
 
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import IGNORE
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 VISUAL = "{{ '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}"

@@ -12,7 +12,7 @@ from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.integrations import peft as hook
 from sta_adapter.integrations.callbacks import ReportBadClips, RequireGradient, SaveAdapter, sta_callbacks

@@ -4,7 +4,7 @@ import pytest
 from test_data import chat, learned, processor, sample  # noqa: F401
 
 from sta_adapter.data.chat_encoding import encode
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import DataError
 
 

@@ -13,7 +13,7 @@ from tiny_qwen import make_processor, moving_square, save_base, write_video
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.cli import cli
-from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, MissingExtraError
 from sta_adapter.integrations.vllm import register
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
@@ -21,6 +21,7 @@ from sta_adapter.integrations.vllm.frames import TrainedFrames, media_io_kwargs,
 from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line
 from sta_adapter.loading import load_model, saved_frame_settings
 from sta_adapter.text_positions import use_positions
+from sta_adapter.video.frame_settings import FrameSettings
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ from tiny_qwen import make_model, make_processor, moving_square, save_base, writ
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data.chat_encoding import encode_prompt
-from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import ConfigError, STAError, VideoError
-from sta_adapter.evaluation.answering import Questioner
+from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step
 from sta_adapter.live.source import LiveFrame, LiveSource, masked
 from sta_adapter.live.watcher import Watcher, WatchSettings
+from sta_adapter.video.frame_settings import FrameSettings
 
 pytest.importorskip("transformers", minversion="5")
 FRAMES = FrameSettings(fps=8, min_tokens=None, max_tokens=None)
@@ -86,7 +87,7 @@ def test_the_answer_is_that_of_the_whole_clip(base, window):
     content = [{"type": "video", "video": "x"}, {"type": "text", "text": "Which way?"}]
     prompt = encode_prompt(found._processor, [{"role": "user", "content": content}], [[visual]])
     with torch.no_grad():
-        expected = Questioner(found.handle.model, found._processor, 8, 1).write([prompt])[0]
+        expected = Answerer(found.handle.model, found._processor, 8, 1).write([prompt])[0]
         outputs = found.handle.encoder(prompt["pixel_values_videos"], grid_thw=prompt["video_grid_thw"])
     assert answer["answer"] == expected
     kept = found.memory.output()

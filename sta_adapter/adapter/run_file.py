@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.safe_read import read_json
-from sta_adapter.data.clip_reader import FrameSettings
 from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.video.frame_settings import FrameSettings
 
 RUN_FILE = "run.json"
 RECORDS_FIELD = "frames_of_records"  # where `frames` are not those of every clip

@@ -99,7 +99,7 @@ def _some(dataset: Any, count: int) -> Any:
 
     every = max(1, -(-len(dataset.samples) // count)) if count else len(dataset.samples) + 1
     chosen = dataset.samples[::every] if count else []
-    return VideoDataset(chosen, dataset.processor, frames=dataset.frames, on_bad_sample=dataset.on_bad_sample)
+    return VideoDataset(chosen, dataset.processor, frames=dataset.frames, on_bad_sample=dataset.encoder.on_bad_sample)
 
 
 def _most(samples: list[Any]) -> dict[str, int]:

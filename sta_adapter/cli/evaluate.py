@@ -77,6 +77,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
+    from sta_adapter.evaluation.eval_mode import without_adapter
     from sta_adapter.loading import load_processor
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
@@ -98,7 +99,7 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
         net = _load(model, folder, options)
         found = {}
         for name in names:
-            with _without(net) if name == "base" else contextlib.nullcontext():
+            with without_adapter(net) if name == "base" else contextlib.nullcontext():
                 found[name] = measure(net, data, name, orders)
         return found
 
@@ -192,8 +193,9 @@ def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
 
 def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: dict[str, Any]) -> Any:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
-    from sta_adapter.data.dataset import FrameSettings, VideoDataset
+    from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.loading import saved_frame_settings
+    from sta_adapter.video.frame_settings import FrameSettings
 
     if options["fps"] is not None and options["nframes"] is not None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
@@ -204,20 +206,6 @@ def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: 
         sampling["nframes"] = options["nframes"]
     frames = FrameSettings(**sampling)
     return VideoDataset(samples, processor, frames=frames, on_bad_sample=options["on_bad_sample"])
-
-
-@contextlib.contextmanager
-def _without(model: Any) -> Any:
-    """The model without its adapter: STA off, LoRA off."""
-    from sta_adapter.adapter.lora_weights import lora_disabled
-    from sta_adapter.injection.inject import get_sta
-
-    handle = get_sta(model)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lora_disabled(model))
-        if handle is not None:
-            stack.enter_context(handle.disabled())
-        yield
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
@@ -240,11 +228,11 @@ def _measure(
         order: evaluate(
             model,
             dataset,
-            frames=order,
+            frame_order=order,
             seed=options["seed"],
             batch_size=options["batch_size"] or (64 if options["engine"] == "vllm" else 8),
             max_new_tokens=options["max_new_tokens"],
-            choose="written" if options["benchmark"] else "likeliest",
+            choose="generate" if options["benchmark"] else "loglikelihood",
             num_workers=options["num_workers"],
             predictions_file=Path(out, f"{name}-{order}.jsonl") if out else None,
             overwrite=options["overwrite"],

@@ -5,8 +5,9 @@ Clips are read, checked, decoded, resized and encoded by one class each; `VideoD
 
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import BadSample, Sample
-from sta_adapter.data.dataset import FrameSettings, VideoDataset
+from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.samples import read_samples
+from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.resize import fit_frames
 
 __all__ = ["BadSample", "Collator", "FrameSettings", "Sample", "VideoDataset", "fit_frames", "read_samples"]

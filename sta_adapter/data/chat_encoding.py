@@ -1,8 +1,8 @@
 """Turn a conversation with decoded clips into what a model takes, with labels on the assistant's words alone.
 
-Public: `encode(processor, messages, visuals)`, `encode_prompt(...)`, `Visual`, `IGNORE`. It works for any chat template that renders a
-longer conversation as the shorter one plus more; where a template doesn't, or where a token would straddle the border between
-prompt and answer, a `DataError` says so. The prompt's tokens are exactly those that generation would see.
+It works for any chat template that renders a longer conversation as the shorter one plus more; where a template
+doesn't, or where a token would straddle the border between prompt and answer, a `DataError` says so. The prompt's
+tokens are exactly those that generation would see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequ
 from sta_adapter.data.clip_times import step_seconds, told_seconds
 from sta_adapter.errors import DataError
 from sta_adapter.video.resize import resize_frames
+
+__all__ = ["Encoded", "IGNORE", "Prompt", "Visual", "encode", "encode_answer", "encode_prompt", "temporal_patch"]
 
 IGNORE = -100
 Encoded = dict[str, torch.Tensor]

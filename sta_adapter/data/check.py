@@ -1,7 +1,6 @@
 """Look for everything in a file of samples, or in tar shards, that would be a bad sample in training.
 
-Public: `check_data(path)` -> `DataReport`. Samples are read, decoded, encoded
-and put into batches exactly as training does it, several at a time.
+Samples are read, decoded, encoded and put into batches exactly as training does it, several at a time.
 """
 
 from __future__ import annotations
@@ -17,13 +16,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sta_adapter.data.chat_encoding import Encoded, Visual, encode
-from sta_adapter.data.clip_reader import FrameSettings
 from sta_adapter.data.collator import Collator, Loaded
-from sta_adapter.data.dataset import DECODE_TIMEOUT, VideoDataset
-from sta_adapter.data.samples import BadSample, Sample, scan_samples
+from sta_adapter.data.conversation import BadSample, Sample
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
+from sta_adapter.data.samples import scan_samples
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import DataError
+from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["DataReport", "check_data"]
 
 ENDLESS = 10**7  # tokenizers without a limit of their own give a larger number
 
@@ -144,7 +147,7 @@ class _Findings(Dataset):
     def __getitem__(self, index: int) -> tuple[DataReport, Encoded | None]:
         sample, found = self.dataset.samples[index], DataReport()
         try:
-            visuals = self.dataset.visuals(sample.messages, index)
+            visuals = self.dataset.encoder.visuals(sample.messages, index)
         except BaseException as error:
             kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
             return DataReport([_problem(BadSample.of(sample.source, error), kind)]), None
@@ -185,7 +188,7 @@ class _TooLongError(DataError):
 
 
 def _problem(bad: BadSample, kind: str) -> dict[str, str]:
-    return {"source": bad.source, "kind": kind, "reason": bad.reason.removeprefix(f"{bad.source}: ")}
+    return {"source": bad.source, "kind": kind, "reason": bad.reason}
 
 
 def _spread(values: list[Any]) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Clips and pictures of unequal sizes in one sample and in one batch, for models that don't pack them by themselves.
-
-Public: `put_together`, `split_unequal`, `row_lengths`, `takes_one_kind`, `missing_frames`.
-"""
+"""Clips and pictures of unequal sizes in one sample and in one batch, for models that don't pack them by themselves."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ import torch
 
 from sta_adapter.compatibility.processors import row_tokens
 from sta_adapter.errors import DataError
+
+__all__ = ["PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
 
 PIXELS = ("pixel_values_videos", "pixel_values")
 ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")

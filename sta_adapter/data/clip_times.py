@@ -1,6 +1,6 @@
 """Seconds between the temporal steps of clips, for models whose positions follow them (Qwen2.5-VL and its kin).
 
-Public: `step_seconds`, `told_seconds`. Processors compute them for whole files, or assume two frames a second.
+Processors compute them for whole files, or assume two frames a second.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+__all__ = ["step_seconds", "told_seconds"]
 
 logger = logging.getLogger(__name__)
 

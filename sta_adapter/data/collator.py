@@ -1,7 +1,4 @@
-"""Encoded samples to one padded batch.
-
-Public: `Collator`, `Loaded`.
-"""
+"""Encoded samples to one padded batch."""
 
 from __future__ import annotations
 
@@ -13,8 +10,9 @@ import torch
 
 from sta_adapter.data.chat_encoding import IGNORE, Encoded, Prompt
 from sta_adapter.data.clip_batches import PIXELS, put_together, takes_one_kind
-from sta_adapter.data.samples import BadSample
-from sta_adapter.errors import DataError
+from sta_adapter.data.conversation import BadSample
+
+__all__ = ["Collator", "Loaded", "kind_of"]
 
 PER_TOKEN = {"input_ids": 0, "labels": IGNORE, "mm_token_type_ids": 0, "token_type_ids": 0}  # and what fills them up
 
@@ -68,7 +66,7 @@ class Collator:
         """
         found = [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
         good = [item for item in found if not isinstance(item, BadSample)]
-        bad = [f"{item.source}: {item.reason}" for item in found if isinstance(item, BadSample)]
+        bad = [str(item) for item in found if isinstance(item, BadSample)]
         return {"bad_samples": bad, **(self._batch(good) if good else {"labels": torch.full((1, 1), IGNORE)})}
 
     def sort_out(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
@@ -82,8 +80,8 @@ class Collator:
         usual = {} if self._joins(items) else _usual_shapes(items)
         found = [item if isinstance(item, BadSample) else _checked(item, usual) for item in items]
         for was, item in zip(items, found, strict=True):
-            if item is not was and isinstance(item, BadSample) and self.on_bad_sample == "error":
-                raise DataError(f"{item.source}: {item.reason}")
+            if item is not was and isinstance(item, BadSample):
+                item.skipped(self.on_bad_sample)
         return found
 
     def _of_kind(self, item: Encoded | BadSample, usual: str) -> Encoded | BadSample:
@@ -95,9 +93,7 @@ class Collator:
             "it has pictures and others of its batch have clips, or the other way round, and this model takes one of them in "
             "a batch. Train with device_batch_size 1, or on files of one kind.",
         )
-        if self.on_bad_sample == "error":
-            raise DataError(f"{bad.source}: {bad.reason}")
-        return bad
+        return bad.skipped(self.on_bad_sample)
 
     def _joins(self, items: Sequence[Encoded | BadSample]) -> bool:
         """Whether the samples make a batch; it is only tried where their shapes leave a doubt."""

@@ -1,6 +1,6 @@
 """One sample for training or evaluation: a conversation, checked.
 
-Public: `Sample`, `BadSample`, `parse_sample(record)`. Two ways of writing a conversation are understood: visual parts inside the messages'
+Two ways of writing a conversation are understood: visual parts inside the messages'
 content (`{"type": "video", "video": "a.mp4", "nframes": 8}`), and `<video>` / `<image>` in plain text with the paths in
 lists beside the messages (`"videos": ["a.mp4"]`). Records of other formats become conversations first, see `sta_adapter.data.formats`.
 """
@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
 from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
-from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
+from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+
+__all__ = ["BadSample", "Sample", "check_on_bad_sample", "parse_sample", "reason_of"]
 
 _POSITIVE = {
     **dict.fromkeys(("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"), int),
@@ -77,7 +79,7 @@ class Sample:
             if self.messages[index]["role"] == "assistant":
                 return index
         raise DataError(
-            f"{self.source}: no message with role 'assistant'; expected an answer to learn or to compare with."
+            "no message with role 'assistant'; expected an answer to learn or to compare with.", source=self.source
         )
 
 
@@ -96,7 +98,28 @@ class BadSample(NamedTuple):
         """
         if isinstance(error, (MissingExtraError, CompatibilityError)) or type(error) in _NOT_OF_A_SAMPLE:
             raise error
-        return cls(source, reason_of(error).removeprefix(f"{source}: "))
+        if isinstance(error, DataError) and error.source == source:
+            return cls(source, error.reason)
+        return cls(source, reason_of(error))
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+    def skipped(self, on_bad_sample: str, cause: BaseException | None = None) -> BadSample:
+        """This, where bad samples are skipped.
+
+        Raises:
+            DataError: `on_bad_sample` is "error".
+        """
+        if on_bad_sample == "error":
+            raise DataError(self.reason, source=self.source) from cause
+        return self
+
+
+def check_on_bad_sample(choice: str) -> None:
+    """Refuse a choice that there isn't."""
+    if choice not in ("skip", "error"):
+        raise ConfigError(f"on_bad_sample is {choice!r}, expected 'skip' or 'error'.")
 
 
 def reason_of(error: BaseException) -> str:
@@ -132,8 +155,8 @@ def parse_sample(
         given = {str(key): value for key, value in record.items() if value is not None}
         return _parse(as_conversation(given, format, classes), source, Path(folder))
     except (DataError, RecursionError) as error:
-        reason = "it is nested too deeply." if isinstance(error, RecursionError) else error
-        raise DataError(f"{source}: {reason}") from error
+        reason = "it is nested too deeply." if isinstance(error, RecursionError) else str(error)
+        raise DataError(reason, source=source) from error
 
 
 def _parse(record: dict[str, Any], source: str, folder: Path) -> Sample:

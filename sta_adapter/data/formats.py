@@ -1,7 +1,7 @@
 """Data sets' own files as conversations: Something-Something v2's label files and multiple-choice files.
 
-Public: `FORMATS`, `recognise(record)`, `as_conversation(record, format, classes)`, `read_classes(path)`. A format is told from a record's
-keys alone, and only where they leave no doubt; everything else is an error that lists the formats.
+A format is told from a record's keys alone, and only where they leave no doubt; everything else is an error that lists
+the formats.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from sta_adapter._validate import shown
 from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, visuals
 from sta_adapter.errors import DataError
+
+__all__ = ["FORMATS", "as_conversation", "read_classes", "recognise"]
 
 FORMATS = {
     "conversations": "'messages' (or 'conversations'), a list of turns; or 'question' and 'answer', with the clip as 'video'",

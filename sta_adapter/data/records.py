@@ -1,6 +1,6 @@
 """Records as they lie in files: JSON Lines, a JSON array or CSV, each with where it stands.
 
-Public: `read_records(path)`, `load_json(text)`. What is no record comes as a `DataError` in its place, so that the others can be used.
+What is no record comes as a `DataError` in its place, so that the others can be used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from sta_adapter._validate import shown
 from sta_adapter.data.sample_keys import SETTINGS
 from sta_adapter.errors import DataError
+
+__all__ = ["load_json", "read_records"]
 
 EXPECTED = "Expected a JSON Lines file, a JSON array or a CSV file."
 TABLES = {".csv": ",", ".tsv": "\t"}

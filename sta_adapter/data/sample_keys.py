@@ -1,6 +1,6 @@
 """The keys of a record: which clips and pictures stand beside the words, and which keys are not what was meant.
 
-Public: `visuals(record)`, `extra_fields(record, used)`, `SETTINGS`. A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are
+A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are
 misspelt ones, those of a clip that would be left out, and those that other tools read and this one doesn't.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 
 from sta_adapter._validate import shown
 from sta_adapter.errors import DataError
+
+__all__ = ["SETTINGS", "VISUAL_KEYS", "extra_fields", "kind_of", "visuals"]
 
 SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end", "folder_fps")  # fmt: skip
 _SHORT = {"start": "video_start", "end": "video_end"}  # as MVBench has them

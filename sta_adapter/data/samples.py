@@ -1,7 +1,6 @@
 """Read files of samples: JSON Lines, JSON arrays, CSV or tar shards, in any of the formats.
 
-Public: `read_samples(path)`, `scan_samples(path)`, `open_samples(path)`, `check_format(name)`, and from their own modules `Sample`, `BadSample`, `parse_sample`. The formats are those of `sta_adapter.data.formats`; each record's is recognised by its keys
-unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
+The formats are those of `sta_adapter.data.formats`; each record's is recognised by its keys unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
 """
 
 from __future__ import annotations
@@ -16,17 +15,7 @@ from sta_adapter.data.records import read_records
 from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
 
-__all__ = [
-    "BadSample",
-    "Sample",
-    "check_format",
-    "open_samples",
-    "parse_sample",
-    "raw_records",
-    "read_samples",
-    "require_usable",
-    "scan_samples",
-]
+__all__ = ["check_format", "open_samples", "raw_records", "read_samples", "require_usable", "scan_samples"]
 
 EMPTY = "no sample in it; expected one JSON object a line, a JSON array of them, or rows of a table."
 
@@ -46,8 +35,9 @@ def read_samples(path: str | Path, *, format: str | None = None, videos: str | P
     samples = []
     for item in scan_samples(path, format=format, videos=videos):
         if isinstance(item, BadSample):
-            raise DataError(f"{item.source}: {item.reason}")
-        samples.append(item)
+            item.skipped("error")
+        else:
+            samples.append(item)
     return samples
 
 
@@ -61,8 +51,8 @@ def open_samples(
     """
     found = scan_samples(path, format=format, videos=videos)
     for item in found:
-        if isinstance(item, BadSample) and (on_bad_sample == "error" or is_shards(item.source)):
-            raise DataError(f"{item.source}: {item.reason}")
+        if isinstance(item, BadSample):
+            item.skipped("error" if is_shards(item.source) else on_bad_sample)
     return [Sample([], item.source, problem=item.reason) if isinstance(item, BadSample) else item for item in found]
 
 
@@ -73,7 +63,7 @@ def require_usable(samples: Sequence[Sample]) -> Sequence[Sample]:
         DataError: with the first one's.
     """
     if samples and all(sample.problem is not None for sample in samples):
-        raise DataError(f"{samples[0].source}: {samples[0].problem}")
+        raise DataError(str(samples[0].problem), source=samples[0].source)
     return samples
 
 
@@ -96,7 +86,7 @@ def scan_samples(
         try:
             found.append(_sample(record, source, folder, format, classes))
         except DataError as error:
-            found.append(BadSample(source, str(error).removeprefix(f"{source}: ")))
+            found.append(BadSample(source, error.reason))
     if not found:
         raise DataError(f"{file}: {EMPTY}")
     return found
@@ -111,7 +101,7 @@ def raw_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     file, empty = Path(path), True
     for source, record in read_records(file):
         if isinstance(record, DataError):
-            raise DataError(f"{source}: {record}")
+            raise DataError(record.reason, source=source)
         empty = False
         yield source, record
     if empty:

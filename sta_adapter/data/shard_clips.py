@@ -1,6 +1,6 @@
 """Clips that lie in tar shards: as samples name them, and as files for a decoder.
 
-Public: `Packed`, `Span`, `unpacked(parts)`. A sample from a shard names its clips `SHARD/NAME` and carries where their contents are; `unpacked`
+A sample from a shard names its clips `SHARD/NAME` and carries where their contents are; `unpacked`
 writes them to files that are there just as long as they are decoded.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.errors import STAError
 from sta_adapter.video import VideoNotFoundError
+
+__all__ = ["Packed", "Span", "unpacked"]
 
 
 @dataclass(frozen=True)

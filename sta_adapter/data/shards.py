@@ -1,8 +1,8 @@
 """Samples in tar shards, as webdataset lays them out: `000123.mp4` and `000123.json` (or `.jsonl`) one after the other.
 
-Public: `is_shards(name)`, `find_shards(pattern)`, `read_shard(path)`, `scan_shards(pattern)`. The files of one sample share their name up to
-the first dot; a record calls its clips by their file names, as in a file of samples. `read_shard` reads a shard from front to
-back, for training; `scan_shards` notes where clips lie, so that samples can be asked for in any order.
+The files of one sample share their name up to the first dot; a record calls its clips by their file names, as in a
+file of samples. `read_shard` reads a shard from front to back, for training; `scan_shards` notes where clips lie, so
+that samples can be asked for in any order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from sta_adapter.data.conversation import BadSample, Sample
 from sta_adapter.data.records import load_json
 from sta_adapter.data.shard_clips import Packed, Span
 from sta_adapter.errors import DataError, MissingExtraError
+
+__all__ = ["find_shards", "is_shards", "read_shard", "scan_shards"]
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes
@@ -107,7 +109,7 @@ def scan_shards(pattern: str | Path, *, format: str | None = None) -> list[Sampl
             try:
                 found.append(item if isinstance(item, BadSample) else item.sample(format))
             except DataError as error:
-                found.append(BadSample(item.source, str(error).removeprefix(f"{item.source}: ")))
+                found.append(BadSample(item.source, error.reason))
     return found
 
 

@@ -1,6 +1,6 @@
 """Training from tar shards, for data that is larger than a disk or too many files for one.
 
-Public: `StreamDataset`, `Place`, `stream_loader`. Each worker of each process reads shards of its own, in an order that the seed and the pass over the
+Each worker of each rank reads shards of its own, in an order that the seed and the pass over the
 data decide; a buffer mixes samples of neighbouring shards. So a run that goes on reads its shards again up to where it
 stopped, without decoding, and meets the samples that an uninterrupted one would have met.
 """
@@ -20,27 +20,46 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sta_adapter.data.chat_encoding import Encoded
-from sta_adapter.data.clip_reader import FrameSettings
-from sta_adapter.data.dataset import DECODE_TIMEOUT, VideoDataset
+from sta_adapter.data.conversation import BadSample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_file
-from sta_adapter.data.samples import BadSample, check_format
+from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
+from sta_adapter.data.samples import check_format
 from sta_adapter.data.shard_clips import Packed
 from sta_adapter.data.shards import find_shards, read_shard
 from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["StreamDataset", "StreamPosition", "stream_loader"]
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 100
-_SHARING = ("processes", "workers", "batch_size")  # who reads what follows from these
+_SHARING = {"processes": "world_size", "workers": "workers", "batch_size": "batch_size"}
+"""Who reads what follows from these; checkpoints have the names in front."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one of several processes stands in a stream.
+class WorkerShare:
+    """What one worker reads of a stream.
 
     Attributes:
-        process: its number.
-        processes: how many there are.
+        reader: its number among all workers of all ranks.
+        readers: how many there are.
+        skip: samples of its own that were taken before.
+    """
+
+    reader: int
+    readers: int
+    skip: int
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a rank stands in a stream.
+
+    Attributes:
+        rank: of this process.
+        world_size: how many ranks there are.
         workers: that load for each of them.
         batch_size: clips that a worker hands over at a time.
         seed: of the order.
@@ -48,20 +67,27 @@ class Place:
         skip: batches that earlier runs have taken from it.
     """
 
-    process: int = 0
-    processes: int = 1
+    rank: int = 0
+    world_size: int = 1
     workers: int = 0
     batch_size: int = 1
     seed: int = 0
     since: int = 0
     skip: int = 0
 
+    def share(self, worker: int, workers: int) -> WorkerShare:
+        """What one of a rank's workers reads: they hand over batches in turn, and the one whose turn it was begins."""
+        number = (worker + self.skip) % workers
+        batches = len(range(number, self.skip, workers))  # of those skipped, this worker's
+        return WorkerShare(self.rank * workers + number, self.world_size * workers, batches * self.batch_size)
+
     def saved(self) -> dict[str, int]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in (*_SHARING, "seed", "since")}
+        sharing = {name: getattr(self, attribute) for name, attribute in _SHARING.items()}
+        return {**sharing, "seed": self.seed, "since": self.since}
 
-    def resumed(self, saved: dict[str, int], step: int, accumulation: int) -> Place:
-        """The place after `step` steps of a run that saved its place, each of `accumulation` batches."""
+    def resumed(self, saved: dict[str, int], step: int, accumulation: int) -> StreamPosition:
+        """The position after `step` steps of a run that saved its own, each of `accumulation` batches."""
         was, now = ([values[name] for name in _SHARING] for values in (saved, self.saved()))
         if was == now:
             since = saved["since"]
@@ -110,39 +136,29 @@ class StreamDataset(IterableDataset):
         seed: int = 0,
         passes: int | None = None,
     ) -> None:
-        if on_bad_sample not in ("skip", "error"):
-            raise ConfigError(f"on_bad_sample is {on_bad_sample!r}, expected 'skip' or 'error'.")
         check_format(format)
         self.shards = find_shards(shards)
-        self.loader = VideoDataset(
-            [],
-            processor,
-            frames=frames,
-            max_length=max_length,
-            decode_timeout=decode_timeout,
-        )
         self.processor = processor
-        self.frames = self.loader.frames
-        self.on_bad_sample = on_bad_sample
+        self.frames = frames or FrameSettings()
+        self.encoder = SampleEncoder(
+            processor, self.frames, on_bad_sample=on_bad_sample, max_length=max_length, decode_timeout=decode_timeout
+        )
         self.format = format
         self.shuffle = shuffle
         self.passes = passes
-        self.place = Place(seed=seed)
+        self.position = StreamPosition(seed=seed)
 
     def __iter__(self) -> Iterator[Encoded | BadSample]:
         """This worker's samples, from where an earlier run stopped."""
-        worker, place = get_worker_info(), self.place
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        number = (number + place.skip) % workers  # the worker whose turn it was
-        done = max(0, -(-(place.skip - number) // workers)) * place.batch_size
-        packed = self._packed(place.process * workers + number, place.processes * workers)
-        for item in itertools.islice(packed, done, None):
-            yield self._load(item)
+        info = get_worker_info()
+        share = self.position.share(0, 1) if info is None else self.position.share(info.id, info.num_workers)
+        for packed in itertools.islice(self._packed(share), share.skip, None):
+            yield self._load(packed)
 
-    def placed(self, place: Place) -> StreamDataset:
-        """A copy that reads from a place on."""
+    def starting_at(self, position: StreamPosition) -> StreamDataset:
+        """A copy that reads from a position on."""
         made = copy.copy(self)
-        made.place = place
+        made.position = position
         return made
 
     def usable_workers(self, wanted: int, processes: int) -> int:
@@ -161,44 +177,40 @@ class StreamDataset(IterableDataset):
     def digest(self) -> str:
         """Fingerprint of the shards' names, sizes and ends, and of their order."""
         found = [(path.name, fingerprint_file(path)) for path in self.shards]
-        return fingerprint(found, self.format, self.shuffle, self.place.seed)
+        return fingerprint(found, self.format, self.shuffle, self.position.seed)
 
-    def _packed(self, reader: int, readers: int) -> Iterator[Packed | BadSample]:
+    def _packed(self, share: WorkerShare) -> Iterator[Packed | BadSample]:
         """One reader's share of every pass, shuffled but not decoded."""
         from webdataset.filters import shuffle
 
         for turn in itertools.count() if self.passes is None else range(self.passes):
             order = list(self.shards)
             if self.shuffle:
-                random.Random(f"{self.place.seed} {turn}").shuffle(order)
-            samples = itertools.chain.from_iterable(map(read_shard, order[reader::readers]))
+                random.Random(f"{self.position.seed} {turn}").shuffle(order)
+            samples = itertools.chain.from_iterable(map(read_shard, order[share.reader :: share.readers]))
             if self.shuffle:
-                mixed = shuffle(self.shuffle, initial=self.shuffle, seed=f"{self.place.seed} {turn} {reader}")
+                mixed = shuffle(self.shuffle, initial=self.shuffle, seed=f"{self.position.seed} {turn} {share.reader}")
                 samples = mixed(samples)
             yield from samples
 
     def _load(self, packed: Packed | BadSample) -> Encoded | BadSample:
-        item = packed if isinstance(packed, BadSample) else self._decode(packed)
-        if isinstance(item, BadSample) and self.on_bad_sample == "error":
-            raise DataError(f"{item.source}: {item.reason}")
-        return item
-
-    def _decode(self, packed: Packed) -> Encoded | BadSample:
+        if isinstance(packed, BadSample):
+            return packed.skipped(self.encoder.on_bad_sample)
         try:
             sample = packed.sample(self.format)
         except DataError as error:
-            return BadSample(packed.source, str(error).removeprefix(f"{packed.source}: "))
-        return self.loader.load(sample)
+            return BadSample.of(packed.source, error).skipped(self.encoder.on_bad_sample, error)
+        return self.encoder.load(sample)
 
 
 def stream_loader(
-    dataset: StreamDataset, place: Place, collate: Callable[..., Any], *, pin_memory: bool = False
+    dataset: StreamDataset, position: StreamPosition, collate: Callable[..., Any], *, pin_memory: bool = False
 ) -> DataLoader:
     """Batches of a stream; its random numbers are its own, so that a run that goes on draws the same ones elsewhere."""
     return DataLoader(
-        dataset.placed(place),
-        batch_size=place.batch_size,
-        num_workers=place.workers,
+        dataset.starting_at(position),
+        batch_size=position.batch_size,
+        num_workers=position.workers,
         collate_fn=collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),

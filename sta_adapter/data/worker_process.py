@@ -1,6 +1,6 @@
 """Calls in a process of their own, which may hang, crash or be killed without taking the caller along.
 
-Public: `Isolated`, `ProcessError`, `worker_errors`. The process is forked at the first call and serves all that follow. A call that takes too long
+The process is forked at the first call and serves all that follow. A call that takes too long
 gets it killed; the next call forks another one. It offers itself to the kernel's out-of-memory killer first.
 """
 
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.errors import DataError, STAError, VideoError
+
+__all__ = ["Isolated", "POSSIBLE", "ProcessError", "worker_errors"]
 
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
@@ -113,7 +115,7 @@ class Isolated:
         self._pid = 0 if status is not None else self._pid
         self.close()
         if status is None or not os.WIFSIGNALED(status):
-            return "it ended without a word"
+            return "it ended silently"
         name = signal.Signals(os.WTERMSIG(status)).name
         return f"{name}, often for lack of memory" if name == "SIGKILL" else name
 
@@ -241,7 +243,7 @@ class worker_errors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Raise the plain error in the place of the worker's."""
-        plain = None if error is None else _plain(error)
+        plain = None if error is None else _cause(error)
         if error is None or plain is None:
             return
         del trace
@@ -249,7 +251,7 @@ class worker_errors:
         raise plain from error
 
 
-def _plain(error: BaseException) -> STAError | None:
+def _cause(error: BaseException) -> STAError | None:
     kind, text = type(error), str(error)
     name = f"{kind.__module__}.{kind.__qualname__}: "
     if isinstance(error, STAError) and "DataLoader worker process" in text.split("\n", 1)[0] and name in text:

@@ -1,6 +1,5 @@
-"""The demo: tiny base, made clips, the comparison and its report."""
+"""The demo: made clips, the comparison of STA with LoRA on the tiny base, and its report."""
 
-from pathlib import Path
+from sta_adapter.tiny_base import TINY_BASE
 
-TINY_BASE = Path(__file__).parent / "tiny_qwen2_vl"
-"""Folder of a real Qwen2-VL of 344,544 parameters that tells what is in a frame."""
+__all__ = ["TINY_BASE"]

@@ -16,6 +16,8 @@ import numpy as np
 from sta_adapter.errors import ConfigError
 from sta_adapter.video import write_clip
 
+__all__ = ["LABELS", "PAIRS", "QUESTION", "opposite", "render", "write_dataset"]
+
 PAIRS = (
     ("left", "right"),
     ("up", "down"),

@@ -1,4 +1,4 @@
-"""The tiny base made ready for the demo. Public: `tiny_model`, `attend_frames_at_once`."""
+"""The tiny base made ready for the demo."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sta_adapter.demo import TINY_BASE
 from sta_adapter.loading import load_model
 from sta_adapter.text_positions import use_positions_of
+from sta_adapter.tiny_base import TINY_BASE
+
+__all__ = ["attend_frames_at_once", "tiny_model"]
 
 ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
 

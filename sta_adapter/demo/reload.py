@@ -8,18 +8,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from sta_adapter import load_sta
+from sta_adapter.data import VideoDataset
+from sta_adapter.demo.model import tiny_model
+from sta_adapter.demo.run import FRAME_SETTINGS, LOGITS, answer_logits
+from sta_adapter.loading import load_processor
+from sta_adapter.tiny_base import TINY_BASE
+
 
 def main() -> None:
     """Write the logits of the answers to the test clips."""
-    from safetensors.torch import save_file
-
-    from sta_adapter import load_sta
-    from sta_adapter.data.dataset import VideoDataset
-    from sta_adapter.demo import TINY_BASE
-    from sta_adapter.demo.model import tiny_model
-    from sta_adapter.demo.run import FRAME_SETTINGS, LOGITS, answer_logits
-    from sta_adapter.loading import load_processor
-
     folder, clips = Path(sys.argv[1]), sys.argv[2]
     handle = load_sta(tiny_model(), folder / "adapter")
     test = VideoDataset(clips, load_processor(TINY_BASE), frames=FRAME_SETTINGS, decode_timeout=None)

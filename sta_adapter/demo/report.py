@@ -1,18 +1,22 @@
-"""The demo's report: a table in the terminal, figures, and a page with clips. Public: `print_table`, `write_report`."""
+"""The demo's report: a table in the terminal, figures, and a page with clips."""
 
 from __future__ import annotations
 
-import html
 import os
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 
+from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.demo.clips import LABELS
 from sta_adapter.demo.run import METHODS, answer_inputs, summary
 from sta_adapter.errors import MissingExtraError
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.visualization.observation import temporal_attention
+
+__all__ = ["print_table", "write_report"]
 
 COLOURS = {"sta": "#0072B2", "lora": "#D55E00", "lora_language": "#009E73"}  # Okabe and Ito: told apart by everybody
 MARKERS = {"sta": "o", "lora": "s", "lora_language": "^"}
@@ -55,13 +59,13 @@ def print_table(results: dict[str, Any]) -> None:
     Console().print(grid)
 
 
-def write_report(folder: Path, results: dict[str, Any], model: Any, test: Any) -> Path:
+def write_report(folder: Path, results: dict[str, Any], handle: STAHandle, test: VideoDataset) -> Path:
     """Write `curves.png`, `attention.png` and `index.html` into the folder; the page's path.
 
     Args:
         folder: of the demo's run.
         results: what `run_demo` gave.
-        model: handle of the first seed's STA model.
+        handle: of the first seed's STA model.
         test: the test clips.
 
     Raises:
@@ -73,19 +77,21 @@ def write_report(folder: Path, results: dict[str, Any], model: Any, test: Any) -
         raise MissingExtraError("the report's figures need matplotlib: pip install 'sta-adapter[viz]'") from error
     matplotlib.use("Agg")
     draw_curves(folder / "curves.png", results)
-    draw_attention(folder / "attention.png", model, test)
-    page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    text = page.substitute(
-        table=_html_table(results),
-        method_names="".join(f"<li><b>{SHORT[m]}</b>: {html.escape(name)}</li>" for m, name in METHODS.items()),
-        clips=_html_clips(folder, test, results),
-        settings=html.escape(", ".join(f"{k} {v}" for k, v in results["settings"].items())),
-        versions=html.escape(", ".join(f"{k} {v}" for k, v in results["versions"].items())),
+    draw_attention(folder / "attention.png", handle, test)
+    heads, rows = table(results)
+    text = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
+    page = text.render(
+        methods=[(SHORT[method], what) for method, what in METHODS.items()],
+        heads=heads,
+        rows=rows,
+        clips=_clips(folder, test, results),
+        settings=", ".join(f"{k} {v}" for k, v in results["settings"].items()),
+        versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),
         seeds=", ".join(map(str, results["seeds"])),
         reloaded=f"{results['reloaded']['clips']} clips" if results["reloaded"]["bit_equal"] else "none",
         seconds=f"{results['seconds']:.0f}",
     )
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"
 
 
@@ -121,16 +127,14 @@ def draw_curves(path: Path, results: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-def draw_attention(path: Path, model: Any, test: Any) -> None:
+def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
     """Which frame looks at which in each block, for a clip and the movement that is its opposite."""
     from matplotlib import pyplot as plt
-
-    from sta_adapter.visualization.observation import temporal_attention
 
     pictures = {}
     for index in (0, 1):
         sample = test.samples[index]
-        pictures[str(sample.answer)] = temporal_attention(model, answer_inputs(test, index))
+        pictures[str(sample.answer)] = temporal_attention(handle, answer_inputs(test, index))
     blocks = list(next(iter(pictures.values())))
     highest = max(weights.mean((0, 1)).max() for blocks_ in pictures.values() for weights in blocks_.values())
     figure, axes = plt.subplots(
@@ -153,25 +157,12 @@ def _percent(score: dict[str, float], *, interval: bool = False) -> str:
     return f"{text}\n{100 * score['low']:.1f} to {100 * score['high']:.1f}" if interval else text
 
 
-def _html_table(results: dict[str, Any]) -> str:
-    heads, rows = table(results)
-    lines = ["<tr>" + "".join(f"<th>{html.escape(head).replace('/', '/<wbr>')}</th>" for head in heads) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(f"<td>{html.escape(cell).replace(chr(10), '<br>')}</td>" for cell in row) + "</tr>"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def _html_clips(folder: Path, test: Any, results: dict[str, Any]) -> str:
+def _clips(folder: Path, test: VideoDataset, results: dict[str, Any]) -> list[dict[str, Any]]:
     """One clip of each label, and what each method of the first seed said."""
-    figures, answers = [], {run["method"]: run["answers"] for run in reversed(results["runs"])}
+    answers = {run["method"]: run["answers"] for run in reversed(results["runs"])}
+    clips = []
     for index, sample in enumerate(test.samples[: len(LABELS)]):
-        said = "".join(f"<br>{SHORT[m]}: {html.escape(answers[m][index] or 'nothing')}" for m in METHODS)
         clip = next(part["video"] for part in sample.messages[0]["content"] if part["type"] == "video")
-        source = os.path.relpath(clip, folder)
-        figures.append(
-            f'<figure><video src="{html.escape(source)}" loop autoplay muted playsinline controls></video>'
-            f"<figcaption><b>{html.escape(str(sample.answer))}</b>{said}</figcaption></figure>"
-        )
-    return "\n".join(figures)
+        said = [(SHORT[method], answers[method][index]) for method in METHODS]
+        clips.append({"source": os.path.relpath(clip, folder), "answer": sample.answer, "said": said})
+    return clips

@@ -1,7 +1,6 @@
 """The comparison: STA against LoRA with as many parameters, on the same clips, for the same steps.
 
-Public: `run_demo(folder, settings, seeds)` and `DemoSettings`. Everything goes through the package's own training and
-evaluation; the clips are real files, read back from disk.
+Everything goes through the package's own training and evaluation; the clips are real files, read back from disk.
 """
 
 from __future__ import annotations
@@ -17,19 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sta_adapter
-from sta_adapter.data.dataset import Collator, FrameSettings, VideoDataset
-from sta_adapter.demo import TINY_BASE
-from sta_adapter.demo.clips import FRAMES, LABELS, PAIRS, write_dataset
+from sta_adapter.data import Collator, FrameSettings, VideoDataset
+from sta_adapter.demo.clips import LABELS, PAIRS, write_dataset
 from sta_adapter.demo.model import tiny_model
 from sta_adapter.errors import STAError
-from sta_adapter.evaluation.evaluator import Prediction, evaluate, wilson
-from sta_adapter.injection.handle import STAHandle
+from sta_adapter.evaluation import Prediction, evaluate, wilson
 from sta_adapter.loading import load_processor
+from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
+from sta_adapter.training import TrainingConfig, TrainingResult, train
 from sta_adapter.training.lora import lora_config
-from sta_adapter.training.two_stage import TrainingConfig, TrainingResult, train
+
+__all__ = [
+    "DemoSettings",
+    "FRAME_SETTINGS",
+    "LOGITS",
+    "METHODS",
+    "answer_inputs",
+    "answer_logits",
+    "equal_rank",
+    "run_demo",
+    "summary",
+]
 
 logger = logging.getLogger(__name__)
 METHODS = {
@@ -37,7 +48,7 @@ METHODS = {
     "lora": "LoRA on language model and vision encoder, as many parameters",
     "lora_language": "LoRA on the language model alone",
 }
-FRAME_SETTINGS = FrameSettings(nframes=FRAMES, min_tokens=None, max_tokens=None)
+FRAME_SETTINGS = FrameSettings(**TINY_BASE_FRAMES)
 LOGITS = "answers.safetensors"
 
 
@@ -82,7 +93,7 @@ class DemoSettings:
 
 def run_demo(
     folder: Path, settings: DemoSettings, seeds: Iterable[int], say: Callable[[str], None] = logger.info
-) -> tuple[dict[str, Any], STAHandle, VideoDataset]:
+) -> tuple[dict[str, Any], sta_adapter.STAHandle, VideoDataset]:
     """Write the clips, train and measure every method, check the saved adapter.
 
     Returns:
@@ -209,7 +220,7 @@ def equal_rank(settings: DemoSettings) -> int:
 def measure(trained: TrainingResult, test: VideoDataset) -> dict[str, Any]:
     """Accuracy on the test clips, in all and per pair, with frames in order and shuffled; cost; curve."""
     found = {
-        frames: evaluate(trained.model, test, frames=frames, batch_size=50, max_new_tokens=4)
+        frames: evaluate(trained.model, test, frame_order=frames, batch_size=50, max_new_tokens=4)
         for frames in ("ordered", "shuffled")
     }
     last = list(trained.stages.values())[-1]
@@ -236,10 +247,8 @@ def within_pair(predictions: Iterable[Prediction]) -> float | None:
     return sum(named) / len(named) if named else None
 
 
-def check_reload(handle: STAHandle, folder: Path, test: VideoDataset, seed: int) -> dict[str, Any]:
+def check_reload(handle: sta_adapter.STAHandle, folder: Path, test: VideoDataset, seed: int) -> dict[str, Any]:
     """Save the adapter, load it into a fresh model in a new process, and compare the logits of its answers bit for bit."""
-    from safetensors.torch import load_file
-
     handle.save_pretrained(folder / "adapter")
     here, count = answer_logits(handle.model, test), len(test.samples)
     clips = folder / "clips" / f"seed{seed}" / "test.jsonl"

@@ -1,7 +1,4 @@
-"""A model's answers to encoded prompts: generated, or chosen among options.
-
-Public: `Questioner`, `Prediction`.
-"""
+"""A model's answers to encoded prompts: generated, or chosen among options by their log-likelihood."""
 
 from __future__ import annotations
 
@@ -16,19 +13,21 @@ from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import Encoded, encode_answer
 from sta_adapter.data.clip_batches import PIXELS, missing_frames
 from sta_adapter.data.collator import Collator, kind_of
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.answer_text import final_answer
 from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.injection.inject import get_sta
+
+__all__ = ["Answerer", "Prediction", "Question", "judge", "most_likely", "option_tokens"]
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What the model said about one sample.
 
-    `scores` are the options' log-likelihoods, where the likeliest was chosen; `unmatched` says that a written answer could not be
-    read: it names none of the options, or is empty.
+    `scores` are the options' log-likelihoods, where the most likely one was chosen; `unmatched` says that a generated answer could
+    not be read: it names none of the options, or is empty.
     """
 
     index: int
@@ -42,50 +41,63 @@ class Prediction:
 
 
 def judge(index: int, sample: Sample, said: str, scores: list[float] | None = None) -> Prediction:
-    """Whether what a model wrote, or the option that `scores` say is likeliest, is the sample's answer."""
+    """Whether what a model wrote, or the option with the highest of `scores`, is the sample's answer."""
     about = (index, sample.source, sample.category, sample.answer, said)
     if scores is not None:
         return Prediction(*about, said == sample.answer, scores)
     if sample.options is None:
-        found = _plain(said)
-        return Prediction(*about, found == _plain(sample.answer), unmatched=not found)
+        found = _bare_answer(said)
+        return Prediction(*about, found == _bare_answer(sample.answer), unmatched=not found)
     named = named_option(said, sample.options, sample.extra.get("option_texts", ()))
     return Prediction(*about, named is not None and sample.options[named] == sample.answer, unmatched=named is None)
 
 
-def likeliest(index: int, sample: Sample, scores: list[float]) -> Prediction:
+def most_likely(index: int, sample: Sample, scores: list[float]) -> Prediction:
     """The option of the highest log-likelihood as the answer."""
     options = sample.options or []
     return judge(index, sample, options[max(range(len(options)), key=scores.__getitem__)], scores)
 
 
-Question = tuple[int, Sample, Encoded, list[torch.Tensor]]
-"""A sample's index, the sample, its prompt, and its options as tokens where the likeliest is looked for."""
+@dataclass(frozen=True)
+class Question:
+    """A sample to be answered.
+
+    Attributes:
+        index: the sample's.
+        sample: its answer is not shown to the model.
+        prompt: encoded.
+        options: as tokens; none where the answer is generated.
+    """
+
+    index: int
+    sample: Sample
+    prompt: Encoded
+    options: list[torch.Tensor]
 
 
 def option_tokens(processor: Any, sample: Sample, choose: str) -> list[torch.Tensor]:
-    """A sample's options as tokens; none where its answer is written.
+    """A sample's options as tokens; none where its answer is generated.
 
     Raises:
         DataError: the chat template or the tokenizer can't take one of them.
     """
-    likeliest = sample.options if sample.options is not None and choose != "written" else []
-    return [encode_answer(processor, sample.prompt, option) for option in likeliest]
+    options = sample.options if sample.options is not None and choose == "loglikelihood" else []
+    return [encode_answer(processor, sample.prompt, option) for option in options]
 
 
-class Questioner:
+class Answerer:
     """Answers of a model to encoded prompts, in batches padded on the left.
 
     Args:
         model: the model.
         processor: its processor.
-        max_new_tokens: longest written answer.
+        max_new_tokens: longest generated answer.
         batch_size: samples, or options of samples, at a time.
-        choose: how a question with options is answered: "likeliest" or "written", see `sta_adapter.evaluation.evaluator.evaluate`.
+        choose: how a question with options is answered: "loglikelihood" or "generate", see `sta_adapter.evaluation.evaluator.evaluate`.
     """
 
     def __init__(
-        self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, choose: str = "likeliest"
+        self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, choose: str = "loglikelihood"
     ) -> None:
         self.model = model
         self.processor = processor
@@ -100,10 +112,10 @@ class Questioner:
         return option_tokens(self.processor, sample, self.choose)
 
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
-        """Predictions, those of written answers first."""
-        for group in self._alike([question for question in questions if not question[-1]]):
+        """Predictions, those of generated answers first."""
+        for group in self._alike([question for question in questions if not question.options]):
             yield from self._generate(group)
-        yield from map(self._choose, (question for question in questions if question[-1]))
+        yield from map(self._choose, (question for question in questions if question.options))
 
     def require_possible(self, item: Encoded) -> None:
         """Raise DataError for a prompt that only a model with STA takes."""
@@ -118,7 +130,7 @@ class Questioner:
         """In batches that any model takes: stacked clips and pictures of one length, and of one kind where need be."""
         groups: dict[Any, list[Question]] = {}
         for question in questions:
-            item = question[2]
+            item = question.prompt
             stacked = tuple((key, item[key].shape[1:]) for key in PIXELS if key in item and item[key].dim() == 5)
             groups.setdefault((kind_of(item) if self.collate.one_kind else "", stacked), []).append(question)
         return list(groups.values())
@@ -152,17 +164,16 @@ class Questioner:
         return [text.strip() for text in said]
 
     def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
-        said = self.write([item for _, _, item, _ in questions])
-        for (index, sample, *_), text in zip(questions, said, strict=True):
-            yield judge(index, sample, text)
+        said = self.write([question.prompt for question in questions])
+        for question, text in zip(questions, said, strict=True):
+            yield judge(question.index, question.sample, text)
 
     def _choose(self, question: Question) -> Prediction:
-        """The option that is likeliest as a complete answer."""
-        index, sample, item, answers = question
+        """The option that is most likely as a complete answer."""
         scores: list[float] = []
-        for start in range(0, len(answers), self.batch_size):
-            scores += self._log_likelihoods(item, answers[start : start + self.batch_size])
-        return likeliest(index, sample, scores)
+        for start in range(0, len(question.options), self.batch_size):
+            scores += self._log_likelihoods(question.prompt, question.options[start : start + self.batch_size])
+        return most_likely(question.index, question.sample, scores)
 
     def _log_likelihoods(self, prompt: Encoded, answers: list[torch.Tensor]) -> list[float]:
         rows = [_extended(prompt, answer) for answer in answers]
@@ -187,6 +198,6 @@ def _extended(prompt: Encoded, answer: torch.Tensor) -> Encoded:
     return longer
 
 
-def _plain(text: str) -> str:
+def _bare_answer(text: str) -> str:
     """An answer without reasoning, markup, case, and the full stop at its end."""
     return " ".join(final_answer(text).split()).removesuffix(".").casefold()

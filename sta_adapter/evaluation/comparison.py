@@ -1,24 +1,34 @@
 """Results of an evaluation side by side: base against adapter, and frames in order against frames out of order.
 
-Public: `compare(results, clips)` -> what results.json holds, and `as_text(report)` -> the same to read, within 80 columns. Differences are of the
-same questions, with bootstrap intervals (see `sta_adapter.evaluation.statistics`); single accuracies have Wilson intervals.
+`compare` gives what results.json holds, `as_text` the same to read, within 80 columns. Differences are of the same questions, with bootstrap intervals (see `sta_adapter.evaluation.statistics`); single accuracies have Wilson intervals.
 """
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.evaluation.evaluator import EvaluationResult
 from sta_adapter.evaluation.statistics import FEW, mean_interval
 
-Runs = Mapping[str, Mapping[str, EvaluationResult]]
+__all__ = ["as_text", "chance", "clips_of", "compare"]
+
+Results = Mapping[str, Mapping[str, EvaluationResult]]
+Run = tuple[str, str]  # "base" or "adapter", and the order of frames
 CONTROLS = ("shuffled", "reversed")
 LINE, NAME = 80, 30
+
+
+class Contrast(NamedTuple):
+    """A difference to report: the sum of some runs minus the sum of others."""
+
+    label: dict[str, str]
+    plus: list[Run]
+    minus: list[Run]
 
 
 def clips_of(samples: Sequence[Sample]) -> list[Hashable]:
@@ -44,7 +54,7 @@ def chance(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return {"overall": fmean(shares), "categories": {name: fmean(found) for name, found in groups.items()}}
 
 
-def compare(results: Runs, clips: Sequence[Hashable], *, seed: int = 0) -> dict[str, Any]:
+def compare(results: Results, clips: Sequence[Hashable], *, seed: int = 0) -> dict[str, Any]:
     """Plain values of all results, their differences, and sentences that read them.
 
     Args:
@@ -53,19 +63,10 @@ def compare(results: Runs, clips: Sequence[Hashable], *, seed: int = 0) -> dict[
         seed: of the bootstrap.
     """
     runs = {(name, order): result for name, orders in results.items() for order, result in orders.items()}
-    pairs: list[tuple[dict[str, str], list[tuple[str, str]], list[tuple[str, str]]]] = []
-    for order in ("ordered", *CONTROLS):
-        pairs.append(({"of": "adapter - base", "frames": order}, [("adapter", order)], [("base", order)]))
-    for name in results:
-        for order in CONTROLS:
-            pairs.append(({"of": f"ordered - {order}", "model": name}, [(name, "ordered")], [(name, order)]))
-    for order in CONTROLS:
-        plus, minus = [("adapter", "ordered"), ("base", order)], [("adapter", order), ("base", "ordered")]
-        pairs.append(({"of": f"ordered - {order}", "model": "adapter - base"}, plus, minus))
     differences = [
-        about | _difference([runs[key] for key in plus], [runs[key] for key in minus], clips, seed)
-        for about, plus, minus in pairs
-        if runs.keys() >= {*plus, *minus}
+        {**contrast.label, **_difference(contrast, runs, clips, seed)}
+        for contrast in _contrasts(results)
+        if runs.keys() >= {*contrast.plus, *contrast.minus}
     ]
     report: dict[str, Any] = {
         name: {order: result.to_dict(predictions=False) for order, result in orders.items()}
@@ -74,13 +75,25 @@ def compare(results: Runs, clips: Sequence[Hashable], *, seed: int = 0) -> dict[
     return {**report, "differences": differences, "reading": _reading(differences)}
 
 
+def _contrasts(names: Iterable[str]) -> Iterator[Contrast]:
+    """Adapter against base; each model's use of the order of frames; and how much more the adapter uses it than the base."""
+    for order in ("ordered", *CONTROLS):
+        yield Contrast({"of": "adapter - base", "frames": order}, [("adapter", order)], [("base", order)])
+    for name in names:
+        for order in CONTROLS:
+            yield Contrast({"of": f"ordered - {order}", "model": name}, [(name, "ordered")], [(name, order)])
+    for order in CONTROLS:
+        plus, minus = [("adapter", "ordered"), ("base", order)], [("adapter", order), ("base", "ordered")]
+        yield Contrast({"of": f"ordered - {order}", "model": "adapter - base"}, plus, minus)
+
+
 def _difference(
-    plus: Sequence[EvaluationResult], minus: Sequence[EvaluationResult], clips: Sequence[Hashable], seed: int
+    contrast: Contrast, runs: Mapping[Run, EvaluationResult], clips: Sequence[Hashable], seed: int
 ) -> dict[str, Any]:
-    """Sum of `plus` minus sum of `minus`, question by question, over the questions that all of them answered."""
-    right = [{p.index: float(p.correct) for p in result.predictions} for result in (*plus, *minus)]
+    """The contrast question by question, over the questions that all of its runs answered."""
+    signs = [1] * len(contrast.plus) + [-1] * len(contrast.minus)
+    right = [{p.index: float(p.correct) for p in runs[run].predictions} for run in (*contrast.plus, *contrast.minus)]
     shared = sorted(set.intersection(*(set(answers) for answers in right)))
-    signs = [1] * len(plus) + [-1] * len(minus)
     values = [sum(sign * answers[i] for sign, answers in zip(signs, right, strict=True)) for i in shared]
     about = [clips[index] for index in shared]
     mean, low, high = mean_interval(values, about, seed=seed)

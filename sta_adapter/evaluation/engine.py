@@ -1,7 +1,4 @@
-"""Engine: what answers in the place of a model, by its own processing of prompts and clips; EngineQuestioner asks it.
-
-Public: `Engine`, `agreement`.
-"""
+"""Engine: what answers in the place of a model, by its own processing of prompts and clips; EngineAnswerer asks it."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ import torch
 
 from sta_adapter.data.chat_encoding import Encoded, Prompt
 from sta_adapter.data.collator import Collator
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.evaluation.answering import Prediction, Question, judge, likeliest, option_tokens
+from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely, option_tokens
 
 if TYPE_CHECKING:
     from sta_adapter.evaluation.evaluator import EvaluationResult
 
-__all__ = ["Engine", "agreement"]
+__all__ = ["Engine", "EngineAnswerer", "agreement"]
 
 
 class Engine(Protocol):
@@ -51,13 +48,13 @@ class Engine(Protocol):
         """
 
 
-class EngineQuestioner:
-    """Answers of an engine to encoded prompts: as `Questioner` has them of a model.
+class EngineAnswerer:
+    """Answers of an engine to encoded prompts: as `Answerer` has them of a model.
 
     Args:
         engine: the engine.
         processor: the base's processor.
-        max_new_tokens: longest written answer.
+        max_new_tokens: longest generated answer.
         choose: how a question with options is answered, see `sta_adapter.evaluation.evaluate`.
     """
 
@@ -82,18 +79,18 @@ class EngineQuestioner:
             )
 
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
-        """Predictions, those of written answers first; each kind is asked in one go."""
-        written, chosen = ([q for q in questions if bool(q[-1]) is scored] for scored in (False, True))
-        if written:
-            said = self.engine.write([_prompt(item) for _, _, item, _ in written], self.max_new_tokens)
+        """Predictions, those of generated answers first; each kind is asked in one go."""
+        generated, scored = ([q for q in questions if bool(q.options) is chosen] for chosen in (False, True))
+        if generated:
+            said = self.engine.write([_prompt(question.prompt) for question in generated], self.max_new_tokens)
             texts = self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-            for (index, sample, *_), text in zip(written, texts, strict=True):
-                yield judge(index, sample, text.strip())
-        if chosen:
-            answers = [[option.tolist() for option in options] for *_, options in chosen]
-            scores = self.engine.log_likelihoods([_prompt(item) for _, _, item, _ in chosen], answers)
-            for (index, sample, *_), found in zip(chosen, scores, strict=True):
-                yield likeliest(index, sample, found)
+            for question, text in zip(generated, texts, strict=True):
+                yield judge(question.index, question.sample, text.strip())
+        if scored:
+            options = [[option.tolist() for option in question.options] for question in scored]
+            scores = self.engine.log_likelihoods([_prompt(question.prompt) for question in scored], options)
+            for question, found in zip(scored, scores, strict=True):
+                yield most_likely(question.index, question.sample, found)
 
 
 def _prompt(item: Any) -> tuple[Prompt, list[int]]:

@@ -1,8 +1,8 @@
 """How often a model is right: exact labels and multiple choice, with controls that take the order of frames away.
 
-Public: `evaluate(model, data, ...)` -> `EvaluationResult`, `Score`, `Prediction`, `wilson`. A sample with `options` is scored by the log-likelihood of
-each option as a complete answer (its end of turn included), or by the option that a written answer names; any other by greedy
-generation, compared with its answer but for reasoning, markup, case, surrounding white space and a full stop.
+A sample with `options` is scored by the log-likelihood of each option as a complete answer (its end of turn included),
+or by the option that a generated answer names; any other by greedy generation, compared with its answer but for
+reasoning, markup, case, surrounding white space and a full stop.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from sta_adapter.data.chat_encoding import Encoded
-from sta_adapter.data.dataset import BadSample, FrameSettings, VideoDataset
-from sta_adapter.data.fingerprint import fingerprint_model, fingerprint_processor, fingerprint_samples
+from sta_adapter.data.conversation import BadSample
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
 from sta_adapter.data.worker_process import worker_errors
-from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.evaluation.answering import Prediction, Question, Questioner, judge
-from sta_adapter.evaluation.engine import Engine, EngineQuestioner
+from sta_adapter.errors import ConfigError
+from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge
+from sta_adapter.evaluation.engine import Engine, EngineAnswerer
+from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.evaluation.prediction_log import PredictionLog
-from sta_adapter.training.contexts import evaluating
+from sta_adapter.injection.fingerprint import fingerprint_model
+from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["EvaluationResult", "Prediction", "Score", "evaluate", "wilson"]
 
-CHOICES = ("likeliest", "written")
+CHOICES = ("loglikelihood", "generate")
 PREDICTION_FORMAT = 2  # raised when the same settings mean other prompts, pixels or scores than before
 EXAMPLES, LONGEST_SAID = 3, 200  # of answers that could not be read
 Z95 = 1.959963984540054  # two-sided 95 %
@@ -66,13 +70,13 @@ class EvaluationResult:
     Attributes:
         predictions: one of each usable sample.
         bad_samples: samples that could not be used, with the reason; they don't count.
-        frames: "ordered", "shuffled" or "reversed".
+        frame_order: "ordered", "shuffled" or "reversed".
         seconds: how long it took.
     """
 
     predictions: list[Prediction]
     bad_samples: list[str] = field(default_factory=list)
-    frames: str = "ordered"
+    frame_order: str = "ordered"
     seconds: float = 0.0
 
     @property
@@ -95,7 +99,7 @@ class EvaluationResult:
         """Plain values, for JSON."""
         unread = [prediction for prediction in self.predictions if prediction.unmatched]
         values: dict[str, Any] = {
-            "frames": self.frames,
+            "frames": self.frame_order,
             "overall": self.overall.to_dict(),
             "categories": {name: score.to_dict() for name, score in self.categories.items()},
             "unmatched": len(unread),
@@ -131,12 +135,12 @@ def evaluate(
     data: str | Path | VideoDataset,
     *,
     processor: Any = None,
-    frames: str = "ordered",
+    frame_order: str = "ordered",
     seed: int = 0,
     frame_settings: FrameSettings | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 32,
-    choose: str = "likeliest",
+    choose: str = "loglikelihood",
     on_bad_sample: str = "skip",
     num_workers: int = 0,
     predictions_file: str | Path | None = None,
@@ -151,13 +155,13 @@ def evaluate(
             `sta_adapter.integrations.vllm.engine.VLLMEngine`.
         data: a file of samples or tar shards, see `read_samples`; or a data set (then its own settings hold).
         processor: the model's processor, where `data` is a file.
-        frames: "ordered"; "shuffled" (decoded frames permuted, each clip in its own way) or "reversed" as controls.
+        frame_order: "ordered"; "shuffled" (decoded frames permuted, each clip in its own way) or "reversed" as controls.
         seed: of the shuffling.
         frame_settings: how clips are sampled, where `data` is a file.
         batch_size: samples, or options of samples, at a time.
         max_new_tokens: longest generated answer.
-        choose: what answers a question with options: the "likeliest" option, or what the model has "written", as far as it
-            names one option by its letter or text, as published benchmarks are scored.
+        choose: how a question with options is answered: by the option of the highest "loglikelihood", or "generate": by what the
+            model writes, as far as it names one option by its letter or text, as published benchmarks are scored.
         on_bad_sample: "skip" or "error", where `data` is a file.
         num_workers: processes that decode.
         predictions_file: keeps every prediction at once; given again, what is in it isn't asked a second time, as long as all
@@ -176,7 +180,7 @@ def evaluate(
         if processor is None:
             raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
         data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
-    dataset = data.as_prompts(frames, seed, for_engine=not isinstance(model, nn.Module))
+    dataset = data.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
     settings, questions = {}, []
     if predictions_file is not None:
@@ -186,19 +190,24 @@ def evaluate(
     def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(PredictionLog(predictions_file, settings, questions, renew, overwrite))
-        asked: Questioner | EngineQuestioner
-        if isinstance(model, nn.Module):
-            stack.enter_context(evaluating(model))
-            asked = Questioner(model, dataset.processor, max_new_tokens, batch_size, choose)
-        else:
-            asked = EngineQuestioner(model, dataset.processor, max_new_tokens, choose)
+    with (
+        PredictionLog(predictions_file, settings, questions, renew, overwrite) as log,
+        eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext(),
+    ):
         missing = [index for index in range(len(dataset)) if index not in log.done]
+        answerer = _answerer(model, dataset.processor, max_new_tokens, batch_size, choose)
         for batch in _batches(dataset, missing, batch_size, num_workers, progress):
-            _ask(asked, dataset, batch, log)
+            _answer(answerer, dataset, batch, log)
         predictions = [Prediction(**log.done[i]) for i in sorted(log.done)]
-        return EvaluationResult(predictions, list(log.bad.values()), frames, time.perf_counter() - started)
+        return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
+
+
+def _answerer(
+    model: nn.Module | Engine, processor: Any, max_new_tokens: int, batch_size: int, choose: str
+) -> Answerer | EngineAnswerer:
+    if isinstance(model, nn.Module):
+        return Answerer(model, processor, max_new_tokens, batch_size, choose)
+    return EngineAnswerer(model, processor, max_new_tokens, choose)
 
 
 def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, Any]:
@@ -208,17 +217,17 @@ def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, Any
         **(fingerprint_model(model) if isinstance(model, nn.Module) else model.fingerprint()),
         "processor": fingerprint_processor(dataset.processor),
         "sampling": dataclasses.asdict(dataset.frames),
-        "max_length": dataset.max_length,
-        "frames": dataset.frame_order,
-        "seed": dataset.seed if dataset.frame_order == "shuffled" else None,
+        "max_length": dataset.encoder.max_length,
+        "frames": dataset.encoder.frame_order,
+        "seed": dataset.encoder.seed if dataset.encoder.frame_order == "shuffled" else None,
         "data": sorted({Path(sample.source.rpartition(",")[0] or sample.source).name for sample in dataset.samples}),
     }
 
 
 def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
     """Of each question: its words, its clips, the options where these are scored, and its place where that shuffles frames."""
-    scored = choose == "likeliest"
-    shuffled = dataset.frame_order == "shuffled"
+    scored = choose == "loglikelihood"
+    shuffled = dataset.encoder.frame_order == "shuffled"
     return fingerprint_samples(
         [
             (
@@ -230,32 +239,28 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
     )
 
 
-def _ask(
-    asked: Questioner | EngineQuestioner, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog
+def _answer(
+    answerer: Answerer | EngineAnswerer, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog
 ) -> None:
     """Answer the usable samples of a batch, by their numbers; all that comes of it goes into the log."""
     good: list[Question] = []
-    for (index, _), item in zip(batch, asked.collate.sort_out([item for _, item in batch]), strict=True):
+    for (index, _), item in zip(batch, answerer.collate.sort_out([item for _, item in batch]), strict=True):
         sample = dataset.samples[index]
         try:
             if not isinstance(item, BadSample):
-                asked.require_possible(item)
-                good.append((index, sample, item, asked.options(sample)))
+                answerer.require_possible(item)
+                good.append(Question(index, sample, item, answerer.options(sample)))
                 continue
         except Exception as error:
             item = BadSample.of(sample.source, error)
-        if dataset.on_bad_sample == "error":
-            raise DataError(f"{item.source}: {item.reason}")
-        log.add_bad(index, f"{item.source}: {item.reason}")
-    for prediction in asked.answer(good):
+        log.add_bad(index, str(item.skipped(dataset.encoder.on_bad_sample)))
+    for prediction in answerer.answer(good):
         log.add(prediction.index, dataclasses.asdict(prediction))
 
 
 def _batches(
     dataset: VideoDataset, indices: Sequence[int], size: int, num_workers: int, progress: bool
 ) -> Iterator[list[tuple[int, Encoded | BadSample]]]:
-    from torch.utils.data import DataLoader, Subset
-
     loader = DataLoader(
         Subset(dataset, indices), size, num_workers=0 if dataset.cached else num_workers, collate_fn=list
     )
@@ -263,7 +268,7 @@ def _batches(
     if progress:
         from tqdm.auto import tqdm
 
-        batches = tqdm(loader, desc=f"evaluate ({dataset.frame_order})", dynamic_ncols=True)
+        batches = tqdm(loader, desc=f"evaluate ({dataset.encoder.frame_order})", dynamic_ncols=True)
     start = 0
     with worker_errors():
         for items in batches:

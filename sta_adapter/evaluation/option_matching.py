@@ -88,7 +88,7 @@ def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) ->
         texts: what they say, for answers in words.
     """
     answer = final_answer(said)
-    whole = {i for given in (labels, texts) for i, name in enumerate(given) if _plain(name) == _plain(answer) != ""}
+    whole = {i for given in (labels, texts) for i, name in enumerate(given) if _bare(name) == _bare(answer) != ""}
     if len(whole) == 1:
         return whole.pop()
     mentions = _mentions(answer, labels, texts)
@@ -134,7 +134,7 @@ def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[
 def _own_text(after: str, text: str) -> int:
     """How much of what follows a label is marks and its option's text; 0 where that does not follow."""
     pattern = rf"[\s{re.escape(words.EDGES + words.DASHES)}=|]+{_spaced(text)}(?!{words.WORD})"
-    match = re.match(pattern, after, re.IGNORECASE) if _plain(text) else None
+    match = re.match(pattern, after, re.IGNORECASE) if _bare(text) else None
     return match.end() if match else 0
 
 
@@ -157,14 +157,14 @@ def _denied(before: str) -> bool:
 
 def _by_text(answer: str, texts: Sequence[str]) -> int | None:
     """The option whose text an answer contains, where it contains no other's, or those only as parts of it."""
-    said = _plain(answer)
+    said = _bare(answer)
     within = []
     for i, text in enumerate(texts):
-        pattern = rf"(?<!{words.WORD}){re.escape(_plain(text))}(?!{words.WORD})"
-        found = re.finditer(pattern, said) if _plain(text) else ()
+        pattern = rf"(?<!{words.WORD}){re.escape(_bare(text))}(?!{words.WORD})"
+        found = re.finditer(pattern, said) if _bare(text) else ()
         if any(not _denied(said[max(match.start() - _NEAR, 0) : match.start()]) for match in found):
             within.append(i)
-    longest = [i for i in within if not any(_plain(texts[i]) in _plain(texts[j]) for j in within if j != i)]
+    longest = [i for i in within if not any(_bare(texts[i]) in _bare(texts[j]) for j in within if j != i)]
     return longest[0] if len(longest) == 1 else None
 
 
@@ -176,9 +176,9 @@ def _names(label: str) -> list[str]:
 
 def _spaced(text: str) -> str:
     """A pattern of a text whatever its white space and the full stop at its end."""
-    return re.escape(_plain(text)).replace(r"\ ", r"\s+")
+    return re.escape(_bare(text)).replace(r"\ ", r"\s+")
 
 
-def _plain(text: str) -> str:
+def _bare(text: str) -> str:
     """Lower case, single spaces, no markup, no square brackets, no marks at the ends."""
     return " ".join(re.sub(r"[\[\]]", "", final_answer(text)).split()).strip(words.EDGES).casefold()

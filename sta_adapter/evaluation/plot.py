@@ -1,6 +1,6 @@
 """A picture of an evaluation: accuracy by category, base against adapter, and the controls.
 
-Public: `draw(report, path)`, `figure_of(report)`. Colours are of Okabe and Ito's palette and marks differ in shape as well; the background is white, so that
+Colours are of Okabe and Ito's palette and marks differ in shape as well; the background is white, so that
 it reads on dark pages too.
 """
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.errors import MissingExtraError
+
+__all__ = ["draw", "figure_of"]
 
 LOOKS = {  # colour, marker and offset from the row's middle
     "base": ("#D55E00", "s", 0.17),

@@ -1,6 +1,6 @@
 """Intervals of means over questions, by drawing clips with replacement.
 
-Public: `mean_interval(values, clips)`. Where two models, or two orders of frames, answered the same questions, `values` are the
+Where two models, or two orders of frames, answered the same questions, `values` are the
 differences question by question, which makes the interval that of a paired comparison. Questions about one clip are
 drawn together: they are right or wrong together more often than others, and counted singly they would make the interval
 too narrow. With one question a clip that is the plain bootstrap over questions.
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+__all__ = ["FEW", "mean_interval"]
 
 DRAWS = 10_000
 FEW = 30  # clips below which a bootstrap interval says little

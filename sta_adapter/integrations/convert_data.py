@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
+from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import read_classes
-from sta_adapter.data.samples import Sample, check_format, parse_sample, raw_records
+from sta_adapter.data.samples import check_format, raw_records
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record

@@ -20,13 +20,15 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sta_adapter.compatibility.seams import parameter_names, version
-from sta_adapter.data.chat_encoding import IGNORE, encode
-from sta_adapter.data.dataset import BadSample, Collator, FrameSettings, Sample, VideoDataset
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.chat_encoding import IGNORE
+from sta_adapter.data.collator import Collator
+from sta_adapter.data.conversation import BadSample, Sample, parse_sample
+from sta_adapter.data.sample_encoder import SampleEncoder
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.integrations.callbacks import ReportBadClips, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.video.frame_settings import FrameSettings
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,9 @@ class VideoCollator:
         on_bad_sample: str = "skip",
         folder: str | Path = ".",
     ) -> None:
-        self.data = VideoDataset([], processor, frames=frames, on_bad_sample=on_bad_sample, max_length=max_length)
+        self.encoder = SampleEncoder(
+            processor, frames or FrameSettings(), on_bad_sample=on_bad_sample, max_length=max_length
+        )
         self.folder = folder
         self._collate = Collator.of(processor)
         self._bad, self._good = multiprocessing.Value("q"), multiprocessing.Value("q")  # workers count too
@@ -77,7 +81,7 @@ class VideoCollator:
 
     def encode(self, row: Mapping[str, Any]) -> Any:
         """Tensors of one row, or a `BadSample`."""
-        return self.data.load(self._sample(row))
+        return self.encoder.load(self._sample(row))
 
     def _sample(self, row: Mapping[str, Any], **changed: Any) -> Sample:
         record = {key: value for key, value in {**row, **changed}.items() if value is not None}
@@ -127,15 +131,10 @@ class PreferenceCollator(VideoCollator):
         prompt = [{**turn, "loss": False} if turn.get("role") == "assistant" else turn for turn in row["prompt"]]
         chosen, rejected = (self._sample(rest, messages=[*prompt, *row[name]]) for name in ("chosen", "rejected"))
         try:
-            visuals = self.data.visuals(chosen.prompt, 0)
-            both = [encode(self.data.processor, sample.messages, [*visuals, []]) for sample in (chosen, rejected)]
-            longest = max(len(encoded["input_ids"]) for encoded in both)
-            if self.data.max_length is not None and longest > self.data.max_length:
-                raise DataError(f"{longest} tokens, more than max_length {self.data.max_length}.")
+            visuals = [*self.encoder.visuals(chosen.prompt), []]
+            both = [self.encoder.encoded(sample.messages, visuals) for sample in (chosen, rejected)]
         except (STAError, OSError) as error:
-            if self.data.on_bad_sample == "error":
-                raise DataError(f"{chosen.source}: {error}") from error
-            return BadSample(chosen.source, str(error))
+            return BadSample.of(chosen.source, error).skipped(self.encoder.on_bad_sample, error)
         return both
 
 

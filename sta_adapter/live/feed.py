@@ -1,4 +1,4 @@
-"""Frames that are read in a thread of their own while others are encoded; what can't be kept up with is dropped. Public: `Feed`."""
+"""Frames that are read in a thread of their own while others are encoded; what can't be kept up with is dropped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from sta_adapter.errors import VideoError
 from sta_adapter.live.source import LiveFrame, LiveSource
+
+__all__ = ["Feed", "chunks"]
 
 WAIT = 0.05
 

@@ -1,4 +1,4 @@
-"""What the language model keeps of a stream: encoded steps within a budget of tokens. Public: `Step`, `FrameMemory`."""
+"""What the language model keeps of a stream: encoded steps within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor
+
+__all__ = ["FrameMemory", "Step"]
 
 
 @dataclasses.dataclass(frozen=True)

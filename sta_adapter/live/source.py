@@ -1,4 +1,4 @@
-"""Frames of a video that comes as it comes: a file at its own pace, an address, a camera. Public: `LiveFrame`, `LiveSource`, `masked`."""
+"""Frames of a video that comes as it comes: a file at its own pace, an address, a camera."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video import VideoNotFoundError
+
+__all__ = ["LiveFrame", "LiveSource", "masked"]
 
 SCHEMES = ("rtsp", "rtsps", "http", "https")
 REMOTE_PROTOCOLS = (

@@ -1,4 +1,4 @@
-"""A model that watches: encodes frames as they come, and answers about what it has seen. Public: `Watcher`, `WatchSettings`."""
+"""A model that watches: encodes frames as they come, and answers about what it has seen."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import torch
 from torch import nn
 
 from sta_adapter.data.chat_encoding import Encoded, Visual, encode_prompt, temporal_patch
-from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import ConfigError, VideoError
-from sta_adapter.evaluation.answering import Questioner
+from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step
 from sta_adapter.live.source import LiveFrame, LiveSource, masked
+from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.reader import TICKS
 from sta_adapter.video.resize import fit_frames
+
+__all__ = ["WatchSettings", "Watcher"]
 
 Event = dict[str, Any]
 
@@ -80,7 +83,7 @@ class Watcher:
         self.step = temporal_patch(processor)
         self._reader = ClipReader.of(processor, frames)
         self._processor = processor
-        self._questioner = Questioner(handle.model, processor, settings.max_new_tokens, 1)
+        self._answerer = Answerer(handle.model, processor, settings.max_new_tokens, 1)
         self._size: tuple[int, int] | None = None
         self._encoding = 0.0
 
@@ -196,7 +199,7 @@ class Watcher:
 
         hook = self.handle.encoder.register_forward_hook(take)
         try:
-            batch, told = self._questioner.batch([prompt])
+            batch, told = self._answerer.batch([prompt])
             with self.stream, told:
                 self.handle.model(**batch)
         except _EncodedError:
@@ -212,7 +215,7 @@ class Watcher:
         height, width = self._size or (0, 0)
         prompt = self._prompt(np.zeros((len(seconds), height, width, 3), np.uint8), seconds, question)
         with torch.no_grad(), self.handle.disabled(), _gives(self.handle.encoder, self.memory.output()):
-            said = self._questioner.write([prompt])[0]
+            said = self._answerer.write([prompt])[0]
         asked = {"event": "answer", "seconds": self._now, "question": question, "answer": said}
         return {**asked, "took": time.perf_counter() - began, **self._seen()}
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.dataset import DECODE_TIMEOUT, FrameSettings
+from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.video.frame_settings import FrameSettings
 
 CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),

@@ -1,7 +1,4 @@
-"""States that a model is in while it trains or is measured, and leaves afterwards.
-
-Public: `evaluating`, `full_precision`, `activation_checkpointing`, `trainable_when_quantized`.
-"""
+"""States that a model is in while it trains, and leaves afterwards."""
 
 from __future__ import annotations
 
@@ -17,18 +14,7 @@ from sta_adapter.compatibility.seams import ADAPTER_FLAG, has_adapter
 from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
 
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; afterwards each module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+__all__ = ["activation_checkpointing", "full_precision", "trainable_when_quantized"]
 
 
 @contextlib.contextmanager

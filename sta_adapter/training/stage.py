@@ -23,7 +23,8 @@ from transformers import PrinterCallback, TrainingArguments
 
 from sta_adapter.adapter.format import adapter_files
 from sta_adapter.adapter.lora_weights import lora_files
-from sta_adapter.data.dataset import Collator, VideoDataset
+from sta_adapter.data.collator import Collator
+from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.distributed import full_shape, is_sharded, on_rank_zero

@@ -24,9 +24,10 @@ from transformers import Trainer, TrainerState
 
 from sta_adapter.adapter.format import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
-from sta_adapter.data.stream import Place, StreamDataset, stream_loader
+from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.distributed import is_parallel, on_rank_zero
 from sta_adapter.errors import CheckpointError, DataError, STAError
+from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.injection.inject import get_sta
 from sta_adapter.training.checkpoints import (
     SAMPLES_FILE,
@@ -37,7 +38,6 @@ from sta_adapter.training.checkpoints import (
     trained_state,
 )
 from sta_adapter.training.config import TrainingConfig
-from sta_adapter.training.contexts import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,12 @@ class AdapterTrainer(Trainer):
         self.measure = measure
         self.bad_samples: dict[str, None] = {}
         self.batches_used = 0
-        self.place = Place(  # in a stream
-            process=self.args.process_index,
-            processes=self.args.world_size,
+        self.position = StreamPosition(  # in a stream
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
             workers=self.args.dataloader_num_workers,
             batch_size=self.args.per_device_train_batch_size,
-            seed=self.train_dataset.place.seed if isinstance(self.train_dataset, StreamDataset) else 0,
+            seed=self.train_dataset.position.seed if isinstance(self.train_dataset, StreamDataset) else 0,
         )
 
     @property
@@ -88,7 +88,7 @@ class AdapterTrainer(Trainer):
         if not isinstance(self.train_dataset, StreamDataset):
             return super().get_train_dataloader()
         return stream_loader(
-            self.train_dataset, self.place, cast(Any, self.data_collator), pin_memory=self.args.dataloader_pin_memory
+            self.train_dataset, self.position, cast(Any, self.data_collator), pin_memory=self.args.dataloader_pin_memory
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -170,7 +170,7 @@ class AdapterTrainer(Trainer):
         if self.measure is None:
             return super().evaluate(*args, **kwargs)
         net = self._net
-        with evaluating(net), self.compute_loss_context_manager(), _kept_random_state():
+        with eval_mode(net), self.compute_loss_context_manager(), _kept_random_state():
             values = {name: float(value) for name, value in self.measure(net).items()}
         metrics = {"eval_score": next(iter(values.values()), 0.0), **{f"eval_{name}": v for name, v in values.items()}}
         self.log(metrics)
@@ -183,7 +183,7 @@ class AdapterTrainer(Trainer):
         Raises:
             CheckpointError: the weights are not finite, or the folder can't be written; what was there stays.
         """
-        counts = json.dumps({**self.sample_counts(), "place": self.place.saved()}).encode()
+        counts = json.dumps({**self.sample_counts(), "place": self.position.saved()}).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
         on_rank_zero(lambda: replace_files(output_dir or str(self.args.output_dir), files))
 
@@ -212,11 +212,11 @@ class AdapterTrainer(Trainer):
         self.batches_used, self.bad_samples = counts["batches_used"], dict.fromkeys(counts["bad_samples"])
 
     def go_on_after(self, checkpoint: Path) -> None:
-        """Find the place in a stream again that a checkpoint was made at."""
+        """Find the position in a stream again that a checkpoint was made at."""
         if isinstance(self.train_dataset, StreamDataset):
             step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
             saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))["place"]
-            self.place = self.place.resumed(saved, step, self.args.gradient_accumulation_steps)
+            self.position = self.position.resumed(saved, step, self.args.gradient_accumulation_steps)
 
     def ended_in(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is that of the last step; then it is loaded, as the base class would train a step too many."""

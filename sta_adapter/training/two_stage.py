@@ -22,20 +22,22 @@ from sta_adapter.adapter.format import WEIGHTS, replace_files
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
 from sta_adapter.config import STAConfig
-from sta_adapter.data.dataset import FrameSettings, VideoDataset
-from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_start
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.fingerprint import fingerprint_processor
 from sta_adapter.data.samples import open_samples, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import on_rank_zero
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.injection.backbone import locate
+from sta_adapter.injection.fingerprint import fingerprint_start
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.inject import get_sta, inject_sta
 from sta_adapter.requirements import require_free, require_reporters
 from sta_adapter.text_positions import rule_in_use
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.training.config import HARMLESS, TrainingConfig
+from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
@@ -239,7 +241,9 @@ def _frames_in_force(dataset: Any) -> FrameSettings:
     if isinstance(dataset, StreamDataset):
         return dataset.frames  # the records are not known yet
     messages = (message for sample in dataset.samples for message in sample.messages)
-    found: FrameSettings = dataset.reader.settings_of(part for message in messages for part in message["content"])
+    found: FrameSettings = dataset.encoder.reader.settings_of(
+        part for message in messages for part in message["content"]
+    )
     return found
 
 
@@ -248,7 +252,7 @@ def _frames_of_records(dataset: Any) -> dict[str, str]:
     if isinstance(dataset, StreamDataset):
         return {RECORDS_FIELD: "unknown"}
     messages = (message for sample in dataset.samples for message in sample.messages)
-    differ = dataset.reader.differ(part for message in messages for part in message["content"])
+    differ = dataset.encoder.reader.differ(part for message in messages for part in message["content"])
     return {RECORDS_FIELD: "differ"} if differ else {}
 
 

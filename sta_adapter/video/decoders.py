@@ -15,6 +15,8 @@ from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, Vid
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
 from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, video_stream
 
+__all__ = ["Resize", "check_backend", "check_threads", "decode"]
+
 Pixels = NDArray[np.uint8]
 Resize = Callable[[Pixels], Pixels]
 

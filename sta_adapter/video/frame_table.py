@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+__all__ = [
+    "FrameTable",
+    "UNTURNED",
+    "VideoNotFoundError",
+    "import_av",
+    "open_video",
+    "read_frame_table",
+    "video_stream",
+]
+
 
 UNTURNED = (1 << 16, 0, 0, 1 << 16)
 """The display matrix of pictures shown as they are stored, in FFmpeg's 16.16 fixed point."""
@@ -240,7 +250,7 @@ def _timeline(
     return np.sort(stamps), np.array(keys, bool), False
 
 
-def read_table(path: str | os.PathLike[str]) -> FrameTable:
+def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     """List the frames of a video file without decoding them (but for the first, which tells size and rotation)."""
     path = _checked_path(path)
     av = import_av()

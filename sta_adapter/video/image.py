@@ -13,6 +13,8 @@ from sta_adapter.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["MOST_PIXELS", "natural_order", "read_image"]
+
 MOST_PIXELS = 2**26
 """Area of a picture that is decoded at most: 8192x8192."""
 

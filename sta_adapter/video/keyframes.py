@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+__all__ = ["PacketRow", "begins_afresh", "keys_are_fresh"]
+
 _KIND_BITS = {"h264": (0, 31), "hevc": (1, 63)}  # shift and mask of a NAL unit's kind in its first byte
 _PICTURE_KINDS = {"h264": range(1, 6), "hevc": range(32)}
 _FRESH_KINDS = {"h264": (5,), "hevc": (19, 20)}  # IDR: nothing after it refers to anything before it

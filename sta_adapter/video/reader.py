@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import VideoError
 from sta_adapter.video.decoders import Resize, check_backend, check_threads, decode
-from sta_adapter.video.frame_table import FrameTable, read_table
+from sta_adapter.video.frame_table import FrameTable, read_frame_table
 from sta_adapter.video.sampling import Sampling, choose_frames
+
+__all__ = ["Clip", "ClipMetadata", "TICKS", "read_clip"]
 
 TICKS = 1_000_000
 """A second, counted as finely as any container's timestamps are worth."""
@@ -91,7 +93,7 @@ def read_clip(
     frames refer across). "auto" then takes PyAV, and `metadata.reason` says why.
 
     Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error. Damage
-    inside a file is an error where the decoder reports it; most decoders paint over small damage without a word.
+    inside a file is an error where the decoder reports it; most decoders paint over small damage silently.
 
     Args:
         path: A video file.
@@ -120,7 +122,7 @@ def read_clip(
     sampling = Sampling(fps, num_frames, min_frames, max_frames, start, end, segments)
     check_backend(backend)
     check_threads(threads)
-    table = read_table(path)
+    table = read_frame_table(path)
     _check_reach(table, sampling)
     try:
         indices = choose_frames(table.times, table.duration, sampling)

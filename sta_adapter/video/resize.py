@@ -1,7 +1,4 @@
-"""Pixels of frames: sizes that a vision encoder takes, and images read from disk.
-
-Public: `fit_frames`, `read_image`.
-"""
+"""Frames in sizes that a vision encoder takes."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ import numpy as np
 import torch
 
 from sta_adapter.errors import DataError
-from sta_adapter.video.image import MOST_PIXELS, read_image
+from sta_adapter.video.image import MOST_PIXELS
 
-__all__ = ["fit_frames", "read_image", "resize_frames"]
+__all__ = ["fit_frames", "resize_frames"]
 
 
 def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels: float) -> np.ndarray:

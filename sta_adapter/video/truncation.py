@@ -1,4 +1,4 @@
-"""Whether a file ends before its end, told from the bytes of its container: FFmpeg reads many of them without a word.
+"""Whether a file ends before its end, told from the bytes of its container: FFmpeg reads many of them silently.
 
 No container but these, and those that count their frames, tells it: raw streams, MPEG program streams, FLV and IVF that
 end between two frames are read as if they were whole.
@@ -7,6 +7,8 @@ end between two frames are read as if they were whole.
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+__all__ = ["cut_off"]
 
 
 def cut_off(path: Path, formats: set[str]) -> bool:

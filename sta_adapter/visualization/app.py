@@ -1,6 +1,6 @@
 """A page that asks a model about a video with and without its adapter, and shows the temporal attention below.
 
-Public: `serve`, `build`. Nothing is fetched from outside, neither by this process nor by the page.
+Nothing is fetched from outside, neither by this process nor by the page.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.errors import ConfigError, MissingExtraError, STAError
+from sta_adapter.tiny_base import TINY_BASE
+from sta_adapter.visualization import report
 from sta_adapter.visualization.local_paths import subject
 from sta_adapter.visualization.page_guard import AnswerLimit, SameOrigin, trusted_hosts
 from sta_adapter.visualization.viewer import Viewer
 
+__all__ = ["build", "serve"]
+
 logger = logging.getLogger(__name__)
+EXAMPLE = Path(__file__).parent / "moves-left.mp4"  # render("left", 20_000_000, "held_out") of the demo's clips
 LONGEST = 120.0  # seconds of a clip
 LARGEST = "200mb"
 LONGEST_QUESTION = 2000  # characters
@@ -77,8 +83,6 @@ def serve(
         MissingExtraError: Gradio is not installed.
         ConfigError: the address or the port can't be had.
     """
-    from sta_adapter.demo import TINY_BASE
-
     folder = tempfile.TemporaryDirectory(prefix="sta-adapter-")  # gone with the process, and all that was uploaded
     os.environ.setdefault("GRADIO_TEMP_DIR", folder.name)
     gradio = _gradio()
@@ -141,7 +145,7 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
         try:
             return _ask(viewer, path, question, limit)
         except STAError as error:
-            said = html.escape(_plain(str(error), path))
+            said = html.escape(_without_folder(str(error), path))
             alert = f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>'
             return "", "", alert
         finally:
@@ -182,8 +186,6 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
 
 def _ask(viewer: Viewer, path: str | None, question: str | None, limit: AnswerLimit) -> tuple[str, str, str]:
     """Both answers, and the pictures as HTML."""
-    from sta_adapter.visualization import report as look_page
-
     if not path:
         raise STAError("There is no video yet: choose a file, or the clip to try.")
     if not (question or "").strip():
@@ -194,22 +196,19 @@ def _ask(viewer: Viewer, path: str | None, question: str | None, limit: AnswerLi
     base, adapted = viewer.answers(clip, limit=limit)
     seen = viewer.observe(clip, limit)
     frames, times, why = clip.step_frames(seen)
-    noted = look_page.notes(seen, why, trained=True)  # the page says at its top whether there is an adapter
-    return base, adapted, look_page.sections(seen, frames if not why else frames[:0], times, noted=noted)
+    noted = report.notes(seen, why, trained=True)  # the page says at its top whether there is an adapter
+    return base, adapted, report.sections(seen, frames if not why else frames[:0], times, noted=noted)
 
 
-def _plain(message: str, path: str | None) -> str:
+def _without_folder(message: str, path: str | None) -> str:
     """An error without the server's folders."""
     return message.replace(str(path), Path(path).name) if path else message
 
 
 def _example(page: Any) -> str:
-    """A made clip in which something moves to the left; it goes with the page."""
-    from sta_adapter.demo.clips import render
-    from sta_adapter.video import write_clip
-
+    """A copy of the clip to try, which goes with the page."""
     folder = page.example_folder = tempfile.TemporaryDirectory(prefix="sta-adapter-")
-    return str(write_clip(Path(folder.name) / "moves-left.mp4", render("left", 20_000_000, "held_out"), 8.0))
+    return shutil.copy(EXAMPLE, folder.name)
 
 
 def _gradio() -> Any:

@@ -1,7 +1,6 @@
 """Pictures of what STA did with a clip, drawn from an `Observation`; each in light or dark, on nothing.
 
-Public: `draw_attention`, `draw_branch`, `draw_maps`, `overlay_frames`, `png`, `write_moving`, `Theme`. The colour maps,
-cividis and viridis, can be told apart by everybody and stay in order in grey.
+The colour maps, cividis and viridis, can be told apart by everybody and stay in order in grey.
 """
 
 from __future__ import annotations
@@ -20,6 +19,19 @@ from sta_adapter.visualization.observation import Observation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Theme",
+    "draw_attention",
+    "draw_branch",
+    "draw_maps",
+    "overlay_frames",
+    "png",
+    "strongest_block",
+    "write_moving",
+]
 
 SHOWN = 6  # frames side by side; the moving picture has all
 ATTENTION, MAPS = "cividis", "viridis"

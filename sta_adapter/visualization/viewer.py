@@ -1,7 +1,4 @@
-"""A model with its adapter, asked about clips and looked into; behind `sta-adapter visualize` and `sta-adapter app`.
-
-Public: `Viewer`, `LoadedClip`.
-"""
+"""A model with its adapter, asked about clips and looked into; behind `sta-adapter visualize` and `sta-adapter app`."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.compatibility.processors import visual_part
-from sta_adapter.data.chat_encoding import Visual
-from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.chat_encoding import Visual, encode_prompt
+from sta_adapter.data.clip_reader import ClipReader
+from sta_adapter.data.collator import Collator
+from sta_adapter.data.conversation import Sample
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
+from sta_adapter.evaluation.answering import Answerer, Question
+from sta_adapter.evaluation.eval_mode import without_adapter
 from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
+from sta_adapter.text_positions import use_positions_of
+from sta_adapter.tiny_base import TINY_BASE_FRAMES, is_tiny_base
+from sta_adapter.video.frame_settings import FrameSettings
+from sta_adapter.video.frame_table import read_frame_table
 from sta_adapter.visualization.observation import Observation, observe
 from sta_adapter.visualization.page_guard import AnswerLimit
+
+__all__ = ["LoadedClip", "Viewer", "crops"]
 
 DECODE_TIMEOUT = 60.0
 DECODE_MEMORY = 4 << 30  # bytes that the process which decodes may take
@@ -121,22 +130,22 @@ class Viewer:
         Raises:
             CheckpointError: one of them can't be had, or the adapter holds no STA.
         """
-        from sta_adapter.injection.inject import get_sta, inject_sta
-        from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
-        from sta_adapter.text_positions import use_positions_of
-
+        folder = None if adapter is None else resolve_adapter(adapter)
         source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         processor = load_processor(model, **source)
         net = load_model(model, **options)
-        use_positions_of(net, positions, saved_positions(adapter) if adapter else None)
-        sampling = saved_frame_settings(adapter) if adapter else {}
-        settings = FrameSettings(**{**(sampling or _usual_frames(model)), **(frames or {})})
-        if adapter is None:
+        use_positions_of(net, positions, saved_positions(folder) if folder else None)
+        sampling = saved_frame_settings(folder) if folder else {}
+        usual = TINY_BASE_FRAMES if is_tiny_base(model) else {}
+        settings = FrameSettings(**{**(sampling or usual), **(frames or {})})
+        if folder is None:
             return cls(inject_sta(net), processor, settings, trained=False, longest=longest)
-        net = load_adapter(net, adapter, base_model=base_model)
+        net = load_adapter(net, folder, base_model=base_model)
         handle = get_sta(net)
         if handle is None:
-            raise CheckpointError(f"{os.fspath(adapter)!r} holds LoRA weights and no STA, so there is nothing to see.")
+            raise CheckpointError(
+                f"{os.fspath(adapter or folder)!r} holds LoRA weights and no STA, so there is nothing to see."
+            )
         return cls(handle, processor, settings, longest=longest)
 
     def read(self, path: str | os.PathLike[str], question: str = QUESTION) -> LoadedClip:
@@ -145,9 +154,6 @@ class Viewer:
         Raises:
             VideoError: it can't be read, or is too long.
         """
-        from sta_adapter.data.chat_encoding import encode_prompt
-        from sta_adapter.data.collator import Collator
-
         file = os.fspath(path)
         with self._decoding:
             visual = self._decode(file) if self._isolated is None else self._isolated(file)
@@ -179,28 +185,14 @@ class Viewer:
         Raises:
             STAError: the limit ended it.
         """
-        from sta_adapter.data.samples import Sample
-        from sta_adapter.evaluation.answering import Questioner
-
         sample = Sample([*clip.messages, {"role": "assistant", "content": []}])
-        questioner = Questioner(self.handle.model, self.processor, max_new_tokens, 1)
+        answerer = Answerer(self.handle.model, self.processor, max_new_tokens, 1)
         said = []
         with self._lock, self._told(clip), self._limited(limit):
-            for switched in (self.without_adapter(), contextlib.nullcontext()):
+            for switched in (without_adapter(self.handle.model), contextlib.nullcontext()):
                 with switched:
-                    said.append(next(questioner.answer([(0, sample, clip.encoded, [])])).prediction)
+                    said.append(next(answerer.answer([Question(0, sample, clip.encoded, [])])).prediction)
         return said[0], said[1]
-
-    @contextlib.contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """STA off, for this thread; LoRA off, for all threads."""
-        from sta_adapter.adapter.lora_weights import lora_disabled
-
-        model: Any = self.handle.model
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(lora_disabled(model))
-            stack.enter_context(self.handle.disabled())
-            yield
 
     def _limited(self, limit: AnswerLimit | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if limit is None else limit.over(self.handle.model)
@@ -209,19 +201,8 @@ class Viewer:
         return self.handle.clips([len(clip.frames)]) if clip.rows_are_frames else contextlib.nullcontext()
 
 
-def _usual_frames(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tiny base was made for eight small frames; all else takes the published recipe's."""
-    from sta_adapter.demo import TINY_BASE
-
-    if Path(model).is_dir() and Path(model).samefile(TINY_BASE):
-        return {"nframes": 8, "min_tokens": None, "max_tokens": None}
-    return {}
-
-
 def _check_length(file: str, longest: float) -> None:
-    from sta_adapter.video.frame_table import read_table
-
-    duration = read_table(file).duration
+    duration = read_frame_table(file).duration
     if duration > longest:
         raise VideoError(
             f"{Path(file).name} is {duration:.0f} s long, and at most {longest:.0f} s are taken. Cut out the part that matters."

@@ -124,7 +124,7 @@ def test_stage_one_and_then_two(base, rows, tmp_path):
 
 
 def test_rows_with_a_videos_column_reach_no_encoder(base, clips, tmp_path):
-    """TRL's own data code leaves such clips out without a word."""
+    """TRL's own data code leaves such clips out silently."""
     from sta_adapter.integrations.callbacks import RequireGradient
     from sta_adapter.integrations.settings import Settings, prepare_model
 

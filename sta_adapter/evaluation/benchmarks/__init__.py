@@ -1,6 +1,6 @@
 """Benchmarks as they lie on disk once downloaded: one file each, from annotation to `Sample`.
 
-Public: `BENCHMARKS`, `EvalSet`, `load_benchmark(name, folder)`. Clips are not copied, and not touched before they are decoded: a missing
+Clips are not copied, and not touched before they are decoded: a missing
 one is a bad sample of the evaluation. What can't be asked or scored is left out and said in `EvalSet.notes`.
 """
 

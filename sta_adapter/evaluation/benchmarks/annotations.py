@@ -10,6 +10,8 @@ from typing import Any
 
 from sta_adapter.errors import DataError, MissingExtraError
 
+__all__ = ["clip_file", "field", "find", "first_folder", "read_annotations", "read_file"]
+
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -34,7 +36,7 @@ def read_file(file: Path) -> Any:
         raise DataError(f"{file} can't be read as {file.suffix.removeprefix('.')}: {error}") from error
 
 
-def read_table(file: Path) -> list[dict[str, Any]]:
+def read_annotations(file: Path) -> list[dict[str, Any]]:
     """The records of a file, see `read_file`.
 
     Raises:

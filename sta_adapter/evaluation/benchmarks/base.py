@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
+
+__all__ = ["EvalSet", "LETTERS", "question"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -1,8 +1,8 @@
 """MVBench: twenty tasks on clips of other data sets. `json/TASK.json`, clips below `video/` or beside `json/`.
 
-The first release keeps whole clips, with the seconds that a question is about (of TVQA: folders of pictures, three a second); the
-later one ("video" branch) keeps those seconds as clips of their own, in folders called `..._segment`. NTU RGB+D's clips, for
-fine_grained_pose, are not part of the first. Prompt as in lmms-eval.
+The first release keeps whole clips, with the seconds that a question is about (of TVQA: folders of pictures, three a
+second); the later one ("video" branch) keeps those seconds as clips of their own, in folders called `..._segment`. NTU
+RGB+D's clips, for fine_grained_pose, are not part of the first. Prompt as in lmms-eval.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_table
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
 from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 STAR = ("star/Charades_v1_480", "star/Charades_segment")
@@ -41,7 +41,7 @@ def load(folder: Path) -> EvalSet:
     if not files:
         raise DataError(f"{folder} holds no json/action_sequence.json or another task's; expected a copy of MVBench.")
     for file in files:
-        rows, names = read_table(file), CLIPS[file.stem]
+        rows, names = read_annotations(file), CLIPS[file.stem]
         clips = first_folder(
             folder, (f"{root}{name}" for name in names for root in ("video/", "", "video/data0613/", "data0613/"))
         )

@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_table
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
+
+__all__ = ["CLASSES"]
 
 CLASSES = (
     "Pulling [something] from left to right",
@@ -43,7 +45,7 @@ def load(folder: Path) -> EvalSet:
             "Something-Something v2."
         )
     found = EvalSet(notes=["The official validation clips of the ten classes; the published split can't be had again."])
-    rows = [row for row in read_table(files[0]) if row.get("template") in CLASSES]
+    rows = [row for row in read_annotations(files[0]) if row.get("template") in CLASSES]
     found.add(files[0], rows, partial(_sample, clips=clips))
     return found
 

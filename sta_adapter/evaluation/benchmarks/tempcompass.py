@@ -1,7 +1,8 @@
 """TempCompass: five aspects of time, asked in four kinds. Clips in `videos/`.
 
-`questions/KIND.json` (its repository), or `KIND/test-*.parquet` (the Hub). Three kinds are scored by matching the answer with the
-options; captioning needs a language model as a judge and is left out. Prompts as in the benchmark's own scripts.
+`questions/KIND.json` (its repository), or `KIND/test-*.parquet` (the Hub). Three kinds are scored by matching the
+answer with the options; captioning needs a language model as a judge and is left out. Prompts as in the benchmark's
+own scripts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_file
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_table
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
 from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 REQUEST = (
@@ -32,7 +32,7 @@ def load(folder: Path) -> EvalSet:
         )
     found = EvalSet(notes=["Asked without subtitles."])
     for file in files:
-        found.add(file, read_table(file), partial(_sample, clips=clips))
+        found.add(file, read_annotations(file), partial(_sample, clips=clips))
     return found
 
 

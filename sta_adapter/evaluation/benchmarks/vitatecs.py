@@ -1,7 +1,8 @@
 """VITATECS: is a caption or its counterfactual true of the clip, which differ in one aspect of time.
 
-`data/ASPECT.jsonl` with clips in `videos/MSRVTT` and `videos/VATEX` (its repository), or `ASPECT/test-*.parquet` with clips in
-`MSRVTT` and `VATEX` (the Hub). As a question with two options it is worded, and its options ordered, as in lmms-eval.
+`data/ASPECT.jsonl` with clips in `videos/MSRVTT` and `videos/VATEX` (its repository), or `ASPECT/test-*.parquet` with
+clips in `MSRVTT` and `VATEX` (the Hub). As a question with two options it is worded, and its options ordered, as in
+lmms-eval.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.samples import Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_table
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 ASPECTS = ("Direction", "Intensity", "Sequence", "Compositionality", "Localization", "Type")
@@ -28,7 +29,7 @@ def load(folder: Path) -> EvalSet:
         if not files:
             missing.append(aspect)
         for file in files:
-            found.add(file, read_table(file), partial(_sample, clips=clips, aspect=aspect))
+            found.add(file, read_annotations(file), partial(_sample, clips=clips, aspect=aspect))
     if missing:
         found.notes.append(f"No annotations of {', '.join(missing)}.")
     if not found.samples:

@@ -12,9 +12,10 @@ from typing import Any
 
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.data.chat_encoding import Visual
-from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.clip_times import step_seconds
 from sta_adapter.errors import ConfigError
+from sta_adapter.video.frame_settings import FrameSettings
 
 LOADER = "sta_adapter"
 SIZES = ("factor", "temporal_patch")

@@ -11,11 +11,12 @@ from sta_adapter.adapter.format import read_description
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.safe_read import read_json
-from sta_adapter.data.clip_reader import ClipReader, FrameSettings
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import get_backbone
 from sta_adapter.integrations.vllm.frames import media_io_kwargs
 from sta_adapter.integrations.vllm.request import ADAPTER, ANY_BASE, REVISION
+from sta_adapter.video.frame_settings import FrameSettings
 
 LORA_NAME = "adapted"  # what requests name as their model to get the LoRA weights
 PLUGIN = "sta_adapter"
@@ -81,7 +82,7 @@ def trained_reader(
 
 
 def check_plugins(allowed: str | None) -> None:
-    """Refuse an environment whose `VLLM_PLUGINS` leaves STA's plug-in out, which vLLM would do without a word.
+    """Refuse an environment whose `VLLM_PLUGINS` leaves STA's plug-in out, which vLLM would do silently.
 
     Raises:
         ConfigError: as said.

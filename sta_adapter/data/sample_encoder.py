@@ -1,0 +1,100 @@
+"""From a sample to a model's tensors: its clips are decoded, and its conversation is encoded with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from sta_adapter.data.chat_encoding import Encoded, Prompt, Visual, encode, encode_prompt
+from sta_adapter.data.clip_reader import ClipReader
+from sta_adapter.data.collator import Loaded
+from sta_adapter.data.conversation import BadSample, Sample, check_on_bad_sample
+from sta_adapter.data.shard_clips import unpacked
+from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError
+from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["DECODE_TIMEOUT", "FRAME_ORDERS", "SampleEncoder"]
+
+FRAME_ORDERS = ("ordered", "shuffled", "reversed")
+DECODE_TIMEOUT = 60.0
+
+
+@dataclass
+class SampleEncoder:
+    """Decodes and encodes one sample after the other; the attributes are explained at `VideoDataset`."""
+
+    processor: Any
+    frames: FrameSettings
+    prompts: bool = False
+    frame_order: str = "ordered"
+    seed: int = 0
+    on_bad_sample: str = "skip"
+    max_length: int | None = None
+    for_engine: bool = False
+    decode_timeout: float | None = DECODE_TIMEOUT
+    reader: ClipReader = field(init=False, compare=False)
+    isolated: Isolated | None = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the choices.
+
+        Raises:
+            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones.
+        """
+        if self.frame_order not in FRAME_ORDERS:
+            raise ConfigError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
+        check_on_bad_sample(self.on_bad_sample)
+        self.reader = ClipReader.of(self.processor, self.frames, self.frame_order, self.seed)
+        self.isolated = Isolated(self.reader.read, self.decode_timeout) if self.decode_timeout and POSSIBLE else None
+
+    def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
+        """The sample's tensors; `index` is for the shuffling of its frames.
+
+        Raises:
+            DataError: it can't be used, and `on_bad_sample` is "error".
+        """
+        try:
+            if sample.problem is not None:
+                raise DataError(sample.problem)
+            messages = sample.prompt if self.prompts else sample.messages
+            visuals = self.visuals(messages, index)
+            encoded = self.encoded(messages, visuals)
+            if not self.for_engine:
+                return Loaded.of(encoded, sample.source)
+            loaded = Loaded.of({"input_ids": encoded["input_ids"]}, sample.source)
+            loaded.prompt = Prompt.of(self.processor, messages, visuals)
+            return loaded
+        except BaseException as error:  # whatever a library raises, also one written in Rust, is about this sample
+            return BadSample.of(sample.source, error).skipped(self.on_bad_sample, error)
+
+    def encoded(self, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
+        """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.
+
+        Raises:
+            DataError: it can't be encoded, or has more than `max_length` tokens.
+        """
+        found = (encode_prompt if self.prompts else encode)(self.processor, messages, visuals)
+        length = len(found["input_ids"])
+        if self.max_length is not None and length > self.max_length:
+            raise DataError(
+                f"{length} tokens, more than max_length {self.max_length}; take fewer frames or fewer tokens a frame."
+            )
+        return found
+
+    def visuals(self, messages: list[dict[str, Any]], index: int = 0) -> list[list[Visual]]:
+        """The decoded clips and images of each message: all of a sample in one go, in a worker within its time limit."""
+        parts = [[part for part in message["content"] if part["type"] != "text"] for message in messages]
+        flat = [part for group in parts for part in group]
+        read: Callable[..., list[Visual]] = self.reader.read
+        if self.isolated is not None and flat and get_worker_info() is not None:
+            read = self.isolated
+        with unpacked(flat) as files:
+            try:
+                visuals = iter(read(files, index))
+            except ProcessError as error:
+                raise ProcessError(f"{', '.join(part[part['type']] for part in files)}: {error}") from error
+        return [[next(visuals) for _ in group] for group in parts]
