@@ -121,7 +121,7 @@ def command_reference() -> str:
 
 def backbone_table() -> str:
     """A row for each backbone that this package registers: what it declares."""
-    from sta_adapter.injection.backbone import get_backbone, list_backbones
+    from sta_adapter.injection.registry import get_backbone, list_backbones
 
     rows, others = ["| backbone | encoder class | blocks | added in front of |", "|---" * 4 + "|"], []
     for name in list_backbones():

@@ -4,10 +4,11 @@ from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
-from sta_adapter.injection.backbone import Backbone, list_backbones, register_backbone
-from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.inject import inject_sta
 from sta_adapter.injection.load import load_sta
+from sta_adapter.injection.registry import list_backbones, register_backbone
 
 __version__ = "0.1.0"
 __all__ = [

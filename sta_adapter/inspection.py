@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.injection.inject import Plan, plan_injection
+from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.stream import check_streaming
 
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sta_adapter.adapter.atomic_write import SAVED
+from sta_adapter.adapter.format import CONFIG, read_description
+from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
+from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
+from sta_adapter.injection.load import load_sta
+from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.requirements import require_device
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
@@ -52,11 +59,10 @@ def load_model(
     """
     import transformers
 
-    from sta_adapter.injection.peft_loading import watch_peft
     from sta_adapter.internvideo import builder_of
     from sta_adapter.internvideo.files import published_config
 
-    watch_peft()
+    watch_peft(load_sta)
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
     require_device(device)
@@ -170,12 +176,6 @@ def load_adapter(
     Raises:
         CheckpointError: no adapter, or one for another model.
     """
-    from sta_adapter.adapter.atomic_write import SAVED
-    from sta_adapter.adapter.format import CONFIG
-    from sta_adapter.adapter.hub import resolve_adapter
-    from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
-    from sta_adapter.injection.load import load_sta
-
     folder = resolve_adapter(name, revision)
     with_sta = (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists()
     if with_sta or read_lora(folder).sta is not None:
@@ -196,9 +196,6 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
     Warns:
         STAWarning: the records of its data set their own sampling, each otherwise, so that there is no one setting.
     """
-    from sta_adapter.adapter.format import CONFIG
-    from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames
-
     run, description = _saved_run(name, revision)
     said = (run or description).get(RECORDS_FIELD)
     if isinstance(said, str) and said in RECORDS:
@@ -233,9 +230,5 @@ def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None
 
 def _saved_run(name: str | os.PathLike[str], revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an adapter's `run.json` and `sta_config.json` say; empty where there is no such file."""
-    from sta_adapter.adapter.format import CONFIG, read_description
-    from sta_adapter.adapter.hub import resolve_adapter
-    from sta_adapter.adapter.run_file import RUN_FILE, read_run_file
-
     folder = resolve_adapter(name, revision)
     return read_run_file(folder / RUN_FILE), read_description(folder) if (folder / CONFIG).is_file() else {}

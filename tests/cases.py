@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter import get_sta
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 
 Arguments = dict[str, Any]
 

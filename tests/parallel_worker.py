@@ -12,7 +12,7 @@ from torch import distributed
 from sta_adapter import get_sta, inject_sta
 from sta_adapter.distributed import end_processes, full_tensor
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 
 STEPS = 3
 

@@ -471,7 +471,7 @@ def test_a_built_in_backbone_that_can_not_run_is_logged_and_goes_on(case, caplog
 
 
 def _backbone(case):
-    from sta_adapter.injection.backbone import get_backbone
+    from sta_adapter.injection.registry import get_backbone
 
     return get_backbone(case.backbone)
 

@@ -10,7 +10,7 @@ from cases_transformers import CASES, FRAME, glm_prompt, llava_prompt, picture_p
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import LayoutError, UnknownBackboneError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 
 LLAVA = pytest.param("llava_onevision", id="llava_onevision")
 GLM = pytest.param("glm4v", id="glm4v", marks=lacks("glm4v"))
@@ -202,7 +202,7 @@ def test_the_dummy_clip_runs_without_being_told(case):
 
 def outputs(found):
     """The tensors of an encoder's output that depend on STA."""
-    from sta_adapter.injection.hooks import iterate_tensors
+    from sta_adapter.injection.nested import iterate_tensors
 
     return [t for t in iterate_tensors(found) if t.requires_grad]
 

@@ -27,7 +27,7 @@ from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.data.fingerprint import fingerprint_processor
 from sta_adapter.errors import CompatibilityError
 from sta_adapter.injection import data_parallel
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 from sta_adapter.training.contexts import activation_checkpointing, trainable_when_quantized
 from sta_adapter.visualization.viewer import crops
 

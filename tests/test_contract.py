@@ -11,8 +11,8 @@ from cases import Clip, case_parameters, clips_of, randomize, seeded
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import get_backbone
 from sta_adapter.injection.hooks import Hook
+from sta_adapter.injection.registry import get_backbone
 
 every_case = pytest.mark.parametrize("case", case_parameters())
 every_order = pytest.mark.parametrize("order", ["after_spatial", "before_spatial"])

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
-from sta_adapter.injection.backbone import get_backbone
 from sta_adapter.injection.hooks import (
     BlockPreHook,
     EncoderPostHook,
@@ -18,6 +17,7 @@ from sta_adapter.injection.hooks import (
     remove_hooks,
     take_clip_lengths,
 )
+from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import CALLS_KEPT, Injection
 
 LAYOUT = ClipLayout([(2, 3)])

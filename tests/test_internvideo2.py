@@ -11,7 +11,7 @@ from test_goldens import assert_golden_gradients, load_golden_weights, read_gold
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 
 every_order = pytest.mark.parametrize("order", ["after_spatial", "before_spatial"])
 every_norm = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

@@ -16,7 +16,7 @@ from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.backbones.frames import row_clips
 from sta_adapter.backbones.internvideo2_5 import batch_chat_clips, sample_clips
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 
 OPTIONS = {"max_new_tokens": 2, "do_sample": False}
 

@@ -5,7 +5,7 @@ from cases import all_cases
 from torch import nn
 
 from sta_adapter import inject_sta
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 
 LEFT_OUT = {  # layers without LoRA, and why
     "qwen2_5_omni-tower": {
@@ -38,7 +38,7 @@ def test_lora_reaches_every_layer_of_a_block(case):
 def test_the_recipe_s_numbers_are_those_of_the_settings():
     from cases import make_qwen2_vl
 
-    from sta_adapter.text_positions import use_positions_of
+    from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.training import TrainingConfig
     from sta_adapter.training.lora import lora_config
 

@@ -21,7 +21,7 @@ import torch
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones, load_sta, register_backbone
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.injection import backbone
-from sta_adapter.injection.backbone import ENTRY_POINT_GROUP, get_backbone, unregister_backbone
+from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, unregister_backbone
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_vit_plugin"
 USE = """
@@ -207,9 +207,9 @@ def test_a_broken_plugin_warns_and_blocks_nobody(value, reason, example, fresh_r
     monkeypatch.syspath_prepend(str(tmp_path))
     plugins = {"zz_broken": value, "my_vit": "my_vit_plugin.backbone:BACKBONE"}
     with_plugins(monkeypatch, fresh_registry, **plugins)
-    with caplog.at_level(logging.WARNING, "sta_adapter.injection.backbone"):
+    with caplog.at_level(logging.WARNING, "sta_adapter.injection.registry"):
         assert list_backbones() == ["my_vit", "qwen2_vl"]
-    (record,) = [r for r in caplog.records if r.name == "sta_adapter.injection.backbone"]
+    (record,) = [r for r in caplog.records if r.name == "sta_adapter.injection.registry"]
     assert "backbone plug-in 'zz_broken' of unknown package is left out" in record.getMessage()
     assert reason in record.getMessage()
     assert inject_sta(example.MyViT()).backbone == "my_vit"

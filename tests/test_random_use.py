@@ -23,7 +23,7 @@ from toy import TOY, ToyEncoder, toy_pixels
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta, register_backbone
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import unregister_backbone
+from sta_adapter.injection.registry import unregister_backbone
 
 DEPTH = 2
 CLIPS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=3).map(tuple)

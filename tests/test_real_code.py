@@ -18,7 +18,7 @@ from test_internvideo2_5 import Layouts
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone
 from sta_adapter.loading import load_model
 
 pytestmark = pytest.mark.real_code

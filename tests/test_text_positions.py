@@ -21,8 +21,9 @@ from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import cli
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import ConfigError, InjectionError, LayoutError, STAWarning
+from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
-from sta_adapter.text_positions import rule_in_use, use_positions, use_positions_of
+from sta_adapter.text_positions import rule_in_use, use_positions
 
 NATIVE = "rows-and-columns" if is_transformers_5() else "original"
 other_rule = pytest.mark.skipif(not is_transformers_5(), reason="transformers 4 has the rule of the training")

@@ -471,7 +471,7 @@ def test_command_refuses(arguments, error):
 
 
 def test_a_backbone_without_lora_says_so_before_stage_one(tmp_path, model, dataset):
-    from sta_adapter.injection.backbone import get_backbone
+    from sta_adapter.injection.registry import get_backbone
 
     plain = dataclasses.replace(get_backbone("qwen2_vl"), name="plain", lora=None)
     handle = inject_sta(model, backbone=plain)

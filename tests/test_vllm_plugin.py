@@ -12,11 +12,12 @@ from standins import fake_vllm
 from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 
 from sta_adapter import STAConfig
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, make_description, write_adapter
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbones.frames import EachRow
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
-from sta_adapter.injection.backbone import get_backbone, list_backbones
+from sta_adapter.injection.registry import get_backbone, in_vllm, list_backbones
 from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings
@@ -327,7 +328,7 @@ def test_frames_that_would_be_split_among_ranks_are_refused(vllm, tmp_path):
 
 
 def test_clips_of_models_that_get_frames_as_a_batch_are_told_by_vllms_methods():
-    llava, internvl = (get_backbone(name).in_vllm().clip_source.methods for name in ("llava_onevision", "internvl"))
+    llava, internvl = (in_vllm(get_backbone(name)).clip_source.methods for name in ("llava_onevision", "internvl"))
     frames = [torch.zeros(4, 3, 2, 2), torch.zeros(2, 3, 2, 2)]
     assert llava["_process_video_pixels"](None, {"inputs": {"pixel_values_videos": frames}}) == (4, 2)
     assert llava["_process_video_pixels"](None, {"inputs": {"pixel_values_videos": torch.zeros(2, 3, 3, 4, 4)}}) == (

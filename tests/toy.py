@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sta_adapter import Backbone, ClipLayout, register_backbone
-from sta_adapter.injection.backbone import unregister_backbone
+from sta_adapter.injection.registry import unregister_backbone
 
 WIDTH, HEADS = 16, 2
 

@@ -5,7 +5,7 @@ Public: `describe_base`, `check_base`, `is_hub_id`, `ANY`. What counts as the sa
 - the vision encoder must have the same backbone, width, depth and heads, or the weights do not fit;
 - the language model must have the same sizes, where both sides know them: Qwen2-VL-2B and 7B share one vision encoder;
 - two different Hub ids are two models. A folder or a model made without a name is taken as it is, since a folder may
-  hold anything under any name; so is the name that stood in a converted checkpoint, which is hearsay.
+  hold anything under any name; so is the name that stood in a converted checkpoint, which is unverified.
 
 `base_model="any"` waives the second and third, for a renamed or fine-tuned copy.
 """
@@ -21,7 +21,6 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.injection.inject import Plan
 
 ANY = "any"
 MERGED_LORA = "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it
@@ -53,13 +52,16 @@ def is_hub_id(name: str | None) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name or "") is not None
 
 
-def check_base(folder: Path, description: Mapping[str, Any], plan: Plan, base_model: str | None) -> None:
+def check_base(
+    folder: Path, description: Mapping[str, Any], model: nn.Module, encoder: Mapping[str, Any], base_model: str | None
+) -> None:
     """Refuse a model that is not the one the adapter was trained on; both are named.
 
     Args:
         folder: the adapter's.
         description: contents of its `sta_config.json`.
-        plan: the injection into the model.
+        model: the model at hand.
+        encoder: of its vision encoder, `backbone`, `width`, `depth`, and the branch's `num_heads` and `head_dim`.
         base_model: None, or "any" to take every model whose encoder fits.
 
     Raises:
@@ -69,14 +71,14 @@ def check_base(folder: Path, description: Mapping[str, Any], plan: Plan, base_mo
     if base_model not in (None, ANY):
         raise ConfigError(f"base_model is {base_model!r}, expected {ANY!r} to take any model that fits, or None.")
     saved: dict[str, Any] = _saved_base(description)
-    here = describe_base(plan.model)
+    here = describe_base(model)
     both = f"It was trained on {_named(saved['id'])}; the model is {_named(here['id'])}."
-    differences = _different({**description["encoder"], "backbone": description["backbone"]}, _encoder(plan))
+    differences = _different({**description["encoder"], "backbone": description["backbone"]}, encoder)
     if differences:
         raise CheckpointError(f"the adapter in {folder} is for another encoder: {differences}. {both}")
     if base_model == ANY:
         return
-    _check_merged(folder, description, plan)
+    _check_merged(folder, description, model)
     differences = _different(saved["language_model"] or {}, here["language_model"] or {}, both_known=True)
     override = f"If it fits all the same, pass base_model={ANY!r}."
     if differences:
@@ -91,10 +93,10 @@ def check_base(folder: Path, description: Mapping[str, Any], plan: Plan, base_mo
         )
 
 
-def _check_merged(folder: Path, description: Mapping[str, Any], plan: Plan) -> None:
+def _check_merged(folder: Path, description: Mapping[str, Any], model: nn.Module) -> None:
     """STA that was trained beside LoRA weights is right only with these, also when they are merged into the base."""
     wanted = description.get(MERGED_LORA)
-    found = _get(getattr(plan.model, "config", None), MERGED_LORA)
+    found = _get(getattr(model, "config", None), MERGED_LORA)
     if wanted and wanted != found:
         raise CheckpointError(
             f"the STA in {folder} was trained beside LoRA weights (digest {wanted}) that were merged into a base, and this "
@@ -115,17 +117,6 @@ def _saved_base(description: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": name if isinstance(name, str) else None,
         "language_model": dict(sizes) if isinstance(sizes, Mapping) else None,
-    }
-
-
-def _encoder(plan: Plan) -> dict[str, Any]:
-    target = plan.target
-    return {
-        "backbone": target.backbone.name,
-        "width": target.width,
-        "depth": len(target.blocks),
-        "num_heads": plan.num_heads,
-        "head_dim": target.head_dim,
     }
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
-from sta_adapter.errors import CheckpointError, UnknownBackboneError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.errors import CheckpointError
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"
@@ -22,6 +21,7 @@ METHOD = (
 )
 ANSWERED = ("qwen2_vl", "videorope", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3", "internvl", "llava_onevision")
 REMOTE_CODE = ("internvideo2", "internvideo2_5", "llava_video")
+SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")  # by vLLM
 # settings of a run that say something to readers, and how the card calls them
 RECIPE = {
     "stage": "stage (1: STA; 2: STA and LoRA)",
@@ -168,9 +168,7 @@ def _use(description: Mapping[str, Any], facts: CardFacts) -> str:
 
 def _serving(description: Mapping[str, Any], facts: CardFacts) -> list[str]:
     """How vLLM serves it, where it does; with LoRA weights beside STA, that takes an export first."""
-    try:
-        get_backbone(str(description["backbone"])).in_vllm()
-    except UnknownBackboneError:
+    if description["backbone"] not in SERVED:
         return []
     base, adapter = facts.base_model or "path/to/the/base/model", facts.repo_id
     lines = [f"sta-adapter serve --model {base} --adapter {adapter}"]

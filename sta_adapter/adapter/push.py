@@ -1,20 +1,16 @@
-"""Adapters to the Hugging Face Hub: the adapter's files and a card, in one commit.
-
-Public: `push_folder`, `push_adapter` (behind `handle.push_to_hub`), `Publication`.
-"""
+"""Adapters to the Hugging Face Hub: the adapter's files and a card, in one commit."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sta_adapter.adapter.base_model import is_hub_id
-from sta_adapter.adapter.format import CONFIG, adapter_files
+from sta_adapter.adapter.format import CONFIG
 from sta_adapter.adapter.hub import MAIN, branch_contents, explain, prepare_branch
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
@@ -22,8 +18,7 @@ from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.adapter.run_file import RECORDS_FIELD
 from sta_adapter.errors import CheckpointError, ConfigError
 
-if TYPE_CHECKING:
-    from sta_adapter.injection.handle import STAHandle
+__all__ = ["Publication", "push_files", "push_folder"]
 
 CARD = "README.md"
 NO_LICENSE = "the card names no licence: without one others may not use the adapter; give license (--license)."
@@ -115,19 +110,9 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
     return _push(adapter, repo_id, **{"run_folder": path, **options})
 
 
-def push_adapter(handle: STAHandle, repo_id: str, **options: Any) -> Publication | None:
-    """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
-    from sta_adapter.distributed import full_shape, is_sharded, on_rank_zero
-    from sta_adapter.injection.load import adapter_contents
-
-    files = adapter_files(*adapter_contents(handle))
-    count = sum(math.prod(full_shape(parameter)) for parameter in handle.parameters())
-    adapter = _Adapter(json.loads(files[CONFIG]), {**files}, count)
-    if not is_sharded(handle.model.parameters()):
-        return _push(adapter, repo_id, **options)
-    done: list[Publication] = []
-    on_rank_zero(lambda: done.append(_push(adapter, repo_id, **options)))
-    return done[0] if done else None
+def push_files(files: Mapping[str, bytes], parameters: int, repo_id: str, **options: Any) -> Publication:
+    """Publish an adapter's files as they are in memory, `parameters` numbers of STA; as `STAHandle.push_to_hub`."""
+    return _push(_Adapter(json.loads(files[CONFIG]), {**files}, parameters), repo_id, **options)
 
 
 def _push(

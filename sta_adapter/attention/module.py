@@ -15,6 +15,8 @@ from sta_adapter.attention.recompute import project_normed, recomputed
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 
+CHILD = "sta"  # the name of the STA module in its block
+
 
 class TemporalAttention(nn.Module):
     """gamma * proj(Attention over frames(qkv(norm(y)))), section 3 of arXiv 2510.26027.

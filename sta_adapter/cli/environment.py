@@ -16,7 +16,7 @@ import torch
 
 from sta_adapter.attention.kernels import choose_kernel
 from sta_adapter.compatibility.seams import TESTED, seams, version
-from sta_adapter.injection.backbone import ENTRY_POINT_GROUP, get_backbone, list_backbones
+from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, list_backbones
 
 PACKAGES = (
     *("sta-adapter", "torch", "torchvision", "transformers", "peft", "accelerate", "safetensors", "einops", "triton"),

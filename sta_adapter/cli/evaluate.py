@@ -122,8 +122,8 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
 
 def _load(model: str, folder: Path | None, options: dict[str, Any]) -> Any:
     """The model, with its adapter if there is one."""
+    from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.loading import load_adapter, load_model, saved_positions
-    from sta_adapter.text_positions import use_positions_of
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}

@@ -57,7 +57,7 @@ def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
 
 def model_options(command: Any) -> Any:
     """How the model is loaded."""
-    from sta_adapter.text_positions import CHOICES
+    from sta_adapter.injection.text_positions import CHOICES
 
     choice = click.Choice(["auto", "bf16", "fp16", "fp32"])
     for decorate in (

@@ -107,8 +107,8 @@ def _check_flags(run: dict[str, Any]) -> None:
 
 def _train(run: dict[str, Any], settings: Any) -> None:
     from sta_adapter.distributed import is_rank_zero
+    from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
-    from sta_adapter.text_positions import use_positions_of
     from sta_adapter.training.two_stage import open_data, train
 
     require_reporters(settings.report_to)

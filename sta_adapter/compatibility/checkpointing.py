@@ -1,7 +1,4 @@
-"""How models checkpoint their activations: the methods of transformers, and what their modules say of it.
-
-Public: `checkpointing_methods`, `checkpoints_reentrantly`.
-"""
+"""How models checkpoint their activations: the methods of transformers, what their modules say, and whether one does just now."""
 
 from __future__ import annotations
 
@@ -9,9 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from sta_adapter.compatibility.seams import incompatible, parameter_names
+
+__all__ = ["checkpointing_methods", "checkpoints_reentrantly", "inside_checkpoint"]
 
 FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint")  # transformers; code that models bring along
 FUNCTION = "_gradient_checkpointing_func"
@@ -74,3 +75,18 @@ def _says_that_it_checkpoints(encoder: nn.Module) -> bool:
     if name is None:
         raise incompatible("transformers", f"{type(encoder).__name__} has neither {' nor '.join(PROPERTIES)}")
     return bool(getattr(encoder, name))
+
+
+def inside_checkpoint() -> bool:
+    """Whether what runs now, in a forward that began with gradients, will be run again in the backward, whatever tool does it.
+
+    Checkpoints take hold of what autograd saves, or, re-entrant ones, run without gradients. Other holders of saved tensors
+    (`save_on_cpu`) count as well: a hook too many changes nothing.
+    """
+    if not torch.is_grad_enabled():
+        return True
+    try:
+        with disable_saved_tensors_hooks("looked for"):  # refused while there are any
+            return False
+    except RuntimeError:
+        return True

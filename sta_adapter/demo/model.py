@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sta_adapter.loading import load_model
-from sta_adapter.text_positions import use_positions_of
 from sta_adapter.tiny_base import TINY_BASE
 
 __all__ = ["attend_frames_at_once", "tiny_model"]
+from sta_adapter.injection.text_positions import use_positions_of
 
 ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
 

@@ -17,7 +17,7 @@ from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.answer_text import final_answer
 from sta_adapter.evaluation.option_matching import named_option
-from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.handle import get_sta
 
 __all__ = ["Answerer", "Prediction", "Question", "judge", "most_likely", "option_tokens"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sta_adapter.adapter.lora_weights import lora_disabled
-from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.handle import get_sta
 
 __all__ = ["eval_mode", "without_adapter"]
 

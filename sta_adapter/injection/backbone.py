@@ -1,27 +1,18 @@
-"""Backbone: what a vision encoder must declare to take STA, the registry of all of them, and entry points."""
+"""Backbone: what a vision encoder must declare to take STA."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
-from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError, UnknownClipsError
+from sta_adapter.errors import InjectionError, UnknownClipsError
 from sta_adapter.injection.encoder_call import EncoderCall
-from sta_adapter.injection.target import InjectionTarget, resolve_target
 from sta_adapter.injection.vllm_tower import VLLMTower
-
-logger = logging.getLogger(__name__)
-ENTRY_POINT_GROUP = "sta_adapter.backbones"
-OWN_MODULES = "sta_adapter.backbones."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +91,7 @@ class Backbone:
         published_prefix: what stands in front of `blocks` in the keys of that code's checkpoints, "visual." for one.
         published_token_order: whether that code adds the branch in another token order than the paper's.
         vllm: the encoder in vLLM; None when STA isn't served there.
-        is_variant: whether this is `in_vllm()` of a backbone, which is never registered under its name.
+        is_variant: whether this is `registry.in_vllm` of a backbone, which is never registered under its name.
     """
 
     name: str
@@ -125,19 +116,6 @@ class Backbone:
     vllm: VLLMTower | None = None
     is_variant: bool = False
 
-    def in_vllm(self) -> Backbone:
-        """The same backbone as vLLM has it.
-
-        Raises:
-            UnknownBackboneError: vLLM doesn't serve it.
-        """
-        if self.vllm is None:
-            served = [name for name in list_backbones() if get_backbone(name).vllm is not None]
-            raise UnknownBackboneError(
-                f"STA with the backbone {self.name!r} can't be served by vLLM; backbones that can: {', '.join(served)}."
-            )
-        return dataclasses.replace(self, **self.vllm.changes, is_variant=True)
-
     def dummy_layout(self, call: EncoderCall) -> ClipLayout:
         """The layout of `dummy_inputs`, which are one clip, also for encoders that must be told of clips."""
         try:
@@ -147,19 +125,6 @@ class Backbone:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         return self
-
-    def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
-        """A pickled model names its backbone, and finds it among the registered ones again."""
-        if self.is_variant:
-            return _variant, (self.name,)
-        _load_entry_points()
-        if _REGISTRY.get(self.name) is not self:
-            found = "another one" if self.name in _REGISTRY else "none"
-            raise ConfigError(
-                f"a pickled model finds its backbone by the name {self.name!r}, under which {found} is registered. "
-                "Call register_backbone(spec) first, here and where it is unpickled."
-            )
-        return get_backbone, (self.name,)
 
     def find_encoder(self, model: nn.Module) -> nn.Module | None:
         """The encoder in `model`, or None.
@@ -185,149 +150,3 @@ def _active_modules(model: nn.Module) -> list[nn.Module]:
     originals = [getattr(m, "original_module", None) for m in model.modules() if hasattr(m, "modules_to_save")]
     replaced = {id(inner) for original in originals if isinstance(original, nn.Module) for inner in original.modules()}
     return [m for m in model.modules() if id(m) not in replaced]
-
-
-def locate(model: nn.Module, backbone: str | Backbone | None = None) -> InjectionTarget:
-    """Find the encoder and the places of the hooks in a model, and check them; changes nothing.
-
-    Raises:
-        UnknownBackboneError: when no backbone fits; lists those known.
-        InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference.
-    """
-    for spec in _candidates(backbone):
-        encoder = spec.find_encoder(model)
-        if encoder is not None:
-            return resolve_target(spec, encoder)
-    if backbone is not None:
-        spec = _candidates(backbone)[0]
-        classes = {type(m).__name__ for m in model.modules()}
-        near = sorted({n for c in spec.encoder_classes for n in difflib.get_close_matches(c, classes)})
-        raise UnknownBackboneError(
-            f"{type(model).__name__!r} holds no encoder for backbone {spec.name!r}: it looks for a module of class "
-            f"{' or '.join(spec.encoder_classes)}{' and a further condition' if spec.accepts else ''}; "
-            f"the model's nearest are {', '.join(near) or 'none'}. "
-            f"Leave backbone=None to have it found, or pass another of {', '.join(list_backbones())}."
-        )
-    raise UnknownBackboneError(
-        f"no backbone matches {type(model).__name__!r}; known: {', '.join(list_backbones()) or 'none'}. "
-        "Describe the encoder with register_backbone(Backbone(...)), or install a plug-in."
-    )
-
-
-_REGISTRY: dict[str, Backbone] = {}
-_LOADED_ENTRY_POINTS = False
-_LOCK = threading.Lock()
-_THREAD = threading.local()  # .loads: this thread is loading entry points
-
-
-def register_backbone(spec: Backbone) -> None:
-    """Make a backbone known to `inject_sta` and `load_sta`.
-
-    Raises:
-        ConfigError: when `spec` is no `Backbone`, or another one of that name is registered.
-    """
-    _load_entry_points()
-    _register(spec)
-
-
-def _register(spec: Backbone) -> None:
-    _check_name(spec)
-    _REGISTRY[spec.name] = spec
-
-
-def _check_name(spec: Backbone) -> None:
-    if not isinstance(spec, Backbone):
-        raise ConfigError(f"register_backbone takes a Backbone, not {type(spec).__name__}.")
-    other = _REGISTRY.get(spec.name)
-    if other is not None and other is not spec and not spec.is_variant:
-        raise ConfigError(
-            f"a backbone named {spec.name!r} is registered already: by {other.layout.__module__}, now by "
-            f"{spec.layout.__module__}. Give one of them another name."
-        )
-
-
-def unregister_backbone(name: str) -> None:
-    """Forget a backbone that `register_backbone` made known; an unknown name is an error."""
-    get_backbone(name)
-    del _REGISTRY[name]
-
-
-def _variant(name: str) -> Backbone:
-    return get_backbone(name).in_vllm()
-
-
-def list_backbones() -> list[str]:
-    """Names of all backbones: the built-in ones, those of plug-ins, those registered."""
-    _load_entry_points()
-    return sorted(_REGISTRY)
-
-
-def get_backbone(name: str) -> Backbone:
-    """The backbone of that name.
-
-    Raises:
-        UnknownBackboneError: when there is none; lists those known.
-    """
-    _load_entry_points()
-    if name not in _REGISTRY:
-        hint = "" if _REGISTRY else " The built-in ones can't be found: run `pip install -e .` in the source folder."
-        raise UnknownBackboneError(f"no backbone {name!r}; known: {', '.join(list_backbones()) or 'none'}.{hint}")
-    return _REGISTRY[name]
-
-
-def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
-    _load_entry_points()
-    if isinstance(backbone, Backbone):  # used without registering it
-        _check_name(backbone)
-        return [backbone]
-    if backbone is not None:
-        return [get_backbone(backbone)]
-    return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name))
-
-
-def _load_entry_points() -> None:
-    """Register the backbones of all installed packages, ours first; a broken one warns, names itself, and blocks nobody.
-
-    Nothing is locked while a package is imported, which may call us, or wait for another thread that does: each thread
-    loads for itself, and the first that is done registers what it found.
-    """
-    global _LOADED_ENTRY_POINTS
-    if _LOADED_ENTRY_POINTS or getattr(_THREAD, "loads", False):
-        return
-    _THREAD.loads = True
-    try:
-        entries = sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value))
-        for own in (True, False):
-            loaded = [(e, _load(e)) for e in entries if e.value.startswith(OWN_MODULES) is own]
-            with _LOCK:
-                if not _LOADED_ENTRY_POINTS:
-                    _register_loaded(loaded)
-                    _LOADED_ENTRY_POINTS = not own
-    finally:
-        _THREAD.loads = False
-
-
-def _load(entry: metadata.EntryPoint) -> Any:
-    """What an entry point names, or the error in its place."""
-    try:
-        return entry.load()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a package that ends the process when it is imported, too
-        return error
-
-
-def _register_loaded(loaded: Sequence[tuple[metadata.EntryPoint, Any]]) -> None:
-    names = [spec.name for spec in {id(s): s for _, s in loaded if isinstance(s, Backbone)}.values()]
-    for entry, spec in loaded:
-        try:
-            if isinstance(spec, BaseException):
-                raise spec
-            if isinstance(spec, Backbone) and names.count(spec.name) > 1:
-                raise ConfigError(f"several packages have a backbone named {spec.name!r}; uninstall all but one")
-            _register(spec)
-        except BaseException as error:
-            source = entry.dist.name if entry.dist else "unknown package"
-            logger.warning(
-                "backbone plug-in %r of %s is left out: %s: %s", entry.name, source, type(error).__name__, error
-            )

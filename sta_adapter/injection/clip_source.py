@@ -16,9 +16,9 @@ from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import UnknownClipsError
-from sta_adapter.injection.backbone import InjectionTarget
 from sta_adapter.injection.hooks import Hook, take_clip_lengths
 from sta_adapter.injection.state import Injection
+from sta_adapter.injection.target import InjectionTarget
 
 
 class ModelPreHook(Hook):
@@ -28,7 +28,7 @@ class ModelPreHook(Hook):
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
-        self.injection.set_clips(told)
+        self.injection.thread.told = told
         return args, kwargs
 
 
@@ -38,7 +38,7 @@ class ModelPostHook(Hook):
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End what `ModelPreHook` began."""
-        self.injection.set_clips(None)
+        self.injection.thread.told = None
 
 
 class TellingMethod:

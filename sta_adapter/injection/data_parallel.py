@@ -18,7 +18,8 @@ from sta_adapter.compatibility.seams import active_ddp, hook_table
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.hooks import Hook, iterate_tensors
+from sta_adapter.injection.hooks import Hook
+from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.state import Injection
 
 WRAPPERS = {
@@ -139,7 +140,7 @@ class FirstInLine(AgreeingHook):
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
-        self.injection.outputs = [] if is_parallel() else None
+        self.injection.thread.outputs = [] if is_parallel() else None
         self.agreement.look(model)
         if self.agreement.groups:
             for module in (self.agreement.encoder, self.agreement.language_model):
@@ -155,7 +156,7 @@ class LastInLine(Hook):
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End what `FirstInLine` began."""
-        self.injection.outputs = None
+        self.injection.thread.outputs = None
 
 
 class EncoderAgree(AgreeingHook):
@@ -164,7 +165,7 @@ class EncoderAgree(AgreeingHook):
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
         """Wait for the others; a run on a dummy clip has been agreed upon already."""
-        if self.agreement.groups and not self.injection.in_dummy:
+        if self.agreement.groups and not self.injection.thread.in_dummy:
             self.agree(True, ABLE, self.agreement.groups)
 
 
@@ -174,8 +175,8 @@ class EncoderOutput(Hook):
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Change nothing."""
-        if self.injection.outputs is not None:
-            self.injection.outputs += [t for t in iterate_tensors(output) if t.requires_grad]
+        if self.injection.thread.outputs is not None:
+            self.injection.thread.outputs += [t for t in iterate_tensors(output) if t.requires_grad]
 
 
 class LanguageModelBegin(AgreeingHook):
@@ -201,7 +202,7 @@ class LanguageModelBegin(AgreeingHook):
                 wants = False
         elif training and self._joins_ddp(wants, embeddings):
             self._run_dummy()
-        outputs, injection.outputs = injection.outputs, None
+        outputs, injection.thread.outputs = injection.thread.outputs, None
         if embeddings is None or not outputs:
             return None
         zero = sum((t * 0).sum().to(embeddings.device) for t in (*outputs, *self._trained_between()))

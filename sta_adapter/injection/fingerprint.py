@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.attention.module import CHILD
 from sta_adapter.data.fingerprint import fingerprint, without_names
 from sta_adapter.distributed import full_tensor, is_sharded
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.hooks import CHILD
-from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.handle import get_sta
 
 __all__ = ["fingerprint_model", "fingerprint_start"]
 

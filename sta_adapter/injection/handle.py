@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sta_adapter.adapter.push import Publication
 from sta_adapter.attention.explain import Call
 from sta_adapter.attention.layout import checked_lengths
-from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
 from sta_adapter.injection.clip_source import remove_methods
-from sta_adapter.injection.hooks import CHILD, active_module, remove_hooks
+from sta_adapter.injection.contents import push_adapter, save_adapter
+from sta_adapter.injection.hooks import find_injections, remove_hooks
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import Stream, check_streaming, entered
+from sta_adapter.injection.target import sta_modules
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-    from sta_adapter.adapter.push import Publication
 
 
 class STAHandle:
@@ -75,8 +76,7 @@ class STAHandle:
         """The STA module at work in each block, by the block's index; empty after `remove()`."""
         if self._removed:
             return {}
-        blocks = self._encoder.get_submodule(self._injection.spec.blocks).children()
-        return {i: active_module(getattr(block, CHILD)) for i, block in enumerate(blocks) if hasattr(block, CHILD)}
+        return sta_modules(self._encoder, self._injection.spec)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """STA's parameters, those at work."""
@@ -114,7 +114,7 @@ class STAHandle:
         try:
             import peft  # noqa: F401
 
-            from sta_adapter.training.lora import recipe_config
+            from sta_adapter.injection.lora_recipe import recipe_config
         except ImportError as error:
             raise MissingExtraError("stage two needs peft: pip install 'sta-adapter[train]'") from error
         return recipe_config(self, overrides)
@@ -218,8 +218,6 @@ class STAHandle:
             CheckpointError: the base model was changed, weights are not finite, LoRA has options that can't be loaded, or the
                 folder can't be written; what was there stays.
         """
-        from sta_adapter.injection.load import save_adapter
-
         self._require_injected()
         save_adapter(self, folder, base_changed)
 
@@ -261,8 +259,6 @@ class STAHandle:
             CheckpointError: weights are not finite, or the Hub refused; the repository is as before.
             ConfigError: an argument has another form.
         """
-        from sta_adapter.adapter.push import push_adapter
-
         self._require_injected()
         card = {"license": license, "base_model": base_model}
         options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
@@ -280,6 +276,21 @@ class STAHandle:
     def _require_injected(self) -> None:
         if self._removed:
             raise InjectionError("this handle's STA has been removed from the model; inject or load again.")
+
+
+def get_sta(model: nn.Module) -> STAHandle | None:
+    """The handle of an injected model (also a copied or unpickled one, or a wrapper around it), or None.
+
+    Raises:
+        InjectionError: when several encoders in the model have STA.
+    """
+    found = find_injections(model)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InjectionError(f"the model holds {len(found)} encoders with STA; pass the one that is meant.")
+    encoder, injection = found[0]
+    return STAHandle.of(model, encoder, injection)
 
 
 def _is_sta(module: nn.Module | None) -> bool:

@@ -6,27 +6,24 @@ All hooks are objects of module-level classes, so that a copied or unpickled mod
 from __future__ import annotations
 
 import copy
-import dataclasses
-import types
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.attention.layout import ClipLengths, checked_lengths
-from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.attention.layout import ClipLayout, ClipLengths, checked_lengths
+from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
+from sta_adapter.injection.target import sta_modules
 
-CHILD = "sta"  # the name of the STA module in its block
 RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream
 
 
@@ -38,36 +35,38 @@ class Hook:
 
 
 class EncoderPreHook(Hook):
-    """Forward pre-hook of the encoder: reads the layout."""
+    """Forward pre-hook of the encoder: the forward begins, with its layout."""
 
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the layout; with checkpointing, see to it that gradients reach the blocks."""
+        """Take `clip_lengths` away; with re-entrant checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
         injection.end()
         kwargs, told = take_clip_lengths(encoder, kwargs)
-        if not injection.is_enabled:
-            injection.begin(None)
-            return args, kwargs
-        told = told or injection.clip_lengths or injection.default_lengths
-        call = EncoderCall.bind(encoder, args, kwargs, told)
-        layout = injection.spec.dummy_layout(call) if injection.in_dummy else injection.spec.layout(call)
-        blocks = enumerate(encoder.get_submodule(injection.spec.blocks).children())
-        modules = {i: active_module(getattr(block, CHILD)) for i, block in blocks if hasattr(block, CHILD)}
-        if injection.streams:
-            layout = continue_streams(injection.streams, call, layout, modules)
+        injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
+        if injection.is_enabled and encoder.training and torch.is_grad_enabled():
+            injection.warn_of_training()
+            if checkpoints_reentrantly(encoder):
+                return _require_grad(args, kwargs)
+        return args, kwargs
+
+    def _layout(
+        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], told: ClipLengths | None
+    ) -> ClipLayout:
+        """The layout of this call, with all that the blocks need of it made ready."""
+        injection = self.injection
+        call = EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths or injection.default_lengths)
+        layout = injection.spec.dummy_layout(call) if injection.thread.in_dummy else injection.spec.layout(call)
+        modules = sta_modules(encoder, injection.spec)
+        if injection.thread.streams:
+            layout = continue_streams(injection.thread.streams, call, layout, modules)
         for module in modules.values():
             injection.record_calls(module.prepare(layout))
-        injection.begin(layout)
-        if encoder.training and torch.is_grad_enabled():
-            injection.warn_of_training()
-        if encoder.training and torch.is_grad_enabled() and checkpoints_reentrantly(encoder):
-            return _require_grad(args, kwargs)
-        return args, kwargs
+        return layout
 
 
 class EncoderPostHook(Hook):
-    """Forward hook of the encoder, called also after an exception: forgets the layout."""
+    """Forward hook of the encoder, called also after an exception: the forward is over."""
 
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -76,9 +75,7 @@ class EncoderPostHook(Hook):
             layout = None if output is None else self.injection.layout()
             if layout is not None and layout.past is not None:
                 layout.past.commit()
-            if torch.is_grad_enabled():
-                for tensor in iterate_tensors((output, self.injection.noted)):
-                    self.injection.restore_on_backward(tensor)
+            self.injection.follow_outputs(output)
         finally:
             self.injection.end()
 
@@ -89,11 +86,13 @@ class BlockPreHook(Hook):
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return new arguments, or None to leave them; the block's input is never changed in place."""
         injection = self.injection
-        layout = injection.layout()
         name, tokens = _block_input(args, kwargs)
         if not torch.compiler.is_compiling():
-            injection.restore_on_backward(tokens)
-        if layout is None or injection.config.order != "before_spatial":
+            injection.begin_block(tokens)
+        if injection.config.order != "before_spatial":
+            return None
+        layout = injection.layout()
+        if layout is None:
             return None
         out = tokens.clone()
         stream = tokens + kwargs[RESIDUAL] if isinstance(kwargs.get(RESIDUAL), Tensor) else tokens
@@ -185,18 +184,6 @@ class LoadStatePreHook(Hook):
             args[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
 
 
-def active_module(module: nn.Module) -> TemporalAttention:
-    """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
-    if isinstance(module, TemporalAttention):
-        return module
-    copies: Any = getattr(module, "modules_to_save", {})
-    name: Any = getattr(module, "active_adapter", None)
-    name = name[0] if isinstance(name, (list, tuple)) and name else name
-    if isinstance(name, str) and name in copies:
-        return cast("TemporalAttention", copies[name])
-    return cast("TemporalAttention", module.original_module)
-
-
 def remove_hooks(module: nn.Module, injection: Injection) -> None:
     """Take every hook of this injection off a module, also those that came with a copy of it."""
     for name in ("_forward_pre_hooks", "_forward_hooks"):
@@ -239,20 +226,6 @@ def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Te
         if isinstance(value, Tensor) and value.is_floating_point():
             return name, value
     raise LayoutError("a block was called without a floating-point tensor; STA can't tell its tokens.")
-
-
-def iterate_tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors in the nested tuples, lists, mappings and data classes of a module's output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from iterate_tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from iterate_tensors(value)
-    elif dataclasses.is_dataclass(output) or isinstance(output, types.SimpleNamespace):
-        yield from iterate_tensors(vars(output))
 
 
 def _require_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,41 +1,18 @@
-"""inject_sta and get_sta: put STA into a model, and find it there again."""
+"""inject_sta: put STA into a model."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 from torch import nn
 
-from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.compatibility.seams import add_load_hook
 from sta_adapter.config import STAConfig
-from sta_adapter.distributed import execution_device
-from sta_adapter.errors import ConfigError, InjectionError
-from sta_adapter.injection.backbone import Backbone, InjectionTarget, locate
-from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
-from sta_adapter.injection.data_parallel import attach_agreement, refuse_wrapped
-from sta_adapter.injection.first_call import FirstCallPreHook
+from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.hooks import (
-    CHILD,
-    BlockPostHook,
-    BlockPreHook,
-    EncoderPostHook,
-    EncoderPreHook,
-    LoadStatePreHook,
-    NormPreHook,
-    find_injections,
-    remove_hooks,
-)
+from sta_adapter.injection.load import load_sta
 from sta_adapter.injection.peft_loading import watch_peft
-from sta_adapter.injection.state import Injection
-from sta_adapter.injection.validate import validate_target
-from sta_adapter.text_positions import warn_of_other_rule
+from sta_adapter.injection.plan import plan_injection
+from sta_adapter.injection.text_positions import warn_of_other_rule
 
-PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["inject_sta"]
 
 
 def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str | Backbone | None = None) -> STAHandle:
@@ -63,159 +40,7 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
     Warns:
         STAWarning: the model numbers text by another rule than the one it was trained with; says how to mend it.
     """
+    watch_peft(load_sta)
     plan = plan_injection(model, cfg, backbone)
     warn_of_other_rule(model)
     return plan.attach(plan.build())
-
-
-def get_sta(model: nn.Module) -> STAHandle | None:
-    """The handle of an injected model (also a copied or unpickled one, or a wrapper around it), or None.
-
-    Raises:
-        InjectionError: when several encoders in the model have STA.
-    """
-    found = find_injections(model)
-    if not found:
-        return None
-    if len(found) > 1:
-        raise InjectionError(f"the model holds {len(found)} encoders with STA; pass the one that is meant.")
-    encoder, injection = found[0]
-    return STAHandle.of(model, encoder, injection)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked injection that has not happened yet."""
-
-    model: nn.Module
-    target: InjectionTarget
-    config: STAConfig
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the blocks that get a branch."""
-        return tuple(range(len(self.target.blocks))) if self.config.layers == "all" else self.config.layers
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of the branch: the paper's max(1, round(head_scale * heads))."""
-        return max(1, round(self.config.head_scale * self.target.heads))
-
-    def build(self, device: torch.device | str | None = None) -> dict[int, TemporalAttention]:
-        """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own."""
-        return {index: self._build(self.target.blocks[index], device) for index in self.layers}
-
-    def allocate(self, modules: dict[int, TemporalAttention]) -> None:
-        """Give modules that were built on the meta device memory on their blocks' devices, without values."""
-        for index, module in modules.items():
-            module.to_empty(device=_placement(self.target.blocks[index])[0])
-
-    def _build(self, block: nn.Module, device: torch.device | str | None) -> TemporalAttention:
-        found_device, dtype = _placement(block)
-        return TemporalAttention(
-            self.target.width,
-            self.num_heads,
-            self.target.head_dim,
-            self.config,
-            norm=self.target.norm_kind,
-            norm_eps=self.target.norm_eps,
-            qkv_bias=self.target.backbone.qkv_bias,
-            device=device or found_device,
-            dtype=dtype,
-        )
-
-    def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
-        """Put the modules and the hooks into the model; undone when anything fails half-way."""
-        target, injection = self.target, Injection(self.config, self.target.backbone)
-        watch_peft()
-        injection.watch(self.model)
-        try:
-            for index, module in modules.items():
-                block = target.blocks[index]
-                block.add_module(CHILD, module)
-                module.train(block.training)
-                block.register_forward_pre_hook(BlockPreHook(injection), with_kwargs=True)
-                block.register_forward_hook(BlockPostHook(injection))
-                if self.config.order == "after_spatial":
-                    target.norms[index].register_forward_pre_hook(NormPreHook(injection, block), with_kwargs=True)
-            if target.backbone.dummy_inputs is None:
-                target.encoder.register_forward_pre_hook(FirstCallPreHook(injection), with_kwargs=True)
-            target.encoder.register_forward_pre_hook(EncoderPreHook(injection), with_kwargs=True)
-            target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
-            add_load_hook(self.model, LoadStatePreHook(injection))
-            attach_clip_source(self.model, target, injection)
-            attach_agreement(self.model, target.encoder, injection)
-        except BaseException:
-            for index in modules:
-                target.blocks[index]._modules.pop(CHILD, None)
-            for part in self.model.modules():
-                remove_hooks(part, injection)
-                remove_methods(part, injection)
-            raise
-        return STAHandle.of(self.model, target.encoder, injection)
-
-
-def plan_injection(
-    model: nn.Module, cfg: STAConfig | None = None, backbone: str | Backbone | None = None, *, run_blocks: bool = True
-) -> Plan:
-    """Everything that `inject_sta` checks, without changing the model; raises what it raises.
-
-    Args:
-        model: as for `inject_sta`.
-        cfg: as for `inject_sta`.
-        backbone: as for `inject_sta`.
-        run_blocks: whether to check the blocks in a run (`validate_target`), which needs the model's weights.
-    """
-    if not isinstance(model, nn.Module):
-        raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
-    if cfg is not None and not isinstance(cfg, STAConfig):
-        raise ConfigError(f"cfg is a {type(cfg).__name__}; expected an STAConfig, or None for the backbone's defaults.")
-    refuse_wrapped(model)
-    if find_injections(model) or any(isinstance(m, TemporalAttention) for m in model.modules()):
-        raise InjectionError(
-            "this model has STA already. Use get_sta(model) for its handle, or handle.remove() before injecting again."
-        )
-    target = locate(model, backbone)
-    config = (cfg or STAConfig()).with_defaults(target.backbone.defaults)
-    depth = len(target.blocks)
-    missing = [i for i in config.layers if i >= depth] if config.layers != "all" else []
-    if missing:
-        raise ConfigError(f"layers {missing} don't exist: the encoder has {depth} blocks, 0 to {depth - 1}.")
-    if config.token_order == "published" and not target.backbone.published_token_order:
-        raise ConfigError(
-            f"token_order='published' is for weights trained with the released Qwen2-VL code; for {target.backbone.name!r} "
-            "there is no such order. Use token_order='clip'."
-        )
-    taken = [
-        i for i, block in enumerate(target.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)
-    ]
-    if taken:
-        raise InjectionError(f"blocks {taken} have an attribute {CHILD!r} already, the name that STA's modules need.")
-    if run_blocks:
-        validate_target(target)
-    return Plan(model, target, config)
-
-
-def _placement(block: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype for a block's STA module.
-
-    The dtype is that of most of the block's weights; a quantised layer (4-bit, 8-bit, float8) counts with the dtype
-    that it computes in, or not at all.
-    """
-    counts: dict[torch.dtype, int] = {}
-    for dtype, size in _compute_dtypes(block):
-        counts[dtype] = counts.get(dtype, 0) + size
-    device = next((p.device for p in block.parameters()), torch.device("cpu"))
-    if device.type == "meta":  # accelerate keeps an offloaded block's weights elsewhere
-        device = execution_device(block) or device
-    return device, max(counts, key=lambda d: counts[d]) if counts else torch.get_default_dtype()
-
-
-def _compute_dtypes(block: nn.Module) -> Iterator[tuple[torch.dtype, int]]:
-    for module in block.modules():
-        compute: Any = getattr(module, "compute_dtype", None)
-        for parameter in module.parameters(recurse=False):
-            if parameter.dtype in PLAIN_DTYPES:
-                yield parameter.dtype, parameter.numel()
-            elif isinstance(compute, torch.dtype):
-                yield compute, parameter.numel()

@@ -1,108 +1,37 @@
-"""Adapters on disk: `sta_adapter.safetensors`, `sta_config.json`, and LoRA weights under PEFT's own names beside them.
-
-Public: `save_adapter`, `load_sta`, `adapter_contents`.
-"""
+"""load_sta: put a saved adapter into a model, STA and the LoRA weights beside it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sta_adapter.adapter.atomic_write import SAVED
-from sta_adapter.adapter.base_marks import require_same_base
-from sta_adapter.adapter.base_model import check_base, describe_base
+from sta_adapter.adapter.base_model import check_base
 from sta_adapter.adapter.format import (
     CONFIG,
     WEIGHTS,
     compare_tensors,
-    make_description,
     read_description,
     read_weights,
     require_description,
-    write_adapter,
 )
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, lora_files, lora_state, read_lora
+from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
-from sta_adapter.distributed import full_tensor, is_sharded, on_rank_zero
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.injection.inject import get_sta, plan_injection
-from sta_adapter.text_positions import rule_in_use, warn_of_other_rule
+from sta_adapter.injection.contents import plain_state
+from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.peft_loading import watch_peft
+from sta_adapter.injection.plan import plan_injection
+from sta_adapter.injection.text_positions import warn_of_other_rule
 
-if TYPE_CHECKING:
-    from sta_adapter.injection.handle import STAHandle
-
-
-def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed: bool = False) -> None:
-    """Write an adapter: every file in full beside its final place, then all are renamed.
-
-    Sharded weights (FSDP2, ZeRO-3) are gathered: then all processes must call this, and process 0 writes.
-
-    Args:
-        handle: the injected model's handle.
-        folder: made when it does not exist; an adapter in it is replaced.
-        base_changed: save it also where the base model is other than when STA went in.
-
-    Raises:
-        CheckpointError: weights are not finite, the base model was changed, LoRA can't be saved or is merged into STA, or the
-            folder can't be written; what was there stays.
-    """
-    contents = adapter_contents(handle, base_changed)
-    if is_sharded(handle.model.parameters()):
-        on_rank_zero(lambda: write_adapter(folder, *contents))
-    else:
-        write_adapter(folder, *contents)
-
-
-def adapter_contents(
-    handle: STAHandle, base_changed: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
-    """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
-    if not base_changed:
-        lora = lora_state(handle.model)
-        require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
-    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model)
-
-
-def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
-    """STA's tensors on the CPU under the file's keys, `blocks.{i}.norm.weight` and so on."""
-    merged = [
-        index for index, module in handle.blocks.items() if any(getattr(m, "merged", False) for m in module.modules())
-    ]
-    if merged:
-        raise CheckpointError(
-            f"LoRA is merged into STA's own layers, in {len(merged)} blocks, and would be added twice on loading: unmerge it first "
-            "(model.unmerge_adapter())."
-        )
-    return {
-        f"blocks.{index}.{name}": full_tensor(tensor).detach().to("cpu").contiguous()
-        for index, module in handle.blocks.items()
-        for name, tensor in plain_state(module).items()
-    }
-
-
-def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """An STA module's own tensors by their own names, also where PEFT has put LoRA around its layers."""
-    state = module.state_dict(keep_vars=True)
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
-
-
-def describe_adapter(handle: STAHandle) -> dict[str, Any]:
-    """The contents of `sta_config.json`."""
-    block = next(iter(handle.blocks.values()))
-    encoder = {
-        "width": block.to_out.out_features,
-        "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
-        "num_heads": block.num_heads,
-        "head_dim": block.head_dim,
-    }
-    base, positions = describe_base(handle.model), rule_in_use(handle.model)
-    return make_description(handle.backbone, encoder, handle.config, base, positions)
+__all__ = ["load_sta"]
 
 
 def load_sta(
@@ -137,13 +66,12 @@ def load_sta(
     Warns:
         STAWarning: the model numbers text by another rule than the one that the adapter was trained with.
     """
-    from sta_adapter.adapter.hub import resolve_adapter
-
     folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
     description, file, read = _describe(folder)
     config = _saved_config(folder, description)
+    watch_peft(load_sta)
     plan = plan_injection(model, config)
-    check_base(folder, description, plan, base_model)
+    check_base(folder, description, model, plan.encoder, base_model)
     modules = plan.build("meta")  # nothing is initialised that the file replaces
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
     state = read()

@@ -1,6 +1,6 @@
 """`PeftModel.from_pretrained` on a folder with STA in it: PEFT alone would load its LoRA without STA.
 
-Public: `watch_peft`. From when this package has met PEFT in a process, such a folder is loaded by `load_sta`. Where it isn't
+From when this package has met PEFT in a process, such a folder is loaded by `load_sta`. Where it isn't
 imported, the entry "sta_adapter" in adapter_config.json makes PEFT warn of it, or refuse it (before 0.14).
 """
 
@@ -10,19 +10,27 @@ import functools
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sta_adapter.adapter.format import CONFIG
+from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_options import OURS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.errors import STAError, STAWarning
+from sta_adapter.injection.handle import STAHandle, get_sta
+
+__all__ = ["watch_peft"]
 
 PASSED_ON = {"is_trainable", "revision"}
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
 
 
-def watch_peft() -> None:
-    """See to it that PEFT's own loader brings STA back, if PEFT is imported; again and again is fine."""
+def watch_peft(load_sta: Callable[..., STAHandle]) -> None:
+    """See to it that PEFT's own loader brings STA back by `load_sta`, if PEFT is imported; again and again is fine."""
     peft = sys.modules.get("peft")
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
     load = getattr(wrapped, "__func__", None)
@@ -31,9 +39,6 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        from sta_adapter.injection.inject import get_sta
-        from sta_adapter.injection.load import load_sta
-
         folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs.get("revision"))
         if folder is None:
             return load(cls, model, model_id, *args, **kwargs)
@@ -52,11 +57,6 @@ def watch_peft() -> None:
 
 def _folder_with_sta(name: Any, revision: str | None) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
-    from sta_adapter.adapter.format import CONFIG
-    from sta_adapter.adapter.hub import resolve_adapter
-    from sta_adapter.adapter.lora_options import OURS
-    from sta_adapter.adapter.lora_weights import LORA_CONFIG
-
     try:
         folder = resolve_adapter(name, revision)
         known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())

@@ -1,14 +1,15 @@
 """The record that all hooks of one injection share: settings, switch, and per thread the layout at work.
 
 An encoder's forward has one layout. The encoder's hook reads it and puts it into the record, per thread; the blocks'
-hooks take it from there, and it is gone when the encoder returns or fails. A block that gradient checkpointing runs
+hooks take it from there, and it is gone when the encoder returns or fails. A block that activation checkpointing runs
 again during backward finds the layout of *its* forward: gradient hooks on the tensors between the blocks put it back
-just before the block's backward starts, valid for that backward only.
+just before the block's backward starts, valid for that backward only. Where nothing is checkpointed there are no such hooks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import warnings
 import weakref
@@ -22,15 +23,70 @@ from sta_adapter.adapter.base_marks import mark_base
 from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.attention.explain import Call
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
+from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.nested import iterate_tensors
 
 if TYPE_CHECKING:
     from sta_adapter.injection.stream import Stream
 
 CALLS_KEPT = 256
+
+
+@dataclasses.dataclass
+class EncoderForward:
+    """One forward of the encoder.
+
+    Attributes:
+        layout: of its tokens; None where the branch is switched off.
+        with_grad: whether it began with gradients.
+        blocks: how many blocks' hooks have run; none do inside of a compiled graph.
+        checkpointed: whether one of these blocks will run again in the backward.
+        output: of the block that ran last.
+    """
+
+    layout: ClipLayout | None
+    with_grad: bool
+    blocks: int = 0
+    checkpointed: bool = False
+    output: Any = None
+
+
+@dataclasses.dataclass
+class ThreadState:
+    """What one thread knows of an injection.
+
+    Attributes:
+        disabled: open contexts of `disabled()`.
+        clip_lengths: frames of each clip, as the user told them by `clips(...)`.
+        told: the same, as the full model's call told them.
+        streams: whose next frames the forwards bring.
+        forward: the encoder forward at work.
+        backward: (the backward at work, the layout of the blocks that it runs again).
+        outputs: what the encoder gave in the full model's forward, where that must reach all of it.
+        in_dummy: whether the encoder forward is one of a dummy clip.
+        ran: whether an encoder forward with gradients began since `pop_ran`.
+    """
+
+    disabled: int = 0
+    clip_lengths: ClipLengths | None = None
+    told: ClipLengths | None = None
+    streams: Sequence[Stream] = ()
+    forward: EncoderForward | None = None
+    backward: tuple[int, ClipLayout | None] = (-1, None)
+    outputs: list[Tensor] | None = None
+    in_dummy: bool = False
+    ran: bool = False
+
+
+class _PerThread(threading.local):
+    """A `ThreadState` for each thread."""
+
+    def __init__(self) -> None:
+        self.state = ThreadState()
 
 
 class Injection:
@@ -47,13 +103,18 @@ class Injection:
         self.enabled = True
         self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
         self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
-        self._local = threading.local()
+        self._threads = _PerThread()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_handle", "_model")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_handle", "_model")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _local=threading.local())
+        self.__dict__.update(state, _threads=_PerThread())
+
+    @property
+    def thread(self) -> ThreadState:
+        """What this thread knows."""
+        return self._threads.state
 
     @property
     def backbone(self) -> str:
@@ -63,31 +124,32 @@ class Injection:
     @property
     def is_enabled(self) -> bool:
         """Whether the branch runs in this thread."""
-        return self.enabled and not getattr(self._local, "disabled", 0)
+        return self.enabled and not self.thread.disabled
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch the branch off in this thread."""
-        self._local.disabled = getattr(self._local, "disabled", 0) + 1
+        self.thread.disabled += 1
         try:
             yield
         finally:
-            self._local.disabled -= 1
+            self.thread.disabled -= 1
 
     @property
     def clip_lengths(self) -> ClipLengths | None:
         """Frames of each clip, as the user or the full model's call told them for this thread."""
-        return getattr(self._local, "told", None) or getattr(self._local, "clip_lengths", None)
+        return self.thread.told or self.thread.clip_lengths
 
     @contextlib.contextmanager
     def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
         """Tell the frames of each clip for the forwards in this thread."""
-        before = (getattr(self._local, "clip_lengths", None), getattr(self._local, "told", None))
-        self._local.clip_lengths, self._local.told = lengths, None
+        thread = self.thread
+        before = thread.clip_lengths, thread.told
+        thread.clip_lengths, thread.told = lengths, None
         try:
             yield
         finally:
-            self._local.clip_lengths, self._local.told = before
+            thread.clip_lengths, thread.told = before
 
     def watch(self, model: nn.Module) -> None:
         """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""
@@ -104,30 +166,21 @@ class Injection:
         except CheckpointError as error:
             warnings.warn(f"handle.save_pretrained can't save what is trained here: {error}", STAWarning, stacklevel=2)
 
-    @property
-    def streams(self) -> Sequence[Stream]:
-        """The streams whose next frames the forwards in this thread bring; none outside of `handle.stream(...)`."""
-        return getattr(self._local, "streams", ())
-
     @contextlib.contextmanager
     def streaming(self, streams: Sequence[Stream]) -> Iterator[None]:
         """The forwards in this thread bring the next frames of these streams."""
-        before = self.streams
-        self._local.streams = streams
+        thread = self.thread
+        before = thread.streams
+        thread.streams = streams
         try:
             yield
         finally:
-            self._local.streams = before
+            thread.streams = before
 
     @property
     def default_lengths(self) -> ClipLengths | None:
         """Frames of each clip where nobody has told them: a single stream takes all rows."""
-        return ALL_ROWS if len(self.streams) == 1 else None
-
-    def begin(self, layout: ClipLayout | None) -> None:
-        """An encoder forward starts in this thread; None when the branch is switched off."""
-        self._local.forward = (layout,)
-        self._local.ran = getattr(self._local, "ran", False) or torch.is_grad_enabled()
+        return ALL_ROWS if len(self.thread.streams) == 1 else None
 
     def record_calls(self, calls: Iterable[Call]) -> None:
         """A block makes these calls of the attention kernel; the latest kinds are kept."""
@@ -135,57 +188,54 @@ class Injection:
         for call in list(self.calls)[:-CALLS_KEPT]:  # a copy: another thread may add to it meanwhile
             self.calls.pop(call, None)
 
-    def set_output(self, output: Any) -> None:
-        """A block of the encoder forward of this thread gave this output; nothing is kept when it is recomputed."""
-        if getattr(self._local, "forward", None) is not None:
-            self._local.output = output
-
-    @property
-    def noted(self) -> Any:
-        """The output of the block that ran last in the encoder forward of this thread."""
-        return getattr(self._local, "output", None)
+    def begin(self, layout: ClipLayout | None) -> None:
+        """An encoder forward starts in this thread; None when the branch is switched off."""
+        thread = self.thread
+        thread.forward = EncoderForward(layout, torch.is_grad_enabled())
+        thread.ran = thread.ran or torch.is_grad_enabled()
 
     def end(self) -> None:
         """The encoder forward of this thread is over."""
-        self._local.forward = self._local.output = None
+        self.thread.forward = None
 
-    def set_clips(self, lengths: ClipLengths | None) -> None:
-        """The full model's forward of this thread starts with these clips, or is over."""
-        self._local.told = lengths
+    def begin_block(self, tokens: Tensor) -> None:
+        """A block starts on these tokens; not to be called inside of a compiled graph.
 
-    @property
-    def outputs(self) -> list[Tensor] | None:
-        """What the encoder gave in the full model's forward of this thread, where that must reach all of it."""
-        return getattr(self._local, "outputs", None)
+        The gradient of a block's tokens is there just before the block in front of it runs again: where that was
+        checkpointed, the layout is put back then.
+        """
+        forward = self.thread.forward
+        if forward is None:  # in a backward, where a part of what runs again may be checkpointed within
+            self.restore_on_backward(tokens, self.layout())
+            return
+        if forward.checkpointed:
+            self.restore_on_backward(tokens, forward.layout)
+        forward.blocks += 1
+        forward.checkpointed |= forward.with_grad and inside_checkpoint()
 
-    @outputs.setter
-    def outputs(self, tensors: list[Tensor] | None) -> None:
-        self._local.outputs = tensors
+    def set_output(self, output: Any) -> None:
+        """A block of the encoder forward of this thread gave this output; nothing is kept when it runs again."""
+        if self.thread.forward is not None:
+            self.thread.forward.output = output
 
-    @property
-    def in_dummy(self) -> bool:
-        """Whether the encoder forward of this thread is one of a dummy clip."""
-        return getattr(self._local, "in_dummy", False)
+    def follow_outputs(self, output: Any) -> None:
+        """Put the layout back before the last block runs again: when the gradient of what came out has been computed.
 
-    @contextlib.contextmanager
-    def dummy(self) -> Iterator[None]:
-        """The encoder forwards of this thread are of dummy clips, about which nothing was told and nothing is counted."""
-        self._local.in_dummy = True
-        try:
-            with self.clips(None):
-                yield
-        finally:
-            self._local.in_dummy = self._local.ran = False
+        A model may take the last block's output as it is, past the end of the encoder; it is followed as well.
+        """
+        forward = self.thread.forward
+        if forward is not None and torch.is_grad_enabled() and (forward.checkpointed or not forward.blocks):
+            for tensor in iterate_tensors((output, forward.output)):
+                self.restore_on_backward(tensor, forward.layout)
 
-    def pop_ran(self) -> bool:
-        """Whether an encoder forward with gradients began in this thread since the last call."""
-        ran = getattr(self._local, "ran", False)
-        self._local.ran = False
-        return ran
+    def restore_on_backward(self, tensor: Tensor, layout: ClipLayout | None) -> None:
+        """Put a layout back when the gradient of `tensor`, which lies behind a block, has been computed."""
+        if tensor.requires_grad:
+            tensor.register_hook(_Restore(self, layout))
 
     def restore(self, layout: ClipLayout | None) -> None:
-        """The backward at work in this thread is about to recompute blocks of the forward with this layout."""
-        self._local.backward = (graph_task(), layout)
+        """The backward at work in this thread is about to run blocks of the forward with this layout again."""
+        self.thread.backward = (graph_task(), layout)
 
     def layout(self) -> ClipLayout | None:
         """The layout of the forward, or of the recomputation, that this thread is in; None when switched off.
@@ -193,10 +243,10 @@ class Injection:
         Raises:
             LayoutError: when a block runs outside of its encoder.
         """
-        forward = getattr(self._local, "forward", None)
-        if forward is not None:
-            return forward[0]
-        task, layout = getattr(self._local, "backward", (-1, None))
+        thread = self.thread
+        if thread.forward is not None:
+            return thread.forward.layout
+        task, layout = thread.backward
         if task != -1 and task == graph_task():
             return layout
         if not self.is_enabled:
@@ -206,10 +256,21 @@ class Injection:
             "Call the encoder, or switch STA off with handle.disabled()."
         )
 
-    def restore_on_backward(self, tensor: Tensor) -> None:
-        """Put this forward's layout back when the gradient of `tensor`, which lies behind a block, has been computed."""
-        if tensor.requires_grad:
-            tensor.register_hook(_Restore(self, self.layout()))
+    @contextlib.contextmanager
+    def dummy(self) -> Iterator[None]:
+        """The encoder forwards of this thread are of dummy clips, about which nothing was told and nothing is counted."""
+        thread = self.thread
+        thread.in_dummy = True
+        try:
+            with self.clips(None):
+                yield
+        finally:
+            thread.in_dummy = thread.ran = False
+
+    def pop_ran(self) -> bool:
+        """Whether an encoder forward with gradients began in this thread since the last call."""
+        ran, self.thread.ran = self.thread.ran, False
+        return ran
 
 
 class _Restore:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.errors import InjectionError
-
-if TYPE_CHECKING:
-    from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.backbone import Backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +48,24 @@ def resolve_target(spec: Backbone, encoder: nn.Module) -> InjectionTarget:
     if problems:
         raise InjectionError(f"backbone {spec.name!r} does not fit {type(encoder).__name__}: {'; '.join(problems)}.")
     return InjectionTarget(spec, encoder, blocks, norms, width, heads, width // heads, kind, eps)
+
+
+def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttention]:
+    """The STA module at work in each block of an injected encoder, by the block's index."""
+    blocks = enumerate(encoder.get_submodule(spec.blocks).children())
+    return {index: _active_module(getattr(block, CHILD)) for index, block in blocks if hasattr(block, CHILD)}
+
+
+def _active_module(module: nn.Module) -> TemporalAttention:
+    """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
+    if isinstance(module, TemporalAttention):
+        return module
+    copies: Any = getattr(module, "modules_to_save", {})
+    name: Any = getattr(module, "active_adapter", None)
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    if isinstance(name, str) and name in copies:
+        return cast("TemporalAttention", copies[name])
+    return cast("TemporalAttention", module.original_module)
 
 
 def _blocks(spec: Backbone, encoder: nn.Module, problems: list[str]) -> tuple[nn.Module, ...]:

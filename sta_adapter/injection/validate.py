@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import Backbone, EncoderCall
-from sta_adapter.injection.hooks import RESIDUAL, iterate_tensors
+from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.hooks import RESIDUAL
+from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from transformers import set_seed
 
 from sta_adapter.adapter.format import read_description
+from sta_adapter.attention.module import CHILD
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.hooks import CHILD
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model

@@ -18,8 +18,7 @@ from transformers import TrainerCallback
 from sta_adapter.compatibility.seams import peft_parts, version
 from sta_adapter.distributed import is_parallel, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
-from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.integrations.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -20,12 +20,13 @@ from torch import nn
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
 from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
-from sta_adapter.injection.hooks import CHILD
-from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.injection.handle import get_sta
+from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.settings import Settings, prepare_model
 
 logger = logging.getLogger(__name__)

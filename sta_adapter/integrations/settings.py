@@ -16,8 +16,8 @@ from torch import nn
 
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.inject import inject_sta
 from sta_adapter.injection.load import load_sta
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import nn
 
 from sta_adapter.compatibility.checkpointing import checkpointing_methods
 from sta_adapter.compatibility.seams import ADAPTER_FLAG, has_adapter
-from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.registry import locate
 
 __all__ = ["activation_checkpointing", "full_precision", "trainable_when_quantized"]
 

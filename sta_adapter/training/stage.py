@@ -21,17 +21,16 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
-from sta_adapter.adapter.format import adapter_files
 from sta_adapter.adapter.lora_weights import lora_files
+from sta_adapter.adapter.save import adapter_files
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.distributed import full_shape, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import get_sta
-from sta_adapter.injection.load import adapter_contents
+from sta_adapter.injection.contents import adapter_contents
+from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.requirements import require_reporters
 from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.training.config import TrainingConfig

@@ -22,13 +22,13 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
-from sta_adapter.adapter.format import replace_files
+from sta_adapter.adapter.save import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.distributed import is_parallel, on_rank_zero
 from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.evaluation.eval_mode import eval_mode
-from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.handle import get_sta
 from sta_adapter.training.checkpoints import (
     SAMPLES_FILE,
     TRAINED_FILE,

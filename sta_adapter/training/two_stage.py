@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.adapter.format import WEIGHTS, replace_files
+from sta_adapter.adapter.format import WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
+from sta_adapter.adapter.save import replace_files
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor
@@ -29,12 +30,12 @@ from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import on_rank_zero
 from sta_adapter.errors import ConfigError, MissingExtraError
-from sta_adapter.injection.backbone import locate
 from sta_adapter.injection.fingerprint import fingerprint_start
-from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.inject import inject_sta
+from sta_adapter.injection.registry import locate
+from sta_adapter.injection.text_positions import rule_in_use
 from sta_adapter.requirements import require_free, require_reporters
-from sta_adapter.text_positions import rule_in_use
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.training.config import HARMLESS, TrainingConfig
 from sta_adapter.video.frame_settings import FrameSettings
@@ -107,7 +108,7 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
-        from sta_adapter.training.lora import require_recipe
+        from sta_adapter.injection.lora_recipe import require_recipe
         from sta_adapter.training.stage import Stage, join_processes
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error

@@ -17,9 +17,11 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention, apply_rotary
 from sta_adapter.attention.weights import attention_weights
 from sta_adapter.errors import StreamError
-from sta_adapter.injection.backbone import Backbone, EncoderCall
+from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.encoder_call import EncoderCall
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.hooks import iterate_tensors, take_clip_lengths
+from sta_adapter.injection.hooks import take_clip_lengths
+from sta_adapter.injection.nested import iterate_tensors
 
 __all__ = ["AttentionRecorder", "Recording"]
 
@@ -77,7 +79,7 @@ class AttentionRecorder:
         self._call = -1
 
     def __enter__(self) -> AttentionRecorder:
-        if self.handle._injection.streams:
+        if self.handle._injection.thread.streams:
             raise StreamError(
                 "a stream's frames can't be recorded: look at a whole clip, outside of the stream's `with` block."
             )

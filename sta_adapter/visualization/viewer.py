@@ -23,10 +23,10 @@ from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.evaluation.answering import Answerer, Question
 from sta_adapter.evaluation.eval_mode import without_adapter
-from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import get_sta, inject_sta
+from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.inject import inject_sta
+from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
-from sta_adapter.text_positions import use_positions_of
 from sta_adapter.tiny_base import TINY_BASE_FRAMES, is_tiny_base
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.frame_table import read_frame_table

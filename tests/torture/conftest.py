@@ -4,7 +4,7 @@ import pytest
 from toy import TOY
 
 from sta_adapter import register_backbone
-from sta_adapter.injection.backbone import unregister_backbone
+from sta_adapter.injection.registry import unregister_backbone
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,8 +22,8 @@ class WithAdapter:
     def __init__(
         self, sta: str | None = None, sta_revision: str | None = None, positions: str | None = None, **arguments: Any
     ) -> None:
+        from sta_adapter.injection.text_positions import use_positions_of
         from sta_adapter.loading import load_adapter, saved_positions
-        from sta_adapter.text_positions import use_positions_of
 
         if sta is None:
             raise ConfigError("no adapter; add sta=FOLDER_OR_ID to --model_args, or take the model without '_sta'.")

@@ -17,7 +17,7 @@ from torch import nn
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.inject import get_sta
+from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import load_sta
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
 from sta_adapter.integrations.settings import Settings, prepare_model

@@ -14,22 +14,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
-from sta_adapter.adapter.format import (
-    CONFIG,
-    WEIGHTS,
-    compare_tensors,
-    make_description,
-    read_description,
-    read_weights,
-    write_adapter,
-)
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
 from sta_adapter.adapter.lora_options import MAX_LAYER
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import parse_json, shown
+from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
-from sta_adapter.injection.backbone import Backbone, get_backbone, list_backbones
+from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.integrations.staveq2.published import Source, match_keys, open_source, published_keys
 from sta_adapter.requirements import require_free
 

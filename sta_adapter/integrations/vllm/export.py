@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.base_model import MERGED_LORA
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights, replace_files, write_adapter
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import read_json, read_tensors
+from sta_adapter.adapter.save import replace_files, write_adapter
+from sta_adapter.attention.module import CHILD
 from sta_adapter.errors import CheckpointError
-from sta_adapter.injection.hooks import CHILD
 
 BASE, STA = "base", "sta"
 
@@ -80,10 +81,10 @@ def export_merged(
     Raises:
         CheckpointError: no adapter, one without LoRA weights or for another base.
     """
-    from sta_adapter.injection.inject import get_sta
+    from sta_adapter.injection.handle import get_sta
     from sta_adapter.injection.load import load_sta
+    from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.loading import load_model, load_processor
-    from sta_adapter.text_positions import use_positions_of
 
     folder, out = _source(adapter, out), Path(out)
     description = read_description(folder)

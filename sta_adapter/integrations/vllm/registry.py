@@ -8,7 +8,7 @@ from typing import Any
 
 from sta_adapter.compatibility.seams import incompatible, parameter_names
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import get_backbone, list_backbones
+from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.integrations.vllm.frames import register_loader
 from sta_adapter.integrations.vllm.request import asks_for_sta, check_architecture, requested
 

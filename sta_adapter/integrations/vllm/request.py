@@ -19,7 +19,8 @@ from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_w
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
-from sta_adapter.injection.backbone import Backbone, get_backbone
+from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.registry import get_backbone, in_vllm
 
 ADAPTER = "sta_adapter"
 REVISION = "sta_adapter_revision"
@@ -47,7 +48,7 @@ class ServedAdapter:
     @property
     def backbone(self) -> Backbone:
         """The adapter's backbone as vLLM has it."""
-        return get_backbone(self.description["backbone"]).in_vllm()
+        return in_vllm(get_backbone(self.description["backbone"]))
 
     @property
     def config(self) -> STAConfig:

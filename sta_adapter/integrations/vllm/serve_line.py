@@ -13,7 +13,7 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.backbone import get_backbone
+from sta_adapter.injection.registry import get_backbone, in_vllm
 from sta_adapter.integrations.vllm.frames import media_io_kwargs
 from sta_adapter.integrations.vllm.request import ADAPTER, ANY_BASE, REVISION
 from sta_adapter.video.frame_settings import FrameSettings
@@ -47,7 +47,7 @@ def serve_line(
         ConfigError: an option in `extra` sets what this line sets.
     """
     folder = resolve_adapter(adapter, revision)
-    get_backbone(read_description(folder)["backbone"]).in_vllm()
+    in_vllm(get_backbone(read_description(folder)["backbone"]))
     named = os.path.abspath(adapter) if os.path.isdir(adapter) else adapter
     overrides: dict[str, Any] = {ADAPTER: named}
     overrides |= {REVISION: revision} if revision else {}

@@ -11,7 +11,7 @@ from sta_adapter.adapter.base_model import ANY, check_base
 from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.inject import Plan, plan_injection
+from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.validate import validate_target
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
 from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
@@ -32,7 +32,7 @@ def put_sta(model: nn.Module, vllm_config: Any) -> ServedSTA | None:
     check_encoder_settings(adapter, vllm_config)
     check_tower(adapter, model)
     plan = plan_injection(model, adapter.config, spec, run_blocks=False)
-    check_base(adapter.folder, adapter.description, plan, ANY if adapter.any_base else None)
+    check_base(adapter.folder, adapter.description, model, plan.encoder, ANY if adapter.any_base else None)
     if spec.clip_source is None:  # nothing around the tower tells of clips, so that hooks stay within it
         plan = dataclasses.replace(plan, model=plan.target.encoder)
     modules = plan.build("meta")

@@ -1,0 +1,101 @@
+"""What of an injected model is an adapter, and where it goes: into a folder, or to the Hub."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sta_adapter.adapter.base_marks import require_same_base
+from sta_adapter.adapter.base_model import describe_base
+from sta_adapter.adapter.lora_weights import lora_files, lora_state
+from sta_adapter.adapter.push import Publication, push_files
+from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
+from sta_adapter.distributed import full_shape, full_tensor, is_sharded, on_rank_zero
+from sta_adapter.errors import CheckpointError
+from sta_adapter.injection.text_positions import rule_in_use
+
+if TYPE_CHECKING:
+    from sta_adapter.injection.handle import STAHandle
+
+__all__ = ["adapter_contents", "describe_adapter", "plain_state", "push_adapter", "save_adapter"]
+
+
+def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed: bool = False) -> None:
+    """Write an adapter: every file in full beside its final place, then all are renamed.
+
+    Sharded weights (FSDP2, ZeRO-3) are gathered: then all processes must call this, and process 0 writes.
+
+    Args:
+        handle: the injected model's handle.
+        folder: made when it does not exist; an adapter in it is replaced.
+        base_changed: save it also where the base model is other than when STA went in.
+
+    Raises:
+        CheckpointError: weights are not finite, the base model was changed, LoRA can't be saved or is merged into STA, or the
+            folder can't be written; what was there stays.
+    """
+    contents = adapter_contents(handle, base_changed)
+    if is_sharded(handle.model.parameters()):
+        on_rank_zero(lambda: write_adapter(folder, *contents))
+    else:
+        write_adapter(folder, *contents)
+
+
+def adapter_contents(
+    handle: STAHandle, base_changed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+    """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
+    if not base_changed:
+        lora = lora_state(handle.model)
+        require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
+    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model)
+
+
+def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
+    """STA's tensors on the CPU under the file's keys, `blocks.{i}.norm.weight` and so on."""
+    merged = [
+        index for index, module in handle.blocks.items() if any(getattr(m, "merged", False) for m in module.modules())
+    ]
+    if merged:
+        raise CheckpointError(
+            f"LoRA is merged into STA's own layers, in {len(merged)} blocks, and would be added twice on loading: unmerge it first "
+            "(model.unmerge_adapter())."
+        )
+    return {
+        f"blocks.{index}.{name}": full_tensor(tensor).detach().to("cpu").contiguous()
+        for index, module in handle.blocks.items()
+        for name, tensor in plain_state(module).items()
+    }
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """An STA module's own tensors by their own names, also where PEFT has put LoRA around its layers."""
+    state = module.state_dict(keep_vars=True)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+
+
+def describe_adapter(handle: STAHandle) -> dict[str, Any]:
+    """The contents of `sta_config.json`."""
+    block = next(iter(handle.blocks.values()))
+    encoder = {
+        "width": block.to_out.out_features,
+        "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
+        "num_heads": block.num_heads,
+        "head_dim": block.head_dim,
+    }
+    base, positions = describe_base(handle.model), rule_in_use(handle.model)
+    return make_description(handle.backbone, encoder, handle.config, base, positions)
+
+
+def push_adapter(handle: STAHandle, repo_id: str, **options: Any) -> Publication | None:
+    """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
+    files = adapter_files(*adapter_contents(handle))
+    count = sum(math.prod(full_shape(parameter)) for parameter in handle.parameters())
+    if not is_sharded(handle.model.parameters()):
+        return push_files(files, count, repo_id, **options)
+    done: list[Publication] = []
+    on_rank_zero(lambda: done.append(push_files(files, count, repo_id, **options)))
+    return done[0] if done else None

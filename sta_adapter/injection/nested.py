@@ -1,0 +1,35 @@
+"""Tensors in nested containers, as modules take and give them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["iterate_tensors", "map_tensors"]
+
+
+def iterate_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, mappings and data classes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from iterate_tensors(inner)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from iterate_tensors(inner)
+    elif dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace):
+        yield from iterate_tensors(vars(value))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nested tuples, lists and plain dicts, each tensor in them replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, inner) for inner in value)
+    return {key: map_tensors(function, inner) for key, inner in value.items()} if type(value) is dict else value

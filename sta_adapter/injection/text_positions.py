@@ -1,0 +1,109 @@
+"""The rule that a model numbers text beside clips by: which it was trained with, which it computes, and switching.
+
+Releases of transformers differ in it for Qwen2-VL and Qwen2.5-VL (docs/compatibility.md has the table), and an adapter is
+right only under the rule that it was trained with. Backbones declare how (`Backbone.text_positions`).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from torch import nn
+
+from sta_adapter.errors import ConfigError, InjectionError, STAWarning
+from sta_adapter.injection.backbone import TextPositions
+from sta_adapter.injection.registry import get_backbone, list_backbones
+
+__all__ = ["CHOICES", "rule_in_use", "use_positions", "use_positions_of", "warn_of_other_rule"]
+
+TRAINED, TRANSFORMERS = "trained", "transformers"
+CHOICES = (TRAINED, TRANSFORMERS)
+
+
+def rule_in_use(model: nn.Module) -> str | None:
+    """The name of the rule that a model computes now; None where there is one rule only, or no language model."""
+    rules = _rules(model)
+    return None if rules is None else rules.in_use(model)
+
+
+def use_positions(model: nn.Module, rule: str = TRAINED) -> nn.Module:
+    """Let a model number its text by a rule; nothing happens to models that have one rule only.
+
+    Args:
+        model: a full model, with STA or without.
+        rule: "trained" (what the base was trained with), "transformers" (what the installed release has), or a rule's
+            name, as an adapter's `sta_config.json` says it under `positions`.
+
+    Returns:
+        The same model, changed.
+
+    Raises:
+        InjectionError: this release of transformers can't be given a rule, or the model is VideoRoPE.
+        ConfigError: the rule is not known.
+    """
+    if not isinstance(rule, str):
+        raise ConfigError(f"rule is {rule!r}; expected {' or '.join(map(repr, CHOICES))}, or a rule's name.")
+    rules = _rules(model)
+    if rules is not None:
+        rules.use(model, {TRAINED: rules.of_training(model), TRANSFORMERS: None}.get(rule, rule))
+    return model
+
+
+def use_positions_of(model: nn.Module, choice: str | None, saved: object = None) -> nn.Module:
+    """`use_positions` for a command: its choice, else the rule that its adapter was trained with, else the base's.
+
+    Without a choice, a release that can't be given a rule is no error: `warn_of_other_rule` tells of it later.
+
+    Raises:
+        InjectionError, ConfigError: as `use_positions`.
+    """
+    if choice is not None:
+        return use_positions(model, choice)
+    try:
+        return use_positions(model, saved if isinstance(saved, str) else TRAINED)
+    except InjectionError:
+        return model
+
+
+def warn_of_other_rule(model: nn.Module, saved: object = None) -> None:
+    """Warn where a model computes another rule than the one it, or its adapter, was trained with.
+
+    Args:
+        model: the model at hand.
+        saved: what the adapter's description says under `positions`; None in adapters from before it was written.
+    """
+    rules = _rules(model)
+    if rules is None:
+        return
+    found, expected = rules.in_use(model), saved if isinstance(saved, str) else rules.of_training(model)
+    if found == expected:
+        return
+    import transformers
+
+    what = "this adapter" if isinstance(saved, str) else f"the base of {type(model).__name__}"
+    warnings.warn(
+        f"text positions: this model numbers the text after a clip by the rule {found!r} (transformers "
+        f"{transformers.__version__}), and {what} was trained with {expected!r}, so that its answers differ. To use that: "
+        f"from sta_adapter.text_positions import use_positions; use_positions(model, {expected!r})",
+        STAWarning,
+        stacklevel=_first_level_outside(),
+    )
+
+
+def _rules(model: nn.Module) -> TextPositions | None:
+    """The rules of the family that a model belongs to."""
+    for rules in {get_backbone(name).text_positions for name in list_backbones()}:
+        if rules is not None and rules.in_use(model) is not None:
+            return rules
+    return None
+
+
+def _first_level_outside() -> int:
+    """How many frames up the caller of this package stands, for `warnings.warn`."""
+    level, frame = 1, sys._getframe(1)
+    inside: Any = __name__.partition(".")[0]
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == inside:
+        level, frame = level + 1, frame.f_back
+    return level
