@@ -79,12 +79,12 @@ def test_removed_hooks_leave_no_options_behind(injection):
 
 def test_an_output_is_noted_within_a_forward_only(injection):
     injection.set_output("before")
-    assert injection.noted is None
+    assert injection.thread.forward is None
     injection.begin(LAYOUT)
     injection.set_output("within")
-    assert injection.noted == "within"
+    assert injection.thread.forward.output == "within"
     injection.end()
-    assert injection.noted is None
+    assert injection.thread.forward is None
 
 
 def test_forwards_with_gradients_are_counted_until_asked_for(injection):
@@ -130,12 +130,12 @@ def test_the_clips_told_last_count_and_those_before_come_back(injection):
     assert injection.clip_lengths is None
     with contextlib.suppress(ZeroDivisionError), injection.clips((4,)):
         assert injection.clip_lengths == (4,)
-        injection.set_clips((2, 2))
+        injection.thread.told = (2, 2)
         assert injection.clip_lengths == (2, 2)
         with injection.clips((3,)):
             assert injection.clip_lengths == (3,)
         assert injection.clip_lengths == (2, 2)
-        injection.set_clips(None)
+        injection.thread.told = None
         assert injection.clip_lengths == (4,)
         raise ZeroDivisionError
     assert injection.clip_lengths is None

@@ -20,7 +20,7 @@ import torch
 
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones, load_sta, register_backbone
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
-from sta_adapter.injection import backbone
+from sta_adapter.injection import registry
 from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, unregister_backbone
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_vit_plugin"
@@ -75,8 +75,8 @@ def example(monkeypatch):
 def fresh_registry(monkeypatch):
     """A registry that has not looked for plug-ins yet, and the built-in entry points."""
     found = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
-    monkeypatch.setattr(backbone, "_REGISTRY", {})
-    monkeypatch.setattr(backbone, "_LOADED_ENTRY_POINTS", False)
+    monkeypatch.setattr(registry, "_REGISTRY", {})
+    monkeypatch.setattr(registry, "_LOADED_ENTRY_POINTS", False)
     return [entry for entry in found if entry.name == "qwen2_vl"]
 
 

@@ -44,7 +44,7 @@ class EncoderForward:
         layout: of its tokens; None where the branch is switched off.
         with_grad: whether it began with gradients.
         blocks: how many blocks' hooks have run; none do inside of a compiled graph.
-        checkpointed: whether one of these blocks will run again in the backward.
+        checkpointed: whether the branch of one of these blocks will be computed again in the backward.
         output: of the block that ran last.
     """
 
@@ -211,7 +211,6 @@ class Injection:
         if forward.checkpointed:
             self.restore_on_backward(tokens, forward.layout)
         forward.blocks += 1
-        forward.checkpointed |= forward.with_grad and inside_checkpoint()
 
     def set_output(self, output: Any) -> None:
         """A block of the encoder forward of this thread gave this output; nothing is kept when it runs again."""
@@ -240,12 +239,16 @@ class Injection:
     def layout(self) -> ClipLayout | None:
         """The layout of the forward, or of the recomputation, that this thread is in; None when switched off.
 
+        Asked for where a branch is computed, which tells as well whether it will be computed again.
+
         Raises:
             LayoutError: when a block runs outside of its encoder.
         """
         thread = self.thread
-        if thread.forward is not None:
-            return thread.forward.layout
+        if (forward := thread.forward) is not None:
+            if forward.with_grad and not forward.checkpointed and not torch.compiler.is_compiling():
+                forward.checkpointed = inside_checkpoint()
+            return forward.layout
         task, layout = thread.backward
         if task != -1 and task == graph_task():
             return layout
