@@ -16,7 +16,6 @@ import pytest
 
 from sta_adapter.cli import COMMANDS, cli
 from sta_adapter.demo import TINY_BASE
-from sta_adapter.injection import registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -54,7 +53,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(
-        backbone, "_REGISTRY", {name: backbone.get_backbone(name) for name in backbone.list_backbones()}
+        registry, "_REGISTRY", {name: registry.get_backbone(name) for name in registry.list_backbones()}
     )
     names = {"__name__": "docs"}
     for line, code, runs in code_of(page):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
+from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
 from sta_adapter.injection.hooks import (
     BlockPreHook,
     EncoderPostHook,
-    _checkpoints_reentrantly,
     remove_hooks,
     take_clip_lengths,
 )
@@ -48,12 +48,12 @@ def test_the_branch_sees_the_stream_and_adds_to_the_tokens(injection, by_keyword
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "with_cp", "use_checkpoint"])
 def test_re_entrant_checkpointing_is_told_by_its_flag_and_function(flag):
     encoder = nn.Sequential(nn.Linear(2, 2))
-    assert not _checkpoints_reentrantly(encoder)
+    assert not checkpoints_reentrantly(encoder)
     setattr(encoder[0], flag, True)
-    assert _checkpoints_reentrantly(encoder)
+    assert checkpoints_reentrantly(encoder)
     for reentrant in (True, False):
         encoder[0]._gradient_checkpointing_func = functools.partial(print, use_reentrant=reentrant)
-        assert _checkpoints_reentrantly(encoder) is reentrant
+        assert checkpoints_reentrantly(encoder) is reentrant
 
 
 class Taking(nn.Module):
