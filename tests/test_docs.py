@@ -16,6 +16,7 @@ import pytest
 
 from sta_adapter.cli import COMMANDS, cli
 from sta_adapter.demo import TINY_BASE
+from sta_adapter.injection import registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
