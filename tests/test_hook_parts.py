@@ -11,12 +11,7 @@ from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
-from sta_adapter.injection.hooks import (
-    BlockPreHook,
-    EncoderPostHook,
-    remove_hooks,
-    take_clip_lengths,
-)
+from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, remove_hooks, take_clip_lengths
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import CALLS_KEPT, Injection
 
