@@ -31,7 +31,7 @@ RAISED = [
     AssertionError(), ZeroDivisionError("by zero"), OverflowError("too large"), Panic("unwrap on a None"),
 ]  # fmt: skip
 PLACES = {"reading": (clips, "read_clip"), "resizing": (clips, "fit_frames"), "template": (encoding, "render"),
-          "processor": (encoding, "_process"), "encoding": (encoding, "_join")}  # fmt: skip
+          "processor": (encoding, "process"), "encoding": (encoding, "join")}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

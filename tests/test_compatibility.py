@@ -21,10 +21,12 @@ from sta_adapter.attention.recompute import project_normed
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.compatibility import checkpointing, processors, seams
-from sta_adapter.data.chat_encoding import Visual, encode, temporal_patch
+from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.data.fingerprint import fingerprint_processor
+from sta_adapter.data.visual import Visual
+from sta_adapter.data.visual_processing import temporal_patch
 from sta_adapter.errors import CompatibilityError
 from sta_adapter.injection import data_parallel
 from sta_adapter.injection.registry import get_backbone

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
-from sta_adapter.data.chat_encoding import temporal_patch
+from sta_adapter.data.visual_processing import temporal_patch
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import render
 from sta_adapter.errors import CheckpointError, ConfigError

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from sta_adapter.compatibility.processors import row_tokens
+from sta_adapter.data.visual import Visual
 from sta_adapter.errors import DataError
 
 __all__ = ["PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
@@ -17,18 +18,6 @@ __all__ = ["PIXELS", "missing_frames", "put_together", "row_lengths", "split_une
 PIXELS = ("pixel_values_videos", "pixel_values")
 ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")
 """Of models whose clips and pictures have the same placeholder, so that one forward can't take both."""
-
-
-class Decoded(Protocol):
-    """What is asked of a decoded clip or image, see `sta_adapter.data.chat_encoding.Visual`."""
-
-    @property
-    def kind(self) -> str:
-        """Whether "video" or "image"."""
-
-    @property
-    def pixels(self) -> Any:
-        """(T, H, W, 3) uint8."""
 
 
 def put_together(key: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -58,7 +47,7 @@ def takes_one_kind(processor: Any) -> bool:
     return any(cls.__name__ in ONE_KIND for cls in type(processor).__mro__)
 
 
-def split_unequal(processor: Any, text: str, visuals: Sequence[Decoded]) -> list[tuple[str, list[Any]]]:
+def split_unequal(processor: Any, text: str, visuals: Sequence[Visual]) -> list[tuple[str, list[Visual]]]:
     """The text in pieces of one clip each, where the processor stacks clips and these are of unequal lengths or sizes."""
     part = getattr(processor, "video_processor", None)
     shapes = {visual.pixels.shape for visual in visuals if visual.kind == "video"}
@@ -87,14 +76,14 @@ def split_unequal(processor: Any, text: str, visuals: Sequence[Decoded]) -> list
     return pieces
 
 
-def gives_rows(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Decoded]) -> bool:
+def gives_rows(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]) -> bool:
     """Whether pictures are tiles of one size that a number of placeholders stands for, or clips came out among them."""
     clips = any(visual.kind == "video" for visual in visuals)
     return hasattr(processor, "image_seq_length") or (clips and PIXELS[0] not in encoded)
 
 
 def row_lengths(
-    processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Decoded]
+    processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]
 ) -> dict[str, torch.Tensor]:
     """`clip_lengths`, for models that get the frames of clips and the tiles of pictures as rows of one `pixel_values`.
 

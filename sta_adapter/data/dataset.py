@@ -15,11 +15,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from sta_adapter.data.chat_encoding import Encoded
 from sta_adapter.data.conversation import BadSample, Sample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_samples
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
 from sta_adapter.data.samples import open_samples
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["VideoDataset"]

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sta_adapter.data.chat_encoding import Encoded
 from sta_adapter.data.conversation import BadSample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_file
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
 from sta_adapter.data.samples import check_format
 from sta_adapter.data.shard_clips import Packed
 from sta_adapter.data.shards import find_shards, read_shard
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
 

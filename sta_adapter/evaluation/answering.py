@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from sta_adapter.compatibility.signatures import takes
-from sta_adapter.data.chat_encoding import Encoded, encode_answer
+from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.data.clip_batches import PIXELS, missing_frames
 from sta_adapter.data.collator import Collator, kind_of
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.answer_text import final_answer
 from sta_adapter.evaluation.option_matching import named_option

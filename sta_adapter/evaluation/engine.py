@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from sta_adapter.data.chat_encoding import Encoded, Prompt
+from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely, option_tokens
 

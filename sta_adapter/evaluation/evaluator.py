@@ -19,10 +19,10 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from sta_adapter.data.chat_encoding import Encoded
 from sta_adapter.data.conversation import BadSample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError
 from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge

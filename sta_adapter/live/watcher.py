@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sta_adapter.data.chat_encoding import Encoded, Visual, encode_prompt, temporal_patch
+from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
+from sta_adapter.data.visual import Visual
+from sta_adapter.data.visual_processing import Encoded, temporal_patch
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.injection.handle import STAHandle

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.compatibility.processors import visual_part
-from sta_adapter.data.chat_encoding import Visual, encode_prompt
+from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.visual import Visual
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.evaluation.answering import Answerer, Question

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.compatibility.seams import incompatible
-from sta_adapter.data.chat_encoding import Visual
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.clip_times import step_seconds
+from sta_adapter.data.visual import Visual
 from sta_adapter.errors import ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
 

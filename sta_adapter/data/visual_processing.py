@@ -1,0 +1,142 @@
+"""Text and decoded clips through a model's processor: with arrays, never paths, and without any sampling of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+
+from sta_adapter.compatibility import processors
+from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
+from sta_adapter.data.clip_times import step_seconds, told_seconds
+from sta_adapter.data.visual import Visual
+from sta_adapter.errors import DataError
+from sta_adapter.video.resize import resize_frames
+
+__all__ = ["Encoded", "join", "process", "require_placeholders", "sized", "temporal_patch"]
+
+Encoded = dict[str, torch.Tensor]
+
+
+def process(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
+    """The tensors of a text with its clips and images; several calls where the processor takes them only one by one."""
+    pieces = [_process_once(processor, words, group) for words, group in split_unequal(processor, text, visuals)]
+    return pieces[0] if len(pieces) == 1 else join(pieces)
+
+
+def join(pieces: list[Encoded]) -> Encoded:
+    """Put pieces together: what has one value a token along the sequence (0 where a piece has none), the rest along clips."""
+    joined: Encoded = {}
+    if sum("batch_num_images" in piece for piece in pieces) > 1:
+        raise DataError(
+            "this model reads several pictures of a sample otherwise than each by itself, and here they stand in several turns "
+            "or between clips of unequal lengths. Put them into one turn, in front of the clips."
+        )
+    for key in dict.fromkeys(key for piece in pieces for key in piece):
+        per_token = key in ("input_ids", "mm_token_type_ids", "token_type_ids")
+        parts = [
+            piece[key] if key in piece else torch.zeros_like(piece["input_ids"])
+            for piece in pieces
+            if key in piece or per_token
+        ]
+        joined[key] = torch.cat(parts) if per_token else put_together(key, parts)
+    return joined
+
+
+def require_placeholders(processor: Any, text: str, visuals: list[Visual]) -> None:
+    """Refuse a text that has not one placeholder for each clip and image."""
+    for kind in ("image", "video"):
+        expected = sum(visual.kind == kind for visual in visuals)
+        token = processors.placeholder(processor, kind, required=expected > 0)
+        if token is not None and text.count(token) != expected:
+            raise DataError(
+                f"the rendered text has {text.count(token)} times {token}, expected {expected}, one for each {kind}. "
+                "Either the chat template has no place for it, or the sample's text contains the token itself."
+            )
+
+
+def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
+    clips = [visual for visual in visuals if visual.kind == "video"]
+    images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
+    if clips and images and takes_one_kind(processor):
+        raise DataError("this model takes either pictures or clips in one sample, not both; leave one of them out.")
+    part = processors.visual_part(processor)
+    sizes = processors.Sizes.of(part)
+    sampled = bool(clips) and processors.takes_clips(processor)
+    if sampled and "BaseVideoProcessor" not in {cls.__name__ for cls in type(part).__mro__}:
+        raise DataError(
+            f"clips can't be put through {type(part).__name__} as this release of transformers has it: it takes neither times "
+            "nor frames that are chosen already. Use transformers 4.57 or newer for this model."
+        )
+    if any(clip.resized for clip in clips) and not sizes.packs:
+        raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
+    clips, settings = sized(processor, clips)
+    kwargs: dict[str, Any] = {"videos_kwargs": settings}
+    if sampled:
+        settings["do_sample_frames"] = False
+        if all(clip.metadata for clip in clips):
+            settings["video_metadata"] = [clip.metadata for clip in clips]
+    out = processor(
+        text=[text],
+        images=images or None,
+        videos=[clip.pixels.transpose(0, 3, 1, 2) for clip in clips] or None,
+        add_special_tokens=False,
+        return_tensors="pt",
+        **{key: value for key, value in kwargs.items() if value and clips},
+    )
+    encoded = {key: value for key, value in out.items() if isinstance(value, torch.Tensor)}
+    encoded.pop("attention_mask", None)
+    for key in ("input_ids", "mm_token_type_ids", "token_type_ids"):
+        if key in encoded:
+            encoded[key] = encoded[key][0]
+    _check_frames(processor, encoded, clips)
+    steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
+    if len(steps) == len(clips):
+        encoded.update(told_seconds(encoded, steps))
+    return {**encoded, **row_lengths(processor, encoded, visuals)}
+
+
+def sized(processor: Any, clips: list[Visual]) -> tuple[list[Visual], dict[str, Any]]:
+    """Clips of which all or none have their final size, and the settings by which the video processor keeps it."""
+    part = processors.visual_part(processor)
+    settings: dict[str, Any] = {}
+    if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
+        clips = [clip if clip.resized else _resized_by(part, clip) for clip in clips]
+        settings["do_resize"] = False
+    if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
+        settings["cap_pixels_per_frame"] = False  # the same sizes whatever the default becomes
+    return clips, settings
+
+
+def _resized_by(part: Any, clip: Visual) -> Visual:
+    """A clip in the size that the processor would give to it."""
+    frames = clip.pixels[:1].repeat(processors.Sizes.of(part).frames, axis=0).transpose(0, 3, 1, 2)
+    names = inspect.signature(part.preprocess).parameters
+    options: dict[str, Any] = {"images": None} if "images" in names else {}
+    options |= {"do_sample_frames": False} if hasattr(part, "do_sample_frames") else {}
+    found = part.preprocess(videos=[frames], return_tensors="pt", **options) if "videos" in names else {}
+    if "video_grid_thw" not in found:
+        raise DataError(
+            "a clip of this sample has min_pixels or max_pixels and another has none, and the size that "
+            f"{type(part).__name__} would give to it can't be known; give limits to all of them or to none."
+        )
+    height, width = (int(size) * part.patch_size for size in found["video_grid_thw"][0, 1:])
+    return dataclasses.replace(clip, pixels=resize_frames(clip.pixels, height, width), resized=True)
+
+
+def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None:
+    """The model must see the frames that were decoded, no fewer."""
+    grid = encoded.get("video_grid_thw")
+    if grid is None:
+        return
+    step = temporal_patch(processor)
+    seen, given = [int(t) * step for t in grid[:, 0]], [len(clip.pixels) for clip in clips]
+    if len(seen) == len(given) and any(t not in (n, n + -n % step) for t, n in zip(seen, given, strict=True)):
+        raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
+
+
+def temporal_patch(processor: Any) -> int:
+    """How many frames the model merges into one."""
+    return processors.Sizes.of(processors.visual_part(processor)).frames
