@@ -25,7 +25,7 @@ def video(tmp_path_factory):
 
 @pytest.fixture
 def nothing_decodes(monkeypatch):
-    monkeypatch.setattr("sta_adapter.video.frame_table._scan", lambda *args: pytest.fail("a frame was decoded"))
+    monkeypatch.setattr("sta_adapter.video.frame_table.scan_packets", lambda *args: pytest.fail("a frame was decoded"))
     for name in decoders.DECODERS:
         monkeypatch.setitem(decoders.DECODERS, name, lambda *args: pytest.fail("a frame was decoded"))
 

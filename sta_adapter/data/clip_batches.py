@@ -82,9 +82,7 @@ def gives_rows(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequen
     return hasattr(processor, "image_seq_length") or (clips and PIXELS[0] not in encoded)
 
 
-def row_lengths(
-    processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]
-) -> dict[str, torch.Tensor]:
+def row_lengths(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]) -> dict[str, torch.Tensor]:
     """`clip_lengths`, for models that get the frames of clips and the tiles of pictures as rows of one `pixel_values`.
 
     The rows' placeholders tell which is which: each frame has a run of its own, a picture one run for all its tiles.

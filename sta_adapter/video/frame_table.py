@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
-from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
+from sta_adapter.video.keyframes import PacketRow, keys_are_fresh
+from sta_adapter.video.packet_scan import frames_in_order, scan_packets, without_gaps
 from sta_adapter.video.truncation import cut_off
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ ATTACHED = 0x400  # FFmpeg's mark of a cover picture
 PICTURES = frozenset({"image2", "ico", "fits"})
 ANIMATIONS = frozenset({"gif", "apng"})  # of one frame they are pictures
 STILL_BRANDS = frozenset(b"ftyp" + brand for brand in (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"))
-MADE_UP = frozenset({"avi", "asf", "mxf"})
-"""Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
 
 
 class VideoNotFoundError(VideoError, FileNotFoundError):
@@ -190,66 +189,6 @@ def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
     return (a, b, c, d)
 
 
-def _scan(container: "InputContainer", stream: "VideoStream") -> tuple[list[PacketRow], bool, "VideoFrame | None"]:
-    """Walk over all packets: those of frames that are shown, whether the file is whole, and the first frame."""
-    rows: list[PacketRow] = []
-    first: VideoFrame | None = None
-    seen, damaged = 0, False
-    codec, extradata = stream.codec_context.name, stream.codec_context.extradata
-    stream.codec_context.options = {
-        "threads": "1",
-        "skip_loop_filter": "all",
-        **DECODER_LIMIT,
-    }  # nobody looks at the first frame
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            damaged = True
-            first = first or next(iter(stream.decode(None)), None)
-            break
-        is_flush = packet.size == 0 and packet.dts is None  # what PyAV ends with; an empty packet repeats a frame
-        is_shown = packet.size > 0 and not packet.is_discard  # discarded packets lie before an edit list's beginning
-        fresh = begins_afresh(codec, extradata, packet) if is_shown and packet.is_keyframe else None
-        if first is None:
-            first = next(iter(packet.decode()), None) or (_alone(stream) if fresh else None)
-        seen += not is_flush
-        if is_shown:
-            rows.append(PacketRow(packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0, fresh))
-    return rows, not damaged and seen >= stream.frames, first
-
-
-def _alone(stream: "VideoStream") -> "VideoFrame | None":
-    """The frame that the decoder holds back until it has seen a few more, of which this one needs none."""
-    frames = stream.decode(None)
-    stream.codec_context.flush_buffers()
-    return next(iter(frames), None)
-
-
-def _without_gaps(rows: list[PacketRow]) -> list[PacketRow]:
-    """The rows of a cut-off file up to where frames may be missing: a lost packet is shown after the last one's dts."""
-    last = max((row.dts for row in rows if row.dts is not None), default=None)
-    return [row for row in rows if last is None or row.pts is None or row.pts <= last]
-
-
-def _timeline(
-    stream: "VideoStream", rows: list[PacketRow], formats: set[str]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], bool]:
-    """Ascending timestamps (F,), key flags (F,) in the same order, and whether timestamps name frames."""
-    pts, dts, keys = [row.pts for row in rows], [row.dts for row in rows], [row.key for row in rows]
-    distinct = {stamp for stamp in pts if stamp is not None}
-    made_up = MADE_UP & formats and stream.codec_context.has_b_frames and pts == sorted(distinct)
-    if len(distinct) == len(rows) and not made_up:
-        stamps = np.array(pts, np.int64)
-        order = stamps.argsort()
-        return stamps[order], np.array(keys, bool)[order], True
-    if None not in dts:
-        stamps = np.array(dts, np.int64)
-    else:  # a raw stream: only its rate is known
-        rate = stream.average_rate or stream.guessed_rate or 25
-        ticks = 1 / (rate * (stream.time_base or 1))
-        stamps = np.array([round(number * ticks) for number in range(len(rows))], np.int64)
-    return np.sort(stamps), np.array(keys, bool), False
-
-
 def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     """List the frames of a video file without decoding them (but for the first, which tells size and rotation)."""
     path = _checked_path(path)
@@ -270,30 +209,25 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
     _check_is_video(container, path)
     stream, formats = video_stream(container), set(container.format.name.split(","))
     check_frame(path, stream.codec_context.width or 0, stream.codec_context.height or 0)
-    rows, complete, first = _scan(container, stream)
-    _check_is_video(container, path, len(rows))
+    scan = scan_packets(container, stream)
+    _check_is_video(container, path, len(scan.rows))
     announced = (stream.duration or 0) if "mxf" in formats else 0  # its header counts frames in this way
-    complete = complete and len(rows) >= announced and not cut_off(path, formats)
-    rows = rows if complete else _without_gaps(rows)
+    complete = scan.complete and len(scan.rows) >= announced and not cut_off(path, formats)
+    rows = scan.rows if complete else without_gaps(scan.rows)
+    first = scan.first
     if first is None or not rows:
         raise VideoError(f"{path} has no frame that decodes ({len(rows)} listed); the file is cut off or damaged.")
-    pts, keys, seekable = _timeline(stream, rows, formats)
+    pts, keys, seekable = frames_in_order(stream, rows, formats)
     base = Fraction(stream.time_base or 1)
     times = (pts - pts[0]) * float(base.numerator) / base.denominator  # rounded once: 1.25 s are 1.25
-    last = int(pts[-1]) - int(pts[0]) + next((row.duration for row in rows if row.pts == pts[-1]), 0)
-    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate or 25)
     matrix = _display_matrix(first)
     turned = abs(matrix[2]) > abs(matrix[0])
-    end = float(last * base)
-    duration = end if end > times[-1] else float(times[-1]) + gap
-    if not 0 < duration < math.inf or (np.diff(times) < 0).any():
-        raise VideoError(f"{path} has timestamps that tell no order of its frames; write it again.")
     return FrameTable(
         path=path,
         pts=pts,
         times=times,
         keys=keys,
-        duration=duration,
+        duration=_duration(path, stream, rows, pts, times),
         width=first.height if turned else first.width,
         height=first.width if turned else first.height,
         matrix=matrix,
@@ -302,3 +236,16 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
         fresh_keys=seeks_exactly(container) and keys_are_fresh(rows),
         unlike=why_unlike(container, stream, first, float(int(pts[-1]) * base)),
     )
+
+
+def _duration(
+    path: Path, stream: "VideoStream", rows: list[PacketRow], pts: NDArray[np.int64], times: NDArray[np.float64]
+) -> float:
+    """Seconds up to the end of the last frame; where that isn't known, a frame lasts as long as most do."""
+    last = int(pts[-1]) - int(pts[0]) + next((row.duration for row in rows if row.pts == pts[-1]), 0)
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate or 25)
+    end = float(last * Fraction(stream.time_base or 1))
+    duration = end if end > times[-1] else float(times[-1]) + gap
+    if not 0 < duration < math.inf or (np.diff(times) < 0).any():
+        raise VideoError(f"{path} has timestamps that tell no order of its frames; write it again.")
+    return duration

@@ -1,0 +1,94 @@
+"""One walk over the packets of a video stream: which frames there are, when they are shown, and whether all are there."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sta_adapter.video.budget import DECODER_LIMIT
+from sta_adapter.video.keyframes import PacketRow, begins_afresh
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+__all__ = ["PacketScan", "frames_in_order", "scan_packets", "without_gaps"]
+
+MADE_UP = frozenset({"avi", "asf", "mxf"})
+"""Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
+
+
+class PacketScan(NamedTuple):
+    """What the walk has found.
+
+    Attributes:
+        rows: the packets of frames that are shown, in the order of the file.
+        complete: whether no packet is damaged, and there are as many as the container announces.
+        first: the first frame that decodes.
+    """
+
+    rows: list[PacketRow]
+    complete: bool
+    first: "VideoFrame | None"
+
+
+def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketScan:
+    """Walk over all packets up to the first damaged one, and decode the first frame."""
+    rows: list[PacketRow] = []
+    first: VideoFrame | None = None
+    listed = 0
+    codec, extradata = stream.codec_context.name, stream.codec_context.extradata
+    unseen = {"threads": "1", "skip_loop_filter": "all"}  # nobody looks at the first frame
+    stream.codec_context.options = {**unseen, **DECODER_LIMIT}
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            return PacketScan(rows, False, first or next(iter(stream.decode(None)), None))
+        is_shown = packet.size > 0 and not packet.is_discard  # discarded packets lie before an edit list's beginning
+        fresh = begins_afresh(codec, extradata, packet) if is_shown and packet.is_keyframe else None
+        first = first or _first_frame(stream, packet, alone=bool(fresh))
+        listed += packet.size > 0 or packet.dts is not None  # not what PyAV ends with; an empty packet repeats a frame
+        if is_shown:
+            rows.append(PacketRow(packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0, fresh))
+    return PacketScan(rows, listed >= stream.frames, first)
+
+
+def _first_frame(stream: "VideoStream", packet: "Packet", alone: bool) -> "VideoFrame | None":
+    """A packet's frame; that of a packet which needs no other, also if the decoder holds it back for a few more."""
+    frame = next(iter(packet.decode()), None)
+    if frame is not None or not alone:
+        return frame
+    held = stream.decode(None)
+    stream.codec_context.flush_buffers()
+    return next(iter(held), None)
+
+
+def without_gaps(rows: list[PacketRow]) -> list[PacketRow]:
+    """The rows of a cut-off file up to where frames may be missing: a lost packet is shown after the last one's dts."""
+    last = max((row.dts for row in rows if row.dts is not None), default=None)
+    return [row for row in rows if last is None or row.pts is None or row.pts <= last]
+
+
+def frames_in_order(
+    stream: "VideoStream", rows: list[PacketRow], formats: set[str]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], bool]:
+    """Ascending timestamps (F,), key flags (F,) in the same order, and whether timestamps name frames."""
+    pts, keys = [row.pts for row in rows], np.array([row.key for row in rows], bool)
+    known = sorted({stamp for stamp in pts if stamp is not None})
+    made_up = bool(MADE_UP & formats) and stream.codec_context.has_b_frames and pts == known
+    if len(known) == len(rows) and not made_up:
+        stamps = np.array(pts, np.int64)
+        order = stamps.argsort()
+        return stamps[order], keys[order], True
+    return np.sort(_stamps_in_file_order(stream, rows)), keys, False
+
+
+def _stamps_in_file_order(stream: "VideoStream", rows: list[PacketRow]) -> NDArray[np.int64]:
+    """Decoding timestamps; of a raw stream, which has none, the rate's."""
+    dts = [row.dts for row in rows]
+    if None not in dts:
+        return np.array(dts, np.int64)
+    rate = stream.average_rate or stream.guessed_rate or 25
+    ticks = 1 / (rate * (stream.time_base or 1))
+    return np.array([round(number * ticks) for number in range(len(rows))], np.int64)
