@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["FrameMemory", "Step"]
@@ -67,8 +68,6 @@ def joined(parts: list[Any]) -> Any:
     """Outputs of one structure, put together along the first axis of each tensor."""
     first = parts[0]
     if isinstance(first, Tensor):
-        import torch
-
         return torch.cat(parts)
     if isinstance(first, dict):  # transformers' outputs are
         values = {key: joined([part[key] for part in parts]) for key in first}
