@@ -15,7 +15,7 @@ from tiny_qwen import moving_square, write_video
 from sta_adapter import get_sta, inject_sta, load_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
-from sta_adapter.data.samples import parse_sample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.loading import load_model, load_processor
