@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tiny_qwen import make_processor, moving_square, write_video
 
 from sta_adapter.data import FrameSettings, VideoDataset, samples
-from sta_adapter.data.conversation import BadSample, parse_sample
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.data.formats import FORMATS, recognise
 from sta_adapter.data.samples import read_samples, scan_samples
 from sta_adapter.errors import ConfigError, DataError

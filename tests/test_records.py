@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sta_adapter.data.conversation import BadSample, parse_sample
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.conversation import parse_sample
 from sta_adapter.data.samples import read_samples, scan_samples
 from sta_adapter.errors import DataError
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.collator import Collator, Loaded
-from sta_adapter.data.conversation import BadSample, Sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.data.samples import scan_samples

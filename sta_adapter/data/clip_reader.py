@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Sizes, visual_part
-from sta_adapter.data.conversation import reason_of
+from sta_adapter.data.bad_sample import reason_of
 from sta_adapter.data.visual import Visual
 from sta_adapter.errors import DataError, STAError
 from sta_adapter.video import Clip, read_clip, read_folder

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE, Prompt
 from sta_adapter.data.clip_batches import PIXELS, put_together, takes_one_kind
-from sta_adapter.data.conversation import BadSample
 from sta_adapter.data.visual_processing import Encoded
 
 __all__ = ["Collator", "Loaded", "kind_of"]

@@ -11,14 +11,14 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
 from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
-from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+from sta_adapter.errors import DataError
 
-__all__ = ["BadSample", "Sample", "check_on_bad_sample", "parse_sample", "reason_of"]
+__all__ = ["Sample", "parse_sample"]
 
 _POSITIVE = {
     **dict.fromkeys(("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"), int),
@@ -32,7 +32,6 @@ _PART_KEYS = {
     "video": {"type", "video", *_POSITIVE, *_SECONDS},
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
-_NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
 _RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
 _PLACEHOLDER = re.compile(r"<(video|image)>")
@@ -81,52 +80,6 @@ class Sample:
         raise DataError(
             "no message with role 'assistant'; expected an answer to learn or to compare with.", source=self.source
         )
-
-
-class BadSample(NamedTuple):
-    """A sample that can't be used, and why."""
-
-    source: str
-    reason: str
-
-    @classmethod
-    def of(cls, source: str, error: BaseException) -> BadSample:
-        """What an error says about a sample, whichever library raised it.
-
-        Raises:
-            BaseException: the error itself, if it says nothing about the sample: a package is missing, or the user has had enough.
-        """
-        if isinstance(error, (MissingExtraError, CompatibilityError)) or type(error) in _NOT_OF_A_SAMPLE:
-            raise error
-        if isinstance(error, DataError) and error.source == source:
-            return cls(source, error.reason)
-        return cls(source, reason_of(error))
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.reason}"
-
-    def skipped(self, on_bad_sample: str, cause: BaseException | None = None) -> BadSample:
-        """This, where bad samples are skipped.
-
-        Raises:
-            DataError: `on_bad_sample` is "error".
-        """
-        if on_bad_sample == "error":
-            raise DataError(self.reason, source=self.source) from cause
-        return self
-
-
-def check_on_bad_sample(choice: str) -> None:
-    """Refuse a choice that there isn't."""
-    if choice not in ("skip", "error"):
-        raise ConfigError(f"on_bad_sample is {choice!r}, expected 'skip' or 'error'.")
-
-
-def reason_of(error: BaseException) -> str:
-    """An error's words; those of another library with the error's kind in front, without which they often say little."""
-    if isinstance(error, (STAError, OSError)) and str(error):
-        return str(error)
-    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def parse_sample(

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from sta_adapter.data.conversation import BadSample, Sample
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_samples
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
 from sta_adapter.data.samples import open_samples

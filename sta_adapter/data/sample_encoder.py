@@ -8,10 +8,11 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from sta_adapter.data.bad_sample import BadSample, check_on_bad_sample
 from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Loaded
-from sta_adapter.data.conversation import BadSample, Sample, check_on_bad_sample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.data.conversation import BadSample, Sample, parse_sample
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import FORMATS, read_classes
 from sta_adapter.data.records import read_records
 from sta_adapter.data.shards import is_shards, scan_shards

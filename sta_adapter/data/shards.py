@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from sta_adapter.data.conversation import BadSample, Sample
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.conversation import Sample
 from sta_adapter.data.records import load_json
 from sta_adapter.data.shard_clips import Packed, Span
 from sta_adapter.errors import DataError, MissingExtraError

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sta_adapter.data.conversation import BadSample
+from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_file
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
 from sta_adapter.data.samples import check_format

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import platform
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -110,12 +113,8 @@ def run_demo(
     """
     started = time.perf_counter()
     seeds = list(seeds)
-    results: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings),
-        "versions": versions(),
-        "seeds": seeds,
-        "runs": [],
-    }
+    results: dict[str, Any] = {"settings": dataclasses.asdict(settings), "versions": versions()}
+    results |= {"seeds": seeds, "runs": []}
     for seed in seeds:
         say(f"writing {settings.train_clips + settings.test_clips} clips to {folder / 'clips'}, and reading them")
         data, test, curve = make_clips(folder, settings, seed)
@@ -144,8 +143,11 @@ def make_clips(folder: Path, settings: DemoSettings, seed: int) -> tuple[VideoDa
         write_dataset(clips, "test", range(first + 10**6, first + 10**6 + settings.test_clips), "held_out"),
     ]
     options: dict[str, Any] = {
-        "frames": FRAME_SETTINGS, "on_bad_sample": "error", "cache": True, "decode_timeout": None
-    }  # fmt: skip
+        "frames": FRAME_SETTINGS,
+        "on_bad_sample": "error",
+        "cache": True,
+        "decode_timeout": None,
+    }
     data, test = (VideoDataset(file, processor, **options) for file in files)
     curve = VideoDataset(test.samples[: settings.curve_clips], processor, **options)
     for dataset in (data, test.as_prompts(), test.as_prompts("shuffled"), curve.as_prompts()):
@@ -201,8 +203,6 @@ def equal_rank(settings: DemoSettings) -> int:
     """The smallest rank at which LoRA alone has at least as many parameters as STA and its LoRA together."""
 
     def count(rank: int, *, sta: bool) -> int:
-        import peft
-
         model = tiny_model()
         handle = sta_adapter.inject_sta(model) if sta else None
         config = TrainingConfig(
@@ -278,11 +278,6 @@ def answer_inputs(test: VideoDataset, index: int) -> dict[str, Tensor]:
 
 def versions() -> dict[str, str]:
     """Of the packages that the figures depend on."""
-    import platform
-
-    import peft
-    import transformers
-
     packages = {"sta-adapter": sta_adapter, "torch": torch, "transformers": transformers, "peft": peft}
     return {"python": platform.python_version(), **{name: module.__version__ for name, module in packages.items()}}
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from sta_adapter.data.conversation import BadSample
+from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
 from sta_adapter.data.visual_processing import Encoded
@@ -182,16 +182,9 @@ def evaluate(
         data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
     dataset = data.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
-    settings, questions = {}, []
-    if predictions_file is not None:
-        settings = {"tag": tag, "choose": choose, "max_new_tokens": max_new_tokens, **_settings(model, dataset)}
-        questions = _fingerprints(dataset, choose)
-
-    def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
-        return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
-
+    settings = {"tag": tag, "choose": choose, "max_new_tokens": max_new_tokens}
     with (
-        PredictionLog(predictions_file, settings, questions, renew, overwrite) as log,
+        _prediction_log(predictions_file, settings, model, dataset, overwrite) as log,
         eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext(),
     ):
         missing = [index for index in range(len(dataset)) if index not in log.done]
@@ -208,6 +201,24 @@ def _answerer(
     if isinstance(model, nn.Module):
         return Answerer(model, processor, max_new_tokens, batch_size, choose)
     return EngineAnswerer(model, processor, max_new_tokens, choose)
+
+
+def _prediction_log(
+    path: str | Path | None,
+    settings: dict[str, Any],
+    model: nn.Module | Engine,
+    dataset: VideoDataset,
+    overwrite: bool,
+) -> PredictionLog:
+    """The predictions that the file holds of this evaluation, ready for more; without a file nothing is fingerprinted."""
+    if path is None:
+        return PredictionLog(None, {})
+
+    def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
+        return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
+
+    questions = _fingerprints(dataset, settings["choose"])
+    return PredictionLog(path, {**settings, **_settings(model, dataset)}, questions, renew, overwrite)
 
 
 def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sta_adapter.compatibility.seams import parameter_names, version
+from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
-from sta_adapter.data.conversation import BadSample, Sample, parse_sample
+from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.sample_encoder import SampleEncoder
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
 from sta_adapter.injection.handle import STAHandle

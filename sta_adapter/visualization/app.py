@@ -87,13 +87,9 @@ def serve(
     os.environ.setdefault("GRADIO_TEMP_DIR", folder.name)
     gradio = _gradio()
     _require_port(host, port)
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
     viewer = Viewer.load(model or TINY_BASE, adapter, longest=longest, **options)
     page = build(viewer, title=title or subject(model or "tiny base", adapter), time_limit=time_limit)
     page.upload_folder = folder
-    hosts = trusted_hosts(host, share)
     page.launch(
         server_name=host,
         server_port=port,
@@ -104,12 +100,20 @@ def serve(
         quiet=True,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(SameOrigin)]},
+        app_kwargs={"middleware": _middleware(trusted_hosts(host, share))},
     )
     say(f"the page is at {page.share_url or page.local_url}")
     if block:
         page.block_thread()
     return page
+
+
+def _middleware(hosts: list[str]) -> list[Any]:
+    """What answers under these names alone, and only to the page itself."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(SameOrigin)]
 
 
 def _require_port(host: str | None, port: int | None) -> None:

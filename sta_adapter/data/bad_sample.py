@@ -1,0 +1,57 @@
+"""Samples that can't be used: what is said of them, and whether they are skipped."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+
+__all__ = ["BadSample", "check_on_bad_sample", "reason_of"]
+
+_NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+class BadSample(NamedTuple):
+    """A sample that can't be used, and why."""
+
+    source: str
+    reason: str
+
+    @classmethod
+    def of(cls, source: str, error: BaseException) -> BadSample:
+        """What an error says about a sample, whichever library raised it.
+
+        Raises:
+            BaseException: the error itself, if it says nothing about the sample: a package is missing, or the user has had enough.
+        """
+        if isinstance(error, (MissingExtraError, CompatibilityError)) or type(error) in _NOT_OF_A_SAMPLE:
+            raise error
+        if isinstance(error, DataError) and error.source == source:
+            return cls(source, error.reason)
+        return cls(source, reason_of(error))
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+    def skipped(self, on_bad_sample: str, cause: BaseException | None = None) -> BadSample:
+        """This, where bad samples are skipped.
+
+        Raises:
+            DataError: `on_bad_sample` is "error".
+        """
+        if on_bad_sample == "error":
+            raise DataError(self.reason, source=self.source) from cause
+        return self
+
+
+def check_on_bad_sample(choice: str) -> None:
+    """Refuse a choice that there isn't."""
+    if choice not in ("skip", "error"):
+        raise ConfigError(f"on_bad_sample is {choice!r}, expected 'skip' or 'error'.")
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's words; those of another library with the error's kind in front, without which they often say little."""
+    if isinstance(error, (STAError, OSError)) and str(error):
+        return str(error)
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
