@@ -286,7 +286,7 @@ def test_best_checkpoint_is_kept(tmp_path, model, dataset, batch):
         return {"accuracy": next(scores), "other": 1.0}
 
     config = TrainingConfig(**FAST, eval_steps=2)
-    result = train(model, dataset, output_dir=tmp_path, stage="1", config=config, measure=measure, progress=False)
+    result = train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_fn=measure, progress=False)
     assert torch.equal(logits(result.model, batch), seen[1])
     assert [entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry] == [0.2, 0.9, 0.4]
 
@@ -305,7 +305,7 @@ def test_loss_on_other_data_is_measured(tmp_path, model, dataset):
 def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, name, more_is_better):
     from sta_adapter.training.stage import Stage
 
-    other = {"measure": lambda net: {"accuracy": 1.0}} if measured else {"eval_dataset": dataset}
+    other = {"eval_fn": lambda net: {"accuracy": 1.0}} if measured else {"eval_dataset": dataset}
     found = Stage("1", TrainingConfig(**FAST), tmp_path, dataset, **other)._arguments()
     assert found.load_best_model_at_end
     assert (found.metric_for_best_model, found.greater_is_better) == (name, more_is_better)

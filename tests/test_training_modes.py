@@ -161,7 +161,7 @@ def test_best_checkpoint_outlives_newer_ones(tmp_path, model, dataset):  # noqa:
         output_dir=tmp_path,
         stage="1",
         config=config,
-        measure=lambda net: {"a": next(scores)},
+        eval_fn=lambda net: {"a": next(scores)},
         progress=False,
     )
     left = sorted(path.name for path in (tmp_path / "stage1").glob("checkpoint-*"))
@@ -183,7 +183,7 @@ def test_a_run_can_end_early(tmp_path, model, dataset):  # noqa: F811
         output_dir=tmp_path,
         stage="1",
         config=TrainingConfig(**FAST, eval_steps=1),
-        measure=lambda net: {"a": next(scores)},
+        eval_fn=lambda net: {"a": next(scores)},
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
         progress=False,
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sta_adapter.data.chat_template import grown, render
+from sta_adapter.data.message import Message
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded, join, process, require_placeholders, sized, temporal_patch
 from sta_adapter.errors import DataError
@@ -42,7 +43,7 @@ class Prompt:
     placeholders: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Prompt:
+    def of(cls, processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Prompt:
         """The prompt of a conversation; arguments as for `encode_prompt`."""
         flat = _flat(visuals)
         clips = [visual for visual in flat if visual.kind == "video"]
@@ -79,7 +80,7 @@ class Turn(NamedTuple):
         return self.after[len(self.before) :]
 
 
-def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
+def encode(processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
     """Encode a conversation for training.
 
     Args:
@@ -110,12 +111,12 @@ def encode(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Vi
     return {**join(pieces), "labels": torch.cat(labels)}
 
 
-def encode_prompt(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
+def encode_prompt(processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
     """Encode a conversation that waits for an answer; arguments and result as for `encode`, without labels."""
     return _piece(processor, Turn("", render(processor, messages, prompt=True), _flat(visuals)))
 
 
-def encode_answer(processor: Any, messages: list[dict[str, Any]], answer: str) -> torch.Tensor:
+def encode_answer(processor: Any, messages: list[Message], answer: str) -> torch.Tensor:
     """Token ids `(L,)` of an answer to the conversation, its end of turn included."""
     before = render(processor, messages, prompt=True)
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
@@ -124,7 +125,7 @@ def encode_answer(processor: Any, messages: list[dict[str, Any]], answer: str) -
     return ids[_learned(processor.tokenizer, ids) != IGNORE]
 
 
-def _turns(processor: Any, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Iterator[Turn]:
+def _turns(processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Iterator[Turn]:
     """What leads to each answer and the answer itself, up to the last one."""
     done, first = "", 0
     for index, message in enumerate(messages):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from sta_adapter.data.message import Message, Part
 from sta_adapter.errors import DataError
 
 __all__ = ["grown", "render"]
 
 
-def render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+def render(processor: Any, messages: list[Message], *, prompt: bool = False) -> str:
     """The conversation as the chat template writes it, with one placeholder for each clip or image.
 
     Args:
@@ -39,7 +40,7 @@ def grown(shorter: str, longer: str) -> str:
     )
 
 
-def _require_unicode(messages: list[dict[str, Any]]) -> None:
+def _require_unicode(messages: list[Message]) -> None:
     """Half a character, as a text that was cut within an emoji has it, is none that a tokenizer takes."""
     for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
         try:
@@ -52,5 +53,5 @@ def _require_unicode(messages: list[dict[str, Any]]) -> None:
             ) from error
 
 
-def _bare(part: dict[str, Any]) -> dict[str, Any]:
+def _bare(part: Part) -> dict[str, Any]:
     return {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}

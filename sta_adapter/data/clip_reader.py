@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Sizes, visual_part
 from sta_adapter.data.bad_sample import reason_of
+from sta_adapter.data.message import Part
 from sta_adapter.data.visual import Visual
 from sta_adapter.errors import DataError, STAError
 from sta_adapter.video import Clip, read_clip, read_folder
@@ -54,7 +55,7 @@ class ClipReader:
         segments = bool(getattr(part, "frame_segments", False))
         return cls(settings, sizes.factor, sizes.frames, frame_order, seed, segments)
 
-    def read(self, parts: Sequence[dict[str, Any]], index: int = 0) -> list[Visual]:
+    def read(self, parts: Sequence[Part], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
         visuals: list[Visual] = []
         for part in parts:
@@ -67,7 +68,7 @@ class ClipReader:
                 )
         return visuals
 
-    def _read(self, part: dict[str, Any], index: int) -> Visual:
+    def _read(self, part: Part, index: int) -> Visual:
         """One of them; an error that doesn't name the file gets its name."""
         try:
             return self._visual(part, index)
@@ -76,7 +77,7 @@ class ClipReader:
                 raise
             raise DataError(f"{part[part['type']]!r} can't be read as {part['type']}: {reason_of(error)}") from error
 
-    def _visual(self, part: dict[str, Any], index: int) -> Visual:
+    def _visual(self, part: Part, index: int) -> Visual:
         if part["type"] == "image":
             pixels, low, high = read_image(part["image"]), part.get("min_pixels"), part.get("max_pixels")
             if low is not None or high is not None:
@@ -96,7 +97,7 @@ class ClipReader:
             times["frames_indices"] = times["frames_indices"] + times["frames_indices"][-1:] * pad
         return Visual("video", frames, times, resized)
 
-    def _clip(self, part: dict[str, Any], resize: Callable[[np.ndarray], np.ndarray] | None) -> Clip:
+    def _clip(self, part: Part, resize: Callable[[np.ndarray], np.ndarray] | None) -> Clip:
         settings = self._own_settings(part)
         least = min(settings.min_frames, settings.max_frames)
         rate: dict[str, Any] = {"fps": settings.fps, "min_frames": least, "max_frames": settings.max_frames}
@@ -109,19 +110,19 @@ class ClipReader:
         how: dict[str, Any] = {"backend": settings.backend, "threads": threads, "resize": resize}
         return read_clip(part["video"], start=start, end=end, **how, **rate)
 
-    def settings_of(self, parts: Iterable[dict[str, Any]]) -> FrameSettings:
+    def settings_of(self, parts: Iterable[Part]) -> FrameSettings:
         """The settings in force for clips, where all of them set their own alike; else those of the reader."""
         found = self._settings_of_clips(parts)
         return found.pop() if len(found) == 1 else self.settings
 
-    def differ(self, parts: Iterable[dict[str, Any]]) -> bool:
+    def differ(self, parts: Iterable[Part]) -> bool:
         """Whether clips set their own, each otherwise."""
         return len(self._settings_of_clips(parts)) > 1
 
-    def _settings_of_clips(self, parts: Iterable[dict[str, Any]]) -> set[FrameSettings]:
+    def _settings_of_clips(self, parts: Iterable[Part]) -> set[FrameSettings]:
         return {self._own_settings(part) for part in parts if part["type"] == "video"}
 
-    def _own_settings(self, part: dict[str, Any]) -> FrameSettings:
+    def _own_settings(self, part: Part) -> FrameSettings:
         """The settings for one clip: what it sets itself comes first, and the settings' other limit gives way to it."""
         own: dict[str, Any] = {name: part[name] for name in (*BY_TIME, "nframes") if name in part}
         if any(name in part for name in BY_TIME):
@@ -147,7 +148,7 @@ class ClipReader:
             return np.random.default_rng((self.seed, index)).permutation(count)
         return slice(None)  # spares a copy
 
-    def _pixel_limits(self, part: dict[str, Any]) -> tuple[int | None, int | None]:
+    def _pixel_limits(self, part: Part) -> tuple[int | None, int | None]:
         """Limits of a frame's area: the part's own, to which those of the settings give way, if a token's size is known."""
         area = self.factor**2
         low, high = self.settings.min_tokens, self.settings.max_tokens

@@ -15,6 +15,7 @@ from typing import Any
 
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
+from sta_adapter.data.message import Message, Part, Record
 from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
 from sta_adapter.errors import DataError
 
@@ -51,7 +52,7 @@ class Sample:
         problem: why the record is no sample; then it holds no message, and loading it gives a `BadSample`.
     """
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     source: str = "sample"
     category: str | None = None
     options: list[str] | None = None
@@ -59,7 +60,7 @@ class Sample:
     problem: str | None = None
 
     @property
-    def prompt(self) -> list[dict[str, Any]]:
+    def prompt(self) -> list[Message]:
         """The messages up to the last answer."""
         return [] if self.problem is not None else self.messages[: self._last_answer()]
 
@@ -112,7 +113,7 @@ def parse_sample(
         raise DataError(reason, source=source) from error
 
 
-def _parse(record: dict[str, Any], source: str, folder: Path) -> Sample:
+def _parse(record: Record, source: str, folder: Path) -> Sample:
     if "messages" in record and "conversations" in record:
         raise DataError("both 'messages' and 'conversations' are given, expected one of them.")
     raw = record.get("messages", record.get("conversations"))
@@ -144,7 +145,7 @@ def _llava(turn: Any) -> Any:
     return {**turn, key: turn[key].replace("<image>", "<video>")} if "<image>" in _text(turn) else turn
 
 
-def _options(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[str] | None:
+def _options(record: Record, messages: list[Message]) -> list[str] | None:
     options, texts = record.get("options"), record.get("option_texts")
     for key, given in (("options", options), ("option_texts", texts)):
         right = isinstance(given, list) and len(given) > 1 and all(isinstance(text, str) and text for text in given)
@@ -160,14 +161,14 @@ def _options(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[str
     return options
 
 
-def _category(record: dict[str, Any]) -> str | None:
+def _category(record: Record) -> str | None:
     category = record.get("category")
     if not isinstance(category, (str, int, float, type(None))):
         raise DataError(f"'category' is {kind_of(category)}, expected a text or a number.")
     return None if category is None else str(category).encode(errors="backslashreplace").decode()
 
 
-def _system(record: dict[str, Any], raw: list[Any]) -> list[dict[str, Any]]:
+def _system(record: Record, raw: list[Any]) -> list[Message]:
     """The system's words where they stand beside the messages."""
     text = record.get("system")
     if text is None or text == "":
@@ -179,7 +180,7 @@ def _system(record: dict[str, Any], raw: list[Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
-def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]) -> dict[str, Any]:
+def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]) -> Message:
     where = f"message {index}"
     if not isinstance(message, dict):
         raise DataError(f"{where} is {kind_of(message)}, expected an object with 'role' and 'content'.")
@@ -207,7 +208,7 @@ def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]
     return {"role": role, "content": checked, **_loss(message, where)}
 
 
-def _loss(message: dict[str, Any], where: str) -> dict[str, bool]:
+def _loss(message: Message, where: str) -> dict[str, bool]:
     """`{"loss": False}` of an answer that is part of the conversation, and not learned."""
     if message.get("loss_scale") not in (None, 1):
         raise DataError(
@@ -219,9 +220,9 @@ def _loss(message: dict[str, Any], where: str) -> dict[str, bool]:
     return {"loss": False} if loss is False else {}
 
 
-def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[Part]:
     """Turn "<video>What is it?" into parts, taking the paths from the lists."""
-    parts: list[dict[str, Any]] = []
+    parts: list[Part] = []
     for number, piece in enumerate(_PLACEHOLDER.split(text)):
         if number % 2 == 0:
             if piece.strip():
@@ -237,7 +238,7 @@ def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[dict[str,
     return parts
 
 
-def _part(part: Any, where: str, folder: Path) -> dict[str, Any]:
+def _part(part: Any, where: str, folder: Path) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in _PART_KEYS:
         found = shown(kind) if isinstance(part, dict) else kind_of(part)
@@ -255,7 +256,7 @@ def _part(part: Any, where: str, folder: Path) -> dict[str, Any]:
     return given
 
 
-def _check_numbers(part: dict[str, Any], where: str) -> None:
+def _check_numbers(part: Part, where: str) -> None:
     for key in part.keys() & {*_POSITIVE, *_SECONDS}:
         value, whole = part[key], _POSITIVE.get(key) is int
         right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)

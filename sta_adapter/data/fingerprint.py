@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.compatibility.processors import fingerprint_parts
+from sta_adapter.data.message import Part
 
 __all__ = ["fingerprint", "fingerprint_file", "fingerprint_processor", "fingerprint_samples", "without_names"]
 
@@ -35,7 +36,7 @@ def fingerprint_samples(asked: Sequence[tuple[list[dict[str, Any]], Any]]) -> li
     with ThreadPoolExecutor(THREADS) as pool:
         contents = dict(zip(clips, pool.map(_contents, clips.values()), strict=True))
 
-    def plain(part: dict[str, Any]) -> dict[str, Any]:
+    def plain(part: Part) -> dict[str, Any]:
         if part["type"] == "text":
             return part
         settings = {key: value for key, value in part.items() if key != "packed"}
@@ -47,12 +48,12 @@ def fingerprint_samples(asked: Sequence[tuple[list[dict[str, Any]], Any]]) -> li
     ]
 
 
-def _place(part: Mapping[str, Any]) -> tuple[str, str]:
+def _place(part: Part) -> tuple[str, str]:
     packed = part.get("packed")
     return str(part[part["type"]]), "in memory" if isinstance(packed, bytes) else str(packed)
 
 
-def _contents(part: Mapping[str, Any]) -> str:
+def _contents(part: Part) -> str:
     """Of a clip's file, of a folder's pictures, or of what lies in a shard."""
     packed = part.get("packed")
     if isinstance(packed, bytes):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter._validate import shown
+from sta_adapter.data.message import Record
 from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, visuals
 from sta_adapter.errors import DataError
 
@@ -32,7 +33,7 @@ _OPTIONS = ("options", "candidates", "choices")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def recognise(record: dict[str, Any]) -> str:
+def recognise(record: Record) -> str:
     """The name of a record's format.
 
     Raises:
@@ -51,7 +52,7 @@ def recognise(record: dict[str, Any]) -> str:
     raise DataError(f"a record of no known format. Keys: {keys}. Expected one of: {known}.")
 
 
-def as_conversation(record: dict[str, Any], format: str | None, classes: dict[str, int] | None = None) -> Any:
+def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Any:
     """A record of any format as one with 'messages'.
 
     Args:
@@ -78,7 +79,7 @@ def read_classes(path: Path) -> dict[str, int] | None:
         raise DataError(f"{file} is no list of classes; expected an object of names and numbers.") from error
 
 
-def _from_ssv2(record: dict[str, Any], classes: dict[str, int] | None) -> dict[str, Any]:
+def _from_ssv2(record: Record, classes: dict[str, int] | None) -> Record:
     """The class is the template without its brackets: "Holding [something] next to [something]"."""
     template, name = record.get("template"), record.get("id")
     if not isinstance(template, str) or not template.strip():
@@ -108,7 +109,7 @@ def _from_ssv2(record: dict[str, Any], classes: dict[str, int] | None) -> dict[s
     }
 
 
-def _from_question(record: dict[str, Any], classes: dict[str, int] | None) -> dict[str, Any]:
+def _from_question(record: Record, classes: dict[str, int] | None) -> Record:
     """A question with its answer in words is a conversation of one turn; what has turns stays as it is."""
     if "messages" in record or "conversations" in record:
         return record
@@ -128,7 +129,7 @@ def _from_question(record: dict[str, Any], classes: dict[str, int] | None) -> di
     }
 
 
-def _from_choices(record: dict[str, Any], classes: dict[str, int] | None) -> dict[str, Any]:
+def _from_choices(record: Record, classes: dict[str, int] | None) -> Record:
     """The options are listed under letters, and the answer is a letter."""
     question, keys = _question(record), _option_keys(record)
     if len(keys) > 1:
@@ -149,7 +150,7 @@ def _from_choices(record: dict[str, Any], classes: dict[str, int] | None) -> dic
     }
 
 
-def _question(record: dict[str, Any]) -> str:
+def _question(record: Record) -> str:
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"'question' is {shown(question)}, expected a text.")
@@ -163,11 +164,11 @@ def _placed(beside: dict[str, list[Any]], question: str) -> str:
     return "".join(f"<{kind}>" * len(paths) for kind, paths in beside.items()) + question
 
 
-def _option_keys(record: dict[str, Any]) -> list[str]:
+def _option_keys(record: Record) -> list[str]:
     return [key for key in _OPTIONS if key in record]
 
 
-def _options_in_columns(record: dict[str, Any]) -> dict[str, Any]:
+def _options_in_columns(record: Record) -> Record:
     """Options in fields of their own, as tables have them: A, B, ... or a0, a1, ...; nothing where there are fewer than two."""
     for names in (list(_LETTERS), [f"a{number}" for number in range(len(_LETTERS))]):
         found = list(itertools.takewhile(record.__contains__, names))
@@ -217,7 +218,7 @@ def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-_CONVERT: dict[str, Callable[[dict[str, Any], dict[str, int] | None], dict[str, Any]]] = {
+_CONVERT: dict[str, Callable[[Record, dict[str, int] | None], Record]] = {
     "conversations": _from_question,
     "multiple-choice": _from_choices,
     "ssv2": _from_ssv2,

@@ -13,6 +13,7 @@ from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Message
 from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded
@@ -74,7 +75,7 @@ class SampleEncoder:
         except BaseException as error:  # whatever a library raises, also one written in Rust, is about this sample
             return BadSample.of(sample.source, error).skipped(self.on_bad_sample, error)
 
-    def encoded(self, messages: list[dict[str, Any]], visuals: list[list[Visual]]) -> Encoded:
+    def encoded(self, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
         """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.
 
         Raises:
@@ -88,7 +89,7 @@ class SampleEncoder:
             )
         return found
 
-    def visuals(self, messages: list[dict[str, Any]], index: int = 0) -> list[list[Visual]]:
+    def visuals(self, messages: list[Message], index: int = 0) -> list[list[Visual]]:
         """The decoded clips and images of each message: all of a sample in one go, in a worker within its time limit."""
         parts = [[part for part in message["content"] if part["type"] != "text"] for message in messages]
         flat = [part for group in parts for part in group]

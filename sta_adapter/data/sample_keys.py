@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sta_adapter._validate import shown
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 
 __all__ = ["SETTINGS", "VISUAL_KEYS", "extra_fields", "kind_of", "visuals"]
@@ -36,7 +37,7 @@ _MEANT = {
 }  # fmt: skip
 
 
-def visuals(record: dict[str, Any]) -> dict[str, list[Any]]:
+def visuals(record: Record) -> dict[str, list[Any]]:
     """The clips and pictures beside a record's words, in order; settings beside a single one go with it.
 
     Raises:
@@ -61,7 +62,7 @@ def visuals(record: dict[str, Any]) -> dict[str, list[Any]]:
     return {**found, kind: [{kind: found[kind][0], **settings}]}
 
 
-def _listed(record: dict[str, Any], kind: str) -> list[Any]:
+def _listed(record: Record, kind: str) -> list[Any]:
     """What stands under 'video' or 'videos'."""
     several = f"{kind}s"
     if kind in record and record.get(several):
@@ -74,7 +75,7 @@ def _listed(record: dict[str, Any], kind: str) -> list[Any]:
     return list(paths)
 
 
-def extra_fields(record: dict[str, Any], used: Iterable[str]) -> dict[str, Any]:
+def extra_fields(record: Record, used: Iterable[str]) -> dict[str, Any]:
     """What a record holds besides the keys that are used.
 
     Raises:

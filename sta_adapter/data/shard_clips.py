@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.data.conversation import Sample, parse_sample
+from sta_adapter.data.message import Part
 from sta_adapter.errors import STAError
 from sta_adapter.video import VideoNotFoundError
 
@@ -73,7 +74,7 @@ class Packed:
             sample, messages=[{**m, "content": [self._placed(part) for part in m["content"]]} for m in sample.messages]
         )
 
-    def _placed(self, part: dict[str, Any]) -> dict[str, Any]:
+    def _placed(self, part: Part) -> dict[str, Any]:
         """A part that says where its contents are; those outside of the shard are files as usual."""
         path = Path(part.get(part["type"], "")) if part["type"] != "text" else Path()
         if self.shard not in path.parents:
@@ -83,7 +84,7 @@ class Packed:
 
 
 @contextlib.contextmanager
-def unpacked(parts: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+def unpacked(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     """The parts of a sample with paths that a decoder can open.
 
     Raises:
@@ -100,7 +101,7 @@ def unpacked(parts: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any
             raise type(error)(str(error).replace(f"{folder}/", "")) from error
 
 
-def _as_file(part: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _as_file(part: Part, folder: Path) -> dict[str, Any]:
     if "packed" not in part:
         return part
     kind, contents = part["type"], part["packed"]

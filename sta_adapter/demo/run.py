@@ -194,7 +194,7 @@ def train_method(
         output_dir=folder,
         stage="both" if method == "sta" else "2",
         config=config,
-        measure=lambda model: {"accuracy": evaluate(model, curve, batch_size=50, max_new_tokens=4).accuracy},
+        eval_fn=lambda model: {"accuracy": evaluate(model, curve, batch_size=50, max_new_tokens=4).accuracy},
         overwrite=True,
     )
 

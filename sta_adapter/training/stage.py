@@ -54,7 +54,7 @@ class Stage:
         folder: for its checkpoints and its result.
         dataset: what it trains on.
         eval_dataset: what the loss is measured on.
-        measure: what is measured instead.
+        eval_fn: what is measured instead.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Stage:
     folder: Path
     dataset: VideoDataset | StreamDataset
     eval_dataset: VideoDataset | StreamDataset | None = None
-    measure: Callable[[nn.Module], dict[str, float]] | None = None
+    eval_fn: Callable[[nn.Module], dict[str, float]] | None = None
 
     def prepare(self, model: nn.Module, handle: STAHandle | None) -> tuple[nn.Module, STAHandle | None]:
         """Decide what trains. PEFT copies the STA modules, so what counts afterwards is the handle that comes back."""
@@ -125,13 +125,13 @@ class Stage:
                 model=model,
                 args=self._arguments(),
                 train_dataset=self.dataset,
-                eval_dataset=self.eval_dataset or (self.dataset if self.measure else None),
+                eval_dataset=self.eval_dataset or (self.dataset if self.eval_fn else None),
                 data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.config.on_bad_sample),
                 callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
                 adapter_files=lambda: lora_files(model) if handle is None else adapter_files(*adapter_contents(handle)),
-                measure=self.measure,
+                eval_fn=self.eval_fn,
             )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -189,7 +189,7 @@ class Stage:
     def _saving(self) -> dict[str, Any]:
         """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""
         config = self.config
-        if self.measure is None and self.eval_dataset is None:
+        if self.eval_fn is None and self.eval_dataset is None:
             return {"save_strategy": "steps", "save_steps": config.save_steps, "eval_strategy": "no"}
         evaluating: dict[str, Any] = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
         if config.eval_steps:
@@ -201,8 +201,8 @@ class Stage:
             "save_strategy": evaluating["eval_strategy"],
             "save_steps": config.eval_steps or config.save_steps,
             "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss" if self.measure is None else "eval_score",
-            "greater_is_better": self.measure is not None,
+            "metric_for_best_model": "eval_loss" if self.eval_fn is None else "eval_score",
+            "greater_is_better": self.eval_fn is not None,
         }
 
 

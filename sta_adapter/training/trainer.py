@@ -51,7 +51,7 @@ class AdapterTrainer(Trainer):
         config: learning rates and weight decay.
         sta_parameters: which parameters are STA's, asked when the optimizer is made.
         adapter_files: gives contents of the adapter's files by name; called on all processes.
-        measure: what `evaluate` gives instead of the loss, from the model to names and values.
+        eval_fn: what `evaluate` gives instead of the loss, from the model to names and values.
         kwargs: of `Trainer`.
     """
 
@@ -61,14 +61,14 @@ class AdapterTrainer(Trainer):
         config: TrainingConfig,
         sta_parameters: Callable[[], Iterator[nn.Parameter]],
         adapter_files: Callable[[], dict[str, bytes]],
-        measure: Callable[[nn.Module], dict[str, float]] | None = None,
+        eval_fn: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.config = config
         self.sta_parameters = sta_parameters
         self.adapter_files = adapter_files
-        self.measure = measure
+        self.eval_fn = eval_fn
         self.bad_samples: dict[str, None] = {}
         self.batches_used = 0
         self.position = StreamPosition(  # in a stream
@@ -166,12 +166,12 @@ class AdapterTrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The measure, logged as `eval_...`, or else the loss on the evaluation data."""
-        if self.measure is None:
+        """What `eval_fn` gives, logged as `eval_...`, or else the loss on the evaluation data."""
+        if self.eval_fn is None:
             return super().evaluate(*args, **kwargs)
         net = self._net
         with eval_mode(net), self.compute_loss_context_manager(), _kept_random_state():
-            values = {name: float(value) for name, value in self.measure(net).items()}
+            values = {name: float(value) for name, value in self.eval_fn(net).items()}
         metrics = {"eval_score": next(iter(values.values()), 0.0), **{f"eval_{name}": v for name, v in values.items()}}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

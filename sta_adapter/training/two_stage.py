@@ -83,7 +83,7 @@ def train(
     config: TrainingConfig | None = None,
     processor: Any = None,
     eval_data: str | Path | VideoDataset | StreamDataset | None = None,
-    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    eval_fn: Callable[[nn.Module], dict[str, float]] | None = None,
     callbacks: Sequence[Any] = (),
     overwrite: bool = False,
     progress: bool = True,
@@ -98,7 +98,7 @@ def train(
         config: settings; the published recipe by default.
         processor: the model's processor; needed where `data` or `eval_data` is a file.
         eval_data: what the loss is measured on during training, also from tar shards; not a stream.
-        measure: what is measured instead: from the model to names and values; the first is the score, more is better.
+        eval_fn: what is measured instead: from the model to names and values; the first is the score, more is better.
         callbacks: `transformers.TrainerCallback`s.
         overwrite: throw away what another run left in `output_dir`.
         progress: show bars.
@@ -128,7 +128,7 @@ def train(
     start = fingerprint_start(result.model)
     on_rank_zero(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))
     for name in names:
-        part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, measure)
+        part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, eval_fn)
         result.model, result.handle = part.prepare(result.model, result.handle)
         result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
     on_rank_zero(lambda: _publish(folder / f"stage{names[-1]}", folder))

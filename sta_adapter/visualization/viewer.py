@@ -19,6 +19,7 @@ from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Message
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
@@ -57,7 +58,7 @@ class LoadedClip:
 
     frames: np.ndarray
     times: np.ndarray | None
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     encoded: dict[str, Tensor]
     inputs: dict[str, Tensor]
     rows_are_frames: bool

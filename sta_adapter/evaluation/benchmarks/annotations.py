@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError, MissingExtraError
 
 __all__ = ["clip_file", "field", "find", "first_folder", "read_annotations", "read_file"]
@@ -36,7 +37,7 @@ def read_file(file: Path) -> Any:
         raise DataError(f"{file} can't be read as {file.suffix.removeprefix('.')}: {error}") from error
 
 
-def read_annotations(file: Path) -> list[dict[str, Any]]:
+def read_annotations(file: Path) -> list[Record]:
     """The records of a file, see `read_file`.
 
     Raises:
@@ -48,7 +49,7 @@ def read_annotations(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet(file: Path) -> list[dict[str, Any]]:
+def _parquet(file: Path) -> list[Record]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -73,7 +74,7 @@ def first_folder(folder: Path, names: Iterable[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def field(row: dict[str, Any], name: str, source: str) -> Any:
+def field(row: Record, name: str, source: str) -> Any:
     """A record's field that must be there.
 
     Raises:

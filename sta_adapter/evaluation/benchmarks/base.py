@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 
 __all__ = ["EvalSet", "LETTERS", "question"]
@@ -27,7 +28,7 @@ class EvalSet:
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, file: Path, rows: Iterable[dict[str, Any]], make: Callable[[dict[str, Any], str], Sample]) -> None:
+    def add(self, file: Path, rows: Iterable[Record], make: Callable[[Record, str], Sample]) -> None:
         """Make a sample of each record of a file, from it and where it stands; those that don't add up become a note."""
         bad = []
         for number, row in enumerate(rows, start=1):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
@@ -50,7 +50,7 @@ def load(folder: Path) -> EvalSet:
     return found
 
 
-def _sample(row: dict[str, Any], source: str, clips: Path) -> Sample:
+def _sample(row: Record, source: str, clips: Path) -> Sample:
     template = row["template"]
     clip = clip_file(clips, f"{field(row, 'id', source)}.webm")
     right, category = CLASSES.index(template), template.replace("[", "").replace("]", "")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_file
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
@@ -44,7 +44,7 @@ def load(folder: Path) -> EvalSet:
     return found
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def _rows(file: Path) -> list[Record]:
     """One record a question: JSON is nested as clip, aspect, questions; parquet is flat."""
     rows = read_file(file)
     if not isinstance(rows, dict):
@@ -55,7 +55,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _sample(row: dict[str, Any], source: str, clips: Path, kind: str) -> Sample:
+def _sample(row: Record, source: str, clips: Path, kind: str) -> Sample:
     asked, answer, name, aspect = (field(row, key, source) for key in ("question", "answer", "video_id", "dim"))
     if kind == "yes_no":
         lines = labels = ["yes", "no"]

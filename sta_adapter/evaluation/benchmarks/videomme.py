@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
 from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
@@ -36,7 +36,7 @@ def load(folder: Path) -> EvalSet:
     return found
 
 
-def _sample(row: dict[str, Any], source: str, clips: Path) -> Sample:
+def _sample(row: Record, source: str, clips: Path) -> Sample:
     asked, options, answer, name = (field(row, key, source) for key in ("question", "options", "answer", "videoID"))
     labels = LETTERS[: len(options)]
     if not answer or answer not in labels:

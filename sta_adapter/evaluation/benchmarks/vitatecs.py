@@ -10,9 +10,9 @@ from __future__ import annotations
 import random
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
@@ -39,7 +39,7 @@ def load(folder: Path) -> EvalSet:
     return found
 
 
-def _sample(row: dict[str, Any], source: str, clips: Path, aspect: str) -> Sample:
+def _sample(row: Record, source: str, clips: Path, aspect: str) -> Sample:
     true, false, origin, name = (
         field(row, key, source) for key in ("caption", "counterfactual", "src_dataset", "video_name")
     )
