@@ -163,9 +163,15 @@ def train_method(
     first = max(1, round(settings.steps * settings.stage_one))
     rank = settings.rank if method != "lora" else equal_rank(settings)
     every = max(1, settings.steps // settings.points)
+    of_sta: dict[str, Any] = {
+        "sta_config": {"order": settings.order},
+        "sta_learning_rate": settings.sta_learning_rate,
+        "stage1": {"max_steps": first, "sta_learning_rate": settings.stage_one_learning_rate},
+        "stage2": {"max_steps": settings.steps - first},
+    }
+    of_encoder: dict[str, Any] = {"lora_qkv_rank": 2 * rank, "lora_qkv_alpha": 2 * rank}
     config = TrainingConfig(
         learning_rate=settings.learning_rate,
-        sta_learning_rate=settings.sta_learning_rate,
         batch_size=settings.batch_size,
         device_batch_size=settings.batch_size,
         max_steps=settings.steps,
@@ -173,20 +179,17 @@ def train_method(
         precision="fp32",
         seed=seed,
         sta=method == "sta",
-        sta_config={"order": settings.order} if method == "sta" else {},
         lora_targets="language" if method == "lora_language" else "all",
         lora_rank=rank,
         lora_alpha=rank,
-        lora_qkv_rank=2 * rank,
-        lora_qkv_alpha=2 * rank,
         frames=FRAME_SETTINGS,
         on_bad_sample="error",
         num_workers=0,
         save_steps=10 * settings.steps,
         eval_steps=every,
         keep_best=False,
-        stage1={"max_steps": first, "sta_learning_rate": settings.stage_one_learning_rate},
-        stage2={"max_steps": settings.steps - first} if method == "sta" else {},
+        **(of_sta if method == "sta" else {}),
+        **({} if method == "lora_language" else of_encoder),
     )
     return train(
         tiny_model(),
