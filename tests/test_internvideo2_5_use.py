@@ -437,7 +437,7 @@ def test_more_segments_than_frames_take_each_frame_once():
 
 
 def test_the_commands_read_those_frames(processor, clips):
-    reader = VideoDataset([], processor, frames=FrameSettings(nframes=8)).reader
+    reader = VideoDataset([], processor, frames=FrameSettings(nframes=8)).encoder.reader
     (visual,) = reader.read([{"type": "video", "video": str(clips / "long.mp4")}])
     assert [round(number) for number in visual.metadata["frames_indices"]] == [
         int(55 / 16 + np.round(55 / 8 * index)) for index in range(8)

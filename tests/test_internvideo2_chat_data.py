@@ -16,7 +16,7 @@ from sta_adapter.cli import cli
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import CheckpointError, DataError
-from sta_adapter.evaluation.answering import Answerer
+from sta_adapter.evaluation.answering import Answerer, Question
 from sta_adapter.internvideo.v2_images import MEAN, STD
 from sta_adapter.internvideo.v2_prompt import VIDEO, conversation, prompt_tokens
 from sta_adapter.loading import load_adapter, load_model, load_processor
@@ -122,7 +122,7 @@ def test_answers_do_not_depend_on_the_batch(model, processor, clips):
     samples = [parse_sample(line, folder=clips) for line in LINES]
     data = VideoDataset(samples, processor, prompts=True, on_bad_sample="error")
     asked = Answerer(model, processor, 3, 4)
-    questions = [(index, sample, data[index], []) for index, sample in enumerate(samples)]
+    questions = [Question(index, sample, data[index], []) for index, sample in enumerate(samples)]
     together = {found.index: found.prediction for found in asked.answer(questions)}
     assert together == {found.index: found.prediction for one in questions for found in asked.answer([one])}
 
