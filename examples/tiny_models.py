@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sta_adapter.demo import TINY_BASE
+from sta_adapter.internvideo.v2_encoder import EncoderConfig, InternVideo2Encoder
 from sta_adapter.loading import load_processor
 
 
@@ -51,9 +52,17 @@ def write_qwen2_5_vl(folder: Path) -> Path:
 
 
 def internvideo2_encoder(frames: int = 4) -> nn.Module:
-    """A stand-in of InternVideo2's ViT for pictures of 8 x 8 pixels."""
+    """InternVideo2's encoder for pictures of 8 x 8 pixels."""
     torch.manual_seed(0)
-    return _standin("internvideo2").PretrainVisionTransformer(num_frames=frames, init_values=0.5)
+    sizes: dict[str, Any] = {
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "img_size": 8,
+        "patch_size": 4,
+    }
+    return InternVideo2Encoder(EncoderConfig(**sizes, num_frames=frames, init_values=0.5))
 
 
 def internvideo2_chat() -> tuple[nn.Module, Any]:

@@ -1,5 +1,7 @@
 """InternVideo2-Chat from published names and weights: the numbers are those of the published code (see internvideo2_chat.py)."""
 
+import json
+
 import pytest
 import torch
 from internvideo2_chat import (
@@ -16,8 +18,11 @@ from internvideo2_chat import (
     tokenizer,
     write_folder,
 )
+from test_goldens import read_golden as read_encoder_golden
 from test_goldens import relative_error
 
+from sta_adapter.errors import CheckpointError
+from sta_adapter.internvideo.v2_encoder_loading import load_encoder
 from sta_adapter.internvideo.v2_loading import load_model
 from sta_adapter.internvideo.v2_prompt import prompt_tokens
 
@@ -101,3 +106,35 @@ def test_chat(loaded, golden, name, kind):
     )
     assert said.encode() == bytes(golden[f"{name}/chat"].tolist())
     assert history == [*HISTORY, (QUESTION, said)]
+
+
+@pytest.mark.parametrize("layout", ["stage 1", "stage 2", "trained in parallel"])
+def test_the_encoder_by_itself(tmp_path, layout):
+    """From checkpoints that spell its weights otherwise, or have other parts; output as of the published code."""
+    header, tensors = read_encoder_golden("internvideo2_after")
+    settings = json.loads(header["kwargs"])
+    weights = {key.removeprefix("base."): kept for key, kept in tensors.items() if key.startswith("base.")}
+    if layout == "stage 2":
+        scaled = {name: f"{name}.gamma" if name.endswith(("ls1", "ls2")) else name for name in weights}
+        weights = {f"vision_encoder.{scaled[name]}": kept for name, kept in weights.items()}
+        weights |= {
+            "text_encoder.cls_token": torch.zeros(3),
+            "vision_encoder.clip_projector.norm1_q.weight": torch.ones(3),
+        }
+    if layout == "trained in parallel":
+        weights = {"module": {f"module.{name}": kept for name, kept in weights.items()}}
+    torch.save(weights, tmp_path / "encoder.pt")
+    size = {"num_heads": settings["num_heads"], "img_size": settings["img_size"]}
+    encoder = load_encoder(tmp_path / "encoder.pt", **size)
+    with torch.no_grad():
+        assert relative_error(encoder(tensors["pixel_values"]), tensors["base_output"]) <= 1e-5
+    with pytest.raises(CheckpointError, match=r"heads are known for 1408, 3200 \(1B, 6B\)\. Give num_heads"):
+        load_encoder(tmp_path / "encoder.pt", img_size=settings["img_size"])
+    with pytest.raises(CheckpointError, match="no whole number of frames"):
+        load_encoder(tmp_path / "encoder.pt", num_heads=4, img_size=10 * settings["img_size"])
+
+
+def test_a_file_without_an_encoder(tmp_path):
+    torch.save({"text_encoder.weight": torch.zeros(2)}, tmp_path / "text.pt")
+    with pytest.raises(CheckpointError, match="no InternVideo2 encoder: cls_token is missing among 1 weights"):
+        load_encoder(tmp_path / "text.pt")

@@ -19,6 +19,7 @@ from test_internvideo2_5 import Layouts
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.registry import get_backbone
+from sta_adapter.internvideo.v2_encoder_loading import load_encoder
 from sta_adapter.loading import load_model
 
 pytestmark = pytest.mark.real_code
@@ -114,6 +115,18 @@ def test_dummy_inputs(where):
     args, kwargs = get_backbone("internvideo2").dummy_inputs(model)
     model(*args, **kwargs)
     handle.remove()
+
+
+@every_tower
+def test_our_encoder_takes_every_towers_weights(where, tmp_path):
+    """Read off a checkpoint with all that stands beside the blocks, it gives the tokens of the last block."""
+    model, call = tower(where)
+    tokens = []
+    model.blocks[-1].register_forward_hook(lambda block, args, output: tokens.append(output))
+    call(video())
+    torch.save({f"vision_encoder.{name}": kept for name, kept in model.state_dict().items()}, tmp_path / "tower.pt")
+    encoder = load_encoder(tmp_path / "tower.pt", num_heads=4, img_size=8)
+    assert relative_error(encoder(video()), tokens[0]) <= 1e-5
 
 
 def test_internvideo2_golden_and_stand_in():

@@ -8,7 +8,6 @@ README.md beside it has the command for the real data and encoder.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import tempfile
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sta_adapter import STAConfig, inject_sta, load_sta
-from sta_adapter.errors import CheckpointError
 from sta_adapter.evaluation import Score
+from sta_adapter.internvideo.v2_encoder_loading import load_encoder
 
 
 class Recogniser(nn.Module):
@@ -47,20 +46,11 @@ class Recogniser(nn.Module):
         return self.head(tokens[:, 1:].float().mean(1))
 
 
-def load_encoder(args: argparse.Namespace) -> nn.Module:
-    """The encoder with its weights, from a class of the published code that PYTHONPATH leads to."""
+def encoder_of(args: argparse.Namespace) -> nn.Module:
+    """The encoder with its published weights."""
     if args.tiny:
         return internvideo2_encoder()
-    module, name = args.encoder.split(":")
-    encoder: nn.Module = getattr(importlib.import_module(module), name)(**json.loads(args.encoder_settings))
-    saved = torch.load(args.weights, map_location="cpu", weights_only=True)
-    saved = saved.get("module", saved)
-    names = {key: key if key in saved else f"{key}.gamma" for key in encoder.state_dict()}  # how LayerScale is spelled
-    missing = [key for key, found in names.items() if found not in saved]
-    if missing:
-        raise CheckpointError(f"{args.weights} lacks {len(missing)} of the encoder's weights, first {missing[0]!r}.")
-    encoder.load_state_dict({key: saved[found] for key, found in names.items()})
-    return encoder.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    return load_encoder(args.weights, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 def read_classes(file: Path) -> dict[str, int]:
@@ -96,8 +86,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", type=Path, help="folder of the official train, validation and labels .json")
     parser.add_argument("--videos", type=Path, help="folder of the clips")
     parser.add_argument("--suffix", default=".webm", help="of the clips [%(default)s]")
-    parser.add_argument("--encoder", help="MODULE:CLASS of the published code")
-    parser.add_argument("--encoder-settings", default="{}", help="arguments of the class, as JSON [%(default)s]")
     parser.add_argument("--weights", type=Path, help="checkpoint of the encoder")
     parser.add_argument("--out", type=Path, help="folder for the adapter and the head")
     parser.add_argument("--epochs", type=float, default=1, help="[%(default)s]")
@@ -106,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny encoder and made clips, in seconds on a CPU")
     args = parser.parse_args(argv)
-    missing = [name for name in ("labels", "videos", "encoder", "weights", "out") if getattr(args, name) is None]
+    missing = [name for name in ("labels", "videos", "weights", "out") if getattr(args, name) is None]
     if missing and not args.tiny:
         parser.error(f"--{', --'.join(missing)} needed, or --tiny")
     if args.tiny:
@@ -127,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_loader(read_actions(args.labels / f"{name}.json"), classes, args, name == "train")
         for name in ("train", "validation")
     )
-    encoder = load_encoder(args)
+    encoder = encoder_of(args)
     handle = inject_sta(
         encoder, STAConfig(init="normal")
     )  # the one line; full head count and a tiny gamma, as published
@@ -140,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     handle.save_pretrained(args.out)
     save_model(model.head, str(args.out / "head.safetensors"))
 
-    again = Recogniser(load_encoder(args), width, len(classes))
+    again = Recogniser(encoder_of(args), width, len(classes))
     load_sta(again.encoder, args.out)
     load_model(again.head, str(args.out / "head.safetensors"))
     score = measure(again.to(next(model.parameters()).device), test)

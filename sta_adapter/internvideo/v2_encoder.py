@@ -105,7 +105,7 @@ class Block(nn.Module):
         self.attn = Attention(width, config.num_heads)
         self.ls1 = nn.Parameter(torch.full((width,), config.init_values))
         self.norm2 = MistralRMSNorm(width, eps=EPS)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.mlp = Mlp(width, int(width * config.mlp_ratio + 1e-6))
         self.ls2 = nn.Parameter(torch.full((width,), config.init_values))
 
     def forward(self, x: Tensor) -> Tensor:
