@@ -84,6 +84,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sta_adapter backbones
+	$(BIN)/lint-imports
 
 # The site, in build/site. Each warning is an error; no network is needed.
 docs: $(VENV)/.ready

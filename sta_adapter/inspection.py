@@ -17,6 +17,8 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.stream import check_streaming
+from sta_adapter.internvideo import builder_of
+from sta_adapter.loading import auto_class
 
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 FORMULA = (
@@ -89,8 +91,6 @@ def empty_model(
     """
     import transformers
 
-    from sta_adapter.internvideo import builder_of
-
     name, path = os.fspath(source), Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
@@ -124,8 +124,6 @@ def empty_model(
 
 def _make(config: Any, trust_remote_code: bool) -> nn.Module:
     import transformers
-
-    from sta_adapter.loading import auto_class
 
     for name in getattr(config, "architectures", None) or ():
         cls = getattr(transformers, name, None)

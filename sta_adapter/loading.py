@@ -22,6 +22,8 @@ from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.injection.load import load_sta
 from sta_adapter.injection.peft_loading import watch_peft
+from sta_adapter.internvideo import builder_of
+from sta_adapter.internvideo.files import published_config
 from sta_adapter.requirements import require_device
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
@@ -58,9 +60,6 @@ def load_model(
         MissingExtraError: quantized weights were asked for, and bitsandbytes is not installed.
     """
     import transformers
-
-    from sta_adapter.internvideo import builder_of
-    from sta_adapter.internvideo.files import published_config
 
     watch_peft(load_sta)
     if dtype not in ("auto", *DTYPES):
@@ -125,9 +124,6 @@ def load_processor(
         CheckpointError: it can't be had, or has no tokenizer or chat template.
     """
     from transformers import AutoProcessor
-
-    from sta_adapter.internvideo import builder_of
-    from sta_adapter.internvideo.files import published_config
 
     published = {} if trust_remote_code else published_config(name, revision)
     if (builder := builder_of(published)) is not None:

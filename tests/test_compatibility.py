@@ -20,6 +20,7 @@ from sta_adapter import inject_sta
 from sta_adapter.attention.recompute import project_normed
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
+from sta_adapter.cli import seam_report
 from sta_adapter.compatibility import checkpointing, processors, seams
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
@@ -42,7 +43,7 @@ def raises(found, package="transformers"):
 
 
 def test_all_are_as_tested_here():
-    found = seams.seams()
+    found = seam_report.seams()
     assert len(found) >= 10
     assert {seam.found for seam in found} <= {"as tested", "not installed"}, found
     assert not any(seam.differs for seam in found)
@@ -50,14 +51,14 @@ def test_all_are_as_tested_here():
 
 def test_one_that_differs_is_listed_with_the_reason(monkeypatch):
     monkeypatch.delattr(torch._C, "_current_graph_task_id")
-    (found,) = [seam for seam in seams.seams() if seam.differs]
+    (found,) = [seam for seam in seam_report.seams() if seam.differs]
     assert found.name == "number of the backward pass"
     assert "torch._C has no _current_graph_task_id" in found.found
 
 
 def test_one_whose_package_is_missing_does_not_differ(monkeypatch):
-    monkeypatch.setattr(seams, "version", lambda package: "not installed")
-    assert {seam.found for seam in seams.seams()} == {"not installed"}
+    monkeypatch.setattr(seam_report, "version", lambda package: "not installed")
+    assert {seam.found for seam in seam_report.seams()} == {"not installed"}
 
 
 @pytest.fixture
