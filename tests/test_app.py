@@ -65,6 +65,18 @@ def test_two_users_at_once_get_what_each_alone_gets(viewer, tmp_path):
     clips = [viewer.read(write_clip(tmp_path / f"{n}.mp4", render(n, 3), 8.0)) for n in ("left", "grows")]
     alone = [(viewer.answers(clip), viewer.observe(clip)) for clip in clips]
     found, barrier = {}, threading.Barrier(2)
+    inside, together, met = set(), [], threading.Event()
+
+    def enter(module, args):
+        """Whoever is in the encoder first waits for the other, who comes in unless something keeps it out."""
+        inside.add(threading.get_ident())
+        if len(inside) > 1:
+            together.append(tuple(inside))
+            met.set()
+        met.wait(0.3)
+
+    def leave(module, args, output):
+        inside.discard(threading.get_ident())
 
     def user(index):
         torch.set_num_threads(1)
@@ -72,11 +84,16 @@ def test_two_users_at_once_get_what_each_alone_gets(viewer, tmp_path):
         for turn in range(2):
             found[index, turn] = viewer.answers(clips[index]), viewer.observe(clips[index])
 
+    encoder = viewer.handle.encoder
+    hooks = [encoder.register_forward_pre_hook(enter), encoder.register_forward_hook(leave, always_call=True)]
     threads = [threading.Thread(target=user, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for hook in hooks:
+        hook.remove()
+    assert not together
     assert len(found) == 4
     for (index, _), (answers, seen) in found.items():
         assert answers == alone[index][0]

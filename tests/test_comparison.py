@@ -11,7 +11,7 @@ from sta_adapter.data import Sample
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.evaluation import EvaluationResult, Prediction
 from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
-from sta_adapter.evaluation.plot import draw, figure_of
+from sta_adapter.evaluation.plot import MOST_ROWS, draw, figure_of
 from sta_adapter.evaluation.statistics import mean_interval
 
 TASKS = [
@@ -194,6 +194,21 @@ def test_without_matplotlib(report, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sta-adapter\[viz\]'"):
         draw(report, tmp_path / "results.png")
+
+
+@pytest.mark.parametrize("count", [MOST_ROWS, MOST_ROWS + 1, 5000])
+def test_more_categories_than_a_picture_holds(report, tmp_path, count):
+    pytest.importorskip("matplotlib")
+    overall = report["base"]["ordered"]["overall"]
+    categories = {f"category {n}": {**overall, "total": n} for n in range(count)}
+    runs = {order: {**run, "categories": categories} for order, run in report["base"].items()}
+    figure = figure_of({"base": runs, "adapter": runs})
+    axis = figure.axes[0]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == [f"category {n}" for n in range(count - MOST_ROWS, count)]
+    more = "" if count == MOST_ROWS else f": the {MOST_ROWS} of {count} with most questions"
+    assert axis.get_title(loc="left") == f"By category, frames ordered{more}"
+    draw({"base": runs, "adapter": runs}, tmp_path / "results.png")
 
 
 @pytest.mark.parametrize("name", [r"$\frac$", "a $ b $", "50 % {x_}", r"\alpha"])

@@ -156,6 +156,88 @@ def test_annotations_that_do_not_add_up(tmp_path):
         load_benchmark("mvbench", folder)
 
 
+ODD = [3, 2.5, True, ["left"], {"a": 1}, [["left", "right"]], "", None]
+FIELDS = {
+    "mvbench": ("json/action_antonym.json", ("question", "candidates", "answer", "video")),
+    "vitatecs": ("data/Direction.jsonl", ("caption", "counterfactual", "src_dataset", "video_name")),
+    "tempcompass": ("questions/yes_no.json", ("question", "answer")),
+    "videomme": ("test.json", ("question", "options", "answer", "videoID", "task_type", "domain")),
+    "ssv2-t10": ("labels/validation.json", ("id",)),
+}
+
+
+def rows_of(name, folder):
+    """(the annotations, one record of them, a function that writes other records in its place)."""
+    file = folder / FIELDS[name][0]
+    if name == "videomme":  # without pyarrow
+        (folder / "data").mkdir(parents=True)
+        rows = [
+            {
+                "question": "Which?",
+                "options": ["A. left", "B. right"],
+                "answer": "A",
+                "videoID": "a",
+                "task_type": "t",
+                "domain": "d",
+            }
+        ]
+        make.write_json(file, rows)
+    else:
+        copy_of(name, folder.parent, None if name == "ssv2-t10" else "first" if name == "mvbench" else "repository")
+    if file.suffix == ".jsonl":
+        row = json.loads(file.read_text().splitlines()[0])
+        return row, lambda rows: file.write_text("\n".join(map(json.dumps, rows)))
+    found = json.loads(file.read_text())
+    if isinstance(found, dict):  # clip, aspect, questions
+        clip, aspects = next(iter(found.items()))
+        aspect, asked = next(iter(aspects.items()))
+        return asked[0], lambda rows: make.write_json(file, {clip: {aspect: rows}})
+    return found[0], lambda rows: make.write_json(file, rows)
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_fields_of_other_types_are_left_out(tmp_path, name):
+    """Each field of each odd value: a note that names the field, and the good record stays."""
+    row, write = rows_of(name, tmp_path / name)
+    for field in FIELDS[name][1]:
+        fine = {"candidates": (["left"],), "options": (["left"],), "id": (3,), "domain": ("", None)}.get(field, ())
+        for odd in ODD:
+            if any(type(odd) is type(value) and odd == value for value in fine):
+                continue
+            write([{**row, field: odd}, row])
+            found = load_benchmark(name, tmp_path / name)
+            assert any(f"'{field}'" in note and "1 left out" in note for note in found.notes), (field, odd, found.notes)
+
+
+@pytest.mark.parametrize(("start", "end"), [("0", 1), (0, "x"), (-1, 2), (2, 1), (0, 1e300), ([0], 1), (True, 2)])
+def test_seconds_that_are_none(tmp_path, start, end):
+    folder = copy_of("mvbench", tmp_path, "first")
+    file = folder / "json/action_sequence.json"
+    row = json.loads(file.read_text())[0]
+    make.write_json(file, [{**row, "start": start, "end": end}, row])
+    notes = load_benchmark("mvbench", folder).notes
+    assert any(
+        "1 left out" in note and ("expected seconds" in note or "is not after 'start'" in note) for note in notes
+    )
+
+
+@pytest.mark.parametrize("options", [["a"], ["a"] * 27], ids=["one", "many"])
+def test_numbers_of_options_that_have_no_letters(tmp_path, options):
+    row, write = rows_of("mvbench", tmp_path / "mvbench")
+    write([{**row, "candidates": options, "answer": "a"}, row])
+    assert any("expected 2 to 26" in note for note in load_benchmark("mvbench", tmp_path / "mvbench").notes)
+
+
+@pytest.mark.parametrize(
+    "nested", [{"clip": 3}, {"clip": {"aspect": "x"}}, {"clip": {"aspect": [3]}}, {"clip": []}], ids=str
+)
+def test_tempcompass_nested_otherwise(tmp_path, nested):
+    folder = copy_of("tempcompass", tmp_path, "repository")
+    make.write_json(folder / "questions/yes_no.json", nested)
+    with pytest.raises(DataError, match="'clip' holds no lists of questions by aspect"):
+        load_benchmark("tempcompass", folder)
+
+
 # ---- folders of pictures
 
 

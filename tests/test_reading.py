@@ -1,16 +1,20 @@
 """Files that a stranger may have written are read in bounded time and memory, or refused."""
 
+import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from sta_adapter.adapter import safe_read
 from sta_adapter.adapter.safe_read import (
     MAX_JSON_BYTES,
     compare_shapes,
+    parse_tensors,
     read_json,
     read_tensors,
     require_plain_pattern,
@@ -54,15 +58,73 @@ def test_only_usual_floating_point_weights(tmp_path, dtype):
         read_tensors(tmp_path / "a.safetensors")
 
 
-@given(st.binary(max_size=300))
-def test_arbitrary_bytes_are_no_weights(tmp_path_factory, data):
+def safetensors_of(header, data):
+    """A file whose header is found where it must be."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+NUMBERS = st.integers(-2, 40) | st.sampled_from([1 << 31, 1 << 63, 10**30]) | st.floats()
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F99", ""]) | NUMBERS,
+        "shape": st.lists(NUMBERS, max_size=3) | NUMBERS,
+        "data_offsets": st.lists(NUMBERS, max_size=3),
+    },
+)
+WHOLE = st.integers(0, 9).map(lambda n: {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]})
+HEADERS = st.dictionaries(
+    st.sampled_from(["a", "blocks.0.gamma", "__metadata__", ""]),
+    ENTRIES | WHOLE | st.none() | st.text(max_size=3),
+    max_size=2,
+)
+
+
+def read_noise(tmp_path_factory, data):
+    """What is read of a file's contents, by each reader; None where they refuse."""
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"
     path.write_bytes(data)
-    try:
-        state, _ = read_tensors(path)
-    except CheckpointError:
-        return
-    assert state == {}  # the smallest valid file holds no tensor
+    found = []
+    for read in (lambda: read_tensors(path)[0], lambda: parse_tensors(data, path)):
+        try:
+            found.append({name: tuple(value.shape) for name, value in read().items()})
+        except CheckpointError:
+            found.append(None)
+    assert found[0] == found[1]
+    return found[0]
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_no_weights(tmp_path_factory, data):
+    """Those of no header, and those behind a good one."""
+    assert read_noise(tmp_path_factory, data) in (None, {})
+    assert read_noise(tmp_path_factory, safetensors_of(data, b"")) in (None, {})
+    header = {"a": {"dtype": "F32", "shape": [len(data)], "data_offsets": [0, 4 * len(data)]}}
+    whole = np.arange(len(data), dtype="<f4").tobytes()
+    assert read_noise(tmp_path_factory, safetensors_of(header, whole)) == {"a": (len(data),)}
+    if data:
+        assert read_noise(tmp_path_factory, safetensors_of(header, data)) is None
+
+
+@given(HEADERS, st.integers(0, 40))
+def test_headers_that_lie_are_refused(tmp_path_factory, header, size):
+    """What is read is of the sizes that the header names, and takes up all the bytes that there are."""
+    found = read_noise(tmp_path_factory, safetensors_of(header, np.ones(size, "<f4").tobytes()[:size]))
+    if found is not None:
+        assert all(header[name]["shape"] == list(shape) for name, shape in found.items())
+        width = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+        taken = sum(int(np.prod(shape)) * width[header[name]["dtype"]] for name, shape in found.items())
+        assert taken == size
+
+
+def test_the_readers_get_past_the_header(tmp_path, monkeypatch):
+    """The tests above reach the tensors: without the last check, numbers that are none come through."""
+    content = safetensors_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, np.float32("nan").tobytes())
+    with pytest.raises(CheckpointError, match="not finite"):
+        parse_tensors(content, tmp_path)
+    monkeypatch.setattr(safe_read, "_require_weights", lambda state, path: None)
+    assert parse_tensors(content, tmp_path)["a"].isnan().all()
 
 
 def test_every_difference_is_listed(tmp_path):

@@ -13,8 +13,9 @@ from tiny_qwen import save_base
 
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, VideoDataset, read_samples
+from sta_adapter.data import shards as shards_module
 from sta_adapter.data.check import check_data
-from sta_adapter.data.shards import read_shard, scan_shards
+from sta_adapter.data.shards import find_shards, read_shard, scan_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation import evaluate
@@ -130,6 +131,63 @@ def test_members_of_a_compressed_shard_are_bounded(tmp_path):
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     (bad,) = read_shard(packed)
     assert "'a.mp4' claims 1099511627776 bytes, more than is read" in bad.reason
+
+
+def gzipped(path, *members, end=bytes(1024)):
+    """A compressed shard of files `(name, size, kind)` of zeros; of other kinds than files the size is claimed alone."""
+    content = b""
+    for name, size, kind in members:
+        info = tarfile.TarInfo(name)
+        info.size, info.type = size, kind
+        content += info.tobuf(tarfile.GNU_FORMAT) + bytes(size + -size % 512)
+    path.write_bytes(gzip.compress(content + end))
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, b"Q"], ids=["files", "of another kind"])
+def test_a_whole_compressed_shard_is_bounded(tmp_path, monkeypatch, kind):
+    """However many members there are, and whatever they are."""
+    monkeypatch.setattr(shards_module, "MOST_INFLATED", 1 << 16)
+    packed = gzipped(tmp_path / "x.tar.gz", *((f"{n}.mp4", 1 << 13, kind) for n in range(1000)))
+    most = (1 << 16) + shards_module.MOST_TIMES * packed.stat().st_size
+    assert packed.stat().st_size < 40_000 < most < 1000 << 13
+    *found, bad = read_shard(packed)
+    assert f"it goes on past byte {most}, more than a shard of its size on disk holds" in bad.reason
+    assert len(found) <= most >> 13
+
+
+def test_what_follows_the_end_of_a_compressed_shard_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MOST_INFLATED", 1 << 16)
+    packed = gzipped(tmp_path / "x.tar.gz", ("a.mp4", 10, tarfile.REGTYPE), end=bytes(50 << 20))
+    *_, bad = read_shard(packed)
+    assert "it goes on past byte" in bad.reason
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE], ids=["name", "pax", "global"]
+)
+def test_texts_of_headers_are_bounded(tmp_path, kind):
+    (bad,) = read_shard(gzipped(tmp_path / "x.tar.gz", ("a", 30 << 20, kind)))
+    assert f"a header claims {30 << 20} bytes of text, more than is read" in bad.reason
+
+
+def test_a_compressed_shard_of_usual_contents_is_read_whole(tmp_path, shards):  # noqa: F811
+    plain = shards / "train-0.tar"
+    packed = tmp_path / "x.tar.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    found, expected = ([item.record for item in read_shard(path)] for path in (packed, plain))
+    assert found == expected
+    assert found
+
+
+@pytest.mark.parametrize(
+    "names", ["train-{0,0}.tar", "train-{0,*}.tar", "{,./}train-0.tar", "train-{0..3}.tar", "*.tar"], ids=str
+)
+def test_a_shard_that_is_named_twice_is_read_once(shards, names):  # noqa: F811
+    found = find_shards(shards / names)
+    assert len(found) == len({path.resolve() for path in found}) == (1 if "*" not in names and ".." not in names else 4)
+    sources = [sample.source for sample in scan_shards(shards / names)]
+    assert len(sources) == len(set(sources)) > 0
 
 
 # ---- check-data

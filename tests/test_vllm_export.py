@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_server import HubServer
 from standins import fake_vllm
 from tiny_qwen import make_processor, moving_square, save_base, write_video
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.adapter.push import push_folder
 from sta_adapter.cli import cli
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, MissingExtraError
-from sta_adapter.integrations.vllm import register
+from sta_adapter.integrations.vllm import export, register
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 from sta_adapter.integrations.vllm.frames import TrainedFrames, media_io_kwargs, register_loader
 from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line
@@ -120,6 +122,32 @@ def test_exports_that_cannot_be(base, plain, adapted, tmp_path):
 def test_the_command_says_how_the_export_is_served(plain, tmp_path):
     done = CliRunner().invoke(cli, ["export", str(plain), str(tmp_path / "out")], catch_exceptions=False)
     assert f"sta-adapter serve --model BASE --adapter {tmp_path / 'out'}" in done.output
+
+
+def test_an_export_of_a_revision(plain, tmp_path, monkeypatch):
+    """Of adapter and base, each its own."""
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        push_folder(plain, "user/adapter")
+        first = hub.repos["user/adapter"].resolve("main")
+        hub.upload("user/adapter", {"sta_config.json": b"{}"})
+        options = ["export", "user/adapter", str(tmp_path / "out")]
+        assert isinstance(CliRunner().invoke(cli, options).exception, CheckpointError)
+        CliRunner().invoke(cli, [*options, "--adapter-revision", first], catch_exceptions=False)
+    assert (tmp_path / "out" / "sta_adapter.safetensors").read_bytes() == (
+        plain / "sta_adapter.safetensors"
+    ).read_bytes()
+
+
+def test_the_revision_of_a_base_that_is_merged_into(plain, adapted, base, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(export, "export_merged", lambda *args, **kwargs: seen.update(kwargs))
+    line = ["export", str(adapted), str(tmp_path / "out"), "--merge-lora", "org/base", "--revision", "v1"]
+    CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert (seen["revision"], seen["adapter_revision"]) == ("v1", None)
+    for words in (["--revision", "v1"], ["--dtype", "bf16"]):
+        done = CliRunner().invoke(cli, ["export", str(plain), str(tmp_path / "x"), *words])
+        assert f"{words[0]} is of the base, and has no effect without --merge-lora" in str(done.exception)
 
 
 def test_the_serve_line_carries_the_run_of_the_adapter(base, plain, adapted, tmp_path):

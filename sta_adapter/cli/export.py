@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from sta_adapter.cli.options import Grouped, option
+from sta_adapter.errors import ConfigError
 
 __all__ = ["command"]
 
-DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
 DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
 HELP = """\b
 Example: sta-adapter export my-adapter served \\
@@ -25,14 +25,21 @@ as vLLM takes them.
 @click.argument("out", type=click.Path())
 @option("What", "--merge-lora", "base", metavar="BASE", help="Base to merge LoRA into.")
 @option("What", "--dtype", type=DTYPE, metavar="TYPE", default="auto", help="Of that base: auto, bf16, fp16 or fp32.")
-def command(adapter: str, out: str, base: str | None, dtype: str) -> None:
+@option("What", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit on the Hub.")
+@option("What", "--revision", metavar="NAME", help="The base's branch, tag or commit on the Hub.")
+def command(
+    adapter: str, out: str, base: str | None, dtype: str, adapter_revision: str | None, revision: str | None
+) -> None:
     """Write it, and say how it is served."""
     from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 
     if base is not None:
-        export_merged(adapter, out, base, dtype=dtype)
+        export_merged(adapter, out, base, adapter_revision=adapter_revision, dtype=dtype, revision=revision)
         click.echo(f"wrote {out}: sta-adapter serve --model {out}/base --adapter {out}/sta")
         return
-    has_lora = export_adapter(adapter, out)
+    idle = [name for name, given in (("--revision", revision is not None), ("--dtype", dtype != "auto")) if given]
+    if idle:
+        raise ConfigError(f"{idle[0]} is of the base, and has no effect without --merge-lora.")
+    has_lora = export_adapter(adapter, out, revision=adapter_revision)
     beside = ", with LoRA weights beside STA" if has_lora else ""
     click.echo(f"wrote {out}{beside}: sta-adapter serve --model BASE --adapter {out}")

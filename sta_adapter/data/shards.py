@@ -27,7 +27,9 @@ __all__ = ["find_shards", "is_shards", "read_shard", "scan_shards"]
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes
 MOST_INFLATED = 1 << 30  # bytes of one member of a compressed shard, whose claims the size on disk doesn't bound
+MOST_TIMES = 20  # so many times its size on disk, and MOST_INFLATED, may a whole compressed shard grow; clips hardly do
 MOST_RECORD = 64 << 20  # bytes of a .json or .jsonl
+MOST_HEADER = 1 << 20  # bytes of a header's own texts, which are read at once
 
 
 def is_shards(name: str | Path) -> bool:
@@ -124,18 +126,53 @@ def _members(path: Path, lookup: bool, noted: Callable[[Exception], bool]) -> It
                     f"{str(path)!r} is compressed, so samples can't be looked up in it; training alone reads such shards, from "
                     "front to back. Unpack it with gunzip: clips are hardly larger then."
                 )
-            file = cast(IO[bytes], inflated if compressed else raw)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
+            size = path.stat().st_size
+            file = _Bounded(inflated, MOST_INFLATED + MOST_TIMES * size) if compressed else _Bounded(raw, sys.maxsize)
+            with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
+                while (member := _next(tar, file)) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                     if member.isreg() and not _ASIDE.match(member.name):
                         data = _contents(path, tar, member, lookup, compressed)
                         yield {"fname": member.name, "data": data, "__url__": str(path)}
-                _check_end(file, None if compressed else tar.offset)
+                _check_end(cast(IO[bytes], file), None if compressed else tar.offset)
     except DataError:
         raise
     except Exception as error:  # whatever a damaged or hostile header makes tarfile raise
         noted(error)
+
+
+class _Bounded:
+    """A shard as tarfile reads it, up to so many bytes and, of headers, so many at once; what a header claims takes no memory."""
+
+    def __init__(self, file: Any, most: int) -> None:
+        self.file = file
+        self.most = most
+        self.at_once = MOST_HEADER
+        self.tell: Callable[[], int] = file.tell
+
+    def read(self, size: int) -> bytes:
+        """As that of a file."""
+        if size > self.at_once:
+            raise tarfile.ReadError(f"a header claims {size} bytes of text, more than is read")
+        found = self.file.read(size)
+        self._require(self.tell())
+        return found
+
+    def seek(self, place: int) -> int:
+        """As that of a file, from its beginning on; nothing is read where the place can't be."""
+        self._require(place)
+        return self.file.seek(place)
+
+    def _require(self, place: int) -> None:
+        if place > self.most:
+            raise tarfile.ReadError(f"it goes on past byte {self.most}, more than a shard of its size on disk holds")
+
+
+def _next(tar: tarfile.TarFile, file: _Bounded) -> tarfile.TarInfo | None:
+    file.at_once = MOST_HEADER
+    member = tar.next()
+    file.at_once = sys.maxsize
+    return member
 
 
 def _contents(

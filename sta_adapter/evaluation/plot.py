@@ -19,6 +19,7 @@ LOOKS = {  # colour, marker and offset from the row's middle
     "adapter": ("#0072B2", "o", -0.17),
 }
 WRAP = 34  # characters of a category's name in a line
+MOST_ROWS = 60  # categories; a picture of hundreds can't be read, one of thousands not be drawn
 LINE_HEIGHT = 0.21  # inches
 
 
@@ -49,9 +50,13 @@ def figure_of(report: dict[str, Any]) -> Any:
     categories = list(dict.fromkeys(c for run in shown.values() for c in run["categories"]))
     panels = []
     if categories:
+        title = f"By category, frames {first}"
+        if len(categories) > MOST_ROWS:
+            title += f": the {MOST_ROWS} of {len(categories)} with most questions"
+            categories = _largest(categories, shown)
         scores = {name: [run["categories"].get(c) for c in categories] for name, run in shown.items()}
         guessed = (report.get("chance") or {}).get("categories", {})
-        panels.append((f"By category, frames {first}", categories, scores, [guessed.get(c) for c in categories]))
+        panels.append((title, categories, scores, [guessed.get(c) for c in categories]))
     scores = {name: [report[name][o]["overall"] if o in report[name] else None for o in orders] for name in names}
     guessed_all = [(report.get("chance") or {}).get("overall")] * len(orders)
     panels.append(("All questions, by order of the frames", orders, scores, guessed_all))
@@ -65,6 +70,13 @@ def figure_of(report: dict[str, Any]) -> Any:
     legend = sorted(zip(*axes[-1].get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chance")
     figure.legend(*zip(*legend, strict=True), loc="outside upper center", ncols=len(legend), frameon=False)
     return figure
+
+
+def _largest(categories: list[str], shown: dict[str, Any]) -> list[str]:
+    """Those with most questions, in the order in which they came."""
+    sizes = {c: max(run["categories"].get(c, {}).get("total", 0) for run in shown.values()) for c in categories}
+    kept = set(sorted(categories, key=lambda c: -sizes[c])[:MOST_ROWS])
+    return [c for c in categories if c in kept]
 
 
 def _wrapped(label: str) -> str:

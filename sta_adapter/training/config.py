@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +120,7 @@ class TrainingConfig:
             if (
                 isinstance(value, bool)
                 or not isinstance(value, (int, float))
-                or (value < least and name != "epochs")
-                or value < 0
+                or not (0 if name == "epochs" else least) <= value < math.inf
             ):
                 raise ConfigError(f"{name} is {value!r}, expected a number of at least {least}.")
         self.device_batches()

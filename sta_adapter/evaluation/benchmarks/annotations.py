@@ -8,11 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sta_adapter._validate import shown
 from sta_adapter.data.message import Record
+from sta_adapter.data.sample_keys import kind_of
 from sta_adapter.errors import DataError, MissingExtraError
 
-__all__ = ["clip_file", "field", "find", "first_folder", "read_annotations", "read_file"]
+__all__ = [
+    "clip_file",
+    "field",
+    "find",
+    "first_folder",
+    "options_field",
+    "read_annotations",
+    "read_file",
+    "seconds_field",
+]
 
+MOST_OPTIONS = 26  # letters
+MOST_SECONDS = 1e6
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -55,7 +68,7 @@ def _parquet(file: Path) -> list[Record]:
     except ImportError as error:
         raise MissingExtraError(f"{file} needs pyarrow: pip install 'sta-adapter[eval]'.") from error
     try:
-        return parquet.read_table(file).to_pylist()
+        return parquet.read_annotations(file).to_pylist()
     except ArrowException as error:
         raise ValueError(str(error)) from error
 
@@ -74,15 +87,48 @@ def first_folder(folder: Path, names: Iterable[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def field(row: Record, name: str, source: str) -> Any:
-    """A record's field that must be there.
+def field(row: Record, name: str, source: str) -> str:
+    """A record's words that must be there.
 
     Raises:
-        DataError: it is missing; the fields that are there are named.
+        DataError: they are missing (the fields that are there are named), or are no text.
     """
-    if row.get(name) in (None, ""):
-        raise DataError(f"{source} has no {name!r}; its fields: {', '.join(row)}.")
+    _require(row, name, source)
+    if not isinstance(row[name], str):
+        raise DataError(f"{source}: {name!r} is {kind_of(row[name])}, expected a text.")
     return row[name]
+
+
+def options_field(row: Record, name: str, source: str) -> list[str]:
+    """A record's options: at least two texts, no more than there are letters.
+
+    Raises:
+        DataError: they are missing or something else.
+    """
+    _require(row, name, source)
+    options = row[name]
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise DataError(f"{source}: {name!r} is {kind_of(options)}, expected a list of texts.")
+    if not 2 <= len(options) <= MOST_OPTIONS:
+        raise DataError(f"{source}: {name!r} has {len(options)} options, expected 2 to {MOST_OPTIONS}.")
+    return options
+
+
+def seconds_field(row: Record, name: str, source: str) -> float:
+    """A record's time in a clip.
+
+    Raises:
+        DataError: it is no number of seconds.
+    """
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_SECONDS:
+        raise DataError(f"{source}: {name!r} is {shown(value)}, expected seconds in the clip.")
+    return float(value)
+
+
+def _require(row: Record, name: str, source: str) -> None:
+    if row.get(name) is None or row[name] == "":
+        raise DataError(f"{source} has no {name!r}; its fields: {', '.join(map(str, row))}.")
 
 
 def clip_file(folder: Path, name: str) -> Path:

@@ -13,7 +13,15 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
+from sta_adapter.evaluation.benchmarks.annotations import (
+    clip_file,
+    field,
+    find,
+    first_folder,
+    options_field,
+    read_annotations,
+    seconds_field,
+)
 from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 STAR = ("star/Charades_v1_480", "star/Charades_segment")
@@ -58,14 +66,19 @@ def load(folder: Path) -> EvalSet:
 
 
 def _sample(row: Record, source: str, clips: Path, task: str) -> Sample:
-    asked, options, answer, name = (field(row, key, source) for key in ("question", "candidates", "answer", "video"))
+    asked, answer, name = (field(row, key, source) for key in ("question", "answer", "video"))
+    options = options_field(row, "candidates", source)
     if answer not in options:
         raise DataError(f"{source}: the answer {answer!r} is none of the candidates {options!r}.")
     listed = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
     text = f"Question:{asked}\nOption:\n{listed}Only give the best option.\n"
-    clip, settings = clip_file(clips, name), {}
+    clip = clip_file(clips, name)
+    settings: dict[str, float] = {}
     if not clips.name.endswith("_segment") and row.get("start") is not None and row.get("end") is not None:
-        settings = {"video_start": float(row["start"]), "video_end": float(row["end"])}
+        start, end = (seconds_field(row, key, source) for key in ("start", "end"))
+        if end <= start:
+            raise DataError(f"{source}: 'end' ({end:g}) is not after 'start' ({start:g}).")
+        settings = {"video_start": start, "video_end": end}
     if clips.name.startswith("frames_"):
         settings["folder_fps"] = FRAMES_A_SECOND
     labels = LETTERS[: len(options)]

@@ -52,6 +52,7 @@ def load(folder: Path) -> EvalSet:
 
 def _sample(row: Record, source: str, clips: Path) -> Sample:
     template = row["template"]
-    clip = clip_file(clips, f"{field(row, 'id', source)}.webm")
+    number = {**row, "id": str(row["id"])} if type(row.get("id")) is int else row
+    clip = clip_file(clips, f"{field(number, 'id', source)}.webm")
     right, category = CLASSES.index(template), template.replace("[", "").replace("]", "")
     return question(clip, QUESTION, ANSWERS, CLASSES, right, source=source, category=category, before=BEFORE)

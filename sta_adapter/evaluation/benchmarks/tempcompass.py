@@ -11,10 +11,11 @@ import re
 from functools import partial
 from pathlib import Path
 
+from sta_adapter._validate import shown
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_file
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations, read_file
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 BEST = "\nPlease directly give the best option:"
@@ -48,11 +49,14 @@ def _rows(file: Path) -> list[Record]:
     """One record a question: JSON is nested as clip, aspect, questions; parquet is flat."""
     rows = read_file(file)
     if not isinstance(rows, dict):
-        return rows
-    return [
-        {"video_id": clip, "dim": aspect, **row}
-        for clip, aspects in rows.items() for aspect, asked in aspects.items() for row in asked
-    ]  # fmt: skip
+        return read_annotations(file)
+    found = []
+    for clip, aspects in rows.items():
+        for aspect, asked in aspects.items() if isinstance(aspects, dict) else [("", None)]:
+            if not isinstance(asked, list) or not all(isinstance(row, dict) for row in asked):
+                raise DataError(f"{file}: {shown(clip)} holds no lists of questions by aspect; expected TempCompass.")
+            found += [{"video_id": clip, "dim": aspect, **row} for row in asked]
+    return found
 
 
 def _sample(row: Record, source: str, clips: Path, kind: str) -> Sample:

@@ -12,7 +12,14 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
+from sta_adapter.evaluation.benchmarks.annotations import (
+    clip_file,
+    field,
+    find,
+    first_folder,
+    options_field,
+    read_annotations,
+)
 from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 REQUEST = (
@@ -37,13 +44,14 @@ def load(folder: Path) -> EvalSet:
 
 
 def _sample(row: Record, source: str, clips: Path) -> Sample:
-    asked, options, answer, name = (field(row, key, source) for key in ("question", "options", "answer", "videoID"))
+    asked, answer, name = (field(row, key, source) for key in ("question", "answer", "videoID"))
+    options = options_field(row, "options", source)
     labels = LETTERS[: len(options)]
-    if not answer or answer not in labels:
+    if len(answer) != 1 or answer not in labels:
         raise DataError(f"{source}: the answer {answer!r} is none of the letters {', '.join(labels)}.")
     texts = [re.sub(r"^[A-Z][.)]\s*", "", option) for option in options]
     text = "\n".join([REQUEST, asked, *options, "The best answer is:"])
-    groups = {key: row[key] for key in GROUPS if row.get(key)}
+    groups = {key: field(row, key, source) for key in GROUPS if row.get(key)}
     category = field(row, "task_type", source)
     clip = clip_file(clips, f"{name}.mp4")
     return question(clip, text, labels, texts, labels.index(answer), source=source, category=category, **groups)

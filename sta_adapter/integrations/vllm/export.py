@@ -20,12 +20,15 @@ from sta_adapter.errors import CheckpointError
 BASE, STA = "base", "sta"
 
 
-def export_adapter(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> bool:
+def export_adapter(
+    adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, revision: str | None = None
+) -> bool:
     """Write an adapter as vLLM and transformers both take it; LoRA weights without the copies of STA that PEFT keeps.
 
     Args:
         adapter: its folder, or its id on the Hub.
         out: the folder to write.
+        revision: branch, tag or commit of the adapter on the Hub.
 
     Returns:
         Whether there are LoRA weights, which vLLM must be told to serve.
@@ -35,7 +38,7 @@ def export_adapter(adapter: str | os.PathLike[str], out: str | os.PathLike[str])
     """
     from safetensors.torch import save
 
-    folder = _source(adapter, out)
+    folder = _source(adapter, out, revision)
     description = read_description(folder)
     read_weights(folder, description)
     told = {**read_json(folder / CONFIG), **_frames(folder)}
@@ -65,6 +68,7 @@ def export_merged(
     base: str,
     *,
     base_model: str | None = None,
+    adapter_revision: str | None = None,
     **options: Any,
 ) -> None:
     """Write the base with the adapter's LoRA weights in it (`base`), and STA alone beside it (`sta`).
@@ -76,7 +80,8 @@ def export_merged(
         out: the folder to write.
         base: the base's folder, or its id on the Hub.
         base_model: as for `load_sta`.
-        options: further arguments of `load_model`.
+        adapter_revision: branch, tag or commit of the adapter on the Hub.
+        options: further arguments of `load_model`, such as the base's `revision`.
 
     Raises:
         CheckpointError: no adapter, one without LoRA weights or for another base.
@@ -86,7 +91,7 @@ def export_merged(
     from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.loading import load_model, load_processor
 
-    folder, out = _source(adapter, out), Path(out)
+    folder, out = _source(adapter, out, adapter_revision), Path(out)
     description = read_description(folder)
     if not (folder / LORA_CONFIG).exists():
         raise CheckpointError(f"{folder} holds no LoRA weights ({LORA_CONFIG}), so there is nothing to merge.")
@@ -119,8 +124,8 @@ def lora_digest(folder: Path) -> str:
     return hashlib.sha256((folder / LORA_CONFIG).read_bytes() + (folder / LORA_WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
-def _source(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    folder = resolve_adapter(adapter)
+def _source(adapter: str | os.PathLike[str], out: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = resolve_adapter(adapter, revision)
     if folder.resolve() == Path(out).resolve():
         raise CheckpointError(f"{os.fspath(out)!r} is the adapter's own folder; write to another one.")
     return folder
