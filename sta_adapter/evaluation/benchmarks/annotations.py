@@ -68,7 +68,7 @@ def _parquet(file: Path) -> list[Record]:
     except ImportError as error:
         raise MissingExtraError(f"{file} needs pyarrow: pip install 'sta-adapter[eval]'.") from error
     try:
-        return parquet.read_annotations(file).to_pylist()
+        return parquet.read_table(file).to_pylist()
     except ArrowException as error:
         raise ValueError(str(error)) from error
 

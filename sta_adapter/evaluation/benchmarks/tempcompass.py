@@ -50,7 +50,7 @@ def _rows(file: Path) -> list[Record]:
     rows = read_file(file)
     if not isinstance(rows, dict):
         return read_annotations(file)
-    found = []
+    found: list[dict[str, Any]] = []
     for clip, aspects in rows.items():
         for aspect, asked in aspects.items() if isinstance(aspects, dict) else [("", None)]:
             if not isinstance(asked, list) or not all(isinstance(row, dict) for row in asked):
@@ -72,7 +72,7 @@ def _sample(row: Record, source: str, clips: Path, kind: str) -> Sample:
         raise DataError(f"{source}: the answer {answer!r} is none of the options {lines!r}.")
     right = lines.index(answer)
     clip = clip_file(clips, f"{name}.mp4")
-    names = {"kind": kind, "aspect": aspect}
+    names: dict[str, Any] = {"kind": kind, "aspect": aspect}
     return question(
         clip, asked + REQUESTS[kind], labels, texts, right, source=source, category=f"{kind}: {aspect}", **names
     )
