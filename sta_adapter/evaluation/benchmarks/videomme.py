@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
