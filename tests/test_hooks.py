@@ -15,6 +15,7 @@ from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.hooks import Hook
+from sta_adapter.injection.state import Injection
 
 A, B = ((4, 2), (1, 3)), ((2, 5), (3, 1))
 styles = pytest.mark.parametrize("style", ["call", "forward", "inside"])
@@ -120,6 +121,23 @@ def gradients(handle, encoder, batches, how):
         for loss in found if how == "in order" else found[::-1]:
             loss.backward()
     return [p.grad.clone() for p in handle.parameters()]
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+def test_a_forward_without_checkpoints_asks_once_a_block_and_follows_no_tensor(toy, monkeypatch, depth):  # noqa: F811
+    asked, followed = [], []
+    encoder = ToyEncoder(depth)
+    injected(encoder)
+    encoder(toy_pixels(A), A)  # a backbone without dummy inputs is checked by the first call
+    layout, register = Injection.layout, torch.Tensor.register_hook
+    monkeypatch.setattr(Injection, "layout", lambda self: asked.append(1) or layout(self))
+    monkeypatch.setattr(torch.Tensor, "register_hook", lambda self, hook: followed.append(1) or register(self, hook))
+    encoder(toy_pixels(A), A).sum().backward()
+    assert len(asked) == depth + 1  # and once when the forward is over
+    assert not followed
+    encoder.style = ("call", False)
+    encoder(toy_pixels(A), A).sum().backward()
+    assert len(followed) >= depth
 
 
 @styles

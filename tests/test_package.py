@@ -164,3 +164,18 @@ def test_readme_names_what_is_locked():
         assert f"{package} {version}" in text
     for version in [v for name, v, _ in LOCKED if name == "transformers"]:
         assert version in text
+
+
+def test_the_tree_in_contributing_names_packages_and_files_that_exist():
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    named = {match[1]: match[2].split() for match in re.finditer(r"^  (\w+)/ +(.*(?:\n {10,}.*)*)", tree, re.M)}
+    package = ROOT / "sta_adapter"
+    assert named.keys() == {folder.parent.name for folder in package.glob("*/__init__.py")}
+    listed = ["attention", "adapter", "injection", "compatibility", "video", "data", "training", "evaluation", "visualization"]
+    missing = [
+        f"{folder}/{name}"
+        for folder in listed
+        for name in named[folder]
+        if name != "..." and not (package / folder / f"{name}.py").exists() and not (package / folder / name).is_dir()
+    ]
+    assert missing == []

@@ -1,4 +1,4 @@
-"""Reading files that a stranger may have written: JSON and safetensors, checked, in memory of the order of their size.
+"""Reading untrusted files: JSON and safetensors, checked, in memory of the order of their size.
 
 Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `parse_metadata`, `read_shapes`, `read_header`, `compare_shapes`,
 `require_plain_pattern`, `require_plain_patterns`, `shown`.

@@ -225,9 +225,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def _precision(asked: str) -> str:
     if asked == "fp16" and not _has_accelerator():
-        raise ConfigError(
-            "precision fp16 needs a GPU: on the CPU it would be fp32 without a word; take bf16, fp32 or auto."
-        )
+        raise ConfigError("precision fp16 needs a GPU: on the CPU it would be fp32 silently; take bf16, fp32 or auto.")
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
