@@ -6,7 +6,7 @@ Of rows whose clips nobody has told, some backbones make one clip; others refuse
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -102,7 +102,7 @@ def pixel_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor 
 def attention_heads(encoder: nn.Module) -> int:
     """Attention heads, from the encoder's configuration."""
     config: Any = encoder.config
-    return config.num_attention_heads
+    return cast("int", config.num_attention_heads)
 
 
 def picture_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

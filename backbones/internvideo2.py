@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -89,7 +89,7 @@ def video_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def block_heads(encoder: nn.Module) -> int:
     """Attention heads, from the first block."""
     attention: Any = encoder.get_submodule("blocks.0.attn")
-    return attention.num_heads
+    return cast("int", attention.num_heads)
 
 
 BACKBONE = Backbone(

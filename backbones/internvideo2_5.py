@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,8 +35,10 @@ def vit_layout(call: EncoderCall) -> ClipLayout:
     """Layout of rows (F, 1 + N, C), from `pixel_values` (F, 3, H, W) or `pixel_embeds` (F, 1 + N, C)."""
     embeds = call.arguments.get("pixel_embeds")
     if isinstance(embeds, torch.Tensor):
-        return row_clips(embeds.shape[0], embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)
-    return pixel_layout(must_be_told=False)(call)
+        rows = row_clips(embeds.shape[0], embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)
+    else:
+        rows = pixel_layout(must_be_told=False)(call)
+    return cast("ClipLayout", rows)
 
 
 def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:

@@ -63,7 +63,7 @@ def packed_videos(model: Any, method: Callable[..., Any], args: tuple[Any, ...],
     newline = inner.image_newline[None, None].to(features)
     parts = [
         part
-        for clip in features[:, : frames * tokens].split([length * tokens for length in lengths], 1)
+        for clip in torch.split(features[:, : frames * tokens], [length * tokens for length in lengths], 1)
         for part in (clip, newline)
     ]
     joined = torch.cat(parts if ended else parts[:-1], 1)

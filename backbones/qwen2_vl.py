@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,8 +49,8 @@ def merged_positions(rows: int, columns: int, merge: int, window: int = 0) -> to
     """
     units = torch.arange(rows * columns).view(rows // merge, columns // merge, merge, merge)
     if window:
-        bands = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge).split(window)
-        order = torch.cat([part.flatten() for band in bands for part in band.split(window, dim=1)])
+        bands = torch.split(torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge), window)
+        order = torch.cat([part.flatten() for band in bands for part in torch.split(band, window, dim=1)])
         units = units.flatten(0, 1)[torch.argsort(order)].view(units.shape)
     return units.transpose(1, 2).reshape(rows, columns)
 
@@ -64,7 +64,7 @@ def grid_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor |
 def config_heads(encoder: nn.Module) -> int:
     """Attention heads, from the encoder's configuration."""
     config: Any = encoder.config
-    return config.num_heads
+    return cast("int", config.num_heads)
 
 
 def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -82,7 +82,7 @@ def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def tower_heads(encoder: nn.Module) -> int:
     """Attention heads of vLLM's towers, which keep no configuration."""
     tower: Any = encoder
-    return tower.num_heads
+    return cast("int", tower.num_heads)
 
 
 def tower_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class FillPositions:
         past = cached_tokens(class_method(model), FORWARD, given)
         if not past:
             positions, model.rope_deltas = model.get_rope_index(**given)
-            return positions
+            return cast("Tensor", positions)
         if model.rope_deltas is None:
             raise LayoutError(
                 f"the cache holds {past} tokens of which this model has not seen the positions, so those of the tokens "
@@ -42,7 +42,7 @@ class FillPositions:
         tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         batch, length = tokens.shape[:2]
         deltas = model.rope_deltas.to(tokens.device).repeat_interleave(batch // len(model.rope_deltas), dim=0)
-        return (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1)
+        return cast("Tensor", (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1))
 
 
 class GenerationPositions:
@@ -67,5 +67,7 @@ class GenerationPositions:
         if positions.shape[0] == 4:
             if model_kwargs.get("image_grid_thw") is None and model_kwargs.get("video_grid_thw") is None:
                 head.model.rope_deltas = positions[1, :, -1:] + 1 - positions.shape[-1]
-            return positions
-        return (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]
+            return cast("Tensor", positions)
+        return cast(
+            "Tensor", (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class RopeIndex:
         """(batch, tokens), also where only embeddings were passed: then text is -1."""
         ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
         if ids is not None:
-            return ids
+            return cast("Tensor", ids)
         if types is not None:
             ids = torch.full_like(types, -1)
             return ids.masked_fill(types == 1, self.config.image_token_id).masked_fill(

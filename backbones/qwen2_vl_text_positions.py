@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,11 @@ def rule_of_training(model: nn.Module) -> str | None:
         return None
     installed = installed_rule(owner)
     if installed is not None and installed.name not in RULES:
-        return installed.name
+        return cast("str | None", installed.name)
     name = getattr(owner.config, "text_positions", None) or OriginalPositions.name
     if name not in RULES:
         raise ConfigError(f"the model's config.json says text_positions: {name!r}; expected one of {', '.join(RULES)}.")
-    return name
+    return cast("str | None", name)
 
 
 def use_rule(model: nn.Module, name: str | None) -> None:
@@ -93,7 +93,7 @@ def _native_rule(owner: Any) -> str:
         for name, rule in RULES.items():
             clip, after = rule(tokens_per_second(owner)).clip(2, FRAMES, 1, 1, SECONDS)
             if torch.equal(found, torch.cat([text, clip, text + int(after)], dim=1)):
-                return name
+                return cast("str", name)
     return UNKNOWN
 
 
@@ -113,7 +113,7 @@ def _ask(owner: Any) -> Tensor:
     method = getattr(type(owner), ROPE_INDEX)
     names = parameter_names(method, f"{type(owner).__name__}.{ROPE_INDEX}")
     positions, _ = method(owner, **{name: value for name, value in known.items() if name in names})
-    return positions[:, 0]
+    return cast("Tensor", positions[:, 0])
 
 
 TEXT_POSITIONS = TextPositions(in_use=rule_in_use, of_training=rule_of_training, use=use_rule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def holds_blocks(model: nn.Module, encoder: nn.Module) -> bool:
 def siglip_layout(call: EncoderCall) -> ClipLayout:
     """Layout from pixels (F, 3, H, W), or from padded patches (F, patches, C) with their `spatial_shapes` (F, 2)."""
     if "spatial_shapes" not in call.arguments:
-        return _fixed_layout(call)
+        return cast("ClipLayout", _fixed_layout(call))
     pixels, shapes = call.tensor("pixel_values"), call.tensor("spatial_shapes").tolist()
     lengths = call.clip_lengths
     if lengths is None and len(pixels) > 1:
@@ -52,13 +52,13 @@ def siglip_layout(call: EncoderCall) -> ClipLayout:
         if any(shape != shapes[start] for shape in shapes[start:stop]):
             raise LayoutError(f"the frames of a clip have the spatial_shapes {shapes[start:stop]}; expected all alike.")
         start = stop
-    return layout
+    return cast("ClipLayout", layout)
 
 
 def siglip_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions of each clip, row by row; of padded patches, those in front are the picture."""
     if "spatial_shapes" not in call.arguments:
-        return pixel_positions(call, layout)
+        return cast("list[torch.Tensor | None]", pixel_positions(call, layout))
     shapes, per_row = call.tensor("spatial_shapes").tolist(), call.tensor("pixel_values").shape[1]
     found: list[torch.Tensor | None] = []
     start = 0
@@ -73,7 +73,7 @@ def siglip_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One black picture."""
     config: Any = encoder.config
     if not hasattr(config, "num_patches"):
-        return picture_dummy(encoder)
+        return cast("tuple[tuple[Any, ...], dict[str, Any]]", picture_dummy(encoder))
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
     shape = (1, 1, config.num_channels * config.patch_size**2)
     pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)

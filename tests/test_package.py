@@ -171,7 +171,17 @@ def test_the_tree_in_contributing_names_packages_and_files_that_exist():
     named = {match[1]: match[2].split() for match in re.finditer(r"^  (\w+)/ +(.*(?:\n {10,}.*)*)", tree, re.M)}
     package = ROOT / "sta_adapter"
     assert named.keys() == {folder.parent.name for folder in package.glob("*/__init__.py")}
-    listed = ["attention", "adapter", "injection", "compatibility", "video", "data", "training", "evaluation", "visualization"]
+    listed = [
+        "attention",
+        "adapter",
+        "injection",
+        "compatibility",
+        "video",
+        "data",
+        "training",
+        "evaluation",
+        "visualization",
+    ]
     missing = [
         f"{folder}/{name}"
         for folder in listed

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def _active_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
             f"{len(names)} of PEFT's adapters are at work in this model ({', '.join(names)}), and a file holds one: choose it with "
             "model.set_adapter(...)."
         )
-    return names[0]
+    return cast("str", names[0])
 
 
 def _biases(state: Mapping[str, Tensor], bias: str) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
         with torch.no_grad():
             for key, value in values.items():
                 places[key].copy_(value)
-    return loaded if is_trainable else loaded.requires_grad_(False).eval()
+    return cast("nn.Module", loaded if is_trainable else loaded.requires_grad_(False).eval())
 
 
 @contextlib.contextmanager

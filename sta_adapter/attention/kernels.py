@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ def attend(
         causal, window = False, None
     kernel = _KERNELS[choose_backend(q, backend).backend]
     if q.is_cuda and q.shape[0] > CUDA_BATCH_LIMIT:
-        parts = zip(*(x.split(CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
+        parts = zip(*(torch.split(x, CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
         return torch.cat([kernel(a, b, c, causal, window) for a, b, c in parts])
     return kernel(q, k, v, causal, window)
 
@@ -121,7 +121,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None)
     from xformers.ops import memory_efficient_attention
 
     bias = xformers_kernels.causal_bias(q, k, window) if causal else None
-    return memory_efficient_attention(q, k, v, attn_bias=bias)
+    return cast("Tensor", memory_efficient_attention(q, k, v, attn_bias=bias))
 
 
 def _widens(device: str, dtype: torch.dtype) -> bool:

@@ -147,7 +147,7 @@ class ClipLayout:
     def _grids(self) -> list[Tensor]:
         """Indices (frames, positions) of the tokens of each clip."""
         sizes = [t * n for t, n in self.clips]
-        parts = torch.arange(self.num_tokens).split(sizes)
+        parts = torch.split(torch.arange(self.num_tokens), sizes)
         return [part.view(clip) for part, clip in zip(parts, self.clips, strict=True)]
 
     def _index(self, kind: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:

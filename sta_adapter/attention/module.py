@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -104,7 +104,7 @@ class TemporalAttention(nn.Module):
             branch = branch * self.gamma
         if not self.config.single_frames and layout.past is None and any(t == 1 for t, _ in layout.clips):
             branch = branch.masked_fill(layout.single_frame_mask(branch.device), 0)
-        return branch.view(tokens.shape)
+        return cast("Tensor", branch.view(tokens.shape))
 
     def prepare(self, layout: ClipLayout) -> tuple[Call, ...]:
         """Make the tables and the choices that `forward` needs ahead of it, where `torch.compile` does not look.
@@ -149,7 +149,7 @@ class TemporalAttention(nn.Module):
 
     def _mix_unequal(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
         """Clips of different lengths: all clips of one length together, so that no mask or padding is needed."""
-        parts = qkv.index_select(0, layout.gather_index(qkv.device)).split([t * n for t, n in layout.groups])
+        parts = torch.split(qkv.index_select(0, layout.gather_index(qkv.device)), [t * n for t, n in layout.groups])
         outs = []
         for (frames, _), part in zip(layout.groups, parts, strict=True):
             fold = rearrange(part, "(t p) (k h d) -> p t k h d", t=frames, k=3, h=self.num_heads)

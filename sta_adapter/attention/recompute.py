@@ -7,7 +7,7 @@ q and k, or the attention weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,11 @@ def project_normed(norm: Any, linear: Any, tokens: Tensor) -> Tensor:
     Modules that are not plain, such as one with hooks or inside a LoRA layer, are called as they are.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _is_plain(norm, linear):
-        return linear(norm(tokens.to(linear.weight.dtype)))
-    return _ProjectNormed.apply(tokens, norm.weight, getattr(norm, "bias", None), linear.weight, linear.bias, norm.eps)
+        return cast("Tensor", linear(norm(tokens.to(linear.weight.dtype))))
+    return cast(
+        "Tensor",
+        _ProjectNormed.apply(tokens, norm.weight, getattr(norm, "bias", None), linear.weight, linear.bias, norm.eps),
+    )
 
 
 def _is_plain(norm: Any, linear: Any) -> bool:

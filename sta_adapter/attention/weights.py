@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def attention_weights(q: Tensor, k: Tensor, *, causal: bool = False, window: int
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if causal:
         scores = scores.masked_fill(~visible_keys(q.shape[2], k.shape[2], window, q.device), float("-inf"))
-    return scores.softmax(dim=-1)
+    return cast("Tensor", scores.softmax(dim=-1))
 
 
 def visible_keys(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

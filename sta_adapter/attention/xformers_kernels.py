@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def import_xformers() -> ModuleType:
         )
     if not built:
         raise XformersUnusable(_why_without_cuda(imported_before))
-    return xformers.ops
+    return cast("ModuleType", xformers.ops)
 
 
 def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class EncoderCall:
         """
         for name in names:
             if isinstance(self.arguments.get(name), torch.Tensor):
-                return self.arguments[name]
+                return cast("torch.Tensor", self.arguments[name])
         raise LayoutError(
             f"{type(self.encoder).__name__} was called without {' or '.join(names)}, which tells STA where the clips are; "
             f"found the arguments {', '.join(self.arguments) or 'none'}."

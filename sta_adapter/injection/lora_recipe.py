@@ -37,7 +37,8 @@ class STALoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT has it, with the description of STA."""
-        return {**super().to_dict(), **({OURS: dict(self.sta)} if self.sta else {})}
+        fields = super().to_dict()  # type: ignore[no-untyped-call]
+        return {**fields, **({OURS: dict(self.sta)} if self.sta else {})}
 
 
 def recipe_config(handle: STAHandle, overrides: Mapping[str, Any]) -> LoraConfig:

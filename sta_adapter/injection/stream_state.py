@@ -148,7 +148,7 @@ class Call:
         if index in self._ran:
             raise LayoutError(f"block {index} ran twice in one call of the encoder, so a stream can't tell its frames.")
         self._ran.add(index)
-        parts = qkv.split([chunk.frames * chunk.shape[0] for chunk in self.chunks])
+        parts = torch.split(qkv, [chunk.frames * chunk.shape[0] for chunk in self.chunks])
         outs = []
         for chunk, part in zip(self.chunks, parts, strict=True):
             fold = rearrange(part, "(t n) (k h d) -> n t k h d", t=chunk.frames, k=3, h=branch.num_heads)

@@ -62,12 +62,13 @@ def validate_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[s
     with _undisturbed(target.encoder):
         try:
             call = _first_block_call(target, args, kwargs)
-        except Exception:
+            if call is None:
+                problems = [f"its forward does not call the first of Backbone.blocks={target.backbone.blocks!r}"]
+            else:
+                problems = _problems_of_blocks(target, call, next(iterate_tensors(call), None))
+        except Exception as error:
+            logger.info("backbone %r is not checked yet: %s: %s", target.backbone.name, type(error).__name__, error)
             return False
-        if call is None:
-            problems = [f"its forward does not call the first of Backbone.blocks={target.backbone.blocks!r}"]
-        else:
-            problems = _problems_of_blocks(target, call, next(iterate_tensors(call), None))
     _refuse(target, problems)
     return True
 
@@ -107,7 +108,10 @@ def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], 
     problems = (
         [] if tokens is None else _layout_problems(target, EncoderCall.bind(target.encoder, args, kwargs, None), tokens)
     )
-    return problems + _problems_of_blocks(target, call, tokens)
+    try:
+        return problems + _problems_of_blocks(target, call, tokens)
+    except Exception as error:
+        return problems + _unable(spec, "block 0 can't run", error)
 
 
 def _problems_of_blocks(target: InjectionTarget, call: Call, tokens: Tensor | None) -> list[str]:
@@ -117,10 +121,7 @@ def _problems_of_blocks(target: InjectionTarget, call: Call, tokens: Tensor | No
         shape = None if tokens is None else tuple(tokens.shape)
         return [f"its blocks' first tensor has the shape {shape}; expected tokens (tokens, C) or (rows, tokens, C)"]
     call = _fewer_tokens(call, tokens)
-    try:
-        problems = _block_problems(target, 0, call)
-    except Exception as error:
-        return _unable(spec, "block 0 can't run", error)
+    problems = _block_problems(target, 0, call)
     if not problems and len(target.blocks) > 1:
         try:
             problems += _block_problems(target, len(target.blocks) - 1, call)
