@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,12 +33,9 @@ PLACEHOLDER = re.compile(r"(?:\bframe[\s_-]*(\d+)\s*:?\s*)?<image>", re.IGNORECA
 
 def vit_layout(call: EncoderCall) -> ClipLayout:
     """Layout of rows (F, 1 + N, C), from `pixel_values` (F, 3, H, W) or `pixel_embeds` (F, 1 + N, C)."""
-    embeds = call.arguments.get("pixel_embeds")
-    if isinstance(embeds, torch.Tensor):
-        rows = row_clips(embeds.shape[0], embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)
-    else:
-        rows = pixel_layout(must_be_told=False)(call)
-    return cast("ClipLayout", rows)
+    if isinstance(embeds := call.arguments.get("pixel_embeds"), torch.Tensor):
+        return row_clips(len(embeds), embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)  # type: ignore[no-any-return]
+    return pixel_layout(must_be_told=False)(call)  # type: ignore[no-any-return]
 
 
 def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
