@@ -13,4 +13,7 @@ training_args.is_torch_bf16_gpu_available = lambda: True  # axolotl has no way t
 
 
 class Decoder(BasePlugin):
-    """Importing it is enough."""
+    """Where several processes run, axolotl gives each a GPU."""
+
+    def load_datasets(self, cfg, preprocess=False):
+        cfg["device_map"] = {"": "cpu"}
