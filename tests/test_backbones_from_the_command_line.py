@@ -17,7 +17,7 @@ from sta_adapter import inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.errors import DataError
+from sta_adapter.errors import DataError, STAWarning
 from sta_adapter.evaluation import evaluate
 from sta_adapter.evaluation.answering import Answerer, Question
 
@@ -120,7 +120,8 @@ def test_check_train_and_evaluate(family, folder, base, tmp_path):
     for stage in ("stage1", "stage2"):
         assert json.loads((tmp_path / "adapter" / stage / "result.json").read_text())["bad_samples"] == []
     output = ["--out", tmp_path / "answers", "--batch-size", 4, "--max-new-tokens", 2]
-    run("evaluate", "--model", base, "--adapter", tmp_path / "adapter", "--data", file, *output)
+    with pytest.warns(STAWarning, match="not all were sampled alike"):
+        run("evaluate", "--model", base, "--adapter", tmp_path / "adapter", "--data", file, *output)
     found = json.loads((tmp_path / "answers" / "results.json").read_text())
     assert f'"total": {len(lines)}' in json.dumps(found)
     assert '"bad_samples": []' in json.dumps(found)

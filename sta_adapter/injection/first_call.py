@@ -57,9 +57,9 @@ class FirstCallPreHook(Hook):
             self.done = self._check(encoder, args, kwargs)
 
     def _check(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        self.runs = True
+        self.runs = self.injection.thread.in_check = True
         try:
             with self.injection.disabled():
                 return validate_call(resolve_target(self.injection.spec, encoder), args, kwargs)
         finally:
-            self.runs = False
+            self.runs = self.injection.thread.in_check = False

@@ -68,6 +68,7 @@ class ThreadState:
         backward: (the backward at work, the layout of the blocks that it runs again).
         outputs: what the encoder gave in the full model's forward, where that must reach all of it.
         in_dummy: whether the encoder forward is one of a dummy clip.
+        in_check: whether the encoder and its blocks are run to be looked at, before their first forward.
         ran: whether an encoder forward with gradients began since `pop_ran`.
     """
 
@@ -79,6 +80,7 @@ class ThreadState:
     backward: tuple[int, ClipLayout | None] = (-1, None)
     outputs: list[Tensor] | None = None
     in_dummy: bool = False
+    in_check: bool = False
     ran: bool = False
 
 

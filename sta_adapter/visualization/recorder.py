@@ -114,8 +114,10 @@ class AttentionRecorder:
         return (layout, index) if 0 <= index < len(layout.clips) else None
 
     def _encoder_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call += 1
         injection = self.handle._injection
+        if injection.thread.in_check:
+            return
+        self._call += 1
         self._arguments = None
         if injection.is_enabled:
             kwargs, told = take_clip_lengths(self.handle.encoder, kwargs)
