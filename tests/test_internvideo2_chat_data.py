@@ -1,6 +1,7 @@
 """InternVideo2-Chat's processor, and the commands: JSON Lines of clips and pictures to a loss, an adapter and an answer."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.data.samples import parse_sample
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.evaluation.answering import Answerer, Question
+from sta_adapter.internvideo import v2_loading
 from sta_adapter.internvideo.v2_images import MEAN, STD
 from sta_adapter.internvideo.v2_prompt import VIDEO, conversation, prompt_tokens
 from sta_adapter.loading import load_adapter, load_model, load_processor
@@ -271,3 +273,17 @@ def test_lora_is_merged_whatever_order_its_parts_come_in():
         torch.testing.assert_close(found, {"lm.model.layers.0.mlp.up_proj.weight": expected})
     with pytest.raises(CheckpointError, match=r"1 layers of the language model.*have A, weight of A, B"):
         list(model_weights([(name, parts[name]) for name in sorted(parts) if "lora_B" not in name], 0.5))
+
+
+def test_a_quantized_model_gets_its_dtype_and_device(monkeypatch, tmp_path):
+    asked = {}
+    model = torch.nn.Module()
+    model.config = SimpleNamespace()
+    monkeypatch.setattr(v2_loading, "fetch_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        v2_loading.InternVideo2Chat, "from_pretrained", lambda folder, **options: asked.update(options) or model
+    )
+    config = {"model_type": v2_loading.MODEL_TYPE}
+    v2_loading.load_model("x", config, dtype=torch.float16, device="cuda:1", quantization_config={"load_in_8bit": True})
+    assert asked[v2_loading.DTYPE] is torch.float16
+    assert asked["device_map"] == {"": "cuda:1"}

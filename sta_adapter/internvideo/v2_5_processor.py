@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature
 
 from sta_adapter.errors import CheckpointError, DataError
+from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
 from sta_adapter.internvideo.files import read_json
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
 from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, chat_template, frames_prefix, image_tokens
 
-SETTINGS = "preprocessor_config.json"
 NAME = "InternVideo2_5Processor"
 PLACES = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 
 
-class InternVideo2_5Processor:
+class InternVideo2_5Processor(ChatProcessor):
     """Tokens and rows of pixels of conversations; a frame and a tile of a picture are rows of the same size.
 
     A clip is written as in training, a line for each frame: `Frame1: <img>...</img>`. Clips and pictures are filled up to whole
@@ -41,6 +39,7 @@ class InternVideo2_5Processor:
 
     image_token, video_token = IMAGE, VIDEO
     text_placeholders = True
+    template_options: ClassVar[dict[str, Any]] = {"add_special_tokens": False}  # the template writes them
     model_input_names = ("input_ids", "attention_mask", "pixel_values", "clip_lengths")
 
     def __init__(
@@ -130,62 +129,10 @@ class InternVideo2_5Processor:
             special = not (bos and all(text.startswith(bos) for text in texts))
         return self.tokenizer(texts, add_special_tokens=special, padding=padding, return_tensors="pt", **options)
 
-    def apply_chat_template(
-        self,
-        conversation: Any,
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
-        """The conversation as text, or with `tokenize` encoded with the clips and pictures that stand in its parts.
-
-        Args:
-            conversation: messages with `role` and `content`; or a list of such conversations.
-            chat_template: instead of the processor's own.
-            tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their type.
-            return_dict: whether everything is returned, or the token ids alone.
-            options: `add_generation_prompt`, and those of calling the processor.
-        """
-        prompt = options.pop("add_generation_prompt", False)
-        template = chat_template or self.chat_template
-        text = self.tokenizer.apply_chat_template(
-            conversation, chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-        if not tokenize:
-            return text
-        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        messages = list(itertools.chain.from_iterable(conversation)) if several else conversation
-        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-        held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
-        options.setdefault("add_special_tokens", False)
-        encoded = self(text=text, images=held["image"] or None, videos=held["video"] or None, **options)
-        return encoded if return_dict else encoded["input_ids"]
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As the tokenizer."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """As the tokenizer."""
-        return self.tokenizer.decode(*args, **kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         """The settings, as they are saved."""
         own = {"processor_class": NAME, "image_seq_length": self.image_seq_length, "template": self.template}
         return {**own, "image_processor": self.image_processor.to_dict()}
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write the tokenizer, the chat template and the settings into a folder."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        before, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
-        try:
-            self.tokenizer.save_pretrained(folder)
-        finally:
-            self.tokenizer.chat_template = before
-        (folder / SETTINGS).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(

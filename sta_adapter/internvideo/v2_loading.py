@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from sta_adapter.errors import ConfigError
 from sta_adapter.internvideo.files import TOKENIZER_FILES, WEIGHT_FILES, fetch_folder
@@ -22,6 +22,7 @@ from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.v2_weights import model_weights
 from sta_adapter.internvideo.weights import fill, iterate_weights, weight_files
 
+DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # what transformers calls it
 OTHER_FILES = ("*/config.json", "bert/*", "bert-base-uncased/*")
 """A language model's configuration and the Q-Former's tokenizer, where a folder has them."""
 
@@ -57,7 +58,8 @@ def load_model(
                 "converted. Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load "
                 "FOLDER."
             )
-        quantized: Any = InternVideo2Chat.from_pretrained(folder, quantization_config=quantization_config)
+        options: dict[str, Any] = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
+        quantized: Any = InternVideo2Chat.from_pretrained(folder, **options)
         quantized.config._name_or_path = os.fspath(name)
         return quantized
     if dtype == "auto":

@@ -5,8 +5,6 @@ Public: `InternVideo2ChatProcessor`.
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,12 +16,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, MistralConfig
 
 from sta_adapter.errors import CheckpointError, DataError
+from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
 from sta_adapter.internvideo.files import read_json
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
 from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, prompt_tokens
 
-SETTINGS = "preprocessor_config.json"
 NAME = "InternVideo2ChatProcessor"
 HD_TILES = (2, 1)
 """Columns and rows of tiles that the HD variant was published with, whatever the picture's shape."""
@@ -35,7 +33,7 @@ PLACES = re.compile(
 BERT_FOLDERS = ("bert-base-uncased", "bert")
 
 
-class InternVideo2ChatProcessor:
+class InternVideo2ChatProcessor(ChatProcessor):
     """Tokens and clips of conversations.
 
     Attributes:
@@ -150,48 +148,6 @@ class InternVideo2ChatProcessor:
         told = self.qformer_tokenizer(instruction, truncation=True, max_length=512, return_tensors="pt")
         return {"qformer_input_ids": told["input_ids"], "qformer_attention_mask": told["attention_mask"]}
 
-    def apply_chat_template(
-        self,
-        conversation: Any,
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
-        """The conversation as text, or with `tokenize` encoded with the clips and pictures that stand in its parts.
-
-        Args:
-            conversation: messages with `role` and `content`; or a list of such conversations.
-            chat_template: instead of the processor's own.
-            tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their type.
-            return_dict: whether everything is returned, or the token ids alone.
-            options: `add_generation_prompt`, which changes nothing here, and those of calling the processor.
-        """
-        prompt = options.pop("add_generation_prompt", False)
-        text = self.tokenizer.apply_chat_template(
-            conversation,
-            chat_template=chat_template or self.chat_template,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-        if not tokenize:
-            return text
-        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        messages = list(itertools.chain.from_iterable(conversation)) if several else conversation
-        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-        held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
-        encoded = self(text=text, images=held["image"] or None, videos=held["video"] or None, **options)
-        return encoded if return_dict else encoded["input_ids"]
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As the tokenizer."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """As the tokenizer."""
-        return self.tokenizer.decode(*args, **kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         """The settings, as they are saved."""
         kept = {
@@ -200,17 +156,10 @@ class InternVideo2ChatProcessor:
         return {"processor_class": NAME, **kept, "image_processor": self.image_processor.to_dict()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write the tokenizers, the chat template and the settings into a folder."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        before, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
-        try:
-            self.tokenizer.save_pretrained(folder)
-        finally:
-            self.tokenizer.chat_template = before
+        """As for any chat processor, with the Q-Former's tokenizer, if there is one."""
+        super().save_pretrained(save_directory)
         if self.qformer_tokenizer is not None:
-            self.qformer_tokenizer.save_pretrained(folder / BERT_FOLDERS[0])
-        (folder / SETTINGS).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            self.qformer_tokenizer.save_pretrained(Path(save_directory) / BERT_FOLDERS[0])
 
     @classmethod
     def of_folder(cls, folder: Path, config: InternVideo2ChatConfig, name: str) -> InternVideo2ChatProcessor:
