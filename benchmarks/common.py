@@ -67,7 +67,12 @@ def set_threads(threads: int | None) -> None:
 
 
 def measure_in_turn(
-    variants: Mapping[str, Callable[[], Any]], *, repeats: int = 7, device: str = "cpu", warmup: int = 1
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 7,
+    device: str = "cpu",
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call: the variants take turns (A B A B ...), so that what else the machine does hits all alike.
 
@@ -76,6 +81,7 @@ def measure_in_turn(
         repeats: rounds.
         device: "cuda" waits for the GPU before and after each call.
         warmup: rounds before, not counted.
+        clock: seconds, such as `time.process_time`, which other programs' turns on the processor don't count in.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     enabled = gc.isenabled()
@@ -84,7 +90,7 @@ def measure_in_turn(
     try:
         for turn in range(warmup + repeats):
             for name, call in variants.items():
-                elapsed = _time_once(call, device)
+                elapsed = _time_once(call, device, clock)
                 if turn >= warmup:
                     seconds[name].append(elapsed)
     finally:
@@ -93,12 +99,12 @@ def measure_in_turn(
     return seconds
 
 
-def _time_once(call: Callable[[], Any], device: str) -> float:
+def _time_once(call: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     result = call()
     synchronize(device)
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     del result
     return elapsed
 

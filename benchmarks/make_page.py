@@ -17,6 +17,8 @@ GLANCE = (  # what is promised, of which benchmark, case and variant, and the bo
     ("training step, STA alone", "step-sta", "STA", "STA", 1.15),
     ("training step, LoRA beside", "step-lora", "LoRA + STA", "STA", 1.15),
     ("memory of a step, STA alone", "memory-sta", "STA", "STA", 1.15),
+    ("host time of a block, forward", "host-time", "forward, one clip", "STA", 1.45),
+    ("host time of a block, step", "host-time", "step, all parameters, one clip", "STA", 1.6),
     ("eight packed unequal clips, to one by one", "packed", "STA", "packed", 1.0),
     ("one frame in a stream, frame 10,000", "streaming", "frame 10,000", "STA", 1.15),
     ("T = 256, to T = 32", "lengths", "long against short", "STA, T = 256", 1.1),

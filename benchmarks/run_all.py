@@ -20,6 +20,7 @@ PARTS: dict[str, list[str]] = {
     "kernels-bf16": ["kernels.py", "--dtype", "bf16"],
     "kernels-fp32": ["kernels.py", "--dtype", "fp32"],
     "compiled": ["compiled.py"],
+    "host-time": ["host_time.py", "--threads", "1"],
     "streaming": ["streaming.py"],
 }
 
