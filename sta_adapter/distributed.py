@@ -1,7 +1,4 @@
-"""Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all.
-
-Public: `full_tensor`, `assign`, `is_sharded`, `shard_groups`, `agree`, `is_rank_zero`, `on_rank_zero`, `end_processes`.
-"""
+"""Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all."""
 
 from __future__ import annotations
 
@@ -13,6 +10,17 @@ import torch
 from torch import Tensor, distributed, nn
 
 from sta_adapter.errors import CheckpointError
+
+__all__ = [
+    "agree",
+    "assign",
+    "end_processes",
+    "full_tensor",
+    "is_rank_zero",
+    "is_sharded",
+    "on_rank_zero",
+    "shard_groups",
+]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

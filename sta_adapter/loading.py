@@ -1,7 +1,4 @@
-"""Models and processors from the Hub or a folder, the same way on every version of transformers.
-
-Public: `load_model(id_or_folder)`, `load_processor(id_or_folder)`, `load_adapter(model, id_or_folder)`.
-"""
+"""Models and processors from the Hub or a folder, the same way on every version of transformers."""
 
 from __future__ import annotations
 
@@ -25,6 +22,8 @@ from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.files import published_config
 from sta_adapter.requirements import require_device
+
+__all__ = ["load_adapter", "load_model", "load_processor"]
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
 OWN_LOOP = (

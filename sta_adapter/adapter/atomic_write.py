@@ -1,6 +1,6 @@
 """Writing several files so that a crash leaves the old ones or the new ones, never halves or a mixture.
 
-Public: `atomic_folder_write`, `finish_write`. All files are written in full into a hidden folder beside their places;
+All files are written in full into a hidden folder beside their places;
 renaming that folder is the one moment from which the new ones count. Moving them to their places can then be cut off and
 finished later, by the next reader or writer.
 """
@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+__all__ = ["atomic_folder_write", "finish_write"]
 
 SAVING, SAVED, REMOVED = ".saving-", ".saved", ".removed"
 DAY = 86_400  # seconds after which what a killed process left is thrown away

@@ -1,6 +1,6 @@
 """Whether the base model is as it was when STA went in: what else was trained, or merged into it, no adapter holds.
 
-Public: `mark_base`, `require_same_base`. A few numbers of each tensor are kept, of which training and merging leave none as they are.
+A few numbers of each tensor are kept, of which training and merging leave none as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["mark_base", "require_same_base"]
 
 SAMPLED = 16  # numbers of each tensor
 AROUND = re.compile(

@@ -1,6 +1,6 @@
 """Which base model an adapter was trained on, and whether a model is that one.
 
-Public: `describe_base`, `check_base`, `is_hub_id`, `ANY`. What counts as the same model:
+What counts as the same model:
 
 - the vision encoder must have the same backbone, width, depth and heads, or the weights do not fit;
 - the language model must have the same sizes, where both sides know them: Qwen2-VL-2B and 7B share one vision encoder;
@@ -21,6 +21,8 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.errors import CheckpointError, ConfigError
+
+__all__ = ["ANY", "check_base", "describe_base", "is_hub_id"]
 
 ANY = "any"
 MERGED_LORA = "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it

@@ -1,6 +1,6 @@
 """The Hugging Face Hub: adapters found by id, in the cache or by download; branches to push to; what its errors mean.
 
-Public: `resolve_adapter`, `prepare_branch`, `branch_contents`, `explain`, `ADAPTER_FILES`. See `publish` for pushing.
+Pushing itself is `sta_adapter.adapter.push`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["ADAPTER_FILES", "branch_contents", "explain", "prepare_branch", "resolve_adapter"]
 
 logger = logging.getLogger(__name__)
 

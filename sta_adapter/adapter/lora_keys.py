@@ -1,6 +1,6 @@
 """Names of the tensors in a file of LoRA weights: which tensor of a model each one is, whatever release of transformers wrote it.
 
-Public: `LoraFile`. The file's header is enough: all is known before a tensor is read or made.
+The file's header is enough: all is known before a tensor is read or made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from sta_adapter.adapter.safe_read import compare_shapes, read_tensors
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["LoraFile"]
 
 PREFIX = "base_model.model."  # of a PeftModel around its model
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized

@@ -1,6 +1,6 @@
 """LoRA's options: those with which an adapter can be saved, loaded and merged again, and what they may be.
 
-Public: `checked_options`, `LoraOptions`, `SUPPORTED`. The same list holds where LoRA is set up and where a file is read, so that whatever is
+The same list holds where LoRA is set up and where a file is read, so that whatever is
 trained can be loaded. Any other option is refused unless it is off.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
 from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError, STAError
+
+__all__ = ["LoraOptions", "SUPPORTED", "checked_options"]
 
 MAX_RANK = 8192
 MAX_ALPHA = 1e6

@@ -1,6 +1,6 @@
-"""LoRA weights beside an adapter, in PEFT's own format and under its own names; see `checkpoint`.
+"""LoRA weights beside an adapter, in PEFT's own format and under its own names.
 
-Public: `lora_files`, `read_lora`, `load_lora`, `LORA_CONFIG`, `LORA_WEIGHTS`. This is the one door through which LoRA weights come in.
+This is the one door through which LoRA weights come in.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import execution_device, full_tensor
 from sta_adapter.errors import CheckpointError, MissingExtraError
+
+__all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "read_lora"]
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"

@@ -1,7 +1,4 @@
-"""The page of a published adapter: what it is for, how to load it, how it was trained, how good it is.
-
-Public: `CardFacts`, `read_run`, `make_card`.
-"""
+"""The page of a published adapter: what it is for, how to load it, how it was trained, how good it is."""
 
 from __future__ import annotations
 
@@ -12,6 +9,8 @@ from typing import Any
 
 from sta_adapter.adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["CardFacts", "make_card", "read_run"]
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"

@@ -1,6 +1,6 @@
 """An adapter's folder, checked as a whole before any byte of it leaves this machine.
 
-Public: `read_checked`. Each file is opened once: what is checked are the very bytes that are uploaded.
+Each file is opened once: what is checked are the very bytes that are uploaded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from sta_adapter.adapter.run_file import read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
+
+__all__ = ["read_checked"]
 
 STA_KEY = re.compile(r"blocks\.\d+\.(?:(?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)")
 

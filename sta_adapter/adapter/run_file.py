@@ -1,6 +1,6 @@
 """What training and evaluation leave beside an adapter, read as a file from anybody: `run.json`, `result.json`, `results.json`.
 
-Public: `read_run_file`, `read_frames`, `read_settings`, `read_stage`, `read_results`, `read_about`, `RUN_FILE`. Numbers are numbers, within their ranges, and text has no more than
+Numbers are numbers, within their ranges, and text has no more than
 its characters, so that neither ends up in code or as markup.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["RUN_FILE", "read_about", "read_frames", "read_results", "read_run_file", "read_settings", "read_stage"]
 
 RUN_FILE = "run.json"
 RECORDS_FIELD = "frames_of_records"  # where `frames` are not those of every clip

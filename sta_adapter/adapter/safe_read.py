@@ -1,8 +1,4 @@
-"""Reading untrusted files: JSON and safetensors, checked, in memory of the order of their size.
-
-Public: `read_json`, `parse_json`, `read_bytes`, `read_tensors`, `parse_tensors`, `parse_metadata`, `read_shapes`, `read_header`, `compare_shapes`,
-`require_plain_pattern`, `require_plain_patterns`, `shown`.
-"""
+"""Reading untrusted files: JSON and safetensors, checked, in memory of the order of their size."""
 
 from __future__ import annotations
 
@@ -20,6 +16,21 @@ import torch
 from torch import Tensor
 
 from sta_adapter.errors import CheckpointError
+
+__all__ = [
+    "compare_shapes",
+    "parse_json",
+    "parse_metadata",
+    "parse_tensors",
+    "read_bytes",
+    "read_header",
+    "read_json",
+    "read_shapes",
+    "read_tensors",
+    "require_plain_pattern",
+    "require_plain_patterns",
+    "shown",
+]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.10 calls the parser sre_parse

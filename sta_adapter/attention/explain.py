@@ -13,7 +13,7 @@ from sta_adapter.attention.layout import ClipLayout
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """One call of an attention kernel, as each block makes it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Call:
         return f"{shape}, {self.dtype} on {self.device}: {self.kernel} ({self.reason})"
 
 
-def calls_of(layout: ClipLayout, like: Tensor, requested: str) -> tuple[Call, ...]:
+def calls_of(layout: ClipLayout, like: Tensor, requested: str) -> tuple[KernelCall, ...]:
     """The calls for a layout, for queries of the dtype, device, heads and head size of `like` (..., H, D).
 
     Raises:
@@ -53,11 +53,11 @@ def calls_of(layout: ClipLayout, like: Tensor, requested: str) -> tuple[Call, ..
 @functools.lru_cache(maxsize=256)
 def _calls(
     groups: tuple[tuple[int, int], ...], heads: int, head_dim: int, dtype: torch.dtype, device: str, requested: str
-) -> tuple[Call, ...]:
+) -> tuple[KernelCall, ...]:
     calls = []
     for frames, positions in groups:
         kernel, reason = choose_kernel(device, dtype, frames, head_dim, requested)
         if frames == 1:
             kernel, reason = "none", "a softmax over one frame is 1"
-        calls.append(Call(positions, frames, heads, head_dim, dtype, device, kernel, reason))
+        calls.append(KernelCall(positions, frames, heads, head_dim, dtype, device, kernel, reason))
     return tuple(calls)

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sta_adapter.attention.explain import Call, calls_of
+from sta_adapter.attention.explain import KernelCall, calls_of
 from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.recompute import project_normed, recomputed
@@ -106,7 +106,7 @@ class TemporalAttention(nn.Module):
             branch = branch.masked_fill(layout.single_frame_mask(branch.device), 0)
         return cast("Tensor", branch.view(tokens.shape))
 
-    def prepare(self, layout: ClipLayout) -> tuple[Call, ...]:
+    def prepare(self, layout: ClipLayout) -> tuple[KernelCall, ...]:
         """Make the tables and the choices that `forward` needs ahead of it, where `torch.compile` does not look.
 
         Returns:

@@ -1,7 +1,4 @@
-"""`sta-adapter app`: ask a model about videos in the browser, with and without its adapter.
-
-Public: `command`.
-"""
+"""`sta-adapter app`: ask a model about videos in the browser, with and without its adapter."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, fin
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device
 from sta_adapter.visualization.local_paths import subject
+
+__all__ = ["command"]
 
 HELP = """\b
 Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\

@@ -1,7 +1,4 @@
-"""`sta-adapter check-data`: what would be a bad sample in training, found before it.
-
-Public: `command`.
-"""
+"""`sta-adapter check-data`: what would be a bad sample in training, found before it."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ import click
 
 from sta_adapter.cli.options import Grouped, data_options, option
 from sta_adapter.errors import ConfigError
+
+__all__ = ["command"]
 
 SHOWN = 20  # problems, and categories, in the printed report; --json has all
 LINE = 80

@@ -1,7 +1,4 @@
-"""`sta-adapter convert`: weights of the published STAVEQ2 code as an adapter, or back.
-
-Public: `command`.
-"""
+"""`sta-adapter convert`: weights of the published STAVEQ2 code as an adapter, or back."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ import click
 
 from sta_adapter.cli.options import Grouped, option
 from sta_adapter.errors import ConfigError
+
+__all__ = ["command"]
 
 HELP = """\b
 Example: sta-adapter convert STAVEQ2-2B my-adapter

@@ -1,7 +1,4 @@
-"""`sta-adapter convert-data`: a file of samples in the form of another training tool, or from theirs to ours.
-
-Public: `command`.
-"""
+"""`sta-adapter convert-data`: a file of samples in the form of another training tool, or from theirs to ours."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ import click
 
 from sta_adapter.cli.options import Grouped, data_options, option
 from sta_adapter.integrations.records import TOOLS
+
+__all__ = ["command"]
 
 HELP = """\b
 Example: sta-adapter convert-data train.jsonl swift.jsonl --to ms-swift

@@ -1,7 +1,4 @@
-"""`sta-adapter evaluate`: how often a model is right, with and without its adapter, also on frames out of order.
-
-Public: `command`.
-"""
+"""`sta-adapter evaluate`: how often a model is right, with and without its adapter, also on frames out of order."""
 
 from __future__ import annotations
 
@@ -28,6 +25,8 @@ from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.benchmarks import BENCHMARKS
 from sta_adapter.requirements import require_device, require_writable
 from sta_adapter.visualization.local_paths import public_name, without_folders
+
+__all__ = ["command"]
 
 ORDERS = ("ordered", "shuffled", "reversed")
 FRAMES = click.Choice([*ORDERS, "all"])

@@ -1,7 +1,4 @@
-"""`sta-adapter inspect`: what STA would put where in a model, and what it costs; weights are never loaded.
-
-Public: `command`.
-"""
+"""`sta-adapter inspect`: what STA would put where in a model, and what it costs; weights are never loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ import click
 
 from sta_adapter.cli.options import Grouped, option
 from sta_adapter.errors import ConfigError
+
+__all__ = ["command"]
 
 LINE = 80
 

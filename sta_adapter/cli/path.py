@@ -1,7 +1,4 @@
-"""`sta-adapter path`: where a file lies that another tool is to be given.
-
-Public: `command`.
-"""
+"""`sta-adapter path`: where a file lies that another tool is to be given."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from pathlib import Path
 import click
 
 from sta_adapter.cli.options import Grouped
+
+__all__ = ["command"]
 
 FILES = {"ms-swift": "ms_swift/sta_plugin.py"}
 

@@ -1,7 +1,4 @@
-"""`sta-adapter push`: an adapter on the Hugging Face Hub, with its card.
-
-Public: `command`.
-"""
+"""`sta-adapter push`: an adapter on the Hugging Face Hub, with its card."""
 
 from __future__ import annotations
 
@@ -12,6 +9,8 @@ from typing import Any
 import click
 
 from sta_adapter.cli.options import Grouped, option
+
+__all__ = ["command"]
 
 LINE = 80
 

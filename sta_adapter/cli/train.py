@@ -1,6 +1,6 @@
 """`sta-adapter train`: both stages of training on your clips.
 
-Public: `command`. Every option can also stand in the YAML file, under its own name.
+Every option can also stand in the YAML file, under its own name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sta_adapter.cli.options import (
 )
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_reporters, require_writable
+
+__all__ = ["command"]
 
 # options that are settings of the run itself, not of TrainingConfig
 FLAGS = ("overwrite", "trust_remote_code")

@@ -1,7 +1,4 @@
-"""`sta-adapter visualize`: what STA does with a clip, as pictures and a page.
-
-Public: `command`.
-"""
+"""`sta-adapter visualize`: what STA does with a clip, as pictures and a page."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, fin
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device, require_free, require_writable
 from sta_adapter.visualization.local_paths import subject
+
+__all__ = ["command"]
 
 MADE = (
     *(

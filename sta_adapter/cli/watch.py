@@ -1,7 +1,4 @@
-"""`sta-adapter watch`: a model that watches a file, an address or a camera, and answers while it does.
-
-Public: `command`.
-"""
+"""`sta-adapter watch`: a model that watches a file, an address or a camera, and answers while it does."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ import click
 
 from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.requirements import require_device
+
+__all__ = ["command"]
 
 HELP = """\b
 Example: sta-adapter watch rtsp://camera/1 --model ID --adapter ADAPTER

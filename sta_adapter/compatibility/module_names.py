@@ -1,11 +1,10 @@
-"""Names of modules and tensors as the releases of transformers have them, brought to one spelling.
-
-Public: `canonical`, `STA_TENSOR`.
-"""
+"""Names of modules and tensors as the releases of transformers have them, brought to one spelling."""
 
 from __future__ import annotations
 
 import re
+
+__all__ = ["STA_TENSOR", "canonical"]
 
 # Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
 # `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.

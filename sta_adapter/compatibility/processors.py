@@ -1,7 +1,4 @@
-"""What STA reads of transformers' processors though no documentation promises it, each in one place.
-
-Public: `visual_part`, `Sizes`, `placeholder`, `row_tokens`, `fingerprint_parts`.
-"""
+"""What STA reads of transformers' processors though no documentation promises it, each in one place."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import inspect
 from typing import Any, NamedTuple
 
 from sta_adapter.compatibility.seams import incompatible
+
+__all__ = ["Sizes", "fingerprint_parts", "placeholder", "row_tokens", "visual_part"]
 
 PARTS = ("video_processor", "image_processor")
 GRID = (

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
 from sta_adapter.tiny_base import TINY_BASE
 
-__all__ = ["attend_frames_at_once", "tiny_model"]
-from sta_adapter.injection.text_positions import use_positions_of
+__all__ = ["attend_frames_at_once", "tiny_model", "two_threads"]
+
 
 ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
 
 
-def tiny_model() -> nn.Module:
-    """A fresh tiny base on the CPU, with two threads: the same sums on every machine with two cores or more."""
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """Compute with two threads: the same sums on every machine with two cores or more. What was set before comes back."""
+    before = torch.get_num_threads()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tiny_model() -> nn.Module:
+    """A fresh tiny base on the CPU."""
     model = load_model(TINY_BASE, dtype="fp32", device="cpu")
     use_positions_of(model, None)
     attend_frames_at_once(model)

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from sta_adapter import load_sta
 from sta_adapter.data import VideoDataset
-from sta_adapter.demo.model import tiny_model
+from sta_adapter.demo.model import tiny_model, two_threads
 from sta_adapter.demo.run import FRAME_SETTINGS, LOGITS, answer_logits
 from sta_adapter.loading import load_processor
 from sta_adapter.tiny_base import TINY_BASE
 
 
+@two_threads()
 def main() -> None:
     """Write the logits of the answers to the test clips."""
     folder, clips = Path(sys.argv[1]), sys.argv[2]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import sta_adapter
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.demo.clips import LABELS, PAIRS, write_dataset
-from sta_adapter.demo.model import tiny_model
+from sta_adapter.demo.model import tiny_model, two_threads
 from sta_adapter.errors import STAError
 from sta_adapter.evaluation import Prediction, evaluate, wilson
 from sta_adapter.loading import load_processor
@@ -94,6 +94,7 @@ class DemoSettings:
         return cls(train_clips=20, test_clips=20, curve_clips=10, steps=4, batch_size=4, points=1)
 
 
+@two_threads()
 def run_demo(
     folder: Path, settings: DemoSettings, seeds: Iterable[int], say: Callable[[str], None] = logger.info
 ) -> tuple[dict[str, Any], sta_adapter.STAHandle, VideoDataset]:

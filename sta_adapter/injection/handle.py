@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sta_adapter.adapter.push import Publication
-from sta_adapter.attention.explain import Call
+from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import checked_lengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.config import STAConfig
@@ -174,7 +174,7 @@ class STAHandle:
             raise ConfigError("streams takes one or more different streams, made by this handle's stream(...).")
         return entered(streams)
 
-    def explain(self) -> list[Call]:
+    def explain(self) -> list[KernelCall]:
         """Which attention kernel has computed STA so far, and why: an entry for each distinct shape of its calls.
 
         Example:

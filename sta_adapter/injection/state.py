@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sta_adapter.adapter.base_marks import mark_base
 from sta_adapter.adapter.lora_weights import checked_lora
-from sta_adapter.attention.explain import Call
+from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
@@ -104,7 +104,7 @@ class Injection:
         self.spec = spec
         self.enabled = True
         self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
-        self.calls: dict[Call, None] = {}  # of the attention kernel, see STAHandle.explain
+        self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
         self._threads = _PerThread()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Injection:
         """Frames of each clip where nobody has told them: a single stream takes all rows."""
         return ALL_ROWS if len(self.thread.streams) == 1 else None
 
-    def record_calls(self, calls: Iterable[Call]) -> None:
+    def record_calls(self, calls: Iterable[KernelCall]) -> None:
         """A block makes these calls of the attention kernel; the latest kinds are kept."""
         self.calls.update(dict.fromkeys(calls))
         for call in list(self.calls)[:-CALLS_KEPT]:  # a copy: another thread may add to it meanwhile

@@ -1,4 +1,4 @@
-"""Stream: an encoder that goes on where its last call ended. Public: `Stream`, `entered`, `check_streaming`, `continue_streams`."""
+"""Stream: an encoder that goes on where its last call ended."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from sta_adapter.errors import ConfigError, LayoutError, StreamError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.encoder_call import EncoderCall
 from sta_adapter.injection.stream_file import restored, saved
-from sta_adapter.injection.stream_state import Call, Chunk, FrameShape, StreamState
+from sta_adapter.injection.stream_state import Chunk, FrameShape, StreamCall, StreamState
 
 if TYPE_CHECKING:
     from sta_adapter.injection.state import Injection
+
+__all__ = ["Stream", "check_streaming", "continue_streams", "entered"]
 
 
 class Stream:
@@ -190,5 +192,5 @@ def continue_streams(
         shape: FrameShape = (positions, None if grid is None else tuple(grid.shape))
         chunks.append(Chunk(stream.name, stream._state, frames, shape))
     return ClipLayout(
-        layout.clips, prefix=layout.prefix, past=Call(chunks, {module: i for i, module in modules.items()})
+        layout.clips, prefix=layout.prefix, past=StreamCall(chunks, {module: i for i, module in modules.items()})
     )

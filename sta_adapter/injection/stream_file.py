@@ -1,4 +1,4 @@
-"""A stream's state as plain values, and back. Public: `saved`, `restored`."""
+"""A stream's state as plain values, and back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.stream_state import StreamState
+
+__all__ = ["restored", "saved"]
 
 FORMAT = 1
 

@@ -1,4 +1,4 @@
-"""What a stream keeps of its frames, and one call of the encoder on the way into it. Public: `StreamState`, `Call`.
+"""What a stream keeps of its frames, and one call of the encoder on the way into it.
 
 Keys are kept with their rotation for the absolute index of their frame: attention between two frames then depends on
 their distance alone, and nothing is rotated twice.
@@ -13,13 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sta_adapter.attention.explain import Call as KernelCall
-from sta_adapter.attention.explain import calls_of
+from sta_adapter.attention.explain import KernelCall, calls_of
 from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout, rotary_tables
 from sta_adapter.attention.module import TemporalAttention, apply_rotary
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
+
+__all__ = ["StreamCall", "StreamState"]
 
 FrameShape = tuple[int, tuple[int, ...] | None]  # patch positions; rows and columns, where known
 
@@ -126,7 +127,7 @@ class Chunk:
         state.caches, state.shape, state.frames = self._caches, self.shape, last
 
 
-class Call:
+class StreamCall:
     """One call of the encoder: a chunk of each stream, in order. It is the `Past` of that call's layout."""
 
     def __init__(self, chunks: Sequence[Chunk], indices: dict[TemporalAttention, int]) -> None:

@@ -25,7 +25,7 @@ from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
@@ -95,7 +95,7 @@ def _undisturbed(encoder: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], Call]) -> list[str]:
+def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], BlockCall]) -> list[str]:
     spec = target.backbone
     try:
         args, kwargs = dummy_inputs(target.encoder)
@@ -114,7 +114,7 @@ def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], 
         return problems + _unable(spec, "block 0 can't run", error)
 
 
-def _problems_of_blocks(target: InjectionTarget, call: Call, tokens: Tensor | None) -> list[str]:
+def _problems_of_blocks(target: InjectionTarget, call: BlockCall, tokens: Tensor | None) -> list[str]:
     """What is wrong with the first block and the last, when they get what the first is called with."""
     spec = target.backbone
     if tokens is None or tokens.dim() not in (2, 3) or not tokens.is_floating_point():
@@ -139,12 +139,12 @@ def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
     return [f"{text}"]
 
 
-def _first_block_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+def _first_block_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall | None:
     """What the encoder calls its first block with; None when it does not call it.
 
     Blocks that vLLM may compile have a `__call__` that goes past their hooks, straight to `forward`.
     """
-    found: list[Call] = []
+    found: list[BlockCall] = []
     first = target.blocks[0]
     own = {name: value for name, value in vars(first).items() if name == "forward"}
 
@@ -181,7 +181,7 @@ def _layout_problems(target: InjectionTarget, call: EncoderCall, tokens: Tensor)
     return []
 
 
-def _fewer_tokens(call: Call, tokens: Tensor) -> Call:
+def _fewer_tokens(call: BlockCall, tokens: Tensor) -> BlockCall:
     """The call with few of its tokens, where nothing else in it depends on their number."""
     if sum(1 for _ in iterate_tensors(call)) > 1 or tokens.shape[-2] <= FEW_TOKENS:
         return call
@@ -190,7 +190,7 @@ def _fewer_tokens(call: Call, tokens: Tensor) -> Call:
     return tuple(few if a is tokens else a for a in args), {k: few if v is tokens else v for k, v in kwargs.items()}
 
 
-def _block_problems(target: InjectionTarget, index: int, call: Call) -> list[str]:
+def _block_problems(target: InjectionTarget, index: int, call: BlockCall) -> list[str]:
     """What is wrong with a block's norm, from two runs of the block."""
     name = f"{target.backbone.norm!r} of block {index}"
     first = _Probe(target, index, call)
@@ -240,7 +240,12 @@ class _Probe:
     """
 
     def __init__(
-        self, target: InjectionTarget, index: int, call: Call, delta: Tensor | None = None, normed: Tensor | None = None
+        self,
+        target: InjectionTarget,
+        index: int,
+        call: BlockCall,
+        delta: Tensor | None = None,
+        normed: Tensor | None = None,
     ) -> None:
         self.inputs: list[Any] = []
         self.normed: list[Any] = []

@@ -1,6 +1,6 @@
 """STA in axolotl: `plugins: [sta_adapter.integrations.axolotl.STAPlugin]` in the YAML, and STA's settings under `sta:`.
 
-Public: `STAPlugin`, `STAArgs`. LoRA is the YAML's own; `adapter: lora` must be there.
+LoRA is the YAML's own; `adapter: lora` must be there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
+
+__all__ = ["STAArgs", "STAPlugin"]
 
 PACKING = ("sample_packing", "eval_sample_packing", "batch_flattening")
 

@@ -1,7 +1,4 @@
-"""Callbacks for any trainer that takes those of transformers.
-
-Public: `SaveAdapter`, `RequireGradient`, `ReportBadClips`, `sta_callbacks`.
-"""
+"""Callbacks for any trainer that takes those of transformers."""
 
 from __future__ import annotations
 
@@ -20,6 +17,8 @@ from sta_adapter.distributed import is_parallel, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.integrations.settings import Settings
+
+__all__ = ["ReportBadClips", "RequireGradient", "SaveAdapter", "sta_callbacks"]
 
 logger = logging.getLogger(__name__)
 SAVED: weakref.WeakSet[STAHandle] = weakref.WeakSet()  # those whose adapter a callback saves

@@ -1,7 +1,4 @@
-"""Files of samples from our form to a training tool's, and from theirs to ours.
-
-Public: `convert_data`, `Converted`.
-"""
+"""Files of samples from our form to a training tool's, and from theirs to ours."""
 
 from __future__ import annotations
 
@@ -19,6 +16,8 @@ from sta_adapter.data.samples import check_format, raw_records
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
+
+__all__ = ["Converted", "convert_data"]
 
 INSTEAD = {  # what says the same for all clips of a run
     "ms-swift": "the environment variables FPS, FPS_MIN_FRAMES, FPS_MAX_FRAMES, VIDEO_MIN_TOKEN_NUM and VIDEO_MAX_TOKEN_NUM",

@@ -1,6 +1,6 @@
 """A hook where PEFT begins: `install()` once, and whatever adds LoRA to a video model in this process trains STA with it.
 
-Public: `install`, `uninstall`. For tools that load the model and build LoRA by themselves. STA goes in just before LoRA, and is trained and saved
+For tools that load the model and build LoRA by themselves. STA goes in just before LoRA, and is trained and saved
 whole beside it; each folder that `PeftModel.save_pretrained` writes is an adapter that `load_sta` takes. Models without a
 known vision encoder, and LoRA that is loaded from a folder without STA, stay as they are.
 """
@@ -28,6 +28,8 @@ from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, 
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.settings import Settings, prepare_model
+
+__all__ = ["install", "uninstall"]
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []

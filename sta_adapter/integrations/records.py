@@ -1,7 +1,4 @@
-"""Samples as other training tools write them, to ours and back; see `convert_data` for whole files.
-
-Public: `as_ours(record)`, `to_record(sample, tool)`, `settings_lost(sample, tool)`, `TOOLS`.
-"""
+"""Samples as other training tools write them, to ours and back; see `convert_data` for whole files."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from typing import Any
 
 from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import DataError
+
+__all__ = ["TOOLS", "as_ours", "settings_lost", "to_record"]
 
 PATH_KEYS = ("path", "url")  # what a part is also called by, beside its type
 CLIP_SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end")

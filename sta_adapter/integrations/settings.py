@@ -1,6 +1,6 @@
 """How a training tool is told what to do with STA, and the model made ready for it.
 
-Public: `Settings`, `prepare_model`. The settings are one mapping: fields of `STAConfig`, and beside them `stage`, `adapter` and
+The settings are one mapping: fields of `STAConfig`, and beside them `stage`, `adapter` and
 `patience`. It stands under `sta:` in the YAML of tools that have one, or in the environment variable STA_SETTINGS.
 """
 
@@ -22,6 +22,8 @@ from sta_adapter.injection.load import load_sta
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+__all__ = ["Settings", "prepare_model"]
 
 VARIABLE = "STA_SETTINGS"
 

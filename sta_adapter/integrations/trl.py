@@ -1,6 +1,6 @@
 """STA in TRL's trainers, on clips that are decoded here.
 
-Public: `prepare`, `Prepared`, `VideoCollator`, `PreferenceCollator`. TRL's own data code takes images alone; with these collators its trainers get
+TRL's own data code takes images alone; with these collators its trainers get
 clips, read as everywhere in sta-adapter. Rows are what `sta-adapter convert-data --to trl` writes.
 """
 
@@ -30,6 +30,8 @@ from sta_adapter.injection.handle import STAHandle
 from sta_adapter.integrations.callbacks import ReportBadClips, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
 from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["PreferenceCollator", "Prepared", "VideoCollator", "prepare"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Chat models whose code lies on the Hub only, put together from transformers' parts and the published weights.
 
-Public: `builder_of`. No code that comes with a checkpoint is run.
+No code that comes with a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from torch import nn
+
+__all__ = ["builder_of"]
 
 BUILDERS = {
     "modeling_internvl_chat_hico2": "sta_adapter.internvideo.v2_5_loading",

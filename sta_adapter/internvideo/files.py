@@ -1,7 +1,4 @@
-"""Files of a model in a folder or on the Hub: its configuration alone, and all that loading needs.
-
-Public: `published_config`, `fetch_folder`, `read_json`, `added_tokens`.
-"""
+"""Files of a model in a folder or on the Hub: its configuration alone, and all that loading needs."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from typing import Any
 
 from sta_adapter.adapter.hub import explain, patiently
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["added_tokens", "fetch_folder", "published_config", "read_json"]
 
 TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt", "chat_template*", "preprocessor_config.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "generation_config.json")

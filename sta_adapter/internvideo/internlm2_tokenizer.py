@@ -1,7 +1,4 @@
-"""InternLM2's tokenizer without its published code: from `tokenizer.json`, or converted from SentencePiece's `tokenizer.model`.
-
-Public: `load_tokenizer`.
-"""
+"""InternLM2's tokenizer without its published code: from `tokenizer.json`, or converted from SentencePiece's `tokenizer.model`."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sta_adapter.errors import CheckpointError, MissingExtraError
 from sta_adapter.internvideo.files import added_tokens, read_json
+
+__all__ = ["load_tokenizer"]
 
 CONTROL, USER_DEFINED, BPE = 3, 4, 2
 """Kinds of pieces and of models in SentencePiece's format."""

@@ -1,7 +1,4 @@
-"""HiCo's merging of visual tokens (InternVideo2.5, arXiv 2501.12386, section 3), by ToMe (arXiv 2210.09461, section 3).
-
-Public: `merge_tokens`.
-"""
+"""HiCo's merging of visual tokens (InternVideo2.5, arXiv 2501.12386, section 3), by ToMe (arXiv 2210.09461, section 3)."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import torch
 from torch import Tensor
 
 from sta_adapter.errors import LayoutError
+
+__all__ = ["merge_tokens"]
 
 
 def merge_tokens(tokens: Tensor, target: int, heads: int) -> Tensor:

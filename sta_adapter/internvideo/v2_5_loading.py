@@ -1,7 +1,4 @@
-"""InternVideo2.5-Chat from its published files, or from a folder that `save_pretrained` wrote.
-
-Public: `load_model`, `load_processor`, `empty_model`, as `sta_adapter.internvideo.Builder` has them.
-"""
+"""InternVideo2.5-Chat from its published files, or from a folder that `save_pretrained` wrote."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_publi
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
 from sta_adapter.internvideo.weights import Weights, fill, iterate_weights, weight_files
+
+__all__ = ["empty_model", "load_model", "load_processor"]
 
 RENAMED = {
     r"^language_model\.output\.": "language_model.lm_head.",

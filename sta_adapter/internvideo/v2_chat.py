@@ -1,7 +1,4 @@
-"""The published way to ask InternVideo2-Chat: `chat`.
-
-Public: `ChatMixin`.
-"""
+"""The published way to ask InternVideo2-Chat: `chat`."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from torch import Tensor
 
 from sta_adapter.errors import DataError
 from sta_adapter.internvideo.v2_prompt import IMAGE, VIDEO, conversation, prompt_tokens
+
+__all__ = ["ChatMixin"]
 
 
 class ChatMixin:

@@ -1,7 +1,4 @@
-"""Configuration of InternVideo2-Chat, made from the published one.
-
-Public: `InternVideo2ChatConfig`, `read_config`.
-"""
+"""Configuration of InternVideo2-Chat, made from the published one."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ from transformers import InstructBlipQFormerConfig, MistralConfig, PretrainedCon
 
 from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_encoder import EncoderConfig
+
+__all__ = ["InternVideo2ChatConfig", "read_config"]
 
 MODEL_TYPE = "internvideo2_chat"
 PUBLISHED = "modeling_videochat2"

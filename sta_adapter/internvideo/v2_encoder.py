@@ -1,6 +1,6 @@
 """InternVideo2's video encoder: a ViT whose blocks see all frames of a clip at once (arXiv 2403.15377, section 3.1).
 
-Public: `EncoderConfig`, `InternVideo2Encoder`. Its modules have the published names, so that published weights fit by name.
+Its modules have the published names, so that published weights fit by name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from sta_adapter.errors import CheckpointError, LayoutError
+
+__all__ = ["EncoderConfig", "InternVideo2Encoder"]
 
 EPS = 1e-6
 SIZES: dict[str, dict[str, Any]] = {

@@ -1,7 +1,4 @@
-"""InternVideo2's encoder by itself, from any of the checkpoints that hold it: stage 1, stage 2 (video-text), CLIP-style, classifiers.
-
-Public: `load_encoder`.
-"""
+"""InternVideo2's encoder by itself, from any of the checkpoints that hold it: stage 1, stage 2 (video-text), CLIP-style, classifiers."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from torch import Size
 from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_encoder import EncoderConfig, InternVideo2Encoder
 from sta_adapter.internvideo.weights import Weights, fill, iterate_weights, weight_files
+
+__all__ = ["load_encoder"]
 
 HEADS = {1408: 16, 3200: 25}
 """Attention heads by the width of the tokens: the 1B's and the 6B's."""

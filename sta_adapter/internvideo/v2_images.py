@@ -1,7 +1,4 @@
-"""Pixels for InternVideo2-Chat: frames and pictures brought to the encoder's size, and the HD variant's tiles.
-
-Public: `InternVideo2ImageProcessor`.
-"""
+"""Pixels for InternVideo2-Chat: frames and pictures brought to the encoder's size, and the HD variant's tiles."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from torch import Tensor
 
 from sta_adapter.data.clip_batches import put_together
 from sta_adapter.errors import DataError
+
+__all__ = ["InternVideo2ImageProcessor"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours."""

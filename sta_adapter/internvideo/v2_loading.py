@@ -1,7 +1,4 @@
-"""InternVideo2-Chat from its published files, or from a folder that `save_pretrained` wrote.
-
-Public: `load_model`, `load_processor`, `empty_model`, as `sta_adapter.internvideo.Builder` has them.
-"""
+"""InternVideo2-Chat from its published files, or from a folder that `save_pretrained` wrote."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from sta_adapter.internvideo.v2_config import MODEL_TYPE, read_config
 from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.v2_weights import model_weights
 from sta_adapter.internvideo.weights import fill, iterate_weights, weight_files
+
+__all__ = ["empty_model", "load_model", "load_processor"]
 
 DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # what transformers calls it
 OTHER_FILES = ("*/config.json", "bert/*", "bert-base-uncased/*")

@@ -1,6 +1,6 @@
 """InternVideo2-Chat, put together from transformers' parts: video encoder, Q-Former (InstructBLIP's), Mistral.
 
-Public: `InternVideo2Chat`. Numbers made by the published code prove that it computes the same: `tests/test_internvideo2_chat.py`.
+Numbers made by the published code prove that it computes the same: `tests/test_internvideo2_chat.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from sta_adapter.errors import DataError
 from sta_adapter.internvideo.v2_chat import ChatMixin
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_encoder import InternVideo2Encoder
+
+__all__ = ["InternVideo2Chat"]
 
 LAYER_NORM_EPS = 1e-12
 

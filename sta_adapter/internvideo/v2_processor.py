@@ -1,7 +1,4 @@
-"""What InternVideo2-Chat reads: a processor in transformers' manner, of a conversation with clips and pictures to tensors.
-
-Public: `InternVideo2ChatProcessor`.
-"""
+"""What InternVideo2-Chat reads: a processor in transformers' manner, of a conversation with clips and pictures to tensors."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from sta_adapter.internvideo.files import read_json
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
 from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, prompt_tokens
+
+__all__ = ["InternVideo2ChatProcessor"]
 
 NAME = "InternVideo2ChatProcessor"
 HD_TILES = (2, 1)

@@ -1,7 +1,4 @@
-"""The prompt that InternVideo2-Chat was trained with, and its tokens.
-
-Public: `IMAGE`, `VIDEO`, `CHAT_TEMPLATE`, `prompt_tokens`, `conversation`.
-"""
+"""The prompt that InternVideo2-Chat was trained with, and its tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sta_adapter.errors import DataError
+
+__all__ = ["CHAT_TEMPLATE", "IMAGE", "VIDEO", "conversation", "prompt_tokens"]
 
 IMAGE, VIDEO = "[<IMG_PLH>]", "[<VID_PLH>]"
 """Where a picture or a clip stands in a prompt."""

@@ -1,7 +1,4 @@
-"""Published weights of InternVideo2-Chat by the names of our model; LoRA that they hold is merged.
-
-Public: `model_weights`.
-"""
+"""Published weights of InternVideo2-Chat by the names of our model; LoRA that they hold is merged."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from torch import Tensor
 from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_config import LORA_TARGETS
 from sta_adapter.internvideo.weights import Weights
+
+__all__ = ["model_weights"]
 
 NAMES = (
     (re.compile(r"^qformer\.bert\."), "qformer."),

@@ -1,6 +1,6 @@
 """Weights of a published checkpoint, one tensor after the other, into a model that has none yet.
 
-Public: `weight_files`, `iterate_weights`, `fill`. Safetensors are mapped from the disk, and pickles (`.bin`, `.pt`, `.pth`) are
+Safetensors are mapped from the disk, and pickles (`.bin`, `.pt`, `.pth`) are
 read by torch's `weights_only` reader alone, which runs no code. Beyond the model's own size, no more than one tensor is held
 (of pickles in the format before torch 1.6, one file).
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["fill", "iterate_weights", "weight_files"]
 
 Weights = Iterable[tuple[str, Tensor]]
 

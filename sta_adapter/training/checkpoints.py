@@ -1,6 +1,6 @@
 """Checkpoints of a training run: what is in them, when one counts, and which is the newest.
 
-Public: `trained_state`, `load_trained`, `mark_complete`, `last_checkpoint`, `drop_incomplete`, `rotate`. A checkpoint counts once
+A checkpoint counts once
 `complete.json`, written last, names all its files with their sizes: whatever stopped a run while it saved, the next
 one goes on from the checkpoint before.
 """
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.distributed import assign, full_shape, full_tensor
 from sta_adapter.errors import CheckpointError
+
+__all__ = ["drop_incomplete", "last_checkpoint", "load_trained", "mark_complete", "rotate", "trained_state"]
 
 TRAINED_FILE = "trained.safetensors"
 SAMPLES_FILE = "samples.json"

@@ -1,6 +1,6 @@
 """What can be set about a training run, checked, and read from YAML.
 
-Public: `TrainingConfig`, with `from_yaml`, `from_dict`, `to_dict` and `for_stage`. The defaults are the published recipe.
+The defaults are the published recipe.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["TrainingConfig"]
 
 CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),

@@ -1,13 +1,12 @@
-"""The bar that training shows.
-
-Public: `ProgressBar`.
-"""
+"""The bar that training shows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from transformers import TrainerCallback
+
+__all__ = ["ProgressBar"]
 
 HIDDEN = ("_runtime", "_score", "_per_second")
 

@@ -1,6 +1,6 @@
 """One stage of training: what trains in it, in which precision, and the trainer that runs it.
 
-Public: `Stage` (`prepare`, `run`), `join_processes`. Used by `sta_adapter.training.two_stage`.
+Used by `sta_adapter.training.two_stage`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from sta_adapter.training.contexts import activation_checkpointing, full_precisi
 from sta_adapter.training.lora import lora_config, lora_parameters, require_same_lora
 from sta_adapter.training.progress import ProgressBar
 from sta_adapter.training.trainer import AdapterTrainer
+
+__all__ = ["Stage", "join_processes"]
 
 logger = logging.getLogger(__name__)
 

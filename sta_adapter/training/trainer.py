@@ -1,6 +1,6 @@
 """The Hugging Face trainer, taught what an adapter needs.
 
-Public: `AdapterTrainer`, `parameter_groups`. Checkpoints hold the trained parameters (exactly) and the adapter, never
+Checkpoints hold the trained parameters (exactly) and the adapter, never
 the frozen base, and count only when complete; bad samples are counted; STA has its own learning rate, and vectors (norms,
 biases, gamma) no weight decay.
 """
@@ -38,6 +38,8 @@ from sta_adapter.training.checkpoints import (
     trained_state,
 )
 from sta_adapter.training.config import TrainingConfig
+
+__all__ = ["AdapterTrainer", "parameter_groups"]
 
 logger = logging.getLogger(__name__)
 

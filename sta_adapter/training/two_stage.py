@@ -1,6 +1,6 @@
 """Two-stage training of STA, and of LoRA baselines without it.
 
-Public: `train(model, data, output_dir=..., stage="both", config=TrainingConfig(...))`, `TrainingResult`, `TrainingConfig`, `open_data`. Stage one trains
+Stage one trains
 STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train` again with the same
 arguments after a crash goes on from the last checkpoint, and ends with the weights of an uninterrupted run.
 """

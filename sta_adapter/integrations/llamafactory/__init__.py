@@ -1,6 +1,6 @@
 """STA in LLaMA-Factory: `python -m sta_adapter.integrations.llamafactory train config.yaml`.
 
-Public: `main`, `run_exp`. It stands in the place of `llamafactory-cli` and takes the same commands, files and environment variables; a YAML file may
+It stands in the place of `llamafactory-cli` and takes the same commands, files and environment variables; a YAML file may
 have STA's settings under `sta:`. LLaMA-Factory loads the model and builds LoRA by itself, so STA goes in where PEFT begins.
 """
 
@@ -17,6 +17,8 @@ from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.integrations import peft
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings
+
+__all__ = ["main", "run_exp"]
 
 KEY = "sta"
 

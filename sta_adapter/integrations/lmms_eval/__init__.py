@@ -1,12 +1,14 @@
 """Models with STA for lmms-eval: `lmms_eval --model qwen2_vl_sta --model_args pretrained=...,sta=PATH_OR_ID`.
 
-Public: `manifests()`, which lmms-eval finds through the entry-point group `lmms_eval.models`. Each model is lmms-eval's own class with the adapter
+Each model is lmms-eval's own class with the adapter
 put in once it has loaded the base; prompts, frames and scoring stay lmms-eval's. One file a model, imported when it is used.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+__all__ = ["manifests"]
 
 MODELS = {  # name: file here, and the kinds of class that lmms-eval has for the base
     "qwen2_vl_sta": ("qwen2_vl", ("simple",)),

@@ -1,6 +1,6 @@
 """STA in ms-swift: `swift sft --external_plugins "$(sta-adapter path ms-swift)" --tuner_type sta ...`.
 
-Public: `STATuner`, `register`. Settings come from STA_SETTINGS, or from ms-swift's own `--model_kwargs '{"sta_settings": {...}}'`.
+Settings come from STA_SETTINGS, or from ms-swift's own `--model_kwargs '{"sta_settings": {...}}'`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import load_sta
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
 from sta_adapter.integrations.settings import Settings, prepare_model
+
+__all__ = ["STATuner", "register"]
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,11 @@
 vLLM calls `register` in each of its processes (entry points `vllm.general_plugins`). Without the setting it runs its own
 models, bit for bit; with it a subclass of its class puts STA into the vision tower, see `models`.
 
-Public: `register`.
 """
 
 from __future__ import annotations
+
+__all__ = ["register"]
 
 
 def register() -> None:
