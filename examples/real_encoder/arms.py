@@ -1,0 +1,108 @@
+"""What is compared: the reader alone, or with LoRA or STA in the encoder's last blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cache import start_from_stored
+from peft import LoraConfig, get_peft_model
+from reader import MOVEMENT, Reader
+from torch import Tensor, nn
+from transformers import Dinov2Model
+
+from sta_adapter import STAConfig, STAHandle, inject_sta
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing compared: STA's settings or None, and LoRA's share of the parameters."""
+
+    name: str
+    sta: dict[str, Any] | None = None
+    lora: float = 0.0  # share of the parameters that STA as in the paper has
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+ARMS: dict[str, Arm] = {
+    "reader": Arm("reader alone"),
+    "lora": Arm("LoRA", lora=1.0),
+    "sta": Arm("STA as in the paper", sta={}),
+    "sta_before": Arm("STA before the spatial attention", sta={"order": "before_spatial"}),
+    "sta_lora": Arm("STA with half the heads, and LoRA", sta={"head_scale": 0.125}, lora=0.5),
+    "sta_causal": Arm("STA, causal", sta={"causal": True}),
+    "sta_no_rope": Arm("STA without rotary embedding", sta={"rope_theta": None}),
+    "sta_normal": Arm('STA, init="normal"', sta={"init": "normal"}),
+}
+
+
+class Watcher(nn.Module):
+    """Encoder from block `first` on, and reader.
+
+    Args:
+        encoder: the whole one, which is copied.
+        reader: is trained too.
+        first: block in play that comes first.
+        arm: of `ARMS`.
+    """
+
+    def __init__(self, encoder: Dinov2Model, reader: Reader, first: int, arm: Arm) -> None:
+        super().__init__()
+        self.reader = reader
+        encoder = copy.deepcopy(encoder)
+        last = range(first, len(encoder.encoder.layer))
+        self.handle: STAHandle | None = None
+        wanted = sta_size(encoder, last)
+        if arm.sta is not None:
+            self.handle = inject_sta(encoder, STAConfig(layers=tuple(last), attention="eager", **arm.sta))
+            self.handle.freeze_base()
+        self.encoder: nn.Module = encoder
+        if arm.lora:
+            self.encoder = add_lora(encoder, last, round(arm.lora * wanted))
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_("lora_" in name or ".sta." in name)
+        self.stored = start_from_stored(encoder, first)
+        self.patch = encoder.config.patch_size
+
+    def adapter(self) -> Iterator[nn.Parameter]:
+        """What the arm trains in the encoder."""
+        return (p for p in self.encoder.parameters() if p.requires_grad)
+
+    def forward(self, tokens: Tensor, answer: Tensor, question: str = MOVEMENT) -> Tensor:
+        """Logits (B, A, words) of the answer's words, from stored tokens (B, T, 1 + N, C)."""
+        return self.reader(self.features(tokens), question, answer)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """The encoder's last hidden state, (B, T, 1 + N, C), from stored tokens of that shape."""
+        batch, frames = tokens.shape[:2]
+        self.stored.tokens = tokens.flatten(0, 1).float()
+        side = self.reader.side * self.patch
+        shape = tokens.new_zeros(1).expand(batch * frames, 3, side, side)  # pixels that nobody reads, for their shape
+        if self.handle is None:
+            hidden = self.encoder(shape).last_hidden_state
+        else:
+            with self.handle.clips([frames] * batch):
+                hidden = self.encoder(shape).last_hidden_state
+        return hidden.float().unflatten(0, (batch, frames))
+
+
+def sta_size(encoder: Dinov2Model, blocks: range) -> int:
+    """Parameters of STA as in the paper in these blocks."""
+    handle = inject_sta(encoder, STAConfig(layers=tuple(blocks)))
+    size = handle.num_parameters()
+    handle.remove()
+    return size
+
+
+def add_lora(encoder: Dinov2Model, blocks: range, wanted: int) -> nn.Module:
+    """LoRA on every matrix of the blocks, at the smallest rank that gives as many parameters."""
+    names, a_rank = [], 0
+    for index in blocks:
+        for name, module in encoder.encoder.layer[index].named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("sta."):
+                names.append(f"encoder.layer.{index}.{name}")
+                a_rank += module.in_features + module.out_features
+    rank = -(-wanted // a_rank)
+    return get_peft_model(encoder, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))

@@ -1,0 +1,199 @@
+"""The tables of docs/proof.md and its figure, from the runs in results/: `python table.py`. No figure is typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from arms import ARMS
+
+from sta_adapter.evaluation import wilson
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent.parent / "docs"
+COLOURS = {"sta": "#3b8fd0", "lora": "#d9730d", "reader": "#8a8f98"}  # 3:1 against white and against dark pages
+WIDTH, HEIGHT, LEFT, TOP, CURVES = 760, 330, 58, 30, 400
+STYLE = """
+  .sta-proof { color: var(--md-typeset-color, #1f2328); font: 13px system-ui, sans-serif; max-width: 100%; height: auto; }
+  @media (prefers-color-scheme: dark) { .sta-proof { color: var(--md-typeset-color, #e6edf3); } }
+  .sta-proof text { fill: currentColor; }
+  .sta-proof .axis { stroke: currentColor; stroke-opacity: 0.25; fill: none; }
+"""
+
+
+def load(folder: Path = HERE / "results") -> list[dict[str, Any]]:
+    """All runs, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Measured runs that differ in their seed alone, in the order of `ARMS`, the most seeds first."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in (run for run in runs if run["run"]["test"]):
+        what = run["run"]
+        key = (list(ARMS).index(what["arm"]), -what["share"], what["steps"], what["lr"], what["reader_lr"])
+        found.setdefault(key, []).append(run)
+    return [sorted(found[key], key=lambda run: run["run"]["seed"]) for key in sorted(found)]
+
+
+def percent(correct: int, total: int) -> str:
+    """A share with its 95 % Wilson interval."""
+    low, high = (100 * value for value in wilson(correct, total))
+    return f"{100 * correct / total:.1f} ({low:.1f} to {high:.1f})"
+
+
+def main_table(runs: list[dict[str, Any]]) -> str:
+    """A row a group of runs."""
+    pairs = list(next(run for run in runs if run["run"]["test"])["ordered"]["pairs"])
+    heads = ["trained with the reader", "parameters", "lr", "steps", "data", "accuracy by seed, %", *pairs]
+    heads += ["frames shuffled", "right of the pair named"]
+    rows = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for group in groups(runs):
+        what, orders = group[0]["run"], [run["ordered"] for run in group]
+        accuracy = "<br>".join(percent(order["correct"], order["total"]) for order in orders)
+        by_pair = [100 * sum(o["pairs"][p][0] for o in orders) / sum(o["pairs"][p][1] for o in orders) for p in pairs]
+        shuffled = [sum(run["shuffled"][key] for run in group) for key in ("correct", "total", "pair_named")]
+        within = [sum(order[key] for order in orders) for key in ("correct", "pair_named")]
+        cells = [
+            ARMS[what["arm"]].name,
+            f"{group[0]['parameters']:,}",
+            "" if what["arm"] == "reader" else f"{what['lr']:g}",
+        ]
+        cells += [str(what["steps"]), f"{100 * what['share']:g} %", accuracy, *(f"{value:.0f}" for value in by_pair)]
+        cells += [f"{100 * shuffled[0] / shuffled[1]:.1f}; of the pair {100 * shuffled[0] / max(1, shuffled[2]):.0f}"]
+        rows.append("| " + " | ".join([*cells, f"{100 * within[0] / max(1, within[1]):.0f}"]) + " |")
+    return "\n".join(rows)
+
+
+def search_table(runs: list[dict[str, Any]]) -> str:
+    """A row a run on the validation clips alone."""
+    rows = ["| searched, on validation clips | lr | reader's lr | steps | accuracy by step, % |", "|" + " --- |" * 5]
+    for run in (run for run in runs if not run["run"]["test"]):
+        what = run["run"]
+        curve = ", ".join(f"{100 * point['val']:.1f}" for point in run["curve"])
+        lr = "" if what["arm"] == "reader" else f"{what['lr']:g}"
+        rows.append(f"| {ARMS[what['arm']].name} | {lr} | {what['reader_lr']:g} | {what['steps']} | {curve} |")
+    return "\n".join(rows)
+
+
+def verdict(runs: list[dict[str, Any]]) -> str:
+    """Whether, on every seed that both have, STA's error is at most half of LoRA's, and the intervals are apart."""
+    best = {arm: {} for arm in ("sta", "lora")}
+    for group in groups(runs):
+        for run in group:
+            if run["run"]["arm"] in best and run["run"]["share"] == 1:
+                best[run["run"]["arm"]][run["run"]["seed"]] = run["ordered"]  # the longest run of each comes last
+    lines, met = [], []
+    for seed in sorted(best["sta"].keys() & best["lora"].keys()):
+        sta, lora = best["sta"][seed], best["lora"][seed]
+        errors = [1 - order["accuracy"] for order in (sta, lora)]
+        apart = wilson(sta["correct"], sta["total"])[0] > wilson(lora["correct"], lora["total"])[1]
+        met.append(errors[0] <= errors[1] / 2 and apart)
+        ratio = errors[0] / errors[1] if errors[1] else float("inf")
+        lines.append(
+            f"| {seed} | {100 * errors[0]:.1f} | {100 * errors[1]:.1f} | {ratio:.2f} | {'yes' if apart else 'no'} "
+            f"| {'met' if met[-1] else 'not met'} |"
+        )
+    heads = ["| seed | STA's error, % | LoRA's error, % | ratio | intervals apart | at most half |", "|" + " --- |" * 6]
+    said = "met on every seed that was run" if met and all(met) else "not met on every seed"
+    return "\n".join(
+        [
+            *heads,
+            *lines,
+            "",
+            f"The goal, at most half of LoRA's error with intervals apart, is **{said}** ({len(met)} of 3 seeds run).",
+        ]
+    )
+
+
+def made_with(runs: list[dict[str, Any]]) -> str:
+    """Dates, machine, versions, and a command of each kind."""
+    measured = [run for run in runs if run["run"]["test"]]
+    dates = sorted({run["date"] for run in measured})
+    versions = ", ".join(f"{name} {version}" for name, version in measured[-1]["versions"].items())
+    machines = "; ".join(sorted({run["machine"] for run in measured}))
+    seconds = sum(run["seconds"] for run in runs)
+    return (
+        f"Run on {' and '.join(dates)} ({machines}; {versions}); {seconds / 60:.0f} minutes of one core's time in all."
+    )
+
+
+def figure(runs: list[dict[str, Any]]) -> str:
+    """Curves of the three arms on the validation clips, and each seed's accuracy on the test's with its interval."""
+    chosen = [group for group in groups(runs) if group[0]["run"]["arm"] in COLOURS and group[0]["run"]["share"] == 1]
+    last = {group[0]["run"]["arm"]: group for group in chosen}  # the longest of each arm
+    right, bottom = LEFT + CURVES, HEIGHT - 46
+    steps = max(group[0]["run"]["steps"] for group in last.values())
+
+    def height(share: float) -> float:
+        return bottom - share * (bottom - TOP)
+
+    parts = [f'<text x="{LEFT}" y="16">validation clips, while training</text>']
+    parts += [f'<text x="{right + 56}" y="16">test clips, one point a seed, 95 % intervals</text>']
+    for tenth in range(0, 11, 2):
+        y = height(tenth / 10)
+        parts.append(f'<path class="axis" d="M{LEFT} {y:.1f}H{right}M{right + 56} {y:.1f}H{WIDTH - 8}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10 * tenth} %</text>')
+    for part in range(5):
+        x = LEFT + part / 4 * CURVES
+        parts.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{steps * part // 4}</text>')
+    parts.append(
+        f'<text x="{LEFT + CURVES / 2}" y="{bottom + 38}" text-anchor="middle">optimiser steps of 8 clips</text>'
+    )
+    order = [arm for arm in COLOURS if arm in last]
+    for place, arm in enumerate(order):
+        column = right + 56 + (place + 0.5) * (WIDTH - 8 - right - 56) / len(order)
+        for number, run in enumerate(last[arm]):
+            points = [(LEFT + p["step"] / steps * CURVES, height(p["val"])) for p in run["curve"]]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[arm]}" stroke-width="2"/>')
+            x = column + 14 * (number - (len(last[arm]) - 1) / 2)
+            low, high = wilson(run["ordered"]["correct"], run["ordered"]["total"])
+            parts.append(
+                f'<path d="M{x:.1f} {height(low):.1f}V{height(high):.1f}" stroke="{COLOURS[arm]}" stroke-width="2"/>'
+            )
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{height(run["ordered"]["accuracy"]):.1f}" r="4" fill="{COLOURS[arm]}"/>'
+            )
+        name = {"sta": "STA", "lora": "LoRA", "reader": "reader alone"}[arm]
+        parts.append(f'<text x="{column:.1f}" y="{bottom + 18}" text-anchor="middle">{name}</text>')
+        parts.append(f'<circle cx="{column:.1f}" cy="{bottom + 30}" r="5" fill="{COLOURS[arm]}"/>')
+    label = "Accuracy of the reader alone, with LoRA and with STA: curves on validation clips, and test clips by seed"
+    head = f'<svg class="sta-proof" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>", ""])
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """The page with what stands between two marks replaced."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"the page has no marks for {name}")
+    return pattern.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page)
+
+
+def page(runs: list[dict[str, Any]], text: str) -> str:
+    """docs/proof.md with today's tables."""
+    parts = {"table": main_table(runs) + "\n\n" + made_with(runs), "goal": verdict(runs), "search": search_table(runs)}
+    for name, part in parts.items():
+        text = fill(text, name, part)
+    return text
+
+
+def main() -> None:
+    """Write the page's tables and the figure, or print the tables of another folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, help="folder of runs to print a table of, instead of writing the page")
+    given = parser.parse_args()
+    if given.results:
+        print(main_table(load(given.results)))
+        return
+    runs, proof = load(), DOCS / "proof.md"
+    proof.write_text(page(runs, proof.read_text(encoding="utf-8")), encoding="utf-8")
+    (DOCS / "figures" / "proof.svg").write_text(figure(runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The parts of examples/real_encoder, on a tiny random encoder and drawn pictures."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "examples" / "real_encoder"
+NAMES = ("arms", "cache", "clips", "drawn", "encoder", "reader", "table", "train")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The example's modules by name, imported as its scripts import each other."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def work(parts, tmp_path_factory):
+    """A prepared folder in the quick size."""
+    folder = tmp_path_factory.mktemp("real")
+    drawn = parts["drawn"]
+    pictures = drawn.draw_objects(folder / "objects"), drawn.draw_photographs(folder / "photographs")
+    parts["train"].prepare(folder, parts["train"].QUICK, *pictures)
+    return folder
+
+
+def test_states_of_a_pair_are_each_other_in_opposite_order(parts):
+    clips = parts["clips"]
+    for one, other in clips.PAIRS:
+        for seed in range(5):
+            forwards, back = (clips.course(label, np.random.default_rng(seed)) for label in (one, other))
+            assert forwards == back[::-1]
+            assert forwards != back
+
+
+def test_no_object_and_no_photograph_of_the_test_is_in_training(work):
+    splits = {}
+    for split in ("train", "val", "test"):
+        lines = [json.loads(line) for line in (work / "clips" / f"{split}.jsonl").read_text().splitlines()]
+        splits[split] = {key: {line[key] for line in lines} for key in ("object", "photograph")}
+    assert splits["train"]["object"].isdisjoint(splits["val"]["object"] | splits["test"]["object"])
+    assert splits["val"]["object"].isdisjoint(splits["test"]["object"])
+    assert splits["test"]["photograph"].isdisjoint(splits["train"]["photograph"] | splits["val"]["photograph"])
+
+
+def test_variants_of_an_object_stay_together_and_what_looks_alike_turned_is_left_out(parts, tmp_path):
+    clips, image = parts["clips"], parts["drawn"].draw_objects(tmp_path / "source", 1) / "000.png"
+    for number in range(30):
+        for variant in ("", "-a", "-b"):
+            (tmp_path / f"{number}{variant}.png").write_bytes(image.read_bytes())
+    from PIL import Image, ImageDraw
+
+    disc = Image.new("RGBA", (96, 96))
+    ImageDraw.Draw(disc).ellipse((4, 4, 92, 92), fill="red")
+    disc.save(tmp_path / "disc.png")
+    (tmp_path / "source" / "000.png").unlink()
+    found = {
+        split: {p.stem for p in paths} for split, paths in clips.list_objects(tmp_path, tmp_path / "l.json").items()
+    }
+    assert sum(map(len, found.values())) == 90
+    for stems in found.values():
+        assert {stem.split("-")[0] + end for stem in stems for end in ("", "-a", "-b")} == stems
+
+
+@pytest.mark.parametrize("arm", ["sta", "reader"])
+def test_stored_tokens_give_the_features_of_the_whole_encoder(parts, work, arm):
+    train, cache, clips = parts["train"], parts["cache"], parts["clips"]
+    encoder = parts["encoder"].load_encoder("tiny", work)
+    watcher = parts["arms"].Watcher(encoder, train.new_reader(encoder), 2, parts["arms"].ARMS[arm])
+    pixels = torch.randn(2 * clips.FRAMES, 3, clips.SIZE, clips.SIZE, generator=torch.Generator().manual_seed(0))
+    whole = encoder
+    if arm == "sta":
+        from sta_adapter import STAConfig, inject_sta
+
+        handle = inject_sta(whole, STAConfig(layers=(2, 3)))
+        with torch.no_grad():
+            for index, block in handle.blocks.items():
+                block.to_out.weight.normal_(generator=torch.Generator().manual_seed(index))
+                watcher.handle.blocks[index].load_state_dict(block.state_dict())
+        with handle.clips([clips.FRAMES] * 2):
+            expected = whole(pixels).last_hidden_state
+    else:
+        expected = whole(pixels).last_hidden_state
+    tokens = cache.below(parts["encoder"].load_encoder("tiny", work), 2)(pixels).last_hidden_state
+    found = watcher.features(tokens.unflatten(0, (2, clips.FRAMES))).flatten(0, 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path):
+    train = parts["train"]
+    what = train.Run("sta", steps=4)
+    assert train.run(work, train.QUICK, what, tmp_path / "stopped", stop_after=2) is None
+    assert (work / "runs" / f"{what.name}.pt").exists()
+    files = [train.run(work, train.QUICK, what, tmp_path / name) for name in ("stopped", "whole")]
+    stopped, whole = (json.loads(file.read_text()) for file in files)
+    for key in ("curve", "ordered", "shuffled", "parameters"):
+        assert stopped[key] == whole[key], key
+    assert [point["step"] for point in whole["curve"]] == [1, 2, 3, 4]
+    assert whole["ordered"]["total"] == train.QUICK.test
+
+
+def test_parameters_are_equal(parts, work):
+    encoder = parts["encoder"].load_encoder("tiny", work)
+    sizes = {}
+    for arm in ("sta", "lora"):
+        watcher = parts["arms"].Watcher(encoder, parts["train"].new_reader(encoder), 2, parts["arms"].ARMS[arm])
+        sizes[arm] = sum(p.numel() for p in watcher.adapter())
+    assert sizes["sta"] <= sizes["lora"] < 1.1 * sizes["sta"]
