@@ -39,7 +39,6 @@ def arguments(description: str | None, model: str, argv: Sequence[str] | None = 
     parser.add_argument("--out", type=Path, help="folder for the adapter")
     parser.add_argument("--epochs", type=float, default=1, help="of each stage [%(default)s]")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="at its highest [%(default)s]")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and made clips, in seconds on a CPU")
     args = parser.parse_args(argv)
     if args.tiny:

@@ -1,23 +1,29 @@
-"""Tiny random models for the examples' `--tiny` mode, and where their real counterparts come from.
-
-Models that transformers has are of the real class. Those whose code lies on the Hub are the stand-ins of `tests/`, which
-have the same module names and arithmetic; so `--tiny` needs a clone of the repository, and runs on every transformers.
-"""
+"""Tiny random models, of the real classes, for the examples' `--tiny` mode."""
 
 from __future__ import annotations
 
-import importlib
-import sys
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sta_adapter.demo import TINY_BASE
+from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config
+from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
+from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
+from sta_adapter.internvideo.v2_5_processor import InternVideo2_5Processor
+from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_encoder import EncoderConfig, InternVideo2Encoder
+from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
+from sta_adapter.internvideo.v2_model import InternVideo2Chat
+from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
 from sta_adapter.loading import load_processor
+
+ENCODER = EncoderConfig(
+    embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, img_size=8, patch_size=4, num_frames=4, init_values=0.5
+)
+"""InternVideo2's, for pictures of 8 x 8 pixels."""
 
 
 def write_qwen2_5_vl(folder: Path) -> Path:
@@ -51,60 +57,52 @@ def write_qwen2_5_vl(folder: Path) -> Path:
     return folder
 
 
-def internvideo2_encoder(frames: int = 4) -> nn.Module:
-    """InternVideo2's encoder for pictures of 8 x 8 pixels."""
+def internvideo2_encoder() -> nn.Module:
+    """InternVideo2's encoder by itself."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "img_size": 8,
-        "patch_size": 4,
-    }
-    return InternVideo2Encoder(EncoderConfig(**sizes, num_frames=frames, init_values=0.5))
+    return InternVideo2Encoder(ENCODER)
 
 
-def internvideo2_chat() -> tuple[nn.Module, Any]:
-    """A stand-in of InternVideo2-Chat, called as the published one is, and a tokenizer."""
-    standin: Any = _standin("internvideo2").InternVideo2_VideoChat2
-
-    class InternVideo2Chat(standin):
-        def forward(
-            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, video: torch.Tensor, video_idx: torch.Tensor
-        ) -> Any:
-            """Video (B, T, channels, H, W), whose features take the places where `video_idx` (B, L) is true."""
-            embeddings = self.lm.get_input_embeddings()(input_ids).clone()
-            seen = self.vision_encoder(video.transpose(1, 2), use_image=video.shape[1] == 1)
-            places = int(video_idx[0].sum())  # the Q-Former's number of tokens, whatever the clip's size
-            seen = F.adaptive_avg_pool1d(self.project_up(seen).mT, places).mT
-            embeddings[video_idx] = seen.flatten(0, 1)
-            return self.lm(inputs_embeds=embeddings, attention_mask=attention_mask)
-
+def write_internvideo2_chat(folder: Path) -> Path:
+    """A folder with a tiny random InternVideo2-Chat, as `save_pretrained` writes it, and its processor."""
+    text = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "rope_theta": 1e4}
+    qformer = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = InternVideo2ChatConfig(
+        vision_config=dataclasses.asdict(ENCODER),
+        qformer_config={**qformer, "num_attention_heads": 4},
+        text_config={**text, "bos_token_id": 0, "eos_token_id": 2},
+        **{"num_query_token": 4, "extra_num_query_token": 4},
+    )
+    torch.manual_seed(0)
+    InternVideo2Chat(config).save_pretrained(folder)
     tokenizer = load_processor(TINY_BASE).tokenizer
-    torch.manual_seed(0)
-    model = InternVideo2Chat(init_values=0.5)
-    model.lm = _with_vocabulary(model.lm)
-    return model.eval(), tokenizer
+    tokenizer.bos_token = "<|im_start|>"
+    processor = InternVideo2ChatProcessor(
+        tokenizer,
+        InternVideo2ImageProcessor(image_size=ENCODER.img_size),
+        **{name: getattr(config, name) for name in ("num_visual_tokens", "image_token_id", "video_token_id")},
+    )
+    processor.save_pretrained(folder)
+    return folder
 
 
-def internvl_chat() -> tuple[nn.Module, Any]:
-    """A stand-in of InternVideo2.5-Chat and a tokenizer that has its image tokens."""
+def write_internvideo2_5_chat(folder: Path) -> Path:
+    """A folder with a tiny random InternVideo2.5-Chat, as `save_pretrained` writes it, and its processor."""
     tokenizer = load_processor(TINY_BASE).tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>", "<img>", "</img>"]})
+    vision = {"image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}
+    text = {"vocab_size": 520, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    config = InternVideo2_5Config(
+        vision_config=vision,
+        text_config={**text, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        num_tome_tokens=8,
+    )
     torch.manual_seed(0)
-    model = _standin("internvl_chat").InternVLChatModel()
-    model.language_model = _with_vocabulary(model.language_model)
-    return model.eval(), tokenizer
-
-
-def _with_vocabulary(model: Any, size: int = 512) -> Any:
-    model.config.vocab_size = size
-    return type(model)(model.config)
-
-
-def _standin(name: str) -> Any:
-    tests = Path(__file__).resolve().parents[1] / "tests"
-    if str(tests) not in sys.path:
-        sys.path.append(str(tests))
-    return importlib.import_module(f"standins.{name}")
+    InternVideo2_5ForConditionalGeneration(config).save_pretrained(folder)
+    images = InternVideo2_5ImageProcessor(image_size=vision["image_size"], max_tiles=2)
+    InternVideo2_5Processor(tokenizer, images, image_seq_length=2).save_pretrained(folder)
+    return folder

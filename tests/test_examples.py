@@ -55,8 +55,8 @@ SCRIPTS = [
     pytest.param("finetune_qwen2_vl.py", "", id="qwen2_vl"),
     pytest.param("finetune_qwen2_5_vl.py", "adapter", id="qwen2_5_vl", marks=needs_qwen2_5),
     pytest.param("finetune_videorope.py", "", id="videorope", marks=needs_seams),
-    pytest.param("finetune_internvideo2_chat.py", "", id="internvideo2_chat"),
-    pytest.param("finetune_internvideo2_5_chat.py", "", id="internvideo2_5_chat"),
+    pytest.param("finetune_internvideo2_chat.py", "adapter", id="internvideo2_chat"),
+    pytest.param("finetune_internvideo2_5_chat.py", "adapter", id="internvideo2_5_chat"),
 ]
 
 

@@ -19,12 +19,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for what the exampl
 
 import torch
 import torch.nn.functional as F
-from remote_chat import load_pixels, run_stage
 from safetensors.torch import load_model, save_model
 from ssv2_labels import TEN, Action, make_tiny_release, read_actions
 from tiny_models import internvideo2_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from training import load_pixels, run_stage
 
 from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.evaluation import Score

@@ -1,24 +1,19 @@
-"""Batches and a training loop for chat models whose code lies on the Hub and that have no processor of transformers' kind."""
+"""Clips as the encoder takes them, and a training loop for it and the head."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from sta_adapter.data import Sample, read_samples
-from sta_adapter.errors import DataError
 from sta_adapter.training.contexts import full_precision
 from sta_adapter.video import read_clip
 
-IGNORE = -100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -37,39 +32,6 @@ def load_pixels(path: str, frames: int, size: int) -> Tensor:
     clip = clip[..., top : top + size, left : left + size]
     clip = (clip - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     return torch.cat([clip, clip[-1:].expand(frames - len(clip), -1, -1, -1)])
-
-
-def clip_question_answer(sample: Sample) -> tuple[str, str, str]:
-    """Path of the clip, question and answer of a sample of one clip and one turn."""
-    parts = [part for message in sample.prompt for part in message["content"]]
-    clips = [part["video"] for part in parts if part["type"] == "video"]
-    if len(clips) != 1 or any(part["type"] == "image" for part in parts):
-        raise DataError(f"{sample.source}: {len(clips)} clips, expected one and no image.")
-    return clips[0], " ".join(part["text"].strip() for part in parts if part["type"] == "text"), sample.answer
-
-
-def make_loader(
-    data: str | Path, collate: Callable[[list[Sample]], dict[str, Tensor]], workers: int
-) -> DataLoader[Any]:
-    """Shuffled batches of two samples of a JSON Lines file, decoded by so many processes."""
-    samples: Any = read_samples(data)
-    return DataLoader(samples, batch_size=2, shuffle=True, collate_fn=collate, num_workers=workers)
-
-
-def padded_tokens(prompts: Sequence[list[int]], answers: Sequence[list[int]], fill: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels` (B, L), padded on the right; labels are the answers' tokens alone."""
-    ids = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    labels = [torch.tensor([IGNORE] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=fill),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-    }
-
-
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the next token, over logits (B, L, V) and labels (B, L)."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 def run_stage(
