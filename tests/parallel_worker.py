@@ -1,6 +1,7 @@
 """One of two processes of tests/test_parallel.py: trains a tiny model, and the same in one process to compare with."""
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import distributed
 from sta_adapter import get_sta, inject_sta
 from sta_adapter.distributed import end_processes, full_tensor
 from sta_adapter.errors import InjectionError
+from sta_adapter.injection.data_parallel import LanguageModelBegin
 from sta_adapter.injection.registry import get_backbone
 
 STEPS = 3
@@ -23,7 +25,9 @@ class Trial:
 
     Ways of wrapping: `ddp`; `fsdp2`, the encoder's blocks and the model sharded each; `root`, the model alone; `units`,
     every part a unit of its own. Beside them `lora` (stage two), `llava` (a model with a projector that trains, and an
-    encoder whose last block is not used), `between` (that projector is a unit), `undummied` (a backbone without dummy clip).
+    encoder whose last block is not used), `between` (that projector is a unit), `undummied` (a backbone without dummy clip),
+    `tokens` and `position` (see `pass_otherwise`), with them `unembedded` (a language model that doesn't say how it embeds
+    tokens) and `hidden` (one that says it wrongly).
     """
 
     ways: frozenset[str]
@@ -42,10 +46,17 @@ class Trial:
         """A model and its STA."""
         model = seeded(make_llava if "llava" in self.ways else make_qwen2_vl).train()
         spec = dataclasses.replace(get_backbone("qwen2_vl"), name="undummied", dummy_inputs=None)
+        if self.ways & {"tokens", "position"}:
+            pass_otherwise(model, self.ways)
         handle = inject_sta(model, backbone=spec if "undummied" in self.ways else None)
         for module in handle.blocks.values():
             randomize(module)
         handle.freeze_base()
+        if self.ways & {"unembedded", "hidden"}:
+            model.get_decoder().unused = torch.nn.Identity()
+            found = model.get_decoder().unused if "hidden" in self.ways else None
+            hooks = model.get_decoder()._forward_pre_hooks.values()
+            next(h for h in hooks if isinstance(h, LanguageModelBegin)).agreement.embedding = lambda: found
         if "llava" in self.ways:
             projector(model).requires_grad_(True)
         if "lora" in self.ways:
@@ -102,6 +113,28 @@ def make_llava():
     """A tiny LLaVA-OneVision that takes the output of the encoder's last block but one."""
     config = transformers_class("LlavaOnevisionConfig")(**{**llava_settings(), "vision_feature_layer": -2})
     return transformers_class("LlavaOnevisionForConditionalGeneration")(config)
+
+
+def pass_otherwise(model, ways):
+    """Let a model call its language model otherwise where there is no clip: with tokens, or all by position."""
+    decoder, given = model.get_decoder(), {}
+    names = list(inspect.signature(decoder.forward).parameters)
+
+    def look(module, args, kwargs):
+        given["tokens"] = kwargs["input_ids"] if "pixel_values_videos" not in kwargs else None
+
+    class Otherwise(type(decoder)):
+        def __call__(self, **kwargs):  # in front of all hooks
+            if given["tokens"] is None:
+                return super().__call__(**kwargs)
+            if "position" in ways:
+                first = names[: names.index("inputs_embeds") + 1]
+                args = [kwargs.pop(name, None) for name in first]
+                return super().__call__(*args, **kwargs)
+            return super().__call__(**{**kwargs, "inputs_embeds": None, "input_ids": given["tokens"]})
+
+    decoder.__class__ = Otherwise
+    model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def projector(model):

@@ -310,6 +310,12 @@ def test_a_port_that_is_taken(run):
     assert "can't be served at no.such.host.invalid" in only_message(run("app", "--host", "no.such.host.invalid"))
 
 
+@pytest.mark.parametrize(("option", "missing"), [("--any-base", "--adapter"), ("--overwrite", "--out")])
+def test_an_option_needs_the_one_that_it_is_about(run, data, option, missing):
+    line = ["evaluate", "--model", TINY_BASE, "--data", data, option]
+    assert f"{option}: there is no {missing}" in only_message(run(*line))
+
+
 def test_an_adapter_s_revision_needs_an_adapter(run, data, tmp_path):
     line = ["evaluate", "--model", TINY_BASE, "--data", data, "--adapter-revision", "v1"]
     assert "--adapter-revision v1: there is no --adapter" in only_message(run(*line))

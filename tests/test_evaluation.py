@@ -248,6 +248,20 @@ def test_bad_samples_do_not_count(taught, processor, tmp_path):
         evaluate(taught[0], file, processor=processor, frame_settings=AS_IS, on_bad_sample="error")
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("frame_settings", FrameSettings(fps=3)),
+        ("on_bad_sample", "error"),
+        ("processor", object()),
+        ("overwrite", True),
+    ],
+)
+def test_arguments_that_others_leave_without_effect(taught, dataset, argument, value):
+    with pytest.raises(ConfigError, match=f"{argument} has no effect"):
+        evaluate(taught[0], dataset, **{argument: value})
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_stays_in_the_mode_that_it_was_in(taught, dataset, training):
     model = taught[0]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make_qwen2_vl, randomize, seeded
-from parallel_worker import prompt, run_training
+from cases import make_qwen2_vl, seeded
+from parallel_worker import Trial, prompt, run_training
 from safetensors.torch import load_file
 from tiny_qwen import write_samples
 
-from sta_adapter import inject_sta, load_sta
+from sta_adapter import load_sta
+from sta_adapter.errors import InjectionError
 from sta_adapter.injection import data_parallel as parallel
 from sta_adapter.training.checkpoints import last_checkpoint
 
@@ -79,19 +80,35 @@ STA, LORA = "sta_adapter.safetensors", "adapter_model.safetensors"
 CONTENTS = ("clip|clip", "clip|text", "text|clip", "picture+clip|clip", "text|picture+clip")
 
 
-def test_a_batch_without_video_reaches_the_branch_with_weight_zero(monkeypatch):
-    """What the processes below do, seen in one: the encoder runs on a dummy clip, and nothing changes."""
-    handle = inject_sta(seeded(make_qwen2_vl).train()).freeze_base()
-    for module in handle.blocks.values():
-        randomize(module)
+def other_process(monkeypatch, ways):
+    """A model with STA, a batch of text, and its logits; from then on the process takes itself for one of several."""
+    model, handle = Trial.parse(f"{ways}:text|text").make()
     batch = prompt(0, 0, "text")
-    expected = handle.model(**batch).logits
+    expected = model(**batch).logits
     assert not expected.requires_grad
     monkeypatch.setattr(parallel, "is_parallel", lambda: True)
-    found = handle.model(**batch).logits
-    assert torch.equal(found, expected)
-    found.square().mean().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in handle.parameters())
+    return model, handle, batch, expected
+
+
+@pytest.mark.parametrize("ways", ["one", "tokens", "position"])
+def test_a_batch_without_video_reaches_the_branch_with_weight_zero(monkeypatch, ways):
+    """What the processes below do, seen in one: the encoder runs on a dummy clip, and nothing changes."""
+    model, handle, batch, expected = other_process(monkeypatch, ways)
+    for _ in range(2):
+        found = model(**batch).logits
+        assert torch.equal(found, expected)
+        found.square().mean().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in handle.parameters())
+        handle.model.zero_grad()
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_language_model_that_embeds_nothing_can_not_join_in(monkeypatch):
+    """It would leave the others waiting in the backward: it is told in the forward, and keeps no hook."""
+    model, _, batch, _ = other_process(monkeypatch, "tokens+hidden")
+    with pytest.raises(InjectionError, match="did not embed tokens by itself"):
+        model(**batch)
+    assert not model.get_decoder().unused._forward_hooks
 
 
 def require(kind):
@@ -134,6 +151,15 @@ def test_what_trains_beside_the_encoder_and_what_a_model_never_uses(tmp_path, ki
 
 
 @pytest.mark.slow
+def test_a_language_model_that_is_given_tokens_takes_part(tmp_path):
+    """Some models embed text alone inside of their language model, where no dummy clip could be added before."""
+    kinds = [kind for kind in ("ddp", "fsdp2") if kind == "ddp" or hasattr(torch.distributed.fsdp, "fully_shard")]
+    cases = [f"{kind}+tokens:{contents}" for kind in kinds for contents in ("clip|text", "text|picture+clip")]
+    lines = run_two(tmp_path, *cases).splitlines()
+    assert lines == [f"{case} agree True, moved 100%, as one process True" for case in cases]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -142,6 +168,9 @@ def test_what_trains_beside_the_encoder_and_what_a_model_never_uses(tmp_path, ki
         ("units+undummied:picture+clip|clip", "backbone 'undummied' has no dummy_inputs"),
         ("fsdp2+llava+between:text|clip", "layers between vision encoder and language model are sharded"),
         ("root+llava+between:clip|text", "layers between vision encoder and language model are sharded"),
+        ("ddp+tokens+unembedded:clip|text", "was called without inputs_embeds, and has no get_input_embeddings"),
+        ("fsdp2+tokens+unembedded:text|clip", "was called without inputs_embeds, and has no get_input_embeddings"),
+        ("ddp+tokens+unembedded:clip|clip", "nothing"),
         ("units+undummied:clip|clip", "nothing"),
         ("fsdp2+llava+between:clip|clip", "nothing"),
     ],

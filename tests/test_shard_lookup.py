@@ -281,7 +281,7 @@ def test_evaluate_command(base, pattern):
 
 
 def test_the_loss_measured_on_shards_is_that_of_the_file(tmp_path, pattern, folder, processor):  # noqa: F811
-    settings = {**FAST, "max_steps": 2, "eval_steps": 1, "num_workers": 0}
+    settings = {**FAST, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "num_workers": 0}
     measured = []
     for name, data in (("file", folder / "data.jsonl"), ("shards", pattern)):
         result = train(

@@ -285,7 +285,7 @@ def test_best_checkpoint_is_kept(tmp_path, model, dataset, batch):
         torch.rand(3)  # must not change what the training draws
         return {"accuracy": next(scores), "other": 1.0}
 
-    config = TrainingConfig(**FAST, eval_steps=2)
+    config = TrainingConfig(**{**FAST, "save_steps": 2}, eval_steps=2)
     result = train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_fn=measure, progress=False)
     assert torch.equal(logits(result.model, batch), seen[1])
     assert [entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry] == [0.2, 0.9, 0.4]
@@ -309,6 +309,40 @@ def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, n
     found = Stage("1", TrainingConfig(**FAST), tmp_path, dataset, **other)._arguments()
     assert found.load_best_model_at_end
     assert (found.metric_for_best_model, found.greater_is_better) == (name, more_is_better)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "error"),
+    [
+        ({"eval_steps": 2}, {}, "eval_steps is 2, but there is nothing to evaluate"),
+        ({"stage1": {"eval_steps": 2}}, {}, "eval_steps is 2, but there is nothing to evaluate"),
+        ({"eval_steps": 2}, {"eval_fn": len}, "save_steps 3 has no effect while the best evaluation is kept"),
+        ({}, {"eval_fn": len, "eval_data": "same"}, "eval_data has no effect beside eval_fn"),
+        ({"shuffle_buffer": 8}, {}, "shuffle_buffer is of tar shards, and has no effect"),
+        ({"max_length": 9}, {}, "max_length is 9, but the data set was made with None, which holds"),
+        ({"decode_timeout": 9.0}, {}, "decode_timeout is 9.0, but the data set was made with"),
+        ({"frames": FrameSettings(fps=3)}, {}, r"frames is FrameSettings\(fps=3, .* but the data set was made with"),
+    ],
+)
+def test_settings_that_others_leave_without_effect(tmp_path, model, dataset, settings, more, error):
+    more = {name: dataset if value == "same" else value for name, value in more.items()}
+    config = TrainingConfig(**{**FAST, **settings})
+    with pytest.raises(ConfigError, match=error):
+        train(model, dataset, output_dir=tmp_path / "out", stage="1", config=config, progress=False, **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rank_of_a_layer_that_an_encoder_has_not(model):
+    from sta_adapter.injection.backbone import LoRARecipe
+    from sta_adapter.injection.registry import get_backbone
+    from sta_adapter.training.lora import require_effect
+
+    spec = get_backbone("qwen2_vl")
+    require_effect(spec, TrainingConfig(lora_qkv_rank=4))
+    plain = dataclasses.replace(spec, name="plain", lora=LoRARecipe(("q_proj",)))
+    require_effect(plain, TrainingConfig(lora_rank=4))
+    with pytest.raises(ConfigError, match="lora_qkv_rank has no effect on backbone 'plain'"):
+        require_effect(plain, TrainingConfig(lora_qkv_rank=4))
 
 
 @pytest.mark.parametrize("limit", [0.125, 3.0])
@@ -377,7 +411,9 @@ def test_bad_samples_are_counted(tmp_path, model, processor, spoilt, size):
 
 
 def test_bad_samples_to_measure_on_are_counted(tmp_path, model, processor, dataset, spoilt):
-    config = TrainingConfig(**{**FAST, "max_steps": 2, "eval_steps": 1, "num_workers": 0}, frames=AS_IS)
+    config = TrainingConfig(
+        **{**FAST, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "num_workers": 0}, frames=AS_IS
+    )
     result = train(
         model,
         dataset,

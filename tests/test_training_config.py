@@ -37,7 +37,7 @@ OPTIONS = {
         "adapter": "a",
         "videos": "v",
     },
-    **{"format": "ssv2", "overwrite": True, "learning_rate": 1e-3, "batch_size": 8, "max_steps": 5, "epochs": 2.0},
+    **{"format": "ssv2", "overwrite": True, "learning_rate": 1e-3, "batch_size": 8, "max_steps": 5},
     **{"on_bad_sample": "error", "trust_remote_code": True, "dtype": "bf16", "quantize": "4bit", "revision": "main"},
     **{"positions": "trained", "adapter_revision": "v1"},
 }
@@ -56,18 +56,20 @@ def settings_of(tmp_path, monkeypatch, values, *line):
     return seen[0]
 
 
-def test_each_option_of_train_can_stand_in_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("other", "options"), [("epochs", {"max_steps": 5}), ("max_steps", {"epochs": 2.0})])
+def test_each_option_of_train_can_stand_in_the_file(tmp_path, monkeypatch, other, options):
     from sta_adapter.cli import train
 
-    assert {parameter.name for parameter in train.command.params} - {"config", "pairs"} == OPTIONS.keys()
-    in_file = settings_of(tmp_path, monkeypatch, OPTIONS)
+    given = {**{name: value for name, value in OPTIONS.items() if name != "max_steps"}, **options}
+    assert {parameter.name for parameter in train.command.params} - {"config", "pairs", other} == given.keys()
+    in_file = settings_of(tmp_path, monkeypatch, given)
     words = [
         f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
-        for name, value in OPTIONS.items()
+        for name, value in given.items()
     ]
     assert settings_of(tmp_path, monkeypatch, {}, *words) == in_file
     run, settings = in_file
-    assert {name: run[name] if name in run else getattr(settings, name) for name in OPTIONS} == OPTIONS
+    assert {name: run[name] if name in run else getattr(settings, name) for name in given} == given
 
 
 def test_options_win_over_the_file(tmp_path, monkeypatch):
@@ -132,8 +134,13 @@ WRONG_YAML = {
     "sta_rate_without_sta": ("sta: false\nsta_learning_rate: 1", "sta_learning_rate has no effect with sta: false"),
     "qkv_of_the_language_model": (
         "lora_targets: language\nlora_qkv_alpha: 4",
-        "lora_qkv_alpha is of the vision encoder, and has no effect with lora_targets: language",
+        "lora_qkv_alpha has no effect with lora_targets: language, as it is of the vision encoder",
     ),
+    "stage_one_without_sta": ("sta: false\nstage1: {max_steps: 5}", "stage1 has no effect with sta: false"),
+    "two_lengths": ("epochs: 2\nmax_steps: 5", "epochs has no effect beside max_steps"),
+    "two_lengths_of_a_stage": ("stage2: {epochs: 2, max_steps: 5}", "epochs has no effect beside max_steps"),
+    "warmup_of_a_constant": ("schedule: constant\nwarmup: 0.1", "warmup has no effect with schedule: constant"),
+    "two_samplings": ("frames: {nframes: 8, fps: 2}", "frames.fps has no effect beside frames.nframes"),
     "frames_crossed": (
         "frames: {min_frames: 8, max_frames: 6}",
         "min_frames 8 is above max_frames 6; change one of them",
@@ -141,6 +148,14 @@ WRONG_YAML = {
     "tokens_crossed": ("frames: {min_tokens: 300}", "min_tokens 300 is above max_tokens 256; change one of them"),
     "no_mapping": ("stage1: fast", "stage1 is 'fast', expected settings below it"),
 }
+
+
+def test_a_stage_says_how_long_it_takes_in_its_own_way():
+    """Else the other way, said for the whole run, would win silently."""
+    by_steps = TrainingConfig(max_steps=10, stage2={"epochs": 3.0})
+    assert [(c.max_steps, c.epochs) for c in map(by_steps.for_stage, "12")] == [(10, 1.0), (None, 3.0)]
+    by_epochs = TrainingConfig(epochs=3.0, stage1={"max_steps": 10})
+    assert [(c.max_steps, c.epochs) for c in map(by_epochs.for_stage, "12")] == [(10, 1.0), (None, 3.0)]
 
 
 @pytest.mark.parametrize(("text", "error"), WRONG_YAML.values(), ids=WRONG_YAML)

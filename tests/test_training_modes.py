@@ -154,7 +154,7 @@ def test_logging_needs_its_package(tmp_path, model, dataset, monkeypatch):  # no
 
 def test_best_checkpoint_outlives_newer_ones(tmp_path, model, dataset):  # noqa: F811
     scores = iter([0.9, 0.2, 0.4, 0.3, 0.5, 0.1])
-    config = TrainingConfig(**FAST, eval_steps=1, keep_checkpoints=2)
+    config = TrainingConfig(**{**FAST, "save_steps": 1}, eval_steps=1, keep_checkpoints=2)
     result = train(
         model,
         dataset,
@@ -182,7 +182,7 @@ def test_a_run_can_end_early(tmp_path, model, dataset):  # noqa: F811
         dataset,
         output_dir=tmp_path,
         stage="1",
-        config=TrainingConfig(**FAST, eval_steps=1),
+        config=TrainingConfig(**{**FAST, "save_steps": 1}, eval_steps=1),
         eval_fn=lambda net: {"a": next(scores)},
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
         progress=False,

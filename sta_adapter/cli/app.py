@@ -51,8 +51,8 @@ def command(**options: Any) -> None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
     frames = {"nframes": nframes} if nframes is not None else {"fps": fps, "nframes": None} if fps is not None else {}
     options["dtype"] = options["dtype"] or "auto"
-    base_model = base_model_of(options.pop("any_base"))
-    name = options.pop("adapter")
-    adapter = find_adapter(name, options.pop("adapter_revision"))
+    name, any_base = options.pop("adapter"), options.pop("any_base")
+    base_model = base_model_of(any_base)
+    adapter = find_adapter(name, options.pop("adapter_revision"), any_base)
     title = subject(options["model"] or "tiny base", name)
     serve(adapter=adapter, title=title, frames=frames, base_model=base_model, say=click.echo, **options)

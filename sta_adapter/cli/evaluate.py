@@ -83,11 +83,13 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     about = _about(model, adapter, options)
     require_device(options["device"])
     check_options(options)
+    if options["overwrite"] and not out:
+        raise ConfigError("--overwrite: there is no --out.")
     runs = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
     if out:
         _require_results_free(Path(out), about, runs, options)
     samples, notes = _samples(options)
-    folder = find_adapter(adapter, options["adapter_revision"])
+    folder = find_adapter(adapter, options["adapter_revision"], options["any_base"])
     processor = load_processor(model, **source)
     dataset = _dataset(samples, processor, folder, options)
 

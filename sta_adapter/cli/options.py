@@ -80,16 +80,18 @@ def adapter_options(command: Any) -> Any:
     return command
 
 
-def find_adapter(adapter: str | None, revision: str | None) -> Path | None:
+def find_adapter(adapter: str | None, revision: str | None, any_base: bool = False) -> Path | None:
     """The adapter's folder, looked for and downloaded once, before anything takes time.
 
     Raises:
-        ConfigError: there is a revision and no adapter.
+        ConfigError: there is an option about an adapter and no adapter.
         CheckpointError: it can't be had.
     """
     if adapter is None:
         if revision is not None:
             raise ConfigError(f"--adapter-revision {revision}: there is no --adapter.")
+        if any_base:
+            raise ConfigError("--any-base: there is no --adapter.")
         return None
     from sta_adapter.adapter.hub import resolve_adapter
 

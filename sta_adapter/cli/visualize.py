@@ -70,7 +70,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
     model = options["model"] or str(TINY_BASE)
     viewer = Viewer.load(
         model,
-        find_adapter(adapter, options["adapter_revision"]),
+        find_adapter(adapter, options["adapter_revision"], options["any_base"]),
         frames=frames,
         base_model=base_model_of(options["any_base"]),
         dtype=options["dtype"] or "auto",

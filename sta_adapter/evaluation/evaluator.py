@@ -172,11 +172,15 @@ def evaluate(
 
     Raises:
         DataError: the data can't be read.
-        ConfigError: `predictions_file` belongs to another evaluation.
+        ConfigError: `predictions_file` belongs to another evaluation, or an argument has no effect beside the others.
     """
     if choose not in CHOICES:
         raise ConfigError(f"choose is {choose!r}, expected one of {', '.join(CHOICES)}.")
-    if not isinstance(data, VideoDataset):
+    if overwrite and predictions_file is None:
+        raise ConfigError("overwrite has no effect without predictions_file; leave it out.")
+    if isinstance(data, VideoDataset):
+        _check_idle(data, processor, frame_settings, on_bad_sample)
+    else:
         if processor is None:
             raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
         data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
@@ -193,6 +197,21 @@ def evaluate(
             _answer(answerer, dataset, batch, log)
         predictions = [Prediction(**log.done[i]) for i in sorted(log.done)]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
+
+
+def _check_idle(data: VideoDataset, processor: Any, frames: FrameSettings | None, on_bad_sample: str) -> None:
+    """Refuse what a data set has settled already, where it is otherwise."""
+    given = {
+        "processor": processor not in (None, data.processor),
+        "frame_settings": frames not in (None, data.frames),
+        "on_bad_sample": on_bad_sample not in ("skip", data.encoder.on_bad_sample),
+    }
+    for name, differs in given.items():
+        if differs:
+            raise ConfigError(
+                f"{name} has no effect on a VideoDataset, which was made with another; leave it out, or make the data set "
+                "with it."
+            )
 
 
 def _answerer(

@@ -14,10 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.compatibility.seams import active_ddp, hook_table
+from sta_adapter.compatibility.seams import active_ddp, given_arguments, hook_table, parameter_names
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
+from sta_adapter.injection.add_once import AddOnce
 from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.state import Injection
@@ -34,8 +35,8 @@ EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")  # methods of tra
 ABLE, NO_DUMMY, NO_EMBEDDINGS, SHARDED_BETWEEN = range(4)
 OBSTACLES = {
     NO_DUMMY: "backbone {backbone!r} has no dummy_inputs. Add them to the backbone",
-    NO_EMBEDDINGS: "its language model was called without inputs_embeds, to which a run on a dummy clip could be added. "
-    "Call the whole model, or embed the tokens first",
+    NO_EMBEDDINGS: "its language model was called without inputs_embeds, and has no get_input_embeddings whose output a "
+    "run on a dummy clip could be added to. Embed the tokens first",
     SHARDED_BETWEEN: "layers between vision encoder and language model are sharded on their own and run with pictures "
     "and clips alone. Shard them with the whole model (no fully_shard of their own)",
 }
@@ -92,6 +93,17 @@ class Agreement:
                     f"FullyShardedDataParallel wraps {type(module.module).__name__} itself, so that processes whose "
                     "batches have unequal numbers of clips would wait for ever. Wrap its blocks, or use fully_shard."
                 )
+
+    def embedding(self) -> nn.Module | None:
+        """The module with which the language model embeds tokens by itself."""
+        for module in (self.language_model, self.model()):
+            try:
+                found: Any = module.get_input_embeddings()  # type: ignore[union-attr, operator]
+            except (AttributeError, NotImplementedError):  # a method of transformers' models, not all of which have one
+                continue
+            if isinstance(found, nn.Module) and any(part is found for part in self.language_model.modules()):
+                return found
+        return None
 
     def between(self) -> list[nn.Module]:
         """The modules outside of encoder and language model that may run with pictures and clips alone."""
@@ -155,8 +167,23 @@ class LastInLine(Hook):
 
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End what `FirstInLine` began."""
-        self.injection.thread.outputs = None
+        """End what `FirstInLine` began.
+
+        Raises:
+            InjectionError: nothing that comes out depends on the dummy clips, so that the backward would wait for ever.
+        """
+        thread = self.injection.thread
+        thread.outputs = None
+        left, thread.to_embed = thread.to_embed, None
+        if left is None:
+            return
+        left.handle.remove()
+        if output is not None:  # no exception is on its way
+            raise InjectionError(
+                "the language model was called without inputs_embeds and did not embed tokens by itself, so this process "
+                "can't join in the run of the vision encoder in the others. Embed the tokens first, or give every process "
+                "pictures or clips."
+            )
 
 
 class EncoderAgree(AgreeingHook):
@@ -185,33 +212,42 @@ class LanguageModelBegin(AgreeingHook):
     The dummies run where the encoder would have run, just before the language model, so that all processes gather their
     shards in one order. All that the encoder gave, here and for real clips, counts with weight zero, and so does what
     trains between it and the language model: each process's backward then reaches the same parameters. Otherwise DDP
-    reports parameters without a gradient, and FSDP waits forever for a process to join in.
+    reports parameters without a gradient, and FSDP waits forever for a process to join in. A language model that is given
+    tokens, as some are for text alone, gets it where it embeds them.
     """
 
     @uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Add zero times the encoder's outputs to `inputs_embeds`."""
+        """Add zero times the encoder's outputs to `inputs_embeds`, or to what the model's own embedding gives."""
         injection, groups = self.injection, self.agreement.groups
         training = module.training and torch.is_grad_enabled() and injection.is_enabled and is_parallel()
         wants = not injection.pop_ran() and training
+        args, kwargs = _by_name(module, args, kwargs) if training or groups else (args, kwargs)
         embeddings = kwargs.get("inputs_embeds")
+        dummies = 0
         if groups:
             obstacle = self._obstacle(embeddings)
             while self.agree(wants and not obstacle, obstacle, groups):
                 self._run_dummy()
-                wants = False
+                wants, dummies = False, dummies + 1
         elif training and self._joins_ddp(wants, embeddings):
             self._run_dummy()
+            dummies = 1
         outputs, injection.thread.outputs = injection.thread.outputs, None
-        if embeddings is None or not outputs:
-            return None
-        zero = sum((t * 0).sum().to(embeddings.device) for t in (*outputs, *self._trained_between()))
-        return args, {**kwargs, "inputs_embeds": embeddings + zero}
+        if outputs and (embeddings is not None or dummies):
+            device = outputs[0].device if embeddings is None else embeddings.device
+            zero = torch.stack([(t * 0).sum().float().to(device) for t in (*outputs, *self._trained_between())]).sum()
+            if embeddings is not None:
+                kwargs = {**kwargs, "inputs_embeds": embeddings + zero.to(embeddings.dtype)}
+            else:
+                injection.thread.to_embed = AddOnce(injection, cast(nn.Module, self.agreement.embedding()), zero)
+        return args, kwargs
 
     def _joins_ddp(self, wants: bool, embeddings: Tensor | None) -> bool:
         """Whether to run a dummy in an unsharded model; where that can't be, all processes hear of it."""
         obstacle = self._obstacle(embeddings) if wants else ABLE
-        if self.injection.spec.dummy_inputs is None or obstacle:
+        # asked of what all processes have in common, for all must take part or none
+        if self.injection.spec.dummy_inputs is None or self.agreement.embedding() is None:
             ddp = active_ddp()
             if ddp is not None and not ddp.find_unused_parameters:
                 self.agree(not wants, obstacle, [Group(ddp.process_group, ddp.device)])
@@ -221,7 +257,7 @@ class LanguageModelBegin(AgreeingHook):
         """Why this process can't run the encoder on a dummy clip."""
         if self.injection.spec.dummy_inputs is None:
             return NO_DUMMY
-        if embeddings is None:
+        if embeddings is None and self.agreement.embedding() is None:
             return NO_EMBEDDINGS
         return SHARDED_BETWEEN if is_sharded(self._parameters_between()) else ABLE
 
@@ -239,6 +275,18 @@ class LanguageModelBegin(AgreeingHook):
 
     def _trained_between(self) -> list[nn.Parameter]:
         return [p for p in self._parameters_between() if p.requires_grad and not is_sharded([p])]
+
+
+def _by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a language model's call, by name where `inputs_embeds` may be among those by position."""
+    if not args:
+        return args, kwargs
+    what = f"the forward of {type(module).__name__}"
+    if "inputs_embeds" not in parameter_names(module.forward, what):
+        return args, kwargs
+    return (), given_arguments(module.forward, what, args, kwargs)
 
 
 def attach_agreement(model: nn.Module, encoder: nn.Module, injection: Injection) -> None:

@@ -31,6 +31,7 @@ from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
 
 if TYPE_CHECKING:
+    from sta_adapter.injection.add_once import AddOnce
     from sta_adapter.injection.stream import Stream
 
 CALLS_KEPT = 256
@@ -67,6 +68,7 @@ class ThreadState:
         forward: the encoder forward at work.
         backward: (the backward at work, the layout of the blocks that it runs again).
         outputs: what the encoder gave in the full model's forward, where that must reach all of it.
+        to_embed: the hook that adds something where the language model embeds its tokens.
         in_dummy: whether the encoder forward is one of a dummy clip.
         in_check: whether the encoder and its blocks are run to be looked at, before their first forward.
         ran: whether an encoder forward with gradients began since `pop_ran`.
@@ -79,6 +81,7 @@ class ThreadState:
     forward: EncoderForward | None = None
     backward: tuple[int, ClipLayout | None] = (-1, None)
     outputs: list[Tensor] | None = None
+    to_embed: AddOnce | None = None
     in_dummy: bool = False
     in_check: bool = False
     ran: bool = False

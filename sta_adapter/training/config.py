@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
-from sta_adapter.video.frame_settings import FrameSettings
+from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
 
 __all__ = ["TrainingConfig"]
 
@@ -131,20 +131,26 @@ class TrainingConfig:
             if getattr(self, stage):
                 _check_names(getattr(self, stage), stage)
                 _check_effect(getattr(self, stage), stage)
-                dataclasses.replace(self, **{"stage1": {}, "stage2": {}, **_typed(getattr(self, stage))})
+                self.for_stage(stage[-1])
 
     def _check_idle(self) -> None:
-        """Refuse settings that others leave without effect."""
-        without_sta = [name for name in ("sta_config", "sta_learning_rate") if getattr(self, name) and not self.sta]
-        if without_sta:
-            raise ConfigError(
-                f"{without_sta[0]} has no effect with sta: false, which trains LoRA alone; leave one of them out."
-            )
-        qkv = [name for name in ("lora_qkv_rank", "lora_qkv_alpha") if getattr(self, name) != DEFAULTS[name]]
-        if qkv and self.lora_targets == "language":
-            raise ConfigError(
-                f"{qkv[0]} is of the vision encoder, and has no effect with lora_targets: language; leave one of them out."
-            )
+        """Refuse settings that others leave without effect; a value that is the default is not known to be set."""
+        sampling = [
+            f"frames.{name}" for name in BY_TIME if getattr(self.frames, name) != getattr(FrameSettings(), name)
+        ]
+        qkv = ("lora_qkv_rank", "lora_qkv_alpha")
+        rules: tuple[tuple[bool, Sequence[str], str], ...] = (
+            (not self.sta, ("sta_config", "sta_learning_rate", "stage1"), "with sta: false, which trains LoRA alone"),
+            (self.lora_targets == "language", qkv, "with lora_targets: language, as it is of the vision encoder"),
+            (self.max_steps is not None, ("epochs",), "beside max_steps, which says how long to train"),
+            (self.schedule == "constant", ("warmup",), "with schedule: constant; take constant_with_warmup"),
+        )
+        for idle, names, reason in rules:
+            for name in names if idle else ():
+                if getattr(self, name) != DEFAULTS[name] and getattr(self, name) != {}:
+                    raise ConfigError(f"{name} has no effect {reason}; leave one of them out.")
+        if sampling and self.frames.nframes is not None:
+            raise ConfigError(f"{sampling[0]} has no effect beside frames.nframes; leave one of them out.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -171,7 +177,11 @@ class TrainingConfig:
 
     def for_stage(self, stage: str) -> TrainingConfig:
         """The settings in force in stage "1" or "2"."""
-        return dataclasses.replace(self, **{**_typed(getattr(self, f"stage{stage}")), "stage1": {}, "stage2": {}})
+        own = _typed(getattr(self, f"stage{stage}"))
+        for name, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+            if own.get(name) is not None and own.get(other) is None:  # how long to train, said for this stage
+                own[other] = DEFAULTS[other]
+        return dataclasses.replace(self, **{**own, "stage1": {}, "stage2": {}})
 
     def device_batches(self, processes: int = 1) -> tuple[int, int]:
         """How many clips a device takes at a time, and how many times for each step.

@@ -10,12 +10,13 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sta_adapter.errors import ConfigError
+from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.lora_recipe import require_recipe
 from sta_adapter.injection.registry import locate
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 
-__all__ = ["lora_config", "lora_parameters"]
+__all__ = ["lora_config", "lora_parameters", "require_effect"]
 
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
@@ -43,6 +44,21 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
         **patterns,
     }
     return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
+
+
+def require_effect(backbone: Backbone, config: TrainingConfig) -> None:
+    """Refuse stage two's settings for a backbone that they have no effect on.
+
+    Raises:
+        ConfigError: the backbone has no recipe, or no `attn.qkv` with a rank of its own.
+    """
+    recipe = require_recipe(backbone)
+    for name, pattern in (("lora_qkv_rank", recipe.rank_pattern), ("lora_qkv_alpha", recipe.alpha_pattern)):
+        if getattr(config, name) != DEFAULTS[name] and not pattern:
+            raise ConfigError(
+                f"{name} has no effect on backbone {backbone.name!r}, whose vision encoder has no layer with a rank of its "
+                "own; leave it out, lora_rank is of all layers."
+            )
 
 
 def require_same_lora(model: Any, config: TrainingConfig) -> None:

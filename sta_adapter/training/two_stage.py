@@ -38,6 +38,7 @@ from sta_adapter.injection.text_positions import rule_in_use
 from sta_adapter.requirements import require_free, require_reporters
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE
 from sta_adapter.training.config import HARMLESS, TrainingConfig
+from sta_adapter.training.idle_settings import check_idle
 from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
@@ -108,7 +109,7 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
-        from sta_adapter.injection.lora_recipe import require_recipe
+        from sta_adapter.training.lora import require_effect
         from sta_adapter.training.stage import Stage, join_processes
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
@@ -119,11 +120,14 @@ def train(
     dataset = open_data(data, processor, config) if isinstance(data, (str, Path)) else data
     if isinstance(eval_data, (str, Path)):
         eval_data = open_data(eval_data, processor, config, stream=False)
-    _check_stream(dataset, eval_data, [config.for_stage(name) for name in names])
+    stages = [config.for_stage(name) for name in names]
+    _check_stream(dataset, eval_data, stages)
+    check_idle(config, stages, dataset, eval_data, eval_fn)
     folder = Path(output_dir)
     if "2" in names:  # said now, and not when stage one has been trained
         injected = model if isinstance(model, STAHandle) else get_sta(model)
-        require_recipe(locate(model).backbone if injected is None else injected._injection.spec)  # type: ignore[arg-type]
+        backbone = locate(model).backbone if injected is None else injected._injection.spec  # type: ignore[arg-type]
+        require_effect(backbone, stages[-1])
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
     on_rank_zero(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))

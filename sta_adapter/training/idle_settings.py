@@ -1,0 +1,65 @@
+"""Settings of a run that its data, or what is measured on them, leave without effect; `check_idle` refuses them.
+
+Those that other settings leave without effect are refused by `TrainingConfig` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.stream import StreamDataset
+from sta_adapter.errors import ConfigError
+from sta_adapter.training.config import DEFAULTS, TrainingConfig
+from sta_adapter.video.frame_settings import FrameSettings
+
+
+def check_idle(
+    config: TrainingConfig,
+    stages: Sequence[TrainingConfig],
+    dataset: VideoDataset | StreamDataset,
+    eval_dataset: VideoDataset | StreamDataset | None,
+    eval_fn: Callable[..., Any] | None,
+) -> None:
+    """Look at a run's settings beside the rest of it.
+
+    Args:
+        config: of the run.
+        stages: the settings in force in each stage.
+        dataset: what is trained on.
+        eval_dataset: what the loss is measured on.
+        eval_fn: what is measured instead.
+
+    Raises:
+        ConfigError: a setting has no effect, which is named with what to do.
+    """
+    if eval_fn is not None and eval_dataset is not None:
+        raise ConfigError("eval_data has no effect beside eval_fn, which is measured instead; leave one of them out.")
+    for stage in stages:
+        _check_evaluation(stage, evaluated=eval_fn is not None or eval_dataset is not None)
+    if not isinstance(dataset, StreamDataset) and config.shuffle_buffer != DEFAULTS["shuffle_buffer"]:
+        raise ConfigError("shuffle_buffer is of tar shards, and has no effect on a file of samples; leave it out.")
+    encoder = dataset.encoder
+    made_with = {"frames": dataset.frames, "max_length": encoder.max_length, "decode_timeout": encoder.decode_timeout}
+    for name, found in made_with.items():
+        asked, default = getattr(config, name), FrameSettings() if name == "frames" else DEFAULTS[name]
+        if asked not in (default, found):
+            raise ConfigError(
+                f"{name} is {asked!r}, but the data set was made with {found!r}, which holds; make it with that, or leave "
+                f"{name} out."
+            )
+
+
+def _check_evaluation(stage: TrainingConfig, *, evaluated: bool) -> None:
+    if not evaluated:
+        if stage.eval_steps is not None:
+            raise ConfigError(
+                f"eval_steps is {stage.eval_steps}, but there is nothing to evaluate: give samples to measure on "
+                "(eval_data, --eval-data) or an eval_fn, or leave it out."
+            )
+    elif stage.keep_best and stage.save_steps not in (DEFAULTS["save_steps"], stage.eval_steps):
+        raise ConfigError(
+            f"save_steps {stage.save_steps} has no effect while the best evaluation is kept, as there is a checkpoint for "
+            "each evaluation: leave it out (eval_steps says when), or set keep_best: false."
+        )
