@@ -258,6 +258,7 @@ def test_bad_samples_do_not_count(taught, processor, tmp_path):
     ],
 )
 def test_arguments_that_others_leave_without_effect(taught, dataset, argument, value):
+    dataset = VideoDataset(dataset.samples[:1], dataset.processor)  # which skips bad samples
     with pytest.raises(ConfigError, match=f"{argument} has no effect"):
         evaluate(taught[0], dataset, **{argument: value})
 

@@ -146,6 +146,7 @@ WRONG_YAML = {
         "min_frames 8 is above max_frames 6; change one of them",
     ),
     "tokens_crossed": ("frames: {min_tokens: 300}", "min_tokens 300 is above max_tokens 256; change one of them"),
+    "no_frames": ("frames: fast", "frames is 'fast', expected settings of frames"),
     "no_mapping": ("stage1: fast", "stage1 is 'fast', expected settings below it"),
 }
 

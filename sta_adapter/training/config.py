@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sta_adapter._validate import shown
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
@@ -110,6 +111,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        if not isinstance(self.frames, FrameSettings):
+            raise ConfigError(f"frames is {shown(self.frames)}, expected settings of frames, such as fps.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
