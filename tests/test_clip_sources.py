@@ -1,5 +1,6 @@
 """Where full models of transformers tell their clips, and what is refused where they can't."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from cases_transformers import CASES, FRAME, glm_prompt, llava_prompt, picture_p
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import LayoutError, UnknownBackboneError
+from sta_adapter.injection.backbone import ClipSource
+from sta_adapter.injection.clip_source import TellingMethod
 from sta_adapter.injection.registry import get_backbone
+from sta_adapter.injection.state import Injection
 
 LLAVA = pytest.param("llava_onevision", id="llava_onevision")
 GLM = pytest.param("glm4v", id="glm4v", marks=lacks("glm4v"))
@@ -50,6 +54,43 @@ def test_clips_are_read_from_the_models_call(case_id, call):
     with handle.clips([2, 6]), torch.no_grad():
         model(**batch)
     assert seen[1] == [(2, 16), (6, 16)], "what the user tells comes first"
+
+
+class Chatty(torch.nn.Module):
+    """Its `chat` gives what it was told of the clips of its rows."""
+
+    def chat(self, rows, more=0):
+        return self.chat.injection.clip_lengths, rows, more
+
+
+def telling(runs):
+    """A method in front of `Chatty.chat`, and the arguments of each time that clips were read from them."""
+    read = []
+    source = ClipSource(
+        model_classes=("Chatty",), methods={"chat": lambda model, given: read.append(dict(given)) or [3, 1]}, runs=runs
+    )
+    spec = dataclasses.replace(get_backbone("qwen2_vl"), clip_source=source)
+    model = Chatty()
+    model.__dict__["chat"] = TellingMethod(Injection(STAConfig(), spec), model, "chat")
+    return model, read
+
+
+def test_a_method_is_run_as_its_backbone_says_unless_the_user_tells_the_clips():
+    run = {"chat": lambda model, call, args, kwargs: ("run", call(*args, **kwargs))}
+    model, read = telling(run)
+    assert model.chat(4, more=1) == ("run", ([3, 1], 4, 1))
+    assert read == [{"rows": 4, "more": 1}]
+    assert model.chat(4, clip_lengths=[2, 2]) == ((2, 2), 4, 0)
+    assert len(read) == 1
+    model, _ = telling({})
+    assert model.chat(4) == ([3, 1], 4, 0)
+
+
+def test_a_method_says_itself_what_is_wrong_with_its_arguments():
+    model, read = telling({})
+    with pytest.raises(TypeError, match=r"chat\(\) missing 1 required positional argument: 'rows'"):
+        model.chat(more=1)
+    assert not read
 
 
 @pytest.mark.parametrize("case_id", [LLAVA, GLM, GLM_MOE])

@@ -5,11 +5,13 @@ import re
 import numpy as np
 import pytest
 import tiny_bases
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from make_videos import write
 
-from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.data import FrameSettings, VideoDataset, clip_times
+from sta_adapter.data.clip_times import step_seconds, told_seconds
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.video import ClipMetadata, read_clip
 
@@ -72,6 +74,32 @@ def test_seconds_of_a_step(folder, name):
     found = encoded(processor_of("qwen2_5_vl", folder), folder, part)["second_per_grid_ts"].tolist()
     assert found == pytest.approx([np.diff(begins(folder, part)[::2]).mean()], rel=1e-5)
     assert found[0] == pytest.approx(EXPECTED.get(name, found[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("indices", "frames", "expected"),
+    [([0, 1, 10, 11], 2, 1.0), ([0, 5, 10], 3, 1.5), ([4], 1, 1.0), ([4, 4], 2, 1.0), ([0, 10, 30], 1, 1.5)],
+    ids=["two uneven steps", "one step", "one frame", "one frame twice", "frame by frame"],
+)
+def test_seconds_of_a_step_in_numbers(indices, frames, expected):
+    assert step_seconds({"frames_indices": indices, "fps": 10.0}, frames) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("release", "told"), [("4.57.6", 1), ("5.24.0", 0)])
+def test_steps_that_transformers_4_rounds_are_told_of_once(monkeypatch, caplog, release, told):
+    monkeypatch.setattr("transformers.__version__", release)
+    clip_times._say_if_rounded.cache_clear()
+    encoded = {"second_per_grid_ts": torch.zeros(1), "input_ids": torch.zeros(1)}
+    told_seconds(encoded, [2.0])
+    told_seconds({}, [0.5])
+    assert not caplog.records
+    for _ in range(2):
+        found = told_seconds(encoded, [0.5, 2.0])
+        assert {name: value.tolist() for name, value in found.items()} == {"second_per_grid_ts": [0.5, 2.0]}
+    clip_times._say_if_rounded.cache_clear()
+    assert [f"transformers {release} rounds the seconds" in record.message for record in caplog.records] == [
+        True
+    ] * told
 
 
 def test_seconds_of_several_clips(folder):

@@ -131,6 +131,7 @@ WRONG = [
     ("exclude_modules", "("), ("exclude_modules", 3), ("rank_pattern", {"(a*)*": 3}), ("rank_pattern", {"a": 10**9}),
     ("rank_pattern", ["a"]), ("alpha_pattern", {"a": float("nan")}), ("alpha_pattern", {"a": "b"}),
     ("layers_to_transform", [-1]), ("layers_to_transform", 10**9), ("layers_pattern", "(a+)+"), ("layers_pattern", [["a"]]),
+    ("layers_pattern", "layers"),
     ("modules_to_save", ["(a+)+"]), ("modules_to_save", "sta"), ("bias", "some"), ("bias", True),
     ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
     ("init_lora_weights", "eva"), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
@@ -149,6 +150,17 @@ def test_values_out_of_range_are_refused(name, value):
             handle.lora_config(**{name: value})
     with pytest.raises(CheckpointError, match="here"):
         checked_options({"peft_type": "LORA", "target_modules": ["a"], name: value}, "here")
+
+
+def test_layers_go_with_names():
+    """PEFT has an error of its own for it, which would come when an adapter is loaded."""
+    with pytest.raises(
+        ConfigError, match="layers_to_transform goes with names of modules, and target_modules is a pattern"
+    ):
+        inject_sta(seeded(make_qwen2_vl)).lora_config(target_modules=".*q_proj", layers_to_transform=[1])
+    with pytest.raises(CheckpointError, match="here: layers_to_transform goes with names"):
+        checked_options({"peft_type": "LORA", "target_modules": ".*q", "layers_to_transform": 1}, "here")
+    checked_options({"peft_type": "LORA", "target_modules": ["q"], "layers_to_transform": 1}, "here")
 
 
 @pytest.mark.parametrize(

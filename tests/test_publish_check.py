@@ -115,6 +115,34 @@ def test_settings_that_could_not_be_loaded_are_not_pushed(folder, fields):
         push_folder(folder, "user/name", dry_run=True)
 
 
+def test_why_a_description_is_not_pushed(folder):
+    path = folder / CONFIG
+    good = json.loads(path.read_text())
+    for change, message in (
+        ({"config": {**good["config"], "head_scale": -1}}, r"sta_config\.json: head_scale=-1"),
+        ({"encoder": {**good["encoder"], "depth": (1 << 20) + 1}}, "encoder is not what an adapter has there"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            read_checked(folder)
+
+
+def test_settings_of_lora_have_a_size(folder):
+    path = folder / LORA_CONFIG
+    path.write_bytes(path.read_bytes() + b" " * (1 << 20))
+    with pytest.raises(CheckpointError, match="expected at most 1048576"):
+        read_checked(folder)
+
+
+def test_an_adapter_without_lora(tmp_path):
+    inject_sta(seeded(make_qwen2_vl)).save_pretrained(tmp_path)
+    assert read_checked(tmp_path)[2].keys() == {CONFIG, WEIGHTS}
+    path = tmp_path / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora": True}))
+    with pytest.raises(CheckpointError, match=r"was saved with LoRA weights, but adapter_config\.json is missing"):
+        read_checked(tmp_path)
+
+
 def test_files_of_two_adapters_are_not_pushed(folder):
     path = folder / CONFIG
     description = json.loads(path.read_text())

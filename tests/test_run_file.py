@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from test_model_card import FRAMES, RESULTS, SETTINGS, STAGE, card
 
 from sta_adapter import inject_sta
+from sta_adapter.adapter.format import read_description
 from sta_adapter.adapter.model_card import read_run
 from sta_adapter.adapter.push import push_folder
+from sta_adapter.adapter.run_file import read_about, read_results, read_run_file, read_stage
 from sta_adapter.data import FrameSettings
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.loading import saved_frame_settings, saved_positions
@@ -129,6 +131,38 @@ def test_sentences_are_no_markup(folder):
     assert "`id`" not in text
     assert "'id' $(id) # a" in text  # on one line
     assert "&lt;script&gt;" in text
+
+
+def test_a_sentence_word_for_word(tmp_path):
+    said = read_results({"reading": ['A](b) `c` d://e\n f & <g> "h"']}, tmp_path)["reading"]
+    assert said == ["A] (b) 'c' d: //e f &amp; &lt;g&gt; \"h\""]
+
+
+def test_a_stage_in_numbers(tmp_path):
+    found = read_stage({**STAGE, "more": "x", "history": [{"loss": 2.5, "step": 1}, {"eval_loss": 3}]}, tmp_path)
+    assert found == {"trainable_parameters": 13056, "steps": 40, "history": [{"loss": 2.5}]}
+    assert read_stage({}, tmp_path) == {}
+
+
+def test_names_of_a_description_stay_and_need_not_be_there(adapter):
+    description = read_description(adapter)
+    found = read_about(description)
+    same = set(description) - {"encoder", "config"}
+    assert {name: found[name] for name in same} == {name: description[name] for name in same}
+    assert {name: found["config"][name] for name in description["config"]} == description["config"]
+    assert read_about({**description, "backbone": None})["backbone"] == ""
+    assert read_about({**description, "config": {}})["config"]["order"] == "after_spatial"
+    with pytest.raises(CheckpointError, match=r"sta_config\.json: .*head_scale"):
+        read_about({**description, "config": {"head_scale": "<b>"}})
+
+
+def test_a_run_file_has_a_size(tmp_path):
+    path = tmp_path / "run.json"
+    for size, reason in ((64 << 20, "as JSON"), ((64 << 20) + 1, "bytes")):
+        with path.open("wb") as file:
+            file.truncate(size)
+        with pytest.raises(CheckpointError, match=reason):
+            read_run_file(path)
 
 
 @pytest.mark.parametrize("fields", [{"sta_adapter_version": EVIL}, {"backbone": EVIL}, {"frames": {"fps": EVIL}}, {"frames": [1]}],

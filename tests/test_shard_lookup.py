@@ -125,6 +125,29 @@ def test_what_a_header_claims_is_not_believed(tmp_path, name, size, kind, lookup
     assert "the shard is cut off or damaged after 0 samples" in bad.reason
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "packed"),
+    [("a.mp4", (1 << 30) + 1, True), ("a.json", (64 << 20) + 1, False)],
+    ids=["clip", "record"],
+)
+def test_how_large_a_member_may_be(tmp_path, name, size, packed):
+    path = claiming(tmp_path / "x.tar", name, size)
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    (bad,) = read_shard(path)
+    assert f"{name!r} claims {size} bytes, more than is read" in bad.reason
+
+
+def test_what_the_system_says_of_a_shard(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    path = write_tar(tmp_path / "x.tar", [("a.json", {"messages": []})])
+    monkeypatch.setattr(tarfile, "open", fails)
+    (bad,) = read_shard(path)
+    assert bad.reason.endswith("damaged after 0 samples: Input/output error.")
+
+
 def test_members_of_a_compressed_shard_are_bounded(tmp_path):
     plain = claiming(tmp_path / "x.tar", "a.mp4", 1 << 40)
     packed = tmp_path / "x.tar.gz"

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -332,25 +333,34 @@ def test_settings_that_others_leave_without_effect(tmp_path, model, dataset, set
     assert not (tmp_path / "out").exists()
 
 
-def test_the_rank_of_a_layer_that_an_encoder_has_not(model):
-    from sta_adapter.injection.backbone import LoRARecipe
-    from sta_adapter.injection.registry import get_backbone
-    from sta_adapter.training.lora import require_effect
-
-    spec = get_backbone("qwen2_vl")
-    require_effect(spec, TrainingConfig(lora_qkv_rank=4))
-    plain = dataclasses.replace(spec, name="plain", lora=LoRARecipe(("q_proj",)))
-    require_effect(plain, TrainingConfig(lora_rank=4))
-    with pytest.raises(ConfigError, match="lora_qkv_rank has no effect on backbone 'plain'"):
-        require_effect(plain, TrainingConfig(lora_qkv_rank=4))
-
-
 @pytest.mark.parametrize("limit", [0.125, 3.0])
 def test_the_limit_on_gradients_reaches_the_trainer(tmp_path, dataset, limit):
     from sta_adapter.training.stage import Stage
 
     config = TrainingConfig(**FAST, max_grad_norm=limit)
     assert Stage("1", config, tmp_path, dataset)._arguments().max_grad_norm == limit
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_steps": 6, "warmup": 0.5}, {"max_steps": 6, "warmup_steps": 3}),
+        ({"max_steps": None, "epochs": 3, "warmup": 0.5}, {"max_steps": -1, "num_train_epochs": 3, "warmup_steps": 3}),
+        ({"batch_size": 8, "device_batch_size": 2}, {"gradient_accumulation_steps": 4}),
+        ({"precision": "bf16", "schedule": "linear"}, {"bf16": True, "lr_scheduler_type": "linear"}),
+    ],
+    ids=str,
+)
+def test_settings_in_the_trainer_s_words(tmp_path, dataset, monkeypatch, settings, expected):
+    from sta_adapter.training.stage import Stage
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as a launcher has it
+    config = TrainingConfig(**{**FAST, **settings})
+    found = Stage("1", config, tmp_path, dataset)._arguments()
+    same = {"remove_unused_columns": False, "disable_tqdm": True, "prediction_loss_only": True, "seed": 0}
+    expected = {"per_device_train_batch_size": config.device_batch_size, **same, **expected}
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if config.precision == "bf16" else "no")
 
 
 # ---- baselines

@@ -22,7 +22,7 @@ from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import ConfigError, STAError, VideoError
 from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.live.feed import Feed, chunks
-from sta_adapter.live.memory import FrameMemory, Step
+from sta_adapter.live.memory import FrameMemory, Step, joined
 from sta_adapter.live.source import LiveFrame, LiveSource, masked
 from sta_adapter.live.watcher import Watcher, WatchSettings
 from sta_adapter.video.frame_settings import FrameSettings
@@ -134,6 +134,20 @@ def test_memory_keeps_to_its_budget_and_thins_what_is_old(lengths, budget):
     assert len(memory.output()) == memory.tokens
     times = [step.seconds[0] for step in memory.steps]
     assert times == sorted(times)
+
+
+def test_what_goes_is_where_its_neighbours_are_closest():
+    memory = FrameMemory(4)
+    for second in (0.0, 5.0, 6.0, 7.0, 10.0):
+        memory.add(Step((second,), torch.tensor([[second]]), 1))
+    assert [step.seconds[0] for step in memory.steps] == [0, 5, 7, 10]
+    assert (memory.thinned, memory.tokens) == (1, 4)
+
+
+def test_outputs_are_put_together_whatever_they_are():
+    parts = [{"a": torch.ones(1, 2), "b": [torch.zeros(2)], "n": 3} for _ in range(2)]
+    found = joined(parts)
+    assert (found["a"].shape, found["b"][0].shape, found["n"]) == ((2, 2), (4,), 3)
 
 
 def test_what_is_kept_is_denser_the_newer_it_is():

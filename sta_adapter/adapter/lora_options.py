@@ -68,6 +68,11 @@ def checked_options(fields: Mapping[str, Any], where: str, error: type[STAError]
         options[name] = value
     if options.get("target_modules") is None:
         raise error(f"{where}: target_modules is not given, expected names of modules.")
+    pattern, layers = isinstance(options["target_modules"], str), options.get("layers_to_transform")
+    if options.get("layers_pattern") and layers is None:
+        raise error(f"{where}: layers_pattern has no effect without layers_to_transform; leave it out.")
+    if pattern and options["target_modules"] != ALL_LINEAR and layers is not None:
+        raise error(f"{where}: layers_to_transform goes with names of modules, and target_modules is a pattern.")
     try:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(options.get(name), str) and options[name] != ALL_LINEAR:

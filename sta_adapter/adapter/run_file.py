@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.adapter.safe_read import read_json
+from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -69,7 +70,7 @@ def read_settings(found: Mapping[str, Any], names: Mapping[str, str], path: Path
 
 
 def read_about(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a page shows of an adapter's `sta_config.json`: names of a few words, and whole numbers.
+    """What a page shows of an adapter's `sta_config.json`: names of a few words, whole numbers, and the settings of STA.
 
     Raises:
         CheckpointError: one is something else.
@@ -81,7 +82,11 @@ def read_about(description: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"{path}: {', '.join(wrong)} of the encoder must be whole numbers.")
     names = {name: _plain(description.get(name) or "", name, path) for name in ("backbone", "sta_adapter_version")}
-    return {**description, **names, "encoder": sizes}
+    try:
+        config = STAConfig.from_dict(description["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {**description, **names, "encoder": sizes, "config": config.to_dict()}
 
 
 def read_stage(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
