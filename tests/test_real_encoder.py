@@ -117,3 +117,25 @@ def test_parameters_are_equal(parts, work):
         watcher = parts["arms"].Watcher(encoder, parts["train"].new_reader(encoder), 2, parts["arms"].ARMS[arm])
         sizes[arm] = sum(p.numel() for p in watcher.adapter())
     assert sizes["sta"] <= sizes["lora"] < 1.1 * sizes["sta"]
+
+
+def test_the_page_and_the_figure_are_those_of_the_committed_runs(parts):
+    table = parts["table"]
+    runs, page = table.load(), (table.DOCS / "proof.md").read_text(encoding="utf-8")
+    assert table.page(runs, page) == page
+    assert table.figure(runs) == (table.DOCS / "figures" / "proof.svg").read_text(encoding="utf-8")
+
+
+def test_the_goal_is_judged_by_seed(parts):
+    def run(arm, seed, correct, val=0.5, lr=1.0):
+        what = {"arm": arm, "seed": seed, "test": True, "share": 1.0, "steps": 1, "lr": lr, "reader_lr": 1.0, "warm": 0}
+        test = {"correct": correct, "total": 600, "accuracy": correct / 600}
+        return {"run": what, "ordered": test, "curve": [{"step": 1, "val": val}]}
+
+    verdict = parts["table"].verdict
+    met = [run("sta", 0, 500), run("lora", 0, 300)]
+    assert "**met in every pair of runs** (1 of 1 pairs" in verdict(met)
+    assert "**not met** (1 of 2 pairs" in verdict([*met, run("sta", 1, 440), run("lora", 1, 300)])
+    assert "**not met** (0 of 0 pairs" in verdict(met[:1])
+    assert "**not met** (0 of 1 pairs" in verdict([*met, run("lora", 0, 550, val=0.9, lr=2.0)])
+    assert "**met" in verdict([*met, run("lora", 0, 550, val=0.1, lr=2.0)])

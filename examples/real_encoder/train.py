@@ -1,7 +1,7 @@
 """The comparison's runs, each resumed where it stopped and written down as one JSON file.
 
 python train.py --work FOLDER prepare                  clips, stored tokens
-python train.py --work FOLDER run sta --seed 0 --lr 5e-4 --steps 600
+python train.py --work FOLDER run sta --seed 0 --lr 1.5e-4 --steps 800
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers import Dinov2Model
 import sta_adapter
 
 RESULTS = Path(__file__).parent / "results"
-CLIP_NORM, WEIGHT_DECAY, WARMUP, SAVE_EVERY = 1.0, 0.01, 50, 50
+CLIP_NORM, WEIGHT_DECAY, WARMUP, SAVE_EVERY, READER_LR = 1.0, 0.01, 50, 50, 5e-4
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,37 @@ def read_frames(work: Path, settings: Settings) -> dict[str, Tensor]:
     return reader.state_dict()
 
 
+def read_clips(work: Path, settings: Settings, steps: int) -> dict[str, Tensor]:
+    """The weights of that reader after so many steps on clips of the untouched encoder, as all runs of `Run.warm` begin."""
+    file = work / f"reader-{steps}.pt"
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    encoder = load_encoder(settings.encoder, work)
+    watcher, data = Watcher(encoder, new_reader(encoder), settings.first, ARMS["reader"]), Data(work, "train")
+    reader = watcher.reader
+    reader.load_state_dict(read_frames(work, settings))
+    optimizer = torch.optim.AdamW(reader.parameters(), READER_LR, weight_decay=WEIGHT_DECAY)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = READER_LR * schedule(step, steps)
+        chosen = picked(len(data.clips), settings.batch, 1000, step)  # an order that no seed of a run has
+        loss = train_step(watcher, optimizer, data.tokens[chosen], data.answers(reader, chosen))
+        if step % 100 == 99:
+            print(f"reader on clips: step {step + 1}, loss {loss:.3f}", flush=True)
+    torch.save(reader.state_dict(), file)
+    return reader.state_dict()
+
+
+def train_step(watcher: Watcher, optimizer: torch.optim.Optimizer, tokens: Tensor, answer: Tensor) -> float:
+    """One step on clips; the loss."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(watcher(tokens, answer), answer)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP_NORM)
+    optimizer.step()
+    return loss.item()
+
+
 def loss_of(logits: Tensor, answer: Tensor) -> Tensor:
     """Cross-entropy of the answer's words."""
     return functional.cross_entropy(logits.float().flatten(0, 1), answer.flatten(), ignore_index=IGNORED)
@@ -152,16 +183,17 @@ class Run:
 
     arm: str
     seed: int = 0
-    lr: float = 5e-4
-    steps: int = 600
-    reader_lr: float = 5e-4
+    lr: float = 1.5e-4
+    steps: int = 800
+    reader_lr: float = READER_LR
+    warm: int = 0  # steps of the reader on clips of the untouched encoder, before the adapter is there
     share: float = 1.0  # of the clips trained on
     test: bool = True  # whether the test's clips are asked at the end
 
     @property
     def name(self) -> str:
         """For files."""
-        part = "" if self.share == 1 else f"-share{self.share:g}"
+        part = ("" if self.share == 1 else f"-share{self.share:g}") + (f"-warm{self.warm}" if self.warm else "")
         kind = "" if self.test else "search-"
         return f"{kind}{self.arm}-seed{self.seed}-lr{self.lr:g}-reader{self.reader_lr:g}-steps{self.steps}{part}"
 
@@ -183,7 +215,7 @@ def run(
         return target
     encoder = load_encoder(settings.encoder, work)
     reader = new_reader(encoder)
-    reader.load_state_dict(read_frames(work, settings))
+    reader.load_state_dict(read_clips(work, settings, what.warm) if what.warm else read_frames(work, settings))
     torch.manual_seed(what.seed)
     watcher = Watcher(encoder, reader, settings.first, ARMS[what.arm])
     groups = [{"params": list(reader.parameters()), "lr": what.reader_lr}]
@@ -201,13 +233,7 @@ def run(
             group["lr"] = rate * schedule(step, what.steps)
         chosen = picked(len(train.clips), settings.batch, what.seed, step)
         answer = train.answers(reader, chosen)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(watcher(train.tokens[chosen], answer), answer)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM)
-        optimizer.step()
-        record["losses"].append(loss.item())
+        record["losses"].append(train_step(watcher, optimizer, train.tokens[chosen], answer))
         record |= {"step": step + 1, "seconds": before + time.process_time() - started}
         if (step + 1) % every == 0:
             accuracy = measure(watcher, val, settings.batch)["accuracy"]
@@ -220,22 +246,23 @@ def run(
             keep(state, watcher, optimizer, record)
         if stopped:
             return None
-    outcome: dict[str, Any] = {"run": asdict(what), "settings": asdict(settings)}
-    outcome |= {
-        "parameters": sum(p.numel() for p in adapter),
-        "curve": record["curve"],
-        "seconds": round(record["seconds"]),
-    }
+    conclude(work, settings, what, watcher, record, target)
+    state.unlink(missing_ok=True)
+    return target
+
+
+def conclude(work: Path, settings: Settings, what: Run, watcher: Watcher, record: dict[str, Any], target: Path) -> None:
+    """Ask the test's clips, keep the adapter, and write the result."""
+    outcome: dict[str, Any] = {"run": asdict(what), "settings": asdict(settings), "curve": record["curve"]}
+    outcome |= {"parameters": sum(p.numel() for p in watcher.adapter()), "seconds": round(record["seconds"])}
     if what.test:
         test = Data(work, "test")
         outcome["ordered"] = measure(watcher, test, settings.batch)
         outcome["shuffled"] = measure(watcher, test, settings.batch, shuffled=True)
     if what.test and watcher.handle is not None and not ARMS[what.arm].lora:
         watcher.handle.save_pretrained(work / "adapters" / what.name)
-    results.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(outcome | made_by(), indent=1) + "\n", encoding="utf-8")
-    state.unlink(missing_ok=True)
-    return target
 
 
 def resume(state: Path, watcher: Watcher, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -317,9 +344,10 @@ def main() -> None:
     one = commands.add_parser("run", help="one run")
     one.add_argument("arm", choices=ARMS)
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--lr", type=float, default=5e-4)
-    one.add_argument("--reader-lr", type=float, default=5e-4)
-    one.add_argument("--steps", type=int, default=600)
+    one.add_argument("--lr", type=float, default=1.5e-4)
+    one.add_argument("--reader-lr", type=float, default=READER_LR)
+    one.add_argument("--warm", type=int, default=0, help="steps of the reader on clips before the adapter is there")
+    one.add_argument("--steps", type=int, default=800)
     one.add_argument("--share", type=float, default=1.0, help="of the clips trained on")
     one.add_argument("--search", action="store_true", help="validation alone; the test's clips are not asked")
     given = parser.parse_args()
@@ -328,7 +356,9 @@ def main() -> None:
     if given.command == "prepare":
         prepare(given.work, settings, given.objects, given.photographs)
     else:
-        what = Run(given.arm, given.seed, given.lr, given.steps, given.reader_lr, given.share, not given.search)
+        what = Run(
+            given.arm, given.seed, given.lr, given.steps, given.reader_lr, given.warm, given.share, not given.search
+        )
         print(run(given.work, settings, what))
 
 
