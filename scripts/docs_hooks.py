@@ -142,11 +142,14 @@ def settings_table(place: str) -> str:
     lines = text.splitlines()
     node = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == name)
     defaults = {f.name: f for f in dataclasses.fields(getattr(importlib.import_module(f"sta_adapter.{module}"), name))}
+    choices = getattr(importlib.import_module(f"sta_adapter.{module}"), "CHOICES", {})
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.target.id in defaults:
             comment = "".join(line.partition("  # ")[2] for line in lines[field.lineno - 1 : field.end_lineno])
             given = defaults[field.target.id]
+            if field.target.id in choices:
+                comment += f"; one of {', '.join(f'`{choice!r}`' for choice in choices[field.target.id])}"
             made = given.default_factory is not dataclasses.MISSING and given.default_factory is not dict
             default = (
                 "see below" if made else "none" if given.default is dataclasses.MISSING else f"`{given.default!r}`"

@@ -1,5 +1,9 @@
 """The errors that a user can cause. Each is a `STAError` and also the builtin that a caller would expect."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class STAError(Exception):
     """Base class of every error that sta-adapter raises on purpose."""
@@ -53,6 +57,24 @@ class DataError(STAError, ValueError):
         super().__init__(reason if source is None else f"{source}: {reason}")
         self.source = source
         self.reason = reason
+
+
+class DivergenceError(STAError, ArithmeticError):
+    """A training's loss is no finite number any more, or has grown a hundredfold."""
+
+
+class TrainingStopped(STAError, RuntimeError):
+    """A signal (Ctrl-C, SIGTERM) has ended a training; what was trained is saved.
+
+    Attributes:
+        signal: its number.
+        checkpoint: the newest one; None where none was saved.
+    """
+
+    def __init__(self, message: str = "", *, signal: int = 0, checkpoint: Path | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.checkpoint = checkpoint
 
 
 class MissingExtraError(STAError, ImportError):

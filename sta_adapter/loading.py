@@ -42,6 +42,7 @@ def load_model(
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> nn.Module:
     """Load a video language model.
 
@@ -53,6 +54,8 @@ def load_model(
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that comes with the model, also where it could be put together without (see
             `sta_adapter.internvideo`).
+        attn_implementation: the base's own attention, "sdpa", "flash_attention_2", "eager" or another that transformers knows;
+            None for its default.
 
     Raises:
         CheckpointError: it can't be had, or is no model for images or video and text.
@@ -68,15 +71,22 @@ def load_model(
     wanted: Any = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     narrow = (
         {} if quantize is None else {"quantization_config": _quantization(quantize, wanted), "device_map": {"": where}}
     )
     published = {} if trust_remote_code else published_config(name, revision)
     if (builder := builder_of(published)) is not None:
+        if attn_implementation is not None:
+            raise ConfigError(
+                f"attn_implementation is {attn_implementation!r}, which has no effect on a model that is put together here; "
+                "leave it out."
+            )
         how = {"dtype": wanted, "device": where, "quantization_config": narrow.get("quantization_config")}
         return builder.load_model(name, published, revision=revision, **how).eval()
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **options)
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         loader = auto_class(transformers, config)
         kwargs = {"dtype" if release >= (4, 56) else "torch_dtype": wanted, **narrow, **options}
         model = loader.from_pretrained(name, **kwargs)

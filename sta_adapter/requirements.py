@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sta_adapter.errors import ConfigError, MissingExtraError
 
-__all__ = ["require_device", "require_free", "require_packages", "require_reporters", "require_writable"]
+__all__ = ["require_device", "require_free", "require_packages", "require_reporters", "reporters", "require_writable"]
 
 
 def require_packages(what: str, extras: Mapping[str, Sequence[str]]) -> None:
@@ -57,15 +57,22 @@ def require_device(name: str | None) -> None:
         raise ConfigError(f"device {name!r} can't be used here: {reason}. Expected one such as cpu.") from error
 
 
+def reporters(asked: str | Sequence[str]) -> list[str]:
+    """The names in a `report_to` such as "tensorboard,wandb"; "auto" is TensorBoard where that is installed."""
+    if asked == "auto":
+        return ["tensorboard"] if find_spec("tensorboard") is not None else ["none"]
+    return [name.strip() for name in asked.split(",")] if isinstance(asked, str) else list(asked)
+
+
 def require_reporters(asked: str | Sequence[str]) -> None:
-    """Refuse a `report_to` that is misspelt, or whose package is missing.
+    """Refuse a `report_to` that is misspelt, whose package is missing, or who would not take a report now.
 
     Raises:
-        ConfigError: there is no such reporter.
+        ConfigError: there is no such reporter, or it has no key, or its server doesn't answer.
         MissingExtraError: its package is not installed.
     """
-    names = [asked] if isinstance(asked, str) else list(asked)
-    if names in ([], ["none"], ["all"]):
+    names = reporters(asked)
+    if names in ([], ["none"], ["all"]) or asked == "auto":
         return
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
@@ -74,9 +81,37 @@ def require_reporters(asked: str | Sequence[str]) -> None:
         try:
             get_reporting_integration_callbacks([name])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"report_to is {name!r}: {str(error).strip(chr(39))} Or none, or all.") from error
+            raise ConfigError(f"report_to is {name!r}: {str(error).strip(chr(39))} Or auto, none, or all.") from error
         if name not in available:
             raise MissingExtraError(f"report_to: {name} needs a package more: pip install {name.replace('_', '-')}")
+        _REPORTER_CHECKS.get(name, lambda: None)()
+
+
+def _check_wandb() -> None:
+    import wandb
+
+    offline = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
+    if not offline and not wandb.api.api_key:
+        raise ConfigError(
+            "report_to: wandb has no API key, and would ask for one in the middle of the run: run wandb login, set "
+            "WANDB_API_KEY, or WANDB_MODE=offline to report later."
+        )
+
+
+def _check_mlflow() -> None:
+    import mlflow
+
+    try:
+        mlflow.search_experiments(max_results=1)
+    except Exception as error:  # whatever the store or the connection says
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"report_to: mlflow can't use {mlflow.get_tracking_uri()!r} ({reason}). Expected a server that answers or a "
+            "store that can be written, in MLFLOW_TRACKING_URI."
+        ) from error
+
+
+_REPORTER_CHECKS = {"wandb": _check_wandb, "mlflow": _check_mlflow}
 
 
 def require_writable(folder: Path) -> None:

@@ -100,6 +100,22 @@ def test_settings_files_are_taken():
         TrainingConfig.from_dict(yaml.safe_load(block))  # raises for an unknown name
 
 
+@pytest.mark.parametrize("place", ["training.config.TrainingConfig", "video.frame_settings.FrameSettings"])
+def test_each_setting_has_a_meaning_and_its_choices(place):
+    from sta_adapter.training.config import CHOICES
+
+    rows = importlib.import_module("docs_hooks").settings_table(place).splitlines()[2:]
+    names = [row.split("`")[1] for row in rows]
+    module, _, cls = place.rpartition(".")
+    fields = getattr(importlib.import_module(f"sta_adapter.{module}"), cls).__dataclass_fields__
+    assert names == list(fields)
+    for name, row in zip(names, rows, strict=True):
+        meaning = row.split("|")[3].strip()
+        assert len(meaning) > 10, row
+        if place.startswith("training"):
+            assert all(f"`{choice!r}`" in meaning for choice in CHOICES.get(name, ())), row
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_are_filled_in(page):
     made = importlib.import_module("docs_hooks").prepared(PAGES[page], page)

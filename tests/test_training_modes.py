@@ -61,7 +61,7 @@ def test_bf16_on_the_cpu(tmp_path, model, dataset):  # noqa: F811
 
 
 def test_fp16_is_not_silently_fp32(tmp_path, model, dataset, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("sta_adapter.training.stage._has_accelerator", lambda: False)
+    monkeypatch.setattr("sta_adapter.training.arguments.has_accelerator", lambda: False)
     config = TrainingConfig(**FAST, precision="fp16")
     with pytest.raises(ConfigError, match="precision fp16 needs a GPU"):
         train(model, dataset, output_dir=tmp_path, stage="1", config=config, progress=False)

@@ -8,6 +8,7 @@ import logging
 import sys
 import traceback
 import warnings
+from typing import Any
 
 import click
 
@@ -33,6 +34,11 @@ COMMANDS = {
 
 class LazyGroup(click.Group):
     """A group whose commands live in `sta_adapter.cli.NAME`, as an object called `command`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words, for commands that say how to go on."""
+        ctx.meta["sta_adapter.words"] = list(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the workflow."""
@@ -69,7 +75,8 @@ def cli(verbose: bool) -> None:
 
     Example: sta-adapter demo --out sta-demo
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_BesideBars()])
 
 
 def _keep_warnings_of_other_packages_quiet() -> None:
@@ -81,9 +88,44 @@ def _keep_warnings_of_other_packages_quiet() -> None:
         warnings.filterwarnings("default", category=category, module=r"sta_adapter(\.|$)")
 
 
+class _BesideBars(logging.StreamHandler):
+    """Writes lines that stand by themselves while a bar is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line, or several."""
+        _write_line(self.format(record))
+
+
+def _write_line(text: str) -> None:
+    """Write to standard error, above the bars that are shown."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        sys.stderr.write(f"{text}\n")
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning of ours in its words alone; any other as Python writes it."""
+    ours = category.__module__.startswith("sta_adapter")
+    plain = (
+        f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    )
+    _write_line(plain)
+
+
+def _close_bars() -> None:
+    """What is written next stands on a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+
+
 def main() -> None:
     """Run the command line; any error ends it with one message and exit code 1, with --debug after its traceback."""
     _keep_warnings_of_other_packages_quiet()
+    warnings.showwarning = _show_warning
     words = sys.argv[1:]
     debug = DEBUG in words
     try:
@@ -91,6 +133,7 @@ def main() -> None:
     except Exception as error:
         from sta_adapter.cli.known_errors import in_one_line
 
+        _close_bars()
         if debug:
             traceback.print_exc()
         click.secho(f"error: {in_one_line(error)}", fg="red", err=True)

@@ -11,7 +11,8 @@ import click
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 
-POSITIONS = "Text: trained or transformers. [default: as trained]"
+POSITIONS = "trained or transformers. [default: as trained]"
+WORDS = "sta_adapter.words"  # where the words of the command line are kept
 
 
 class _GroupedOption(click.Option):
@@ -96,6 +97,11 @@ def find_adapter(adapter: str | None, revision: str | None, any_base: bool = Fal
     from sta_adapter.adapter.hub import resolve_adapter
 
     return resolve_adapter(adapter, revision)
+
+
+def given_words() -> list[str]:
+    """The words of the command line, the sub-command first."""
+    return list(click.get_current_context().find_root().meta.get(WORDS, ()))
 
 
 def quantize_option(command: Any) -> Any:

@@ -5,6 +5,10 @@ Every option can also stand in the YAML file, under its own name.
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,14 @@ from sta_adapter.cli.options import (
     Grouped,
     data_options,
     find_adapter,
+    given_words,
     merged,
     model_options,
     option,
     parse_settings,
     quantize_option,
 )
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, TrainingStopped
 from sta_adapter.requirements import require_reporters, require_writable
 
 __all__ = ["command"]
@@ -39,6 +44,7 @@ RUN_OPTIONS = (
     "positions",
     "dtype",
     "quantize",
+    "attn_implementation",
     "videos",
     "format",
     *FLAGS,
@@ -74,9 +80,14 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Settings", "--batch-size", type=int, metavar="N", help="Clips a step. [default: 64]")
 @option("Settings", "--max-steps", type=int, metavar="N", help="Instead of epochs; tar shards need it.")
 @option("Settings", "--epochs", type=float, metavar="N", help="[default: 1]")
+@option("Settings", "--early-stopping", type=int, metavar="N", help="After N evaluations without a better one.")
+@option("Settings", "--num-workers", type=int, metavar="N", help="Processes that decode. [default: 2]")
+@option("Settings", "--seed", type=int, metavar="N", help="[default: 0]")
+@option("Settings", "--run-name", metavar="NAME", help="In TensorBoard, W&B, MLflow (--set report_to).")
 @option("Settings", "--on-bad-sample", type=click.Choice(["skip", "error"]), metavar="WHAT", help="skip or error.")
 @quantize_option
 @model_options
+@option("Model", "--attn-implementation", metavar="NAME", help="sdpa, flash_attention_2, eager.")
 @option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
 def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
@@ -122,19 +133,18 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     data = open_data(run["data"], processor, settings, **how)
     eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
     narrow = run["quantize"]
-    model = load_model(run["model"], dtype=run["dtype"] or "auto", device=_device(narrow), quantize=narrow, **source)
+    kind = {"dtype": run["dtype"] or "auto", "quantize": narrow, "attn_implementation": run["attn_implementation"]}
+    model = load_model(run["model"], device=_device(narrow), **kind, **source)
     use_positions_of(model, run["positions"], saved_positions(adapter) if adapter else None)
     if adapter is not None:
         model = load_adapter(model, adapter, is_trainable=True)
-    result = train(
-        model,
-        data,
-        output_dir=run["out"],
-        stage=run["stage"],
-        config=settings,
-        eval_data=eval_data,
-        overwrite=run["overwrite"],
-    )
+    how = {"output_dir": run["out"], "stage": run["stage"], "config": settings}
+    try:
+        result = train(model, data, **how, eval_data=eval_data, overwrite=run["overwrite"])
+    except TrainingStopped as stopped:
+        if is_rank_zero():
+            _say_how_to_go_on(stopped, run)
+        sys.exit(128 + stopped.signal)
     if is_rank_zero():
         _report(run["model"], result)
 
@@ -143,19 +153,37 @@ def _device(narrow: str | None) -> str:
     """Where the base is loaded: quantised weights can't move, others are moved by the trainer."""
     if narrow is None:
         return "cpu"
-    from sta_adapter.training.stage import join_processes
+    from sta_adapter.training.arguments import join_processes
 
     return str(join_processes().device)
 
 
+def _say_how_to_go_on(stopped: TrainingStopped, run: dict[str, Any]) -> None:
+    """The same command, without what would throw the run away."""
+    saved = (
+        "No checkpoint was saved" if stopped.checkpoint is None else f"{shlex.quote(str(stopped.checkpoint))} is saved"
+    )
+    click.echo(f"Stopped by {signal.Signals(stopped.signal).name}. {saved}. To go on:", err=True)
+    words = [word for word in given_words() if word != "--overwrite"]
+    if run["overwrite"] and words == given_words():
+        click.echo("  (without overwrite: true in the file of settings, which would throw it away)", err=True)
+    launched = "" if "LOCAL_RANK" not in os.environ else "  # with the words of accelerate launch in front, as before"
+    click.echo(f"  {shlex.join(['sta-adapter', *words])}{launched}", err=True)
+
+
 def _report(model: str, result: Any) -> None:
+    before = result.finished_before
     for name, stage in result.stages.items():
+        done = "was finished before: " if name in before else ""
         losses = [entry["loss"] for entry in stage["history"] if "loss" in entry]
         loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
         click.echo(
-            f"stage {name}: {stage['trainable_parameters']:,} parameters, {stage['steps']} steps, {stage['seconds']:.0f} s{loss}"
+            f"stage {name}: {done}{stage['trainable_parameters']:,} parameters, {stage['steps']} steps, {stage['seconds']:.0f} s{loss}"
         )
     if result.bad_samples:
         click.secho(f"{len(result.bad_samples)} bad samples were skipped; stage*/result.json lists them.", fg="yellow")
-    click.echo(f"The adapter is in {result.output_dir}.")
-    click.echo(f"Next: sta-adapter evaluate --model {model} --adapter {result.output_dir} --data FILE")
+    if len(before) == len(result.stages):
+        click.echo("Nothing was trained. A larger --epochs or --max-steps goes on; --overwrite begins anew.")
+    folder = shlex.quote(str(result.output_dir))
+    click.echo(f"The adapter is in {folder}.")
+    click.echo(f"Next: sta-adapter evaluate --model {shlex.quote(model)} --adapter {folder} --data FILE")

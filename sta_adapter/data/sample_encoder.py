@@ -18,6 +18,7 @@ from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError
+from sta_adapter.data.worker_signals import ready_worker
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -61,6 +62,8 @@ class SampleEncoder:
         Raises:
             DataError: it can't be used, and `on_bad_sample` is "error".
         """
+        if get_worker_info() is not None:
+            ready_worker()
         try:
             if sample.problem is not None:
                 raise DataError(sample.problem)

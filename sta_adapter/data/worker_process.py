@@ -23,6 +23,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
+from sta_adapter.data.worker_signals import die_with_parent
 from sta_adapter.errors import DataError, STAError, VideoError
 
 __all__ = ["Isolated", "POSSIBLE", "ProcessError", "worker_errors"]
@@ -130,7 +131,9 @@ class Isolated:
 
 def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None:
     """Answer calls until the caller is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # the caller's business, who kills
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

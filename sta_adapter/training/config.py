@@ -33,6 +33,7 @@ _AT_LEAST_ONE = (
     "max_steps",
     "save_steps",
     "eval_steps",
+    "early_stopping",
     "logging_steps",
     "max_length",
 )
@@ -46,6 +47,7 @@ _NOT_NEGATIVE = (
     "shuffle_buffer",
     "lora_dropout",
     "decode_timeout",
+    "save_minutes",
 )
 OPTIONAL = (  # None has a meaning
     "device_batch_size",
@@ -54,12 +56,19 @@ OPTIONAL = (  # None has a meaning
     "max_length",
     "sta_learning_rate",
     "decode_timeout",
+    "save_minutes",
+    "early_stopping",
 )
 # of the whole run: both stages share model, STA and data
 OF_THE_RUN = ("sta", "sta_config", "frames", "on_bad_sample", "max_length", "shuffle_buffer", "decode_timeout", "stage1", "stage2")  # fmt: skip
 DEVICE_BATCH_SIZE = 4  # at most, where it isn't set
-# What may differ when an interrupted run is taken up again: it doesn't change the weights that come out.
-HARMLESS = ("save_steps", "keep_checkpoints", "logging_steps", "num_workers", "decode_timeout", "report_to")
+# What may differ when an interrupted run is taken up again: it doesn't change the weights that come out (the last two: but
+# for rounding).
+HARMLESS = (
+    *("save_steps", "save_minutes", "keep_checkpoints", "logging_steps", "num_workers", "decode_timeout", "report_to"),
+    *("run_name", "device_batch_size", "gradient_checkpointing"),
+)
+LENGTH = ("epochs", "max_steps")  # what may be raised, to go on with a run that has ended
 
 
 @dataclass(frozen=True)
@@ -67,47 +76,50 @@ class TrainingConfig:
     """Settings of a run; `stage1` and `stage2` hold what differs in one stage, under the same names."""
 
     # optimisation
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # the highest of the schedule, of all that trains
     sta_learning_rate: float | None = None  # of STA's parameters; None: as learning_rate
     weight_decay: float = 0.0  # never on norms, biases and gamma
-    schedule: str = "cosine"
-    warmup: float = 0.02  # share of all steps
+    schedule: str = "cosine"  # how the learning rate goes on after the warm-up
+    warmup: float = 0.02  # share of all steps in which the learning rate rises from 0
     batch_size: int = 64  # clips a step, over all devices
     device_batch_size: int | None = None  # clips on one device at a time, the rest is accumulated; None: up to 4
-    epochs: float = 1.0
-    max_steps: int | None = None  # instead of epochs
-    max_grad_norm: float = 1.0
-    precision: str = "auto"  # bf16 where CUDA supports it, else fp32
-    gradient_checkpointing: bool | str = False  # True, or "reentrant" for the older kind
-    seed: int = 0
+    epochs: float = 1.0  # passes over the data; raised later, it extends a run
+    max_steps: int | None = None  # instead of epochs; raised later, it extends a run
+    max_grad_norm: float = 1.0  # longer gradients are shortened to it; 0: none is
+    precision: str = "auto"  # auto: bf16 where CUDA supports it, else fp32
+    gradient_checkpointing: bool | str = False  # True: less memory, more time; "reentrant" for the older kind
+    seed: int = 0  # of fresh weights, the order of clips and dropout
     # what is trained
     sta: bool = True  # False: LoRA alone, the baseline
     sta_config: dict[str, Any] = field(default_factory=dict)  # fields of STAConfig
-    lora_targets: str = "all"  # language model and vision encoder, or "language" model only
-    lora_rank: int = 16
-    lora_alpha: int = 16
+    lora_targets: str = "all"  # all: language model and vision encoder; language: the language model only
+    lora_rank: int = 16  # of all layers but attn.qkv
+    lora_alpha: int = 16  # LoRA's update is scaled by alpha / rank
     lora_qkv_rank: int = 32  # of the vision encoder's attn.qkv
-    lora_qkv_alpha: int = 32
-    lora_dropout: float = 0.0
+    lora_qkv_alpha: int = 32  # of the vision encoder's attn.qkv
+    lora_dropout: float = 0.0  # share of LoRA's inputs that are dropped in training
     # data
-    frames: FrameSettings = field(default_factory=FrameSettings)
-    on_bad_sample: str = "skip"
-    max_length: int | None = None  # tokens; longer samples are bad samples
+    frames: FrameSettings = field(default_factory=FrameSettings)  # how clips are sampled, see below
+    on_bad_sample: str = "skip"  # skip: count and name it; error: stop
+    max_length: int | None = None  # tokens; longer samples are bad samples; None: no limit
     num_workers: int = 2  # processes that decode
     shuffle_buffer: int = 100  # tar shards: samples that each of them holds in memory to mix them
     decode_timeout: float | None = (
-        DECODE_TIMEOUT  # seconds a sample's clips may take in one; slower ones are bad samples
+        DECODE_TIMEOUT  # seconds a sample's clips may take in one; slower ones are bad samples; None: no limit
     )
     # bookkeeping
-    logging_steps: int = 10
-    save_steps: int = 500
-    keep_checkpoints: int = 2
+    logging_steps: int = 10  # steps from one log of loss and learning rate to the next; short runs log more often
+    save_steps: int = 100  # steps from one checkpoint to the next, unless evaluations decide (keep_best)
+    save_minutes: float | None = 15.0  # minutes without a checkpoint after which one is saved; None: never by time
+    keep_checkpoints: int = 2  # how many stay, the newest and the best always
     eval_steps: int | None = None  # None: once at the end of each epoch, if there is something to evaluate
     keep_best: bool = True  # end with the checkpoint of the best evaluation, not the last, if there are evaluations
-    report_to: str = "none"  # "tensorboard", "wandb", ...
+    early_stopping: int | None = None  # evaluations in a row without a better one that end the stage; None: any number
+    report_to: str = "auto"  # auto (TensorBoard, if installed), none, all, or names: "tensorboard,wandb"
+    run_name: str | None = None  # of the run, in what report_to names
     # per stage
-    stage1: dict[str, Any] = field(default_factory=dict)
-    stage2: dict[str, Any] = field(default_factory=dict)
+    stage1: dict[str, Any] = field(default_factory=dict)  # settings that hold in stage one only
+    stage2: dict[str, Any] = field(default_factory=dict)  # settings that hold in stage two only
 
     def __post_init__(self) -> None:
         """Check every value."""

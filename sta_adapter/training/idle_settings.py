@@ -52,6 +52,10 @@ def check_idle(
 
 
 def _check_evaluation(stage: TrainingConfig, *, evaluated: bool) -> None:
+    if stage.early_stopping is not None and not evaluated:
+        raise ConfigError("early_stopping counts evaluations, and there are none: pass eval_data (--eval-data FILE).")
+    if stage.early_stopping is not None and not stage.keep_best:
+        raise ConfigError("early_stopping has no effect with keep_best: false; leave one of them out.")
     if not evaluated:
         if stage.eval_steps is not None:
             raise ConfigError(

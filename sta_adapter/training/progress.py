@@ -1,44 +1,148 @@
-"""The bar that training shows."""
+"""What training shows: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-__all__ = ["ProgressBar"]
+from sta_adapter.training.watch import Watch
 
-HIDDEN = ("_runtime", "_score", "_per_second")
+__all__ = ["Progress"]
+
+HIDDEN = ("_runtime", "_score", "_per_second", "_time")
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+RECENT = 20  # steps over which speed is measured
 
 
-class ProgressBar(TrainerCallback):
-    """One bar for a stage, with the latest loss of training beside it, and what the latest evaluation measured as `eval_...`."""
+class Progress(TrainerCallback):
+    """Step, loss of training, learning rate, clips a second, memory, time left, and what the latest evaluation measured.
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    Args:
+        label: of the stage.
+        watch: knows each step's loss.
+        clips: of a step.
+        measured: what an evaluation measures, in words.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        watch: Watch,
+        clips: int,
+        measured: str = "loss",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.label, self.watch, self.clips, self.measured, self.clock = label, watch, clips, measured, clock
         self.bar: Any = None
-        self.shown: dict[str, str] = {}
+        self.inner: Any = None
+        self.in_terminal = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.evaluated: dict[str, float] = {}
+        self._ends: deque[float] = deque(maxlen=RECENT + 1)
+        self._rate = 0.0
+        self._shows = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        from tqdm.auto import tqdm
+        self._shows = state.is_world_process_zero
+        self._ends.append(self.clock())
+        if self._shows and self.in_terminal:
+            self.bar = _bar(state.max_steps, state.global_step, self.label, BAR)
 
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
         """One step on."""
+        self._ends.append(self.clock())
+        if lr_scheduler is not None:
+            self._rate = lr_scheduler.get_last_lr()[0]
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix_str(" ".join([*self._now(), *self._found()]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the loss and what was measured."""
+        """Show what was measured; without a terminal, a line."""
+        found = {key: value for key, value in (logs or {}).items() if key.startswith("eval_")}
+        self.evaluated |= {k: v for k, v in found.items() if isinstance(v, float) and not k.endswith(HIDDEN)}
         if self.bar is not None:
-            values = {k: v for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_")}
-            self.shown |= {k: f"{v:.3f}" for k, v in values.items() if isinstance(v, float) and not k.endswith(HIDDEN)}
-            self.bar.set_postfix(self.shown)
+            self.bar.set_postfix_str(" ".join([*self._now(), *self._found()]))
+        elif self._shows and (found or "loss" in (logs or {})):
+            shown = self._found() if found else [*self._now(), f"left {self._left(state)}"]
+            self.say(f"{self.label}: step {state.global_step}/{state.max_steps}, {', '.join(shown)}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """One batch of an evaluation on."""
+        if self._shows and self.inner is None:
+            total, text = len(eval_dataloader), f"{self.label}: measuring {self.measured}"
+            if self.in_terminal:
+                self.inner = _bar(total, 0, text, None, leave=False)
+            else:
+                self.inner = object()
+                self.say(f"{text}, {total} batches")
+        if self.in_terminal and self.inner is not None:
+            self.inner.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The evaluation is over."""
+        self._close_inner()
+
+    def close(self) -> None:
+        """Close the bars, so that what is said next stands on a line of its own."""
+        self._close_inner()
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+
+    def _close_inner(self) -> None:
+        if self.in_terminal and self.inner is not None:
+            self.inner.close()
+        self.inner = None
+
+    def _now(self) -> list[str]:
+        shown = [] if self.watch.loss is None else [f"loss {self.watch.loss:.3g}"]
+        speed = self._speed()
+        shown += [f"lr {self._rate:.2g}"] + ([] if speed is None else [f"{speed * self.clips:.3g} clips/s"])
+        return [*shown, f"{memory() / 1e9:.1f} GB"]
+
+    def _found(self) -> list[str]:
+        return [f"{name} {value:.3g}" for name, value in self.evaluated.items()]
+
+    def _speed(self) -> float | None:
+        """Steps a second, lately."""
+        taken = self._ends[-1] - self._ends[0] if self._ends else 0.0
+        return (len(self._ends) - 1) / taken if taken > 0 else None
+
+    def _left(self, state: Any) -> str:
+        speed = self._speed()
+        left = None if speed is None else timedelta(seconds=round((state.max_steps - state.global_step) / speed))
+        return "unknown" if left is None else str(left)
+
+    def say(self, line: str) -> None:
+        """A line where the bar is shown."""
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def memory() -> int:
+    """Bytes in use: the most that was reserved on the GPU, or those of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    import psutil
+
+    found: int = psutil.Process().memory_info().rss
+    return found
+
+
+def _bar(total: int, initial: int, text: str, form: str | None, **options: Any) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=initial, desc=text, bar_format=form, dynamic_ncols=True, **options)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from sta_adapter.adapter.lora_weights import lora_files
 from sta_adapter.adapter.save import adapter_files
@@ -27,19 +27,23 @@ from sta_adapter.data.collator import Collator
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.data.worker_process import worker_errors
-from sta_adapter.distributed import full_shape, is_sharded, on_rank_zero
-from sta_adapter.errors import ConfigError
+from sta_adapter.data.worker_signals import end_workers, outlasting_signals
+from sta_adapter.distributed import full_shape, is_rank_zero, is_sharded, on_rank_zero
+from sta_adapter.errors import CheckpointError, ConfigError, TrainingStopped
 from sta_adapter.injection.contents import adapter_contents
 from sta_adapter.injection.handle import STAHandle, get_sta
-from sta_adapter.requirements import require_reporters
+from sta_adapter.training.arguments import join_processes, training_arguments
 from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
-from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.config import LENGTH, TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized
+from sta_adapter.training.identity import write_json
 from sta_adapter.training.lora import lora_config, lora_parameters, require_same_lora
-from sta_adapter.training.progress import ProgressBar
+from sta_adapter.training.progress import Progress
+from sta_adapter.training.summary import describe
 from sta_adapter.training.trainer import AdapterTrainer
+from sta_adapter.training.watch import EarlyStopping, Signals, Watch
 
-__all__ = ["Stage", "join_processes"]
+__all__ = ["Stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ class Stage:
         dataset: what it trains on.
         eval_dataset: what the loss is measured on.
         eval_fn: what is measured instead.
+        signals: that end the run.
+        extends: whether a finished stage goes on, when it is to be longer now.
     """
 
     name: str
@@ -65,6 +71,8 @@ class Stage:
     dataset: VideoDataset | StreamDataset
     eval_dataset: VideoDataset | StreamDataset | None = None
     eval_fn: Callable[[nn.Module], dict[str, float]] | None = None
+    signals: Signals = field(default_factory=Signals)
+    extends: bool = True
 
     def prepare(self, model: nn.Module, handle: STAHandle | None) -> tuple[nn.Module, STAHandle | None]:
         """Decide what trains. PEFT copies the STA modules, so what counts afterwards is the handle that comes back."""
@@ -87,26 +95,47 @@ class Stage:
             parameter.requires_grad_(True)
         return model, handle
 
+    def finished(self) -> dict[str, Any] | None:
+        """What an earlier call that finished this stage left; None where there is something to train."""
+        file = self.folder / RESULT_FILE
+        if not file.exists():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        longer = found.get("length", self._length()) != self._length()
+        return None if longer and self.extends else found
+
     def run(
         self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any] = (), progress: bool = True
     ) -> dict[str, Any]:
-        """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds."""
-        finished = self.folder / RESULT_FILE
-        if finished.exists():
+        """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds.
+
+        Raises:
+            DivergenceError: the loss is not finite, or has grown a hundredfold.
+            TrainingStopped: a signal came, and what was trained is saved.
+        """
+        found = self.finished()
+        if found is not None:
             logger.info("stage %s is finished already in %s", self.name, self.folder)
             load_trained(model, self.folder)
-            return json.loads(finished.read_text(encoding="utf-8"))
+            return found
         started = time.perf_counter()
         with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
-            trainer = self._trainer(model, handle, callbacks, progress)
+            watch = Watch(f"stage {self.name}", self.config, self.folder, self.signals)
+            shown = Progress(f"stage {self.name}", watch, self.config.batch_size, self.measured())
+            trainer = self._trainer(model, handle, watch, [*callbacks, *([shown] if progress else [])])
             on_rank_zero(lambda: drop_incomplete(self.folder))
             checkpoint = last_checkpoint(self.folder)
+            if checkpoint is None and (self.folder / RESULT_FILE).exists():
+                raise CheckpointError(f"{self.folder} holds a finished stage without a checkpoint to go on from.")
             if checkpoint is not None:
                 logger.info("going on from %s", checkpoint)
                 trainer.go_on_after(checkpoint)
-            if checkpoint is None or not trainer.ended_in(checkpoint):
-                with worker_errors():
-                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if progress and is_rank_zero():
+                shown.say("\n".join(describe(self, model, checkpoint)))
+            if checkpoint is None or not trainer.ended_in(checkpoint, self.steps()):
+                self._train(trainer, checkpoint, shown)
+            if watch.stopped:
+                raise self.stopped()
             trainer.require_used()
             trainer.save_model(str(self.folder))
         result = {
@@ -115,13 +144,59 @@ class Stage:
             "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
             "bad_samples": trainer.sample_counts()["bad_samples"],
             "history": trainer.state.log_history,
+            "length": self._length(),
         }
-        on_rank_zero(lambda: write_json(finished, result))
+        on_rank_zero(lambda: write_json(self.folder / RESULT_FILE, result))
         return result
 
+    def _train(self, trainer: AdapterTrainer, checkpoint: Path | None, shown: Progress) -> None:
+        others = multiprocessing.active_children()
+        trainer.add_callback(_EndWorkers(trainer.watch, others))
+        try:
+            with worker_errors(), outlasting_signals():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            shown.close()
+            end_workers(others)
+
+    def stopped(self) -> TrainingStopped:
+        """What is said after a signal."""
+        last, number = last_checkpoint(self.folder), self.signals.received
+        saved = "no checkpoint was saved" if last is None else f"{last} is saved"
+        return TrainingStopped(
+            f"stage {self.name} was stopped by {signal.Signals(number).name}; {saved}. Call train again with the same "
+            "arguments to go on.",
+            signal=number,
+            checkpoint=last,
+        )
+
+    def _length(self) -> dict[str, Any]:
+        """How long the stage is by its settings."""
+        return {name: getattr(self.config, name) for name in LENGTH}
+
+    def evaluates(self) -> bool:
+        """Whether anything is measured."""
+        return self.eval_fn is not None or self.eval_dataset is not None
+
+    def saves_by_steps(self) -> bool:
+        """Whether checkpoints come every `save_steps`; else with each evaluation, for the best to be kept."""
+        return not (self.evaluates() and self.config.keep_best)
+
+    def steps(self) -> int:
+        """How many steps the stage has."""
+        config = self.config
+        return config.max_steps or math.ceil(config.epochs * math.ceil(self._samples() / config.batch_size))
+
+    def measured(self) -> str:
+        """What evaluations measure, in words."""
+        if self.eval_fn is not None:
+            return "what eval_fn measures"
+        return "the loss" if self.eval_dataset is None else f"the loss on {len(cast(Sized, self.eval_dataset))} samples"
+
     def _trainer(
-        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any], progress: bool
+        self, model: nn.Module, handle: STAHandle | None, watch: Watch, callbacks: Sequence[Any]
     ) -> AdapterTrainer:
+        patience = self.config.early_stopping
         with trainable_when_quantized(model):
             trainer = AdapterTrainer(
                 model=model,
@@ -129,10 +204,11 @@ class Stage:
                 train_dataset=self.dataset,
                 eval_dataset=self.eval_dataset or (self.dataset if self.eval_fn else None),
                 data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.config.on_bad_sample),
-                callbacks=[*callbacks, *([ProgressBar(f"stage {self.name}")] if progress else [])],
+                callbacks=[watch, *callbacks, *([] if patience is None else [EarlyStopping(patience)])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
                 adapter_files=lambda: lora_files(model) if handle is None else adapter_files(*adapter_contents(handle)),
+                watch=watch,
                 eval_fn=self.eval_fn,
             )
         trainer.remove_callback(PrinterCallback)
@@ -140,44 +216,9 @@ class Stage:
 
     def _arguments(self) -> TrainingArguments:
         """The settings in the trainer's words."""
-        config = self.config
-        device_batch, accumulation = config.device_batches(join_processes().num_processes)
-        step_clips = config.batch_size
-        total = config.max_steps or math.ceil(config.epochs * math.ceil(self._samples() / step_clips))
-        precision = _precision(config.precision)
-        require_reporters(config.report_to)
-        # the settings decide: else what a launcher, or on older transformers the run before, has asked for would hold
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
-        arguments = TrainingArguments(
-            output_dir=str(self.folder),
-            per_device_train_batch_size=device_batch,
-            per_device_eval_batch_size=device_batch,
-            gradient_accumulation_steps=accumulation,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=math.ceil(config.warmup * total),
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps or -1,
-            max_grad_norm=config.max_grad_norm,
-            use_cpu=not _has_accelerator(),  # otherwise bf16 is refused there
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            seed=config.seed,
-            logging_steps=config.logging_steps,
-            dataloader_num_workers=self._workers(),
-            ignore_data_skip=isinstance(self.dataset, StreamDataset),  # it finds its place itself
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            prediction_loss_only=True,
-            report_to=config.report_to,
-            disable_tqdm=True,
-            **self._saving(),
-        )
-        arguments._n_gpu = min(
-            arguments.n_gpu, 1
-        )  # never nn.DataParallel, whose copies of modules lose the hooks' state
-        return arguments
+        measured = "eval_score" if self.eval_fn is not None else None if self.eval_dataset is None else "eval_loss"
+        streamed = isinstance(self.dataset, StreamDataset)
+        return training_arguments(self.config, self.folder, self.steps(), self._workers(), measured, streamed)
 
     def _samples(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -188,46 +229,14 @@ class Stage:
             return self.dataset.usable_workers(wanted, join_processes().num_processes)
         return 0 if self.dataset.cached else wanted
 
-    def _saving(self) -> dict[str, Any]:
-        """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""
-        config = self.config
-        if self.eval_fn is None and self.eval_dataset is None:
-            return {"save_strategy": "steps", "save_steps": config.save_steps, "eval_strategy": "no"}
-        evaluating: dict[str, Any] = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
-        if config.eval_steps:
-            evaluating["eval_steps"] = config.eval_steps
-        if not config.keep_best:
-            return {"save_strategy": "steps", "save_steps": config.save_steps, **evaluating}
-        return {
-            **evaluating,
-            "save_strategy": evaluating["eval_strategy"],
-            "save_steps": config.eval_steps or config.save_steps,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss" if self.eval_fn is None else "eval_score",
-            "greater_is_better": self.eval_fn is not None,
-        }
 
+class _EndWorkers(TrainerCallback):
+    """After the checkpoint of a stopped stage, what is still being decoded is of no use."""
 
-def join_processes() -> PartialState:
-    """The processes of one run find each other; a process on its own is one of one."""
-    return PartialState(cpu=not _has_accelerator())
+    def __init__(self, watch: Watch, others: Sequence[Any]) -> None:
+        self.watch, self.others = watch, others
 
-
-def _has_accelerator() -> bool:
-    return bool(getattr(torch, "accelerator", torch.cuda).is_available())
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file all at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _precision(asked: str) -> str:
-    if asked == "fp16" and not _has_accelerator():
-        raise ConfigError("precision fp16 needs a GPU: on the CPU it would be fp32 silently; take bf16, fp32 or auto.")
-    if asked != "auto":
-        return asked
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the workers."""
+        if self.watch.stopped:
+            end_workers(self.others)

@@ -37,7 +37,8 @@ from sta_adapter.training.checkpoints import (
     rotate,
     trained_state,
 )
-from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.config import LENGTH, TrainingConfig
+from sta_adapter.training.watch import Watch, stopped_early
 
 __all__ = ["AdapterTrainer", "parameter_groups"]
 
@@ -53,6 +54,7 @@ class AdapterTrainer(Trainer):
         config: learning rates and weight decay.
         sta_parameters: which parameters are STA's, asked when the optimizer is made.
         adapter_files: gives contents of the adapter's files by name; called on all processes.
+        watch: looks at the loss of each step; it is one of the callbacks.
         eval_fn: what `evaluate` gives instead of the loss, from the model to names and values.
         kwargs: of `Trainer`.
     """
@@ -63,10 +65,12 @@ class AdapterTrainer(Trainer):
         config: TrainingConfig,
         sta_parameters: Callable[[], Iterator[nn.Parameter]],
         adapter_files: Callable[[], dict[str, bytes]],
+        watch: Watch,
         eval_fn: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.watch = watch
         self.config = config
         self.sta_parameters = sta_parameters
         self.adapter_files = adapter_files
@@ -106,17 +110,22 @@ class AdapterTrainer(Trainer):
         One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero weight.
         """
         self._count(inputs.pop("bad_samples", []))
-        if "input_ids" not in inputs:
+        usable = "input_ids" in inputs
+        if not usable:
             if not self.batches_used and len(self.bad_samples) >= BAD_BATCHES:
                 raise DataError(
                     f"the first {len(self.bad_samples)} samples are all bad, first {next(iter(self.bad_samples))}"
                 )
             if not is_parallel():
-                return torch.zeros((), device=self.args.device)
+                loss = torch.zeros((), device=self.args.device)
+                self.watch.add(loss, usable)
+                return loss
             inputs = placeholder(self.args.device)
         else:
             self.batches_used += 1
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.watch.add(loss, usable)
+        return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As the base class; only a model with STA takes `clip_lengths`."""
@@ -185,7 +194,7 @@ class AdapterTrainer(Trainer):
         Raises:
             CheckpointError: the weights are not finite, or the folder can't be written; what was there stays.
         """
-        counts = json.dumps({**self.sample_counts(), "place": self.position.saved()}).encode()
+        counts = json.dumps({**self.sample_counts(), "place": self.position.saved(), "length": self._length()}).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
         on_rank_zero(lambda: replace_files(output_dir or str(self.args.output_dir), files))
 
@@ -220,10 +229,24 @@ class AdapterTrainer(Trainer):
             saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))["place"]
             self.position = self.position.resumed(saved, step, self.args.gradient_accumulation_steps)
 
-    def ended_in(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is that of the last step; then it is loaded, as the base class would train a step too many."""
+    def _length(self) -> dict[str, Any]:
+        return {name: getattr(self.config, name) for name in LENGTH}
+
+    def ended_in(self, checkpoint: Path, steps: int) -> bool:
+        """Whether a checkpoint is that of the last step; then it is loaded, as the base class would train a step too many.
+
+        Args:
+            checkpoint: its folder.
+            steps: how many there are to be, if the settings say another length than when it was saved.
+        """
+        saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        patience, args = self.config.early_stopping, self.args
+        early = patience is not None and stopped_early(
+            state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), patience
+        )
+        last = state.max_steps if saved.get("length", self._length()) == self._length() else steps
+        if state.global_step < last and not early:
             return False
         self.state = state
         self._load_from_checkpoint(str(checkpoint))

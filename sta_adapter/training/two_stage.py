@@ -7,10 +7,8 @@ arguments after a crash goes on from the last checkpoint, and ends with the weig
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,32 +16,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from sta_adapter.adapter.format import WEIGHTS
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
 from sta_adapter.adapter.save import replace_files
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
-from sta_adapter.data.fingerprint import fingerprint_processor
 from sta_adapter.data.samples import open_samples, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
-from sta_adapter.distributed import on_rank_zero
+from sta_adapter.distributed import is_rank_zero, on_rank_zero
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.injection.fingerprint import fingerprint_start
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.injection.registry import locate
-from sta_adapter.injection.text_positions import rule_in_use
-from sta_adapter.requirements import require_free, require_reporters
-from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE
-from sta_adapter.training.config import HARMLESS, TrainingConfig
+from sta_adapter.requirements import require_reporters
+from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE, last_checkpoint
+from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.identity import claim, identity_of
 from sta_adapter.training.idle_settings import check_idle
-from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
-RUN_FORMAT = 2  # raised when the same settings train other weights than before
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
 
 
@@ -57,12 +49,14 @@ class TrainingResult:
         output_dir: where the adapter is.
         stages: for "1" and "2" each a dict: `history` (what was logged), `steps`, `seconds`, `trainable_parameters`,
             `bad_samples`.
+        finished_before: the stages that an earlier call had finished, of which this one trained nothing.
     """
 
     model: nn.Module
     handle: STAHandle | None
     output_dir: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    finished_before: list[str] = field(default_factory=list)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -102,15 +96,21 @@ def train(
         eval_fn: what is measured instead: from the model to names and values; the first is the score, more is better.
         callbacks: `transformers.TrainerCallback`s.
         overwrite: throw away what another run left in `output_dir`.
-        progress: show bars.
+        progress: show a summary and bars.
+
+    Ctrl-C and SIGTERM end the run after its step, with a checkpoint.
 
     Raises:
+        TrainingStopped: that has happened; the same call goes on.
+        DivergenceError: the loss is not finite, or has grown a hundredfold.
         ConfigError: settings that don't fit each other, or an `output_dir` with a run of other settings.
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
+        from sta_adapter.training.arguments import join_processes
         from sta_adapter.training.lora import require_effect
-        from sta_adapter.training.stage import Stage, join_processes
+        from sta_adapter.training.stage import Stage
+        from sta_adapter.training.watch import Signals
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
@@ -130,11 +130,20 @@ def train(
         require_effect(backbone, stages[-1])
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
-    on_rank_zero(lambda: _claim(folder, _identity(stage, config, dataset, eval_data, start, result.model), overwrite))
-    for name in names:
-        part = Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, eval_fn)
-        result.model, result.handle = part.prepare(result.model, result.handle)
-        result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
+    on_rank_zero(lambda: claim(folder, identity_of(stage, config, dataset, eval_data, start, result.model), overwrite))
+    with Signals(_tell if progress and is_rank_zero() else lambda text: None) as signals:
+        for name in names:
+            begun = (
+                name == "1" and "2" in names and last_checkpoint(folder / "stage2") is not None
+            )  # on the old stage one
+            part = Stage(
+                name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, eval_fn, signals, not begun
+            )
+            result.finished_before += [name] if part.finished() else []
+            result.model, result.handle = part.prepare(result.model, result.handle)
+            result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
+            if signals.received and name != names[-1]:
+                raise part.stopped()
     on_rank_zero(lambda: _publish(folder / f"stage{names[-1]}", folder))
     result.model.eval()
     return result
@@ -200,6 +209,10 @@ def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig])
         )
 
 
+def _tell(text: str) -> None:
+    sys.stderr.write(f"\n{text}\n")
+
+
 def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
     """The model and its STA, injected now if it wasn't; the seed makes a repeated run start from the same weights."""
     handle = model if isinstance(model, STAHandle) else get_sta(model)
@@ -219,68 +232,6 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
         torch.manual_seed(config.seed)
         handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
     return handle.model, handle
-
-
-def _identity(
-    stage: str, config: TrainingConfig, dataset: Any, eval_dataset: Any, start: Mapping[str, str], model: Any
-) -> dict[str, Any]:
-    """What must be the same for a run to be taken up again: settings, data, base, and what an adapter brought along."""
-    found = {
-        "format": RUN_FORMAT,
-        "stage": stage,
-        **{key: value for key, value in config.to_dict().items() if key not in HARMLESS},
-        "frames": dataclasses.asdict(_frames_in_force(dataset)),
-        **_frames_of_records(dataset),
-        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
-        "data": dataset.digest(),
-        "eval_data": None if eval_dataset is None else eval_dataset.digest(),
-        "processor": fingerprint_processor(dataset.processor),
-        "positions": rule_in_use(model),
-        **start,
-    }
-    return json.loads(json.dumps(found))
-
-
-def _frames_in_force(dataset: Any) -> FrameSettings:
-    """How the run samples its clips, for whoever looks at one afterwards: records may say it themselves."""
-    if isinstance(dataset, StreamDataset):
-        return dataset.frames  # the records are not known yet
-    messages = (message for sample in dataset.samples for message in sample.messages)
-    found: FrameSettings = dataset.encoder.reader.settings_of(
-        part for message in messages for part in message["content"]
-    )
-    return found
-
-
-def _frames_of_records(dataset: Any) -> dict[str, str]:
-    """That the settings above are not those of every clip, where records say it themselves, each otherwise."""
-    if isinstance(dataset, StreamDataset):
-        return {RECORDS_FIELD: "unknown"}
-    messages = (message for sample in dataset.samples for message in sample.messages)
-    differ = dataset.encoder.reader.differ(part for message in messages for part in message["content"])
-    return {RECORDS_FIELD: "differ"} if differ else {}
-
-
-def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder this run's; a run of other settings in it is only thrown away if asked for."""
-    from sta_adapter.training.stage import write_json
-
-    file = folder / RUN_FILE
-    if not file.exists():
-        require_free(folder, (WEIGHTS, LORA_CONFIG, LORA_WEIGHTS), overwrite)
-    if overwrite:
-        for name in ("stage1", "stage2"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        file.unlink(missing_ok=True)
-    if file.exists():
-        found = read_run_file(file)
-        differ = [key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key)]
-        if differ:
-            raise ConfigError(
-                f"{folder} holds a run that differs in {', '.join(sorted(differ))}. Repeat that run's settings to go on with "
-                "it, take another output folder, or overwrite it (overwrite=True, --overwrite)."
-            )
-    write_json(file, identity)
 
 
 def _publish(stage_folder: Path, folder: Path) -> None:

@@ -26,11 +26,11 @@ class FrameSettings:
 
     fps: float = 1.0  # frames a second
     nframes: int | None = None  # that many frames of every clip instead
-    min_frames: int = 4
-    max_frames: int = 32
+    min_frames: int = 4  # at least, of a clip; more than fps gives for short ones
+    max_frames: int = 32  # at most, of a clip; long ones are sampled more thinly
     min_tokens: int | None = 16  # visual tokens a frame; with None for both limits the processor's own size rule holds
-    max_tokens: int | None = 256
-    backend: str = "auto"  # what decodes; see read_clip
+    max_tokens: int | None = 256  # visual tokens a frame, at most; larger frames are made smaller
+    backend: str = "auto"  # what decodes: auto, decord, pyav or torchcodec
 
     def __post_init__(self) -> None:
         """Check every value.

@@ -1,0 +1,82 @@
+"""Signals and the processes that load data: Ctrl-C and SIGTERM reach them as well, and must not end them before their run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+__all__ = ["die_with_parent", "end_workers", "in_main_thread", "outlasting_signals", "ready_worker"]
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SIGNALS_PASS = mmap.mmap(-1, 1)  # shared with forked workers: 1 while their run finishes its step at a signal
+
+
+@contextlib.contextmanager
+def outlasting_signals() -> Iterator[None]:
+    """Workers stay at a SIGTERM, which a cluster sends to all processes of a job; the run ends them itself."""
+    SIGNALS_PASS[0] = 1
+    try:
+        yield
+    finally:
+        SIGNALS_PASS[0] = 0
+
+
+def ready_worker() -> None:
+    """Prepare a worker of a DataLoader, once: Ctrl-C is its parent's business, and without a parent it ends."""
+    _ready(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _ready(pid: int) -> None:
+    if in_main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _end_unless_passing)
+    die_with_parent()
+
+
+def _end_unless_passing(*_: Any) -> None:
+    if not SIGNALS_PASS[0]:
+        os._exit(0)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent is gone (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def end_workers(others: Iterable[Any] = ()) -> None:
+    """Kill this process's workers, whatever they are decoding; torch would wait five seconds for each.
+
+    Args:
+        others: children that stay (`multiprocessing.active_children()` of before).
+    """
+    stay = {child.pid for child in others}
+    ours = [child for child in multiprocessing.active_children() if child.daemon and child.pid not in stay]
+    if not ours:
+        return
+    # torch raises in its handler of SIGCHLD when a worker is killed
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread() else None
+    try:
+        for child in ours:
+            child.kill()
+        for child in ours:
+            child.join(1)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGCHLD, previous)

@@ -1,0 +1,119 @@
+"""Which run a folder holds: what must be the same for it to be taken up again, and what may have grown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sta_adapter.adapter.format import WEIGHTS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
+from sta_adapter.data.fingerprint import fingerprint_processor
+from sta_adapter.data.stream import StreamDataset
+from sta_adapter.errors import ConfigError
+from sta_adapter.injection.text_positions import rule_in_use
+from sta_adapter.requirements import require_free
+from sta_adapter.training.config import HARMLESS, LENGTH, TrainingConfig
+from sta_adapter.video.frame_settings import FrameSettings
+
+__all__ = ["claim", "identity_of", "write_json"]
+
+RUN_FORMAT = 2  # raised when the same settings train other weights than before
+
+
+def identity_of(
+    stage: str, config: TrainingConfig, dataset: Any, eval_dataset: Any, start: Mapping[str, str], model: Any
+) -> dict[str, Any]:
+    """What must be the same for a run to be taken up again: settings, data, base, and what an adapter brought along."""
+    found = {
+        "format": RUN_FORMAT,
+        "stage": stage,
+        **_of_weights(config.to_dict()),
+        "frames": dataclasses.asdict(_frames_in_force(dataset)),
+        **_frames_of_records(dataset),
+        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        "data": dataset.digest(),
+        "eval_data": None if eval_dataset is None else eval_dataset.digest(),
+        "processor": fingerprint_processor(dataset.processor),
+        "positions": rule_in_use(model),
+        **start,
+    }
+    return json.loads(json.dumps(found))
+
+
+def _of_weights(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that don't change the weights that come out, of all stages and of each."""
+    kept = {key: value for key, value in values.items() if key not in HARMLESS}
+    return {**kept, **{name: _of_weights(kept[name]) for name in ("stage1", "stage2") if name in kept}}
+
+
+def _frames_in_force(dataset: Any) -> FrameSettings:
+    """How the run samples its clips, for whoever looks at one afterwards: records may say it themselves."""
+    if isinstance(dataset, StreamDataset):
+        return dataset.frames  # the records are not known yet
+    messages = (message for sample in dataset.samples for message in sample.messages)
+    found: FrameSettings = dataset.encoder.reader.settings_of(
+        part for message in messages for part in message["content"]
+    )
+    return found
+
+
+def _frames_of_records(dataset: Any) -> dict[str, str]:
+    """That the settings above are not those of every clip, where records say it themselves, each otherwise."""
+    if isinstance(dataset, StreamDataset):
+        return {RECORDS_FIELD: "unknown"}
+    messages = (message for sample in dataset.samples for message in sample.messages)
+    differ = dataset.encoder.reader.differ(part for message in messages for part in message["content"])
+    return {RECORDS_FIELD: "differ"} if differ else {}
+
+
+def claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Make the output folder this run's; a run of other settings in it is only thrown away if asked for."""
+    file = folder / RUN_FILE
+    if not file.exists():
+        require_free(folder, (WEIGHTS, LORA_CONFIG, LORA_WEIGHTS), overwrite)
+    if overwrite:
+        for name in ("stage1", "stage2"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        file.unlink(missing_ok=True)
+    if file.exists():
+        found = read_run_file(file)
+        found |= {name: _of_weights(found[name]) for name in ("stage1", "stage2") if isinstance(found.get(name), dict)}
+        differ = [
+            key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key) and key not in HARMLESS
+        ]
+        if differ and not _is_longer(found, identity, differ):
+            raise ConfigError(
+                f"{folder} holds a run that differs in {', '.join(sorted(differ))}. Repeat that run's settings to go on with "
+                "it (epochs and max_steps may be raised), take another output folder, or overwrite it (overwrite=True, "
+                "--overwrite)."
+            )
+    write_json(file, identity)
+
+
+def _is_longer(found: Mapping[str, Any], identity: Mapping[str, Any], differ: list[str]) -> bool:
+    """Whether a run is the one that was found but for more epochs or more steps."""
+    if not set(differ) <= {*LENGTH, "stage1", "stage2"}:
+        return False
+    for name in ("stage1", "stage2"):
+        was, now = ({**run, **run.get(name, {})} for run in (found, identity))
+        rest = (
+            {key: value for key, value in run.get(name, {}).items() if key not in LENGTH} for run in (found, identity)
+        )
+        steps = (was["max_steps"], now["max_steps"])
+        shorter = now["epochs"] < was["epochs"] if steps == (None, None) else None in steps or steps[1] < steps[0]
+        if shorter or next(rest) != next(rest):
+            return False
+    return True
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file all at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

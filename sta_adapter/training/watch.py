@@ -1,0 +1,192 @@
+"""What is looked at after each step: a loss that leaves, a signal that came, a checkpoint that is due.
+
+All processes of a run agree on each of them, or one would wait for the others.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from sta_adapter.data.worker_signals import in_main_thread
+from sta_adapter.distributed import Group, agree, is_parallel
+from sta_adapter.errors import DivergenceError
+from sta_adapter.training.checkpoints import last_checkpoint
+from sta_adapter.training.config import TrainingConfig
+
+__all__ = ["Signals", "Watch", "stopped_early"]
+
+GROWTH = 100.0  # so many times its lowest value, a loss has diverged
+RECENT = 5  # steps whose median is the loss, as single batches may be odd
+NOISE = 0.01  # a loss below this is as good as any other
+
+
+class Signals:
+    """Ctrl-C and SIGTERM are noted, for the run to end after its step; a second Ctrl-C interrupts at once.
+
+    Attributes:
+        received: the number of the first; 0 before.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.received = 0
+        self._tell = tell
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        """Take the signals; in another thread than the main one they stay as they are."""
+        if in_main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received = number
+            self._tell(
+                f"{signal.Signals(number).name}: the run ends after this step and saves a checkpoint (Ctrl-C again: at once)."
+            )
+
+
+class Watch(TrainerCallback):
+    """Ends a stage whose loss diverges, or after a signal; saves checkpoints by time.
+
+    Args:
+        label: of the stage, for messages.
+        config: its settings.
+        folder: of its checkpoints.
+        signals: that end the run.
+        clock: gives seconds.
+
+    Attributes:
+        loss: of the latest step; None before.
+        stopped: whether a signal has ended the stage.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        config: TrainingConfig,
+        folder: Path,
+        signals: Signals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.label, self.config, self.folder = label, config, folder
+        self.signals = signals or Signals()
+        self.clock = clock
+        self.loss: float | None = None
+        self.stopped = False
+        self._parts: list[torch.Tensor] = []
+        self._whole = True
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._lowest = math.inf
+        self._saved = clock()
+
+    def add(self, loss: torch.Tensor, usable: bool = True) -> None:
+        """A part of the step's loss; `usable` is False where it has no clip, and says nothing."""
+        self._parts.append(loss.detach())
+        self._whole = self._whole and usable
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Time runs from here."""
+        self._saved = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the step's loss, at signals and at the clock.
+
+        Raises:
+            DivergenceError: the loss is not finite, or has grown a hundredfold.
+        """
+        found = self._judge()
+        minutes = self.config.save_minutes
+        due = minutes is not None and self.clock() - self._saved >= 60 * minutes
+        numbers = [int(found is not None), self.signals.received, int(due)]
+        if is_parallel():
+            numbers = agree(numbers, [Group(None, args.device)])
+        if numbers[0]:
+            raise DivergenceError(self._advice(found or "on another process is no finite number", state.global_step))
+        if numbers[1] and state.global_step < state.max_steps:
+            self.signals.received = numbers[1]
+            self.stopped = control.should_training_stop = True
+        if self.stopped or numbers[2]:
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A stage that was stopped in the middle of an epoch is not at its end, where it would evaluate."""
+        if self.stopped and not float(state.epoch or 0).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next one is due so many minutes later."""
+        self._saved = self.clock()
+
+    def _judge(self) -> str | None:
+        """What is wrong with the loss of the step that ends; None if nothing is."""
+        if not self._parts:
+            return None
+        loss, whole = float(torch.stack([part.float() for part in self._parts]).sum()), self._whole
+        self._parts, self._whole = [], True
+        if not math.isfinite(loss):
+            return f"is not finite ({loss:g})"
+        if not whole:
+            return None
+        self.loss = loss
+        self._recent.append(loss)
+        usual = statistics.median_low(self._recent)
+        self._lowest = max(min(self._lowest, usual), NOISE)
+        if usual > GROWTH * self._lowest:
+            return f"has grown to {usual:.3g}, more than a hundred times its lowest ({self._lowest:.3g})"
+        return None
+
+    def _advice(self, found: str, step: int) -> str:
+        rate = self.config.learning_rate
+        cause = (
+            f"The learning rate ({rate:g}) is probably too high: try --learning-rate {rate / 3:.0e}."
+            if self.loss is not None
+            else f"It is the first loss, so the learning rate is not the cause: look at the base's weights and at precision "
+            f"({self.config.precision}; bf16 and fp32 have a wider range than fp16)."
+        )
+        last = last_checkpoint(self.folder)
+        kept = (
+            "No checkpoint had been saved yet; --overwrite begins the run anew."
+            if last is None
+            else f"The last good checkpoint is kept; to start from it: --adapter {shlex.quote(str(last))} and another --out. "
+            "--overwrite begins the run anew."
+        )
+        return f"{self.label}: the loss {found} at step {step}, so the run ends. {cause} {kept}"
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends a stage after so many evaluations in a row that were no better than the best."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from what is logged, which checkpoints keep."""
+        if stopped_early(state.log_history, args.metric_for_best_model, args.greater_is_better, self.patience):
+            control.should_training_stop = True
+
+
+def stopped_early(history: Sequence[dict[str, Any]], metric: str, more_is_better: bool, patience: int) -> bool:
+    """Whether the latest `patience` evaluations were no better than the best before them."""
+    values = [entry[metric] if more_is_better else -entry[metric] for entry in history if metric in entry]
+    return bool(values) and len(values) - 1 - values.index(max(values)) >= patience

@@ -1,0 +1,347 @@
+"""When a run goes wrong or is ended: a loss that leaves, signals, checkpoints by time, runs that are made longer."""
+
+import multiprocessing
+import os
+import signal
+import types
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny_qwen import make_model, make_processor, write_samples
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from sta_adapter.cli import cli
+from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.errors import ConfigError, DivergenceError, TrainingStopped
+from sta_adapter.training import TrainingConfig, train
+from sta_adapter.training.checkpoints import last_checkpoint
+from sta_adapter.training.watch import Signals, Watch, stopped_early
+
+FAST = {
+    **{"batch_size": 4, "device_batch_size": 4, "max_steps": 4, "learning_rate": 5e-3},
+    **{"logging_steps": 1, "save_steps": 2, "lora_dropout": 0.1, "report_to": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("data"), 8)
+
+
+@pytest.fixture(scope="module")
+def dataset(samples, processor):
+    frames = FrameSettings(min_tokens=None, max_tokens=None)
+    return VideoDataset(samples, processor, frames=frames, on_bad_sample="error", cache=True)
+
+
+@pytest.fixture
+def run(processor, dataset):
+    """A run of stage one on a fresh model."""
+
+    def run(out, model=None, data=dataset, callbacks=(), stage="1", eval_fn=None, **changes):
+        config = TrainingConfig(**{**FAST, **changes})
+        options = {"stage": stage, "config": config, "callbacks": callbacks, "eval_fn": eval_fn, "progress": False}
+        return train(model or make_model(processor.tokenizer), data, output_dir=out, **options)
+
+    return run
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.action()
+
+
+# ---- a loss that leaves
+
+
+def steps_of(watch, losses, step=0):
+    """The watch's view of steps with these losses."""
+    control = TrainerControl()
+    for step, loss in enumerate(losses, start=step + 1):
+        watch.add(torch.tensor(loss))
+        watch.on_step_end(None, TrainerState(global_step=step, max_steps=1000), control)
+    return control
+
+
+@pytest.mark.parametrize(
+    ("losses", "error"),
+    [
+        ([2.0, float("nan")], r"stage 1: the loss is not finite \(nan\) at step 2, so the run ends\. The learning rate \(0\.003\)"),
+        ([2.0, 1.0, float("inf")], r"not finite \(inf\) at step 3.* try --learning-rate 1e-03\. No checkpoint had been saved"),
+        ([float("nan")], r"at step 1, .*It is the first loss, so the learning rate is not the cause: .*precision \(auto"),
+        ([2.0] * 5 + [201.0] * 15, r"has grown to 201, more than a hundred times its lowest \(2\) at step 8"),
+        ([1e-4] * 5 + [1.1] * 5, r"has grown to 1\.1, more than a hundred times its lowest \(0\.01\) at step 8"),
+    ],
+    ids=["nan", "inf", "first", "hundredfold", "from_nothing"],
+)  # fmt: skip
+def test_a_loss_that_leaves_ends_the_run(tmp_path, losses, error):
+    watch = Watch("stage 1", TrainingConfig(learning_rate=3e-3), tmp_path)
+    with pytest.raises(DivergenceError, match=error):
+        steps_of(watch, losses)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[2.0, 150.0, 90.0, 10.0] * 5, [2.0] * 9 + [1e4] + [2.0] * 9, [1e-6] * 9 + [0.9] * 9, [8.0, 0.09] * 10],
+    ids=["noisy", "odd_batch", "memorised", "swinging"],
+)
+def test_a_loss_that_stays_does_not(tmp_path, losses):
+    watch = Watch("stage 1", TrainingConfig(), tmp_path)
+    control = steps_of(watch, losses)
+    assert not control.should_training_stop
+    assert watch.loss == pytest.approx(losses[-1])
+
+
+def test_a_step_of_bad_samples_says_nothing(tmp_path):
+    watch = Watch("stage 1", TrainingConfig(), tmp_path)
+    steps_of(watch, [2.0])
+    watch.add(torch.zeros(()), usable=False)
+    steps_of(watch, [0.0], step=1)
+    assert watch.loss == 2.0
+    steps_of(watch, [2.0] * 5, step=2)
+
+
+def test_the_last_good_checkpoint_is_kept_and_named(tmp_path, run, processor):
+    from sta_adapter import load_sta
+
+    model = make_model(processor.tokenizer)
+    spoil = At(4, lambda: model.lm_head.weight.data.fill_(float("nan")))
+    with pytest.raises(
+        DivergenceError, match=r"not finite.*to start from it: --adapter '?/.*checkpoint-2'? and another"
+    ):
+        run(tmp_path, model=model, callbacks=[spoil], max_steps=40, learning_rate=1e-3)
+    assert [path.name for path in (tmp_path / "stage1").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "stage1" / "result.json").exists()
+    load_sta(make_model(processor.tokenizer), tmp_path / "stage1" / "checkpoint-2")
+
+
+# ---- signals
+
+
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(tmp_path, run):
+    number = signal.SIGTERM
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    whole = run(tmp_path / "whole", max_steps=4)
+    with pytest.raises(
+        TrainingStopped, match=rf"stage 1 was stopped by {number.name}; .*checkpoint-3 is saved"
+    ) as stopped:
+        run(tmp_path / "cut", callbacks=[At(3, lambda: os.kill(os.getpid(), number))])
+    assert (stopped.value.signal, stopped.value.checkpoint.name) == (number, "checkpoint-3")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert not (tmp_path / "cut" / "stage1" / "result.json").exists()
+    more = run(tmp_path / "cut")
+    assert more.stages["1"]["steps"] == 4
+    one, other = (load_file(tmp_path / name / "stage1" / "trained.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [e["loss"] for e in more.history if "loss" in e] == [e["loss"] for e in whole.history if "loss" in e]
+
+
+def test_a_stop_in_the_middle_of_an_epoch_does_not_evaluate(tmp_path, run):
+    measured = []
+    how = {"epochs": 2, "max_steps": None, "batch_size": 2, "device_batch_size": 2}
+    with pytest.raises(TrainingStopped):
+        run(tmp_path, callbacks=[At(6, lambda: os.kill(os.getpid(), signal.SIGINT))], eval_fn=lambda m: measured.append(0) or {"a": 0}, **how)  # fmt: skip
+    assert len(measured) == 1  # at the end of the first epoch
+
+
+def test_a_second_ctrl_c_is_at_once():
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Slow:
+    """A data set whose samples take long from some index on, in workers that must not outlive the run."""
+
+    def __init__(self, dataset):
+        self.dataset, self.processor, self.cached = dataset, dataset.processor, False
+        self.samples, self.encoder, self.frames = dataset.samples, dataset.encoder, dataset.frames
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        import time
+
+        from sta_adapter.data.worker_signals import ready_worker
+
+        ready_worker()
+        if len(self.seen()) >= 12:
+            time.sleep(60)
+        self.seen(index)
+        return self.dataset[index % 8]
+
+    def seen(self, index=None):
+        if index is not None:
+            (self.folder / f"{index}").touch()
+        return list(self.folder.iterdir())
+
+    def digest(self):
+        return "slow"
+
+
+def test_workers_end_with_the_run(tmp_path, run, dataset):
+    slow = Slow(dataset)
+    slow.folder = tmp_path / "seen"
+    slow.folder.mkdir()
+    pids = []
+
+    def interrupt():
+        pids.extend(child.pid for child in multiprocessing.active_children())
+        for pid in (*pids, os.getpid()):  # as a terminal or a cluster does
+            os.kill(pid, signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        run(tmp_path / "out", data=slow, callbacks=[At(1, interrupt)], num_workers=2, max_steps=None)
+    assert len(pids) == 2
+    assert last_checkpoint(tmp_path / "out" / "stage1").name == "checkpoint-1"
+    assert not multiprocessing.active_children()
+
+
+def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, samples, processor):
+    from sta_adapter.training import two_stage
+
+    def stopped(*args, **options):
+        raise TrainingStopped("x", signal=15, checkpoint=tmp_path / "my out" / "checkpoint-3")
+
+    for name in ("load_model", "load_processor"):
+        monkeypatch.setattr(f"sta_adapter.loading.{name}", lambda *a, **o: processor)
+    monkeypatch.setattr("sta_adapter.injection.text_positions.use_positions_of", lambda *a: None)
+    monkeypatch.setattr(two_stage, "train", stopped)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    words = ["train", "--model", "m", "--data", str(samples), "--out", str(tmp_path / "my out")]
+    done = CliRunner().invoke(cli, [*words, "--overwrite", "--set", "seed=1"])
+    assert done.exit_code == 143, done.output
+    assert f"Stopped by SIGTERM. '{tmp_path}/my out/checkpoint-3' is saved. To go on:" in done.output
+    line = f"  sta-adapter train --model m --data {samples} --out '{tmp_path}/my out' --set seed=1\n"
+    assert line in done.output
+
+
+# ---- checkpoints by time
+
+
+def test_checkpoints_by_time(tmp_path):
+    now = [0.0]
+    watch = Watch("stage 1", TrainingConfig(save_minutes=2), tmp_path, clock=lambda: now[0])
+    saved = []
+    for step in range(1, 11):
+        now[0] += 50
+        control = steps_of(watch, [1.0], step - 1)
+        if control.should_save:
+            saved.append(step)
+            watch.on_save(None, None, None)
+    assert saved == [3, 6, 9]
+    never = Watch("stage 1", TrainingConfig(save_minutes=None), tmp_path, clock=lambda: 1e9)
+    assert not steps_of(never, [1.0]).should_save
+
+
+def test_a_run_of_300_steps_leaves_checkpoints():
+    assert TrainingConfig().save_steps <= 100
+    assert TrainingConfig().save_minutes <= 30
+
+
+# ---- longer runs, and those that end early
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, run):
+    first = run(tmp_path, stage="both", max_steps=2)
+    assert first.finished_before == []
+    assert run(tmp_path, stage="both", max_steps=2).finished_before == ["1", "2"]
+    longer = run(tmp_path, stage="both", max_steps=4)
+    assert longer.finished_before == ["1"]  # stage two stands on it
+    assert [longer.stages[name]["steps"] for name in "12"] == [2, 4]
+    assert run(tmp_path, stage="both", max_steps=4).finished_before == ["1", "2"]
+    with pytest.raises(ConfigError, match=r"differs in max_steps\. .*epochs and max_steps may be raised"):
+        run(tmp_path, stage="both", max_steps=3)
+    with pytest.raises(ConfigError, match=r"differs in learning_rate, max_steps"):
+        run(tmp_path, stage="both", max_steps=5, learning_rate=1e-4)
+
+
+def test_epochs_are_raised_too_and_a_device_batch_may_change(tmp_path, run):
+    run(tmp_path, max_steps=None, epochs=1)
+    longer = run(tmp_path, max_steps=None, epochs=2, device_batch_size=2, gradient_checkpointing=True)
+    assert (longer.stages["1"]["steps"], longer.finished_before) == (4, [])
+
+
+def test_early_stopping(tmp_path, run):
+    scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    how = {"eval_steps": 1, "max_steps": 9, "early_stopping": 2}
+    result = run(tmp_path, eval_fn=lambda model: {"accuracy": next(scores)}, **how)
+    assert result.stages["1"]["steps"] == 4
+    with pytest.raises(ConfigError, match=r"early_stopping counts evaluations, and there are none: .*--eval-data"):
+        run(tmp_path / "other", early_stopping=2)
+    with pytest.raises(ConfigError, match="early_stopping has no effect with keep_best: false"):
+        run(tmp_path / "other", eval_fn=lambda model: {}, early_stopping=2, keep_best=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "patience", "ends"),
+    [
+        ([3, 2, 2, 2], False, 2, True),
+        ([3, 2, 2], False, 2, False),
+        ([1, 2, 1], True, 1, True),
+        ([1, 2], True, 1, False),
+        ([], True, 1, False),
+    ],
+)
+def test_when_a_stage_has_stopped_early(values, more, patience, ends):
+    history = [entry for value in values for entry in ({"loss": 9.0}, {"m": float(value)})]
+    assert stopped_early(history, "m", more, patience) is ends
+
+
+# ---- reporters
+
+
+def test_wandb_without_a_key_is_refused_before_training(monkeypatch):
+    from sta_adapter.requirements import require_reporters
+
+    fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key=None))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    monkeypatch.setattr(
+        "transformers.integrations.get_available_reporting_integrations", lambda: ["wandb", "tensorboard"]
+    )
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ConfigError, match=r"report_to: wandb has no API key.*wandb login.*WANDB_MODE=offline"):
+        require_reporters("tensorboard, wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    require_reporters("wandb")
+    monkeypatch.delenv("WANDB_MODE")
+    fake.api.api_key = "k"
+    require_reporters("wandb")
+
+
+def test_mlflow_without_an_answer_is_refused_before_training(monkeypatch):
+    from sta_adapter.requirements import require_reporters
+
+    def search_experiments(max_results):
+        raise ConnectionError("refused\nthere")
+
+    fake = types.SimpleNamespace(search_experiments=search_experiments, get_tracking_uri=lambda: "http://h:1")
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", fake)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(ConfigError, match=r"mlflow can't use 'http://h:1' \(refused there\).*MLFLOW_TRACKING_URI"):
+        require_reporters("mlflow")
+
+
+def test_tensorboard_is_on_where_it_is_installed(monkeypatch):
+    from sta_adapter import requirements
+
+    assert requirements.reporters(TrainingConfig().report_to) == ["tensorboard"]
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    assert requirements.reporters("auto") == ["none"]
+    requirements.require_reporters("auto")
