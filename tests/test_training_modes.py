@@ -193,11 +193,9 @@ def test_a_run_can_end_early(tmp_path, model, dataset):  # noqa: F811
     assert all(torch.equal(best[key], published[key]) for key in best)
 
 
-def test_a_bar_shows_steps_and_losses(tmp_path, model, dataset, capsys):  # noqa: F811
+def test_lines_show_steps_and_losses(tmp_path, model, dataset, capsys):  # noqa: F811
     config = TrainingConfig(**FAST, eval_steps=3)
     train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_data=dataset)
-    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    assert last.startswith("stage 1: 100%")
-    assert "6/6" in last
-    assert last.count("eval_loss=") == 1  # each under its own name
-    assert last.count("loss=") == 2
+    first, *_, last = capsys.readouterr().err.strip().splitlines()  # plain lines, as this is no terminal
+    assert first == "stage 1"
+    assert last.startswith("stage 1: step 6/6, eval_loss ")
