@@ -151,7 +151,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(tmp_path, run)
 
 def test_a_stop_in_the_middle_of_an_epoch_does_not_evaluate(tmp_path, run):
     measured = []
-    how = {"epochs": 2, "max_steps": None, "batch_size": 2, "device_batch_size": 2}
+    how = {"epochs": 2, "max_steps": None, "batch_size": 2, "device_batch_size": 2, "save_steps": 100}
     with pytest.raises(TrainingStopped):
         run(tmp_path, callbacks=[At(6, lambda: os.kill(os.getpid(), signal.SIGINT))], eval_fn=lambda m: measured.append(0) or {"a": 0}, **how)  # fmt: skip
     assert len(measured) == 1  # at the end of the first epoch
@@ -280,13 +280,13 @@ def test_epochs_are_raised_too_and_a_device_batch_may_change(tmp_path, run):
 
 def test_early_stopping(tmp_path, run):
     scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
-    how = {"eval_steps": 1, "max_steps": 9, "early_stopping": 2}
+    how = {"eval_steps": 1, "max_steps": 9, "early_stopping": 2, "save_steps": 100}
     result = run(tmp_path, eval_fn=lambda model: {"accuracy": next(scores)}, **how)
     assert result.stages["1"]["steps"] == 4
     with pytest.raises(ConfigError, match=r"early_stopping counts evaluations, and there are none: .*--eval-data"):
         run(tmp_path / "other", early_stopping=2)
     with pytest.raises(ConfigError, match="early_stopping has no effect with keep_best: false"):
-        run(tmp_path / "other", eval_fn=lambda model: {}, early_stopping=2, keep_best=False)
+        run(tmp_path / "other", eval_fn=lambda model: {}, early_stopping=2, keep_best=False, save_steps=100)
 
 
 @pytest.mark.parametrize(
