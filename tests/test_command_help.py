@@ -1,6 +1,8 @@
 """Every command's help fits a screen and starts with an example; what is mistyped gets a suggestion."""
 
 import re
+import subprocess
+import sys
 
 import click
 import pytest
@@ -38,3 +40,28 @@ def test_wrong_commands_get_a_suggestion(name):
     done = CliRunner().invoke(cli, [name[:-1] + "x"])
     assert done.exit_code == 2
     assert f"Did you mean {name!r}?" in done.output
+
+
+HEAVY = ("torch", "transformers", "numpy", "peft", "accelerate", "PIL", "av", "matplotlib", "gradio")
+LIGHT = f"""
+import sys
+from click.testing import CliRunner
+from sta_adapter.cli import COMMANDS, cli
+for words in [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]:
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_help_and_version_import_nothing_that_takes_seconds():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_rules_of_text_positions_are_those_there_are():
+    from sta_adapter.cli.options import RULES
+    from sta_adapter.injection.text_positions import CHOICES
+
+    assert RULES == CHOICES

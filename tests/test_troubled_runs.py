@@ -304,6 +304,48 @@ def test_when_a_stage_has_stopped_early(values, more, patience, ends):
     assert stopped_early(history, "m", more, patience) is ends
 
 
+# ---- too little memory
+
+
+def test_too_little_memory_halves_what_is_computed_at_a_time(tmp_path, run, monkeypatch, caplog):
+    from sta_adapter.training.trainer import AdapterTrainer
+
+    computed = AdapterTrainer.compute_loss
+
+    def compute(self, model, inputs, *args, **kwargs):
+        too_many = self.state.global_step == 1 and len(inputs["input_ids"]) > 2
+        if too_many:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return computed(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", compute)
+    result = run(tmp_path / "short", lora_dropout=0.0)
+    assert (
+        "not enough for 4 clips at a time; going on with device_batch_size 2 and gradient_checkpointing False"
+        in caplog.text
+    )
+    assert result.stages["1"]["steps"] == 4
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", computed)
+    roomy = run(tmp_path / "roomy", lora_dropout=0.0)
+    one, other = ([e["loss"] for e in found.history if "loss" in e] for found in (result, roomy))
+    assert one == pytest.approx(other, rel=1e-3)  # the same clips in each step
+
+
+def test_memory_for_no_clip_at_all_is_an_error(tmp_path, run, monkeypatch):
+    from sta_adapter.training.trainer import AdapterTrainer
+
+    seen = []
+
+    def compute(self, model, inputs, *args, **kwargs):
+        seen.append((len(inputs["input_ids"]), getattr(self.config, "gradient_checkpointing", None)))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", compute)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path)
+    assert seen == [(4, False), (2, False), (1, False), (1, True)]
+
+
 # ---- reporters
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "Train and compare STA on made clips, from nothing, in minutes.",
     "inspect": "Show where STA would go in a model, and what it costs.",
     "check-data": "Look for bad samples in your data before training.",
+    "plan": "Show whether a training fits, and how long it takes.",
     "train": "Train STA, and LoRA beside it, on your clips.",
     "evaluate": "Measure a model with and without its adapter.",
     "visualize": "Draw what STA does with a clip.",

@@ -29,7 +29,8 @@ EXTRAS = {  # by the module that is missing
     **{"webdataset": "stream", "matplotlib": "viz", "gradio": "app", "pyarrow": "eval", "xformers": "xformers"},
 }
 NO_MEMORY = (
-    "the memory is not enough: {} Take fewer clips at a time (--batch-size), fewer or smaller frames, or --dtype bf16"
+    "the memory is not enough: {} Take fewer clips at a time (--batch-size; in training --set device_batch_size=1, and --set "
+    "gradient_checkpointing=true), fewer or smaller frames, or --dtype bf16"
 )
 HUB = ("HfHubHTTPError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "HFValidationError")
 

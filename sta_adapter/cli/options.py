@@ -12,6 +12,7 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 
 POSITIONS = "trained or transformers. [default: as trained]"
+RULES = ("trained", "transformers")  # those of sta_adapter.injection.text_positions, which imports torch
 WORDS = "sta_adapter.words"  # where the words of the command line are kept
 
 
@@ -58,14 +59,12 @@ def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
 
 def model_options(command: Any) -> Any:
     """How the model is loaded."""
-    from sta_adapter.injection.text_positions import CHOICES
-
     choice = click.Choice(["auto", "bf16", "fp16", "fp32"])
     for decorate in (
         option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         option("Model", "--dtype", type=choice, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32."),
         option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub."),
-        option("Model", "--positions", type=click.Choice(CHOICES), metavar="RULE", help=POSITIONS),
+        option("Model", "--positions", type=click.Choice(RULES), metavar="RULE", help=POSITIONS),
     ):
         command = decorate(command)
     return command

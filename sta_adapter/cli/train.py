@@ -31,7 +31,7 @@ from sta_adapter.requirements import require_reporters, require_writable
 __all__ = ["command"]
 
 # options that are settings of the run itself, not of TrainingConfig
-FLAGS = ("overwrite", "trust_remote_code")
+FLAGS = ("overwrite", "trust_remote_code", "dry_run")
 RUN_OPTIONS = (
     "model",
     "data",
@@ -73,6 +73,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
 @option("Run", "--eval-data", metavar="FILE", help="As --data, to measure on; the best is kept.")
 @option("Run", "--adapter", metavar="ID", help="Start from this adapter, not a fresh one.")
+@option("Run", "--dry-run", is_flag=True, help="Say what it would do and need, as plan does.")
 @option("Run", "--overwrite", is_flag=True, help="Throw away the run that is in FOLDER.")
 @option("Settings", "--config", metavar="FILE.yaml", help="Settings, and any option; options win.")
 @option("Settings", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
@@ -124,6 +125,11 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
     from sta_adapter.training.two_stage import open_data, train
 
+    if run["dry_run"]:
+        from sta_adapter.cli.plan import describe, plan_run
+
+        click.echo("\n".join(describe(plan_run(run, settings))))
+        return
     require_reporters(settings.report_to)
     require_writable(Path(run["out"]))
     adapter = find_adapter(run["adapter"], run["adapter_revision"])

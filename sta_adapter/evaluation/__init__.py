@@ -1,8 +1,12 @@
 """How often a model is right, with controls that take the order of frames away, and results side by side."""
 
-from sta_adapter.evaluation.benchmarks import BENCHMARKS, EvalSet, load_benchmark
-from sta_adapter.evaluation.comparison import as_text, clips_of, compare
-from sta_adapter.evaluation.evaluator import EvaluationResult, Prediction, Score, evaluate, wilson
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sta_adapter.evaluation.benchmarks import BENCHMARKS, EvalSet, load_benchmark
+    from sta_adapter.evaluation.comparison import as_text, clips_of, compare
+    from sta_adapter.evaluation.evaluator import EvaluationResult, Prediction, Score, evaluate, wilson
 
 __all__ = [
     "BENCHMARKS",
@@ -17,3 +21,24 @@ __all__ = [
     "load_benchmark",
     "wilson",
 ]
+
+_PLACES = {
+    "BENCHMARKS": "sta_adapter.evaluation.benchmarks",
+    "EvalSet": "sta_adapter.evaluation.benchmarks",
+    "load_benchmark": "sta_adapter.evaluation.benchmarks",
+    "as_text": "sta_adapter.evaluation.comparison",
+    "clips_of": "sta_adapter.evaluation.comparison",
+    "compare": "sta_adapter.evaluation.comparison",
+    "EvaluationResult": "sta_adapter.evaluation.evaluator",
+    "Prediction": "sta_adapter.evaluation.evaluator",
+    "Score": "sta_adapter.evaluation.evaluator",
+    "evaluate": "sta_adapter.evaluation.evaluator",
+    "wilson": "sta_adapter.evaluation.evaluator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, so that commands start without torch."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

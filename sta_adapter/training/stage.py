@@ -5,6 +5,7 @@ Used by `sta_adapter.training.two_stage`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -119,6 +121,24 @@ class Stage:
             load_trained(model, self.folder)
             return found
         started = time.perf_counter()
+        trainer = None
+        while trainer is None:
+            trainer = self._attempt(model, handle, callbacks, progress)
+        result = {
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - started, 3),
+            "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
+            "bad_samples": trainer.sample_counts()["bad_samples"],
+            "history": trainer.state.log_history,
+            "length": self._length(),
+        }
+        on_rank_zero(lambda: write_json(self.folder / RESULT_FILE, result))
+        return result
+
+    def _attempt(
+        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any], progress: bool
+    ) -> AdapterTrainer | None:
+        """Train to the end; None where the memory was not enough, and smaller parts of a step are to be tried."""
         with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
             watch = Watch(f"stage {self.name}", self.config, self.folder, self.signals)
             shown = Progress(f"stage {self.name}", watch, self.config.batch_size, self.measured())
@@ -133,31 +153,56 @@ class Stage:
             if progress and is_rank_zero():
                 shown.say("\n".join(describe(self, model, checkpoint)))
             if checkpoint is None or not trainer.ended_in(checkpoint, self.steps()):
-                self._train(trainer, checkpoint, shown)
+                smaller = self._train(trainer, checkpoint, shown)
+                if smaller is not None:
+                    trainer.keep_for_smaller_parts()
+                    self.config = smaller
+                    return None
             if watch.stopped:
                 raise self.stopped()
             trainer.require_used()
             trainer.save_model(str(self.folder))
-        result = {
-            "steps": trainer.state.global_step,
-            "seconds": round(time.perf_counter() - started, 3),
-            "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
-            "bad_samples": trainer.sample_counts()["bad_samples"],
-            "history": trainer.state.log_history,
-            "length": self._length(),
-        }
-        on_rank_zero(lambda: write_json(self.folder / RESULT_FILE, result))
-        return result
+        return trainer
 
-    def _train(self, trainer: AdapterTrainer, checkpoint: Path | None, shown: Progress) -> None:
+    def _train(self, trainer: AdapterTrainer, checkpoint: Path | None, shown: Progress) -> TrainingConfig | None:
+        """Train; gives settings that take less memory at a time if there was too little of it."""
         others = multiprocessing.active_children()
         trainer.add_callback(_EndWorkers(trainer.watch, others))
         try:
             with worker_errors(), outlasting_signals():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except RuntimeError as error:
+            smaller = self._smaller() if should_reduce_batch_size(error) else None
+            if smaller is None:
+                raise
+            logger.warning(
+                "stage %s: the memory is not enough for %d clips at a time; going on with device_batch_size %d and "
+                "gradient_checkpointing %s, and as many clips a step (%d) as before",
+                self.name,
+                trainer.args.per_device_train_batch_size,
+                smaller.device_batch_size,
+                smaller.gradient_checkpointing,
+                smaller.batch_size,
+            )
+            return smaller
         finally:
             shown.close()
             end_workers(others)
+        return None
+
+    def _smaller(self) -> TrainingConfig | None:
+        """Half of the clips at a time, or gradient checkpointing; None where that is used up, or other processes would wait."""
+        processes = join_processes().num_processes
+        size, _ = self.config.device_batches(processes)
+        share = self.config.batch_size // processes
+        half = next((part for part in range(size // 2, 0, -1) if share % part == 0), None)
+        if processes > 1:
+            return None
+        if half is not None:
+            return dataclasses.replace(self.config, device_batch_size=half)
+        if not self.config.gradient_checkpointing:
+            return dataclasses.replace(self.config, device_batch_size=1, gradient_checkpointing=True)
+        return None
 
     def stopped(self) -> TrainingStopped:
         """What is said after a signal."""

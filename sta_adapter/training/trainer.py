@@ -8,6 +8,7 @@ biases, gamma) no weight decay.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import shutil
@@ -215,6 +216,16 @@ class AdapterTrainer(Trainer):
                 "example), the same command goes on from them."
             ) from error
         on_rank_zero(lambda: rotate(parent, self.config.keep_checkpoints, self.state.best_model_checkpoint))
+
+    def keep_for_smaller_parts(self) -> None:
+        """After a step that the memory was not enough for: drop what it left, and save what the steps before it made."""
+        self._net.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        step = self.state.global_step
+        if step and not (Path(str(self.args.output_dir)) / f"checkpoint-{step}").is_dir():
+            self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -116,7 +116,7 @@ def train(
     join_processes()
     config = config or TrainingConfig()
     require_reporters(config.report_to)
-    names = _stage_names(stage, config)
+    names = stage_names(stage, config)
     dataset = open_data(data, processor, config) if isinstance(data, (str, Path)) else data
     if isinstance(eval_data, (str, Path)):
         eval_data = open_data(eval_data, processor, config, stream=False)
@@ -149,7 +149,12 @@ def train(
     return result
 
 
-def _stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
+def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
+    """The stages of a run, in order.
+
+    Raises:
+        ConfigError: there is no such stage, or it would train nothing.
+    """
     if stage not in STAGES:
         raise ConfigError(f"stage is {stage!r}, expected one of {', '.join(map(repr, STAGES))}.")
     if not config.sta and stage != "2":

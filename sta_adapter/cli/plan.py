@@ -1,0 +1,200 @@
+"""`sta-adapter plan`: whether a training fits, and how long it takes, before it begins; weights are not loaded for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sta_adapter.cli.options import Grouped, data_options, merged, option, parse_settings
+
+__all__ = ["command", "describe", "plan_run"]
+
+HELP = """\b
+Example: sta-adapter plan --model Qwen/Qwen2-VL-7B-Instruct \\
+             --data clips.jsonl --memory 80
+
+Shows parameters, steps, lengths and the memory of a training step, part
+by part, and the settings that fit. With a GPU, one step is measured.
+"""
+STAGES = click.Choice(["1", "2", "both"])
+RUN = ("model", "data", "stage", "videos", "format", "revision", "trust_remote_code", "dtype", "quantize")
+OF_TRAIN = (
+    "out",
+    "eval_data",
+    "adapter",
+    "adapter_revision",
+    "overwrite",
+    "positions",
+    "attn_implementation",
+    "dry_run",
+)
+
+
+@click.command(
+    cls=Grouped,
+    needs={"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")},
+    help=HELP,
+    short_help="Show whether a training fits, and how long it takes.",
+)
+@option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
+@option("Run", "--data", metavar="FILE", help="Samples to train on, as for train.")
+@data_options
+@option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
+@option("Run", "--config", metavar="FILE.yaml", help="Settings and options of train.")
+@option("Run", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
+@option("Machine", "--memory", type=click.FloatRange(1), metavar="GB", help="Of a GPU. [default: of this machine]")
+@option("Machine", "--processes", type=click.IntRange(1), metavar="N", default=1, help="GPUs. [default: 1]")
+@option("Machine", "--samples", type=click.IntRange(1), metavar="N", default=64, help="To look at. [default: 64]")
+@option("Machine", "--measure", is_flag=True, help="Load the model and take a step; also without a GPU.")
+@option("Machine", "--json", "as_json", is_flag=True, help="Print JSON, memory in bytes.")
+@option("Model", "--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), metavar="TYPE", help="Of the base.")
+@option("Model", "--quantize", type=click.Choice(["4bit", "8bit"]), metavar="BITS", help="The base in 4bit or 8bit.")
+@option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
+@option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Plan, and print it."""
+    from sta_adapter.training.config import TrainingConfig, read_yaml
+
+    machine = {name: options.pop(name) for name in ("memory", "processes", "samples", "measure")}
+    values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
+    values = merged(values, {name: value for name, value in options.items() if value not in (None, False)})
+    run = {name: values.pop(name, None) for name in RUN}
+    for name in OF_TRAIN:
+        values.pop(name, None)
+    missing = [f"--{name}" for name in ("model", "data") if not run[name]]
+    if missing:
+        raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter plan --help.")
+    report = plan_run(run, TrainingConfig.from_dict(values), **machine)
+    click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
+
+
+def plan_run(
+    run: dict[str, Any],
+    settings: Any,
+    *,
+    memory: float | None = None,
+    processes: int = 1,
+    samples: int = 64,
+    measure: bool = False,
+) -> dict[str, Any]:
+    """What a run of `sta-adapter train` would do and need.
+
+    Args:
+        run: options of the run.
+        settings: a `TrainingConfig`.
+        memory: GB of a GPU to plan for; None for this machine.
+        processes: GPUs.
+        samples: to look at.
+        measure: take a step also where there is no GPU.
+    """
+    import torch
+
+    from sta_adapter.inspection import empty_model
+    from sta_adapter.loading import load_model, load_processor
+    from sta_adapter.training.plan import measure_step, plan_stage, sample_lengths
+    from sta_adapter.training.stage import Stage
+    from sta_adapter.training.two_stage import open_data, stage_names
+
+    source = {"revision": run["revision"], "trust_remote_code": bool(run["trust_remote_code"])}
+    names = stage_names(str(run["stage"] or ("both" if settings.sta else "2")), settings)
+    machine = _machine(run, settings, memory, processes)
+    processor = load_processor(run["model"], **source)
+    how = {"format": run["format"], "videos": run["videos"]}
+    dataset: Any = open_data(run["data"], processor, settings, **how, stream=False)
+    lengths = sample_lengths(dataset, samples, settings.num_workers)
+    configs = {name: settings.for_stage(name) for name in names}
+
+    def make_model() -> Any:
+        return empty_model(run["model"], **source)
+
+    stages = {n: plan_stage(n, config, make_model, dataset, lengths, machine) for n, config in configs.items()}
+    here = memory is None and torch.cuda.is_available()
+    if here or measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name, config in configs.items():
+            model = load_model(run["model"], dtype=run["dtype"] or "auto", quantize=run["quantize"], **source)
+            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device)
+            stages[name] |= {"measured": found, "hours": _hours(stages[name], found)}
+            del model
+    about = {"memory": machine.memory, "cuda": machine.cuda, "precision": machine.precision, "processes": processes}
+    return {"model": run["model"], "machine": about, "data": lengths.to_dict(), "stages": stages}
+
+
+def _machine(run: dict[str, Any], settings: Any, memory: float | None, processes: int) -> Any:
+    import psutil
+    import torch
+
+    from sta_adapter.loading import DTYPES
+    from sta_adapter.training.arguments import precision_of
+    from sta_adapter.training.plan import GB, Machine
+
+    gpu = torch.cuda.is_available()
+    cuda = gpu or memory is not None
+    precision = "bf16" if cuda and settings.precision == "auto" else settings.precision
+    if not cuda:
+        precision = precision_of(precision)
+    here = torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total
+    auto = torch.bfloat16 if cuda else torch.float32
+    dtype = DTYPES.get(run["dtype"] or "auto", auto)
+    size = here if memory is None else memory * GB
+    return Machine(size, cuda, precision, dtype, processes, run["quantize"])
+
+
+def _hours(stage: dict[str, Any], measured: dict[str, float]) -> float:
+    return stage["steps"] * stage["accumulation"] * measured["seconds"] / 3600
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    """The report as lines for a terminal."""
+    machine, tokens = report["machine"], report["data"]["tokens"]
+    where = "a GPU" if machine["cuda"] else "this machine (--memory GB plans for a GPU)"
+    lines = [
+        f"{report['model']}, in {machine['precision']} on {where} of {machine['memory'] / 1e9:.0f} GB",
+        f"samples     {report['data']['samples']:,}, of which {report['data']['looked_at']} were looked at: "
+        f"{tokens['least']:,} to {tokens['largest']:,} tokens, half of them up to {tokens['median']:,.0f}",
+    ]
+    for name, stage in report["stages"].items():
+        lines += ["", *_stage_lines(name, stage, machine)]
+    return lines
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _stage_lines(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    parts = ", ".join(f"{part} {_size(size)}" for part, size in stage["parts"].items())
+    reserve = " (with CUDA and 5 % that its allocator can't give)" if machine["cuda"] else ""
+    on = "on" if stage["gradient_checkpointing"] else "off"
+    lines = [
+        f"stage {name}",
+        f"  trains    {stage['trainable']:,} of {stage['parameters']:,} parameters",
+        f"  steps     {stage['steps']:,} of {stage['batch_size']} clips: {stage['device_batch_size']} on a device at a time, "
+        f"{stage['accumulation']} times",
+        f"  memory    {_size(stage['needs'])}{reserve}: {'fits' if stage['fits'] else 'does not fit'}, "
+        f"gradient checkpointing {on}",
+        f"            {parts}",
+    ]
+    for choice in stage["choices"]:
+        size, kind = choice["device_batch_size"], "with" if choice["gradient_checkpointing"] else "without"
+        fits = f"up to {size} clips on a device" if size else "nothing fits"
+        lines.append(f"  {kind + ' gradient checkpointing':<31} {fits}")
+    best = stage["suggested"]
+    if best is None:
+        lines.append(
+            "  Nothing fits: take --quantize 4bit, fewer or smaller frames, or share the weights (multi-node.md)."
+        )
+    elif not stage["fits"]:
+        words = " ".join(f"--set stage{name}.{key}={str(value).lower()}" for key, value in best.items())
+        lines.append(f"  Fits with: {words}")
+    if "measured" in stage:
+        found = stage["measured"]
+        peak = f", {_size(found['bytes'])}" if "bytes" in found else ""
+        lines.append(
+            f"  measured  {found['seconds']:.2f} s for {stage['device_batch_size']} of the longest samples{peak}: at most "
+            f"{stage['hours']:.2g} hours"
+        )
+    return lines

@@ -1,0 +1,196 @@
+"""How much memory a training step takes at its peak, found without taking it.
+
+The step is run for its bookkeeping alone: floating-point tensors are torch's fake ones, which have shapes and no values, and
+whole numbers (tokens, grids, masks) are real, as models read them. What is alive is counted by storages, as they come and go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+__all__ = ["Peak", "step_peak", "without_values"]
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+SMALL = 1 << 16  # numbers; tables up to this size are real, as some models read them
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What is alive at the moment of a step at which most is.
+
+    Attributes:
+        parts: bytes by what they are for: weights, gradients, optimizer, activations, logits.
+    """
+
+    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+class _Bookkeeping(TorchDispatchMode):
+    """Runs what is fake as fake and what is real as it is, and counts the bytes of living storages."""
+
+    def __init__(self, fake: FakeTensorMode, vocabulary: int) -> None:
+        super().__init__()
+        self.fake, self.vocabulary = fake, vocabulary
+        self.alive: Counter[str] = Counter()
+        self.part_of: dict[int, str] = {}
+        self.peak: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        args, kwargs = _masks_as_indices(func, args, kwargs)
+        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+        if any(isinstance(value, FakeTensor) for value in given) or (not given and _is_large(func, args, kwargs)):
+            with self.fake:
+                found = func(*args, **kwargs)
+        else:
+            found = func(*args, **kwargs)
+        for value in tree_flatten(found)[0]:
+            if isinstance(value, torch.Tensor):
+                self.note(value)
+        return found
+
+    def note(self, tensor: torch.Tensor, part: str | None = None) -> None:
+        """Count a tensor's storage until it goes."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.part_of:
+            if part is not None:
+                self._move(key, storage.nbytes(), part)
+            return
+        if part is None:
+            part = "logits" if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "activations"
+        self.part_of[key] = part
+        self.alive[part] += storage.nbytes()
+        weakref.finalize(storage, self._gone, key, storage.nbytes())
+        if sum(self.alive.values()) > sum(self.peak.values()):
+            self.peak = dict(self.alive)
+
+    def _move(self, key: int, size: int, part: str) -> None:
+        self.alive[self.part_of[key]] -= size
+        self.alive[part] += size
+        self.part_of[key] = part
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive[self.part_of.pop(key)] -= size
+
+
+def _masks_as_indices(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Fake tensors can't be indexed by masks, whose counts are unknown; these masks are real."""
+    if func._schema.name not in ("aten::index", "aten::index_put", "aten::index_put_"):
+        return args, kwargs
+    found: list[Any] = []
+    for index in args[1]:
+        masked = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        found += list(index.nonzero(as_tuple=True)) if masked else [index]
+    return (args[0], found, *args[2:]), kwargs
+
+
+def _is_large(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function that makes a tensor from nothing makes a large one of floating point."""
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    sizes = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
+    return dtype.is_floating_point and bool(sizes) and torch.Size(sizes).numel() > SMALL
+
+
+def without_values(model: nn.Module) -> FakeTensorMode:
+    """Give a model, whose parameters may be on the meta device, parameters and buffers that have shapes alone, in place."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                if value is None or (not value.is_floating_point() and not value.is_meta) or _is_table(module, value):
+                    continue
+                if id(value) not in made:
+                    with mode:
+                        fake: Any = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    if isinstance(value, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=value.requires_grad)
+                    made[id(value)] = (fake, value)
+                table[name] = made[id(value)][0]
+    return mode
+
+
+def _is_table(module: nn.Module, value: torch.Tensor) -> bool:
+    return not isinstance(value, nn.Parameter) and not value.is_meta and value.numel() <= SMALL
+
+
+def step_peak(
+    model: nn.Module,
+    batch: dict[str, Any],
+    mode: FakeTensorMode,
+    *,
+    precision: str = "fp32",
+    like_cuda: bool = False,
+    accumulates: bool = False,
+) -> Peak:
+    """The peak of a step's forward and backward, with the optimizer's two moments (AdamW) beside it.
+
+    Args:
+        model: from `without_values`, with what trains marked, in its training contexts.
+        batch: as the collator makes it; whole numbers real, the pixels real or fake.
+        mode: from `without_values`.
+        precision: "fp32", "bf16" or "fp16" autocast.
+        like_cuda: cast as CUDA's autocast does.
+        accumulates: gradients of earlier parts of the step are there already.
+    """
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    books = _Bookkeeping(mode, vocabulary)
+    for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values():
+        books.note(value, "weights")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks: list[Any] = [
+        p.register_post_accumulate_grad_hook(lambda p: books.note(p.grad, "gradients")) for p in trained
+    ]
+    hooks += _norms_like_cuda(model) if like_cuda and precision != "fp32" else []
+    if accumulates:
+        for parameter in trained:
+            with mode:
+                parameter.grad = torch.empty_like(parameter)
+            books.note(parameter.grad, "gradients")
+    inputs = {key: _fake(value, mode) for key, value in batch.items()}
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            books.note(value)
+    try:
+        with books:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+                loss = model(**inputs).loss
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+    moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return Peak({part: books.peak.get(part, 0) for part in PARTS} | {"optimizer": moments})
+
+
+def _norms_like_cuda(model: nn.Module) -> list[Any]:
+    """CUDA's autocast computes layer norms in 32 bit, of which copies stay; the CPU's leaves them in 16."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    for norm in norms:
+        for parameter in norm.parameters():
+            parameter.data = parameter.data.float()
+    return [norm.register_forward_pre_hook(lambda norm, args: (args[0].float(), *args[1:])) for norm in norms]
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.numel() <= SMALL:
+        return value
+    with mode:
+        return torch.empty(value.shape, dtype=value.dtype)

@@ -1,0 +1,265 @@
+"""What a run would do and need, before it does: parameters, steps, lengths, memory, and what fits.
+
+Memory is that of a step on the longest sample that was found, part by part, see `sta_adapter.training.memory`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from sta_adapter.config import STAConfig
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.collator import Collator
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.worker_process import worker_errors
+from sta_adapter.errors import DataError
+from sta_adapter.injection.handle import get_sta
+from sta_adapter.injection.inject import inject_sta
+from sta_adapter.training.arguments import precision_of
+from sta_adapter.training.config import TrainingConfig
+from sta_adapter.training.contexts import activation_checkpointing, full_precision
+from sta_adapter.training.memory import Peak, step_peak, without_values
+from sta_adapter.training.stage import Stage
+
+__all__ = ["Lengths", "Machine", "measure_step", "plan_stage", "sample_lengths"]
+
+GB = 1e9
+CONTEXT = 1.5 * GB  # of CUDA, its libraries and their workspaces
+FRAGMENTS = 0.05  # of the rest, which the allocator holds and can't give
+MOST = 16  # clips on a device at a time, in what is suggested
+QUANTIZED = {"4bit": 0.52, "8bit": 1.0}  # bytes of a weight, with the scales
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for.
+
+    Attributes:
+        memory: bytes of one GPU, or of the machine.
+        cuda: whether it is a GPU.
+        precision: "bf16", "fp16" or "fp32".
+        dtype: of the base's weights.
+        processes: that share a batch.
+        quantize: None, "4bit" or "8bit".
+    """
+
+    memory: float
+    cuda: bool
+    precision: str
+    dtype: torch.dtype
+    processes: int = 1
+    quantize: str | None = None
+
+    def needs(self, parts: dict[str, float]) -> float:
+        """Bytes in all for a step's parts."""
+        found = sum(parts.values())
+        return found * (1 + FRAGMENTS) + CONTEXT if self.cuda else found
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long samples are.
+
+    Attributes:
+        tokens: of each sample that was looked at.
+        longest: the longest of them, encoded.
+        samples: how many there are in all.
+    """
+
+    tokens: list[int]
+    longest: Any
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        spread = {"least": min(self.tokens), "median": statistics.median(self.tokens), "largest": max(self.tokens)}
+        return {"samples": self.samples, "looked_at": len(self.tokens), "tokens": spread}
+
+
+def sample_lengths(dataset: VideoDataset, count: int, workers: int = 0) -> Lengths:
+    """Decode and encode up to so many samples, spread evenly.
+
+    Raises:
+        DataError: none of them can be used.
+    """
+    every = max(1, -(-len(dataset) // count))
+    tokens: list[int] = []
+    longest: Any = None
+    bad = ""
+    loader = DataLoader(Subset(dataset, range(0, len(dataset), every)), None, num_workers=workers, collate_fn=_as_it_is)
+    with worker_errors():
+        for item in loader:
+            if isinstance(item, BadSample):
+                bad = bad or str(item)
+                continue
+            tokens.append(len(item["input_ids"]))
+            longest = item if tokens[-1] == max(tokens) else longest
+    if longest is None:
+        raise DataError(f"none of the samples that were looked at can be used, first {bad}")
+    return Lengths(tokens, longest, len(dataset))
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def plan_stage(
+    name: str,
+    config: TrainingConfig,
+    make_model: Callable[[], nn.Module],
+    dataset: VideoDataset,
+    lengths: Lengths,
+    machine: Machine,
+) -> dict[str, Any]:
+    """What one stage would do and need.
+
+    Args:
+        name: "1" or "2".
+        config: the settings in force in it.
+        make_model: gives a fresh base without weights, see `sta_adapter.inspection.empty_model`.
+        dataset: what it trains on.
+        lengths: of its samples.
+        machine: what it is planned for.
+
+    Returns:
+        Plain values, memory in bytes: `trainable`, `parameters`, `samples`, `steps`, `device_batch_size`, `accumulation`,
+        `gradient_checkpointing`, `parts`, `needs`, `fits`, `choices` (for each kind of checkpointing the largest device batch that
+        fits, 0 for none) and `suggested` (settings that fit; None where none do).
+    """
+    stage = Stage(name, config, Path(), dataset)
+    kinds = [False, config.gradient_checkpointing or True]
+    device_batch, accumulation = config.device_batches(machine.processes)
+    share = config.batch_size // machine.processes
+    found: dict[bool, Peak] = {}
+    counts: dict[str, int] = {}
+    for kind in kinds:
+        found[bool(kind)], counts = _one_clip(stage, make_model, lengths.longest, machine, kind, share > 1)
+    fits = {
+        checkpointed: max(
+            (b for b in _divisors(share) if machine.needs(_of_clips(peak, b)) <= machine.memory), default=0
+        )
+        for checkpointed, peak in found.items()
+    }
+    parts = _of_clips(found[bool(config.gradient_checkpointing)], device_batch)
+    return {
+        **counts,
+        "samples": lengths.samples,
+        "steps": stage.steps(),
+        "batch_size": config.batch_size,
+        "device_batch_size": device_batch,
+        "accumulation": accumulation,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "parts": parts,
+        "needs": machine.needs(parts),
+        "fits": machine.needs(parts) <= machine.memory,
+        "choices": [{"gradient_checkpointing": kind, "device_batch_size": size} for kind, size in fits.items()],
+        "suggested": _suggested(fits),
+    }
+
+
+def _suggested(fits: dict[bool, int]) -> dict[str, Any] | None:
+    """Without checkpointing where a clip fits, as that computes less; None where nothing fits."""
+    for checkpointed, size in fits.items():
+        if size:
+            return {"device_batch_size": size, "gradient_checkpointing": checkpointed}
+    return None
+
+
+def _one_clip(
+    stage: Stage,
+    make_model: Callable[[], nn.Module],
+    sample: Any,
+    machine: Machine,
+    kind: bool | str,
+    accumulates: bool,
+) -> tuple[Peak, dict[str, int]]:
+    """The peak with one clip, and the stage's numbers of parameters."""
+    config = stage.config
+    model = make_model()
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point() and value.is_meta:
+            value.data = value.data.to(machine.dtype)
+    handle = inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None
+    model, handle = stage.prepare(model if handle is None else handle.model, handle)
+    batch = Collator.of(stage.dataset.processor)([sample])
+    del batch["bad_samples"]
+    if get_sta(model) is None:
+        batch.pop("clip_lengths", None)
+    with full_precision(model), activation_checkpointing(model, handle, kind):
+        narrower = _saved_by_quantizing(model, machine)
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        counts = {"trainable": sum(trained), "parameters": sum(p.numel() for p in model.parameters())}
+        mode = without_values(model.train())
+        how: dict[str, Any] = {"precision": machine.precision, "like_cuda": machine.cuda, "accumulates": accumulates}
+        peak = step_peak(model, batch, mode, **how)
+    parts = dict(peak.parts)
+    parts["weights"] -= narrower
+    if machine.processes > 1:
+        parts["gradients"] += 4 * counts["trainable"]  # the buckets in which processes exchange them
+    return Peak(parts), counts
+
+
+def _saved_by_quantizing(model: Any, machine: Machine) -> int:
+    """Bytes by which quantized weights are smaller; the output layer stays as it is."""
+    if machine.quantize is None:
+        return 0
+    output = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output and not m.weight.requires_grad]
+    frozen = sum(layer.weight.numel() for layer in layers)
+    return round(frozen * (machine.dtype.itemsize - QUANTIZED[machine.quantize]))
+
+
+def _of_clips(peak: Peak, clips: int) -> dict[str, float]:
+    """The parts for so many clips: what a clip takes comes as often, the rest once."""
+    by_clip = ("activations", "logits")
+    return {part: size * clips if part in by_clip else size for part, size in peak.parts.items()}
+
+
+def _divisors(share: int) -> list[int]:
+    return [size for size in range(1, min(share, MOST) + 1) if share % size == 0]
+
+
+def measure_step(stage: Stage, model: nn.Module, sample: Any, device: torch.device) -> dict[str, float]:
+    """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample.
+
+    Args:
+        stage: with the settings.
+        model: the base with its weights; STA, and LoRA in stage two, are added.
+        sample: encoded.
+        device: where to.
+    """
+    config = stage.config
+    size, _ = config.device_batches()
+    handle = get_sta(model) or (inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None)
+    model, handle = stage.prepare(model if handle is None else handle.model, handle)
+    batch = Collator.of(stage.dataset.processor)([sample] * size)
+    inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    if handle is None:
+        inputs.pop("clip_lengths", None)
+    cuda = device.type == "cuda"
+    model.to(device).train()
+    with full_precision(model), activation_checkpointing(model, handle, config.gradient_checkpointing):
+        seconds = min(_timed(model, inputs, device, stage) for _ in range(2))  # the first one warms up
+    return {"seconds": seconds, **({"bytes": float(torch.cuda.max_memory_allocated(device))} if cuda else {})}
+
+
+def _timed(model: Any, inputs: dict[str, Any], device: torch.device, stage: Stage) -> float:
+    precision = precision_of(stage.config.precision)
+    narrow = torch.float16 if precision == "fp16" else torch.bfloat16
+    started = time.perf_counter()
+    with torch.autocast(device.type, narrow, enabled=precision != "fp32"):
+        loss = model(**inputs).loss
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - started

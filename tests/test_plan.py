@@ -1,0 +1,166 @@
+"""What a plan says, against what a step takes: the peaks of torch's profiler, on the CPU, at several widths."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_qwen import make_model, make_processor, write_samples
+from torch.profiler import ProfilerActivity, profile
+
+from sta_adapter import inject_sta
+from sta_adapter.cli import cli
+from sta_adapter.data import Collator
+from sta_adapter.demo import TINY_BASE
+from sta_adapter.training import TrainingConfig, open_data
+from sta_adapter.training import plan as planning
+from sta_adapter.training.contexts import activation_checkpointing
+from sta_adapter.training.memory import Peak
+from sta_adapter.training.plan import Machine, plan_stage, sample_lengths
+from sta_adapter.training.stage import Stage
+
+pytest.importorskip("transformers", minversion="4.57")
+FRAMES = {"min_tokens": None, "max_tokens": None}
+HERE = Machine(1e12, False, "fp32", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("data"), 4)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+def settings(**values):
+    return TrainingConfig.from_dict({"frames": FRAMES, "batch_size": 4, "num_workers": 0, **values})
+
+
+def wider(processor, width):
+    """The tiny base, `width` times as wide."""
+    made = make_model(processor.tokenizer)
+    config = made.config
+    text = getattr(config, "text_config", config)
+    text.hidden_size, text.intermediate_size = 32 * width, 64 * width
+    config.vision_config.embed_dim = config.vision_config.hidden_size = 32 * width
+    config.vision_config.hidden_size = 32 * width
+    scaling = {"type": "mrope", "rope_type": "default", "mrope_section": [2 * width, width, width]}
+    for name in ("rope_scaling", "rope_parameters"):
+        if getattr(text, name, None):
+            setattr(text, name, {**getattr(text, name), **scaling})
+    return config
+
+
+def measured_peak(model, batch):
+    """Bytes of weights, inputs and AdamW's moments, and the most that is allocated beside them in forward and backward."""
+    tensors = [*model.parameters(), *model.buffers(), *(v for v in batch.values() if isinstance(v, torch.Tensor))]
+    there = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(**batch).loss.backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return there + moments + most
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("name", ["1", "2"])
+def test_the_estimate_is_what_a_step_takes(samples, processor, name, checkpointing, width):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    config = settings(device_batch_size=4, gradient_checkpointing=checkpointing)
+    dataset = open_data(samples, processor, config)
+    lengths = sample_lengths(dataset, 4)
+    shape = wider(processor, width)
+
+    def empty():
+        with torch.device("meta"):
+            return Qwen2VLForConditionalGeneration(shape)
+
+    found = plan_stage(name, config, empty, dataset, lengths, HERE)
+    stage = Stage(name, config, samples.parent, dataset)
+    handle = inject_sta(Qwen2VLForConditionalGeneration(shape))
+    model, handle = stage.prepare(handle.model, handle)
+    batch = Collator.of(processor)([lengths.longest] * 4)
+    del batch["bad_samples"]
+    with activation_checkpointing(model.train(), handle, checkpointing):
+        measured = measured_peak(model, batch)
+    assert found["needs"] == sum(found["parts"].values())
+    assert found["needs"] == pytest.approx(measured, rel=0.2)
+    assert found["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["parts"]["weights"] >= sum(4 * p.numel() for p in model.parameters())
+
+
+def test_what_fits(samples, processor, monkeypatch):
+    monkeypatch.setattr(planning, "_one_clip", lambda *args: (PEAKS[bool(args[-2])], {"trainable": 5, "parameters": 9}))
+    config = settings(batch_size=8)
+    dataset = open_data(samples, processor, config)
+
+    def plan(memory, **machine):
+        kind = Machine(memory, **{"cuda": False, "precision": "fp32", "dtype": torch.float32, **machine})
+        return plan_stage("1", config, None, dataset, sample_lengths(dataset, 4), kind)
+
+    roomy = plan(10_000)
+    assert (roomy["fits"], roomy["steps"], roomy["device_batch_size"], roomy["accumulation"]) == (True, 1, 4, 2)
+    assert roomy["needs"] == 1000 + 10 + 20 + 4 * (500 + 100)
+    assert roomy["suggested"] == {"device_batch_size": 8, "gradient_checkpointing": False}
+    tight = plan(1030 + 2 * 600)
+    assert not tight["fits"]
+    assert tight["suggested"] == {"device_batch_size": 2, "gradient_checkpointing": False}
+    assert [choice["device_batch_size"] for choice in tight["choices"]] == [2, 8]
+    assert plan(1030 + 150)["suggested"] == {"device_batch_size": 1, "gradient_checkpointing": True}
+    assert plan(1030)["suggested"] is None
+    assert plan(1e10, cuda=True)["needs"] == pytest.approx(1.05 * roomy["needs"] + 1.5e9)
+    assert plan(1e10, processes=2)["accumulation"] == 1
+
+
+PEAKS = {
+    False: Peak({"weights": 1000, "gradients": 10, "optimizer": 20, "activations": 500, "logits": 100}),
+    True: Peak({"weights": 1000, "gradients": 10, "optimizer": 20, "activations": 50, "logits": 100}),
+}
+
+
+def test_a_gpu_computes_in_16_bit(samples, processor):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    shape, config = wider(processor, 1), settings()
+    dataset = open_data(samples, processor, config)
+    sample = sample_lengths(dataset, 4).longest
+
+    def parts(machine):
+        def empty():
+            with torch.device("meta"):
+                return Qwen2VLForConditionalGeneration(shape)
+
+        return planning._one_clip(Stage("1", config, samples.parent, dataset), empty, sample, machine, False, False)[
+            0
+        ].parts
+
+    wide, gpu = parts(HERE), parts(Machine(24e9, True, "bf16", torch.bfloat16))
+    assert gpu["weights"] < 0.6 * wide["weights"]
+    assert gpu["activations"] < 0.9 * wide["activations"]
+    narrow = parts(Machine(24e9, True, "bf16", torch.bfloat16, quantize="4bit"))
+    assert narrow["weights"] < gpu["weights"]
+
+
+def test_the_command_and_the_dry_run(samples, tmp_path):
+    words = ["--model", str(TINY_BASE), "--data", str(samples), "--stage", "1", "--set", "num_workers=0"]
+    words += ["--set", "frames.min_tokens=null", "--set", "frames.max_tokens=null"]
+    done = CliRunner().invoke(cli, ["plan", *words, "--measure", "--json"], catch_exceptions=False)
+    report = json.loads(done.stdout)
+    assert (report["machine"]["precision"], report["machine"]["processes"]) == ("fp32", 1)
+    assert report["data"]["looked_at"] == 4
+    stage = report["stages"]["1"]
+    assert stage["hours"] == pytest.approx(stage["measured"]["seconds"] * stage["steps"] * stage["accumulation"] / 3600)
+    dry = CliRunner().invoke(
+        cli, ["train", *words, "--out", str(tmp_path / "out"), "--dry-run"], catch_exceptions=False
+    )
+    assert dry.exit_code == 0, dry.output
+    assert "fits, gradient checkpointing off" in dry.output
+    assert not (tmp_path / "out").exists()
