@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="on the Hub, or its folder [%(default)s]")
     made.add_argument("--out", type=Path, help="folder for data, adapter and results")
     made.add_argument("--seed", type=int, default=0, help="of all that is drawn at random [%(default)s]")
+    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of training")
+    made.add_argument(
+        "--launcher", default="", metavar="WORDS", help="in front of training, such as 'accelerate launch ...'"
+    )
     made.add_argument("--prepare-only", action="store_true", help="write the data and stop")
     made.add_argument("--tiny", action="store_true", help="a tiny model and made clips, in seconds on a CPU")
     return made
@@ -43,7 +49,13 @@ def train(settings: Path, args: argparse.Namespace, data: Path, *more: str) -> P
     """`sta-adapter train` with a recipe's settings; gives the adapter's folder."""
     adapter = args.out / "adapter"
     tiny = [word for pair in TINY_TRAINING.items() for word in ("--set", "{}={}".format(*pair))] if args.tiny else []
-    _command("train", "--config", settings, "--model", args.model, "--data", data, "--out", adapter, *tiny, *more)
+    own = [word for pair in args.set for word in ("--set", pair)]
+    words = ("train", "--config", settings, "--model", args.model, "--data", data, "--out", adapter, *tiny, *own, *more)
+    if args.launcher:
+        launched = [*shlex.split(args.launcher), "--no_python", "sta-adapter", *map(str, words)]
+        subprocess.run(launched, check=True)
+    else:
+        _command(*words)
     return adapter
 
 

@@ -237,7 +237,7 @@ def _measure(
             num_workers=options["num_workers"],
             predictions_file=Path(out, f"{name}-{order}.jsonl") if out else None,
             overwrite=options["overwrite"],
-            progress=True,
+            progress=f"answers of the {name}",
         )
         for order in orders
     }

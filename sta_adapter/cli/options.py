@@ -154,6 +154,19 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
+def one_or_several(data: Any) -> Any:
+    """`--data` as `open_data` takes it: a name, or a list of at least two.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if data is None or isinstance(data, str):
+        return data
+    if not isinstance(data, (list, tuple)) or not data or not all(isinstance(name, str) for name in data):
+        raise ConfigError(f"data is {data!r}, expected a file, or a list of them, such as [a.jsonl, b.jsonl:2].")
+    return data[0] if len(data) == 1 else list(data)
+
+
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """`first` with what `second` says in its place, also one level down."""
     result = dict(first)

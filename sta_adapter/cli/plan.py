@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.cli.options import Grouped, data_options, merged, option, parse_settings
+from sta_adapter.cli.options import Grouped, data_options, merged, one_or_several, option, parse_settings
 
 __all__ = ["command", "describe", "plan_run"]
 
@@ -40,7 +40,7 @@ OF_TRAIN = (
     short_help="Show whether a training fits, and how long it takes.",
 )
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
-@option("Run", "--data", metavar="FILE", help="Samples to train on, as for train.")
+@option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples to train on, as for train.")
 @data_options
 @option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
 @option("Run", "--config", metavar="FILE.yaml", help="Settings and options of train.")
@@ -60,8 +60,9 @@ def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options
 
     machine = {name: options.pop(name) for name in ("memory", "processes", "samples", "measure")}
     values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
-    values = merged(values, {name: value for name, value in options.items() if value not in (None, False)})
+    values = merged(values, {name: value for name, value in options.items() if value not in (None, False, ())})
     run = {name: values.pop(name, None) for name in RUN}
+    run["data"] = one_or_several(run["data"])
     for name in OF_TRAIN:
         values.pop(name, None)
     missing = [f"--{name}" for name in ("model", "data") if not run[name]]

@@ -21,6 +21,7 @@ from sta_adapter.cli.options import (
     given_words,
     merged,
     model_options,
+    one_or_several,
     option,
     parse_settings,
     quantize_option,
@@ -67,7 +68,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
     short_help="Train STA, and LoRA beside it, on your clips.",
 )
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
-@option("Run", "--data", metavar="FILE", help="Samples to train on: JSON Lines, an array, or tar shards.")
+@option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples or tar shards; several files mix.")
 @data_options
 @option("Run", "--out", metavar="FOLDER", help="Gets the adapter; a begun run in it goes on.")
 @option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
@@ -96,9 +97,11 @@ def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
 
     values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
     values = merged(
-        values, {name: value for name, value in options.items() if value is not None and value is not False}
+        values,
+        {name: value for name, value in options.items() if value is not None and value is not False and value != ()},
     )
     run = {name: values.pop(name, None) for name in RUN_OPTIONS}
+    run["data"] = one_or_several(run["data"])
     missing = [f"--{name}" for name in ("model", "data", "out") if not run[name]]
     if missing:
         raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter train --help.")

@@ -146,7 +146,7 @@ def evaluate(
     predictions_file: str | Path | None = None,
     tag: str = "",
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> EvaluationResult:
     """Ask the model about every sample and compare with the answers.
 
@@ -168,7 +168,7 @@ def evaluate(
             that it depends on is the same: the model's weights and settings, the question, the clip, sampling and processor.
         tag: another name or state that those predictions depend on.
         overwrite: throw away what `predictions_file` holds.
-        progress: show a bar.
+        progress: show a bar; a text says on it what is measured.
 
     Raises:
         DataError: the data can't be read.
@@ -289,7 +289,7 @@ def _answer(
 
 
 def _batches(
-    dataset: VideoDataset, indices: Sequence[int], size: int, num_workers: int, progress: bool
+    dataset: VideoDataset, indices: Sequence[int], size: int, num_workers: int, progress: bool | str
 ) -> Iterator[list[tuple[int, Encoded | BadSample]]]:
     loader = DataLoader(
         Subset(dataset, indices), size, num_workers=0 if dataset.cached else num_workers, collate_fn=list
@@ -298,7 +298,8 @@ def _batches(
     if progress:
         from tqdm.auto import tqdm
 
-        batches = tqdm(loader, desc=f"evaluate ({dataset.encoder.frame_order})", dynamic_ncols=True)
+        what = progress if isinstance(progress, str) else "answers"
+        batches = tqdm(loader, desc=f"{what}, {dataset.encoder.frame_order} frames", dynamic_ncols=True)
     start = 0
     with worker_errors():
         for items in batches:

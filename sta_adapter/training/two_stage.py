@@ -19,6 +19,7 @@ from torch import nn
 from sta_adapter.adapter.save import replace_files
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.mixture import mixed_samples
 from sta_adapter.data.samples import open_samples, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
@@ -71,7 +72,7 @@ class TrainingResult:
 
 def train(
     model: nn.Module | STAHandle,
-    data: str | Path | VideoDataset | StreamDataset,
+    data: str | Path | Sequence[str | Path] | VideoDataset | StreamDataset,
     *,
     output_dir: str | Path,
     stage: str = "both",
@@ -87,7 +88,7 @@ def train(
 
     Args:
         model: a full model, injected or not, or its handle. Only what trains changes.
-        data: a file of samples or tar shards (see `open_data`), or a data set made from them.
+        data: a file of samples, several of them, or tar shards (see `open_data`), or a data set made from them.
         output_dir: gets the adapter, and a folder `stage1` / `stage2` with checkpoints for each stage.
         stage: "1" (STA alone), "2" (STA and LoRA) or "both"; a baseline (`config.sta=False`) has stage "2" alone.
         config: settings; the published recipe by default.
@@ -117,7 +118,7 @@ def train(
     config = config or TrainingConfig()
     require_reporters(config.report_to)
     names = stage_names(stage, config)
-    dataset = open_data(data, processor, config) if isinstance(data, (str, Path)) else data
+    dataset = data if isinstance(data, (VideoDataset, StreamDataset)) else _opened(data, processor, config)
     if isinstance(eval_data, (str, Path)):
         eval_data = open_data(eval_data, processor, config, stream=False)
     stages = [config.for_stage(name) for name in names]
@@ -162,8 +163,16 @@ def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
     return STAGES[stage]
 
 
+def _opened(data: Any, processor: Any, config: TrainingConfig) -> Any:
+    """Files as a data set; whatever else has samples is one already."""
+    named = isinstance(data, (str, Path)) or (
+        isinstance(data, (list, tuple)) and all(isinstance(d, (str, Path)) for d in data)
+    )
+    return open_data(data, processor, config) if named else data
+
+
 def open_data(
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     processor: Any,
     config: TrainingConfig,
     *,
@@ -174,7 +183,8 @@ def open_data(
     """The data set for a run's settings.
 
     Args:
-        data: a file of samples; or tar shards, as a path, a glob or a brace pattern that ends in .tar.
+        data: a file of samples, or several, each with a weight if it is to be another than 1 ("clips.jsonl:2" has its samples
+            twice in an epoch); or tar shards, as a path, a glob or a brace pattern that ends in .tar.
         processor: the model's processor.
         config: the settings.
         format: of the records; None recognises each by its keys.
@@ -193,12 +203,17 @@ def open_data(
         "max_length": config.max_length,
         "decode_timeout": config.decode_timeout,
     }
-    if not (stream and is_shards(data)):
-        samples = open_samples(data, format=format, videos=videos, on_bad_sample=config.on_bad_sample)
+    files = [data] if isinstance(data, (str, Path)) else list(data)
+    how: dict[str, Any] = {"format": format, "videos": videos, "on_bad_sample": config.on_bad_sample}
+    alone = len(files) == 1 and is_shards(files[0])
+    if not (stream and alone):
+        samples = open_samples(files[0], **how) if alone else mixed_samples(files, seed=config.seed, **how)
         return VideoDataset(require_usable(samples), processor, **settings)
     if videos is not None:
         raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
-    return StreamDataset(data, processor, format=format, shuffle=config.shuffle_buffer, seed=config.seed, **settings)
+    return StreamDataset(
+        files[0], processor, format=format, shuffle=config.shuffle_buffer, seed=config.seed, **settings
+    )
 
 
 def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig]) -> None:
