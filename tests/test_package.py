@@ -54,6 +54,7 @@ def test_no_network_at_import():
 
 def test_public_names_exist():
     assert set(sta_adapter.__all__) <= set(dir(sta_adapter))
+    assert all(hasattr(sta_adapter, name) for name in sta_adapter.__all__)
     for name in ("inject_sta", "load_sta", "get_sta", "STAConfig", "STAHandle", "Backbone", "register_backbone"):
         assert name in sta_adapter.__all__
         assert getattr(sta_adapter, name).__doc__

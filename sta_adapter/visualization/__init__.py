@@ -20,3 +20,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("sta_adapter.visualization.observation"), name)
+
+
+def __dir__() -> list[str]:
+    """What is there, for completion."""
+    return sorted({*globals(), *__all__})
