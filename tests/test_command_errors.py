@@ -64,7 +64,7 @@ class OutOfMemoryError(RuntimeError):
         (ModuleNotFoundError("No module named 'peft'", name="peft.utils"), "pip install 'sta-adapter[train]'"),
         (ModuleNotFoundError("No module named 'foo'", name="foo"), "pip install foo"),
         (ImportError("This requires the Torchvision library"), "pip install 'sta-adapter[train]'"),
-        (MemoryError(), "the memory is not enough: MemoryError. Take fewer clips at a time (--batch-size)"),
+        (MemoryError(), "the memory is not enough: MemoryError. Take fewer clips at a time (--batch-size;"),
         (OutOfMemoryError("CUDA out of memory.\nTried"), "the memory is not enough: OutOfMemoryError: CUDA out of memory. Tried."),
         (RuntimeError("Found no NVIDIA driver on your system."), "the GPU can't be used: RuntimeError: Found no NVIDIA driver on"),
         (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled. --device cpu does without"),
