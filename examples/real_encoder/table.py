@@ -92,12 +92,16 @@ def main_table(runs: list[dict[str, Any]]) -> str:
 
 def search_table(runs: list[dict[str, Any]]) -> str:
     """A row a run on the validation clips alone."""
-    rows = ["| searched, on validation clips | lr | reader's lr | steps | accuracy by step, % |", "|" + " --- |" * 5]
-    for run in (run for run in runs if not run["run"]["test"]):
+    rows = [
+        "| on validation clips | lr | reader first on clips, steps | steps | accuracy by step, % |",
+        "|" + " --- |" * 5,
+    ]
+    searched = [run for run in runs if not run["run"]["test"]]
+    for run in sorted(searched, key=lambda run: run["run"].get("warm", 0)):
         what = run["run"]
         curve = ", ".join(f"{100 * point['val']:.1f}" for point in run["curve"])
         lr = "" if what["arm"] == "reader" else f"{what['lr']:g}"
-        rows.append(f"| {ARMS[what['arm']].name} | {lr} | {what['reader_lr']:g} | {what['steps']} | {curve} |")
+        rows.append(f"| {ARMS[what['arm']].name} | {lr} | {what.get('warm', 0)} | {what['steps']} | {curve} |")
     return "\n".join(rows)
 
 
@@ -188,7 +192,7 @@ def figure(runs: list[dict[str, Any]]) -> str:
         name = {"sta": "STA", "lora": "LoRA", "reader": "reader alone"}[arm]
         parts.append(f'<text x="{column:.1f}" y="{bottom + 18}" text-anchor="middle">{name}</text>')
         parts.append(f'<circle cx="{column:.1f}" cy="{bottom + 30}" r="5" fill="{COLOURS[arm]}"/>')
-    label = "Accuracy of the reader alone, with LoRA and with STA: curves on validation clips, and test clips by seed"
+    label = "Accuracy of what is compared: curves on validation clips, and test clips by seed"
     head = f'<svg class="sta-proof" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>", ""])
 
