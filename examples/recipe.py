@@ -13,7 +13,7 @@ from sta_adapter.cli import cli
 from sta_adapter.demo import TINY_BASE
 
 TINY_TRAINING = {
-    **{"max_steps": 2, "batch_size": 2, "device_batch_size": 2, "num_workers": 0, "learning_rate": 1e-2},
+    **{"max_steps": 2, "epochs": 1, "batch_size": 2, "device_batch_size": 2, "num_workers": 0, "learning_rate": 1e-2},
     **{"lora_rank": 4, "lora_qkv_rank": 4, "frames.min_tokens": "null", "frames.max_tokens": "null"},
 }
 

@@ -87,6 +87,15 @@ class AdapterTrainer(Trainer):
         )
 
     @property
+    def _train_batch_size(self) -> int:
+        """Clips on a device at a time, as this run has it: the base class would take a checkpoint's, and with it another batch."""
+        return int(self.args.train_batch_size)
+
+    @_train_batch_size.setter
+    def _train_batch_size(self, size: int) -> None:
+        pass
+
+    @property
     def _net(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
