@@ -24,6 +24,7 @@ INCLUDE = re.compile(r"^<!-- include: (.+?) -->$", re.MULTILINE)
 FOR_TESTS = re.compile(r"^<!-- (?:run first\n|not run: ).*?-->\n", re.MULTILINE | re.DOTALL)
 DRAWING = re.compile(r"^!\[(.*?)\]\((figures/[^)]+\.svg)\)$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+PICTURE = re.compile(r"!\[([^\]]*)\]\((docs/[^)\s]+)\)")  # of README.md
 LOADING = re.compile(r"<(?:script|img|iframe|source|video|link)\b[^>]*>")
 FOREIGN = re.compile(r"\b(?:src|href)=[\"']?(?:https?:)?//")
 LINK_ONLY = re.compile(r"\brel=[\"']?(?:canonical|next|prev|alternate)\b")  # what browsers don't load
@@ -61,7 +62,10 @@ def included(what: str, source: str, repo_url: str) -> str:
         return settings_table(title)
     if name != "README":
         raise ValueError(f"{source}: nothing to include is called {what!r}")
-    return relinked(readme_section(title), Path(), source, repo_url)
+    section = PICTURE.sub(
+        lambda m: f"![{m[1]}]({os.path.relpath(m[2], Path('docs', source).parent)})", readme_section(title)
+    )
+    return relinked(section, Path(), source, repo_url)
 
 
 def readme_section(title: str) -> str:

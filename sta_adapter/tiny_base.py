@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TINY_BASE", "TINY_BASE_FRAMES", "is_tiny_base"]
+__all__ = ["TINY_ADAPTER", "TINY_BASE", "TINY_BASE_FRAMES", "is_tiny_base", "model_and_adapter"]
 
 TINY_BASE = Path(__file__).parent / "demo" / "tiny_qwen2_vl"
 """Its folder."""
+
+TINY_ADAPTER = Path(__file__).parent / "demo" / "tiny_adapter"
+"""Folder of an adapter for it, which tells ten movements apart."""
 
 TINY_BASE_FRAMES: dict[str, Any] = {"nframes": 8, "min_tokens": None, "max_tokens": None}
 """The `FrameSettings` that it was made for."""
@@ -18,3 +21,12 @@ TINY_BASE_FRAMES: dict[str, Any] = {"nframes": 8, "min_tokens": None, "max_token
 def is_tiny_base(model: str | os.PathLike[str]) -> bool:
     """Whether this is its folder."""
     return Path(model).is_dir() and Path(model).samefile(TINY_BASE)
+
+
+def model_and_adapter(
+    model: str | os.PathLike[str] | None, adapter: str | os.PathLike[str] | None
+) -> tuple[str | os.PathLike[str], str | os.PathLike[str] | None]:
+    """What is shown where a user names no model: the tiny base, and its adapter if none is named either."""
+    if model is not None:
+        return model, adapter
+    return TINY_BASE, TINY_ADAPTER if adapter is None else adapter

@@ -1,6 +1,8 @@
 """The app: what it answers, what it says to bad files, two users at once, and the page in a real browser."""
 
 import contextlib
+import html
+import itertools
 import os
 import socket
 import subprocess
@@ -45,12 +47,18 @@ def free_port():
         return found.getsockname()[1]
 
 
-@pytest.fixture
-def ask(viewer):
-    """The function behind the button."""
+def asking(viewer, **options):
+    """The function behind the button, and what it says last."""
     from sta_adapter.visualization.app import build
 
-    return next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
+    function = next(f.fn for f in build(viewer, **options).fns.values() if f.api_name == "ask")
+    return lambda *given: list(function(*given))[-1]
+
+
+@pytest.fixture
+def ask(viewer):
+    """See `asking`."""
+    return asking(viewer)
 
 
 def test_answers_are_those_of_base_and_adapter(viewer, clip):
@@ -144,12 +152,8 @@ def test_errors_are_told_in_the_page(ask, tmp_path, content, question, message):
 
 
 def test_an_answer_that_takes_too_long_is_given_up_and_the_next_is_not(viewer, clip):
-    from sta_adapter.visualization.app import build
-
-    slow = next(f.fn for f in build(viewer, time_limit=0.0).fns.values() if f.api_name == "ask")
-    assert "took longer than 0 s and was given up" in slow(str(clip), "What?")[2]
-    fast = next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
-    assert fast(str(clip), "What?")[:2] == viewer.answers(viewer.read(clip, "What?"))
+    assert "took longer than 0 s and was given up" in asking(viewer, time_limit=0.0)(str(clip), "What?")[2]
+    assert asking(viewer)(str(clip), "What?")[:2] == viewer.answers(viewer.read(clip, "What?"))
     assert not viewer.handle.model.get_input_embeddings()._forward_pre_hooks
 
 
@@ -163,17 +167,82 @@ def test_a_question_is_stopped_by_who_asked_it(viewer, clip, monkeypatch):
     me, other = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="other")
     answers = viewer.answers
 
-    def interrupted(loaded, limit):
+    def interrupted(loaded, limit, said):
         stop(other)
         limit.check()
         stop(me)
-        return answers(loaded, limit=limit)
+        return answers(loaded, limit=limit, said=said)
+
+    def last(request):
+        return list(ask(str(clip), "What?", None, None, request))[-1]
 
     monkeypatch.setattr(viewer, "answers", interrupted)
-    assert "The question was stopped." in ask(str(clip), "What?", me)[2]
+    assert "The question was stopped." in last(me)[2]
     stop(me)  # nothing runs any more
     monkeypatch.undo()
-    assert ask(str(clip), "What?", me)[0]
+    assert last(me)[0]
+
+
+def test_answers_come_as_they_grow(viewer, clip):
+    """First the base's, a word more each time, then the adapter's beside it, then the pictures."""
+    from sta_adapter.visualization.app import build
+
+    function = next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
+    *growing, last = list(function(str(clip), "What happens?"))
+    base, adapted = viewer.answers(viewer.read(clip, "What happens?"))
+    assert last[:2] == (base, adapted)
+    assert len({first for first, *_ in growing}) == len(base.split()) > 1
+    for earlier, later in itertools.pairwise(growing):
+        assert all(after.startswith(before) for before, after in zip(earlier[:2], later[:2], strict=True))
+    assert all(not second or first == base for first, second, _ in growing)
+    assert all(not pictures for *_, pictures in growing)
+    assert "<iframe" in last[2]
+
+
+def test_who_leaves_stops_the_model(viewer, clip):
+    from sta_adapter.visualization.app import build
+
+    function = next(f.fn for f in build(viewer).fns.values() if f.api_name == "ask")
+    asked = function(str(clip), "What happens?")
+    next(asked)
+    asked.close()  # returns only when the model is free again
+    assert viewer._lock.acquire(blocking=False)
+    viewer._lock.release()
+
+
+def test_frames_and_tokens_are_chosen_for_one_question(viewer, ask, clip):
+    text = ask(str(clip), "What happens?", 4, None)[2]
+    assert "if all 4 frames got the same" in html.unescape(text)
+    assert viewer.read(clip, "What?").inputs["video_grid_thw"].tolist() == [[8, 4, 4]]
+    few = viewer.read(clip, "What?", {"nframes": 2, "min_tokens": 1, "max_tokens": 1})
+    assert few.inputs["video_grid_thw"].tolist() == [[2, 2, 2]]
+    for frames, tokens, said in (
+        (65, None, "frames: 65"),
+        (None, -1, "tokens a frame: -1"),
+        (1.5, None, "frames: 1.5"),
+    ):
+        assert f"{said}, expected a whole number from 1 to" in ask(str(clip), "What?", frames, tokens)[2]
+
+
+def test_the_clips_to_try_are_told_apart_by_the_adapter_alone():
+    from sta_adapter.tiny_base import TINY_ADAPTER
+    from sta_adapter.visualization import app
+
+    viewer = Viewer.load(TINY_BASE, TINY_ADAPTER, device="cpu")
+    folder = Path(app.__file__).parent
+    said = [viewer.answers(viewer.read(folder / name, "What happens?")) for name in app.EXAMPLES]
+    assert [adapted for _, adapted in said] == ["left", "grows", "vanishes"]
+    assert not {base for base, _ in said} & {"left", "grows", "vanishes"}
+
+
+def test_names_are_on_the_page_and_only_text(viewer):
+    from sta_adapter.visualization.app import build
+
+    shown = [
+        str(block.value) for block in build(viewer, title="a<b>, c & d").blocks.values() if hasattr(block, "value")
+    ]
+    assert any("a&lt;b&gt;, c &amp; d" in value for value in shown)
+    assert not any("a<b>" in value for value in shown)
 
 
 def test_questions_wait_in_a_bounded_queue(viewer):
@@ -280,7 +349,7 @@ def test_it_starts_without_asking_anybody(monkeypatch, clip):
             base, adapted, pictures = client.predict(handle_file(str(clip)), "What?", api_name="/ask")
         finally:
             page.close()
-    assert base == adapted != ""
+    assert base != adapted != ""  # the tiny base and the adapter that comes with it
     assert 'srcset="data:image/png' in pictures
     assert asked == []
 

@@ -59,3 +59,27 @@ def test_every_hub_id_takes_a_revision(name):
     options = {option for parameter in command.params for option in parameter.opts}
     assert "--revision" in options or not options & {"--model", "model", "repo_id"}
     assert "--adapter-revision" in options or "--adapter" not in options
+
+
+def test_readmes_links_work_on_the_package_index():
+    """Where the project lives is told by a variable; with it no link and no picture of README is relative any more."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    text = setup.description("https://a.b/c")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) > 10
+    assert all(target.startswith(("https://", "#")) for target in targets)
+    assert "(https://a.b/c/raw/main/docs/figures/app.jpg)" in text
+    assert "(https://a.b/c/blob/main/docs/publish.md)" in text
+    assert setup.description("") == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert setup.project_urls("https://a.b/c")["Issues"] == "https://a.b/c/issues"
+    assert setup.project_urls("") == {}
+    assert any(
+        step.get("env", {}).get("STA_REPOSITORY_URL")
+        for flow in WORKFLOWS
+        for job in flow["jobs"].values()
+        for step in job["steps"]
+    )

@@ -1,6 +1,9 @@
 """`sta-adapter visualize`: the files, the page, and what is said when there can be no overlay."""
 
+import base64
 import dataclasses
+import hashlib
+import html
 import io
 import json
 import re
@@ -103,10 +106,16 @@ def test_the_page_needs_nothing_else(look):
     assert len(sources) == 3 * 2 + 1
     assert all(source.startswith("data:") for source in sources)
     assert "$" not in re.sub(r'"data:[^"]*"', "", text)
+    (allowed,) = re.findall(r"script-src ([^;\"]+)", html.unescape(text))
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert allowed == f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\(|https?:", script)
 
 
 def test_without_an_adapter_it_says_so(tmp_path, clip):
-    result = CliRunner().invoke(cli, ["visualize", clip, "--out", str(tmp_path), "--nframes", "3", "--device", "cpu"])
+    result = CliRunner().invoke(
+        cli, ["visualize", clip, "--out", str(tmp_path), "--model", str(TINY_BASE), "--nframes", "3", "--device", "cpu"]
+    )
     assert result.exit_code == 0, result.output
     assert "note: No adapter was given, so STA is untrained" in result.stdout
     assert "3 steps of 16 positions" in result.stdout
@@ -193,10 +202,10 @@ def test_figures_of_any_size(shape, theme):
 
 def test_the_first_frame_of_a_square_is_at_the_top_left():
     seen = observation(2, 1, 4)
-    seen.attention[:] = np.arange(2 * 16, dtype=np.float32).reshape(2, 1, 4, 4) / 100
+    seen.attention[:] = np.arange(1, 1 + 2 * 16, dtype=np.float32).reshape(2, 1, 4, 4) / 100
     axes = pictures.draw_attention(seen).axes[0]
     for image, tile in zip(axes.images, seen.attention[:, 0], strict=True):
-        np.testing.assert_allclose(image.get_array(), 100 * tile, rtol=1e-6)
+        np.testing.assert_allclose(2 ** image.get_array(), 4 * tile, rtol=1e-5)  # as multiples of even spread
         left, right, bottom, top = image.get_extent()
         assert (right - left, bottom - top) == (pytest.approx(4), pytest.approx(4))
         assert image.origin == "upper"
@@ -221,23 +230,32 @@ def test_a_map_is_laid_patch_on_patch():
     seen = observation(shape=(2, 3), positions=np.array([[4, 1, 0], [2, 5, 3]]))
     values = np.arange(6.0)
     axes = Figure().subplots()
-    pictures._lay_over(axes, np.zeros((20, 30)), seen.on_picture(values), (0, 5))
+    shown = pictures.Quantity("branch", "", values, 0.1)
+    pictures._lay_over(axes, np.zeros((20, 30)), seen.on_picture(values), shown, pictures.LIGHT)
     shown = axes.images[1]
     np.testing.assert_array_equal(shown.get_array(), [[4, 1, 0], [2, 5, 3]])
     assert list(shown.get_extent()) == [-0.5, 29.5, 19.5, -0.5]
 
 
 def test_small_differences_are_not_blown_up():
-    flat = observation(crossing=np.full((4, 6, 6), 0.8, np.float32), branch=np.zeros((4, 6, 6), np.float32))
+    flat = observation(crossing=np.full((4, 6, 6), 5 / 6, np.float32), branch=np.zeros((4, 6, 6), np.float32))
     crossing, branch, _ = pictures.quantities(flat, 1)
-    assert crossing.limits == (pytest.approx(79, abs=1e-3), pytest.approx(81, abs=1e-3))
+    np.testing.assert_allclose(crossing.values, 1, rtol=1e-6)
+    assert crossing.limits == (pytest.approx(0.98), pytest.approx(1.02))
     assert branch.limits == (0, pytest.approx(0.1))
+
+
+def test_what_is_even_is_in_the_middle_of_the_colours():
+    crossing, *_ = pictures.quantities(observation(), 1)
+    low, high = crossing.limits
+    assert low + high == pytest.approx(2)
+    np.testing.assert_allclose(pictures.LIGHT.colours(0.5)[:3], np.array([0xF4, 0xF4, 0xF2]) / 255, atol=0.01)
 
 
 def test_things_as_light_as_their_background_stay_visible():
     frames = np.full((2, 8, 8, 3), (120, 120, 120), np.uint8)
     frames[:, 2:5, 2:5] = (180, 60, 250)
-    grey = pictures._shades(frames)
+    grey = pictures.shades(frames)
     assert abs(grey[0, 3, 3] - grey[0, 0, 0]) > 0.9
 
 
@@ -265,7 +283,7 @@ def test_the_page_in_a_browser(look, tmp_path, dark):
         assert paper == ("rgb(22, 25, 29)" if dark else "rgb(255, 255, 255)")
         table = browser.find_element(By.TAG_NAME, "table")
         assert not table.is_displayed()
-        for _ in range(10):  # the numbers can be opened with the keyboard alone
+        for _ in range(30):  # the numbers can be opened with the keyboard alone
             browser.switch_to.active_element.send_keys(Keys.TAB)
             if browser.switch_to.active_element.tag_name == "summary":
                 break

@@ -9,6 +9,7 @@ import click
 from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device
+from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization.local_paths import subject
 
 __all__ = ["command"]
@@ -19,7 +20,7 @@ Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\
 
 Opens a page for this machine alone: a video and a question, the answers of
 base and adapter side by side, and the temporal attention below. Without
-options it shows the demo's tiny base. End it with Ctrl-C.
+options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
 """
 
 
@@ -30,7 +31,12 @@ options it shows the demo's tiny base. End it with Ctrl-C.
     short_help="Ask base and adapter about a video in the browser.",
 )
 @option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
-@option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder. [default: untrained STA]")
+@option(
+    "What",
+    "--adapter",
+    metavar="ID",
+    help="Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]",
+)
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Page", "--host", metavar="ADDRESS", help="0.0.0.0 for all. [default: 127.0.0.1]")
 @option("Page", "--port", type=click.IntRange(1, 65535), metavar="N", help="[default: first free from 7860]")
@@ -54,5 +60,5 @@ def command(**options: Any) -> None:
     name, any_base = options.pop("adapter"), options.pop("any_base")
     base_model = base_model_of(any_base)
     adapter = find_adapter(name, options.pop("adapter_revision"), any_base)
-    title = subject(options["model"] or "tiny base", name)
+    title = subject(*model_and_adapter(options["model"], name))
     serve(adapter=adapter, title=title, frames=frames, base_model=base_model, say=click.echo, **options)

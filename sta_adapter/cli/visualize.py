@@ -11,6 +11,7 @@ import click
 from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device, require_free, require_writable
+from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization.local_paths import subject
 
 __all__ = ["command"]
@@ -31,9 +32,9 @@ HELP = """\b
 Example: sta-adapter visualize clip.mp4 --out look \\
              --model Qwen/Qwen2-VL-2B-Instruct --adapter my-adapter
 
-Draws which frame looks at which, where in the picture attention crosses
-frames, and how much STA adds and changes. FOLDER gets index.html (all in
-one file), PNG, MP4, GIF, arrays.npz and numbers.json.
+Shows where each patch looks in the other frames, relative to even, by block
+and head; and how much STA adds and changes. FOLDER gets index.html (all in
+one file, to click in), PNG, MP4, GIF, arrays.npz and numbers.json.
 """
 
 
@@ -47,7 +48,12 @@ one file), PNG, MP4, GIF, arrays.npz and numbers.json.
 @option("What", "--out", metavar="FOLDER", required=True, help="Gets the page and the pictures.")
 @option("What", "--overwrite", is_flag=True, help="Replace the page and the pictures that are in FOLDER.")
 @option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
-@option("What", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder. [default: untrained STA]")
+@option(
+    "What",
+    "--adapter",
+    metavar="ID",
+    help="Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]",
+)
 @option("What", "--block", type=int, metavar="N", help="Whose maps to draw. [default: where STA adds most]")
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
@@ -57,7 +63,6 @@ one file), PNG, MP4, GIF, arrays.npz and numbers.json.
 @adapter_options
 def command(clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Any) -> None:
     """Look at a clip and write what was seen."""
-    from sta_adapter.demo import TINY_BASE
     from sta_adapter.visualization.viewer import Viewer
 
     if options["fps"] is not None and options["nframes"] is not None:
@@ -67,10 +72,10 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
     require_writable(Path(out))
     rates = {"fps": {"fps": options["fps"], "nframes": None}, "nframes": {"nframes": options["nframes"]}}
     frames = next((rates[name] for name in rates if options[name] is not None), {})
-    model = options["model"] or str(TINY_BASE)
+    model, shown = model_and_adapter(options["model"], adapter)
     viewer = Viewer.load(
         model,
-        find_adapter(adapter, options["adapter_revision"], options["any_base"]),
+        find_adapter(adapter, options["adapter_revision"], options["any_base"]) or shown,
         frames=frames,
         base_model=base_model_of(options["any_base"]),
         dtype=options["dtype"] or "auto",
@@ -79,7 +84,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
         positions=options["positions"],
         trust_remote_code=options["trust_remote_code"],
     )
-    numbers = write_look(viewer, clip, Path(out), block, subject(model, adapter))
+    numbers = write_look(viewer, clip, Path(out), block, subject(model, shown))
     click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
@@ -143,8 +144,13 @@ class Answerer:
         told = contextlib.nullcontext() if lengths is None or handle is None else handle.clips(lengths.tolist())
         return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}, told
 
-    def write(self, prompts: list[Encoded]) -> list[str]:
-        """What the model writes behind each prompt, greedily."""
+    def write(self, prompts: list[Encoded], said: Callable[[str], None] | None = None) -> list[str]:
+        """What the model writes behind each prompt, greedily.
+
+        Args:
+            prompts: encoded.
+            said: is told the text of a single prompt so far, as it grows.
+        """
         batch, told = self.batch(prompts)
         tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
@@ -160,9 +166,10 @@ class Answerer:
                 max_new_tokens=self.max_new_tokens,
                 eos_token_id=sorted({*ends, tokenizer.eos_token_id} - {None}) or None,
                 pad_token_id=self.collate.pad_id,
+                streamer=None if said is None else _Growing(tokenizer, said),
             )
-        said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in said]
+        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
         said = self.write([question.prompt for question in questions])
@@ -188,6 +195,21 @@ class Answerer:
         targets = batch["input_ids"][:, -longest:]
         chosen = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         return [float(row[longest - len(answer) :].sum()) for row, answer in zip(chosen, answers, strict=True)]
+
+
+class _Growing(TextStreamer):
+    """Tells the whole text of an answer each time that a word is added to it."""
+
+    def __init__(self, tokenizer: Any, said: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.said = said
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What transformers calls with the words that will change no more."""
+        self.text += text
+        if text:
+            self.said(self.text.strip())
 
 
 def _extended(prompt: Encoded, answer: torch.Tensor) -> Encoded:

@@ -8,29 +8,33 @@ from __future__ import annotations
 import html
 import logging
 import os
+import queue
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sta_adapter.errors import ConfigError, MissingExtraError, STAError
-from sta_adapter.tiny_base import TINY_BASE
+from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization import report
 from sta_adapter.visualization.local_paths import subject
 from sta_adapter.visualization.page_guard import AnswerLimit, SameOrigin, trusted_hosts
-from sta_adapter.visualization.viewer import Viewer
+from sta_adapter.visualization.viewer import LoadedClip, Viewer
 
 __all__ = ["build", "serve"]
 
 logger = logging.getLogger(__name__)
-EXAMPLE = Path(__file__).parent / "moves-left.mp4"  # render("left", 20_000_000, "held_out") of the demo's clips
+EXAMPLES = ("moves-left.mp4", "grows.mp4", "vanishes.mp4")  # of the demo's clips, in looks that its adapter never saw
 LONGEST = 120.0  # seconds of a clip
 LARGEST = "200mb"
 LONGEST_QUESTION = 2000  # characters
 WAITING = 32  # questions; more are refused
 TIME_LIMIT = 300.0  # seconds of a question's work
+MOST_FRAMES, MOST_TOKENS = 64, 1024  # that a question may ask for
+PATCH_BUDGET = 2 << 20  # bytes of attention that an answer brings along
 INTRO = """# Ask about a video
 
 The model answers twice: as it is, and with its adapter, whose stacked temporal attention looks from frame to frame.
@@ -41,6 +45,7 @@ UNTRAINED = """
 > Start the app with `--adapter`, for example with the adapter that `sta-adapter demo` trains.
 """
 CSS = """
+.names { overflow-wrap: anywhere; font-size: 1.05rem; }
 .answer textarea { font-size: 1.05rem; }
 .message { border-left: 4px solid #D55E00; padding: 0.4rem 0.8rem; font-size: 1.05rem; }
 footer { display: none !important; }
@@ -64,8 +69,8 @@ def serve(
     """Load a model and its adapter, and serve the page until it is interrupted.
 
     Args:
-        model: Hub id or folder; None takes the demo's tiny base.
-        adapter: Hub id or folder; None shows untrained STA.
+        model: Hub id or folder; None takes the demo's tiny base, with its adapter unless another one is named.
+        adapter: Hub id or folder; None beside a model shows untrained STA.
         host: address to listen on; None takes GRADIO_SERVER_NAME's, else this machine alone.
         port: None takes GRADIO_SERVER_PORT's, else the first free one from 7860.
         share: ask Gradio for a public address, which sends everything through its servers.
@@ -87,8 +92,9 @@ def serve(
     os.environ.setdefault("GRADIO_TEMP_DIR", folder.name)
     gradio = _gradio()
     _require_port(host, port)
-    viewer = Viewer.load(model or TINY_BASE, adapter, longest=longest, **options)
-    page = build(viewer, title=title or subject(model or "tiny base", adapter), time_limit=time_limit)
+    model, adapter = model_and_adapter(model, adapter)
+    viewer = Viewer.load(model, adapter, longest=longest, **options)
+    page = build(viewer, title=title or subject(model, adapter), time_limit=time_limit)
     page.upload_folder = folder
     page.launch(
         server_name=host,
@@ -137,22 +143,29 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
 
     Args:
         viewer: the model to ask.
-        title: of the browser's tab.
+        title: the names of model and adapter, on the page and on the browser's tab.
         time_limit: seconds after which a question is given up; None for no limit.
     """
     gradio = _gradio()
     running: dict[str | None, AnswerLimit] = {}  # by session
 
-    def ask(path: str | None, question: str | None, request: Any = None) -> tuple[str, str, str]:
+    def ask(
+        path: str | None,
+        question: str | None,
+        frames: float | None = None,
+        tokens: float | None = None,
+        request: Any = None,
+    ) -> Iterator[tuple[str, str, str]]:
         session = getattr(request, "session_hash", None)
         limit = running[session] = AnswerLimit(time_limit)
         try:
-            return _ask(viewer, path, question, limit)
+            yield from _ask(viewer, path, question, _frame_settings(frames, tokens), limit)
         except STAError as error:
             said = html.escape(_without_folder(str(error), path))
             alert = f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>'
-            return "", "", alert
+            yield "", "", alert
         finally:
+            limit.stopped.set()
             running.pop(session, None)
 
     def stop(request: Any = None) -> None:
@@ -164,6 +177,7 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
         function.__annotations__["request"] = gradio.Request
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(INTRO + ("" if viewer.trained else UNTRAINED))
+        gradio.HTML(f'<p class="names" id="names">Model and adapter: <b>{html.escape(title)}</b></p>')
         with gradio.Row():
             video = gradio.Video(label="Video", sources=["upload"], height=320, elem_id="video")
             with gradio.Column():
@@ -171,14 +185,17 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
                     label="Question", value="What happens?", lines=2, elem_id="question", max_length=LONGEST_QUESTION
                 )
                 with gradio.Row():
+                    settings = [_number(gradio, "Frames", MOST_FRAMES), _number(gradio, "Tokens a frame", MOST_TOKENS)]
+                with gradio.Row():
                     button = gradio.Button("Ask", variant="primary", elem_id="ask")
                     stop_button = gradio.Button("Stop", elem_id="stop")
-                gradio.Examples([[_example(page), "What happens?"]], [video, question], label="A clip to try")
+                clips = [[path, "What happens?"] for path in _examples(page)]
+                gradio.Examples(clips, [video, question], label="Clips to try")
         with gradio.Row():
             base = gradio.Textbox(label="Base model", lines=3, elem_id="base", elem_classes="answer")
             adapted = gradio.Textbox(label="With the adapter", lines=3, elem_id="adapted", elem_classes="answer")
         pictures = gradio.HTML(elem_id="pictures")
-        asked = {"inputs": [video, question], "outputs": [base, adapted, pictures], "concurrency_id": "ask"}
+        asked = {"inputs": [video, question, *settings], "outputs": [base, adapted, pictures], "concurrency_id": "ask"}
         asking = [
             button.click(ask, **asked, api_name="ask", concurrency_limit=1),  # the others wait in the queue
             question.submit(ask, **asked, api_name=False, concurrency_limit=1),
@@ -188,20 +205,67 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
     return page.queue(max_size=WAITING)
 
 
-def _ask(viewer: Viewer, path: str | None, question: str | None, limit: AnswerLimit) -> tuple[str, str, str]:
-    """Both answers, and the pictures as HTML."""
+def _number(gradio: Any, label: str, most: int) -> Any:
+    """A field for a whole number up to `most`; 0, as which the page also sends an empty field, leaves what was trained."""
+    info, name = f"up to {most}; 0: as trained", label.lower().split()[0]
+    return gradio.Number(0, label=label, info=info, precision=0, minimum=0, maximum=most, elem_id=name, min_width=120)
+
+
+def _frame_settings(frames: float | None, tokens: float | None) -> dict[str, Any]:
+    """Fields of `FrameSettings` from what the page's fields hold; the page's own bounds bind no program.
+
+    Raises:
+        ConfigError: a number is out of bounds.
+    """
+    for name, value, most in (("frames", frames, MOST_FRAMES), ("tokens a frame", tokens, MOST_TOKENS)):
+        if value and not (isinstance(value, (int, float)) and 1 <= value <= most and value == int(value)):
+            raise ConfigError(
+                f"{name}: {value!r}, expected a whole number from 1 to {most}, or 0 for what was trained."
+            )
+    chosen: dict[str, Any] = {"nframes": int(frames)} if frames else {}
+    return {**chosen, "min_tokens": 1, "max_tokens": int(tokens)} if tokens else chosen
+
+
+def _ask(
+    viewer: Viewer, path: str | None, question: str | None, frames: dict[str, Any], limit: AnswerLimit
+) -> Iterator[tuple[str, str, str]]:
+    """Both answers as they grow, and then the pictures as HTML."""
     if not path:
-        raise STAError("There is no video yet: choose a file, or the clip to try.")
+        raise STAError("There is no video yet: choose a file, or a clip to try.")
     if not (question or "").strip():
         raise STAError("There is no question yet: write one.")
     if len(str(question)) > LONGEST_QUESTION:
         raise STAError(f"The question has {len(str(question)):,} characters; at most {LONGEST_QUESTION:,} are taken.")
-    clip = viewer.read(path, str(question).strip())
-    base, adapted = viewer.answers(clip, limit=limit)
-    seen = viewer.observe(clip, limit)
-    frames, times, why = clip.step_frames(seen)
+    clip = viewer.read(path, str(question).strip(), frames)
+    base = adapted = ""
+    for base, adapted in _growing(viewer, clip, limit):
+        yield base, adapted, ""
+    seen = viewer.observe(clip, limit, PATCH_BUDGET)
+    shown, times, why = clip.step_frames(seen)
     noted = report.notes(seen, why, trained=True)  # the page says at its top whether there is an adapter
-    return base, adapted, report.sections(seen, frames if not why else frames[:0], times, noted=noted)
+    found = report.sections(seen, shown if not why else shown[:0], times, noted=noted, budget=PATCH_BUDGET, framed=True)
+    yield base, adapted, found
+
+
+def _growing(viewer: Viewer, clip: LoadedClip, limit: AnswerLimit) -> Iterator[tuple[str, str]]:
+    """Both answers each time that one of them has grown; the model runs in a thread meanwhile."""
+    told: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+
+    def work() -> tuple[str, str]:
+        try:
+            return viewer.answers(clip, limit=limit, said=lambda base, adapted: told.put((base, adapted)))
+        finally:
+            told.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(work)
+        try:
+            while (said := told.get()) is not None:
+                yield said
+        finally:  # whoever asked may have gone
+            if not answers.done() and said is not None:
+                limit.stopped.set()
+        yield answers.result()
 
 
 def _without_folder(message: str, path: str | None) -> str:
@@ -209,10 +273,10 @@ def _without_folder(message: str, path: str | None) -> str:
     return message.replace(str(path), Path(path).name) if path else message
 
 
-def _example(page: Any) -> str:
-    """A copy of the clip to try, which goes with the page."""
+def _examples(page: Any) -> list[str]:
+    """Copies of the clips to try, which go with the page."""
     folder = page.example_folder = tempfile.TemporaryDirectory(prefix="sta-adapter-")
-    return shutil.copy(EXAMPLE, folder.name)
+    return [shutil.copy(Path(__file__).parent / name, folder.name) for name in EXAMPLES]
 
 
 def _gradio() -> Any:

@@ -1,6 +1,7 @@
 """Pictures of what STA did with a clip, drawn from an `Observation`; each in light or dark, on nothing.
 
-The colour maps, cividis and viridis, can be told apart by everybody and stay in order in grey.
+Attention is shown against even spread, in blue (less) over a neutral colour (even) to orange (more), which everybody can tell
+apart; sizes in viridis, which stays in order in grey.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import numpy as np
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.video import write_clip
 from sta_adapter.visualization.observation import Observation
+from sta_adapter.visualization.patch_attention import scale_of
 
 if TYPE_CHECKING:
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -29,12 +32,14 @@ __all__ = [
     "draw_maps",
     "overlay_frames",
     "png",
+    "shades",
     "strongest_block",
     "write_moving",
 ]
 
-SHOWN = 6  # frames side by side; the moving picture has all
-ATTENTION, MAPS = "cividis", "viridis"
+SHOWN = 4  # frames side by side; the moving picture has all
+SQUARES = 48  # of blocks and heads; with more of them the heads are averaged
+SIZES = "viridis"
 
 
 @dataclass(frozen=True)
@@ -46,24 +51,36 @@ class Theme:
     faint: str
     line: str
     paper: str  # behind moving pictures, which can't be see-through
+    relative: tuple[str, str, str]  # less than even, even, more
+
+    @property
+    def colours(self) -> LinearSegmentedColormap:
+        """From less than even to more."""
+        from matplotlib.colors import LinearSegmentedColormap
+
+        return LinearSegmentedColormap.from_list("relative", self.relative)
 
 
-LIGHT = Theme("light", "#1f2328", "#57606a", "#0072B2", "#ffffff")
-DARK = Theme("dark", "#e6edf3", "#9da7b1", "#56B4E9", "#16191d")
+LIGHT = Theme("light", "#1f2328", "#57606a", "#0072B2", "#ffffff", ("#0072B2", "#f4f4f2", "#D55E00"))
+DARK = Theme("dark", "#e6edf3", "#9da7b1", "#56B4E9", "#16191d", ("#56B4E9", "#2b3138", "#F0A030"))
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One of the maps that can be laid over frames: values (T, N) in percent, and what they are."""
+    """One of the maps that can be laid over frames: values (T, N), in percent or as multiples of even, and what they are."""
 
     name: str
     label: str
     values: np.ndarray
     least_range: float  # smaller differences are not stretched over the whole colour map
+    relative: bool = False  # to 1, which is in the middle of the colours
 
     @property
     def limits(self) -> tuple[float, float]:
         """Lowest and highest value of the colour map."""
+        if self.relative:
+            away = max(float(np.abs(self.values - 1).max()), self.least_range / 2)
+            return 1 - away, 1 + away
         low, high = float(self.values.min()), float(self.values.max())
         spare = max(0.0, self.least_range - (high - low)) / 2
         low = max(0.0, low - spare)
@@ -73,9 +90,10 @@ class Quantity:
 def quantities(seen: Observation, block: int) -> list[Quantity]:
     """The three maps, of one block (an index in the encoder) and of the encoder's output."""
     row = seen.blocks.index(block)
-    even = "" if np.ptp(seen.even) else f"; even: {100 * seen.even[0]:.1f}"
     return [
-        Quantity("crossing", f"attention to other\nframes (%{even})", 100 * seen.crossing[row], 2.0),
+        Quantity(
+            "crossing", "attention to other\nframes (times even)", seen.relative_crossing[row], 0.04, relative=True
+        ),
         Quantity("branch", "STA's part against\nthe residual (%)", 100 * seen.branch[row], 0.1),
         Quantity("change", "encoder's output, STA on\nagainst off (%)", 100 * seen.change, 0.1),
     ]
@@ -87,30 +105,57 @@ def strongest_block(seen: Observation) -> int:
 
 
 def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
-    """Which frame looks at which: a square of T x T for each block and head, mean over positions."""
-    blocks, heads, frames, _ = seen.attention.shape
+    """Which frame looks at which, against even spread: a square of T x T for each block and head, mean over positions."""
+    values = seen.relative
+    apart = values.shape[0] * values.shape[1] <= SQUARES
+    values = values if apart else values.mean(1, keepdims=True)
+    blocks, heads, frames, _ = values.shape
     tiles = [(b, h) for b in range(blocks) for h in range(heads)]
-    many = len(tiles) > 48
-    across = heads * min(blocks, max(1, (12 if many else 6) // heads))
-    down = -(-len(tiles) // across)
-    inch = 0.85 if many else 1.25
-    figure, scale = _figure(across * inch + 1.4, down * inch + 0.9), 100 * seen.attention.max()
+    across = min(4, heads * max(1, 4 // heads)) if heads <= 4 else 4 if heads % 4 == 0 else 3
+    across, down = min(across, len(tiles)), -(-len(tiles) // min(across, len(tiles)))
+    inch, scale = min(1.3, 5.2 / across), np.log2(scale_of(values))
+    figure = _figure(across * inch + 1.1, down * inch * 1.22 + 0.6)
     axes = figure.add_subplot()
-    gap, size = frames * 0.34, frames
+    gap, size, ticks = frames * 0.28, frames, _ticks(frames)
     for place, (b, h) in enumerate(tiles):
-        x, y = place % across * (size + gap * 0.6), place // across * (size + gap)
-        tile = 100 * seen.attention[b, h]
-        shown = axes.imshow(tile, cmap=ATTENTION, vmin=0, vmax=scale, extent=(x, x + size, y + size, y), aspect="equal")
-        name = f"block {seen.blocks[b]}" if heads == 1 else f"{seen.blocks[b]} · {h}"
-        axes.text(x, y - gap * 0.12, name, fontsize=8 if many else 9, color=theme.text, va="bottom")
-    axes.set(xlim=(-0.5, across * (size + gap * 0.6)), ylim=(down * (size + gap) - gap + 0.5, -gap))
+        column, row = place % across, place // across
+        x, y = column * (size + gap * 0.5), row * (size + gap)
+        shades = {"cmap": theme.colours, "vmin": -scale, "vmax": scale, "aspect": "equal", "interpolation": "nearest"}
+        shown = axes.imshow(np.log2(np.maximum(values[b, h], 1e-6)), extent=(x, x + size, y + size, y), **shades)
+        name = f"block {seen.blocks[b]}" if heads == 1 else f"{seen.blocks[b]} \u00b7 {h}"
+        axes.text(x, y - gap * 0.1, name, fontsize=9, color=theme.text, va="bottom")
+        for tick in ticks:  # frames of the squares at the left and at the bottom
+            if column == 0:
+                axes.text(
+                    x - gap * 0.1, y + tick + 0.5, str(tick), fontsize=7, color=theme.faint, ha="right", va="center"
+                )
+            if place + across >= len(tiles):
+                axes.text(
+                    x + tick + 0.5,
+                    y + size + gap * 0.1,
+                    str(tick),
+                    fontsize=7,
+                    color=theme.faint,
+                    ha="center",
+                    va="top",
+                )
+    axes.set(xlim=(-gap * 0.6, across * (size + gap * 0.5)), ylim=(down * (size + gap) - gap + gap * 0.7, -gap))
     axes.set_axis_off()
-    where = "" if heads == 1 else "above each square: block · head.  "
-    told = f"{where}down: frame that looks, across: frame looked at,\nthe first frame at the top left"
-    figure.suptitle(told, x=0.01, ha="left", fontsize=9, color=theme.faint)
-    label = f"attention (%)\neven: {100 / frames:.1f}"
-    _colour_bar(figure, shown, theme, label, ax=axes, pad=0.015, shrink=min(1.0, 2.2 / (down * inch)), anchor=(0, 1))
+    where = "" if heads == 1 else "above each square: block \u00b7 head; "
+    figure.suptitle(
+        f"{where}down: frame that looks,\nacross: frame looked at", x=0.01, ha="left", fontsize=9, color=theme.faint
+    )
+    bar = _colour_bar(figure, shown, theme, "attention, times even", ax=axes, pad=0.02, anchor=(0, 1),
+                      shrink=min(1.0, 2.0 / (down * inch)), ticks=[-scale, 0, scale])  # fmt: skip
+    end = f"{2**scale:g}"
+    bar.ax.set_yticklabels([f"1/{end}", "1", end])
     return figure
+
+
+def _ticks(frames: int) -> list[int]:
+    """At most five frames, evenly apart, the first among them."""
+    step = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, frames) if frames <= 5 * step)
+    return list(range(0, frames, step))
 
 
 def draw_branch(seen: Observation, theme: Theme = LIGHT) -> Figure:
@@ -134,7 +179,7 @@ def draw_branch(seen: Observation, theme: Theme = LIGHT) -> Figure:
 def draw_maps(
     seen: Observation, frames: np.ndarray, times: np.ndarray | None, block: int, theme: Theme = LIGHT
 ) -> Figure:
-    """Frames (T, height, width, 3), up to six of them, and below them the maps of a block laid over them."""
+    """Frames (T, height, width, 3), up to four of them, and below them the maps of a block laid over them."""
     count = len(frames)
     chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(int))
     maps, shape = quantities(seen, block), frames.shape[1] / frames.shape[2]
@@ -142,17 +187,17 @@ def draw_maps(
     figure = _figure(width * len(chosen) + 0.9, (width * shape + 0.3) * (1 + len(maps)), gap=0.13)
     grid = figure.subplots(1 + len(maps), len(chosen) + 1, width_ratios=[1] * len(chosen) + [0.07], squeeze=False)
     grid[0, -1].set_axis_off()
-    grey = _shades(frames)
+    grey = shades(frames)
     for axes, index in zip(grid[0], chosen, strict=False):
         axes.imshow(frames[index])
         axes.set_title(_when(index, times), fontsize=11, color=theme.text)
     for row, quantity in zip(grid[1:], maps, strict=True):
         for axes, index in zip(row, chosen, strict=False):
-            _lay_over(axes, grey[index], seen.on_picture(quantity.values[index]), quantity.limits)
+            _lay_over(axes, grey[index], seen.on_picture(quantity.values[index]), quantity, theme)
         told = f"{quantity.name}: {quantity.label}".replace("\n", " ")  # may reach over the pictures beside it
         place: dict[str, Any] = {"transform": row[0].transAxes, "va": "bottom", "in_layout": False}
         row[0].text(0, 1.03, told, fontsize=11, color=theme.text, **place)
-        _colour_bar(figure, _solid(quantity), theme, "", cax=row[-1])
+        _colour_bar(figure, _solid(quantity, theme), theme, "", cax=row[-1])
     for axes in grid[:, :-1].flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -162,16 +207,16 @@ def draw_maps(
 def overlay_frames(
     seen: Observation, frames: np.ndarray, times: np.ndarray | None, block: int, theme: Theme = DARK
 ) -> np.ndarray:
-    """All T steps as pictures (T, height, width, 3) uint8: the frame, and the three maps beside it."""
+    """All T steps as pictures (T, height, width, 3) uint8: the frame, and the three maps beside and below it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     maps, shape = quantities(seen, block), frames.shape[1] / frames.shape[2]
     width = min(2.2, 2.2 / shape)
-    figure = _figure(4 * (width + 0.3) + 1.4, width * shape + 0.75, paper=theme.paper)
-    canvas, row, drawn = FigureCanvasAgg(figure), figure.subplots(1, 1 + len(maps)), []
-    grey = _shades(frames)
+    figure = _figure(2 * (width + 0.6), 2 * (width * shape + 0.6), paper=theme.paper)
+    canvas, row, drawn = FigureCanvasAgg(figure), figure.subplots(2, 2).ravel(), []
+    grey = shades(frames)
     for axes, quantity in zip(row[1:], maps, strict=True):
-        _colour_bar(figure, _solid(quantity), theme, "", ax=axes, shrink=0.8, aspect=14)
+        _colour_bar(figure, _solid(quantity, theme), theme, "", ax=axes, shrink=0.8, aspect=14)
     for index, frame in enumerate(frames):
         for axes in row:
             axes.clear()
@@ -179,7 +224,7 @@ def overlay_frames(
         row[0].imshow(frame)
         row[0].set_title(_when(index, times), fontsize=9, color=theme.text)
         for axes, quantity in zip(row[1:], maps, strict=True):
-            _lay_over(axes, grey[index], seen.on_picture(quantity.values[index]), quantity.limits)
+            _lay_over(axes, grey[index], seen.on_picture(quantity.values[index]), quantity, theme)
             axes.set_title(quantity.label, fontsize=9, color=theme.text)
         canvas.draw()
         figure.set_layout_engine("none")  # the first drawing has laid everything out
@@ -219,7 +264,7 @@ def _when(index: int, times: np.ndarray | None) -> str:
     return f"step {index}" if times is None else f"{times[index]:.2f} s"
 
 
-def _shades(frames: np.ndarray) -> np.ndarray:
+def shades(frames: np.ndarray) -> np.ndarray:
     """Frames (T, height, width, 3) in grey, (T, height, width) from 0 to 1, along the colours in which they differ most.
 
     Plain lightness would hide a thing that is as light as what is behind it.
@@ -231,28 +276,31 @@ def _shades(frames: np.ndarray) -> np.ndarray:
     return np.clip((grey - low) / max(high - low, 1e-9), 0, 1).reshape(frames.shape[:-1])
 
 
-def _lay_over(axes: Any, shades: np.ndarray, values: np.ndarray, limits: tuple[float, float]) -> None:
+def _lay_over(axes: Any, grey: np.ndarray, values: np.ndarray, quantity: Quantity, theme: Theme) -> None:
     """A map (rows, columns) over a grey frame (height, width), each value on the patch that it belongs to."""
-    height, width = shades.shape
-    axes.imshow(shades, cmap="gray", vmin=-0.5, vmax=1.5)  # pale, so that the map's colours stay its own
+    height, width = grey.shape
+    axes.imshow(grey, cmap="gray", vmin=-0.5, vmax=1.5)  # pale, so that the map's colours stay its own
     span = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(values, cmap=MAPS, vmin=limits[0], vmax=limits[1], alpha=0.6, extent=span, interpolation="nearest")
+    low, high = quantity.limits
+    colours = theme.colours if quantity.relative else SIZES
+    axes.imshow(values, cmap=colours, vmin=low, vmax=high, alpha=0.65, extent=span, interpolation="nearest")
 
 
-def _solid(quantity: Quantity) -> Any:
+def _solid(quantity: Quantity, theme: Theme) -> Any:
     """What the colour bar shows: the colour map without the frame below it."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    return ScalarMappable(Normalize(*quantity.limits), MAPS)
+    return ScalarMappable(Normalize(*quantity.limits), theme.colours if quantity.relative else SIZES)
 
 
-def _colour_bar(figure: Figure, shown: Any, theme: Theme, label: str, **options: Any) -> None:
+def _colour_bar(figure: Figure, shown: Any, theme: Theme, label: str, **options: Any) -> Any:
     bar = figure.colorbar(shown, **options)
     bar.set_label(label, fontsize=10, color=theme.text)
     bar.ax.tick_params(labelsize=10)
     bar.outline.set_visible(False)
     _restyle(bar.ax, theme)
+    return bar
 
 
 def _restyle(axes: Any, theme: Theme) -> None:

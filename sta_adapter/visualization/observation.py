@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.injection.handle import STAHandle
+from sta_adapter.visualization.patch_attention import BUDGET, Pooling, choose_pooling, encode, may_see, pool
 from sta_adapter.visualization.recorder import AttentionRecorder, Recording
 
 __all__ = ["Observation", "branch_sizes", "crossing_map", "observe", "temporal_attention"]
@@ -39,6 +40,9 @@ class Observation:
         lands_elsewhere: whether the result of a token's attention is added to another token, as in the published
             code's token order. `attention` and `crossing` belong to the token that looks, `branch` and `change` to the
             one that receives.
+        patches: (B, H or 1, rows, columns, T, T) uint8, the attention of cells of patches relative to even, as codes of
+            `sta_adapter.visualization.patch_attention`; None where the picture is not known, or where it would be too much.
+        pooling: how many patches make a cell, whether heads are apart, and how many blocks fit a page; None as above.
     """
 
     blocks: tuple[int, ...]
@@ -50,6 +54,20 @@ class Observation:
     positions: np.ndarray | None
     no_picture: str
     lands_elsewhere: bool
+    patches: np.ndarray | None = None
+    pooling: Pooling | None = None
+
+    @property
+    def relative(self) -> np.ndarray:
+        """`attention` (B, H, T, T) as a multiple of what even spread would give; NaN where a frame may not look."""
+        multiple = self.attention / (1 - self.even)[:, None]
+        return np.where(may_see(self.even), multiple, np.float32("nan"))
+
+    @property
+    def relative_crossing(self) -> np.ndarray:
+        """`crossing` (B, T, N) as a multiple of what even spread would give; 1 where a frame may only look at itself."""
+        even = np.where(self.even > 0, self.even, 1)[:, None]
+        return np.where(self.even[:, None] > 0, self.crossing / even, 1)
 
     def on_picture(self, values: np.ndarray) -> np.ndarray:
         """Lay values (..., N) out as pictures (..., rows, columns).
@@ -62,22 +80,33 @@ class Observation:
         return values[..., self.positions]
 
 
-def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> Observation:
+def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0, patch_budget: int = BUDGET) -> Observation:
     """Run the model twice, with STA on and off, and note what STA did with one clip.
 
     Args:
         handle: of the injected model, which runs in its present mode (call `model.eval()` first), without gradients.
         inputs: keyword arguments of `handle.model`, as its processor makes them.
         clip: which of the clips in `inputs`, counted from 0 in the order in which the encoder gets them.
+        patch_budget: bytes that `Observation.patches` may take of the blocks that fit; patches are pooled until they do.
 
     Raises:
         LayoutError: `inputs` have no such clip.
         ConfigError: STA is switched off, or has been removed.
     """
 
-    def summarise(weights: Tensor) -> tuple[Tensor, Tensor]:
+    def summarise(weights: Tensor) -> tuple[Tensor, Tensor, np.ndarray | None]:
         own = weights.diagonal(dim1=-2, dim2=-1)  # (heads, positions, T)
-        return weights.mean(1).cpu(), (1 - own).mean(0).t().cpu()
+        (heads, _, frames, _), positions = weights.shape, recorder.recording.positions
+        pooling, cells = None, None
+        if positions is not None:
+            rows, columns = positions.shape
+            pooling = choose_pooling(len(handle.blocks), heads, (rows, columns), frames, patch_budget)
+        if pooling is not None and positions is not None:
+            kept.append(pooling)
+            cells = encode(pool(weights, positions, pooling), may_see(_even(handle, frames)))
+        return weights.mean(1).cpu(), (1 - own).mean(0).t().cpu(), cells
+
+    kept: list[Pooling] = []
 
     recorder = AttentionRecorder(handle, clip, summarise)
     with recorder, torch.no_grad():
@@ -90,18 +119,19 @@ def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> O
         raise LayoutError("the encoder's last block gave no tensor that could be compared with STA on and off.")
     frames, positions = seen.clip
     change = (recorder.after - recorder.before).norm(dim=-1) / recorder.before.norm(dim=-1).clamp_min(1e-12)
-    visible = torch.arange(1, frames + 1) if handle.config.causal else torch.full((frames,), frames)
-    visible = visible.clamp(max=handle.config.window or frames)
+    cells = [found for _, _, found in seen.attention.values() if found is not None]
     return Observation(
         blocks=tuple(seen.attention),
-        attention=torch.stack([mean for mean, _ in seen.attention.values()]).numpy(),
-        crossing=torch.stack([share for _, share in seen.attention.values()]).numpy(),
+        attention=torch.stack([mean for mean, _, _ in seen.attention.values()]).numpy(),
+        crossing=torch.stack([share for _, share, _ in seen.attention.values()]).numpy(),
         branch=torch.stack(list(seen.branch.values())).numpy(),
         change=change.view(frames, positions).cpu().numpy(),
-        even=((visible - 1) / visible).float().numpy(),
+        even=_even(handle, frames),
         positions=None if seen.positions is None else seen.positions.cpu().numpy(),
         no_picture=seen.no_picture,
         lands_elsewhere=handle.config.token_order == "published" and min(frames, positions) > 1,
+        patches=np.stack(cells) if cells else None,
+        pooling=kept[0] if kept else None,
     )
 
 
@@ -145,6 +175,13 @@ def branch_sizes(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0)
         By block index, float32 arrays (T, N); 0 everywhere for an adapter that starts at zero.
     """
     return {block: sizes.numpy() for block, sizes in _run(handle, inputs, clip).branch.items()}
+
+
+def _even(handle: STAHandle, frames: int) -> np.ndarray:
+    """(T,) float32, share of evenly spread attention that goes to frames other than the own one."""
+    visible = torch.arange(1, frames + 1) if handle.config.causal else torch.full((frames,), frames)
+    visible = visible.clamp(max=handle.config.window or frames)
+    return ((visible - 1) / visible).float().numpy()
 
 
 def _run(handle: STAHandle, inputs: Mapping[str, Any], clip: int) -> Recording:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from sta_adapter.visualization.explorer import SCRIPT, explorer_data, script_hash
 from sta_adapter.visualization.figures import (
     DARK,
     LIGHT,
@@ -25,6 +26,7 @@ from sta_adapter.visualization.figures import (
     strongest_block,
 )
 from sta_adapter.visualization.observation import Observation
+from sta_adapter.visualization.patch_attention import BUDGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +46,7 @@ ELSEWHERE = (
 
 def page(title: str, subject: str, made: str, content: str) -> str:
     """A whole page; `content` is HTML (see `sections`), all else is text."""
-    words = {"title": title, "subject": subject, "made": made, "sections": content}
+    words = {"title": title, "subject": subject, "made": made, "sections": content, "script_hash": script_hash()}
     return TEMPLATES.get_template("report.html").render(words)
 
 
@@ -83,6 +85,8 @@ def sections(
     noted: list[str],
     block: int | None = None,
     movie: bytes | None = None,
+    budget: int = BUDGET,
+    framed: bool = False,
 ) -> str:
     """The page's body: notes, pictures with what they show in words, and the numbers as a table.
 
@@ -93,11 +97,20 @@ def sections(
         noted: of `notes`.
         block: index of the block whose maps are drawn; None takes the one in which STA adds most.
         movie: the overlay as an MP4 file.
+        budget: bytes of attention in the part that can be clicked, see `explorer_data`.
+        framed: put that part into a frame of its own, for a page that runs no scripts out of what it is given.
     """
     strongest = strongest_block(seen)
     block = strongest if block is None else block
     row = seen.blocks.index(block)
-    own = seen.attention.mean(1).diagonal(axis1=1, axis2=2).mean(1)
+    own = np.nanmean(seen.relative.mean(1).diagonal(axis1=1, axis2=2), axis=1)
+    data = explorer_data(seen, frames, times, block, budget)
+    clickable = {
+        "data": data,
+        "script": SCRIPT,
+        "kept": _kept(seen, data) if data else "",
+        "script_hash": script_hash(),
+    }
     return TEMPLATES.get_template("sections.html").render(
         notes=noted,
         block=block,
@@ -107,18 +120,18 @@ def sections(
         attention=_in_both_themes(lambda theme: draw_attention(seen, theme)),
         branch=_in_both_themes(lambda theme: draw_branch(seen, theme)),
         frames=seen.attention.shape[-1],
-        own_frame="; ".join(
-            f"block {b}: {100 * o:.0f} % to the own frame" for b, o in zip(seen.blocks, own, strict=True)
-        ),
-        crossing_range=_range(seen.crossing[row]),
-        branch_range=_range(seen.branch[row]),
-        change_range=_range(seen.change),
+        own_frame="; ".join(f"block {b}: {o:.2f} times even" for b, o in zip(seen.blocks, own, strict=True)),
+        crossing_range="{:.2f} to {:.2f}".format(*_ends(seen.relative_crossing[row])),
+        branch_range="{:.1f} to {:.1f}".format(*_ends(100 * seen.branch[row])),
+        change_range="{:.1f} to {:.1f}".format(*_ends(100 * seen.change)),
+        framed=TEMPLATES.get_template("framed.html").render(clickable) if framed and data else "",
+        **clickable,
         numbers=summary(seen, noted, block),
     )
 
 
 def _in_both_themes(draw: Callable[[Theme], Figure]) -> dict[str, str]:
-    """A figure in light and dark; on a small screen it stays readable and is scrolled, also with the arrow keys."""
+    """A figure in light and dark, narrow enough to be read on a small screen."""
     return {theme.name: _data_uri("image/png", png(draw(theme))) for theme in (LIGHT, DARK)}
 
 
@@ -126,5 +139,23 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _range(values: np.ndarray) -> str:
-    return f"{100 * values.min():.1f} to {100 * values.max():.1f}"
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
+
+
+def _kept(seen: Observation, data: dict[str, Any]) -> str:
+    """What of the patches' attention is in the page, in words."""
+    patches, frames = data["patches"], seen.attention.shape[-1]
+    if patches is None:
+        return ""
+    size = len(patches["codes"]) * 3 // 4
+    words = [
+        f"A byte a value, within {100 * np.expm1(np.log(max(2, frames)) / 254):.1f} %: {size / 2**20:.1f} of at most {BUDGET >> 20} MiB."
+    ]
+    if patches["edge"] > 1:
+        words.append(f"A square is the mean of {patches['edge']} x {patches['edge']} patches.")
+    if len(patches["blocks"]) < len(seen.blocks):
+        words.append(f"Patches are there for the {len(patches['blocks'])} blocks in which STA adds most.")
+    if patches["heads"] < data["heads"]:
+        words.append("Of patches there is the mean of the heads alone.")
+    return " ".join(words)

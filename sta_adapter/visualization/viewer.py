@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from sta_adapter.compatibility.processors import visual_part
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
-from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
-from sta_adapter.evaluation.answering import Answerer, Question
+from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.evaluation.eval_mode import without_adapter
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
@@ -34,6 +34,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.frame_table import read_frame_table
 from sta_adapter.visualization.observation import Observation, observe
 from sta_adapter.visualization.page_guard import AnswerLimit
+from sta_adapter.visualization.patch_attention import BUDGET
 
 __all__ = ["LoadedClip", "Viewer", "crops"]
 
@@ -150,15 +151,23 @@ class Viewer:
             )
         return cls(handle, processor, settings, longest=longest)
 
-    def read(self, path: str | os.PathLike[str], question: str = QUESTION) -> LoadedClip:
+    def read(
+        self, path: str | os.PathLike[str], question: str = QUESTION, frames: Mapping[str, Any] | None = None
+    ) -> LoadedClip:
         """Read a video file and put a question to it.
+
+        Args:
+            path: of the file.
+            question: to the model.
+            frames: fields of `FrameSettings` that this clip is sampled with in the place of the viewer's own.
 
         Raises:
             VideoError: it can't be read, or is too long.
+            ConfigError: the fields don't fit together.
         """
-        file = os.fspath(path)
+        file, settings = os.fspath(path), dataclasses.replace(self.settings, **(frames or {}))
         with self._decoding:
-            visual = self._decode(file) if self._isolated is None else self._isolated(file)
+            visual = (self._decode if self._isolated is None else self._isolated)(file, settings)
         content = [{"type": "video", "video": file}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         encoded = encode_prompt(self.processor, messages, [[visual]])
@@ -169,32 +178,49 @@ class Viewer:
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
         return LoadedClip(visual.pixels, _times(visual), messages, encoded, inputs, in_rows, crops(self.processor))
 
-    def _decode(self, file: str) -> Visual:
+    def _decode(self, file: str, settings: FrameSettings) -> Visual:
         """The clip of a file; in a process of its own, where that is possible."""
         if self.longest is not None:
             _check_length(file, self.longest)
-        return ClipReader.of(self.processor, self.settings).read([{"type": "video", "video": file}])[0]
+        return ClipReader.of(self.processor, settings).read([{"type": "video", "video": file}])[0]
 
-    def observe(self, clip: LoadedClip, limit: AnswerLimit | None = None) -> Observation:
-        """What STA does with the clip."""
+    def observe(self, clip: LoadedClip, limit: AnswerLimit | None = None, patch_budget: int = BUDGET) -> Observation:
+        """What STA does with the clip; `patch_budget` is of `sta_adapter.visualization.observe`."""
         with self._lock, self._told(clip), self._limited(limit):
-            return observe(self.handle, clip.inputs)
+            return observe(self.handle, clip.inputs, patch_budget=patch_budget)
 
     @torch.no_grad()
-    def answers(self, clip: LoadedClip, max_new_tokens: int = 64, limit: AnswerLimit | None = None) -> tuple[str, str]:
+    def answers(
+        self,
+        clip: LoadedClip,
+        max_new_tokens: int = 64,
+        limit: AnswerLimit | None = None,
+        said: Callable[[str, str], None] | None = None,
+    ) -> tuple[str, str]:
         """What the base model says to the clip's question, and what it says with the adapter.
+
+        Args:
+            clip: with its question.
+            max_new_tokens: of each answer.
+            limit: of the work.
+            said: is told both answers so far, as they grow.
 
         Raises:
             STAError: the limit ended it.
         """
-        sample = Sample([*clip.messages, {"role": "assistant", "content": []}])
         answerer = Answerer(self.handle.model, self.processor, max_new_tokens, 1)
-        said = []
+        found: list[str] = []
+
+        def grown(text: str) -> None:
+            if said is not None:
+                base, adapted = [*found, text, ""][:2]
+                said(base, adapted)
+
         with self._lock, self._told(clip), self._limited(limit):
             for switched in (without_adapter(self.handle.model), contextlib.nullcontext()):
                 with switched:
-                    said.append(next(answerer.answer([Question(0, sample, clip.encoded, [])])).prediction)
-        return said[0], said[1]
+                    found += answerer.write([clip.encoded], grown)
+        return found[0], found[1]
 
     def _limited(self, limit: AnswerLimit | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if limit is None else limit.over(self.handle.model)
