@@ -5,7 +5,8 @@
 Each round reads the clips of a few files through a `DataLoader` with new workers. The variants of a case take turns:
 - decord: `VideoReader(path).get_batch(indices)`, where the clips have the size that the model takes; else it resizes as well;
 - clips: `VideoDataset` up to the processor, with its frame table, time sampling, resizing and the process that may be killed;
-- samples: the same with the model's processor and tokenizer, so that the difference to clips is the processor's cost.
+- samples: the same with the model's processor and tokenizer, so that the difference to clips is the processor's cost;
+- cached: samples of which all are in a `cache` on disk (in the system's page cache, as they were written just before).
 Values are clips a second; the ratio is to decord, more is better.
 """
 
@@ -145,6 +146,8 @@ def measure(report: Report, name: str, folder: Path, options: dict[str, Any], pr
         "clips": partial(clips, dataset),
         "samples": dataset.__getitem__,
     }
+    cached = VideoDataset([sample(path) for path in paths], processor, frames=settings, cache=folder / "cache")
+    variants["cached"] = cached.__getitem__  # its first round, which is not counted, fills the cache
     check_same_frames(variants, resized)
     values: dict[str, list[float]] = {key: [] for key in variants}
     for turn in range(options["repeats"] + 1):
@@ -156,6 +159,41 @@ def measure(report: Report, name: str, folder: Path, options: dict[str, Any], pr
     rates = {key: statistics.median(found) for key, found in values.items()}
     cost = 1000 * workers * (1 / rates["samples"] - 1 / rates["clips"])
     click.echo(f"{name}: the processor takes {cost:.1f} ms of a worker's time for each clip")
+    click.echo(f"{name}: from the cache {rates['cached'] / rates['samples']:.1f} times as many samples a second")
+    here = {"frames": settings, "decode_timeout": None}  # whose CPU time is that of another process otherwise
+    samples = VideoDataset(dataset.samples, processor, **here)
+    kept = VideoDataset(dataset.samples, processor, cache=folder / "cache", **here)
+    variants |= {"clips": partial(clips, samples), "samples": samples.__getitem__, "cached": kept.__getitem__}
+    measure_cpu_time(report, name, variants, options["repeats"], ("samples", "cached"))
+
+
+def measure_cpu_time(
+    report: Report, name: str, variants: dict[str, Callable[[int], Any]], repeats: int, equal: tuple[str, str]
+) -> None:
+    """Clips per second of a worker's CPU time, whatever else the machine does; what handing them over takes is left out."""
+    rounds = Function(partial(cpu_rates, variants, repeats, equal), 1)
+    found = next(iter(DataLoader(rounds, batch_size=None, num_workers=1)))
+    if not found.pop("equal"):
+        raise click.ClickException("a sample from the cache differs from one that was made anew")
+    report.add(f"{name}, by CPU time", found)
+
+
+def cpu_rates(
+    variants: dict[str, Callable[[int], Any]], repeats: int, equal: tuple[str, str], _: int
+) -> dict[str, Any]:
+    """Of each variant, in turn; and whether two of them give the same, bit for bit."""
+    one, other = ([variants[key](index) for index in range(FILES)] for key in equal)
+    pairs = [(a, b) for a, b in zip(one, other, strict=True)]
+    same = all(list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+    found: dict[str, list[float]] = {key: [] for key in variants}
+    for turn in range(repeats + 1):
+        for key, make in variants.items():
+            begun = time.process_time()
+            for index in range(FILES):
+                make(index)
+            if turn:
+                found[key].append(FILES / (time.process_time() - begun))
+    return {**found, "equal": same}
 
 
 @click.command(help=__doc__)

@@ -30,6 +30,10 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, hint in hints.items():
         if options[name] is not None:
             raise ConfigError(f"--{name} is for transformers; vLLM takes {hint}.")
+    if options["cache"] is not None:
+        raise ConfigError(
+            "--cache keeps samples as transformers takes them, and vLLM processes clips by itself; leave it out."
+        )
     if options["positions"] == "transformers":
         raise ConfigError("--positions transformers: vLLM numbers text as the base was trained; leave the option out.")
     try:

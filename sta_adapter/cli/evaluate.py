@@ -60,6 +60,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("How", "--batch-size", type=click.IntRange(1), metavar="N", help="Samples at a time. [default: 8; vllm: 64]")
 @option("How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="[default: 32]")
 @option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
+@option("How", "--cache", metavar="FOLDER", help="Keeps encoded samples for later runs.")
 @option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
 @option("How", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
 @option("How", "--seed", type=int, metavar="N", default=0, help="Of shuffling and intervals. [default: 0]")
@@ -206,7 +207,8 @@ def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: 
     if options["nframes"] is not None:
         sampling["nframes"] = options["nframes"]
     frames = FrameSettings(**sampling)
-    return VideoDataset(samples, processor, frames=frames, on_bad_sample=options["on_bad_sample"])
+    how = {"on_bad_sample": options["on_bad_sample"], "cache": options["cache"] or False}
+    return VideoDataset(samples, processor, frames=frames, **how)
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:

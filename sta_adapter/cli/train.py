@@ -48,6 +48,7 @@ RUN_OPTIONS = (
     "attn_implementation",
     "videos",
     "format",
+    "cache",
     *FLAGS,
 )
 STAGES = click.Choice(["1", "2", "both"])
@@ -75,6 +76,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Run", "--eval-data", metavar="FILE", help="As --data, to measure on; the best is kept.")
 @option("Run", "--adapter", metavar="ID", help="Start from this adapter, not a fresh one.")
 @option("Run", "--dry-run", is_flag=True, help="Say what it would do and need, as plan does.")
+@option("Run", "--cache", metavar="FOLDER", help="Keeps encoded samples for later epochs and runs.")
 @option("Run", "--overwrite", is_flag=True, help="Throw away the run that is in FOLDER.")
 @option("Settings", "--config", metavar="FILE.yaml", help="Settings, and any option; options win.")
 @option("Settings", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
@@ -138,7 +140,7 @@ def _train(run: dict[str, Any], settings: Any) -> None:
     adapter = find_adapter(run["adapter"], run["adapter_revision"])
     source = {"revision": run["revision"], "trust_remote_code": run["trust_remote_code"]}
     processor = load_processor(run["model"], **source)
-    how = {"format": run["format"], "videos": run["videos"]}
+    how = {name: run[name] for name in ("format", "videos", "cache")}
     data = open_data(run["data"], processor, settings, **how)
     eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
     narrow = run["quantize"]

@@ -38,7 +38,8 @@ class VideoDataset(Dataset):
         seed: of the shuffling, which is the same in every run.
         on_bad_sample: "skip" gives a `BadSample` in place of an unusable one, "error" raises.
         max_length: samples of more tokens are bad samples.
-        cache: keep what was encoded in memory, so that later epochs and runs needn't decode.
+        cache: True keeps what was encoded in memory, so that later epochs needn't decode; a folder keeps it on disk, for later
+            runs and other processes as well, see `sta_adapter.data.sample_cache`. Engines' prompts are not kept there.
         for_engine: give each sample's token ids and its `Prompt`, as engines take it, in the place of tensors for a model.
         decode_timeout: seconds in which a DataLoader's worker must have decoded a sample, else it is a bad one; None for no
             limit. Without workers (num_workers=0), and on other systems than Linux, there is none.
@@ -55,7 +56,7 @@ class VideoDataset(Dataset):
         seed: int = 0,
         on_bad_sample: str = "skip",
         max_length: int | None = None,
-        cache: bool = False,
+        cache: bool | str | Path = False,
         for_engine: bool = False,
         decode_timeout: float | None = DECODE_TIMEOUT,
     ) -> None:
@@ -64,10 +65,10 @@ class VideoDataset(Dataset):
         self.samples = list(samples)
         self.processor = processor
         self.frames = frames or FrameSettings()
-        self.encoder = SampleEncoder(
-            processor, self.frames, prompts, frame_order, seed, on_bad_sample, max_length, for_engine, decode_timeout
-        )
-        self._cache: dict[int, Encoded | BadSample] | None = {} if cache else None
+        folder = None if isinstance(cache, bool) else cache
+        how = (prompts, frame_order, seed, on_bad_sample, max_length, for_engine, decode_timeout, folder)
+        self.encoder = SampleEncoder(processor, self.frames, *how)
+        self._cache: dict[int, Encoded | BadSample] | None = {} if cache is True else None
         self._prompts: dict[tuple[str, int, bool], VideoDataset] = {}
 
     @property

@@ -13,10 +13,18 @@ from typing import Any
 from sta_adapter.compatibility.processors import fingerprint_parts
 from sta_adapter.data.message import Part
 
-__all__ = ["fingerprint", "fingerprint_file", "fingerprint_processor", "fingerprint_samples", "without_names"]
+__all__ = [
+    "fingerprint",
+    "fingerprint_clip",
+    "fingerprint_file",
+    "fingerprint_processor",
+    "fingerprint_samples",
+    "without_names",
+]
 
 ENDS = 1 << 16  # bytes at the beginning and at the end of a clip's file that stand for it, with its size
 THREADS = 8
+MISSING = "missing"
 NAMELESS = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")  # don't change what comes out
 
 
@@ -60,11 +68,26 @@ def _contents(part: Part) -> str:
         return hashlib.sha256(packed).hexdigest()
     if packed is not None:
         shard, start, size = (getattr(packed, name, None) for name in ("shard", "start", "size"))
-        return "missing" if shard is None else fingerprint_file(shard, start or 0, size)
+        return MISSING if shard is None else fingerprint_file(shard, start or 0, size)
     path = Path(str(part[part["type"]]))
     if path.is_dir():
         return fingerprint([(file.name, fingerprint_file(file)) for file in sorted(path.iterdir()) if file.is_file()])
     return fingerprint_file(path)
+
+
+def fingerprint_clip(part: Part) -> str | None:
+    """Of a clip's contents and, where these are files, of when they were written; None where one is missing."""
+    contents, packed = _contents(part), part.get("packed")
+    if contents == MISSING:
+        return None
+    if isinstance(packed, bytes):
+        return contents
+    path = Path(str(part[part["type"]])) if packed is None else packed.shard
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return fingerprint(contents, [file.stat().st_mtime_ns for file in files])
+    except OSError:
+        return None
 
 
 def fingerprint_file(path: Path, start: int = 0, size: int | None = None) -> str:
@@ -78,7 +101,7 @@ def fingerprint_file(path: Path, start: int = 0, size: int | None = None) -> str
                 file.seek(start + max(ENDS, size - ENDS))
                 found.update(file.read(min(ENDS, size - ENDS)))
     except (OSError, ValueError):  # not there, or of a name that no file has
-        return "missing"
+        return MISSING
     return found.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -14,10 +15,11 @@ from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message
+from sta_adapter.data.sample_cache import SampleCache
 from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded
-from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError
+from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError, keep_memory
 from sta_adapter.data.worker_signals import ready_worker
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
@@ -41,20 +43,23 @@ class SampleEncoder:
     max_length: int | None = None
     for_engine: bool = False
     decode_timeout: float | None = DECODE_TIMEOUT
+    cache: str | Path | None = None
     reader: ClipReader = field(init=False, compare=False)
     isolated: Isolated | None = field(init=False, compare=False)
+    kept: SampleCache | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the choices.
 
         Raises:
-            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones.
+            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones, or `cache` is no folder.
         """
         if self.frame_order not in FRAME_ORDERS:
             raise ConfigError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
         check_on_bad_sample(self.on_bad_sample)
         self.reader = ClipReader.of(self.processor, self.frames, self.frame_order, self.seed)
         self.isolated = Isolated(self.reader.read, self.decode_timeout) if self.decode_timeout and POSSIBLE else None
+        self.kept = None if self.cache is None else SampleCache(self.cache, self.processor, self.reader)
 
     def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
         """The sample's tensors; `index` is for the shuffling of its frames.
@@ -67,16 +72,29 @@ class SampleEncoder:
         try:
             if sample.problem is not None:
                 raise DataError(sample.problem)
+            if get_worker_info() is not None:
+                keep_memory()
             messages = sample.prompt if self.prompts else sample.messages
-            visuals = self.visuals(messages, index)
-            encoded = self.encoded(messages, visuals)
             if not self.for_engine:
-                return Loaded.of(encoded, sample.source)
-            loaded = Loaded.of({"input_ids": encoded["input_ids"]}, sample.source)
+                return Loaded.of(self._once(messages, index), sample.source)
+            visuals = self.visuals(messages, index)
+            loaded = Loaded.of({"input_ids": self.encoded(messages, visuals)["input_ids"]}, sample.source)
             loaded.prompt = Prompt.of(self.processor, messages, visuals)
             return loaded
         except BaseException as error:  # whatever a library raises, also one written in Rust, is about this sample
             return BadSample.of(sample.source, error).skipped(self.on_bad_sample, error)
+
+    def _once(self, messages: list[Message], index: int) -> Encoded:
+        """The tensors of a conversation, from the cache if it has them."""
+        kept, place = self.kept, index if self.frame_order == "shuffled" else None
+        key = None if kept is None else kept.key(messages, self.prompts, self.max_length, place)
+        if kept is None or key is None:
+            return self.encoded(messages, self.visuals(messages, index))
+        found = kept.read(key)
+        if found is None:
+            found = self.encoded(messages, self.visuals(messages, index))
+            kept.write(key, found)
+        return found
 
     def encoded(self, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
         """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.

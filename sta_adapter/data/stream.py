@@ -118,6 +118,7 @@ class StreamDataset(IterableDataset):
         shuffle: samples that each reader holds in memory to mix them; 0 for the shards' own order.
         seed: of the order.
         passes: over the data; None never ends.
+        cache: a folder that keeps encoded samples on disk, see `sta_adapter.data.sample_cache`.
     """
 
     cached = False
@@ -135,13 +136,19 @@ class StreamDataset(IterableDataset):
         shuffle: int = SHUFFLE_BUFFER,
         seed: int = 0,
         passes: int | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         check_format(format)
         self.shards = find_shards(shards)
         self.processor = processor
         self.frames = frames or FrameSettings()
         self.encoder = SampleEncoder(
-            processor, self.frames, on_bad_sample=on_bad_sample, max_length=max_length, decode_timeout=decode_timeout
+            processor,
+            self.frames,
+            on_bad_sample=on_bad_sample,
+            max_length=max_length,
+            decode_timeout=decode_timeout,
+            cache=cache,
         )
         self.format = format
         self.shuffle = shuffle

@@ -41,6 +41,9 @@ def join(pieces: list[Encoded]) -> Encoded:
             for piece in pieces
             if key in piece or per_token
         ]
+        if len(parts) == 1:
+            joined[key] = parts[0]  # pixel values are large: spares a copy
+            continue
         joined[key] = torch.cat(parts) if per_token else put_together(key, parts)
     return joined
 

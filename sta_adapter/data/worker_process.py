@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import mmap
 import os
@@ -137,7 +138,7 @@ def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    _keep_memory()
+    keep_memory()
     if "torch" in sys.modules:  # threads of OpenMP don't live on in a forked process, and waiting for them never ends
         sys.modules["torch"].set_num_threads(1)
     while True:
@@ -164,7 +165,8 @@ def _limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
-def _keep_memory() -> None:
+@functools.cache
+def keep_memory() -> None:
     """Freed memory stays with the process: the next clip needs as much, and milliseconds to get it from the kernel."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
         mallopt = ctypes.CDLL(None).mallopt

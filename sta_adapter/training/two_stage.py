@@ -179,6 +179,7 @@ def open_data(
     format: str | None = None,
     videos: str | Path | None = None,
     stream: bool = True,
+    cache: str | Path | None = None,
 ) -> VideoDataset | StreamDataset:
     """The data set for a run's settings.
 
@@ -190,6 +191,7 @@ def open_data(
         format: of the records; None recognises each by its keys.
         videos: the folder that relative paths start from, for a file of samples.
         stream: read shards on and on, to train; else they are looked up like a file's samples, each once, to measure.
+        cache: a folder that keeps encoded samples on disk, for later epochs and runs.
 
     Raises:
         ConfigError: there is no processor, or `videos` was given for shards.
@@ -208,12 +210,11 @@ def open_data(
     alone = len(files) == 1 and is_shards(files[0])
     if not (stream and alone):
         samples = open_samples(files[0], **how) if alone else mixed_samples(files, seed=config.seed, **how)
-        return VideoDataset(require_usable(samples), processor, **settings)
+        return VideoDataset(require_usable(samples), processor, cache=cache or False, **settings)
     if videos is not None:
         raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
-    return StreamDataset(
-        files[0], processor, format=format, shuffle=config.shuffle_buffer, seed=config.seed, **settings
-    )
+    settings |= {"shuffle": config.shuffle_buffer, "seed": config.seed, "cache": cache}
+    return StreamDataset(files[0], processor, format=format, **settings)
 
 
 def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig]) -> None:

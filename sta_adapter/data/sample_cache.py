@@ -1,0 +1,224 @@
+"""Encoded samples on disk, so that a clip is decoded and processed once for all epochs and runs.
+
+An entry is a safetensors file named by the fingerprint of all that the sample depends on. Pixel values that a processor made of
+bytes lie as bytes, where its arithmetic gives back the very same values: a quarter of the size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from sta_adapter.data.clip_reader import ClipReader
+from sta_adapter.data.fingerprint import fingerprint, fingerprint_clip, fingerprint_processor
+from sta_adapter.data.message import Message
+from sta_adapter.data.visual_processing import Encoded
+from sta_adapter.errors import ConfigError
+
+__all__ = ["SampleCache"]
+
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1  # raised when the same settings mean other tensors than before, or entries have another form
+MADE_BY = ("sta-adapter", "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "av", "decord")
+RESERVE = 1 << 30  # bytes of the disk that are left to others: a cache must not cost a run its checkpoints
+CODES, AFFINE = "bytes of ", "shift and scale of "
+CHANNELS = 3
+DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
+
+
+class SampleCache:
+    """A folder of encoded samples that processes share.
+
+    Args:
+        folder: made where it is missing. It may be thrown away at any time.
+        processor: whose settings, vocabulary and template the samples depend on.
+        reader: whose sampling and sizes of frames they depend on.
+
+    Raises:
+        ConfigError: the folder can't be made.
+    """
+
+    def __init__(self, folder: str | Path, processor: Any, reader: ClipReader) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cache {str(folder)!r} is no folder and none can be made: {error.strerror}.") from error
+        self.settings = fingerprint(
+            CACHE_FORMAT,
+            _versions(),
+            type(processor).__name__,
+            fingerprint_processor(processor),
+            dataclasses.asdict(reader),
+        )
+        part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+        self.scale = (
+            getattr(part, "rescale_factor", None),
+            *(getattr(part, f"image_{n}", None) for n in ("mean", "std")),
+        )
+        self.writing = True
+
+    def key(self, messages: list[Message], *rest: Any) -> str | None:
+        """The name of a sample's entry; None where one of its clips can't be found.
+
+        Args:
+            messages: the sample's.
+            rest: whatever else the outcome depends on.
+        """
+        clips = [
+            fingerprint_clip(part) for message in messages for part in message["content"] if part["type"] != "text"
+        ]
+        if None in clips:
+            return None
+        plain = [{**m, "content": [_without_place(part) for part in m["content"]]} for m in messages]
+        return fingerprint(self.settings, plain, clips, rest)
+
+    def read(self, key: str) -> Encoded | None:
+        """A sample's tensors; None where there are none, or what is there is damaged."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("%s can't be read (%s); the sample is made again", path, error)
+            return None
+        try:
+            return _unpacked(data, key)
+        except DAMAGE as error:
+            logger.warning("%s is damaged (%s); the sample is made again", path, str(error).split("\n")[0])
+            return None
+
+    def write(self, key: str, encoded: Encoded) -> None:
+        """Keep a sample's tensors, whole or not at all; where the disk takes no more, it goes on without."""
+        if not self.writing:
+            return
+        path = self._path(key)
+        try:
+            if shutil.disk_usage(self.folder).free < RESERVE:
+                raise OSError(f"less than {RESERVE >> 20} MiB are free")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, _packed(encoded, key, self.scale))
+        except OSError as error:
+            self.writing = False
+            logger.warning("no more samples are kept in the cache %s: %s; the run goes on", self.folder, error)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key[2:]}.safetensors"
+
+
+def _versions() -> dict[str, str]:
+    """Of all packages that have a part in what comes out."""
+    found = {}
+    for name in MADE_BY:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _without_place(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part as it is but for where its clip lies, whose contents the key has."""
+    if part["type"] == "text":
+        return dict(part)
+    return {key: value for key, value in part.items() if key not in ("packed", part["type"])}
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Under its name there is a whole file or none, whoever writes it at the same time."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _packed(encoded: Encoded, key: str, scale: tuple[Any, ...]) -> bytes:
+    """A safetensors file with the names' order, and a checksum over names, shapes and values."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in encoded.items():
+        coded = _as_bytes(value, *scale)
+        if coded is None:
+            tensors[name] = value.contiguous()
+        else:
+            tensors[CODES + name], tensors[AFFINE + name] = coded
+    about = {"key": key, "order": json.dumps(list(encoded))}
+    data = save(tensors)
+    return save(tensors, {**about, "checksum": _checksum(data, about)})
+
+
+def _unpacked(data: bytes, key: str) -> Encoded:
+    """What `_packed` was given.
+
+    Raises:
+        ValueError: it isn't that, or of another sample; and what safetensors and torch raise of other bytes.
+    """
+    size = int.from_bytes(data[:8], "little")
+    about = dict(json.loads(data[8 : 8 + size])["__metadata__"])
+    found = about.pop("checksum")
+    if about["key"] != key:
+        raise ValueError("it is of another sample")
+    if _checksum(data, about) != found:
+        raise ValueError("its checksum differs")
+    tensors = load(data)
+    return {
+        name: tensors[name] if name in tensors else _from_bytes(tensors[CODES + name], tensors[AFFINE + name])
+        for name in json.loads(about["order"])
+    }
+
+
+def _checksum(data: bytes, about: Mapping[str, str]) -> str:
+    """CRC-32 of a file's values and of what its header says of them: quick, and enough against what disks do to files."""
+    size = int.from_bytes(data[:8], "little")
+    header = {name: entry for name, entry in json.loads(data[8 : 8 + size]).items() if name != "__metadata__"}
+    plain = json.dumps([header, dict(about)], sort_keys=True).encode()
+    return f"{zlib.crc32(memoryview(data)[8 + size :], zlib.crc32(plain)):08x}"
+
+
+def _by_channel(value: torch.Tensor) -> torch.Tensor | None:
+    """Pixel values as (n, 3, m): packed patches (n, 3 m), or frames (..., 3, H, W)."""
+    if value.dim() == 2 and value.shape[1] % CHANNELS == 0:
+        return value.view(len(value), CHANNELS, -1)
+    if value.dim() >= 4 and value.shape[-3] == CHANNELS:
+        return value.view(-1, CHANNELS, value.shape[-2] * value.shape[-1])
+    return None
+
+
+def _as_bytes(value: torch.Tensor, factor: Any, mean: Any, std: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Pixel values as bytes of the same shape, with the shift and scale (2, 3) of channels; None where a bit would be lost."""
+    found = _by_channel(value.contiguous()) if value.dtype == torch.float32 and value.dim() > 1 else None
+    lists = isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == CHANNELS
+    if found is None or not lists or not factor:
+        return None
+    affine = torch.tensor([mean, std], dtype=torch.float32) * (1.0 / factor)  # as processors fuse them
+    shift, scale = affine.view(2, 1, CHANNELS, 1)
+    codes = found.mul(scale).add_(shift).round_().clamp_(0, 255).to(torch.uint8).view(value.shape)
+    same = torch.equal(_from_bytes(codes, affine).view(torch.int32), value.contiguous().view(torch.int32))
+    return (codes, affine) if same else None
+
+
+def _from_bytes(codes: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
+    """The values that bytes stand for, by the arithmetic of torchvision's normalize."""
+    found = _by_channel(codes)
+    if found is None:
+        raise ValueError("its bytes are of another shape")
+    shift, scale = affine.view(2, 1, CHANNELS, 1)
+    return torch.sub(found, shift).div_(scale).view(codes.shape)
