@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_qwen import make_processor, moving_square, write_samples, write_video
 from torch.utils.data import DataLoader
 
@@ -61,9 +62,9 @@ def test_a_kept_sample_is_the_same_to_the_bit(clips, processor, tmp_path, decode
             assert data[index].source == expected[index].source
     assert len(decodes) == len(entries(tmp_path / "cache")) == 3
     assert not data.cached  # so that workers still load it
-    assert (
-        max(file.stat().st_size for file in entries(tmp_path / "cache")) < expected[0]["pixel_values_videos"].nbytes / 2
-    )
+    if hasattr(transformers, "Qwen2VLVideoProcessor"):  # earlier ones compute in float64, which bytes don't give back
+        sizes = [file.stat().st_size for file in entries(tmp_path / "cache")]
+        assert max(sizes) < expected[0]["pixel_values_videos"].nbytes / 2
 
 
 def test_workers_share_it(clips, processor, tmp_path):

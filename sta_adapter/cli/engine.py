@@ -34,6 +34,8 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             "--cache keeps samples as transformers takes them, and vLLM processes clips by itself; leave it out."
         )
+    if options["stop_at_letter"]:
+        raise ConfigError("--stop-at-letter is for transformers; leave it out.")
     if options["positions"] == "transformers":
         raise ConfigError("--positions transformers: vLLM numbers text as the base was trained; leave the option out.")
     try:

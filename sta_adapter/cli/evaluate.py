@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from sta_adapter.cli.options import (
     option,
     quantize_option,
 )
+from sta_adapter.distributed import is_rank_zero
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.benchmarks import BENCHMARKS
-from sta_adapter.requirements import require_device, require_writable
+from sta_adapter.requirements import require_device, require_packages, require_writable
 from sta_adapter.visualization.local_paths import public_name, without_folders
 
 __all__ = ["command"]
@@ -59,6 +61,7 @@ Measures accuracy with its 95 % interval, in all and by category.
 @option("Run", "--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @option("How", "--batch-size", type=click.IntRange(1), metavar="N", help="Samples at a time. [default: 8; vllm: 64]")
 @option("How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="[default: 32]")
+@option("How", "--stop-at-letter", is_flag=True, help="A written answer ends with its option's letter.")
 @option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
 @option("How", "--cache", metavar="FOLDER", help="Keeps encoded samples for later runs.")
 @option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
@@ -86,6 +89,11 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     check_options(options)
     if options["overwrite"] and not out:
         raise ConfigError("--overwrite: there is no --out.")
+    if options["stop_at_letter"] and not options["benchmark"]:
+        raise ConfigError(
+            "--stop-at-letter is for answers that are written, as with --benchmark; options are scored here."
+        )
+    options["shared"] = _joined(options)
     runs = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
     if out:
         _require_results_free(Path(out), about, runs, options)
@@ -114,12 +122,34 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
         if not result.predictions:
             first = result.bad_samples[0] if result.bad_samples else "there is none"
             raise DataError(f"none of the {len(samples)} samples could be used. The first: {first}")
+    if not is_rank_zero():
+        return
     compared = compare(results, clips_of(samples), seed=options["seed"])
     report = {**compared, **about, "chance": chance(samples), "notes": notes}
     public = without_folders(report, [options["videos"] or "", options["data"], Path(options["data"]).parent])
     if out:
         _write(public, Path(out))
     click.echo(json.dumps(public, indent=1) if as_json else as_text(report))
+
+
+def _joined(options: dict[str, Any]) -> bool:
+    """Whether this is one of several processes that share the samples, each of which then works on a device of its own.
+
+    Raises:
+        ConfigError: an option would have them all on one device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    if options["engine"] == "vllm":
+        raise ConfigError("--engine vllm is one process, which shares its work by itself (tensor_parallel_size).")
+    if options["device"] not in (None, "cpu"):
+        raise ConfigError("--device and several processes exclude each other: each takes the GPU of its number.")
+    require_packages("sta-adapter evaluate in several processes", {"train": ("accelerate",)})
+    from sta_adapter.training.stage import join_processes
+
+    device = str(join_processes().device)
+    options["device"] = options["device"] or device
+    return True
 
 
 def _load(model: str, folder: Path | None, options: dict[str, Any]) -> Any:
@@ -240,6 +270,8 @@ def _measure(
             predictions_file=Path(out, f"{name}-{order}.jsonl") if out else None,
             overwrite=options["overwrite"],
             progress=f"answers of the {name}",
+            stop_at_letter=options["stop_at_letter"],
+            shared=options["shared"],
         )
         for order in orders
     }

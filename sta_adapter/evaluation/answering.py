@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
@@ -87,6 +88,32 @@ def option_tokens(processor: Any, sample: Sample, choose: str) -> list[torch.Ten
     return [encode_answer(processor, sample.prompt, option) for option in options]
 
 
+class AtLetter(StoppingCriteria):
+    """Ends the rows that begin with an option's letter and a mark behind it, which a word that begins with it has not.
+
+    Args:
+        tokenizer: of the tokens.
+        start: where the answers begin.
+        options: how many each row's question has; 0 lets it go on.
+    """
+
+    def __init__(self, tokenizer: Any, start: int, options: Sequence[int]) -> None:
+        self.tokenizer, self.start, self.options = tokenizer, start, options
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B,) which rows have ended."""
+        said = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        ended = [
+            bool(count) and _begins_with_letter(text, count) for text, count in zip(said, self.options, strict=True)
+        ]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _begins_with_letter(said: str, options: int) -> bool:
+    found = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.):\n])", said)
+    return found is not None and ord(found[1] or found[2]) - ord("A") < options
+
+
 class Answerer:
     """Answers of a model to encoded prompts, in batches padded on the left.
 
@@ -96,16 +123,24 @@ class Answerer:
         max_new_tokens: longest generated answer.
         batch_size: samples, or options of samples, at a time.
         choose: how a question with options is answered: "loglikelihood" or "generate", see `sta_adapter.evaluation.evaluator.evaluate`.
+        stop_at_letter: a generated answer ends with an option's letter at its start, see there.
     """
 
     def __init__(
-        self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, choose: str = "loglikelihood"
+        self,
+        model: Any,
+        processor: Any,
+        max_new_tokens: int,
+        batch_size: int,
+        choose: str = "loglikelihood",
+        stop_at_letter: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.choose = choose
+        self.stop_at_letter = stop_at_letter
         self.collate = Collator.of(processor, side="left")
         self.device = next(model.parameters()).device
 
@@ -144,19 +179,25 @@ class Answerer:
         told = contextlib.nullcontext() if lengths is None or handle is None else handle.clips(lengths.tolist())
         return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}, told
 
-    def write(self, prompts: list[Encoded], said: Callable[[str], None] | None = None) -> list[str]:
+    def write(
+        self, prompts: list[Encoded], said: Callable[[str], None] | None = None, options: Sequence[int] = ()
+    ) -> list[str]:
         """What the model writes behind each prompt, greedily.
 
         Args:
             prompts: encoded.
             said: is told the text of a single prompt so far, as it grows.
+            options: how many each prompt has, whose letter then ends the answer; 0 for those that go on.
         """
         batch, told = self.batch(prompts)
         tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
+        start = batch["input_ids"].shape[1]
+        stop = {"stopping_criteria": StoppingCriteriaList([AtLetter(tokenizer, start, options)])} if options else {}
         with told:
             out = self.model.generate(
                 **batch,
+                **stop,
                 do_sample=False,
                 num_beams=1,
                 temperature=None,
@@ -168,11 +209,12 @@ class Answerer:
                 pad_token_id=self.collate.pad_id,
                 streamer=None if said is None else _Growing(tokenizer, said),
             )
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _generate(self, questions: list[Question]) -> Iterator[Prediction]:
-        said = self.write([question.prompt for question in questions])
+        options = [len(question.sample.options or ()) for question in questions] if self.stop_at_letter else []
+        said = self.write([question.prompt for question in questions], options=options)
         for question, text in zip(questions, said, strict=True):
             yield judge(question.index, question.sample, text)
 

@@ -11,24 +11,24 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
-from sta_adapter.data.visual_processing import Encoded
-from sta_adapter.data.worker_process import worker_errors
+from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge
+from sta_adapter.evaluation.batches import batches, units
 from sta_adapter.evaluation.engine import Engine, EngineAnswerer
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.evaluation.prediction_log import PredictionLog
+from sta_adapter.evaluation.processes import Processes
 from sta_adapter.injection.fingerprint import fingerprint_model
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -147,6 +147,8 @@ def evaluate(
     tag: str = "",
     overwrite: bool = False,
     progress: bool | str = False,
+    stop_at_letter: bool = False,
+    shared: bool = False,
 ) -> EvaluationResult:
     """Ask the model about every sample and compare with the answers.
 
@@ -169,15 +171,25 @@ def evaluate(
         tag: another name or state that those predictions depend on.
         overwrite: throw away what `predictions_file` holds.
         progress: show a bar; a text says on it what is measured.
+        stop_at_letter: a generated answer to a question with options ends with an option's letter and a mark behind it at its very
+            start ("B.", "(B)"), so that no reasons are written behind it. What is judged is then the letter alone: an answer that would
+            have been taken back later counts as it began.
+        shared: each process of `torch.distributed`'s group, which all have the whole model and call this, answers a part of the
+            samples; all return the outcome of one process.
 
     Raises:
         DataError: the data can't be read.
+        STAError: another process failed.
         ConfigError: `predictions_file` belongs to another evaluation, or an argument has no effect beside the others.
     """
     if choose not in CHOICES:
         raise ConfigError(f"choose is {choose!r}, expected one of {', '.join(CHOICES)}.")
     if overwrite and predictions_file is None:
         raise ConfigError("overwrite has no effect without predictions_file; leave it out.")
+    if stop_at_letter and choose != "generate":
+        raise ConfigError(
+            "stop_at_letter has no effect where options are scored; leave it out, or pass choose='generate'."
+        )
     if isinstance(data, VideoDataset):
         _check_idle(data, processor, frame_settings, on_bad_sample)
     else:
@@ -187,15 +199,41 @@ def evaluate(
     dataset = data.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
     settings = {"tag": tag, "choose": choose, "max_new_tokens": max_new_tokens}
+    settings |= {"stop_at_letter": True} if stop_at_letter else {}
+    if shared and (not isinstance(model, nn.Module) or is_sharded(model.parameters())):
+        raise ConfigError(
+            "shared=True is for models that each process has whole; leave it out for an engine or sharded weights."
+        )
+    processes = Processes.joined() if shared else Processes()
     with (
-        _prediction_log(predictions_file, settings, model, dataset, overwrite) as log,
+        contextlib.closing(processes),
+        contextlib.ExitStack() as stack,
         eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext(),
     ):
+
+        def opened() -> PredictionLog:
+            return stack.enter_context(
+                _prediction_log(predictions_file, settings, model, dataset, overwrite, processes)
+            )
+
+        log, known = _open(opened, processes)
+        log.open(known)
         missing = [index for index in range(len(dataset)) if index not in log.done]
-        answerer = _answerer(model, dataset.processor, max_new_tokens, batch_size, choose)
-        for batch in _batches(dataset, missing, batch_size, num_workers, progress):
-            _answer(answerer, dataset, batch, log)
-        predictions = [Prediction(**log.done[i]) for i in sorted(log.done)]
+        shares = processes.share(units(missing, batch_size))
+        answerer = _answerer(model, dataset.processor, max_new_tokens, batch_size, choose, stop_at_letter)
+
+        def work() -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+            shown = progress if processes.rank == 0 else False
+            for batch in batches(dataset, shares, batch_size, num_workers, shown):
+                _answer(answerer, dataset, batch, log)
+            return log.done, log.bad
+
+        found = processes.gather(work)
+        done, bad = (
+            {index: value for part in parts for index, value in part.items()} for parts in zip(*found, strict=True)
+        )
+        processes.gather(lambda: log.finish(done, bad))
+        predictions = [Prediction(**log.done[i]) for i in log.done]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
 
 
@@ -214,11 +252,25 @@ def _check_idle(data: VideoDataset, processor: Any, frames: FrameSettings | None
             )
 
 
+def _open(opened: Callable[[], PredictionLog], processes: Processes) -> tuple[PredictionLog, dict[int, dict[str, Any]]]:
+    """This process's log, and the predictions that the first one has read."""
+    logs: list[PredictionLog] = []
+
+    def known() -> dict[int, dict[str, Any]]:
+        logs.append(opened())
+        return logs[0].done
+
+    found = processes.gather(known)
+    return logs[0], found[0]
+
+
 def _answerer(
-    model: nn.Module | Engine, processor: Any, max_new_tokens: int, batch_size: int, choose: str
+    model: nn.Module | Engine, processor: Any, max_new_tokens: int, batch_size: int, choose: str, stop_at_letter: bool
 ) -> Answerer | EngineAnswerer:
     if isinstance(model, nn.Module):
-        return Answerer(model, processor, max_new_tokens, batch_size, choose)
+        return Answerer(model, processor, max_new_tokens, batch_size, choose, stop_at_letter)
+    if stop_at_letter:
+        raise ConfigError("stop_at_letter is for models; an engine stops by itself.")
     return EngineAnswerer(model, processor, max_new_tokens, choose)
 
 
@@ -228,16 +280,17 @@ def _prediction_log(
     model: nn.Module | Engine,
     dataset: VideoDataset,
     overwrite: bool,
+    processes: Processes,
 ) -> PredictionLog:
     """The predictions that the file holds of this evaluation, ready for more; without a file nothing is fingerprinted."""
     if path is None:
-        return PredictionLog(None, {})
+        return PredictionLog(None, {}, part=processes.rank)
 
     def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
     questions = _fingerprints(dataset, settings["choose"])
-    return PredictionLog(path, {**settings, **_settings(model, dataset)}, questions, renew, overwrite)
+    return PredictionLog(path, {**settings, **_settings(model, dataset)}, questions, renew, overwrite, processes.rank)
 
 
 def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, Any]:
@@ -286,22 +339,3 @@ def _answer(
         log.add_bad(index, str(item.skipped(dataset.encoder.on_bad_sample)))
     for prediction in answerer.answer(good):
         log.add(prediction.index, dataclasses.asdict(prediction))
-
-
-def _batches(
-    dataset: VideoDataset, indices: Sequence[int], size: int, num_workers: int, progress: bool | str
-) -> Iterator[list[tuple[int, Encoded | BadSample]]]:
-    loader = DataLoader(
-        Subset(dataset, indices), size, num_workers=0 if dataset.cached else num_workers, collate_fn=list
-    )
-    batches: Iterable[Any] = loader
-    if progress:
-        from tqdm.auto import tqdm
-
-        what = progress if isinstance(progress, str) else "answers"
-        batches = tqdm(loader, desc=f"{what}, {dataset.encoder.frame_order} frames", dynamic_ncols=True)
-    start = 0
-    with worker_errors():
-        for items in batches:
-            yield list(zip(indices[start : start + len(items)], items, strict=True))
-            start += len(items)

@@ -1,11 +1,13 @@
 """A file of predictions, one a line, that an evaluation goes on with after an interruption.
 
 The first line holds the settings, each further one a question's fingerprint and what the model said to it. A last line that was
-cut off by a crash is dropped; so are predictions for questions that are no longer asked in just that way.
+cut off by a crash is dropped; so are predictions for questions that are no longer asked in just that way. Of several processes
+each but the first writes a file of its own beside it (`NAME.part1`, ...), which the first takes over at the end, or when an evaluation goes on.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ class PredictionLog:
         questions: the fingerprint of each question, by its index: of whatever its prediction depends on besides.
         renew: makes of a prediction read from the file, and the question's index, what it says today.
         overwrite: throw the file's predictions away.
+        part: the process's number.
 
     Attributes:
         done: the predictions by sample index.
@@ -39,8 +42,11 @@ class PredictionLog:
         questions: Sequence[str] = (),
         renew: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda index, prediction: prediction,
         overwrite: bool = False,
+        part: int = 0,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.whole = None if path is None else Path(path)
+        self.path = self.whole.with_name(f"{self.whole.name}.part{part}") if self.whole and part else self.whole
+        self.part = part
         self.settings = json.loads(json.dumps(settings))
         self.questions = list(questions)
         self.renew = renew
@@ -50,7 +56,7 @@ class PredictionLog:
         self._file: TextIO | None = None
 
     def __enter__(self) -> PredictionLog:
-        """Read what is there, and open the file for more.
+        """Read what is there; the first process does.
 
         Raises:
             ConfigError: the file is of another evaluation.
@@ -58,14 +64,46 @@ class PredictionLog:
         if self.path is None:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and not self.overwrite:
-            self._read(self.path)
-        lines = [{"settings": self.settings}, *(self._line(index) for index in self.done)]
+        if self.part == 0:
+            for path in [self.path, *self._parts()]:
+                if path.exists() and not self.overwrite:
+                    self._read(path)
+            self._write_all()
+        return self
+
+    def open(self, done: dict[int, dict[str, Any]]) -> None:
+        """Begin to write, with what the first process has read."""
+        self.done = dict(done)
+        if self.path is None:
+            return
+        if self.part:
+            self.path.write_text(json.dumps({"settings": self.settings}) + "\n", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def finish(self, done: dict[int, dict[str, Any]], bad: dict[int, str]) -> None:
+        """Take over what all processes have made, and bring the file into the questions' order."""
+        self.done, self.bad = dict(sorted(done.items())), dict(sorted(bad.items()))
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self.path is not None and self.part == 0:
+            self._write_all()
+
+    def _parts(self) -> list[Path]:
+        """Of other processes, now or of an evaluation that was cut off."""
+        path = self.path
+        return [] if path is None else sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
+
+    def _write_all(self) -> None:
+        """One file of all that is known; the parts' predictions are in it."""
+        if self.path is None:
+            return
+        lines = [{"settings": self.settings}, *(self._line(index) for index in sorted(self.done))]
         fresh = self.path.with_name(f"{self.path.name}.tmp")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         fresh.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
+        for part in self._parts():
+            part.unlink()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,8 +140,9 @@ class PredictionLog:
                     self._compare(entry.get("settings"))
                     continue
                 kept = entry["prediction"]
-                if places := asked.get(entry["question"]):
-                    index = places.pop(0)
+                places = [index for index in asked.get(entry["question"], []) if index not in self.done]
+                if places:
+                    index = places[0]
                     self.done[index] = self.renew(index, kept)
             except ConfigError:
                 raise

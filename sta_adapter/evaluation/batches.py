@@ -1,0 +1,76 @@
+"""What is asked together: samples of about one length, in the same batches however many processes share them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.visual_processing import Encoded
+from sta_adapter.data.worker_process import worker_errors
+
+__all__ = ["batches", "units"]
+
+BATCHES = 4  # that are sorted by length together
+HELD_BYTES = 1 << 30  # of samples that wait for that
+
+
+def units(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """What one process takes at a time: a few batches, which are the same ones however many processes there are."""
+    step = size * max(1, min(BATCHES, len(indices) // (size * 4 * BATCHES)))
+    return [indices[start : start + step] for start in range(0, len(indices), step)]
+
+
+def batches(
+    dataset: VideoDataset, shares: Sequence[Sequence[int]], size: int, num_workers: int, progress: bool | str
+) -> Iterator[list[tuple[int, Encoded | BadSample]]]:
+    """Batches of samples of about one length, so that little is padded: those of a unit, from the longest on."""
+    indices = [index for unit in shares for index in unit]
+    workers = 0 if dataset.cached else num_workers
+    ahead: dict[str, Any] = {"prefetch_factor": 2 * size} if workers else {}
+    loader = DataLoader(Subset(dataset, indices), batch_size=None, num_workers=workers, collate_fn=_as_it_is, **ahead)
+    with worker_errors(), _progress(progress, len(indices), dataset.encoder.frame_order) as advance:
+        items = iter(loader)
+        for unit in shares:
+            held: list[tuple[int, Encoded | BadSample]] = []
+            for index in unit:
+                held.append((index, next(items)))
+                if sum(map(_bytes, held)) > HELD_BYTES:
+                    yield from _sorted_batches(held, size)
+                    advance(len(held))
+                    held = []
+            yield from _sorted_batches(held, size)
+            advance(len(held))
+
+
+def _sorted_batches(
+    held: list[tuple[int, Encoded | BadSample]], size: int
+) -> Iterator[list[tuple[int, Encoded | BadSample]]]:
+    ordered = sorted(held, key=lambda entry: 0 if isinstance(entry[1], BadSample) else -len(entry[1]["input_ids"]))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _bytes(entry: tuple[int, Encoded | BadSample]) -> int:
+    item = entry[1]
+    return 0 if isinstance(item, BadSample) else sum(tensor.nbytes for tensor in item.values())
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+@contextlib.contextmanager
+def _progress(shown: bool | str, total: int, frame_order: str) -> Iterator[Callable[[int], Any]]:
+    if not shown:
+        yield lambda count: None
+        return
+    from tqdm.auto import tqdm
+
+    what = shown if isinstance(shown, str) else "answers"
+    with tqdm(total=total, desc=f"{what}, {frame_order} frames", dynamic_ncols=True) as bar:
+        yield bar.update
