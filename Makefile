@@ -5,9 +5,10 @@ VENV ?= .venv
 OUT ?= sta-demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
+GPU_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -88,6 +89,10 @@ TOOL_axolotl := axolotl==0.19.0
 # The attacks: bounded to about 20 minutes on two cores; docs/reliability.md tells what they are.
 torture: $(VENV)/.ready
 	STA_TORTURE_MACHINES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal --durations 12 tests/torture tests/test_random_use.py
+
+# Everything that has to be seen on a GPU, in at most 20 minutes; with the Python that is there, which needs no installed package of ours.
+gpu:
+	$(PYTHON) benchmarks/gpu_run.py $(GPU_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -176,8 +176,11 @@ class Report:
         record = {"name": self.name, "title": self.title, "device": self.device, **circumstances(self.device)}
         record |= {"settings": self.settings, "ratio": self.ratio_label, "rows": self.rows}
         path.write_text(json.dumps(record, indent=1) + "\n")
-        plot(record, path.with_suffix(".png"))
-        click.echo(f"{path}\n{path.with_suffix('.png')}")
+        click.echo(path)
+        try:
+            plot(record, path.with_suffix(".png"))
+        except ImportError:  # a GPU machine need have no matplotlib; the page has the same numbers
+            click.echo(f"no plot: {path.stem} is a table only, matplotlib is not installed")
         return path
 
 
@@ -201,6 +204,9 @@ def circumstances(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     hardware: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware["load"] = round(
+        os.getloadavg()[0], 1
+    )  # of the last minute, with this run's own; above the cores, others took part
     if device == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name()
         versions["cuda"] = str(torch.version.cuda)

@@ -15,13 +15,22 @@ from towers import FULL_DEPTH, dtype_of, forward, inputs, scaled_clips, tower, w
 @benchmark_options
 @click.option("--depth", type=int, help="Blocks. [default: 2 on the CPU, 32 on a GPU]")
 @click.option("--frames", type=int, help="Of the clip. [default: 8 on the CPU, 16 on a GPU]")
-def main(device: str, repeats: int, threads: int | None, out: Path, depth: int | None, frames: int | None) -> None:
+@click.option("--tokens", type=int, help="Patches of the clip. [default: 1024 on the CPU, 16384 on a GPU]")
+def main(
+    device: str,
+    repeats: int,
+    threads: int | None,
+    out: Path,
+    depth: int | None,
+    frames: int | None,
+    tokens: int | None,
+) -> None:
     """Measure the compiled encoder's forward."""
     set_threads(threads)
     big = device == "cuda"
     untouched = tower(depth or (FULL_DEPTH if big else 2), device, dtype_of(device))
     with_branch = with_sta(untouched)
-    clips = scaled_clips(frames or (16 if big else 8), 16384 if big else 1024)
+    clips = scaled_clips(frames or (16 if big else 8), tokens or (16384 if big else 1024))
     title = f"torch.compile, {len(untouched.blocks)} blocks, {dtype_of(device)}, clip {'x'.join(map(str, clips[0]))}"
     report = Report("compiled", title, device, out, settings={"clips": clips})
     arguments = inputs(clips, untouched)

@@ -1,6 +1,6 @@
 """Forward of Qwen2-VL's vision encoder: untouched, with STA, and with the published arithmetic.
 
-Cases: clips of 4 to 256 frames at an equal number of tokens, and a packed batch of eight clips of different length and
+Cases: clips of 4 to 256 frames at an equal number of tokens; short clips of few tokens, as they come one by one; and a packed batch of eight clips of different length and
 size against the eight one by one.
 """
 
@@ -16,8 +16,13 @@ from towers import FULL_DEPTH, dtype_of, forward, inputs, scaled_clips, tower, u
 @click.command()
 @benchmark_options
 @click.option("--depth", type=int, help="Blocks. [default: 4 on the CPU, 32 on a GPU]")
-@click.option("--part", type=click.Choice(["forward", "lengths", "packed", "all"]), default="all", show_default=True)
-def main(device: str, repeats: int, threads: int | None, out: Path, depth: int | None, part: str) -> None:
+@click.option(
+    "--part", type=click.Choice(["forward", "lengths", "short", "packed", "all"]), default="all", show_default=True
+)
+@click.option("--tokens", type=int, help="Patches of a clip. [default: 2048 on the CPU, 16384 on a GPU]")
+def main(
+    device: str, repeats: int, threads: int | None, out: Path, depth: int | None, part: str, tokens: int | None
+) -> None:
     """Measure the encoder's forward."""
     set_threads(threads)
     big = device == "cuda"
@@ -25,17 +30,21 @@ def main(device: str, repeats: int, threads: int | None, out: Path, depth: int |
     models = {"untouched": untouched, "STA": with_sta(untouched)}
     if part != "lengths":
         models["as published"] = with_sta(untouched, like_published=True)
+    tokens = tokens or (16384 if big else 2048)
     if part in ("forward", "all"):
-        measure_lengths("forward", [16 if big else 8], models, device, repeats, out)
+        measure_lengths("forward", [16 if big else 8], models, device, repeats, out, tokens)
     if part in ("lengths", "all"):
-        measure_lengths("lengths", [4, 16, 32, 64, 256], models, device, repeats, out)
+        measure_lengths("lengths", [4, 16, 32, 64, 256], models, device, repeats, out, tokens)
+    if part in ("short", "all"):
+        measure_short(models, device, repeats, out)
     if part in ("packed", "all"):
         measure_packed(models, device, repeats, out)
 
 
-def measure_lengths(name: str, lengths: list[int], models: dict, device: str, repeats: int, out: Path) -> None:
+def measure_lengths(
+    name: str, lengths: list[int], models: dict, device: str, repeats: int, out: Path, tokens: int
+) -> None:
     """Clips of these lengths, at an equal number of tokens; then the longest in turn with 32 frames."""
-    tokens = 16384 if device == "cuda" else 2048
     untouched, dtype = models["untouched"], str(dtype_of(device))
     title = f"Forward of Qwen2-VL's encoder, {len(untouched.blocks)} blocks, {dtype}, {tokens} patches in all"
     report = Report(name, title, device, out, settings={"tokens": tokens, "dtype": dtype})
@@ -46,6 +55,18 @@ def measure_lengths(name: str, lengths: list[int], models: dict, device: str, re
     if 32 in arguments:
         calls = {f"STA, T = {t}": lambda a=arguments[t]: forward(models["STA"], a) for t in (32, max(lengths))}
         report.measure("long against short", calls, repeats=repeats)
+    report.finish()
+
+
+def measure_short(models: dict, device: str, repeats: int, out: Path) -> None:
+    """One small clip at a time, where the launches count for as much as the arithmetic."""
+    untouched = models["untouched"]
+    title = f"Forward of one short clip, encoder of {len(untouched.blocks)} blocks, {dtype_of(device)}"
+    report = Report("short", title, device, out)
+    for clip in ((2, 8, 8), (4, 8, 8), (4, 16, 16), (8, 16, 16)):
+        arguments = inputs([clip], untouched)
+        calls = {n: lambda m=model, a=arguments: forward(m, a) for n, model in models.items()}
+        report.measure(f"clip {'x'.join(map(str, clip))}", calls, repeats=repeats)
     report.finish()
 
 

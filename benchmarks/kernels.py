@@ -6,7 +6,9 @@ a candidate that the package doesn't use as long as nobody has measured a gain. 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,9 +16,16 @@ import torch
 import torch.nn.functional as F
 from common import Report, benchmark_options, set_threads, use_checkout
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 use_checkout()
 
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,6 +37,7 @@ def kernels() -> dict[str, Kernel]:
     return {
         "auto": attend,
         "SDPA": sdpa,
+        **{f"SDPA {name}": partial(sdpa, one=one) for name, one in SDPA_BACKENDS.items()},
         "SDPA in float32": lambda q, k, v: sdpa(q.float(), k.float(), v.float()).to(q.dtype),
         "matrix products": lambda q, k, v: attend(q, k, v, backend="eager"),
         "xformers": lambda q, k, v: attend(q, k, v, backend="xformers"),
@@ -35,10 +45,11 @@ def kernels() -> dict[str, Kernel]:
     }
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Torch's own choice of kernel, in the tensors' dtype."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, one: SDPBackend | None = None) -> Tensor:
+    """Torch's own choice of kernel, in the tensors' dtype; or one of them by name."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with contextlib.nullcontext() if one is None else sdpa_kernel(one):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,6 +79,7 @@ def call(kernel: Kernel, qkv: Tensor, backward: bool) -> Callable[[], None]:
 @benchmark_options
 @click.option("--frames", default="4,8,16,32,64,256", show_default=True, help="Of the clips.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: bf16]")
+@click.option("--tokens", type=int, help="In all. [default: 2048 on the CPU, 16384 on a GPU]")
 @click.option("--heads", default=4, show_default=True)
 @click.option("--head-dim", default=80, show_default=True)
 def main(
@@ -77,13 +89,14 @@ def main(
     out: Path,
     frames: str,
     dtype: str | None,
+    tokens: int | None,
     heads: int,
     head_dim: int,
 ) -> None:
     """Measure attention alone: forward, and forward with backward."""
     set_threads(threads)
     name = dtype or "bf16"
-    tokens = 16384 if device == "cuda" else 2048
+    tokens = tokens or (16384 if device == "cuda" else 2048)
     title = f"Attention alone, {heads} heads of {head_dim}, {name}, {tokens} tokens"
     report = Report(f"kernels-{name}", title, device, out, baseline="SDPA", ratio_label="time / SDPA")
     for length in map(int, frames.split(",")):

@@ -51,6 +51,7 @@ def section(record: Mapping[str, Any]) -> str:
     """Title, circumstances and table of one benchmark."""
     hardware = record["hardware"]
     machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores"
+    machine += f", load {hardware['load']}" if "load" in hardware else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"### {record['title']}",

@@ -69,6 +69,7 @@ def memory(model: nn.Module, arguments: dict[str, torch.Tensor], device: str) ->
 @benchmark_options
 @click.option("--depth", type=int, help="Blocks. [default: 4 on the CPU, 32 on a GPU]")
 @click.option("--frames", type=int, help="Of the clip. [default: 8 on the CPU, 16 on a GPU]")
+@click.option("--tokens", type=int, help="Patches of the clip. [default: 2048 on the CPU, 16384 on a GPU]")
 @click.option("--kinds", default=",".join(KINDS), show_default=True, help="What trains.")
 @click.option("--time/--no-time", "timed", default=True, help="Measure the time as well as the memory.")
 def main(
@@ -78,13 +79,14 @@ def main(
     out: Path,
     depth: int | None,
     frames: int | None,
+    tokens: int | None,
     kinds: str,
     timed: bool,
 ) -> None:
     """Measure training steps and what they keep."""
     set_threads(threads)
     dtype, big = dtype_of(device), device == "cuda"
-    clips = scaled_clips(frames or (16 if big else 8), 16384 if big else 2048)
+    clips = scaled_clips(frames or (16 if big else 8), tokens or (16384 if big else 2048))
     size = f"{depth or (FULL_DEPTH if big else 4)} blocks, {dtype}, clip {'x'.join(map(str, clips[0]))}"
     settings = {"clips": clips, "dtype": str(dtype)}
     label = "memory / untouched encoder"

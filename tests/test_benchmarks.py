@@ -76,3 +76,65 @@ def test_the_baseline_computes_what_the_package_does(bench, clips):
     expected = towers.forward(ours, arguments)
     assert not torch.allclose(expected, towers.forward(plain, arguments), atol=1e-3)
     assert torch.allclose(towers.forward(published, arguments), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["rehearsal", "GPU"])
+def test_each_part_of_the_gpu_run_is_a_command(bench, small):
+    run = bench("gpu_run")
+    options = run.arguments(["--rehearse"] if small else [])
+    for part in run.PARTS.values():
+        _, script, *rest = run.command_of(part, options, Path("out"))
+        if script == "-m":
+            continue
+        bench(Path(script).stem).main.make_context(script, rest)  # raises for an unknown option or a wrong value
+
+
+def test_a_gpu_run_goes_on_with_what_is_missing(bench, tmp_path, monkeypatch, capsys):
+    run = bench("gpu_run")
+    code = "import pathlib, sys; file = pathlib.Path(sys.argv[1]); ran = file.exists(); file.write_text('x'); print('said'); sys.exit(not ran)"
+    scripts = {"first": ["pass"], "second": [code, str(tmp_path / "ran")], "third": ["pass"]}
+    monkeypatch.setattr(
+        run, "PARTS", {name: run.Part((name,)) for name in scripts} | {"none": run.Part((), needs="no_such_package")}
+    )
+    monkeypatch.setattr(run, "command_of", lambda part, *rest: [sys.executable, "-S", "-c", *scripts[part.line[0]]])
+    line = ["--rehearse", "--out", str(tmp_path / "out")]
+    assert run.main([*line, "--minutes", "0"]) == 1
+    assert capsys.readouterr().out.count("no time left") == 4
+    assert run.main(line) == 1
+    page = (tmp_path / "out" / "page.md").read_text()
+    assert "| first | done | " in page
+    assert "## second: exit code 1\n\n```\nsaid\n```" in page
+    assert "| none | left out: no_such_package is not installed | 0.0 |" in page
+    capsys.readouterr()
+    assert run.main(line) == 0
+    said = capsys.readouterr().out
+    assert "first: done before" in said
+    assert "second: done  (" in said
+    with pytest.raises(SystemExit, match="there is no part 'x'"):
+        run.main([*line, "--only", "x"])
+
+
+def test_a_part_that_takes_too_long_has_failed(bench, tmp_path, monkeypatch):
+    run = bench("gpu_run")
+    monkeypatch.setattr(run, "command_of", lambda *rest: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    (tmp_path / "parts").mkdir()
+    found = run.run_part("a", run.Part(("a",)), run.arguments(["--rehearse"]), tmp_path, 0.2)
+    assert (found["status"], found["why"]) == ("failed", "not done after 0 s")
+
+
+def test_kernels_are_checked_against_float64(bench, monkeypatch):
+    checks = bench("kernel_checks")
+    for backend in ("auto", "sdpa", "eager"):
+        for causal in (False, True):
+            assert 0 < checks.check(backend, torch.float32, (2, 4, 2, 16), causal, "cpu") < 1e-5
+    assert checks.check("xformers", torch.float32, (2, 4, 2, 16), False, "cpu").startswith(checks.REFUSED)
+    monkeypatch.setattr(checks, "reference", lambda q, k, v, causal: q + k + v)
+    assert checks.check("sdpa", torch.float32, (2, 4, 2, 16), False, "cpu") > 0.1
+
+
+def test_generation_is_measured_with_sta_in_it(bench):
+    generation = bench("generation")
+    model = generation.full_model("cpu", 1, tiny=True)
+    arguments = generation.prompt(model, 2, (2, 4, 4))
+    plain, ours = (generation.generate(m, arguments, 3)() for m in (model, generation.with_sta(model)))
+    assert plain.shape == ours.shape == (2, arguments["input_ids"].shape[1] + 3)
