@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sta_adapter.evaluation.answering import Prediction
     from sta_adapter.evaluation.benchmarks import BENCHMARKS, EvalSet, load_benchmark
     from sta_adapter.evaluation.comparison import as_text, clips_of, compare
-    from sta_adapter.evaluation.evaluator import EvaluationResult, Prediction, Score, evaluate, wilson
+    from sta_adapter.evaluation.evaluator import evaluate
+    from sta_adapter.evaluation.result import EvaluationResult, Score, wilson
 
 __all__ = [
     "BENCHMARKS",
@@ -29,11 +31,11 @@ _PLACES = {
     "as_text": "sta_adapter.evaluation.comparison",
     "clips_of": "sta_adapter.evaluation.comparison",
     "compare": "sta_adapter.evaluation.comparison",
-    "EvaluationResult": "sta_adapter.evaluation.evaluator",
-    "Prediction": "sta_adapter.evaluation.evaluator",
-    "Score": "sta_adapter.evaluation.evaluator",
+    "EvaluationResult": "sta_adapter.evaluation.result",
+    "Prediction": "sta_adapter.evaluation.answering",
+    "Score": "sta_adapter.evaluation.result",
     "evaluate": "sta_adapter.evaluation.evaluator",
-    "wilson": "sta_adapter.evaluation.evaluator",
+    "wilson": "sta_adapter.evaluation.result",
 }
 
 

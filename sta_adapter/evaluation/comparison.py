@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sta_adapter.data.conversation import Sample
-from sta_adapter.evaluation.evaluator import EvaluationResult
+from sta_adapter.evaluation.result import EvaluationResult
 from sta_adapter.evaluation.statistics import FEW, mean_interval
 
 __all__ = ["as_text", "chance", "clips_of", "compare"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,9 +13,7 @@ from sta_adapter.data.conversation import Sample
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely, option_tokens
-
-if TYPE_CHECKING:
-    from sta_adapter.evaluation.evaluator import EvaluationResult
+from sta_adapter.evaluation.result import EvaluationResult
 
 __all__ = ["Engine", "EngineAnswerer", "agreement"]
 
