@@ -38,7 +38,7 @@ def main(
     if part in ("short", "all"):
         measure_short(models, device, repeats, out)
     if part in ("packed", "all"):
-        measure_packed(models, device, repeats, out)
+        measure_packed(models, device, repeats, out, 8 if big else 2 if tokens > 256 else 1)
 
 
 def measure_lengths(
@@ -70,9 +70,9 @@ def measure_short(models: dict, device: str, repeats: int, out: Path) -> None:
     report.finish()
 
 
-def measure_packed(models: dict, device: str, repeats: int, out: Path) -> None:
+def measure_packed(models: dict, device: str, repeats: int, out: Path, scale: int) -> None:
     """Eight unequal clips at once, against the same clips one by one."""
-    clips = unequal_clips(8 if device == "cuda" else 2)
+    clips = unequal_clips(scale)
     title = f"Eight packed clips against the same clips one by one, {sum(t * h * w for t, h, w in clips)} patches"
     report = Report("packed", title, device, out, ratio_label="time / one by one", settings={"clips": clips})
     for name, model in models.items():

@@ -57,7 +57,7 @@ PARTS = {  # the first ones decide what the others are worth
     "short": Part(("forward.py", "--part", "short"), DEEP),
     "host-time": Part(("host_time.py",), ("--depth", "2", "--calls", "1"), 150),
     "generation": Part(("generation.py",), ("--depth", "1", "--tokens", "4"), 180),
-    "lengths": Part(("forward.py", "--part", "lengths"), DEEP, 150),
+    "lengths": Part(("forward.py", "--part", "lengths"), ("--depth", "1", "--tokens", "1024"), 150),
     "packed": Part(("forward.py", "--part", "packed"), DEEP),
     "step-lora": Part(("training_step.py", "--kinds", "LoRA + STA"), DEEP, 150),
     "step-checkpointed": Part(("training_step.py", "--kinds", "checkpointed"), DEEP, 150),

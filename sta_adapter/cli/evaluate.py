@@ -38,7 +38,6 @@ BAD = click.Choice(["skip", "error"])
 HELP = """\b
 Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
              --adapter my-adapter --data test.jsonl --base --out results
-Measures accuracy with its 95 % interval, in all and by category.
 """
 
 
