@@ -178,7 +178,7 @@ def test_a_request_has_the_clips_in_order_and_the_answer_behind():
 def given(**changes):
     return {
         "engine": "vllm", "engine_options": None, "check": None, "quantize": None, "device": None, "positions": None,
-        **changes,
+        "cache": None, "stop_at_letter": False, **changes,
     }  # fmt: skip
 
 
@@ -190,10 +190,12 @@ def given(**changes):
         ({"quantize": "4bit"}, "--quantize is for transformers; vLLM takes --engine-options"),
         ({"device": "cpu"}, "--device is for transformers"),
         ({"positions": "transformers"}, "vLLM numbers text as the base was trained"),
+        ({"cache": "x"}, "--cache keeps samples as transformers takes them"),
+        ({"stop_at_letter": True}, "--stop-at-letter is for transformers"),
         ({"engine_options": "{"}, "is not JSON"),
         ({"engine_options": "[1]"}, "expected an object"),
     ],
-    ids=["check", "options", "quantize", "device", "positions", "json", "list"],
+    ids=["check", "options", "quantize", "device", "positions", "cache", "letter", "json", "list"],
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
