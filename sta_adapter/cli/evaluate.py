@@ -22,7 +22,6 @@ from sta_adapter.cli.options import (
     option,
     quantize_option,
 )
-from sta_adapter.distributed import is_rank_zero
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.benchmarks import BENCHMARKS
 from sta_adapter.requirements import require_device, require_packages, require_writable
@@ -78,6 +77,7 @@ Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
 @adapter_options
 def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate and print the outcome."""
+    from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
     from sta_adapter.evaluation.eval_mode import without_adapter
     from sta_adapter.loading import load_processor
