@@ -13,12 +13,12 @@ try:
         given = json.loads(line)
         write = answering.Answerer.write
 
-        def fails(self, *args, given=given, write=write):
+        def fails(self, *args, given=given, write=write, **named):
             import os
 
             if os.environ["RANK"] == given.get("failing"):
                 raise RuntimeError("out of memory, say")
-            return write(self, *args)
+            return write(self, *args, **named)
 
         with mock.patch.object(answering.Answerer, "write", fails):
             try:

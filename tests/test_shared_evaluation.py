@@ -221,7 +221,7 @@ def test_generation_stops_there(folder):
     for options, said in (([4], "B."), ([], "B. left")):
         steps.clear()
         answerer = Answerer(model, processor, len(script), 2, "generate", stop_at_letter=bool(options))
-        assert answerer.write(prompt, options) == [said]
+        assert answerer.write(prompt, options=options) == [said]
 
 
 def test_sharded_models_are_not_shared(folder, monkeypatch):
