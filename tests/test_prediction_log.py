@@ -16,6 +16,7 @@ def path(tmp_path):
     """A file with predictions for three of four questions, of which two are the same."""
     path = tmp_path / "deep" / "predictions.jsonl"
     with PredictionLog(path, SETTINGS, QUESTIONS) as log:
+        log.open(log.done)
         for index in (2, 1, 0):
             log.add(index, {"said": f"é{index}"})
         log.add_bad(3, "no video")
@@ -39,6 +40,7 @@ def test_a_line_a_prediction(path):
 
 def test_a_prediction_is_in_the_file_at_once(path):
     with PredictionLog(path, SETTINGS, QUESTIONS) as log:
+        log.open(log.done)
         log.add(3, {"said": "up"})
         assert lines(path)[-1] == {"index": 3, "question": "up", "prediction": {"said": "up"}}
 
@@ -46,7 +48,7 @@ def test_a_prediction_is_in_the_file_at_once(path):
 def test_what_is_still_asked_is_taken(path):
     with PredictionLog(path, SETTINGS, ["down", "right", "left"], lambda index, kept: {**kept, "at": index}) as log:
         assert log.done == {1: {"said": "é1", "at": 1}, 2: {"said": "é2", "at": 2}}
-    assert [line.get("question") for line in lines(path)] == [None, "left", "right"]
+    assert [line.get("question") for line in lines(path)] == [None, "right", "left"]
 
 
 def test_a_line_that_was_cut_off_ends_the_file(path):
