@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-old test-newest test-newest-contract lock test-lmms-eval test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -64,6 +64,11 @@ test-lmms-eval: .venv-lmms-eval/.ready
 
 LMMS_EVAL := lmms-eval==0.7.3
 LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwen-vl-utils python-dotenv jsonlines aiohttp httpx
+
+# Run the notebook as it is read, and keep what its cells show; never yet timed whole. The tests run it in a quick size.
+notebook: .venv-notebook/.ready
+	FOLDER=$$(mktemp -d) && TQDM_DISABLE=1 STA_NOTEBOOK_FOLDER=$$FOLDER .venv-notebook/bin/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.timeout=1800 examples/first_quarter_hour.ipynb && rm -r $$FOLDER
 
 # STA inside vLLM, on a CPU. Its wheel for CPUs pins that build of torch, and names companions of torch that are built for
 # CUDA: the environment has neither those nor anything of the main one.
@@ -123,7 +128,7 @@ TOOLS := pip-audit cyclonedx-bom uv
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
+	rm -rf $(VENV) .venv-notebook .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
 
 # setuptools comes first and builds without isolation, so that it too is the one of the lock.
 LOCK := requirements/lock.txt
@@ -151,6 +156,14 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(@D)/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	$(@D)/bin/python -m pip install --quiet $(LMMS_EVAL_NEEDS)
 	$(@D)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv-notebook/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(@D)
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "$$main" > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
+	$(@D)/bin/python -m pip install --quiet nbconvert ipykernel
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 .venv-vllm/.ready: pyproject.toml scripts/vllm_environment.py

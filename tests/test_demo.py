@@ -86,8 +86,24 @@ def test_page_refers_only_to_files_of_its_own_folder(folder):
 
 
 @pytest.mark.slow
+def test_the_page_says_that_it_is_quick_and_fits_a_phone(folder, tmp_path):
+    from browser import chromium, find_chromium
+
+    find_chromium()
+    assert "This was a quick run" in (folder / "index.html").read_text(encoding="utf-8")
+    with chromium(tmp_path / "profile") as browser:
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        browser.get((folder / "index.html").as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        inner = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert browser.execute_script(inner) == 0
+
+
+@pytest.mark.slow
 def test_table_is_printed(folder):
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
+    assert printed.count("proves nothing") == 2
     for words in ("accuracy", "shuffled frames", "parameters", *("/".join(pair) for pair in PAIRS)):
         assert words in printed
 

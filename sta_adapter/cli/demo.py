@@ -37,6 +37,10 @@ def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> N
 
     _quiet()
     settings = DemoSettings.quick() if quick else DemoSettings()
+    if quick:
+        click.echo(
+            f"a quick run of {settings.steps} steps on {settings.train_clips} clips: it shows every step and proves nothing"
+        )
     results, handle, test = run_demo(out, settings, range(seed, seed + seeds), click.echo)
     print_table(results)
     page = write_report(out, results, handle, test)

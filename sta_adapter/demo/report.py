@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from jinja2 import Environment, FileSystemLoader
 
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.demo.clips import LABELS
-from sta_adapter.demo.run import METHODS, answer_inputs, summary
+from sta_adapter.demo.run import METHODS, DemoSettings, answer_inputs, summary
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.injection.handle import STAHandle
+from sta_adapter.visualization.figures import LIGHT
 from sta_adapter.visualization.observation import temporal_attention
+from sta_adapter.visualization.patch_attention import scale_of
 
 __all__ = ["print_table", "write_report"]
 
@@ -41,6 +44,11 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def is_quick(results: dict[str, Any]) -> bool:
+    """Whether these are the results of a run that shows every step and proves nothing."""
+    return bool(results["settings"] == dataclasses.asdict(DemoSettings.quick()))
+
+
 def print_table(results: dict[str, Any]) -> None:
     """The table, fitted to the terminal: a line a quantity, a column a method."""
     from rich.console import Console
@@ -49,7 +57,8 @@ def print_table(results: dict[str, Any]) -> None:
     heads, rows = table(results)
     settings, seeds = results["settings"], results["seeds"]
     grid = Table(
-        title=f"{settings['test_clips']} clips never trained on, {len(seeds)} seed(s), {settings['steps']} steps"
+        title=f"{settings['test_clips']} clips never trained on, {len(seeds)} seed(s), {settings['steps']} steps",
+        caption="a quick run: it shows every step and proves nothing" if is_quick(results) else None,
     )
     grid.add_column("95 % intervals below", no_wrap=True)
     for row in rows:
@@ -85,6 +94,8 @@ def write_report(folder: Path, results: dict[str, Any], handle: STAHandle, test:
         heads=heads,
         rows=rows,
         clips=_clips(folder, test, results),
+        quick=is_quick(results),
+        steps=results["settings"]["steps"],
         settings=", ".join(f"{k} {v}" for k, v in results["settings"].items()),
         versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),
         seeds=", ".join(map(str, results["seeds"])),
@@ -128,7 +139,7 @@ def draw_curves(path: Path, results: dict[str, Any]) -> None:
 
 
 def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
-    """Which frame looks at which in each block, for a clip and the movement that is its opposite."""
+    """Which frame looks at which in each block, against even spread, for a clip and the movement that is its opposite."""
     from matplotlib import pyplot as plt
 
     pictures = {}
@@ -136,18 +147,22 @@ def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
         sample = test.samples[index]
         pictures[str(sample.answer)] = temporal_attention(handle, answer_inputs(test, index))
     blocks = list(next(iter(pictures.values())))
-    highest = max(weights.mean((0, 1)).max() for blocks_ in pictures.values() for weights in blocks_.values())
+    relative = {label: {b: w.shape[-1] * w.mean((0, 1)) for b, w in found.items()} for label, found in pictures.items()}
+    scale = scale_of(np.stack([weights for found in relative.values() for weights in found.values()]))
+    end = np.log2(scale)
     figure, axes = plt.subplots(
-        len(pictures), len(blocks), figsize=(2.3 * len(blocks) + 1, 5), layout="constrained", squeeze=False
+        len(pictures), len(blocks), figsize=(1.5 * len(blocks) + 1, 3.6), layout="constrained", squeeze=False
     )
-    for row, (label, weights) in zip(axes, pictures.items(), strict=True):
+    for row, (label, weights) in zip(axes, relative.items(), strict=True):
         for axis, block in zip(row, blocks, strict=True):
-            shown = axis.imshow(weights[block].mean((0, 1)), vmin=0, vmax=highest, cmap="cividis")
-            axis.set(title=f"block {block}", xticks=[], yticks=[])
+            shown = axis.imshow(np.log2(np.maximum(weights[block], 1e-6)), vmin=-end, vmax=end, cmap=LIGHT.colours)
+            axis.set(title=f"block {block}")
+            axis.locator_params(integer=True, nbins=4)
         row[0].set_ylabel(f"{label!r}\nframe that looks")
     for axis in axes[-1]:
         axis.set_xlabel("frame looked at")
-    figure.colorbar(shown, ax=axes, label="attention, mean over heads and positions", shrink=0.8)
+    bar = figure.colorbar(shown, ax=axes, label="attention, times even", shrink=0.8, ticks=[-end, 0, end])
+    bar.ax.set_yticklabels([f"1/{scale:g}", "1", f"{scale:g}"])
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
