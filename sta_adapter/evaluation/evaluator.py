@@ -89,14 +89,7 @@ def evaluate(
         STAError: another process failed.
         ConfigError: `predictions_file` belongs to another evaluation, or an argument has no effect beside the others.
     """
-    if choose not in CHOICES:
-        raise ConfigError(f"choose is {choose!r}, expected one of {', '.join(CHOICES)}.")
-    if overwrite and predictions_file is None:
-        raise ConfigError("overwrite has no effect without predictions_file; leave it out.")
-    if stop_at_letter and choose != "generate":
-        raise ConfigError(
-            "stop_at_letter has no effect where options are scored; leave it out, or pass choose='generate'."
-        )
+    _check_arguments(model, choose, stop_at_letter, shared, overwrite and predictions_file is None)
     if isinstance(data, VideoDataset):
         _check_idle(data, processor, frame_settings, on_bad_sample)
     else:
@@ -107,10 +100,6 @@ def evaluate(
     started = time.perf_counter()
     settings = {"tag": tag, "choose": choose, "max_new_tokens": max_new_tokens}
     settings |= {"stop_at_letter": True} if stop_at_letter else {}
-    if shared and (not isinstance(model, nn.Module) or is_sharded(model.parameters())):
-        raise ConfigError(
-            "shared=True is for models that each process has whole; leave it out for an engine or sharded weights."
-        )
     processes = Processes.joined() if shared else Processes()
     with (
         contextlib.closing(processes),
@@ -142,6 +131,24 @@ def evaluate(
         processes.gather(lambda: log.finish(done, bad))
         predictions = [Prediction(**log.done[i]) for i in log.done]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
+
+
+def _check_arguments(
+    model: nn.Module | Engine, choose: str, stop_at_letter: bool, shared: bool, idle_overwrite: bool
+) -> None:
+    """Refuse what is not known, or would have no effect."""
+    if choose not in CHOICES:
+        raise ConfigError(f"choose is {choose!r}, expected one of {', '.join(CHOICES)}.")
+    if idle_overwrite:
+        raise ConfigError("overwrite has no effect without predictions_file; leave it out.")
+    if stop_at_letter and choose != "generate":
+        raise ConfigError(
+            "stop_at_letter has no effect where options are scored; leave it out, or pass choose='generate'."
+        )
+    if shared and (not isinstance(model, nn.Module) or is_sharded(model.parameters())):
+        raise ConfigError(
+            "shared=True is for models that each process has whole; leave it out for an engine or sharded weights."
+        )
 
 
 def _check_idle(data: VideoDataset, processor: Any, frames: FrameSettings | None, on_bad_sample: str) -> None:
