@@ -8,8 +8,6 @@ import os
 import re
 from pathlib import Path
 
-from setuptools import setup
-
 ROOT = Path(__file__).parent
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
 
@@ -39,6 +37,8 @@ def project_urls(url: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    from setuptools import setup  # here, so that what reads this file needs no setuptools, which replaces Python's distutils
+
     repository = os.environ.get("STA_REPOSITORY_URL", "").rstrip("/")
     setup(
         long_description=description(repository),
