@@ -37,7 +37,8 @@ def project_urls(url: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from setuptools import setup  # here, so that what reads this file needs no setuptools, which replaces Python's distutils
+    # Here, so that what only reads this file needs no setuptools, which replaces Python's distutils.
+    from setuptools import setup
 
     repository = os.environ.get("STA_REPOSITORY_URL", "").rstrip("/")
     setup(
