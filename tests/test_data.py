@@ -191,6 +191,19 @@ def test_several_clips_turns_and_images(processor, tmp_path):
         assert item["mm_token_type_ids"].tolist() == [2 * (i == pads[0]) + (i == pads[1]) for i in ids]
 
 
+def test_a_list_of_records_is_read_as_a_file_of_them(processor, tmp_path):
+    path = write_video(tmp_path / "a.mp4", moving_square("left"))
+    record = sample([{"type": "video", "video": str(path), "nframes": 4}])
+    data = VideoDataset([record, parse_sample(record), {"video": str(path)}], processor, frames=AS_IS)
+    of_file = VideoDataset(jsonl(tmp_path / "data.jsonl", record), processor, frames=AS_IS)[0]
+    for item in (data[0], data[1]):
+        assert all(torch.equal(item[name], of_file[name]) for name in of_file)
+    assert data[2].source == "record 3"
+    assert "a record of no known format. Keys: video" in data[2].reason
+    with pytest.raises(DataError, match=r"record 2: found a text, expected an object"):
+        VideoDataset([record, "a.mp4"], processor, on_bad_sample="error")
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 8])
 def test_model_sees_the_decoded_frames(processor, tmp_path, count):
     from sta_adapter.video import read_clip

@@ -25,6 +25,17 @@ def test_reversed_clip_is_the_opposite_of_the_same_seed(pair, look):
         assert (first != second).any()
 
 
+@PAIRS
+def test_a_shape_rests_before_and_after_its_motion(pair):
+    quiet = clips.Difficulty(shake=0, noise=0)
+    first, second = (clips.render(label, 3, frames=4, size=32, level=quiet, rest=2) for label in pair)
+    np.testing.assert_array_equal(first[::-1], second)
+    assert len(first) == 2 + 4 + 2
+    assert all((frame == first[2]).all() for frame in first[:2])
+    assert all((frame == first[5]).all() for frame in first[6:])
+    assert (first[2] != first[5]).any()
+
+
 @pytest.mark.parametrize("label", clips.LABELS)
 def test_opposite_is_its_own_inverse_within_a_category(label):
     other = clips.opposite(label)

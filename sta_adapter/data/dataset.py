@@ -19,7 +19,7 @@ from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_samples
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
-from sta_adapter.data.samples import open_samples
+from sta_adapter.data.samples import given_samples, open_samples
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -30,7 +30,7 @@ class VideoDataset(Dataset):
     """Samples of a file or of tar shards, decoded and encoded when asked for.
 
     Args:
-        samples: the file or shards, see `open_samples`, or samples read before.
+        samples: the file or shards, see `open_samples`; or a list of records, as a file's lines are, or of samples read before.
         processor: the model's processor.
         frames: how clips are sampled.
         prompts: leave the last answer out, for evaluation.
@@ -47,7 +47,7 @@ class VideoDataset(Dataset):
 
     def __init__(
         self,
-        samples: str | Path | Sequence[Sample],
+        samples: str | Path | Sequence[Sample | dict[str, Any]],
         processor: Any,
         *,
         frames: FrameSettings | None = None,
@@ -60,9 +60,8 @@ class VideoDataset(Dataset):
         for_engine: bool = False,
         decode_timeout: float | None = DECODE_TIMEOUT,
     ) -> None:
-        if isinstance(samples, (str, Path)):
-            samples = open_samples(samples, on_bad_sample=on_bad_sample)
-        self.samples = list(samples)
+        opened = open_samples if isinstance(samples, (str, Path)) else given_samples
+        self.samples: list[Sample] = opened(samples, on_bad_sample=on_bad_sample)
         self.processor = processor
         self.frames = frames or FrameSettings()
         folder = None if isinstance(cache, bool) else cache

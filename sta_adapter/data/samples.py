@@ -16,7 +16,15 @@ from sta_adapter.data.records import read_records
 from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
 
-__all__ = ["check_format", "open_samples", "raw_records", "read_samples", "require_usable", "scan_samples"]
+__all__ = [
+    "check_format",
+    "given_samples",
+    "open_samples",
+    "raw_records",
+    "read_samples",
+    "require_usable",
+    "scan_samples",
+]
 
 EMPTY = "no sample in it; expected one JSON object a line, a JSON array of them, or rows of a table."
 
@@ -55,6 +63,28 @@ def open_samples(
         if isinstance(item, BadSample):
             item.skipped("error" if is_shards(item.source) else on_bad_sample)
     return [Sample([], item.source, problem=item.reason) if isinstance(item, BadSample) else item for item in found]
+
+
+def given_samples(items: Sequence[Sample | Any], *, on_bad_sample: str = "skip") -> list[Sample]:
+    """Samples of a list: such as were read before stay as they are, records (`dict`, one line of a file each) are parsed.
+
+    Relative paths start from the working directory.
+
+    Raises:
+        DataError: a record is no sample and `on_bad_sample` is "error".
+    """
+
+    def sample(index: int, item: Any) -> Sample:
+        if isinstance(item, Sample):
+            return item
+        source = f"record {index + 1}"
+        try:
+            return parse_sample(item, source=source)
+        except DataError as error:
+            BadSample(source, error.reason).skipped(on_bad_sample)
+            return Sample([], source, problem=error.reason)
+
+    return [sample(index, item) for index, item in enumerate(items)]
 
 
 def require_usable(samples: Sequence[Sample]) -> Sequence[Sample]:

@@ -187,7 +187,13 @@ def _move(scene: Scene, pair: tuple[str, str], course: np.ndarray, level: Diffic
 
 
 def render(
-    label: str, seed: int, look: str = "train", frames: int = FRAMES, size: int = SIZE, level: Difficulty | None = None
+    label: str,
+    seed: int,
+    look: str = "train",
+    frames: int = FRAMES,
+    size: int = SIZE,
+    level: Difficulty | None = None,
+    rest: int = 0,
 ) -> np.ndarray:
     """Draw the clip of a label and a seed.
 
@@ -198,9 +204,10 @@ def render(
         frames: T, the number of frames.
         size: Height and width in pixels.
         level: How hard the motion is to see; the demo's own unless given.
+        rest: Frames before the motion, and as many behind it, in which the shape only shakes.
 
     Returns:
-        Frames (T, size, size, 3) uint8.
+        Frames (rest + T + rest, size, size, 3) uint8.
 
     Raises:
         ConfigError: the label or the look is unknown, or there are too few frames.
@@ -214,10 +221,11 @@ def render(
     pair = next(pair for pair in PAIRS if label in pair)
     rng = np.random.default_rng([seed, PAIRS.index(pair), sorted(LOOKS).index(look)])
     unit = size / 32
-    scene = still(rng, LOOKS[look], frames, size)
-    _move(scene, pair, np.linspace(-0.5, 0.5, frames), level, unit)
-    scene.x += rng.normal(0, level.shake * unit, frames)
-    scene.y += rng.normal(0, level.shake * unit, frames)
+    course = np.pad(np.linspace(-0.5, 0.5, frames), rest, mode="edge")
+    scene = still(rng, LOOKS[look], len(course), size)
+    _move(scene, pair, course, level, unit)
+    scene.x += rng.normal(0, level.shake * unit, len(course))
+    scene.y += rng.normal(0, level.shake * unit, len(course))
     clip = draw(scene, size, level.noise, rng)
     return clip if label == pair[0] else clip[::-1].copy()
 
