@@ -73,6 +73,12 @@ def test_each_option_of_train_can_stand_in_the_file(tmp_path, monkeypatch, other
     assert {name: run[name] if name in run else getattr(settings, name) for name in given} == given
 
 
+@pytest.mark.parametrize("line", [("--epochs", "2"), ("--set", "epochs=2")], ids=["option", "set"])
+def test_a_length_that_is_given_wins_over_the_other_one_in_the_file(tmp_path, monkeypatch, line):
+    _, settings = settings_of(tmp_path, monkeypatch, OPTIONS, *line)
+    assert (settings.epochs, settings.max_steps) == (2, None)
+
+
 def test_options_win_over_the_file(tmp_path, monkeypatch):
     line = ("--batch-size", "4", "--stage", "2", "--set", "frames.fps=3", "--on-bad-sample", "skip")
     run, settings = settings_of(tmp_path, monkeypatch, {**OPTIONS, "frames": {"max_frames": 8}}, *line)

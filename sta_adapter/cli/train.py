@@ -95,13 +95,14 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
 def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
-    from sta_adapter.training.config import TrainingConfig, read_yaml
+    from sta_adapter.training.config import LENGTH, TrainingConfig, read_yaml
 
-    values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
-    values = merged(
-        values,
-        {name: value for name, value in options.items() if value is not None and value is not False and value != ()},
-    )
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    given = merged(parse_settings(pairs), given)
+    values = read_yaml(config) if config else {}
+    if not given.keys().isdisjoint(LENGTH):  # steps instead of the file's epochs, or the other way round
+        values = {name: value for name, value in values.items() if name not in LENGTH}
+    values = merged(values, given)
     run = {name: values.pop(name, None) for name in RUN_OPTIONS}
     run["data"] = one_or_several(run["data"])
     missing = [f"--{name}" for name in ("model", "data", "out") if not run[name]]
