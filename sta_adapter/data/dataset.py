@@ -60,8 +60,10 @@ class VideoDataset(Dataset):
         for_engine: bool = False,
         decode_timeout: float | None = DECODE_TIMEOUT,
     ) -> None:
-        opened = open_samples if isinstance(samples, (str, Path)) else given_samples
-        self.samples: list[Sample] = opened(samples, on_bad_sample=on_bad_sample)
+        if isinstance(samples, (str, Path)):
+            self.samples = open_samples(samples, on_bad_sample=on_bad_sample)
+        else:
+            self.samples = given_samples(samples, on_bad_sample=on_bad_sample)
         self.processor = processor
         self.frames = frames or FrameSettings()
         folder = None if isinstance(cache, bool) else cache
