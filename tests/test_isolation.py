@@ -1,4 +1,6 @@
+import contextlib
 import copy
+import multiprocessing
 import os
 import pickle
 import signal
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.worker_process import Isolated, ProcessError, worker_errors
+from sta_adapter.data.worker_signals import end_workers
 from sta_adapter.errors import DataError, STAError, VideoError
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.video import VideoNotFoundError, read_clip
@@ -219,6 +222,25 @@ def test_a_killed_worker_is_an_error(trouble, processor):
         worker_errors(),
     ):
         load(Dying(trouble[0], processor, frames=AS_IS), processor)
+
+
+def test_a_worker_that_dies_late_is_no_fault_of_what_runs_by_then(monkeypatch):
+    """On a loaded machine a killed process takes its time, and torch's handler of SIGCHLD would end the next run."""
+    items = iter(DataLoader(range(100), num_workers=1))
+    assert next(items).tolist() == [0]
+    handler, (worker,) = signal.getsignal(signal.SIGCHLD), items._workers
+    assert callable(handler)
+    others = [child for child in multiprocessing.active_children() if child.pid != worker.pid]
+    monkeypatch.setattr(type(worker), "join", lambda self, timeout=None: None)
+    try:
+        end_workers(others)
+        with contextlib.suppress(ChildProcessError):  # gone at once
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # dead by now, and still there
+    finally:
+        monkeypatch.undo()
+        worker.join()
+        signal.signal(signal.SIGCHLD, handler)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

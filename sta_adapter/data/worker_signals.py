@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from multiprocessing.process import BaseProcess
 
 __all__ = ["die_with_parent", "end_workers", "in_main_thread", "outlasting_signals", "ready_worker"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+DYING = 10.0  # seconds that a killed process may take to be gone: on a loaded machine that is no matter of milliseconds
 SIGNALS_PASS = mmap.mmap(-1, 1)  # shared with forked workers: 1 while their run finishes its step at a signal
 
 
@@ -43,7 +44,7 @@ def _ready(pid: int) -> None:
     die_with_parent()
 
 
-def _end_unless_passing(*_: Any) -> None:
+def _end_unless_passing(*_: object) -> None:
     if not SIGNALS_PASS[0]:
         os._exit(0)
 
@@ -60,7 +61,7 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def end_workers(others: Iterable[Any] = ()) -> None:
+def end_workers(others: Iterable[BaseProcess] = ()) -> None:
     """Kill this process's workers, whatever they are decoding; torch would wait five seconds for each.
 
     Args:
@@ -70,13 +71,14 @@ def end_workers(others: Iterable[Any] = ()) -> None:
     ours = [child for child in multiprocessing.active_children() if child.daemon and child.pid not in stay]
     if not ours:
         return
-    # torch raises in its handler of SIGCHLD when a worker is killed
+    # torch's handler of SIGCHLD raises when a worker was killed, in whatever the process is doing by then. It comes back when all
+    # of them are gone; if one can't go, torch finds workers that died by looking every five seconds.
     previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread() else None
     try:
         for child in ours:
             child.kill()
         for child in ours:
-            child.join(1)
+            child.join(DYING)
     finally:
-        if previous is not None:
+        if previous is not None and not any(child.is_alive() for child in ours):
             signal.signal(signal.SIGCHLD, previous)
