@@ -57,7 +57,10 @@ def test_the_bar_shows_the_loss_of_each_step(shown):
     assert "loss 1.25 lr" in progress.bar.postfix  # that of the training stays
     progress.on_log(None, state, None, {"eval_score": 0.5, "eval_accuracy": 0.5})
     assert progress.bar.postfix.endswith("eval_loss 5 eval_accuracy 0.5")
+    bar = progress.bar
+    assert bar.dynamic_ncols  # a terminal that is made narrower
     progress.close()
+    assert (bar.disable, progress.bar) == (True, None)
     assert stream.getvalue().endswith("\n")  # what comes next stands on a line of its own
 
 

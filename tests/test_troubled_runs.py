@@ -157,6 +157,35 @@ def test_a_stop_in_the_middle_of_an_epoch_does_not_evaluate(tmp_path, run):
     assert len(measured) == 1  # at the end of the first epoch
 
 
+def test_a_signal_in_the_last_step_comes_too_late(tmp_path):
+    """There is nothing left to go on with: the stage is finished as if none had come."""
+    watch = Watch("stage 1", TrainingConfig(), tmp_path)
+    assert (watch.signals.received, watch.stopped) == (0, False)
+    watch.signals.received = signal.SIGTERM
+    for step, stops in ((7, False), (6, True)):
+        control = TrainerControl()
+        watch.on_step_end(None, TrainerState(global_step=step, max_steps=7), control)
+        assert (watch.stopped, control.should_training_stop, control.should_save) == (stops, stops, stops)
+
+
+@pytest.mark.parametrize(("epoch", "evaluates"), [(1.5, False), (2.0, True)])
+def test_a_stopped_stage_evaluates_where_an_epoch_ends(tmp_path, epoch, evaluates):
+    watch = Watch("stage 1", TrainingConfig(), tmp_path)
+    for stopped, expected in ((False, True), (True, evaluates)):
+        watch.stopped = stopped
+        control = TrainerControl(should_log=True, should_evaluate=True, should_save=True)
+        watch.on_epoch_end(None, TrainerState(epoch=epoch), control)
+        assert (control.should_log, control.should_evaluate, control.should_save) == (expected,) * 3
+
+
+def test_a_signal_is_answered_once():
+    said = []
+    with Signals(said.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert said == ["SIGTERM: the run ends after this step and saves a checkpoint (Ctrl-C again: at once)."]
+
+
 def test_a_second_ctrl_c_is_at_once():
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
@@ -240,7 +269,7 @@ def test_checkpoints_by_time(tmp_path):
     watch = Watch("stage 1", TrainingConfig(save_minutes=2), tmp_path, clock=lambda: now[0])
     saved = []
     for step in range(1, 11):
-        now[0] += 50
+        now[0] += 40
         control = steps_of(watch, [1.0], step - 1)
         if control.should_save:
             saved.append(step)

@@ -1,0 +1,257 @@
+"""Parts of a run that need no training: settings without effect, which run a folder holds, the trainer's arguments, memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sta_adapter.data import FrameSettings
+from sta_adapter.data.stream import StreamDataset
+from sta_adapter.errors import ConfigError
+from sta_adapter.training import TrainingConfig
+from sta_adapter.training.arguments import training_arguments
+from sta_adapter.training.identity import claim
+from sta_adapter.training.idle_settings import check_idle
+from sta_adapter.training.memory import step_peak, without_values
+from sta_adapter.training.stage import Stage
+from sta_adapter.training.summary import describe
+
+# ---- settings without effect
+
+
+def check(settings, *, evaluated=False, eval_fn=None, **made_with):
+    """As `train` does it, on a file of samples that was made with the defaults."""
+    config = TrainingConfig.from_dict(settings)
+    made = {"max_length": config.max_length, "decode_timeout": 60.0, **made_with}
+    dataset = SimpleNamespace(frames=FrameSettings(), encoder=SimpleNamespace(**made))
+    stages = [config.for_stage(name) for name in ("1", "2")]
+    check_idle(config, stages, dataset, dataset if evaluated else None, eval_fn)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "message"),
+    [
+        ({}, {"evaluated": True, "eval_fn": dict}, "eval_data has no effect beside eval_fn"),
+        ({"early_stopping": 2}, {}, "early_stopping counts evaluations, and there are none"),
+        ({"stage2": {"early_stopping": 2}}, {}, "early_stopping counts evaluations, and there are none"),
+        ({"early_stopping": 2, "keep_best": False}, {"evaluated": True}, "no effect with keep_best: false"),
+        ({"eval_steps": 5}, {}, "eval_steps is 5, but there is nothing to evaluate"),
+        ({"save_steps": 7}, {"evaluated": True}, "save_steps 7 has no effect while the best evaluation is kept"),
+        ({"save_steps": 7, "eval_steps": 5}, {"eval_fn": dict}, "save_steps 7 has no effect"),
+        ({"shuffle_buffer": 3}, {}, "shuffle_buffer is of tar shards"),
+        ({"max_length": 9}, {"max_length": 8}, "max_length is 9, but the data set was made with 8"),
+        ({"decode_timeout": 5.0}, {}, r"decode_timeout is 5\.0, but the data set was made with 60\.0"),
+        ({"frames": {"fps": 2}}, {}, "frames is FrameSettings.*but the data set was made with"),
+    ],
+)  # fmt: skip
+def test_a_setting_without_effect_is_refused(settings, more, message):
+    with pytest.raises(ConfigError, match=message):
+        check(settings, **more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({}, {}),
+        ({"early_stopping": 2, "eval_steps": 5}, {"evaluated": True}),
+        ({"eval_steps": 5}, {"eval_fn": dict}),
+        ({"save_steps": 7}, {}),
+        ({"save_steps": 5, "eval_steps": 5}, {"evaluated": True}),
+        ({"save_steps": 7, "keep_best": False}, {"evaluated": True}),
+        ({}, {"max_length": 8}),
+        ({"decode_timeout": 5.0}, {"decode_timeout": 5.0}),
+    ],
+)  # fmt: skip
+def test_a_setting_with_effect_is_taken(settings, more):
+    check(settings, **more)
+
+
+# ---- which run a folder holds
+
+RUN = {"data": "d", "learning_rate": 0.1, "epochs": 1.0, "max_steps": None, "save_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "taken_up"),
+    [
+        ({}, {}, True),
+        ({}, {"save_steps": 9}, True),
+        ({}, {"epochs": 2.0}, True),
+        ({}, {"epochs": 0.5}, False),
+        ({"max_steps": 5}, {"max_steps": 6}, True),
+        ({"max_steps": 5}, {"max_steps": 4}, False),
+        ({"max_steps": 5}, {}, False),
+        ({}, {"max_steps": 5}, False),
+        ({}, {"epochs": 2.0, "data": "e"}, False),
+        ({}, {"learning_rate": 0.2}, False),
+        ({"stage1": {"max_steps": 5}}, {"stage1": {"max_steps": 6}}, True),
+        ({"stage1": {"max_steps": 5}}, {"stage1": {"max_steps": 4}}, False),
+        ({"stage2": {"epochs": 1.0}}, {"stage2": {"epochs": 3.0}}, True),
+        ({"stage2": {"epochs": 3.0}}, {"stage2": {"epochs": 1.0}}, False),
+        ({"stage1": {"max_steps": 5}}, {"stage1": {"max_steps": 6, "learning_rate": 1.0}}, False),
+    ],
+)  # fmt: skip
+def test_a_run_may_be_longer_and_nothing_else(tmp_path, was, now, taken_up):
+    claim(tmp_path, {**RUN, **was}, overwrite=False)
+    if taken_up:
+        claim(tmp_path, {**RUN, **now}, overwrite=False)
+        assert json.loads((tmp_path / "run.json").read_text()) == {**RUN, **now}
+        return
+    (tmp_path / "stage1").mkdir()
+    with pytest.raises(ConfigError, match=r"holds a run that differs in .*overwrite"):
+        claim(tmp_path, {**RUN, **now}, overwrite=False)
+    assert json.loads((tmp_path / "run.json").read_text()) == {**RUN, **was}
+    claim(tmp_path, {**RUN, **now}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+# ---- the trainer's arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured", "expected"),
+    [
+        ({"save_steps": 7}, None, ("steps", 7, "no", False)),
+        ({}, "eval_loss", ("epoch", 100, "epoch", True)),
+        ({"eval_steps": 5}, "eval_loss", ("steps", 5, "steps", True)),
+        ({"eval_steps": 5, "save_steps": 7, "keep_best": False}, "eval_score", ("steps", 7, "steps", False)),
+        ({"keep_best": False}, "eval_score", ("steps", 100, "epoch", False)),
+    ],
+)  # fmt: skip
+def test_when_a_run_saves_and_evaluates(tmp_path, settings, measured, expected):
+    found = training_arguments(TrainingConfig(report_to="none", **settings), tmp_path, 40, 3, measured, False)
+    when = (found.save_strategy.value, found.save_steps, found.eval_strategy.value, found.load_best_model_at_end)
+    assert when == expected
+    assert found.eval_steps == settings.get("eval_steps")
+    if expected[-1]:
+        assert (found.metric_for_best_model, found.greater_is_better) == (measured, measured != "eval_loss")
+
+
+def test_the_settings_in_the_trainers_words(tmp_path, monkeypatch):
+    config = TrainingConfig(
+        **{"batch_size": 12, "device_batch_size": 3, "learning_rate": 0.5, "schedule": "linear", "warmup": 0.1},
+        **{"max_steps": 40, "max_grad_norm": 0.7, "seed": 9, "run_name": "mine", "report_to": "none"},
+    )
+    found = training_arguments(config, tmp_path, 41, 3, None, True)
+    assert (found.per_device_train_batch_size, found.per_device_eval_batch_size) == (3, 3)
+    assert (found.gradient_accumulation_steps, found.warmup_steps, found.max_steps) == (4, 5, 40)
+    assert (found.learning_rate, found.lr_scheduler_type.value, found.max_grad_norm) == (0.5, "linear", 0.7)
+    assert (found.seed, found.run_name) == (9, "mine")
+    assert (found.dataloader_num_workers, found.ignore_data_skip, found.remove_unused_columns) == (3, True, False)
+    assert (found.label_names, found.prediction_loss_only, found.disable_tqdm) == (["labels"], True, True)
+    assert (found.bf16, found.fp16, found.report_to) == (False, False, [])
+    assert found.n_gpu <= 1
+    narrow = training_arguments(replace(config, precision="bf16"), tmp_path, 41, 0, None, False)
+    assert (narrow.bf16, narrow.fp16, narrow.ignore_data_skip) == (True, False, False)
+    long = training_arguments(replace(config, max_steps=None, epochs=3.0), tmp_path, 41, 0, None, False)
+    assert (long.max_steps, long.num_train_epochs) == (-1, 3.0)
+
+
+# ---- the summary
+
+
+def described(tmp_path, dataset, model, stage="1", **settings):
+    """Its lines by what they are about, of a stage that measures nothing and begins anew."""
+    made = Stage(stage, TrainingConfig(report_to="none", **settings), tmp_path, dataset)
+    return {line[2:12].strip(): line[12:] for line in describe(made, model, None)[1:]}
+
+
+def sized(*counts):
+    """A module with so many parameters, the first of which train, without their memory."""
+    with torch.device("meta"):
+        model = nn.ParameterList([nn.Parameter(torch.empty(count)) for count in counts])
+    for parameter in list(model)[1:]:
+        parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((999_999, 1), "STA: 999,999 of 1.0 M parameters"),
+        ((1_000_000, 998_000_000), "STA: 1.0 M of 999.0 M parameters"),
+        ((10**9, 10**9), "STA: 1.00 B of 2.00 B parameters"),
+    ],
+)  # fmt: skip
+def test_the_summary_counts_parameters(tmp_path, counts, said):
+    lines = described(tmp_path, range(8), sized(*counts), max_steps=5)
+    assert lines["trains"] == said
+    assert {"measures", "shows", "goes on"}.isdisjoint(lines)
+
+
+def test_the_summary_of_stage_two_and_of_a_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    shards = StreamDataset.__new__(StreamDataset)
+    shards.shards = ["a", "b"]
+    lines = described(tmp_path, shards, sized(5), "2", max_steps=9, gradient_checkpointing=True, save_minutes=None)
+    assert lines["trains"] == "STA and LoRA: 5 of 5 parameters"
+    assert lines["data"].startswith("2 shards, 9 steps of 64 clips (4 on a device at a time, 16 times)")
+    assert lines["computes"] == "in fp32 on the CPU, gradient checkpointing on"
+    assert lines["saves"].endswith(", every 100 steps")
+    lines = described(tmp_path, range(8), sized(5), "2", sta=False, batch_size=4, device_batch_size=4)
+    assert lines["trains"] == "LoRA: 5 of 5 parameters"
+    assert lines["data"] == "8 samples, 2 steps of 4 clips (4 on a device at a time)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "measures", "saves"),
+    [
+        ({}, "what eval_fn measures each epoch", "evaluation or 15 minutes"),
+        ({"eval_steps": 5}, "what eval_fn measures every 5 steps", "evaluation or 15 minutes"),
+        ({"eval_steps": 5, "keep_best": False}, "what eval_fn measures every 5 steps", "100 steps or 15 minutes"),
+    ],
+)  # fmt: skip
+def test_the_summary_says_when_it_measures_and_saves(tmp_path, settings, measures, saves):
+    config = TrainingConfig(report_to="tensorboard", **settings)
+    lines = describe(Stage("1", config, tmp_path / "a b", range(8), eval_fn=dict), sized(5), Path("x/checkpoint-3"))
+    assert f"  measures  {measures}" in lines
+    assert f"  saves     into '{tmp_path}/a b', every {saves}" in lines
+    assert f"  shows     tensorboard --logdir '{tmp_path}/a b'" in lines
+    assert "  goes on   from checkpoint-3" in lines
+
+
+# ---- memory
+
+WORDS, WIDTH, TOKENS = 50, 8, 10
+
+
+class Words(nn.Module):
+    """Tokens to logits; the output layer trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, tokens):
+        return SimpleNamespace(loss=self.head(self.norm(self.embed(tokens))).square().mean())
+
+
+def peak(**how):
+    model = Words()
+    mode = without_values(model)
+    found = step_peak(model, {"tokens": torch.arange(TOKENS)}, mode, **how)
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.head.weight._post_accumulate_grad_hooks
+    assert not model.norm._forward_pre_hooks
+    return found.parts, model
+
+
+def test_the_parts_of_a_peak():
+    parts, _ = peak()
+    assert parts["weights"] == 4 * (2 * WORDS * WIDTH + 2 * WIDTH)
+    assert parts["optimizer"] == 2 * 4 * WORDS * WIDTH
+    logits = 4 * TOKENS * WORDS
+    assert parts["logits"] % logits == 0
+    assert parts["logits"] >= 2 * logits
+    assert parts["activations"] >= 4 * TOKENS * WIDTH
