@@ -6,9 +6,16 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sta_adapter.data.conversation import Sample
+    from sta_adapter.data.dataset import VideoDataset
+    from sta_adapter.evaluation.result import EvaluationResult
+
+    Orders = dict[str, EvaluationResult]
 
 ENGINES = ("transformers", "vllm")
 ORDERED = "ordered"
@@ -50,12 +57,12 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
 def measure_by_engine(
     model: str,
     folder: Path | None,
-    dataset: Any,
+    dataset: VideoDataset,
     runs: list[str],
     options: dict[str, Any],
-    measure: Callable[..., Any],
-    by_transformers: Callable[..., Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    measure: Callable[..., Orders],
+    by_transformers: Callable[..., dict[str, Orders]],
+) -> tuple[dict[str, Orders], dict[str, Any]]:
     """The results of each run, each by an engine of its own, and what is to be said of the engine.
 
     Args:
@@ -99,7 +106,7 @@ def sentences(engine: dict[str, Any]) -> list[str]:
     return said if engine["agreement"] else [*said, "Not compared with transformers (--check 0)."]
 
 
-def _some(dataset: Any, count: int) -> Any:
+def _some(dataset: VideoDataset, count: int) -> VideoDataset:
     """A data set of so many of its samples, spread evenly."""
     from sta_adapter.data.dataset import VideoDataset
 
@@ -108,7 +115,7 @@ def _some(dataset: Any, count: int) -> Any:
     return VideoDataset(chosen, dataset.processor, frames=dataset.frames, on_bad_sample=dataset.encoder.on_bad_sample)
 
 
-def _most(samples: list[Any]) -> dict[str, int]:
+def _most(samples: list[Sample]) -> dict[str, int]:
     """The most clips and pictures of a sample."""
     kinds = [[part["type"] for message in s.messages for part in message["content"]] for s in samples]
     return {kind: max((found.count(kind) for found in kinds), default=0) for kind in ("video", "image")}

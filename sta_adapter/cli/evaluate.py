@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,16 @@ from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.evaluation.benchmarks import BENCHMARKS
 from sta_adapter.requirements import require_device, require_packages, require_writable
 from sta_adapter.visualization.local_paths import public_name, without_folders
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sta_adapter.data.conversation import Sample
+    from sta_adapter.data.dataset import VideoDataset
+    from sta_adapter.evaluation.engine import Engine
+    from sta_adapter.evaluation.result import EvaluationResult
+
+    Orders = dict[str, EvaluationResult]
 
 __all__ = ["command"]
 
@@ -101,10 +111,12 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     processor = load_processor(model, **source)
     dataset = _dataset(samples, processor, folder, options)
 
-    def measure(net: Any, data: Any, name: str, orders: tuple[str, ...] | None) -> dict[str, Any]:
+    def measure(net: nn.Module | Engine, data: VideoDataset, name: str, orders: tuple[str, ...] | None) -> Orders:
         return _measure(net, data, name, None if orders else out, options, orders or _orders(options))
 
-    def by_transformers(data: Any, names: list[str], orders: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def by_transformers(
+        data: VideoDataset, names: list[str], orders: tuple[str, ...] | None = None
+    ) -> dict[str, Orders]:
         net = _load(model, folder, options)
         found = {}
         for name in names:
@@ -151,7 +163,7 @@ def _joined(options: dict[str, Any]) -> bool:
     return True
 
 
-def _load(model: str, folder: Path | None, options: dict[str, Any]) -> Any:
+def _load(model: str, folder: Path | None, options: dict[str, Any]) -> nn.Module:
     """The model, with its adapter if there is one."""
     from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.loading import load_adapter, load_model, saved_positions
@@ -199,7 +211,7 @@ def _orders(options: dict[str, Any]) -> tuple[str, ...]:
     return ORDERS if options["frames"] == "all" else (options["frames"],)
 
 
-def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
+def _samples(options: dict[str, Any]) -> tuple[list[Sample], list[str]]:
     """What to ask, and what was left out of it."""
     from sta_adapter.data.samples import open_samples, require_usable
     from sta_adapter.evaluation.benchmarks import load_benchmark
@@ -222,7 +234,7 @@ def _samples(options: dict[str, Any]) -> tuple[list[Any], list[str]]:
     return [replace(sample, category=str(sample.extra.get(field, "other"))) for sample in samples], notes
 
 
-def _dataset(samples: list[Any], processor: Any, adapter: Path | None, options: dict[str, Any]) -> Any:
+def _dataset(samples: list[Sample], processor: Any, adapter: Path | None, options: dict[str, Any]) -> VideoDataset:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.loading import saved_frame_settings
@@ -252,8 +264,13 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _measure(
-    model: Any, dataset: Any, name: str, out: str | None, options: dict[str, Any], orders: tuple[str, ...]
-) -> dict[str, Any]:
+    model: nn.Module | Engine,
+    dataset: VideoDataset,
+    name: str,
+    out: str | None,
+    options: dict[str, Any],
+    orders: tuple[str, ...],
+) -> Orders:
     from sta_adapter.evaluation.evaluator import evaluate
 
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -14,6 +14,9 @@ from sta_adapter.requirements import require_packages
 POSITIONS = "trained or transformers. [default: as trained]"
 RULES = ("trained", "transformers")  # those of sta_adapter.injection.text_positions, which imports torch
 WORDS = "sta_adapter.words"  # where the words of the command line are kept
+
+
+Decorated = TypeVar("Decorated", bound="Callable[..., object] | click.Command")
 
 
 class _GroupedOption(click.Option):
@@ -33,7 +36,7 @@ class Grouped(click.Command):
         super().__init__(*args, **kwargs)
         self.needs = needs or {}
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """Run it, if all packages are there."""
         require_packages(f"sta-adapter {ctx.info_name}", self.needs)
         return super().invoke(ctx)
@@ -52,12 +55,12 @@ class Grouped(click.Command):
                 formatter.write_dl(records, col_max=26)
 
 
-def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
+def option(group: str, *names: str, **settings: Any) -> Callable[[Decorated], Decorated]:
     """A click option below a heading."""
     return click.option(*names, cls=_GroupedOption, group=group, **settings)
 
 
-def model_options(command: Any) -> Any:
+def model_options(command: Decorated) -> Decorated:
     """How the model is loaded."""
     choice = click.Choice(["auto", "bf16", "fp16", "fp32"])
     for decorate in (
@@ -70,7 +73,7 @@ def model_options(command: Any) -> Any:
     return command
 
 
-def adapter_options(command: Any) -> Any:
+def adapter_options(command: Decorated) -> Decorated:
     """How an adapter is had and put on the model; what `find_adapter` and `base_model_of` read."""
     for decorate in (
         option("Model", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits."),
@@ -103,7 +106,7 @@ def given_words() -> list[str]:
     return list(click.get_current_context().find_root().meta.get(WORDS, ()))
 
 
-def quantize_option(command: Any) -> Any:
+def quantize_option(command: Decorated) -> Decorated:
     """Whether the base's weights are narrowed."""
     choice = click.Choice(["4bit", "8bit"])
     return option("Model", "--quantize", type=choice, metavar="BITS", help="The base in 4bit (QLoRA) or 8bit.")(command)
@@ -114,7 +117,7 @@ def base_model_of(any_base: bool) -> str | None:
     return "any" if any_base else None
 
 
-def data_options(command: Any) -> Any:
+def data_options(command: Decorated) -> Decorated:
     """How a file of samples is read; in the group of the options beside it."""
     from sta_adapter.data.formats import FORMATS
 
@@ -154,7 +157,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-def one_or_several(data: Any) -> Any:
+def one_or_several(data: object) -> str | list[str] | None:
     """`--data` as `open_data` takes it: a name, or a list of at least two.
 
     Raises:

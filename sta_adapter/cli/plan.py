@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sta_adapter.cli.options import Grouped, data_options, merged, one_or_several, option, parse_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sta_adapter.training.config import TrainingConfig
+    from sta_adapter.training.plan import Machine
 
 __all__ = ["command", "describe", "plan_run"]
 
@@ -74,7 +80,7 @@ def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options
 
 def plan_run(
     run: dict[str, Any],
-    settings: Any,
+    settings: TrainingConfig,
     *,
     memory: float | None = None,
     processes: int = 1,
@@ -108,7 +114,7 @@ def plan_run(
     lengths = sample_lengths(dataset, samples, settings.num_workers)
     configs = {name: settings.for_stage(name) for name in names}
 
-    def make_model() -> Any:
+    def make_model() -> nn.Module:
         return empty_model(run["model"], **source)
 
     stages = {n: plan_stage(n, config, make_model, dataset, lengths, machine) for n, config in configs.items()}
@@ -124,7 +130,7 @@ def plan_run(
     return {"model": run["model"], "machine": about, "data": lengths.to_dict(), "stages": stages}
 
 
-def _machine(run: dict[str, Any], settings: Any, memory: float | None, processes: int) -> Any:
+def _machine(run: dict[str, Any], settings: TrainingConfig, memory: float | None, processes: int) -> Machine:
     import psutil
     import torch
 

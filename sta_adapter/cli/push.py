@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sta_adapter.cli.options import Grouped, option
+
+if TYPE_CHECKING:
+    from sta_adapter.adapter.push import Publication
 
 __all__ = ["command"]
 
@@ -47,7 +50,7 @@ def command(folder: str, repo_id: str, private: bool, as_json: bool, **options: 
     click.echo("\n".join(describe(done, options["dry_run"])))
 
 
-def describe(done: Any, dry_run: bool) -> list[str]:
+def describe(done: Publication, dry_run: bool) -> list[str]:
     """The outcome as lines of at most 80 columns, but for long names and the card."""
     if not done.changed:
         return [f"{done.repo_id} holds this adapter already; nothing was uploaded."]
@@ -60,4 +63,4 @@ def describe(done: Any, dry_run: bool) -> list[str]:
         lines += textwrap.wrap(f"note: {note}", LINE, subsequent_indent="      ", break_long_words=False)
     if dry_run:
         return [*lines, "", done.card_text.rstrip()] if done.card == "new" else lines
-    return [*lines, done.pr_url or done.commit_url, f'load it: load_sta(model, "{done.repo_id}")']
+    return [*lines, str(done.pr_url or done.commit_url), f'load it: load_sta(model, "{done.repo_id}")']

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,6 +28,10 @@ from sta_adapter.cli.options import (
 )
 from sta_adapter.errors import ConfigError, TrainingStopped
 from sta_adapter.requirements import require_reporters, require_writable
+
+if TYPE_CHECKING:
+    from sta_adapter.training.config import TrainingConfig
+    from sta_adapter.training.two_stage import TrainingResult
 
 __all__ = ["command"]
 
@@ -125,7 +129,7 @@ def _check_flags(run: dict[str, Any]) -> None:
         run[name] = bool(run[name])
 
 
-def _train(run: dict[str, Any], settings: Any) -> None:
+def _train(run: dict[str, Any], settings: TrainingConfig) -> None:
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.injection.text_positions import use_positions_of
     from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
@@ -183,7 +187,7 @@ def _say_how_to_go_on(stopped: TrainingStopped, run: dict[str, Any]) -> None:
     click.echo(f"  {shlex.join(['sta-adapter', *words])}{launched}", err=True)
 
 
-def _report(model: str, result: Any) -> None:
+def _report(model: str, result: TrainingResult) -> None:
     before = result.finished_before
     for name, stage in result.stages.items():
         done = "was finished before: " if name in before else ""

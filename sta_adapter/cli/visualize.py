@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device, require_free, require_writable
 from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization.local_paths import subject
+
+if TYPE_CHECKING:
+    from sta_adapter.visualization.viewer import Viewer
 
 __all__ = ["command"]
 
@@ -88,7 +91,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
     click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
 
 
-def write_look(viewer: Any, clip: str, out: Path, block: int | None, subject: str) -> dict[str, Any]:
+def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject: str) -> dict[str, Any]:
     """Write everything into a folder; the numbers."""
     import numpy as np
 

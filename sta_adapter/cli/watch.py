@@ -6,12 +6,16 @@ import json
 import queue
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
 from sta_adapter.requirements import require_device
+
+if TYPE_CHECKING:
+    from sta_adapter.visualization.viewer import Viewer
 
 __all__ = ["command"]
 
@@ -67,7 +71,7 @@ def command(source: str, adapter: str, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(event) if as_json else described(event))
 
 
-def load_viewer(adapter: str, options: dict[str, Any]) -> Any:
+def load_viewer(adapter: str, options: dict[str, Any]) -> Viewer:
     """Model, processor and adapter."""
     from sta_adapter.visualization.viewer import Viewer
 
@@ -104,7 +108,7 @@ def described(event: dict[str, Any]) -> str:
     return f"{at} ended: {event['steps']} steps encoded, {kept}, {event['dropped']} frames dropped{broken}"
 
 
-def _asked() -> Any:
+def _asked() -> Callable[[], str | None]:
     """A function that gives the line that was typed since the last call, or None."""
     lines: queue.Queue[str] = queue.Queue()
 

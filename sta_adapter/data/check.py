@@ -136,7 +136,7 @@ def _findings(findings: _Findings, batch_size: int, num_workers: int, progress: 
     return [report for _, report in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
-class _Findings(Dataset):
+class _Findings(Dataset[tuple[DataReport, Encoded | None]]):
     """What is found in each sample, and what training would encode of it."""
 
     def __init__(self, dataset: VideoDataset, limit: int | None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Sizes, visual_part
@@ -86,7 +87,7 @@ class ClipReader:
         low, high = self._pixel_limits(part)
         resized = low is not None or high is not None
 
-        def resize(frames: np.ndarray) -> np.ndarray:
+        def resize(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
             return fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
 
         frames, _, metadata = self._clip(part, resize if resized else None)
@@ -97,7 +98,7 @@ class ClipReader:
             times["frames_indices"] = times["frames_indices"] + times["frames_indices"][-1:] * pad
         return Visual("video", frames, times, resized)
 
-    def _clip(self, part: Part, resize: Callable[[np.ndarray], np.ndarray] | None) -> Clip:
+    def _clip(self, part: Part, resize: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None) -> Clip:
         settings = self._own_settings(part)
         least = min(settings.min_frames, settings.max_frames)
         rate: dict[str, Any] = {"fps": settings.fps, "min_frames": least, "max_frames": settings.max_frames}
@@ -141,7 +142,7 @@ class ClipReader:
                 own[least] = min(high, other)
         return replace(self.settings, **own)
 
-    def _order(self, count: int, index: int) -> np.ndarray | slice:
+    def _order(self, count: int, index: int) -> NDArray[np.int64] | slice:
         if self.frame_order == "reversed":
             return np.arange(count)[::-1]
         if self.frame_order == "shuffled":

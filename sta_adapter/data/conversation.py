@@ -84,7 +84,7 @@ class Sample:
 
 
 def parse_sample(
-    record: Any,
+    record: object,
     *,
     source: str = "sample",
     folder: str | Path = ".",
@@ -133,7 +133,7 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
     return Sample(messages, source, _category(record), options, extra_fields(record, _RECORD_KEYS))
 
 
-def _text(turn: Any) -> str:
+def _text(turn: object) -> str:
     """The words of a turn in which placeholders may stand."""
     text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else ""
     return text if isinstance(text, str) else ""
@@ -168,7 +168,7 @@ def _category(record: Record) -> str | None:
     return None if category is None else str(category).encode(errors="backslashreplace").decode()
 
 
-def _system(record: Record, raw: list[Any]) -> list[Message]:
+def _system(record: Record, raw: list[object]) -> list[Message]:
     """The system's words where they stand beside the messages."""
     text = record.get("system")
     if text is None or text == "":
@@ -180,7 +180,7 @@ def _system(record: Record, raw: list[Any]) -> list[Message]:
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
-def _message(message: Any, index: int, folder: Path, paths: dict[str, list[Any]]) -> Message:
+def _message(message: Any, index: int, folder: Path, paths: dict[str, list[object]]) -> Message:
     where = f"message {index}"
     if not isinstance(message, dict):
         raise DataError(f"{where} is {kind_of(message)}, expected an object with 'role' and 'content'.")
@@ -220,7 +220,7 @@ def _loss(message: Message, where: str) -> dict[str, bool]:
     return {"loss": False} if loss is False else {}
 
 
-def _split(text: str, where: str, paths: dict[str, list[Any]]) -> list[Part]:
+def _split(text: str, where: str, paths: dict[str, list[object]]) -> list[Part]:
     """Turn "<video>What is it?" into parts, taking the paths from the lists."""
     parts: list[Part] = []
     for number, piece in enumerate(_PLACEHOLDER.split(text)):

@@ -26,7 +26,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["VideoDataset"]
 
 
-class VideoDataset(Dataset):
+class VideoDataset(Dataset[Encoded | BadSample]):
     """Samples of a file or of tar shards, decoded and encoded when asked for.
 
     Args:

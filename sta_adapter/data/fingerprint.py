@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sta_adapter.compatibility.processors import fingerprint_parts
-from sta_adapter.data.message import Part
+from sta_adapter.data.message import Message, Part
 
 __all__ = [
     "fingerprint",
@@ -28,12 +28,12 @@ MISSING = "missing"
 NAMELESS = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")  # don't change what comes out
 
 
-def fingerprint(*values: Any) -> str:
+def fingerprint(*values: object) -> str:
     """Of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def fingerprint_samples(asked: Sequence[tuple[list[dict[str, Any]], Any]]) -> list[str]:
+def fingerprint_samples(asked: Sequence[tuple[list[Message], object]]) -> list[str]:
     """One for each sample, of its messages whole and of its clips' contents, wherever these lie.
 
     Args:
@@ -44,7 +44,7 @@ def fingerprint_samples(asked: Sequence[tuple[list[dict[str, Any]], Any]]) -> li
     with ThreadPoolExecutor(THREADS) as pool:
         contents = dict(zip(clips, pool.map(_contents, clips.values()), strict=True))
 
-    def plain(part: Part) -> dict[str, Any]:
+    def plain(part: Part) -> Part:
         if part["type"] == "text":
             return part
         settings = {key: value for key, value in part.items() if key != "packed"}
@@ -114,7 +114,7 @@ def fingerprint_processor(processor: Any) -> str:
     return fingerprint(template, words, [without_names(part) for part in fingerprint_parts(processor)])
 
 
-def without_names(values: Any) -> Any:
+def without_names(values: object) -> object:
     """A configuration without names of places and versions, at any depth."""
     if isinstance(values, Mapping):
         return {str(key): without_names(value) for key, value in values.items() if key not in NAMELESS}

@@ -52,7 +52,7 @@ def recognise(record: Record) -> str:
     raise DataError(f"a record of no known format. Keys: {keys}. Expected one of: {known}.")
 
 
-def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Any:
+def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Record:
     """A record of any format as one with 'messages'.
 
     Args:
@@ -157,7 +157,7 @@ def _question(record: Record) -> str:
     return question.strip()
 
 
-def _placed(beside: dict[str, list[Any]], question: str) -> str:
+def _placed(beside: dict[str, list[object]], question: str) -> str:
     """The question with its clips and pictures in front, unless it has places for them."""
     if "<video>" in question or "<image>" in question:
         return question
@@ -192,7 +192,7 @@ def _options(given: Any) -> list[str]:
     return [text.strip() for text in given]
 
 
-def _answer_index(answer: Any, options: list[str]) -> int:
+def _answer_index(answer: object, options: list[str]) -> int:
     """Which option is right: given as its text, its letter ("B", "(b)", "B."), both ("B. up") or its index, counted from 0."""
     expected = f"expected a letter up to {_LETTERS[len(options) - 1]}, an index from 0 to {len(options) - 1}, or an option's text"
     if isinstance(answer, int) and not isinstance(answer, bool):

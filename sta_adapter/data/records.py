@@ -23,7 +23,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 _NUMBERS = (*SETTINGS, "start", "end")  # cells that are numbers; all others are texts
 
 
-def read_records(file: Path) -> Iterator[tuple[str, Any]]:
+def read_records(file: Path) -> Iterator[tuple[str, object]]:
     """Where each record stands, and the record, or the `DataError` in its place.
 
     Raises:
@@ -58,14 +58,14 @@ def load_json(text: str | bytes) -> Any:
         raise DataError(f"not JSON that can be read ({error}).") from error
 
 
-def _or_error(text: str) -> Any:
+def _or_error(text: str) -> object:
     try:
         return load_json(text)
     except DataError as error:
         return error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -83,12 +83,13 @@ def _read_text(file: Path) -> str:
         raise DataError(f"can't read the data file {str(file)!r}: {reason}. {EXPECTED}") from error
 
 
-def _whole(text: str, file: Path) -> list[Any] | None:
+def _whole(text: str, file: Path) -> list[object] | None:
     """The entries of a JSON array, or one object written over several lines; None for JSON Lines."""
     start = text.lstrip()
     if start.startswith("["):
         try:
-            return load_json(text)
+            entries: list[object] = load_json(text)
+            return entries
         except DataError as error:
             cause = error.__cause__
             if isinstance(cause, json.JSONDecodeError):
@@ -107,7 +108,7 @@ def _whole(text: str, file: Path) -> list[Any] | None:
     return None
 
 
-def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, object]]:
     """The rows of a table whose first one names the columns; empty cells are left out."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: list[str] | None = None
@@ -135,7 +136,7 @@ def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
             yield source, _row(columns, cells)
 
 
-def _row(columns: list[str], cells: list[str]) -> dict[str, Any] | DataError:
+def _row(columns: list[str], cells: list[str]) -> dict[str, object] | DataError:
     if len(cells) != len(columns):
         return DataError(f"{len(cells)} cells, expected {len(columns)}: {', '.join(columns)}.")
     try:
@@ -144,7 +145,7 @@ def _row(columns: list[str], cells: list[str]) -> dict[str, Any] | DataError:
         return error
 
 
-def _cell(name: str, cell: str) -> Any:
+def _cell(name: str, cell: str) -> object:
     """Numbers of the clip, and lists and objects written as JSON; everything else is text."""
     text = cell.strip()
     if name in _NUMBERS:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from sta_adapter._validate import shown
 from sta_adapter.data.message import Record
@@ -37,7 +36,7 @@ _MEANT = {
 }  # fmt: skip
 
 
-def visuals(record: Record) -> dict[str, list[Any]]:
+def visuals(record: Record) -> dict[str, list[object]]:
     """The clips and pictures beside a record's words, in order; settings beside a single one go with it.
 
     Raises:
@@ -62,7 +61,7 @@ def visuals(record: Record) -> dict[str, list[Any]]:
     return {**found, kind: [{kind: found[kind][0], **settings}]}
 
 
-def _listed(record: Record, kind: str) -> list[Any]:
+def _listed(record: Record, kind: str) -> list[object]:
     """What stands under 'video' or 'videos'."""
     several = f"{kind}s"
     if kind in record and record.get(several):
@@ -75,7 +74,7 @@ def _listed(record: Record, kind: str) -> list[Any]:
     return list(paths)
 
 
-def extra_fields(record: Record, used: Iterable[str]) -> dict[str, Any]:
+def extra_fields(record: Record, used: Iterable[str]) -> Record:
     """What a record holds besides the keys that are used.
 
     Raises:
@@ -102,7 +101,7 @@ def _near(key: str) -> str | None:
     return next(iter(difflib.get_close_matches(key.lower(), _KNOWN, n=1, cutoff=0.82)), None)
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """How an error names what was found."""
     if value is None:
         return "missing"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import FORMATS, read_classes
+from sta_adapter.data.message import Record
 from sta_adapter.data.records import read_records
 from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ def open_samples(
     return [Sample([], item.source, problem=item.reason) if isinstance(item, BadSample) else item for item in found]
 
 
-def given_samples(items: Sequence[Sample | Any], *, on_bad_sample: str = "skip") -> list[Sample]:
+def given_samples(items: Sequence[Sample | Record], *, on_bad_sample: str = "skip") -> list[Sample]:
     """Samples of a list: such as were read before stay as they are, records (`dict`, one line of a file each) are parsed.
 
     Relative paths start from the working directory.
@@ -74,7 +74,7 @@ def given_samples(items: Sequence[Sample | Any], *, on_bad_sample: str = "skip")
         DataError: a record is no sample and `on_bad_sample` is "error".
     """
 
-    def sample(index: int, item: Any) -> Sample:
+    def sample(index: int, item: Sample | Record) -> Sample:
         if isinstance(item, Sample):
             return item
         source = f"record {index + 1}"
@@ -123,7 +123,7 @@ def scan_samples(
     return found
 
 
-def raw_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+def raw_records(path: str | Path) -> Iterator[tuple[str, object]]:
     """Where each record of a file stands, and the record as it is there.
 
     Raises:
@@ -145,7 +145,7 @@ def check_format(name: str | None) -> None:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}.")
 
 
-def _sample(record: Any, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:
+def _sample(record: object, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:
     if isinstance(record, DataError):
         raise record
     return parse_sample(record, source=source, folder=folder, format=format, classes=classes)

@@ -102,7 +102,7 @@ class StreamPosition:
         return replace(self, seed=saved["seed"] + step, since=step)
 
 
-class StreamDataset(IterableDataset):
+class StreamDataset(IterableDataset[Encoded | BadSample]):
     """Samples of tar shards, decoded and encoded as they come, pass after pass.
 
     In a pass every sample comes once, from one worker of one process; a reader with fewer samples begins its next pass earlier.
@@ -212,7 +212,7 @@ class StreamDataset(IterableDataset):
 
 def stream_loader(
     dataset: StreamDataset, position: StreamPosition, collate: Callable[..., Any], *, pin_memory: bool = False
-) -> DataLoader:
+) -> DataLoader[Encoded | BadSample]:
     """Batches of a stream; its random numbers are its own, so that a run that goes on draws the same ones elsewhere."""
     return DataLoader(
         dataset.starting_at(position),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Visual"]
 
@@ -22,6 +23,6 @@ class Visual:
     """
 
     kind: str
-    pixels: np.ndarray
+    pixels: NDArray[np.uint8]
     metadata: dict[str, Any] | None = None
     resized: bool = False

@@ -60,12 +60,12 @@ def _bytes(entry: tuple[int, Encoded | BadSample]) -> int:
     return 0 if isinstance(item, BadSample) else sum(tensor.nbytes for tensor in item.values())
 
 
-def _as_it_is(item: Any) -> Any:
+def _as_it_is(item: object) -> object:
     return item
 
 
 @contextlib.contextmanager
-def _progress(shown: bool | str, total: int, frame_order: str) -> Iterator[Callable[[int], Any]]:
+def _progress(shown: bool | str, total: int, frame_order: str) -> Iterator[Callable[[int], object]]:
     if not shown:
         yield lambda count: None
         return

@@ -7,10 +7,10 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from torch import distributed, nn
-from transformers import TrainerCallback
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.compatibility.seams import peft_parts, version
 from sta_adapter.distributed import is_parallel, is_sharded, on_rank_zero
@@ -35,9 +35,16 @@ class SaveAdapter(TrainerCallback):
     Every process calls it, as sharded weights are gathered by all; process 0 writes.
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """Refuse what could not be saved, before anything is trained."""
-        handle = _handle(model)
+        model, handle = _trained(model)
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             raise ConfigError(
                 "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
@@ -45,13 +52,27 @@ class SaveAdapter(TrainerCallback):
         self._handle = handle
         SAVED.add(handle)
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """Write the adapter into the checkpoint that was just made."""
-        _save(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        _save(model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """Write the adapter into the output folder."""
-        _save(model, Path(args.output_dir))
+        _save(model, Path(str(args.output_dir)))
 
 
 class RequireGradient(TrainerCallback):
@@ -68,11 +89,18 @@ class RequireGradient(TrainerCallback):
         self.patience = patience
         self.steps = 0
         self.found = False
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """Look at what requires a gradient, and begin to watch it."""
-        handle = _handle(model)
+        _, handle = _trained(model)
         warn_of_lora_on_sta(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         if not trained:
@@ -83,14 +111,21 @@ class RequireGradient(TrainerCallback):
         self.steps, self.found = 0, False
         self._hooks = [parameter.register_hook(self._look) for parameter in trained]  # also sees what ZeRO takes away
 
-    def _look(self, gradient: Any) -> None:
+    def _look(self, gradient: Tensor) -> None:
         self.found = self.found or bool(gradient.any())
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """Count the steps in which STA has no gradient, until one has."""
         if not self._hooks:
             return
-        handle = _handle(model)
+        model, handle = _trained(model)
         if _anywhere(self.found or any(map(_differs_from_zero, handle.parameters()))):
             self._end()
             self._note_single_frames(handle)
@@ -108,11 +143,18 @@ class RequireGradient(TrainerCallback):
         if self.steps == 1:
             logger.warning("STA got no gradient in the first step: %s", reason)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """A run shorter than the patience must not end in silence either."""
         if self._hooks and self.steps:
             logger.warning(
-                "the run ends after %d steps in which STA got no gradient: %s", self.steps, _reason(_handle(model))
+                "the run ends after %d steps in which STA got no gradient: %s", self.steps, _reason(_trained(model)[1])
             )
         self._end()
 
@@ -142,14 +184,16 @@ class ReportBadClips(TrainerCallback):
         self.count = count
         self.told = 0
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Tell when there are more than before."""
         bad, good = self.count()
         if bad > self.told:
             self.told = bad
             logger.warning("left out %d bad samples so far, beside %d good ones", bad, good)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Tell the final number."""
         self.on_log(args, state, control)
 
@@ -174,18 +218,18 @@ def warn_of_lora_on_sta(handle: STAHandle) -> None:
         )
 
 
-def _handle(model: nn.Module | None) -> STAHandle:
+def _trained(model: nn.Module | None) -> tuple[nn.Module, STAHandle]:
     handle = None if model is None else get_sta(model)
-    if handle is None:
+    if model is None or handle is None:
         raise InjectionError(
             "the model that is trained has no STA: inject_sta before the trainer is made, or sta_adapter.integrations.peft."
             "install() before LoRA is added."
         )
-    return handle
+    return model, handle
 
 
 def _save(model: nn.Module | None, folder: Path) -> None:
-    handle = _handle(model)
+    _, handle = _trained(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"of \d+ PEFT adapters")  # the others are a reference, as DPO's
         if is_sharded(handle.model.parameters()):
@@ -199,7 +243,7 @@ def _differs_from_zero(parameter: nn.Parameter) -> bool:
     return gradient is not None and bool(getattr(gradient, "_local_tensor", gradient).any())
 
 
-def _is_idle(model: Any, handle: STAHandle) -> bool:
+def _is_idle(model: nn.Module, handle: STAHandle) -> bool:
     """Whether what else trains has gradients, of zero alone: then there was nothing to learn in this step."""
     sta = {id(parameter) for parameter in handle.parameters()}
     others = [p for p in model.parameters() if p.grad is not None and id(p) not in sta]
@@ -210,7 +254,7 @@ def _anywhere(found: bool) -> bool:
     """Whether any of the processes found it; all must call this."""
     if not is_parallel():
         return found
-    answers: list[Any] = [None] * distributed.get_world_size()
+    answers: list[bool | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(answers, found)
     return any(answers)
 

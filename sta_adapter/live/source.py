@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video import VideoNotFoundError
@@ -27,7 +28,7 @@ class LiveFrame(NamedTuple):
     """One frame: seconds since the first, and its pixels (H, W, 3) uint8, upright."""
 
     seconds: float
-    pixels: np.ndarray
+    pixels: NDArray[np.uint8]
 
 
 class LiveSource:
@@ -165,7 +166,7 @@ class _Clock:
             time.sleep(min(left, 0.1))
 
 
-def _upright(frame: Any) -> np.ndarray:
+def _upright(frame: Any) -> NDArray[np.uint8]:
     pixels = frame.to_ndarray(format="rgb24")
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels

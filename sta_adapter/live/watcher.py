@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sta_adapter.data.chat_encoding import encode_prompt
@@ -164,7 +165,7 @@ class Watcher:
         self.memory.add(Step(seconds, output, self._visual_tokens(prompt)))
         self._encoding = time.perf_counter() - began
 
-    def _fitted(self, pixels: np.ndarray) -> np.ndarray:
+    def _fitted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A frame in the size that the model gets."""
         area = self._reader.factor**2
         low, high = self.frames.min_tokens, self.frames.max_tokens
@@ -175,7 +176,7 @@ class Watcher:
             pixels[None], factor=self._reader.factor, min_pixels=min((low or 0) * area or 1, most), max_pixels=most
         )[0]
 
-    def _prompt(self, pixels: np.ndarray, seconds: tuple[float, ...], question: str) -> Encoded:
+    def _prompt(self, pixels: NDArray[np.uint8], seconds: tuple[float, ...], question: str) -> Encoded:
         """The question behind a clip of these frames (T, H, W, 3)."""
         metadata = {
             "total_num_frames": round(seconds[-1] * TICKS) + 1,

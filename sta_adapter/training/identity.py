@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sta_adapter.adapter.format import WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
+from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError
@@ -22,11 +25,17 @@ from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["claim", "identity_of", "write_json"]
 
+Data = VideoDataset | StreamDataset
 RUN_FORMAT = 2  # raised when the same settings train other weights than before
 
 
 def identity_of(
-    stage: str, config: TrainingConfig, dataset: Any, eval_dataset: Any, start: Mapping[str, str], model: Any
+    stage: str,
+    config: TrainingConfig,
+    dataset: Data,
+    eval_dataset: Data | None,
+    start: Mapping[str, str],
+    model: nn.Module,
 ) -> dict[str, Any]:
     """What must be the same for a run to be taken up again: settings, data, base, and what an adapter brought along."""
     found = {
@@ -51,18 +60,15 @@ def _of_weights(values: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **{name: _of_weights(kept[name]) for name in ("stage1", "stage2") if name in kept}}
 
 
-def _frames_in_force(dataset: Any) -> FrameSettings:
+def _frames_in_force(dataset: Data) -> FrameSettings:
     """How the run samples its clips, for whoever looks at one afterwards: records may say it themselves."""
     if isinstance(dataset, StreamDataset):
         return dataset.frames  # the records are not known yet
     messages = (message for sample in dataset.samples for message in sample.messages)
-    found: FrameSettings = dataset.encoder.reader.settings_of(
-        part for message in messages for part in message["content"]
-    )
-    return found
+    return dataset.encoder.reader.settings_of(part for message in messages for part in message["content"])
 
 
-def _frames_of_records(dataset: Any) -> dict[str, str]:
+def _frames_of_records(dataset: Data) -> dict[str, str]:
     """That the settings above are not those of every clip, where records say it themselves, each otherwise."""
     if isinstance(dataset, StreamDataset):
         return {RECORDS_FIELD: "unknown"}
@@ -111,7 +117,7 @@ def _is_longer(found: Mapping[str, Any], identity: Mapping[str, Any], differ: li
     return True
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: object) -> None:
     """Write a JSON file all at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")

@@ -20,6 +20,7 @@ from sta_adapter.config import STAConfig
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import DataError
 from sta_adapter.injection.handle import get_sta
@@ -76,7 +77,7 @@ class Lengths:
     """
 
     tokens: list[int]
-    longest: Any
+    longest: Encoded
     samples: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def sample_lengths(dataset: VideoDataset, count: int, workers: int = 0) -> Lengt
     """
     every = max(1, -(-len(dataset) // count))
     tokens: list[int] = []
-    longest: Any = None
+    longest: Encoded | None = None
     bad = ""
     loader = DataLoader(Subset(dataset, range(0, len(dataset), every)), None, num_workers=workers, collate_fn=_as_it_is)
     with worker_errors():
@@ -108,7 +109,7 @@ def sample_lengths(dataset: VideoDataset, count: int, workers: int = 0) -> Lengt
     return Lengths(tokens, longest, len(dataset))
 
 
-def _as_it_is(item: Any) -> Any:
+def _as_it_is(item: object) -> object:
     return item
 
 
@@ -177,7 +178,7 @@ def _suggested(fits: dict[bool, int]) -> dict[str, Any] | None:
 def _one_clip(
     stage: Stage,
     make_model: Callable[[], nn.Module],
-    sample: Any,
+    sample: Encoded,
     machine: Machine,
     kind: bool | str,
     accumulates: bool,
@@ -228,7 +229,7 @@ def _divisors(share: int) -> list[int]:
     return [size for size in range(1, min(share, MOST) + 1) if share % size == 0]
 
 
-def measure_step(stage: Stage, model: nn.Module, sample: Any, device: torch.device) -> dict[str, float]:
+def measure_step(stage: Stage, model: nn.Module, sample: Encoded, device: torch.device) -> dict[str, float]:
     """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample.
 
     Args:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from datetime import timedelta
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.training.watch import Watch
 
@@ -49,7 +50,9 @@ class Progress(TrainerCallback):
         self._rate = 0.0
         self._shows = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Open the bar."""
         self._shows = state.is_world_process_zero
         self._ends.append(self.clock())
@@ -57,17 +60,29 @@ class Progress(TrainerCallback):
             self.bar = _bar(state.max_steps, state.global_step, self.label, BAR)
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: LRScheduler | None = None,
+        **kwargs: object,
     ) -> None:
         """One step on."""
         self._ends.append(self.clock())
         if lr_scheduler is not None:
-            self._rate = lr_scheduler.get_last_lr()[0]
+            self._rate = float(lr_scheduler.get_last_lr()[0])
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix_str(" ".join([*self._now(), *self._found()]))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Show what was measured; without a terminal, a line."""
         found = {key: value for key, value in (logs or {}).items() if key.startswith("eval_")}
         self.evaluated |= {k: v for k, v in found.items() if isinstance(v, float) and not k.endswith(HIDDEN)}
@@ -78,7 +93,12 @@ class Progress(TrainerCallback):
             self.say(f"{self.label}: step {state.global_step}/{state.max_steps}, {', '.join(shown)}")
 
     def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Sized = (),
+        **kwargs: object,
     ) -> None:
         """One batch of an evaluation on."""
         if self._shows and self.inner is None:
@@ -91,7 +111,9 @@ class Progress(TrainerCallback):
         if self.in_terminal and self.inner is not None:
             self.inner.update()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """The evaluation is over."""
         self._close_inner()
 
@@ -121,7 +143,7 @@ class Progress(TrainerCallback):
         taken = self._ends[-1] - self._ends[0] if self._ends else 0.0
         return (len(self._ends) - 1) / taken if taken > 0 else None
 
-    def _left(self, state: Any) -> str:
+    def _left(self, state: TrainerState) -> str:
         speed = self._speed()
         left = None if speed is None else timedelta(seconds=round((state.max_steps - state.global_step) / speed))
         return "unknown" if left is None else str(left)

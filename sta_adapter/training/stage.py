@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.adapter.lora_weights import lora_files
 from sta_adapter.adapter.save import adapter_files
@@ -107,7 +108,11 @@ class Stage:
         return None if longer and self.extends else found
 
     def run(
-        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any] = (), progress: bool = True
+        self,
+        model: nn.Module,
+        handle: STAHandle | None,
+        callbacks: Sequence[TrainerCallback] = (),
+        progress: bool = True,
     ) -> dict[str, Any]:
         """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds.
 
@@ -136,7 +141,7 @@ class Stage:
         return result
 
     def _attempt(
-        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[Any], progress: bool
+        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[TrainerCallback], progress: bool
     ) -> AdapterTrainer | None:
         """Train to the end; None where the memory was not enough, and smaller parts of a step are to be tried."""
         with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
@@ -215,7 +220,7 @@ class Stage:
             checkpoint=last,
         )
 
-    def _length(self) -> dict[str, Any]:
+    def _length(self) -> dict[str, float | None]:
         """How long the stage is by its settings."""
         return {name: getattr(self.config, name) for name in LENGTH}
 
@@ -239,7 +244,7 @@ class Stage:
         return "the loss" if self.eval_dataset is None else f"the loss on {len(cast(Sized, self.eval_dataset))} samples"
 
     def _trainer(
-        self, model: nn.Module, handle: STAHandle | None, watch: Watch, callbacks: Sequence[Any]
+        self, model: nn.Module, handle: STAHandle | None, watch: Watch, callbacks: Sequence[TrainerCallback]
     ) -> AdapterTrainer:
         patience = self.config.early_stopping
         with trainable_when_quantized(model):
@@ -278,10 +283,10 @@ class Stage:
 class _EndWorkers(TrainerCallback):
     """After the checkpoint of a stopped stage, what is still being decoded is of no use."""
 
-    def __init__(self, watch: Watch, others: Sequence[Any]) -> None:
+    def __init__(self, watch: Watch, others: Sequence[BaseProcess]) -> None:
         self.watch, self.others = watch, others
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """End the workers."""
         if self.watch.stopped:
             end_workers(self.others)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import full_shape
 from sta_adapter.requirements import reporters
@@ -59,10 +59,10 @@ def describe(stage: Stage, model: nn.Module, checkpoint: Path | None) -> list[st
     return [f"stage {stage.name}", *(f"  {name:<9} {text}" for name, text in lines.items())]
 
 
-def _amount(dataset: Any) -> str:
+def _amount(dataset: VideoDataset | StreamDataset) -> str:
     if isinstance(dataset, StreamDataset):
         return f"{len(dataset.shards)} shards"
-    return f"{len(cast(Sized, dataset)):,} samples"
+    return f"{len(dataset):,} samples"
 
 
 def _millions(count: int) -> str:

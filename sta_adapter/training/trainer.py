@@ -99,7 +99,7 @@ class AdapterTrainer(Trainer):
     def _net(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """As the base class; streams are shared out by themselves, before anything is decoded."""
         if not isinstance(self.train_dataset, StreamDataset):
             return super().get_train_dataloader()

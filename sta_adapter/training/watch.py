@@ -11,12 +11,12 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.data.worker_signals import in_main_thread
 from sta_adapter.distributed import Group, agree, is_parallel
@@ -31,6 +31,10 @@ RECENT = 5  # steps whose median is the loss, as single batches may be odd
 NOISE = 0.01  # a loss below this is as good as any other
 
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""Of a signal, as `signal.signal` takes it and gives the one before."""
+
+
 class Signals:
     """Ctrl-C and SIGTERM are noted, for the run to end after its step; a second Ctrl-C interrupts at once.
 
@@ -41,7 +45,7 @@ class Signals:
     def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
         self.received = 0
         self._tell = tell
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> Signals:
         """Take the signals; in another thread than the main one they stay as they are."""
@@ -56,7 +60,7 @@ class Signals:
             signal.signal(number, handler)
         self._previous.clear()
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.received:
@@ -105,11 +109,15 @@ class Watch(TrainerCallback):
         self._parts.append(loss.detach())
         self._whole = self._whole and usable
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Time runs from here."""
         self._saved = self.clock()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Look at the step's loss, at signals and at the clock.
 
         Raises:
@@ -129,12 +137,14 @@ class Watch(TrainerCallback):
         if self.stopped or numbers[2]:
             control.should_save = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """A stage that was stopped in the middle of an epoch is not at its end, where it would evaluate."""
         if self.stopped and not float(state.epoch or 0).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """The next one is due so many minutes later."""
         self._saved = self.clock()
 
@@ -180,13 +190,17 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Count from what is logged, which checkpoints keep."""
-        if stopped_early(state.log_history, args.metric_for_best_model, args.greater_is_better, self.patience):
+        if stopped_early(
+            state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), self.patience
+        ):
             control.should_training_stop = True
 
 
-def stopped_early(history: Sequence[dict[str, Any]], metric: str, more_is_better: bool, patience: int) -> bool:
+def stopped_early(history: Sequence[Mapping[str, float]], metric: str, more_is_better: bool, patience: int) -> bool:
     """Whether the latest `patience` evaluations were no better than the best before them."""
     values = [entry[metric] if more_is_better else -entry[metric] for entry in history if metric in entry]
     return bool(values) and len(values) - 1 - values.index(max(values)) >= patience

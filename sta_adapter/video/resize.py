@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sta_adapter.errors import DataError
 from sta_adapter.video.image import MOST_PIXELS
@@ -13,7 +14,7 @@ from sta_adapter.video.image import MOST_PIXELS
 __all__ = ["fit_frames", "resize_frames"]
 
 
-def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels: float) -> np.ndarray:
+def fit_frames(frames: NDArray[np.uint8], *, factor: int, min_pixels: float, max_pixels: float) -> NDArray[np.uint8]:
     """Resize frames so that both edges are multiples of `factor` and the area is within the limits, about in proportion.
 
     Args:
@@ -39,7 +40,7 @@ def fit_frames(frames: np.ndarray, *, factor: int, min_pixels: float, max_pixels
     return resize_frames(frames, new_height, new_width)
 
 
-def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_frames(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """Frames `(T, H, W, 3)` uint8 in another size."""
     if frames.shape[1:3] == (height, width):
         return frames
