@@ -1,29 +1,34 @@
 """One of two processes of tests/test_shared_evaluation.py: the command, as `torchrun` would start it, once for each line of words."""
 
-import json
+import os
 import sys
 from unittest import mock
+
+from pairs import serve
+from transformers import Qwen2VLForConditionalGeneration  # noqa: F401  # once for all pairs
 
 from sta_adapter.cli import cli
 from sta_adapter.distributed import end_processes
 from sta_adapter.evaluation import answering
 
-try:
-    for line in sys.argv[1:]:
-        given = json.loads(line)
-        write = answering.Answerer.write
+WRITE = answering.Answerer.write
 
-        def fails(self, *args, given=given, write=write, **named):
-            import os
 
-            if os.environ["RANK"] == given.get("failing"):
+def main(*runs):
+    for run in runs:
+
+        def write(self, *args, failing=run.get("failing"), **named):
+            if os.environ["RANK"] == failing:
                 raise RuntimeError("out of memory, say")
-            return write(self, *args, **named)
+            return WRITE(self, *args, **named)
 
-        with mock.patch.object(answering.Answerer, "write", fails):
+        with mock.patch.object(answering.Answerer, "write", write):
             try:
-                cli(given["words"], standalone_mode=False)
+                cli(run["words"], standalone_mode=False)
             except Exception as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
-finally:
     end_processes()
+
+
+if __name__ == "__main__":
+    serve(main)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import inspect
-import sys
 from pathlib import Path
 
 import torch
 from cases import Clip, make_qwen2_vl, randomize, seeded, token_types
 from cases_transformers import llava_prompt, llava_settings, transformers_class
+from pairs import serve
+from tiny_qwen import make_model, make_processor
 from torch import distributed
 
 from sta_adapter import get_sta, inject_sta
+from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.distributed import end_processes, full_tensor
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.data_parallel import LanguageModelBegin
 from sta_adapter.injection.registry import get_backbone
+from sta_adapter.training import TrainingConfig, train
 
 STEPS = 3
 
@@ -204,11 +207,6 @@ def refuse(case, out):
 
 def run_training(case, out):
     """`sta_adapter.training.two_stage.train` on the samples in the folder `case` names, whole or spoilt."""
-    from tiny_qwen import make_model, make_processor
-
-    from sta_adapter.data import FrameSettings, VideoDataset
-    from sta_adapter.training import TrainingConfig, train
-
     data = out / case.partition("=")[2]
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     processor = make_processor(data / f"tokenizer{rank}")
@@ -231,18 +229,21 @@ def run_training(case, out):
     return f"{case} steps {[s['steps'] for s in result.stages.values()]}, bad {len(result.bad_samples)}"
 
 
-def main():
-    """Every case that the command line names after the folder, such as `ddp:clip|text train=data`."""
+def main(folder, *cases):
+    """Every case, such as `ddp:clip|text` or `train=data`; a line of each for process 0 to print."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    out = Path(sys.argv[1])
-    for case in sys.argv[2:]:
+    for case in cases:
         kind = case.partition("=")[0] if "=" in case else ""
-        line = {"train": run_training, "refused": refuse, "": compare}[kind](case, out)
+        line = {"train": run_training, "refused": refuse, "": compare}[kind](case, Path(folder))
         if distributed.get_rank() == 0:
             print(line, flush=True)
     end_processes()
 
 
 if __name__ == "__main__":
-    main()
+    from sta_adapter.training import stage  # noqa: F401  # with peft and accelerate, once for all pairs
+
+    for case in ("one:text|text", "llava:text|text"):  # and transformers' models
+        Trial.parse(case).make()
+    serve(main)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_parallel import free_port
+from pairs import free_port
 from test_streaming import write_tar
 from tiny_qwen import make_model, make_processor, write_samples
 

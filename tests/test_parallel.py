@@ -1,14 +1,11 @@
 """Two processes on the CPU train what one does, also when the batch of one has no video, and save one adapter."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import make_qwen2_vl, seeded
+from pairs import pairs_of
 from parallel_worker import Trial, prompt, run_training
 from safetensors.torch import load_file
 from tiny_qwen import write_samples
@@ -18,47 +15,17 @@ from sta_adapter.errors import InjectionError
 from sta_adapter.injection import data_parallel as parallel
 from sta_adapter.training.checkpoints import last_checkpoint
 
-FOLDER = Path(__file__).parent
+
+@pytest.fixture(scope="module")
+def pairs():
+    with pairs_of("parallel_worker.py") as made:
+        yield made
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run_two(folder, *cases):
-    """Standard output of process 0; both must end well within the time limit."""
-    assert start_two(folder, *cases) == [0, 0], errors_of(folder)
-    return (folder / "out0").read_text()
-
-
-def errors_of(folder):
-    return "\n".join(f"process {rank}: {(folder / f'errors{rank}').read_text()[-3000:]}" for rank in range(2))
-
-
-def start_two(folder, *cases):
-    """Exit codes of both processes, below zero for a signal."""
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(FOLDER / "parallel_worker.py"), str(folder), *cases],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"out{rank}").open("w"),
-            stderr=(folder / f"errors{rank}").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [process.wait(timeout=500) for process in processes]
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"a process waits forever; so far: {(folder / 'out0').read_text()}")
-    finally:
-        for process in processes:
-            process.kill()
+@pytest.fixture
+def run_two(pairs, tmp_path):
+    """A function that runs cases in two processes; standard output of process 0."""
+    return lambda *cases: pairs.run(tmp_path, str(tmp_path), *cases)
 
 
 def assert_close(one, two, *names):
@@ -118,11 +85,11 @@ def require(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "root", "units"])
-def test_two_processes_train_what_one_does(tmp_path, kind):
+def test_two_processes_train_what_one_does(run_two, tmp_path, kind):
     """Whatever their batches hold, and whatever is sharded."""
     require(kind)
     cases = [f"{kind}:{contents}" for contents in CONTENTS] + [f"{kind}+lora:{c}" for c in CONTENTS[-3:]]
-    lines = run_two(tmp_path, *cases).splitlines()
+    lines = run_two(*cases).splitlines()
     assert lines == [f"{case} agree True, moved 100%, as one process True" for case in cases]
     for case in cases:
         assert_close(tmp_path / case / "one", tmp_path / case / "two", STA, *([LORA] if "lora" in case else []))
@@ -134,28 +101,28 @@ def test_two_processes_train_what_one_does(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "units"])
-def test_without_any_clip_nothing_moves(tmp_path, kind):
+def test_without_any_clip_nothing_moves(run_two, kind):
     require(kind)
     case = f"{kind}:text|text"
-    assert run_two(tmp_path, case) == f"{case} agree True, moved 0%, as one process True\n"
+    assert run_two(case) == f"{case} agree True, moved 0%, as one process True\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_what_trains_beside_the_encoder_and_what_a_model_never_uses(tmp_path, kind):
+def test_what_trains_beside_the_encoder_and_what_a_model_never_uses(run_two, kind):
     """A projector trains, and the encoder's last block, with STA, is not reached: 6 of 22 tensors."""
     require(kind)
     cases = [f"{kind}+llava:{contents}" for contents in ("clip|clip", "clip|text", "text|clip")]
-    lines = run_two(tmp_path, *cases).splitlines()
+    lines = run_two(*cases).splitlines()
     assert lines == [f"{case} agree True, moved 73%, as one process True" for case in cases]
 
 
 @pytest.mark.slow
-def test_a_language_model_that_is_given_tokens_takes_part(tmp_path):
+def test_a_language_model_that_is_given_tokens_takes_part(run_two):
     """Some models embed text alone inside of their language model, where no dummy clip could be added before."""
     kinds = [kind for kind in ("ddp", "fsdp2") if kind == "ddp" or hasattr(torch.distributed.fsdp, "fully_shard")]
     cases = [f"{kind}+tokens:{contents}" for kind in kinds for contents in ("clip|text", "text|picture+clip")]
-    lines = run_two(tmp_path, *cases).splitlines()
+    lines = run_two(*cases).splitlines()
     assert lines == [f"{case} agree True, moved 100%, as one process True" for case in cases]
 
 
@@ -175,22 +142,22 @@ def test_a_language_model_that_is_given_tokens_takes_part(tmp_path):
         ("fsdp2+llava+between:clip|clip", "nothing"),
     ],
 )
-def test_what_would_wait_for_ever_is_refused_in_both_processes(tmp_path, case, reason):
+def test_what_would_wait_for_ever_is_refused_in_both_processes(run_two, case, reason):
     require(case.partition("+")[0])
-    line = run_two(tmp_path, f"refused={case}")
+    line = run_two(f"refused={case}")
     assert line.startswith(f"refused={case} alike True: ")
     assert reason in line
 
 
 @pytest.mark.slow
-def test_training_in_two_processes_gives_the_adapter_of_one(tmp_path):
+def test_training_in_two_processes_gives_the_adapter_of_one(run_two, tmp_path):
     """Both stages; in the second data set two samples are bad, so that a process at times has nothing to train on."""
     for name in ("good", "spoilt"):
         write_samples(tmp_path / name, 8)
     for number in (1, 2):
         (tmp_path / "spoilt" / f"{number}.mp4").write_text("no video")
     expected = ["train=good steps [3, 3], bad 0", "train=spoilt steps [3, 3], bad 2"]
-    assert run_two(tmp_path, "train=good", "train=spoilt").splitlines() == expected
+    assert run_two("train=good", "train=spoilt").splitlines() == expected
     assert [run_training(case, tmp_path) for case in ("train=good", "train=spoilt")] == expected
     for name in ("good", "spoilt"):
         one, two = tmp_path / name / "one", tmp_path / name / "two"

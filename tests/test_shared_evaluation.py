@@ -1,16 +1,12 @@
 """Several processes that share an evaluation give what one does; batches by length; answers that end with their letter."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from test_parallel import free_port
+from pairs import pairs_of
 from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter.cli import cli
@@ -57,26 +53,6 @@ def words(folder, out, *more):
     ]
 
 
-def start_two(folder, *given):
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, str(Path(__file__).with_name("evaluation_worker.py")), *map(json.dumps, given)]
-    processes = [
-        subprocess.Popen(
-            line,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"out{rank}").open("w"),
-            stderr=(folder / f"errors{rank}").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def without_time(path):
     found = json.loads(path.read_text())
     for orders in (found["base"],):
@@ -91,17 +67,17 @@ def test_two_processes_give_what_one_does(folder, tmp_path):
     one, two, failed = (tmp_path / name for name in ("one", "two", "failed"))
     done = CliRunner().invoke(cli, words(folder, one))
     assert done.exit_code == 0, done.output
-    codes = start_two(
-        tmp_path,
-        {"words": words(folder, two)},
-        {"words": words(folder, failed), "failing": "1"},
-        {"words": words(folder, failed)},
-    )
+    with pairs_of("evaluation_worker.py") as pairs:
+        said = pairs.run(
+            tmp_path,
+            {"words": words(folder, two)},
+            {"words": words(folder, failed), "failing": "1"},
+            {"words": words(folder, failed)},
+        )
     errors = [(tmp_path / f"errors{rank}").read_text() for rank in range(2)]
-    assert codes == [0, 0], errors
     assert "STAError: process 1 failed: RuntimeError: out of memory, say" in errors[0]
     assert "RuntimeError: out of memory, say" in errors[1]
-    assert (tmp_path / "out0").read_text().count("base, ordered") == 2
+    assert said.count("base, ordered") == 2
     assert (tmp_path / "out1").read_text() == ""
     for folder_of in (two, failed):
         assert (folder_of / "base-ordered.jsonl").read_bytes() == (one / "base-ordered.jsonl").read_bytes()
