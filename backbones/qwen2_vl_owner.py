@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.compatibility.seams import ROPE_INDEX
+from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.errors import InjectionError
 
 FAMILIES = ("Qwen2VLModel", "Qwen2_5_VLModel")

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.compatibility.seams import GENERATION_METHOD, cached_tokens, given_arguments
+from sta_adapter.compatibility.position_seams import GENERATION_METHOD, cached_tokens
+from sta_adapter.compatibility.seams import given_arguments
 from sta_adapter.compatibility.signatures import class_method
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError

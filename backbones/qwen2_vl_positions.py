@@ -15,8 +15,9 @@ from sta_adapter.backbones.qwen2_vl_owner import find_owner, tokens_per_second
 from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
-from sta_adapter.compatibility.seams import GENERATION_METHOD as PREPARE
-from sta_adapter.compatibility.seams import ROPE_INDEX, has_generation_method, hook_table, rope_index_parameters
+from sta_adapter.compatibility.position_seams import GENERATION_METHOD as PREPARE
+from sta_adapter.compatibility.position_seams import ROPE_INDEX, has_generation_method, rope_index_parameters
+from sta_adapter.compatibility.seams import hook_table
 from sta_adapter.errors import InjectionError
 
 

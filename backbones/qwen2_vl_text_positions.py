@@ -15,7 +15,8 @@ from sta_adapter.backbones.qwen2_vl_position_rules import (
     WholeSecondsRowsAndColumns,
 )
 from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, uninstall
-from sta_adapter.compatibility.seams import ROPE_INDEX, parameter_names
+from sta_adapter.compatibility.position_seams import ROPE_INDEX
+from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions
 
@@ -23,10 +24,8 @@ from sta_adapter.injection.backbone import TextPositions
 HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 RULES = {rule.name: rule for rule in (OriginalPositions, RowsAndColumns, WholeSeconds, WholeSecondsRowsAndColumns)}
 UNKNOWN = "unknown"
-FRAMES, SECONDS = (
-    4,
-    1.75,
-)  # of the clip that a model is asked about: the rules differ in where its text goes on, and when
+# of the clip that a model is asked about: the rules differ in where its text goes on, and when
+FRAMES, SECONDS = 4, 1.75
 
 
 def rule_in_use(model: nn.Module) -> str | None:

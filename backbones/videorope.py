@@ -15,7 +15,7 @@ from sta_adapter.backbones.qwen2_vl import BACKBONE as QWEN2_VL
 from sta_adapter.backbones.qwen2_vl_position_rules import VideoRopePositions
 from sta_adapter.backbones.qwen2_vl_positions import drop_hooks, find_owner, install, installed_rule, uninstall
 from sta_adapter.backbones.videorope_frequencies import InterleavedFrequencies
-from sta_adapter.compatibility.seams import FREQUENCY_METHOD, has_frequency_method
+from sta_adapter.compatibility.position_seams import FREQUENCY_METHOD, has_frequency_method
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.hooks import find_injections

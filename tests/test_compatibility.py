@@ -21,7 +21,7 @@ from sta_adapter.attention.recompute import project_normed
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
-from sta_adapter.compatibility import checkpointing, processors, seams
+from sta_adapter.compatibility import checkpointing, position_seams, processors, seams
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
@@ -77,16 +77,16 @@ def forward_of(code):
 
 def test_a_forward_without_a_known_cache_parameter():
     with raises("Model.forward has no parameter called cache or past_key_values"):
-        seams.cached_tokens(forward_of("input_ids, memory=None"), "Model.forward", {})
+        position_seams.cached_tokens(forward_of("input_ids, memory=None"), "Model.forward", {})
 
 
 def test_caches_that_cannot_be_measured_or_contradict_each_other():
     forward = forward_of("input_ids, cache=None, past_key_values=None")
     with raises("given a tuple as cache, which has no get_seq_length"):
-        seams.cached_tokens(forward, "Model.forward", {"cache": ((torch.zeros(1), torch.zeros(1)),)})
+        position_seams.cached_tokens(forward, "Model.forward", {"cache": ((torch.zeros(1), torch.zeros(1)),)})
     two = [types.SimpleNamespace(get_seq_length=lambda n=n: n) for n in (3, 4)]
     with raises("two caches, of 3 and 4 tokens"):
-        seams.cached_tokens(forward, "Model.forward", dict(zip(seams.CACHE_NAMES, two, strict=True)))
+        position_seams.cached_tokens(forward, "Model.forward", dict(zip(position_seams.CACHE_NAMES, two, strict=True)))
 
 
 def test_more_arguments_by_position_than_are_known():
@@ -157,24 +157,24 @@ def test_a_model_that_keeps_no_rope_deltas(model):
 @only_5
 @pytest.mark.parametrize("change", [restore_original_positions, apply_videorope])
 def test_generation_that_asks_for_positions_elsewhere(model, change, monkeypatch):
-    monkeypatch.delattr(type(model), seams.GENERATION_METHOD)
-    monkeypatch.delattr(transformers.GenerationMixin, seams.GENERATION_METHOD)
-    with raises(f"Qwen2VLForConditionalGeneration has no {seams.GENERATION_METHOD}"):
+    monkeypatch.delattr(type(model), position_seams.GENERATION_METHOD)
+    monkeypatch.delattr(transformers.GenerationMixin, position_seams.GENERATION_METHOD)
+    with raises(f"Qwen2VLForConditionalGeneration has no {position_seams.GENERATION_METHOD}"):
         change(model)
     assert "get_rope_index" not in vars(find_owner(model))
 
 
 @only_5
 def test_generation_that_asks_with_other_arguments(model, monkeypatch):
-    monkeypatch.setattr(type(model), seams.GENERATION_METHOD, forward_of("self, inputs_tensor, kwargs"))
+    monkeypatch.setattr(type(model), position_seams.GENERATION_METHOD, forward_of("self, inputs_tensor, kwargs"))
     with raises("has no parameter model_kwargs"):
         restore_original_positions(model)
 
 
 @only_5
 def test_frequencies_that_are_mixed_elsewhere(model, monkeypatch):
-    monkeypatch.delattr(type(model.model.language_model.rotary_emb), seams.FREQUENCY_METHOD)
-    with raises(f"has no {seams.FREQUENCY_METHOD}"):
+    monkeypatch.delattr(type(model.model.language_model.rotary_emb), position_seams.FREQUENCY_METHOD)
+    with raises(f"has no {position_seams.FREQUENCY_METHOD}"):
         apply_videorope(model)
     assert "get_rope_index" not in vars(find_owner(model))
 
@@ -182,7 +182,7 @@ def test_frequencies_that_are_mixed_elsewhere(model, monkeypatch):
 @only_5
 def test_frequencies_that_are_mixed_with_other_arguments(model, monkeypatch):
     rotary = type(model.model.language_model.rotary_emb)
-    monkeypatch.setattr(rotary, seams.FREQUENCY_METHOD, forward_of("self, freq, sections"))
+    monkeypatch.setattr(rotary, position_seams.FREQUENCY_METHOD, forward_of("self, freq, sections"))
     with raises("has the unknown parameter sections"):
         apply_videorope(model)
 

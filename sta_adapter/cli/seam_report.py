@@ -10,18 +10,20 @@ from torch import nn
 
 from sta_adapter.attention import xformers_kernels
 from sta_adapter.compatibility import checkpointing, processors
+from sta_adapter.compatibility.position_seams import (
+    ROPE_INDEX,
+    cached_tokens,
+    has_frequency_method,
+    has_generation_method,
+)
 from sta_adapter.compatibility.seams import (
     HOOK_OPTIONS,
     HOOK_TABLES,
     LOAD_HOOKS,
-    ROPE_INDEX,
     active_ddp,
-    cached_tokens,
     disable_dynamo,
     graph_task,
     has_adapter,
-    has_frequency_method,
-    has_generation_method,
     hook_table,
     incompatible,
     known_parameters,

