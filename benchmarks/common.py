@@ -204,9 +204,8 @@ def circumstances(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     hardware: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    hardware["load"] = round(
-        os.getloadavg()[0], 1
-    )  # of the last minute, with this run's own; above the cores, others took part
+    # of the last minute, with this run's own; above the cores, others took part
+    hardware["load"] = round(os.getloadavg()[0], 1)
     if device == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name()
         versions["cuda"] = str(torch.version.cuda)

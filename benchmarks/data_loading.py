@@ -133,9 +133,8 @@ def measure(report: Report, name: str, folder: Path, options: dict[str, Any], pr
     paths = write_clips(folder, FILES, *shape) * math.ceil(count / FILES)
     settings = FrameSettings(nframes=frames, max_tokens=256)
     dataset = VideoDataset([sample(path) for path in paths], processor, frames=settings)
-    tables = [read_frame_table(path) for path in paths[:FILES]] * math.ceil(
-        count / FILES
-    )  # decord in this process would hang those that are forked from it
+    # decord in this process would hang those that are forked from it
+    tables = [read_frame_table(path) for path in paths[:FILES]] * math.ceil(count / FILES)
     sampling = Sampling(None, frames, 1, frames, None, None)
     indices = [choose_frames(table.times, table.duration, sampling).tolist() for table in tables]
     size = fit_frames(np.zeros((1, *shape[2:], 3), np.uint8), factor=28, min_pixels=0, max_pixels=256 * 28**2).shape[

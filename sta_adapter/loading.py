@@ -212,9 +212,8 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
         )
     if run:
         return read_frames(run.get("frames", {}), Path(name) / RUN_FILE)
-    published = read_frames(
-        description.get("frames") or {}, Path(name) / CONFIG
-    )  # the numbers, without the rest of the run
+    # the numbers, without the rest of the run
+    published = read_frames(description.get("frames") or {}, Path(name) / CONFIG)
     return {key: value for key, value in published.items() if key != "backend"}
 
 

@@ -25,9 +25,8 @@ AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 GLM = ("glm4v", "glm4v_moe")
 
 
-OLD = (
-    importlib.util.find_spec("transformers.video_processing_utils") is None
-)  # before 4.52: no release of it that is tested has these models
+# before 4.52: no release of it that is tested has these models
+OLD = importlib.util.find_spec("transformers.video_processing_utils") is None
 OLD_TEXT = "not in this release of transformers, or not with a video processor that takes times"
 
 

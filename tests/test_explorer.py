@@ -264,6 +264,5 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path, dark):
         assert browser.execute_script(inner) == 0
         middle = """const c = document.getElementById('sta-scale'), x = c.getContext('2d');
             return [...x.getImageData(c.width >> 1, 4, 1, 1).data].slice(0, 3)"""
-        np.testing.assert_allclose(
-            browser.execute_script(middle), [43, 49, 56] if dark else [244, 244, 242], atol=3
-        )  # the colour of even
+        even = [43, 49, 56] if dark else [244, 244, 242]
+        np.testing.assert_allclose(browser.execute_script(middle), even, atol=3)

@@ -116,9 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("train", "validation")
     )
     encoder = encoder_of(args)
-    handle = inject_sta(
-        encoder, STAConfig(init="normal")
-    )  # the one line; full head count and a tiny gamma, as published
+    # the one line; full head count and a tiny gamma, as published
+    handle = inject_sta(encoder, STAConfig(init="normal"))
     handle.freeze_base()  # STA alone trains, and the head
     width = next(iter(handle.blocks.values())).to_out.out_features
     model = Recogniser(encoder, width, len(classes))

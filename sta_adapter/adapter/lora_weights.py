@@ -27,9 +27,8 @@ __all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "read_lora"
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
-STA_BESIDE = (
-    "sta_config.json beside this file"  # an entry that PEFT doesn't know, so that it warns where it loads LoRA alone
-)
+# an entry that PEFT doesn't know, so that it warns where it loads LoRA alone
+STA_BESIDE = "sta_config.json beside this file"
 BASE_VALUES = "_sta_adapter_base_values"  # of a PeftModel: the tensors of the base that its file replaced, with their values before
 WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 

@@ -20,9 +20,8 @@ from sta_adapter.errors import CheckpointError
 
 __all__ = ["adapter_files", "make_description", "replace_files", "write_adapter"]
 
-ADDED = (
-    ("window", None),
-)  # settings newer than the format, as before them: left out, so that older releases read the file
+# settings newer than the format, as before them: left out, so that older releases read the file
+ADDED = (("window", None),)
 
 
 def write_adapter(

@@ -10,9 +10,8 @@ from sta_adapter.compatibility.seams import incompatible
 __all__ = ["Sizes", "fingerprint_parts", "placeholder", "row_tokens", "visual_part"]
 
 PARTS = ("video_processor", "image_processor")
-GRID = (
-    "_grid_thw"  # what the names of a processor's outputs end with, where it packs patches of all sizes into one tensor
-)
+# what the names of a processor's outputs end with, where it packs patches of all sizes into one tensor
+GRID = "_grid_thw"
 
 
 def visual_part(processor: Any) -> Any:

@@ -115,9 +115,8 @@ def _panel(axis: Any, title: str, labels: list[str], scores: dict[str, list[Any]
         axis.errorbar(
             shares, [y for y, _ in rows], xerr=ends, fmt=marker, color=colour, markersize=6, capsize=3, label=name
         )
-    axis.set_yticks(
-        middles, [_wrapped(label) for label in labels], parse_math=False, usetex=False
-    )  # texts, not formulas
+    # texts, not formulas
+    axis.set_yticks(middles, [_wrapped(label) for label in labels], parse_math=False, usetex=False)
     axis.set_ylim(edge, 0)
     axis.set_xlim(-2, 102)
     axis.set_title(title, loc="left", fontsize=11)

@@ -111,9 +111,8 @@ def settings_lost(sample: Sample, tool: str) -> set[str]:
     if tool == "sta-adapter":
         return set()
     answers = any("loss" in message for message in sample.messages)
-    knows_loss = (
-        tool in ("ms-swift", "trl") and "rejected" not in sample.extra
-    )  # of a pair the last answer alone counts
+    # of a pair the last answer alone counts
+    knows_loss = tool in ("ms-swift", "trl") and "rejected" not in sample.extra
     lost = {"loss"} if answers and not knows_loss else set()
     visuals = _visuals(sample)
     if tool == "trl" or (tool == "ms-swift" and _common(visuals) is not None):  # TRL's rows are read by our collator

@@ -41,9 +41,7 @@ class EncoderConfig:
     patch_size: int = 14
     num_frames: int = 8
     tubelet_size: int = 1
-    sep_image_video_pos_embed: bool = (
-        False  # whether a single frame has positions of its own, else the mean over frames
-    )
+    sep_image_video_pos_embed: bool = False  # a single frame has positions of its own, else the mean over frames
     init_values: float = 1e-5  # LayerScale at the start of a training from nothing
 
     @classmethod

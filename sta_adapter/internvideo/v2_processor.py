@@ -64,9 +64,8 @@ class InternVideo2ChatProcessor(ChatProcessor):
         self.tokenizer = tokenizer
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        tokenizer.add_tokens(
-            [IMAGE, VIDEO], special_tokens=True
-        )  # for who counts them in a text; ids of our own stand for them
+        # for who counts them in a text; ids of our own stand for them
+        tokenizer.add_tokens([IMAGE, VIDEO], special_tokens=True)
         self.image_processor = image_processor
         self.qformer_tokenizer = qformer_tokenizer
         self.num_visual_tokens = num_visual_tokens

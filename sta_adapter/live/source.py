@@ -18,9 +18,7 @@ from sta_adapter.video import VideoNotFoundError
 __all__ = ["LiveFrame", "LiveSource", "masked"]
 
 SCHEMES = ("rtsp", "rtsps", "http", "https")
-REMOTE_PROTOCOLS = (
-    "http,https,tcp,tls,udp,rtp,rtsp,rtsps,crypto,hls"  # a playlist from elsewhere opens no file of this machine
-)
+REMOTE_PROTOCOLS = "http,https,tcp,tls,udp,rtp,rtsp,rtsps,crypto,hls"  # a playlist from elsewhere opens no local file
 LONGEST_ADDRESS = 4096
 
 

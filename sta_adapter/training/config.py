@@ -104,9 +104,7 @@ class TrainingConfig:
     max_length: int | None = None  # tokens; longer samples are bad samples; None: no limit
     num_workers: int = 2  # processes that decode
     shuffle_buffer: int = 100  # tar shards: samples that each of them holds in memory to mix them
-    decode_timeout: float | None = (
-        DECODE_TIMEOUT  # seconds a sample's clips may take in one; slower ones are bad samples; None: no limit
-    )
+    decode_timeout: float | None = DECODE_TIMEOUT  # seconds for a sample's clips, else it is a bad one; None: no limit
     # bookkeeping
     logging_steps: int = 10  # steps from one log of loss and learning rate to the next; short runs log more often
     save_steps: int = 100  # steps from one checkpoint to the next, unless evaluations decide (keep_best)
