@@ -133,7 +133,7 @@ class Stage:
             "steps": trainer.state.global_step,
             "seconds": round(time.perf_counter() - started, 3),
             "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
-            "bad_samples": trainer.sample_counts()["bad_samples"],
+            "bad_samples": trainer.counts.of_all()["bad_samples"],
             "history": trainer.state.log_history,
             "length": self._length(),
         }
@@ -165,7 +165,7 @@ class Stage:
                     return None
             if watch.stopped:
                 raise self.stopped()
-            trainer.require_used()
+            trainer.counts.require_used()
             trainer.save_model(str(self.folder))
         return trainer
 

@@ -1,8 +1,7 @@
 """The Hugging Face trainer, taught what an adapter needs.
 
-Checkpoints hold the trained parameters (exactly) and the adapter, never
-the frozen base, and count only when complete; bad samples are counted; STA has its own learning rate, and vectors (norms,
-biases, gamma) no weight decay.
+Checkpoints hold the trained parameters (exactly) and the adapter, never the frozen base, and count only when complete; bad
+samples are counted; STA has its own learning rate, and vectors (norms, biases, gamma) no weight decay.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +25,7 @@ from sta_adapter.adapter.save import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.distributed import is_parallel, on_rank_zero
-from sta_adapter.errors import CheckpointError, DataError, STAError
+from sta_adapter.errors import CheckpointError, STAError
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.training.checkpoints import (
@@ -39,13 +37,10 @@ from sta_adapter.training.checkpoints import (
     trained_state,
 )
 from sta_adapter.training.config import LENGTH, TrainingConfig
+from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.watch import Watch, stopped_early
 
 __all__ = ["AdapterTrainer", "parameter_groups"]
-
-logger = logging.getLogger(__name__)
-
-BAD_BATCHES = 20  # so many batches of bad samples alone, from the start, end the run
 
 
 class AdapterTrainer(Trainer):
@@ -76,8 +71,7 @@ class AdapterTrainer(Trainer):
         self.sta_parameters = sta_parameters
         self.adapter_files = adapter_files
         self.eval_fn = eval_fn
-        self.bad_samples: dict[str, None] = {}
-        self.batches_used = 0
+        self.counts = SampleCounts()
         self.position = StreamPosition(  # in a stream
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -119,21 +113,16 @@ class AdapterTrainer(Trainer):
 
         One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero weight.
         """
-        self._count(inputs.pop("bad_samples", []))
+        self.counts.add_bad(inputs.pop("bad_samples", []))
         usable = "input_ids" in inputs
+        self.counts.batches_used += usable
         if not usable:
-            if not self.batches_used and len(self.bad_samples) >= BAD_BATCHES:
-                raise DataError(
-                    f"the first {len(self.bad_samples)} samples are all bad, first {next(iter(self.bad_samples))}"
-                )
-            if not is_parallel():
-                loss = torch.zeros((), device=self.args.device)
-                self.watch.add(loss, usable)
-                return loss
-            inputs = placeholder(self.args.device)
+            self.counts.require_good_start()
+        if usable or is_parallel():
+            inputs = inputs if usable else placeholder(self.args.device)
+            loss = super().training_step(model, inputs, *args, **kwargs)
         else:
-            self.batches_used += 1
-        loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = torch.zeros((), device=self.args.device)
         self.watch.add(loss, usable)
         return loss
 
@@ -155,30 +144,9 @@ class AdapterTrainer(Trainer):
             loss = loss + 0 * sum(p.sum() for p in self._net.parameters() if p.requires_grad)
         return (loss, *rest) if rest else loss
 
-    def require_used(self) -> None:
-        """Refuse to call a run finished that had nothing to learn from."""
-        counts = self.sample_counts()
-        if not counts["batches_used"] and counts["bad_samples"]:
-            raise DataError(f"all {len(counts['bad_samples'])} samples are bad, first {counts['bad_samples'][0]}")
-
-    def sample_counts(self) -> dict[str, Any]:
-        """`batches_used` and `bad_samples` of all processes, which must all call this."""
-        counts: list[Any] = [(self.batches_used, list(self.bad_samples))]
-        if is_parallel():
-            counts *= distributed.get_world_size()
-            distributed.all_gather_object(counts, counts[0])
-        bad = dict.fromkeys(sample for _, samples in counts for sample in samples)
-        return {"batches_used": sum(used for used, _ in counts), "bad_samples": list(bad)}
-
-    def _count(self, bad: list[str]) -> None:
-        for message in bad:
-            if message not in self.bad_samples:
-                self.bad_samples[message] = None
-                logger.warning("skipped a bad sample (%d so far): %s", len(self.bad_samples), message)
-
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the base class, on the usable samples; the others are counted as in training."""
-        self._count(inputs.pop("bad_samples", []))
+        self.counts.add_bad(inputs.pop("bad_samples", []))
         if "input_ids" not in inputs:
             if not is_parallel():
                 return None, None, None
@@ -204,7 +172,7 @@ class AdapterTrainer(Trainer):
         Raises:
             CheckpointError: the weights are not finite, or the folder can't be written; what was there stays.
         """
-        counts = json.dumps({**self.sample_counts(), "place": self.position.saved(), "length": self._length()}).encode()
+        counts = json.dumps({**self.counts.of_all(), "place": self.position.saved(), "length": self._length()}).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
         on_rank_zero(lambda: replace_files(output_dir or str(self.args.output_dir), files))
 
@@ -240,7 +208,7 @@ class AdapterTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         load_trained(model or self._net, folder)
         counts = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
-        self.batches_used, self.bad_samples = counts["batches_used"], dict.fromkeys(counts["bad_samples"])
+        self.counts = SampleCounts(counts["batches_used"], counts["bad_samples"])
 
     def go_on_after(self, checkpoint: Path) -> None:
         """Find the position in a stream again that a checkpoint was made at."""

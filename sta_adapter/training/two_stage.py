@@ -1,8 +1,7 @@
 """Two-stage training of STA, and of LoRA baselines without it.
 
-Stage one trains
-STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train` again with the same
-arguments after a crash goes on from the last checkpoint, and ends with the weights of an uninterrupted run.
+Stage one trains STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train` again
+with the same arguments after a crash goes on from the last checkpoint, and ends with the weights of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,6 +33,9 @@ from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE, last_ch
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.identity import claim, identity_of
 from sta_adapter.training.idle_settings import check_idle
+
+if TYPE_CHECKING:
+    from sta_adapter.training.stage import Stage
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
@@ -108,46 +110,61 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
-        from sta_adapter.training.arguments import join_processes
-        from sta_adapter.training.lora import require_effect
-        from sta_adapter.training.stage import Stage
-        from sta_adapter.training.watch import Signals
+        from sta_adapter.training.stage import join_processes
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
-    config = config or TrainingConfig()
+    config, folder = config or TrainingConfig(), Path(output_dir)
     require_reporters(config.report_to)
     names = stage_names(stage, config)
-    dataset = data if isinstance(data, (VideoDataset, StreamDataset)) else _opened(data, processor, config)
-    if isinstance(eval_data, (str, Path)):
-        eval_data = open_data(eval_data, processor, config, stream=False)
-    stages = [config.for_stage(name) for name in names]
-    _check_stream(dataset, eval_data, stages)
-    check_idle(config, stages, dataset, eval_data, eval_fn)
-    folder = Path(output_dir)
-    if "2" in names:  # said now, and not when stage one has been trained
-        injected = model if isinstance(model, STAHandle) else get_sta(model)
-        backbone = locate(model).backbone if injected is None else injected._injection.spec  # type: ignore[arg-type]
-        require_effect(backbone, stages[-1])
+    dataset = _opened(data, processor, config)
+    eval_dataset = _opened(eval_data, processor, config, stream=False)
+    _check_settings(config, names, model, dataset, eval_dataset, eval_fn)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
-    on_rank_zero(lambda: claim(folder, identity_of(stage, config, dataset, eval_data, start, result.model), overwrite))
-    with Signals(_tell if progress and is_rank_zero() else lambda text: None) as signals:
-        for name in names:
-            begun = (
-                name == "1" and "2" in names and last_checkpoint(folder / "stage2") is not None
-            )  # on the old stage one
-            part = Stage(
-                name, config.for_stage(name), folder / f"stage{name}", dataset, eval_data, eval_fn, signals, not begun
-            )
-            result.finished_before += [name] if part.finished() else []
-            result.model, result.handle = part.prepare(result.model, result.handle)
-            result.stages[name] = part.run(result.model, result.handle, callbacks, progress)
-            if signals.received and name != names[-1]:
-                raise part.stopped()
-    on_rank_zero(lambda: _publish(folder / f"stage{names[-1]}", folder))
+    on_rank_zero(
+        lambda: claim(folder, identity_of(stage, config, dataset, eval_dataset, start, result.model), overwrite)
+    )
+    parts = _stages(names, config, folder, dataset, eval_dataset, eval_fn, progress)
+    with parts[0].signals:
+        _run(parts, result, callbacks, progress)
+    on_rank_zero(lambda: _publish(parts[-1].folder, folder))
     result.model.eval()
     return result
+
+
+def _stages(
+    names: Sequence[str],
+    config: TrainingConfig,
+    folder: Path,
+    dataset: VideoDataset | StreamDataset,
+    eval_dataset: VideoDataset | StreamDataset | None,
+    eval_fn: Callable[[nn.Module], dict[str, float]] | None,
+    progress: bool,
+) -> list[Stage]:
+    """The stages of a run, which the same signals end."""
+    from sta_adapter.training.stage import Stage
+    from sta_adapter.training.watch import Signals
+
+    signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
+    parts = [
+        Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, eval_fn, signals)
+        for name in names
+    ]
+    if len(parts) > 1:  # what stands on stage one needs it as it is
+        parts[0].extends = last_checkpoint(parts[1].folder) is None
+    return parts
+
+
+def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[Any], progress: bool) -> None:
+    """Train the stages one after the other."""
+    for part in parts:
+        if part.finished():
+            result.finished_before.append(part.name)
+        result.model, result.handle = part.prepare(result.model, result.handle)
+        result.stages[part.name] = part.run(result.model, result.handle, callbacks, progress)
+        if part.signals.received and part is not parts[-1]:
+            raise part.stopped()
 
 
 def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
@@ -163,12 +180,12 @@ def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
     return STAGES[stage]
 
 
-def _opened(data: Any, processor: Any, config: TrainingConfig) -> Any:
+def _opened(data: Any, processor: Any, config: TrainingConfig, stream: bool = True) -> Any:
     """Files as a data set; whatever else has samples is one already."""
     named = isinstance(data, (str, Path)) or (
         isinstance(data, (list, tuple)) and all(isinstance(d, (str, Path)) for d in data)
     )
-    return open_data(data, processor, config) if named else data
+    return open_data(data, processor, config, stream=stream) if named else data
 
 
 def open_data(
@@ -217,8 +234,18 @@ def open_data(
     return StreamDataset(files[0], processor, format=format, **settings)
 
 
-def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig]) -> None:
-    """What a stream can't do."""
+def _check_settings(
+    config: TrainingConfig,
+    names: Sequence[str],
+    model: nn.Module | STAHandle,
+    dataset: VideoDataset | StreamDataset,
+    eval_dataset: VideoDataset | StreamDataset | None,
+    eval_fn: Callable[[nn.Module], dict[str, float]] | None,
+) -> None:
+    """Refuse at once, and not when stage one has been trained, what can't be or has no effect in any stage."""
+    from sta_adapter.training.lora import require_effect
+
+    stages = [config.for_stage(name) for name in names]
     if isinstance(eval_dataset, StreamDataset):
         raise ConfigError(
             "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
@@ -228,6 +255,11 @@ def _check_stream(dataset: Any, eval_dataset: Any, stages: list[TrainingConfig])
             "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
             "max_steps (--max-steps 1000)."
         )
+    check_idle(config, stages, dataset, eval_dataset, eval_fn)
+    if "2" in names:
+        handle = model if isinstance(model, STAHandle) else get_sta(model)
+        backbone = locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
+        require_effect(backbone, stages[-1])
 
 
 def _tell(text: str) -> None:
