@@ -82,10 +82,16 @@ def load_sta(
     warn_of_other_rule(model, description.get("positions"))
     handle = plan.attach(modules)
     _fill(handle, state, is_trainable)
-    if not (folder / LORA_CONFIG).exists():
-        return handle
+    if (folder / LORA_CONFIG).exists():
+        handle = _add_lora(handle, folder, description, is_trainable)
+        _fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
+    return handle
+
+
+def _add_lora(handle: STAHandle, folder: Path, description: Mapping[str, Any], is_trainable: bool) -> STAHandle:
+    """The handle of the PeftModel around the handle's model; where there can be none, STA goes out again."""
     try:
-        loaded = get_sta(load_lora(model, folder, is_trainable))
+        loaded = get_sta(load_lora(handle.model, folder, is_trainable))
     except BaseException as error:
         handle.remove()
         saved, here = description.get("transformers_version"), version("transformers")
@@ -96,7 +102,6 @@ def load_sta(
         raise
     if loaded is None:
         raise CheckpointError(f"peft replaced the encoder with a copy while loading {folder}, which is not supported.")
-    _fill(loaded, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
     return loaded
 
 

@@ -61,14 +61,32 @@ def install(settings: Settings | STAConfig | None = None) -> None:
         import peft
     except ImportError as error:
         raise MissingExtraError("this hook is in peft: pip install 'sta-adapter[train]'") from error
-    before = peft_hook()
     LoraModel, PeftModel = cast("Any", peft.LoraModel), cast("Any", peft.PeftModel)
-    save, load = PeftModel.save_pretrained, PeftModel.__dict__["from_pretrained"]
+    _replace(LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))
+    _replace(PeftModel, "save_pretrained", _saving(PeftModel.save_pretrained))
+    _replace(PeftModel, "from_pretrained", classmethod(_bringing_sta(PeftModel.from_pretrained.__func__)))
+
+
+def _replace(owner: type, name: str, value: Any) -> None:
+    """Give a class an attribute, which `uninstall` takes back."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    _undo.append(lambda: setattr(owner, name, before) if had else delattr(owner, name))
+
+
+def _injecting(before: Callable[..., None], settings: Settings) -> Callable[..., None]:
+    """PEFT's hook before LoRA, with STA in front of it."""
 
     @functools.wraps(before)
     def pre_injection_hook(self: Any, model: nn.Module, config: Any, adapter_name: str) -> None:
         _inject(model, config, settings)
         before(self, model, config, adapter_name)
+
+    return pre_injection_hook
+
+
+def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.save_pretrained`, which then makes its folder an adapter of ours."""
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
@@ -77,28 +95,22 @@ def install(settings: Settings | STAConfig | None = None) -> None:
             _save(self, Path(save_directory))
         return saved
 
-    @functools.wraps(load.__func__)
+    return save_pretrained
+
+
+def _bringing_sta(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of `PeftModel.from_pretrained`, with STA where the folder has it."""
+
+    @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         had, folder = get_sta(model) is not None, _adapter_folder(model_id, kwargs)
         with _from(folder):
-            loaded = load.__func__(cls, model, model_id, *args, **kwargs)
+            loaded = load(cls, model, model_id, *args, **kwargs)
         if not had and folder is not None and get_sta(loaded) is not None:
             _load_weights(loaded, folder)
         return loaded
 
-    had_own = "_pre_injection_hook" in vars(LoraModel)
-    LoraModel._pre_injection_hook = pre_injection_hook
-    PeftModel.save_pretrained = save_pretrained
-    PeftModel.from_pretrained = classmethod(from_pretrained)
-
-    def undo() -> None:
-        if had_own:
-            LoraModel._pre_injection_hook = before
-        else:
-            del LoraModel._pre_injection_hook
-        PeftModel.save_pretrained, PeftModel.from_pretrained = save, load
-
-    _undo.append(undo)
+    return from_pretrained
 
 
 def uninstall() -> None:

@@ -42,9 +42,8 @@ class ClipMetadata:
         that way (a variable frame rate), frames are numbered as in a file of a million a second.
         """
         rate, total, indices = self.fps, self.total_frames, list(self.indices)
-        if [index / rate for index in indices] != list(
-            self.timestamps
-        ):  # times are rounded for prompts: no bit is too little
+        # to the bit, as times are rounded for prompts
+        if [index / rate for index in indices] != list(self.timestamps):
             rate, total = float(TICKS), round(self.duration * TICKS)
             indices = [round(seconds * TICKS) for seconds in self.timestamps]
         return {
@@ -103,12 +102,10 @@ def read_clip(
         max_frames: Most frames taken with `fps`.
         start: First second wanted, counted from the first frame.
         end: Second before which the wanted frames begin; past the file's end means up to it.
-        backend: "auto" (decord where it is installed and reads the file as PyAV does, else PyAV), or by name
-            "decord", "pyav" or "torchcodec".
+        backend: "auto", or by name "decord", "pyav" or "torchcodec".
         threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the quickest.
         resize: Makes some frames (t, H, W, 3) into those that are kept, so that never all are there in their full size.
-        segments: With `num_frames`, the middle frame of each of that many segments, counted in frames, as InternVL's family is
-            trained; else the first of each, by time.
+        segments: `num_frames` segments give the middle of each, counted in frames, as in InternVL's training; else their first.
 
     Frames of more than 8192x4320 pixels, and more frames than about 3 GB, are refused before memory is taken for them.
 

@@ -147,32 +147,7 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
         time_limit: seconds after which a question is given up; None for no limit.
     """
     gradio = _gradio()
-    running: dict[str | None, AnswerLimit] = {}  # by session
-
-    def ask(
-        path: str | None,
-        question: str | None,
-        frames: float | None = None,
-        tokens: float | None = None,
-        request: Any = None,
-    ) -> Iterator[tuple[str, str, str]]:
-        session = getattr(request, "session_hash", None)
-        limit = running[session] = AnswerLimit(time_limit)
-        try:
-            yield from _ask(viewer, path, question, _frame_settings(frames, tokens), limit)
-        except STAError as error:
-            said = html.escape(_without_folder(str(error), path))
-            alert = f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>'
-            yield "", "", alert
-        finally:
-            limit.stopped.set()
-            running.pop(session, None)
-
-    def stop(request: Any = None) -> None:
-        limit = running.get(getattr(request, "session_hash", None))
-        if limit is not None:
-            limit.stopped.set()
-
+    ask, stop = _functions(viewer, time_limit)
     for function in (ask, stop):  # Gradio passes what is declared as its request
         function.__annotations__["request"] = gradio.Request
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -203,6 +178,39 @@ def build(viewer: Viewer, *, title: str = "sta-adapter", time_limit: float | Non
         stop_button.click(stop, api_name=False, queue=False, cancels=asking)
         page.unload(stop)
     return page.queue(max_size=WAITING)
+
+
+def _functions(
+    viewer: Viewer, time_limit: float | None
+) -> tuple[Callable[..., Iterator[tuple[str, str, str]]], Callable[..., None]]:
+    """What the page calls to ask a question, and to stop the one that its session asks."""
+    running: dict[str | None, AnswerLimit] = {}  # by session
+
+    def ask(
+        path: str | None,
+        question: str | None,
+        frames: float | None = None,
+        tokens: float | None = None,
+        request: Any = None,
+    ) -> Iterator[tuple[str, str, str]]:
+        session = getattr(request, "session_hash", None)
+        limit = running[session] = AnswerLimit(time_limit)
+        try:
+            yield from _ask(viewer, path, question, _frame_settings(frames, tokens), limit)
+        except STAError as error:
+            said = html.escape(_without_folder(str(error), path))
+            alert = f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>'
+            yield "", "", alert
+        finally:
+            limit.stopped.set()
+            running.pop(session, None)
+
+    def stop(request: Any = None) -> None:
+        limit = running.get(getattr(request, "session_hash", None))
+        if limit is not None:
+            limit.stopped.set()
+
+    return ask, stop
 
 
 def _number(gradio: Any, label: str, most: int) -> Any:
