@@ -90,47 +90,63 @@ def evaluate(
         ConfigError: `predictions_file` belongs to another evaluation, or an argument has no effect beside the others.
     """
     _check_arguments(model, choose, stop_at_letter, shared, overwrite and predictions_file is None)
-    if isinstance(data, VideoDataset):
-        _check_idle(data, processor, frame_settings, on_bad_sample)
-    else:
-        if processor is None:
-            raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
-        data = VideoDataset(data, processor, frames=frame_settings, on_bad_sample=on_bad_sample)
-    dataset = data.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
+    dataset = _dataset(data, processor, frame_settings, on_bad_sample)
+    dataset = dataset.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
     settings = {"tag": tag, "choose": choose, "max_new_tokens": max_new_tokens}
     settings |= {"stop_at_letter": True} if stop_at_letter else {}
-    processes = Processes.joined() if shared else Processes()
-    with (
-        contextlib.closing(processes),
-        contextlib.ExitStack() as stack,
-        eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext(),
-    ):
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(contextlib.closing(Processes.joined() if shared else Processes()))
+        if isinstance(model, nn.Module):
+            stack.enter_context(eval_mode(model))
 
         def opened() -> PredictionLog:
-            return stack.enter_context(
-                _prediction_log(predictions_file, settings, model, dataset, overwrite, processes)
-            )
+            log = _prediction_log(predictions_file, settings, model, dataset, overwrite, processes)
+            return stack.enter_context(log)
 
-        log, known = _open(opened, processes)
-        log.open(known)
-        missing = [index for index in range(len(dataset)) if index not in log.done]
-        shares = processes.share(units(missing, batch_size))
+        log = _open(opened, processes)
         answerer = _answerer(model, dataset.processor, max_new_tokens, batch_size, choose, stop_at_letter)
-
-        def work() -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-            shown = progress if processes.rank == 0 else False
-            for batch in batches(dataset, shares, batch_size, num_workers, shown):
-                _answer(answerer, dataset, batch, log)
-            return log.done, log.bad
-
-        found = processes.gather(work)
-        done, bad = (
-            {index: value for part in parts for index, value in part.items()} for parts in zip(*found, strict=True)
-        )
-        processes.gather(lambda: log.finish(done, bad))
-        predictions = [Prediction(**log.done[i]) for i in log.done]
+        _answer_missing(answerer, dataset, log, processes, batch_size, num_workers, progress)
+        predictions = [Prediction(**known) for known in log.done.values()]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
+
+
+def _answer_missing(
+    answerer: Answerer | EngineAnswerer,
+    dataset: VideoDataset,
+    log: PredictionLog,
+    processes: Processes,
+    batch_size: int,
+    num_workers: int,
+    progress: bool | str,
+) -> None:
+    """Answer this process's share of what the log doesn't know; then it holds what all of them have answered."""
+    missing = [index for index in range(len(dataset)) if index not in log.done]
+    shares = processes.share(units(missing, batch_size))
+
+    def work() -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        shown = progress if processes.rank == 0 else False
+        for batch in batches(dataset, shares, batch_size, num_workers, shown):
+            _answer(answerer, dataset, batch, log)
+        return log.done, log.bad
+
+    found = processes.gather(work)
+    done, bad = (
+        {index: value for part in parts for index, value in part.items()} for parts in zip(*found, strict=True)
+    )
+    processes.gather(lambda: log.finish(done, bad))
+
+
+def _dataset(
+    data: str | Path | VideoDataset, processor: Any, frames: FrameSettings | None, on_bad_sample: str
+) -> VideoDataset:
+    """The data set, or one of the file's samples."""
+    if isinstance(data, VideoDataset):
+        _check_idle(data, processor, frames, on_bad_sample)
+        return data
+    if processor is None:
+        raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
+    return VideoDataset(data, processor, frames=frames, on_bad_sample=on_bad_sample)
 
 
 def _check_arguments(
@@ -166,8 +182,8 @@ def _check_idle(data: VideoDataset, processor: Any, frames: FrameSettings | None
             )
 
 
-def _open(opened: Callable[[], PredictionLog], processes: Processes) -> tuple[PredictionLog, dict[int, dict[str, Any]]]:
-    """This process's log, and the predictions that the first one has read."""
+def _open(opened: Callable[[], PredictionLog], processes: Processes) -> PredictionLog:
+    """This process's log, with the predictions that the first one has read."""
     logs: list[PredictionLog] = []
 
     def known() -> dict[int, dict[str, Any]]:
@@ -175,7 +191,8 @@ def _open(opened: Callable[[], PredictionLog], processes: Processes) -> tuple[Pr
         return logs[0].done
 
     found = processes.gather(known)
-    return logs[0], found[0]
+    logs[0].open(found[0])
+    return logs[0]
 
 
 def _answerer(
