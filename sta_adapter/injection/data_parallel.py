@@ -1,4 +1,4 @@
-"""Data-parallel training: what may not be injected into, and encoders that run more often in one process than in another.
+"""Data-parallel training: encoders that run more often in one process than in another.
 
 DDP needs every process to reach every trained parameter once a step. FSDP and ZeRO gather an encoder's shards at each
 of its runs, so there every process must run it equally often, whatever its batch holds: they agree, run by run.
@@ -23,14 +23,6 @@ from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.state import Injection
 
-WRAPPERS = {
-    "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
-    "DataParallel": "and train with DistributedDataParallel, which nn.DataParallel's copies of modules don't replace",
-    "FullyShardedDataParallel": "before wrapping the model in FullyShardedDataParallel",
-    "FSDPModule": "before fully_shard(model)",
-    "DeepSpeedEngine": "before deepspeed.initialize",
-    "OptimizedModule": "into the original model, then torch.compile it",
-}
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")  # methods of transformers' models; text needs these too
 ABLE, NO_DUMMY, NO_EMBEDDINGS, SHARDED_BETWEEN = range(4)
 OBSTACLES = {
@@ -40,23 +32,6 @@ OBSTACLES = {
     SHARDED_BETWEEN: "layers between vision encoder and language model are sharded on their own and run with pictures "
     "and clips alone. Shard them with the whole model (no fully_shard of their own)",
 }
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse models whose wrapper would not see parameters that come later.
-
-    Raises:
-        InjectionError: naming the wrapper, and what to do instead.
-    """
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in WRAPPERS and not cls.__module__.startswith("sta_adapter"):
-                raise InjectionError(
-                    f"the model is wrapped in {cls.__name__} already, which would not synchronise, shard or compile STA's "
-                    f"parameters. Inject {WRAPPERS[cls.__name__]}."
-                )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise InjectionError(f"{type(module).__name__} is compiled already. Inject first, then call compile().")
 
 
 class Agreement:

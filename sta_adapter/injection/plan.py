@@ -16,7 +16,7 @@ from sta_adapter.distributed import execution_device
 from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
-from sta_adapter.injection.data_parallel import attach_agreement, refuse_wrapped
+from sta_adapter.injection.data_parallel import attach_agreement
 from sta_adapter.injection.first_call import FirstCallPreHook
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import (
@@ -33,6 +33,7 @@ from sta_adapter.injection.registry import locate
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.target import InjectionTarget
 from sta_adapter.injection.validate import validate_target
+from sta_adapter.injection.wrapped import refuse_wrapped
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
