@@ -15,9 +15,9 @@ from sta_adapter.demo.clips import LABELS
 from sta_adapter.demo.run import METHODS, DemoSettings, answer_inputs, summary
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.visualization.figures import LIGHT
 from sta_adapter.visualization.observation import temporal_attention
 from sta_adapter.visualization.patch_attention import scale_of
+from sta_adapter.visualization.theme import LIGHT
 
 __all__ = ["print_table", "write_report"]
 

@@ -14,19 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sta_adapter.errors import MissingExtraError
 from sta_adapter.video import write_clip
 from sta_adapter.visualization.observation import Observation
 from sta_adapter.visualization.patch_attention import scale_of
+from sta_adapter.visualization.theme import DARK, LIGHT, Theme, colour_bar, new_figure, restyle
 
 if TYPE_CHECKING:
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
 __all__ = [
-    "DARK",
-    "LIGHT",
-    "Theme",
     "draw_attention",
     "draw_branch",
     "draw_maps",
@@ -40,29 +36,6 @@ __all__ = [
 SHOWN = 4  # frames side by side; the moving picture has all
 SQUARES = 48  # of blocks and heads; with more of them the heads are averaged
 SIZES = "viridis"
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure."""
-
-    name: str
-    text: str
-    faint: str
-    line: str
-    paper: str  # behind moving pictures, which can't be see-through
-    relative: tuple[str, str, str]  # less than even, even, more
-
-    @property
-    def colours(self) -> LinearSegmentedColormap:
-        """From less than even to more."""
-        from matplotlib.colors import LinearSegmentedColormap
-
-        return LinearSegmentedColormap.from_list("relative", self.relative)
-
-
-LIGHT = Theme("light", "#1f2328", "#57606a", "#0072B2", "#ffffff", ("#0072B2", "#f4f4f2", "#D55E00"))
-DARK = Theme("dark", "#e6edf3", "#9da7b1", "#56B4E9", "#16191d", ("#56B4E9", "#2b3138", "#F0A030"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +87,7 @@ def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
     across = min(4, heads * max(1, 4 // heads)) if heads <= 4 else 4 if heads % 4 == 0 else 3
     across, down = min(across, len(tiles)), -(-len(tiles) // min(across, len(tiles)))
     inch, scale = min(1.3, 5.2 / across), np.log2(scale_of(values))
-    figure = _figure(across * inch + 1.1, down * inch * 1.22 + 0.6)
+    figure = new_figure(across * inch + 1.1, down * inch * 1.22 + 0.6)
     axes = figure.add_subplot()
     gap, size, ticks = frames * 0.28, frames, _ticks(frames)
     for place, (b, h) in enumerate(tiles):
@@ -145,7 +118,7 @@ def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
     figure.suptitle(
         f"{where}down: frame that looks,\nacross: frame looked at", x=0.01, ha="left", fontsize=9, color=theme.faint
     )
-    bar = _colour_bar(figure, shown, theme, "attention, times even", ax=axes, pad=0.02, anchor=(0, 1),
+    bar = colour_bar(figure, shown, theme, "attention, times even", ax=axes, pad=0.02, anchor=(0, 1),
                       shrink=min(1.0, 2.0 / (down * inch)), ticks=[-scale, 0, scale])  # fmt: skip
     end = f"{2**scale:g}"
     bar.ax.set_yticklabels([f"1/{end}", "1", end])
@@ -160,7 +133,7 @@ def _ticks(frames: int) -> list[int]:
 
 def draw_branch(seen: Observation, theme: Theme = LIGHT) -> Figure:
     """What STA adds in each block, relative to the residual stream: median over tokens, and the middle 80 %."""
-    figure = _figure(6.4, 3.0)
+    figure = new_figure(6.4, 3.0)
     axes = figure.add_subplot()
     low, middle, high = np.percentile(100 * seen.branch.reshape(len(seen.blocks), -1), [10, 50, 90], axis=1)
     bars = np.stack([middle - low, high - middle])
@@ -171,7 +144,7 @@ def draw_branch(seen: Observation, theme: Theme = LIGHT) -> Figure:
     axes.set_xlim(min(seen.blocks) - 0.6, max(seen.blocks) + 0.6)
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", color=theme.faint, alpha=0.25)
-    _restyle(axes, theme)
+    restyle(axes, theme)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -184,7 +157,7 @@ def draw_maps(
     chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(int))
     maps, shape = quantities(seen, block), frames.shape[1] / frames.shape[2]
     width = min(1.6, 1.6 / shape)
-    figure = _figure(width * len(chosen) + 0.9, (width * shape + 0.3) * (1 + len(maps)), gap=0.13)
+    figure = new_figure(width * len(chosen) + 0.9, (width * shape + 0.3) * (1 + len(maps)), gap=0.13)
     grid = figure.subplots(1 + len(maps), len(chosen) + 1, width_ratios=[1] * len(chosen) + [0.07], squeeze=False)
     grid[0, -1].set_axis_off()
     grey = shades(frames)
@@ -197,7 +170,7 @@ def draw_maps(
         told = f"{quantity.name}: {quantity.label}".replace("\n", " ")  # may reach over the pictures beside it
         place: dict[str, Any] = {"transform": row[0].transAxes, "va": "bottom", "in_layout": False}
         row[0].text(0, 1.03, told, fontsize=11, color=theme.text, **place)
-        _colour_bar(figure, _solid(quantity, theme), theme, "", cax=row[-1])
+        colour_bar(figure, _solid(quantity, theme), theme, "", cax=row[-1])
     for axes in grid[:, :-1].flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -212,11 +185,11 @@ def overlay_frames(
 
     maps, shape = quantities(seen, block), frames.shape[1] / frames.shape[2]
     width = min(2.2, 2.2 / shape)
-    figure = _figure(2 * (width + 0.6), 2 * (width * shape + 0.6), paper=theme.paper)
+    figure = new_figure(2 * (width + 0.6), 2 * (width * shape + 0.6), paper=theme.paper)
     canvas, row, drawn = FigureCanvasAgg(figure), figure.subplots(2, 2).ravel(), []
     grey = shades(frames)
     for axes, quantity in zip(row[1:], maps, strict=True):
-        _colour_bar(figure, _solid(quantity, theme), theme, "", ax=axes, shrink=0.8, aspect=14)
+        colour_bar(figure, _solid(quantity, theme), theme, "", ax=axes, shrink=0.8, aspect=14)
     for index, frame in enumerate(frames):
         for axes in row:
             axes.clear()
@@ -248,16 +221,6 @@ def write_moving(folder: str | os.PathLike[str], name: str, pictures: np.ndarray
     gif = Path(folder, f"{name}.gif")
     first.save(gif, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     return [write_clip(Path(folder, f"{name}.mp4"), pictures, fps), gif]
-
-
-def _figure(width: float, height: float, paper: str = "none", gap: float = 0.02) -> Figure:
-    """A figure that no global state knows, so that threads can draw at once."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'sta-adapter[viz]'") from error
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=gap), facecolor=paper)
 
 
 def _when(index: int, times: np.ndarray | None) -> str:
@@ -292,18 +255,3 @@ def _solid(quantity: Quantity, theme: Theme) -> Any:
     from matplotlib.colors import Normalize
 
     return ScalarMappable(Normalize(*quantity.limits), theme.colours if quantity.relative else SIZES)
-
-
-def _colour_bar(figure: Figure, shown: Any, theme: Theme, label: str, **options: Any) -> Any:
-    bar = figure.colorbar(shown, **options)
-    bar.set_label(label, fontsize=10, color=theme.text)
-    bar.ax.tick_params(labelsize=10)
-    bar.outline.set_visible(False)
-    _restyle(bar.ax, theme)
-    return bar
-
-
-def _restyle(axes: Any, theme: Theme) -> None:
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=theme.text)
-    axes.spines[:].set_color(theme.faint)

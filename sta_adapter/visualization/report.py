@@ -15,18 +15,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from sta_adapter.visualization.explorer import SCRIPT, explorer_data, script_hash
-from sta_adapter.visualization.figures import (
-    DARK,
-    LIGHT,
-    Theme,
-    draw_attention,
-    draw_branch,
-    draw_maps,
-    png,
-    strongest_block,
-)
+from sta_adapter.visualization.figures import draw_attention, draw_branch, draw_maps, png, strongest_block
 from sta_adapter.visualization.observation import Observation
 from sta_adapter.visualization.patch_attention import BUDGET
+from sta_adapter.visualization.theme import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
