@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sta_adapter.demo.run import DemoSettings, make_clips, measure, train_method
+from sta_adapter.demo.methods import DemoSettings, train_method
+from sta_adapter.demo.run import make_clips
+from sta_adapter.demo.scores import measure
 
 FOLDER = Path(__file__).parent.parent / "sta_adapter" / "demo" / "tiny_adapter"
 README = """---

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from sta_adapter import load_sta
 from sta_adapter.cli import cli
 from sta_adapter.demo.clips import LABELS, PAIRS
+from sta_adapter.demo.methods import METHODS, DemoSettings, equal_rank
 from sta_adapter.demo.model import attend_frames_at_once, tiny_model
-from sta_adapter.demo.run import METHODS, DemoSettings, equal_rank
 from sta_adapter.loading import load_model
 
 pytest.importorskip("matplotlib")
@@ -136,7 +136,7 @@ def encode(model, pixels, grid):
 
 
 def test_seconds_of_a_row_are_those_of_one_seed():
-    from sta_adapter.demo.run import METHODS, summary
+    from sta_adapter.demo.scores import summary
 
     method = next(iter(METHODS))
     score = {"overall": {"correct": 1, "total": 2, "accuracy": 0.5}, "categories": {"a": {"correct": 1, "total": 2}}}

@@ -32,8 +32,9 @@ def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> N
     """Run the comparison and write its report."""
     require_free(out, MADE, overwrite)
     require_writable(out)
+    from sta_adapter.demo.methods import DemoSettings
     from sta_adapter.demo.report import print_table, write_report
-    from sta_adapter.demo.run import DemoSettings, run_demo
+    from sta_adapter.demo.run import run_demo
 
     _quiet()
     settings = DemoSettings.quick() if quick else DemoSettings()

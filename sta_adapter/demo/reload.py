@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from sta_adapter import load_sta
 from sta_adapter.data import VideoDataset
+from sta_adapter.demo.methods import FRAME_SETTINGS
 from sta_adapter.demo.model import tiny_model, two_threads
-from sta_adapter.demo.run import FRAME_SETTINGS, LOGITS, answer_logits
+from sta_adapter.demo.run import LOGITS, answer_logits
 from sta_adapter.loading import load_processor
 from sta_adapter.tiny_base import TINY_BASE
 

@@ -12,7 +12,9 @@ from jinja2 import Environment, FileSystemLoader
 
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.demo.clips import LABELS
-from sta_adapter.demo.run import METHODS, DemoSettings, answer_inputs, summary
+from sta_adapter.demo.methods import METHODS, DemoSettings
+from sta_adapter.demo.run import answer_inputs
+from sta_adapter.demo.scores import summary
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.observation import temporal_attention
