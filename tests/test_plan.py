@@ -159,9 +159,11 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     assert report["data"]["looked_at"] == 4
     stage = report["stages"]["1"]
     assert stage["hours"] == pytest.approx(stage["measured"]["seconds"] * stage["steps"] * stage["accumulation"] / 3600)
-    dry = CliRunner().invoke(
-        cli, ["train", *words, "--out", str(tmp_path / "out"), "--dry-run"], catch_exceptions=False
-    )
+    file = tmp_path / "train.yaml"  # of train, which plan takes as well
+    file.write_text(f"out: {tmp_path / 'out'}\ncache: {tmp_path / 'cache'}\ndry_run: true\n")
+    words += ["--config", str(file)]
+    assert CliRunner().invoke(cli, ["plan", *words], catch_exceptions=False).exit_code == 0
+    dry = CliRunner().invoke(cli, ["train", *words], catch_exceptions=False)
     assert dry.exit_code == 0, dry.output
     assert "fits, gradient checkpointing off" in dry.output
     assert not (tmp_path / "out").exists()

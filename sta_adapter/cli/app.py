@@ -6,8 +6,16 @@ from typing import Any
 
 import click
 
-from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
-from sta_adapter.errors import ConfigError
+from sta_adapter.cli.options import (
+    Grouped,
+    adapter_options,
+    find_adapter,
+    frame_rate,
+    model_options,
+    option,
+    shown_model_options,
+    viewer_settings,
+)
 from sta_adapter.requirements import require_device
 from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization.local_paths import subject
@@ -30,13 +38,7 @@ options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
     help=HELP,
     short_help="Ask base and adapter about a video in the browser.",
 )
-@option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
-@option(
-    "What",
-    "--adapter",
-    metavar="ID",
-    help="Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]",
-)
+@shown_model_options
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Page", "--host", metavar="ADDRESS", help="0.0.0.0 for all. [default: 127.0.0.1]")
 @option("Page", "--port", type=click.IntRange(1, 65535), metavar="N", help="[default: first free from 7860]")
@@ -52,13 +54,8 @@ def command(**options: Any) -> None:
     from sta_adapter.visualization.app import serve
 
     require_device(options["device"])
-    fps, nframes = options.pop("fps"), options.pop("nframes")
-    if fps is not None and nframes is not None:
-        raise ConfigError("--fps and --nframes exclude each other; give one of them.")
-    frames = {"nframes": nframes} if nframes is not None else {"fps": fps, "nframes": None} if fps is not None else {}
-    options["dtype"] = options["dtype"] or "auto"
-    name, any_base = options.pop("adapter"), options.pop("any_base")
-    base_model = base_model_of(any_base)
-    adapter = find_adapter(name, options.pop("adapter_revision"), any_base)
-    title = subject(*model_and_adapter(options["model"], name))
-    serve(adapter=adapter, title=title, frames=frames, base_model=base_model, say=click.echo, **options)
+    frames = frame_rate(options["fps"], options["nframes"])
+    adapter = find_adapter(options["adapter"], options["adapter_revision"], options["any_base"])
+    title = subject(*model_and_adapter(options["model"], options["adapter"]))
+    page = {name: options[name] for name in ("host", "port", "share", "longest", "time_limit")}
+    serve(options["model"], adapter, title=title, say=click.echo, **page, frames=frames, **viewer_settings(options))

@@ -18,6 +18,7 @@ from sta_adapter.cli.options import (
     base_model_of,
     data_options,
     find_adapter,
+    frame_rate,
     model_options,
     option,
     quantize_option,
@@ -240,14 +241,8 @@ def _dataset(samples: list[Sample], processor: Any, adapter: Path | None, option
     from sta_adapter.loading import saved_frame_settings
     from sta_adapter.video.frame_settings import FrameSettings
 
-    if options["fps"] is not None and options["nframes"] is not None:
-        raise ConfigError("--fps and --nframes exclude each other; give one of them.")
-    sampling = saved_frame_settings(adapter) if adapter else {}
-    if options["fps"] is not None:
-        sampling |= {"fps": options["fps"], "nframes": None}
-    if options["nframes"] is not None:
-        sampling["nframes"] = options["nframes"]
-    frames = FrameSettings(**sampling)
+    chosen = frame_rate(options["fps"], options["nframes"])
+    frames = FrameSettings(**{**(saved_frame_settings(adapter) if adapter else {}), **chosen})
     how = {"on_bad_sample": options["on_bad_sample"], "cache": options["cache"] or False}
     return VideoDataset(samples, processor, frames=frames, **how)
 

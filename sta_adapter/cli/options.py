@@ -13,6 +13,8 @@ from sta_adapter.requirements import require_packages
 
 POSITIONS = "trained or transformers. [default: as trained]"
 RULES = ("trained", "transformers")  # those of sta_adapter.injection.text_positions, which imports torch
+# modules that training, and a plan of it, can't do without
+TRAINING = {"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")}
 WORDS = "sta_adapter.words"  # where the words of the command line are kept
 
 
@@ -81,6 +83,39 @@ def adapter_options(command: Decorated) -> Decorated:
     ):
         command = decorate(command)
     return command
+
+
+def shown_model_options(command: Decorated) -> Decorated:
+    """Which model and adapter to look at, without any of them the demo's."""
+    shown = "Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]"
+    for decorate in (
+        option("What", "--adapter", metavar="ID", help=shown),
+        option(
+            "What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]"
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def viewer_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Viewer.load` for which the options of model and adapter stand."""
+    names = ("device", "revision", "positions", "trust_remote_code")
+    base_model, dtype = base_model_of(options["any_base"]), options["dtype"] or "auto"
+    return {"base_model": base_model, "dtype": dtype, **{name: options[name] for name in names}}
+
+
+def frame_rate(fps: float | None, nframes: int | None) -> dict[str, Any]:
+    """The fields of `FrameSettings` that --fps or --nframes set.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if fps is not None and nframes is not None:
+        raise ConfigError("--fps and --nframes exclude each other; give one of them.")
+    if fps is not None:
+        return {"fps": fps, "nframes": None}
+    return {} if nframes is None else {"nframes": nframes}
 
 
 def find_adapter(adapter: str | None, revision: str | None, any_base: bool = False) -> Path | None:
@@ -155,6 +190,47 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
                 raise ConfigError(f"--set {pair!r}: {part!r} has a value already.")
         place[last] = value
     return values
+
+
+def stage_option(command: Decorated) -> Decorated:
+    """Which stages of training."""
+    choice = click.Choice(["1", "2", "both"])
+    return option(
+        "Run", "--stage", type=choice, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]"
+    )(command)
+
+
+def read_run(
+    config: str | None, pairs: tuple[str, ...], options: Mapping[str, Any], names: Sequence[str], needed: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's own options and its settings: of a YAML file, of --set, and of options, of which the later ones win.
+
+    Args:
+        config: the file.
+        pairs: of --set.
+        options: what was not given is None, False or empty.
+        names: of the run's own options; all others are settings.
+        needed: those of them that must be given.
+
+    Raises:
+        ConfigError: the file or a pair can't be read.
+        UsageError: a needed option is missing.
+    """
+    from sta_adapter.training.config import LENGTH, read_yaml
+
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    given = merged(parse_settings(pairs), given)
+    values = read_yaml(config) if config else {}
+    if not given.keys().isdisjoint(LENGTH):  # steps instead of the file's epochs, or the other way round
+        values = {name: value for name, value in values.items() if name not in LENGTH}
+    values = merged(values, given)
+    run = {name: values.pop(name, None) for name in names}
+    run["data"] = one_or_several(run["data"])
+    missing = [f"--{name}" for name in needed if not run[name]]
+    if missing:
+        command = click.get_current_context().info_name
+        raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter {command} --help.")
+    return run, values
 
 
 def one_or_several(data: object) -> str | list[str] | None:

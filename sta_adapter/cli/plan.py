@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sta_adapter.cli.options import Grouped, data_options, merged, one_or_several, option, parse_settings
+from sta_adapter.cli.options import TRAINING, Grouped, data_options, option, read_run, stage_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,30 +25,24 @@ Example: sta-adapter plan --model Qwen/Qwen2-VL-7B-Instruct \\
 Shows parameters, steps, lengths and the memory of a training step, part
 by part, and the settings that fit. With a GPU, one step is measured.
 """
-STAGES = click.Choice(["1", "2", "both"])
 RUN = ("model", "data", "stage", "videos", "format", "revision", "trust_remote_code", "dtype", "quantize")
+# of train, which a file for both may hold
 OF_TRAIN = (
-    "out",
-    "eval_data",
-    "adapter",
-    "adapter_revision",
-    "overwrite",
-    "positions",
-    "attn_implementation",
-    "dry_run",
+    *("out", "eval_data", "adapter", "adapter_revision", "overwrite", "positions", "attn_implementation", "dry_run"),
+    "cache",
 )
 
 
 @click.command(
     cls=Grouped,
-    needs={"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")},
+    needs=TRAINING,
     help=HELP,
     short_help="Show whether a training fits, and how long it takes.",
 )
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
 @option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples to train on, as for train.")
 @data_options
-@option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
+@stage_option
 @option("Run", "--config", metavar="FILE.yaml", help="Settings and options of train.")
 @option("Run", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
 @option("Machine", "--memory", type=click.FloatRange(1), metavar="GB", help="Of a GPU. [default: of this machine]")
@@ -62,18 +56,10 @@ OF_TRAIN = (
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Plan, and print it."""
-    from sta_adapter.training.config import TrainingConfig, read_yaml
+    from sta_adapter.training.config import TrainingConfig
 
     machine = {name: options.pop(name) for name in ("memory", "processes", "samples", "measure")}
-    values = merged(read_yaml(config) if config else {}, parse_settings(pairs))
-    values = merged(values, {name: value for name, value in options.items() if value not in (None, False, ())})
-    run = {name: values.pop(name, None) for name in RUN}
-    run["data"] = one_or_several(run["data"])
-    for name in OF_TRAIN:
-        values.pop(name, None)
-    missing = [f"--{name}" for name in ("model", "data") if not run[name]]
-    if missing:
-        raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter plan --help.")
+    run, values = read_run(config, pairs, options, (*RUN, *OF_TRAIN), ("model", "data"))
     report = plan_run(run, TrainingConfig.from_dict(values), **machine)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sta_adapter.cli.options import (
+    TRAINING,
     Grouped,
     data_options,
     find_adapter,
     given_words,
-    merged,
     model_options,
-    one_or_several,
     option,
-    parse_settings,
     quantize_option,
+    read_run,
+    stage_option,
 )
 from sta_adapter.errors import ConfigError, TrainingStopped
 from sta_adapter.requirements import require_reporters, require_writable
@@ -38,26 +38,9 @@ __all__ = ["command"]
 # options that are settings of the run itself, not of TrainingConfig
 FLAGS = ("overwrite", "trust_remote_code", "dry_run")
 RUN_OPTIONS = (
-    "model",
-    "data",
-    "eval_data",
-    "out",
-    "stage",
-    "adapter",
-    "adapter_revision",
-    "revision",
-    "positions",
-    "dtype",
-    "quantize",
-    "attn_implementation",
-    "videos",
-    "format",
-    "cache",
-    *FLAGS,
+    *("model", "revision", "dtype", "quantize", "attn_implementation", "positions", "adapter", "adapter_revision"),
+    *("data", "eval_data", "videos", "format", "cache", "out", "stage", *FLAGS),
 )
-STAGES = click.Choice(["1", "2", "both"])
-
-
 HELP = """\b
 Example: sta-adapter train --model Qwen/Qwen2-VL-2B-Instruct \\
              --data clips.jsonl --out my-adapter
@@ -68,7 +51,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 
 @click.command(
     cls=Grouped,
-    needs={"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")},
+    needs=TRAINING,
     help=HELP,
     short_help="Train STA, and LoRA beside it, on your clips.",
 )
@@ -76,7 +59,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples or tar shards; several files mix.")
 @data_options
 @option("Run", "--out", metavar="FOLDER", help="Gets the adapter; a begun run in it goes on.")
-@option("Run", "--stage", type=STAGES, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]")
+@stage_option
 @option("Run", "--eval-data", metavar="FILE", help="As --data, to measure on; the best is kept.")
 @option("Run", "--adapter", metavar="ID", help="Start from this adapter, not a fresh one.")
 @option("Run", "--dry-run", is_flag=True, help="Say what it would do and need, as plan does.")
@@ -99,19 +82,9 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
 def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
     """Train as the options and the file of settings say."""
-    from sta_adapter.training.config import LENGTH, TrainingConfig, read_yaml
+    from sta_adapter.training.config import TrainingConfig
 
-    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
-    given = merged(parse_settings(pairs), given)
-    values = read_yaml(config) if config else {}
-    if not given.keys().isdisjoint(LENGTH):  # steps instead of the file's epochs, or the other way round
-        values = {name: value for name, value in values.items() if name not in LENGTH}
-    values = merged(values, given)
-    run = {name: values.pop(name, None) for name in RUN_OPTIONS}
-    run["data"] = one_or_several(run["data"])
-    missing = [f"--{name}" for name in ("model", "data", "out") if not run[name]]
-    if missing:
-        raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter train --help.")
+    run, values = read_run(config, pairs, options, RUN_OPTIONS, ("model", "data", "out"))
     try:
         _check_flags(run)
         settings = TrainingConfig.from_dict(values)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
+from sta_adapter.cli.options import (
+    Grouped,
+    adapter_options,
+    find_adapter,
+    frame_rate,
+    model_options,
+    option,
+    shown_model_options,
+    viewer_settings,
+)
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_device, require_free, require_writable
 from sta_adapter.tiny_base import model_and_adapter
@@ -20,16 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 MADE = (
-    *(
-        "index.html",
-        "attention.png",
-        "branch.png",
-        "overlay.png",
-        "overlay.mp4",
-        "overlay.gif",
-        "arrays.npz",
-        "numbers.json",
-    ),
+    *("index.html", "attention.png", "branch.png", "overlay.png", "overlay.mp4", "overlay.gif"),
+    *("arrays.npz", "numbers.json"),
 )
 HELP = """\b
 Example: sta-adapter visualize clip.mp4 --out look \\
@@ -50,13 +51,7 @@ one file, to click in), PNG, MP4, GIF, arrays.npz and numbers.json.
 @click.argument("clip", type=click.Path())
 @option("What", "--out", metavar="FOLDER", required=True, help="Gets the page and the pictures.")
 @option("What", "--overwrite", is_flag=True, help="Replace the page and the pictures that are in FOLDER.")
-@option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]")
-@option(
-    "What",
-    "--adapter",
-    metavar="ID",
-    help="Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]",
-)
+@shown_model_options
 @option("What", "--block", type=int, metavar="N", help="Whose maps to draw. [default: where STA adds most]")
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
@@ -68,25 +63,13 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
     """Look at a clip and write what was seen."""
     from sta_adapter.visualization.viewer import Viewer
 
-    if options["fps"] is not None and options["nframes"] is not None:
-        raise ConfigError("--fps and --nframes exclude each other; give one of them.")
+    frames = frame_rate(options["fps"], options["nframes"])
     require_device(options["device"])
     require_free(Path(out), MADE, options["overwrite"])
     require_writable(Path(out))
-    rates = {"fps": {"fps": options["fps"], "nframes": None}, "nframes": {"nframes": options["nframes"]}}
-    frames = next((rates[name] for name in rates if options[name] is not None), {})
     model, shown = model_and_adapter(options["model"], adapter)
-    viewer = Viewer.load(
-        model,
-        find_adapter(adapter, options["adapter_revision"], options["any_base"]) or shown,
-        frames=frames,
-        base_model=base_model_of(options["any_base"]),
-        dtype=options["dtype"] or "auto",
-        device=options["device"],
-        revision=options["revision"],
-        positions=options["positions"],
-        trust_remote_code=options["trust_remote_code"],
-    )
+    folder = find_adapter(adapter, options["adapter_revision"], options["any_base"]) or shown
+    viewer = Viewer.load(model, folder, frames=frames, **viewer_settings(options))
     numbers = write_look(viewer, clip, Path(out), block, subject(model, shown))
     click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
 

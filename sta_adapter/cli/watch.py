@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sta_adapter.cli.options import Grouped, adapter_options, base_model_of, find_adapter, model_options, option
+from sta_adapter.cli.options import (
+    Grouped,
+    adapter_options,
+    find_adapter,
+    frame_rate,
+    model_options,
+    option,
+    viewer_settings,
+)
 from sta_adapter.requirements import require_device
 
 if TYPE_CHECKING:
@@ -75,17 +83,8 @@ def load_viewer(adapter: str, options: dict[str, Any]) -> Viewer:
     """Model, processor and adapter."""
     from sta_adapter.visualization.viewer import Viewer
 
-    return Viewer.load(
-        options["model"],
-        find_adapter(adapter, options["adapter_revision"]),
-        frames={} if options["fps"] is None else {"fps": options["fps"], "nframes": None},
-        base_model=base_model_of(options["any_base"]),
-        dtype=options["dtype"] or "auto",
-        device=options["device"],
-        revision=options["revision"],
-        positions=options["positions"],
-        trust_remote_code=options["trust_remote_code"],
-    )
+    folder = find_adapter(adapter, options["adapter_revision"])
+    return Viewer.load(options["model"], folder, frames=frame_rate(options["fps"], None), **viewer_settings(options))
 
 
 def described(event: dict[str, Any]) -> str:
