@@ -5,6 +5,7 @@ One process imports everything and encodes the data; each attempt at a run is a 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -164,6 +165,8 @@ def main(data, out):
     dataset = VideoDataset(data / "data.jsonl", processor, frames=frames, on_bad_sample="error", cache=True)
     for index in range(len(dataset)):
         dataset[index]
+    gc.freeze()  # no fork needs to look through what is here
+    os.fsync = lambda descriptor: None  # a process that is killed loses nothing that it has written
     status, moments = whole_run(dataset, out / "whole")
     places = sorted(random.Random(3).sample(range(len(moments)), 10))
     chosen = [moments[place] for place in places]

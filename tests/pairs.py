@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ def serve(work):
     Both think that `torchrun` started them, write to files `out0`, `errors0` and so on in the folder of that line, and
     end as a process of their own would; their exit codes, below zero for a signal, are the answer.
     """
+    gc.freeze()  # what is imported: no fork needs to look through it
     for line in sys.stdin:
         request = json.loads(line)
         children = []

@@ -244,6 +244,6 @@ def main(folder, *cases):
 if __name__ == "__main__":
     from sta_adapter.training import stage  # noqa: F401  # with peft and accelerate, once for all pairs
 
-    for case in ("one:text|text", "llava:text|text"):  # and transformers' models
+    for case in ("lora:text|text", "llava:text|text"):  # and transformers' models
         Trial.parse(case).make()
     serve(main)

@@ -162,12 +162,12 @@ def test_trouble_makes_bad_samples_and_no_more(trouble, processor):
     file, what = trouble
     what.update({"1.mp4": "hang", "4.mp4": "crash", "6.mp4": "killed"})
     (file.parent / "2.mp4").unlink()
-    dataset = VideoDataset(file, processor, frames=AS_IS, decode_timeout=5)
+    dataset = VideoDataset(file, processor, frames=AS_IS, decode_timeout=3)
     batches = load(dataset, processor, epochs=2)
     assert [len(batch["input_ids"]) for batch in batches] == [1, 1, 1, 1] * 2
     bad = [message for batch in batches[:4] for message in batch["bad_samples"]]
     assert [message.split(": ")[0].rsplit(" ", 1)[1] for message in bad] == ["2", "3", "5", "7"]
-    assert "1.mp4: not done after 5 s" in bad[0]
+    assert "1.mp4: not done after 3 s" in bad[0]
     assert "2.mp4" in bad[1]
     assert "4.mp4: the process that decodes it died (SIGSEGV)" in bad[2]
     assert "6.mp4: the process that decodes it died (SIGKILL, often" in bad[3]
