@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.block_run import BlockCall, run_block
 from sta_adapter.injection.encoder_call import EncoderCall
-from sta_adapter.injection.hooks import RESIDUAL
 from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
@@ -193,7 +192,8 @@ def _fewer_tokens(call: BlockCall, tokens: Tensor) -> BlockCall:
 def _block_problems(target: InjectionTarget, index: int, call: BlockCall) -> list[str]:
     """What is wrong with a block's norm, from two runs of the block."""
     name = f"{target.backbone.norm!r} of block {index}"
-    first = _Probe(target, index, call)
+    block, norm = target.blocks[index], target.norms[index]
+    first = run_block(block, norm, call)
     if len(first.inputs) != 1:
         return [
             f"{name} is called {len(first.inputs)} times in the block's forward; expected once, in front of the MLP"
@@ -210,7 +210,7 @@ def _block_problems(target: InjectionTarget, index: int, call: BlockCall) -> lis
     scale = before.abs().max().clamp(min=1, max=1000 if stream.dtype == torch.float16 else None)
     delta = (torch.arange(stream.numel(), device=stream.device) * 0.7).cos().view(stream.shape) * scale
     delta = delta.to(stream.dtype)
-    change = _Probe(target, index, call, delta, normed).output(stream) - before
+    change = run_block(block, norm, call, delta, normed).output(stream) - before
     if not change.isfinite().all():
         logger.info("backbone %r is not checked: block %d gives NaN or infinity", target.backbone.name, index)
         return []
@@ -226,74 +226,3 @@ def _block_problems(target: InjectionTarget, index: int, call: BlockCall) -> lis
         f"what is added to the input of {name} comes out of the block changed: it is not the last norm in front of the "
         "MLP, or the block is not pre-norm"
     ]
-
-
-class _Probe:
-    """One run of a block, with what its norm got and gave.
-
-    Args:
-        target: the places.
-        index: which block.
-        call: arguments of the block.
-        delta: added in place to the norm's first input.
-        normed: put in the place of the norm's (first) output.
-    """
-
-    def __init__(
-        self,
-        target: InjectionTarget,
-        index: int,
-        call: BlockCall,
-        delta: Tensor | None = None,
-        normed: Tensor | None = None,
-    ) -> None:
-        self.inputs: list[Any] = []
-        self.normed: list[Any] = []
-        self.delta, self.replacement = delta, normed
-        self.shares_input = False
-        args, kwargs = _copied(call)
-        self.tokens: Tensor = next(iterate_tensors((args, kwargs)))
-        norm = target.norms[index]
-        hooks = [
-            norm.register_forward_pre_hook(self._before, with_kwargs=True),
-            norm.register_forward_hook(self._after),
-        ]
-        try:
-            self.result = target.blocks[index](*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _before(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = isinstance(kwargs.get(RESIDUAL), Tensor)
-        stream = kwargs[RESIDUAL] if named else args[0] if args and isinstance(args[0], Tensor) else None
-        self.inputs.append(stream if stream is None else stream.clone())
-        if stream is None:
-            return None
-        if named:
-            return args, {**kwargs, RESIDUAL: stream if self.delta is None else stream + self.delta}
-        self.shares_input |= stream.untyped_storage().data_ptr() == self.tokens.untyped_storage().data_ptr()
-        if self.delta is not None:
-            stream.add_(self.delta)
-        return None
-
-    def _after(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first = output if isinstance(output, Tensor) else next(iterate_tensors(output))
-        self.normed.append(first.clone())
-        if self.replacement is None:
-            return None
-        return self.replacement if isinstance(output, Tensor) else (self.replacement, *output[1:])
-
-    def output(self, like: Tensor) -> Tensor:
-        """The block's output; where it returns the branch and the residual apart (fused norms), their sum."""
-        parts = [t.float() for t in iterate_tensors(self.result) if t.shape == like.shape and t.is_floating_point()]
-        return torch.stack(parts).sum(0) if parts else torch.zeros_like(like, dtype=torch.float32)
-
-
-def _copied(value: Any) -> Any:
-    """Arguments whose tensors may be changed in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_copied(v) for v in value)
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
