@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sta_adapter.cli.engine import ENGINES, check_options, measure_by_engine, sentences
+from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     Grouped,
     adapter_options,
-    base_model_of,
     data_options,
     find_adapter,
     frame_rate,
@@ -91,9 +91,7 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
     from sta_adapter.evaluation.eval_mode import without_adapter
-    from sta_adapter.loading import load_processor
 
-    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     about = _about(model, adapter, options)
     require_device(options["device"])
     check_options(options)
@@ -109,8 +107,8 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
         _require_results_free(Path(out), about, runs, options)
     samples, notes = _samples(options)
     folder = find_adapter(adapter, options["adapter_revision"], options["any_base"])
-    processor = load_processor(model, **source)
-    dataset = _dataset(samples, processor, folder, options)
+    source = ModelSource.of({"model": model, **options}, folder)
+    dataset = _dataset(samples, source.load_processor(), folder, options)
 
     def measure(net: nn.Module | Engine, data: VideoDataset, name: str, orders: tuple[str, ...] | None) -> Orders:
         return _measure(net, data, name, None if orders else out, options, orders or _orders(options))
@@ -118,7 +116,7 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     def by_transformers(
         data: VideoDataset, names: list[str], orders: tuple[str, ...] | None = None
     ) -> dict[str, Orders]:
-        net = _load(model, folder, options)
+        net = source.load(options["device"])
         found = {}
         for name in names:
             with without_adapter(net) if name == "base" else contextlib.nullcontext():
@@ -162,18 +160,6 @@ def _joined(options: dict[str, Any]) -> bool:
     device = str(join_processes().device)
     options["device"] = options["device"] or device
     return True
-
-
-def _load(model: str, folder: Path | None, options: dict[str, Any]) -> nn.Module:
-    """The model, with its adapter if there is one."""
-    from sta_adapter.injection.text_positions import use_positions_of
-    from sta_adapter.loading import load_adapter, load_model, saved_positions
-
-    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
-    how = {"dtype": options["dtype"] or "auto", "device": options["device"], "quantize": options["quantize"]}
-    net = load_model(model, **how, **source)
-    use_positions_of(net, options["positions"], saved_positions(folder) if folder else None)
-    return net if folder is None else load_adapter(net, folder, base_model=base_model_of(options["any_base"]))
 
 
 def _about(model: str, adapter: str | None, options: dict[str, Any]) -> dict[str, Any]:

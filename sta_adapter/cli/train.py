@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     TRAINING,
     Grouped,
@@ -104,8 +105,6 @@ def _check_flags(run: dict[str, Any]) -> None:
 
 def _train(run: dict[str, Any], settings: TrainingConfig) -> None:
     from sta_adapter.distributed import is_rank_zero
-    from sta_adapter.injection.text_positions import use_positions_of
-    from sta_adapter.loading import load_adapter, load_model, load_processor, saved_positions
     from sta_adapter.training.two_stage import open_data, train
 
     if run["dry_run"]:
@@ -115,18 +114,12 @@ def _train(run: dict[str, Any], settings: TrainingConfig) -> None:
         return
     require_reporters(settings.report_to)
     require_writable(Path(run["out"]))
-    adapter = find_adapter(run["adapter"], run["adapter_revision"])
-    source = {"revision": run["revision"], "trust_remote_code": run["trust_remote_code"]}
-    processor = load_processor(run["model"], **source)
+    source = ModelSource.of(run, find_adapter(run["adapter"], run["adapter_revision"]))
+    processor = source.load_processor()
     how = {name: run[name] for name in ("format", "videos", "cache")}
     data = open_data(run["data"], processor, settings, **how)
     eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
-    narrow = run["quantize"]
-    kind = {"dtype": run["dtype"] or "auto", "quantize": narrow, "attn_implementation": run["attn_implementation"]}
-    model = load_model(run["model"], device=_device(narrow), **kind, **source)
-    use_positions_of(model, run["positions"], saved_positions(adapter) if adapter else None)
-    if adapter is not None:
-        model = load_adapter(model, adapter, is_trainable=True)
+    model = source.load(_device(run["quantize"]), is_trainable=True)
     how = {"output_dir": run["out"], "stage": run["stage"], "config": settings}
     try:
         result = train(model, data, **how, eval_data=eval_data, overwrite=run["overwrite"])

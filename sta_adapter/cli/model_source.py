@@ -1,0 +1,75 @@
+"""The model that a command works on: where it and its adapter come from, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sta_adapter.cli.options import base_model_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ModelSource"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base and its adapter, of which nothing is loaded yet.
+
+    Attributes:
+        model: the base's Hub id or folder.
+        revision: its branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that comes with it.
+        dtype: of its weights.
+        quantize: "4bit" or "8bit", or neither.
+        positions: the rule for text positions; None for the adapter's own.
+        attn_implementation: of transformers.
+        adapter: the adapter's folder, if there is one.
+        any_base: take a base that the adapter was not trained on.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    quantize: str | None = None
+    positions: str | None = None
+    attn_implementation: str | None = None
+    adapter: Path | None = None
+    any_base: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], adapter: Path | None) -> ModelSource:
+        """The one that a command's options name, with the adapter's folder (of `find_adapter`)."""
+        names = ("model", "revision", "quantize", "positions", "attn_implementation")
+        given: dict[str, Any] = {name: options.get(name) for name in names}
+        given |= {name: bool(options.get(name)) for name in ("trust_remote_code", "any_base")}
+        return cls(**given, dtype=options.get("dtype") or "auto", adapter=adapter)
+
+    def load_processor(self) -> Any:
+        """The base's processor."""
+        from sta_adapter.loading import load_processor
+
+        return load_processor(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def load(self, device: str | None, is_trainable: bool = False) -> nn.Module:
+        """The base with its text positions and, if there is one, its adapter."""
+        from sta_adapter.injection.text_positions import use_positions_of
+        from sta_adapter.loading import load_adapter, load_model, saved_positions
+
+        net = load_model(
+            self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            device=device,
+            quantize=self.quantize,
+            attn_implementation=self.attn_implementation,
+        )
+        use_positions_of(net, self.positions, saved_positions(self.adapter) if self.adapter else None)
+        if self.adapter is None:
+            return net
+        return load_adapter(net, self.adapter, is_trainable=is_trainable, base_model=base_model_of(self.any_base))
