@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.injection.hooks import RESIDUAL
-from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.nested import iterate_tensors, map_tensors
 
 __all__ = ["BlockCall", "BlockRun", "run_block"]
 
@@ -52,7 +52,7 @@ def run_block(
         delta: added in place to what the norm gets.
         normed: put in the place of what the norm gives.
     """
-    args, kwargs = _copied(call)
+    args, kwargs = map_tensors(Tensor.clone, call)  # they may be changed in place
     run = BlockRun(next(iterate_tensors((args, kwargs))))
 
     def before(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,12 +82,3 @@ def run_block(
         for hook in hooks:
             hook.remove()
     return run
-
-
-def _copied(value: Any) -> Any:
-    """Arguments whose tensors may be changed in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_copied(v) for v in value)
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
