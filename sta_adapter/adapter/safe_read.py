@@ -191,9 +191,7 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
-def compare_shapes(
-    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], of: str = "the model"
-) -> None:
+def compare_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise a CheckpointError that lists every key and shape that a file has otherwise than expected."""
     differences = [f"missing {key}" for key in expected if key not in found]
     differences += [f"unexpected {key}" for key in found if key not in expected]
@@ -204,7 +202,7 @@ def compare_shapes(
     ]
     if differences:
         more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
-        raise CheckpointError(f"{path} does not fit {of}: {'; '.join(differences[:MAX_DIFFERENCES])}{more}.")
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(differences[:MAX_DIFFERENCES])}{more}.")
 
 
 def require_plain_patterns(path: Path | str, patterns: Collection[str], prefixed: bool = False) -> None:
