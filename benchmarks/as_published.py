@@ -1,9 +1,9 @@
 """The published arithmetic of STA, written plainly by us, to measure against.
 
-As in the released Qwen2-VL code: tokens are copied to the order (position, frame), all clips of a batch are one sequence
-of frames, scores are materialised and their softmax is computed in float32, the rotary tables are made anew in each
-block, and a clip boundary is a mask over the one giant sequence. (Its token order is a slip that costs no time; ours is
-the paper's.) The sizes of all clips must be equal, except with the mask over the whole batch's tokens.
+As in the released Qwen2-VL code: tokens are copied to the order (position, frame), all clips of a batch are one
+sequence of frames, scores are materialised and their softmax is computed in float32, the rotary tables are made anew in
+each block, and a clip boundary is a mask over the one giant sequence. (Its token order is a slip that costs no time;
+ours is the paper's.) The sizes of all clips must be equal, except with the mask over the whole batch's tokens.
 """
 
 from __future__ import annotations

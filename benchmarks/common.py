@@ -1,8 +1,8 @@
 """What the benchmarks share: variants measured in turn, the machine they ran on, JSON, a table and a plot.
 
 A benchmark is a click command with `benchmark_options`. It makes a `Report`, adds the rows of each case by
-`report.measure("T = 8", {"untouched": f, "STA": g})` (or `report.add(...)` for numbers that are not times) and ends with
-`report.finish()`, which prints the table and writes `results/NAME-DEVICE.json` and `.png`.
+`report.measure("T = 8", {"untouched": f, "STA": g})` (or `report.add(...)` for numbers that are not times) and ends
+with `report.finish()`, which prints the table and writes `results/NAME-DEVICE.json` and `.png`.
 """
 
 from __future__ import annotations

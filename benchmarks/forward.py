@@ -1,7 +1,7 @@
 """Forward of Qwen2-VL's vision encoder: untouched, with STA, and with the published arithmetic.
 
-Cases: clips of 4 to 256 frames at an equal number of tokens; short clips of few tokens, as they come one by one; and a packed batch of eight clips of different length and
-size against the eight one by one.
+Cases: clips of 4 to 256 frames at an equal number of tokens; short clips of few tokens, as they come one by one; and a
+packed batch of eight clips of different length and size against the eight one by one.
 """
 
 from __future__ import annotations

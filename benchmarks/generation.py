@@ -1,7 +1,7 @@
 """Generation by the full Qwen2-VL of random weights behind one clip: the prompt alone, and the prompt with tokens behind it.
 
-STA works in the prompt's forward and never again, so that the longer the answer, the less it adds. On a GPU the sizes are those of
-the 2B model in bfloat16; on the CPU a tiny model shows that it runs.
+STA works in the prompt's forward and never again, so that the longer the answer, the less it adds. On a GPU the sizes
+are those of the 2B model in bfloat16; on the CPU a tiny model shows that it runs.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     make gpu                                          # python benchmarks/gpu_run.py
     python benchmarks/gpu_run.py --rehearse           # the same parts in small sizes on the CPU
 
-It needs a checkout with torch, transformers, peft, safetensors and einops; xformers, pytest and matplotlib are used where they are. Each part is
-a process with a time limit and leaves `parts/NAME.json` behind: given again, the command goes on with what is missing or failed, and a part
-for which no time was left is one of these. `page.md` has every table. Exit code 1: a part failed or is missing.
+It needs a checkout with torch, transformers, peft, safetensors and einops; xformers, pytest and matplotlib are used
+where they are. Each part is a process with a time limit and leaves `parts/NAME.json` behind: given again, the command
+goes on with what is missing or failed, and a part for which no time was left is one of these. `page.md` has every
+table. Exit code 1: a part failed or is missing.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python benchmarks/host_time.py --threads 1
 
 The encoder is Qwen2-VL's with 32 blocks so narrow, and clips so short, that a call of an operator takes longer than its
-arithmetic. On a GPU that is what a short clip, a small batch or a step of generation costs. Values are microseconds a block: the time
-of the whole encoder over its number of blocks, on the CPU those that the process had the processor. A step is forward and backward; "all parameters" trains the encoder as well,
-"STA alone" has a gradient to the patch embedding of a frozen encoder, with STA or without.
+arithmetic. On a GPU that is what a short clip, a small batch or a step of generation costs. Values are microseconds a
+block: the time of the whole encoder over its number of blocks, on the CPU those that the process had the processor. A
+step is forward and backward; "all parameters" trains the encoder as well, "STA alone" has a gradient to the patch
+embedding of a frozen encoder, with STA or without.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Whether every attention kernel that runs here computes what a float64 reference does, forward and backward.
 
-Shapes are those of short and long clips at head sizes 64, 72, 80 and 88, whole and causal. A kernel that is wrong ends this with an error.
+Shapes are those of short and long clips at head sizes 64, 72, 80 and 88, whole and causal. A kernel that is wrong ends
+this with an error.
 """
 
 from __future__ import annotations

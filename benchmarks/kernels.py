@@ -1,7 +1,8 @@
 """Attention kernels on the branch's own shapes: q, k, v as strided views, T from 4 to 256, an equal number of tokens.
 
-SDPA in float32 stands beside SDPA in 16 bits, as on the CPU; `varlen` is torch.nn.attention.varlen over packed sequences,
-a candidate that the package doesn't use as long as nobody has measured a gain. "auto" is what the package takes.
+SDPA in float32 stands beside SDPA in 16 bits, as on the CPU; `varlen` is torch.nn.attention.varlen over packed
+sequences, a candidate that the package doesn't use as long as nobody has measured a gain. "auto" is what the package
+takes.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/serving.py                                          # a base of Qwen2-VL-2B's widths, made here
     python benchmarks/serving.py --base BASE --adapter ADAPTER --device cuda --engine '{"dtype": "bfloat16"}'
 
-Needs the extras `vllm` and `viz`. Two engines in one process, with STA and without, take turns with the same prompts; every
-prompt has a clip of its own, so that no cache helps. Beside the time on the clock stands the CPU time of the process, in which
-other programs on the machine show less.
+Needs the extras `vllm` and `viz`. Two engines in one process, with STA and without, take turns with the same prompts;
+every prompt has a clip of its own, so that no cache helps. Beside the time on the clock stands the CPU time of the
+process, in which other programs on the machine show less.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Time of one frame in a stream, from frame 8 to frame 10,000, beside the untouched encoder on the same single frame.
 
-A stream is brought to a frame by loading a state that says so, with random keys and values of the window; the frame that
-is measured, and those after it, are computed as always.
+A stream is brought to a frame by loading a state that says so, with random keys and values of the window; the frame
+that is measured, and those after it, are computed as always.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 - "LoRA + STA": LoRA on the encoder's attention and MLP as well. Its baseline is the untouched encoder with that LoRA.
 - "checkpointed": both with activation checkpointing of the encoder's blocks.
 
-Memory is, on a GPU, the peak that torch allocated in the step; on the CPU, the bytes of all tensors that the forward keeps
-for its backward (each storage once, parameters left out), which is what sets the peak.
+Memory is, on a GPU, the peak that torch allocated in the step; on the CPU, the bytes of all tensors that the forward
+keeps for its backward (each storage once, parameters left out), which is what sets the peak.
 """
 
 from __future__ import annotations

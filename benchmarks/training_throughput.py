@@ -3,10 +3,11 @@
     python benchmarks/training_throughput.py
     python benchmarks/training_throughput.py --device cuda --model Qwen/Qwen2-VL-2B-Instruct --frames 16 --size 336
 
-A step is forward, backward and AdamW on one batch of clips that lies on the device already; the variants take turns. Each case says
-what trains beside STA: the whole language model and the vision encoder, LoRA on both (stage two), or nothing (stage one; there the
-ratio is to a forward and backward pass of the model that trains LoRA, as an untouched model with nothing to train has no step).
-Values are clips a second; the ratio is to the untouched model, more is better.
+A step is forward, backward and AdamW on one batch of clips that lies on the device already; the variants take turns.
+Each case says what trains beside STA: the whole language model and the vision encoder, LoRA on both (stage two), or
+nothing (stage one; there the ratio is to a forward and backward pass of the model that trains LoRA, as an untouched
+model with nothing to train has no step). Values are clips a second; the ratio is to the untouched model, more is
+better.
 """
 
 from __future__ import annotations

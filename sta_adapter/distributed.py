@@ -119,8 +119,8 @@ def is_rank_zero() -> bool:
 def end_processes() -> None:
     """Leave the other processes at the end of a run: what uses their connection ends first, then the connection.
 
-    Left to the interpreter's end, threads of the connection may still run when their objects are taken apart, and a signal
-    ends the process after all its work is done.
+    Left to the interpreter's end, threads of the connection may still run when their objects are taken apart, and a
+    signal ends the process after all its work is done.
     """
     if distributed.is_available() and distributed.is_initialized():
         gc.collect()  # wrapped models, trainers and loaders that only cycles keep

@@ -144,8 +144,9 @@ def inspect_model(
         clip: for which arithmetic is counted; None for 16 frames of 32x32 patches.
 
     Returns:
-        Plain values, ready for JSON: `model`, `code` (where its class comes from), `backbone`, `encoder`, `config`, `blocks`,
-        `parameters`, `arithmetic`, `stream` (what one keeps, where `cfg` has a window; else None), `warnings`.
+        Plain values, ready for JSON: `model`, `code` (where its class comes from), `backbone`, `encoder`, `config`,
+        `blocks`, `parameters`, `arithmetic`, `stream` (what one keeps, where `cfg` has a window; else None),
+        `warnings`.
 
     Raises:
         STAError: as `inject_sta`.

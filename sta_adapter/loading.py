@@ -54,8 +54,8 @@ def load_model(
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that comes with the model, also where it could be put together without (see
             `sta_adapter.internvideo`).
-        attn_implementation: the base's own attention, "sdpa", "flash_attention_2", "eager" or another that transformers knows;
-            None for its default.
+        attn_implementation: the base's own attention, "sdpa", "flash_attention_2", "eager" or another that transformers
+            knows; None for its default.
 
     Raises:
         CheckpointError: it can't be had, or is no model for images or video and text.

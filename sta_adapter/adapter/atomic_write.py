@@ -1,8 +1,8 @@
 """Writing several files so that a crash leaves the old ones or the new ones, never halves or a mixture.
 
-All files are written in full into a hidden folder beside their places;
-renaming that folder is the one moment from which the new ones count. Moving them to their places can then be cut off and
-finished later, by the next reader or writer.
+All files are written in full into a hidden folder beside their places; renaming that folder is the one moment from
+which the new ones count. Moving them to their places can then be cut off and finished later, by the next reader or
+writer.
 """
 
 from __future__ import annotations

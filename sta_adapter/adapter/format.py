@@ -67,7 +67,8 @@ def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> 
     """The tensors of an adapter's `sta_adapter.safetensors`, on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, holding non-floating or non-finite tensors, or not belonging to `description`.
+        CheckpointError: missing, damaged, holding non-floating or non-finite tensors, or not belonging to
+            `description`.
     """
     path = folder / WEIGHTS
     try:

@@ -38,8 +38,8 @@ T = TypeVar("T")
 def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """A local folder with the adapter's files, downloaded when it isn't one already; no other file is fetched.
 
-    A folder of that name goes before a repository. What is in the Hub's cache is not fetched again; with HF_HUB_OFFLINE=1,
-    or when the Hub can't be reached, the cache alone is used.
+    A folder of that name goes before a repository. What is in the Hub's cache is not fetched again; with
+    HF_HUB_OFFLINE=1, or when the Hub can't be reached, the cache alone is used.
 
     Args:
         folder_or_repo_id: a folder, or a repository's id on the Hub.

@@ -129,8 +129,8 @@ def read_lora(folder: Path) -> LoraFile:
     """What a folder's LoRA weights are, of which no tensor is read yet.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or asks for more than LoRA as we know it. Nothing but these two files
-            is opened, and nothing is ever unpickled.
+        CheckpointError: a file is missing or damaged, or asks for more than LoRA as we know it. Nothing but these two
+            files is opened, and nothing is ever unpickled.
     """
     config, weights = folder / LORA_CONFIG, folder / LORA_WEIGHTS
     try:

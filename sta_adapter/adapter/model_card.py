@@ -72,7 +72,8 @@ def read_run(folder: Path, results: Path | None = None) -> dict[str, Any]:
         results: `results.json` of `sta-adapter evaluate`, or the folder that holds it; None looks for one in `folder`.
 
     Raises:
-        CheckpointError: a file is no JSON, holds something else than a run leaves, or there is no `results` where they were said to be.
+        CheckpointError: a file is no JSON, holds something else than a run leaves, or there is no `results` where they
+            were said to be.
     """
     if results is not None:
         results = results / RESULTS_FILE if results.is_dir() else results

@@ -30,8 +30,8 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], int, dict[str, bytes]]:
     """The description of a folder's adapter, how many numbers its STA has, and the contents of its files by name.
 
     Raises:
-        CheckpointError: a file is missing, damaged or a link out of the folder, holds something else than an adapter's files
-            hold, or does not belong to the others.
+        CheckpointError: a file is missing, damaged or a link out of the folder, holds something else than an adapter's
+            files hold, or does not belong to the others.
     """
     read_description(folder)  # and finishes a saving that was cut off
     contents = {CONFIG: _contents(folder, CONFIG), WEIGHTS: _contents(folder, WEIGHTS)}

@@ -54,8 +54,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: no regular file, too large, not JSON, no object, nested too deeply, or with a number that is not
-            finite or beyond 64 bits.
+        CheckpointError: no regular file, too large, not JSON, no object, nested too deeply, or with a number that is
+            not finite or beyond 64 bits.
     """
     return parse_json(read_bytes(path, max_bytes), path)
 

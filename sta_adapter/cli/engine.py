@@ -71,8 +71,8 @@ def measure_by_engine(
         dataset: the questions.
         runs: "base", "adapter" or both.
         options: the command's.
-        measure: `measure(engine, dataset, run, orders)`, which asks; without orders it takes the command's and keeps what
-            it finds.
+        measure: `measure(engine, dataset, run, orders)`, which asks; without orders it takes the command's and keeps
+            what it finds.
         by_transformers: `by_transformers(dataset, runs, orders)`, the same without an engine.
     """
     from sta_adapter.compatibility.seams import version

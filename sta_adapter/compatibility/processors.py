@@ -49,7 +49,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         factor: of a visual token, in pixels.
-        frames: of a temporal step, in frames; those that tokens are merged over, where a processor of ours has `merged_frames`.
+        frames: of a temporal step, in frames; those that tokens are merged over, where a processor of ours has
+            `merged_frames`.
         packs: whether it cuts at all.
     """
 
@@ -89,7 +90,8 @@ def _outputs(part: Any) -> list[str]:
 def placeholder(processor: Any, kind: str, *, required: bool = False) -> str | None:
     """The token that stands for a clip ("video") or picture ("image") in the text; None where the tokenizer has none.
 
-    A processor of ours with `text_placeholders` puts tokens in the place of words, which need be none of the tokenizer's.
+    A processor of ours with `text_placeholders` puts tokens in the place of words, which need be none of the
+    tokenizer's.
 
     Raises:
         CompatibilityError: there is none where it is required, so that places in the text can't be counted.

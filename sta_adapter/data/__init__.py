@@ -1,6 +1,7 @@
 """Samples on disk to batches for a model.
 
-Clips are read, checked, decoded, resized and encoded by one class each; `VideoDataset` and `Collator` put them together.
+Clips are read, checked, decoded, resized and encoded by one class each; `VideoDataset` and `Collator` put them
+together.
 """
 
 from typing import TYPE_CHECKING

@@ -22,7 +22,8 @@ class BadSample(NamedTuple):
         """What an error says about a sample, whichever library raised it.
 
         Raises:
-            BaseException: the error itself, if it says nothing about the sample: a package is missing, or the user has had enough.
+            BaseException: the error itself, if it says nothing about the sample: a package is missing, or the user has
+                had enough.
         """
         if isinstance(error, (MissingExtraError, CompatibilityError)) or type(error) in _NOT_OF_A_SAMPLE:
             raise error

@@ -89,7 +89,8 @@ def encode(processor: Any, messages: list[Message], visuals: list[list[Visual]])
         visuals: the decoded clips and images of each message, in order.
 
     Returns:
-        `input_ids` and `labels`, each `(L,)`, and the processor's other tensors; labels are `IGNORE` outside the answers.
+        `input_ids` and `labels`, each `(L,)`, and the processor's other tensors; labels are `IGNORE` outside the
+        answers.
 
     Raises:
         DataError: there is no answer, or the chat template doesn't allow to tell the answers' tokens from the rest.

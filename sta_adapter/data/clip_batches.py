@@ -23,9 +23,9 @@ ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")
 def put_together(key: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """What a processor gave under one name for several samples, one after the other.
 
-    Clips `(clips, T, 3, H, W)` of unequal T are filled up with frames of NaN, which STA's backbone takes out again (a model
-    without it counts too many features, and says so); tiles of pictures `(pictures, N, 3, H, W)` with black ones, which
-    models leave out by the pictures' sizes.
+    Clips `(clips, T, 3, H, W)` of unequal T are filled up with frames of NaN, which STA's backbone takes out again (a
+    model without it counts too many features, and says so); tiles of pictures `(pictures, N, 3, H, W)` with black ones,
+    which models leave out by the pictures' sizes.
     """
     longest = max(value.shape[1] if value.dim() == 5 else 0 for value in values)
     if any(value.dim() == 5 and value.shape[1] < longest for value in values):

@@ -1,8 +1,8 @@
 """One sample for training or evaluation: a conversation, checked.
 
-Two ways of writing a conversation are understood: visual parts inside the messages'
-content (`{"type": "video", "video": "a.mp4", "nframes": 8}`), and `<video>` / `<image>` in plain text with the paths in
-lists beside the messages (`"videos": ["a.mp4"]`). Records of other formats become conversations first, see `sta_adapter.data.formats`.
+Two ways of writing a conversation are understood: visual parts inside the messages' content (`{"type": "video",
+"video": "a.mp4", "nframes": 8}`), and `<video>` / `<image>` in plain text with the paths in lists beside the messages
+(`"videos": ["a.mp4"]`). Records of other formats become conversations first, see `sta_adapter.data.formats`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Sample:
     """One conversation.
 
     Attributes:
-        messages: `{"role": ..., "content": [part, ...]}`; parts are of type text, image or video, with absolute paths. An
-            answer with `"loss": False` is not learned.
+        messages: `{"role": ..., "content": [part, ...]}`; parts are of type text, image or video, with absolute paths.
+            An answer with `"loss": False` is not learned.
         source: where it stands, "file, line 3".
         category: what evaluation groups by.
         options: the answers to choose from, for multiple choice.

@@ -30,7 +30,8 @@ class VideoDataset(Dataset[Encoded | BadSample]):
     """Samples of a file or of tar shards, decoded and encoded when asked for.
 
     Args:
-        samples: the file or shards, see `open_samples`; or a list of records, as a file's lines are, or of samples read before.
+        samples: the file or shards, see `open_samples`; or a list of records, as a file's lines are, or of samples read
+            before.
         processor: the model's processor.
         frames: how clips are sampled.
         prompts: leave the last answer out, for evaluation.
@@ -38,11 +39,13 @@ class VideoDataset(Dataset[Encoded | BadSample]):
         seed: of the shuffling, which is the same in every run.
         on_bad_sample: "skip" gives a `BadSample` in place of an unusable one, "error" raises.
         max_length: samples of more tokens are bad samples.
-        cache: True keeps what was encoded in memory, so that later epochs needn't decode; a folder keeps it on disk, for later
-            runs and other processes as well, see `sta_adapter.data.sample_cache`. Engines' prompts are not kept there.
-        for_engine: give each sample's token ids and its `Prompt`, as engines take it, in the place of tensors for a model.
-        decode_timeout: seconds in which a DataLoader's worker must have decoded a sample, else it is a bad one; None for no
-            limit. Without workers (num_workers=0), and on other systems than Linux, there is none.
+        cache: True keeps what was encoded in memory, so that later epochs needn't decode; a folder keeps it on disk,
+            for later runs and other processes as well, see `sta_adapter.data.sample_cache`. Engines' prompts are not
+            kept there.
+        for_engine: give each sample's token ids and its `Prompt`, as engines take it, in the place of tensors for a
+            model.
+        decode_timeout: seconds in which a DataLoader's worker must have decoded a sample, else it is a bad one; None
+            for no limit. Without workers (num_workers=0), and on other systems than Linux, there is none.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Encoded samples on disk, so that a clip is decoded and processed once for all epochs and runs.
 
-An entry is a safetensors file named by the fingerprint of all that the sample depends on. Pixel values that a processor made of
-bytes lie as bytes, where its arithmetic gives back the very same values: a quarter of the size.
+An entry is a safetensors file named by the fingerprint of all that the sample depends on. Pixel values that a processor
+made of bytes lie as bytes, where its arithmetic gives back the very same values: a quarter of the size.
 """
 
 from __future__ import annotations

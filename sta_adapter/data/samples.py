@@ -1,6 +1,7 @@
 """Read files of samples: JSON Lines, JSON arrays, CSV or tar shards, in any of the formats.
 
-The formats are those of `sta_adapter.data.formats`; each record's is recognised by its keys unless one is given. Errors name the file and the line, or the entry of an array, counted from 1.
+The formats are those of `sta_adapter.data.formats`; each record's is recognised by its keys unless one is given. Errors
+name the file and the line, or the entry of an array, counted from 1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def read_samples(path: str | Path, *, format: str | None = None, videos: str | P
     """Read every sample of a file.
 
     Args:
-        path: JSON Lines, a JSON array, or CSV (`.csv`, `.tsv`); or tar shards, as a path, a glob or a brace pattern that ends in .tar.
+        path: JSON Lines, a JSON array, or CSV (`.csv`, `.tsv`); or tar shards, as a path, a glob or a brace pattern
+            that ends in .tar.
         format: "conversations", "multiple-choice" or "ssv2"; None recognises each record by its keys.
         videos: the folder that relative paths start from; None takes the file's own.
 

@@ -105,7 +105,8 @@ class StreamPosition:
 class StreamDataset(IterableDataset[Encoded | BadSample]):
     """Samples of tar shards, decoded and encoded as they come, pass after pass.
 
-    In a pass every sample comes once, from one worker of one process; a reader with fewer samples begins its next pass earlier.
+    In a pass every sample comes once, from one worker of one process; a reader with fewer samples begins its next pass
+    earlier.
 
     Args:
         shards: a path, a glob pattern or a brace pattern, see `find_shards`.

@@ -18,7 +18,8 @@ class Visual:
     Attributes:
         kind: "video" or "image".
         pixels: `(T, H, W, 3)` uint8, of one frame for an image.
-        metadata: when frames begin, as transformers tells it: fps, frames_indices (over fps: seconds), total_num_frames, duration.
+        metadata: when frames begin, as transformers tells it: fps, frames_indices (over fps: seconds),
+            total_num_frames, duration.
         resized: whether the pixels have their final size, so that the processor must not resize them.
     """
 

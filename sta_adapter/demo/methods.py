@@ -35,8 +35,8 @@ class DemoSettings:
         test_clips: clips tested on, in looks never trained on.
         curve_clips: how many of those are asked during training, for the curves.
         steps: optimiser steps of each method, both stages together.
-        stage_one: share of STA's steps that train STA alone. Short, since so small a frozen language model can't yet use
-            what STA adds: longer, and STA learns to shout single answers, from which stage two must first recover.
+        stage_one: share of STA's steps that train STA alone. Short, since so small a frozen language model can't yet
+            use what STA adds: longer, and STA learns to shout single answers, from which stage two must first recover.
         batch_size: clips a step.
         points: how often the curves are measured.
         causal: whether STA's frames attend to themselves and earlier ones alone, as for a stream.

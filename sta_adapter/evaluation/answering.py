@@ -29,8 +29,8 @@ __all__ = ["Answerer", "Prediction", "Question", "judge", "most_likely", "option
 class Prediction:
     """What the model said about one sample.
 
-    `scores` are the options' log-likelihoods, where the most likely one was chosen; `unmatched` says that a generated answer could
-    not be read: it names none of the options, or is empty.
+    `scores` are the options' log-likelihoods, where the most likely one was chosen; `unmatched` says that a generated
+    answer could not be read: it names none of the options, or is empty.
     """
 
     index: int
@@ -122,7 +122,8 @@ class Answerer:
         processor: its processor.
         max_new_tokens: longest generated answer.
         batch_size: samples, or options of samples, at a time.
-        choose: how a question with options is answered: "loglikelihood" or "generate", see `sta_adapter.evaluation.evaluator.evaluate`.
+        choose: how a question with options is answered: "loglikelihood" or "generate", see
+            `sta_adapter.evaluation.evaluator.evaluate`.
         stop_at_letter: a generated answer ends with an option's letter at its start, see there.
     """
 

@@ -1,6 +1,7 @@
 """Results of an evaluation side by side: base against adapter, and frames in order against frames out of order.
 
-`compare` gives what results.json holds, `as_text` the same to read, within 80 columns. Differences are of the same questions, with bootstrap intervals (see `sta_adapter.evaluation.statistics`); single accuracies have Wilson intervals.
+`compare` gives what results.json holds, `as_text` the same to read, within 80 columns. Differences are of the same
+questions, with bootstrap intervals (see `sta_adapter.evaluation.statistics`); single accuracies have Wilson intervals.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def agreement(found: EvaluationResult, expected: EvaluationResult) -> dict[str, 
         expected: by transformers, to the same questions.
 
     Returns:
-        `samples`, `equal` answers among them, those that are `correct` here and there, and the `largest_difference` of an
-        option's log-likelihood in nats, where options were scored.
+        `samples`, `equal` answers among them, those that are `correct` here and there, and the `largest_difference` of
+        an option's log-likelihood in nats, where options were scored.
 
     Raises:
         ConfigError: the questions differ.

@@ -64,25 +64,28 @@ def evaluate(
             `sta_adapter.integrations.vllm.engine.VLLMEngine`.
         data: a file of samples or tar shards, see `read_samples`; or a data set (then its own settings hold).
         processor: the model's processor, where `data` is a file.
-        frame_order: "ordered"; "shuffled" (decoded frames permuted, each clip in its own way) or "reversed" as controls.
+        frame_order: "ordered"; "shuffled" (decoded frames permuted, each clip in its own way) or "reversed" as
+            controls.
         seed: of the shuffling.
         frame_settings: how clips are sampled, where `data` is a file.
         batch_size: samples, or options of samples, at a time.
         max_new_tokens: longest generated answer.
-        choose: how a question with options is answered: by the option of the highest "loglikelihood", or "generate": by what the
-            model writes, as far as it names one option by its letter or text, as published benchmarks are scored.
+        choose: how a question with options is answered: by the option of the highest "loglikelihood", or "generate": by
+            what the model writes, as far as it names one option by its letter or text, as published benchmarks are
+            scored.
         on_bad_sample: "skip" or "error", where `data` is a file.
         num_workers: processes that decode.
-        predictions_file: keeps every prediction at once; given again, what is in it isn't asked a second time, as long as all
-            that it depends on is the same: the model's weights and settings, the question, the clip, sampling and processor.
+        predictions_file: keeps every prediction at once; given again, what is in it isn't asked a second time, as long
+            as all that it depends on is the same: the model's weights and settings, the question, the clip, sampling
+            and processor.
         tag: another name or state that those predictions depend on.
         overwrite: throw away what `predictions_file` holds.
         progress: show a bar; a text says on it what is measured.
-        stop_at_letter: a generated answer to a question with options ends with an option's letter and a mark behind it at its very
-            start ("B.", "(B)"), so that no reasons are written behind it. What is judged is then the letter alone: an answer that would
-            have been taken back later counts as it began.
-        shared: each process of `torch.distributed`'s group, which all have the whole model and call this, answers a part of the
-            samples; all return the outcome of one process.
+        stop_at_letter: a generated answer to a question with options ends with an option's letter and a mark behind it
+            at its very start ("B.", "(B)"), so that no reasons are written behind it. What is judged is then the letter
+            alone: an answer that would have been taken back later counts as it began.
+        shared: each process of `torch.distributed`'s group, which all have the whole model and call this, answers a
+            part of the samples; all return the outcome of one process.
 
     Raises:
         DataError: the data can't be read.

@@ -1,8 +1,8 @@
 """Which of a question's options a written answer names.
 
-Benchmarks compare what a model wrote with the options by rules like these; where theirs ask another language model about
-answers that no rule fits, such an answer counts as wrong here, and is counted. What names several options, or only says what
-the answer is not, names none.
+Benchmarks compare what a model wrote with the options by rules like these; where theirs ask another language model
+about answers that no rule fits, such an answer counts as wrong here, and is counted. What names several options, or
+only says what the answer is not, names none.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class _Mention:
 def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) -> int | None:
     """The index of the option that an answer names, None where it names none or several.
 
-    What is looked at is `final_answer(said)`. The first rule that finds an option decides: the answer is a label or a text and
-    nothing else; a label behind "final answer"; behind "the answer is", or before "is correct"; at the beginning, with a mark
-    or a reason behind it; behind "option", "so", "I choose", in brackets, with its own text, or alone on the last line; the
-    text of one option and of no other. A label or text that is denied ("not B", "B is wrong") counts in none of them.
+    What is looked at is `final_answer(said)`. The first rule that finds an option decides: the answer is a label or a
+    text and nothing else; a label behind "final answer"; behind "the answer is", or before "is correct"; at the
+    beginning, with a mark or a reason behind it; behind "option", "so", "I choose", in brackets, with its own text, or
+    alone on the last line; the text of one option and of no other. A label or text that is denied ("not B", "B is
+    wrong") counts in none of them.
 
     Args:
         said: what the model wrote.

@@ -1,8 +1,9 @@
 """A file of predictions, one a line, that an evaluation goes on with after an interruption.
 
-The first line holds the settings, each further one a question's fingerprint and what the model said to it. A last line that was
-cut off by a crash is dropped; so are predictions for questions that are no longer asked in just that way. Of several processes
-each but the first writes a file of its own beside it (`NAME.part1`, ...), which the first takes over at the end, or when an evaluation goes on.
+The first line holds the settings, each further one a question's fingerprint and what the model said to it. A last line
+that was cut off by a crash is dropped; so are predictions for questions that are no longer asked in just that way. Of
+several processes each but the first writes a file of its own beside it (`NAME.part1`, ...), which the first takes over
+at the end, or when an evaluation goes on.
 """
 
 from __future__ import annotations

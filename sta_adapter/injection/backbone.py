@@ -77,13 +77,13 @@ class Backbone:
         accepts: a further condition on (model, encoder); None when the class name is enough.
         priority: backbones with a higher one are tried first.
         defaults: values of STAConfig fields that differ from the general ones.
-        separate_frames: whether the encoder without STA computes each frame by itself: spatial attention within a frame,
-            no embedding of time. Only then can `handle.stream` go on where the last call ended.
+        separate_frames: whether the encoder without STA computes each frame by itself: spatial attention within a
+            frame, no embedding of time. Only then can `handle.stream` go on where the last call ended.
         qkv_bias: whether the branch's q, k, v projection has a bias.
         clip_source: calls of the full model that tell the clips, for encoders that get frames as a batch.
         lora: the recipe of stage two; None when there is none.
-        dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes
-            whose batch has no video (see `inject`) and for checks; None when not known: then the first real call is checked.
+        dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes whose
+            batch has no video (see `inject`) and for checks; None when not known: then the first real call is checked.
         positions: from a call and its layout to, for each clip, a tensor (rows, columns) with the index of the position
             that stands there on the picture, or None where that can't be known; for pictures of what STA does.
         text_positions: the rules of its language model's text positions, where there are several.

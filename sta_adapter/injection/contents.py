@@ -34,8 +34,8 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
         base_changed: save it also where the base model is other than when STA went in.
 
     Raises:
-        CheckpointError: weights are not finite, the base model was changed, LoRA can't be saved or is merged into STA, or the
-            folder can't be written; what was there stays.
+        CheckpointError: weights are not finite, the base model was changed, LoRA can't be saved or is merged into STA,
+            or the folder can't be written; what was there stays.
     """
     contents = adapter_contents(handle, base_changed)
     if is_sharded(handle.model.parameters()):

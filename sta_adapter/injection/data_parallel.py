@@ -187,8 +187,8 @@ class LanguageModelBegin(AgreeingHook):
     The dummies run where the encoder would have run, just before the language model, so that all processes gather their
     shards in one order. All that the encoder gave, here and for real clips, counts with weight zero, and so does what
     trains between it and the language model: each process's backward then reaches the same parameters. Otherwise DDP
-    reports parameters without a gradient, and FSDP waits forever for a process to join in. A language model that is given
-    tokens, as some are for text alone, gets it where it embeds them.
+    reports parameters without a gradient, and FSDP waits forever for a process to join in. A language model that is
+    given tokens, as some are for text alone, gets it where it embeds them.
     """
 
     @uncompiled

@@ -25,8 +25,8 @@ PEFT_PREFIX = "base_model.model."
 def fingerprint_model(model: nn.Module) -> dict[str, str]:
     """Of a model as it would compute now, in parts: `base`, `sta`, `lora` ("off" where there is none at work), `positions`.
 
-    The base's is the same with and without an adapter on it. Sharded weights are gathered one by one: then all processes must
-    call this.
+    The base's is the same with and without an adapter on it. Sharded weights are gathered one by one: then all
+    processes must call this.
 
     Raises:
         ConfigError: weights are not in memory, so that they can't be known.

@@ -107,8 +107,8 @@ class STAHandle:
 
         Raises:
             MissingExtraError: peft is not installed.
-            ConfigError: the backbone has no recipe and `target_modules` is not given, or an option is unknown, out of range,
-                or one with which an adapter can't be saved and loaded again.
+            ConfigError: the backbone has no recipe and `target_modules` is not given, or an option is unknown, out of
+                range, or one with which an adapter can't be saved and loaded again.
         """
         self._require_injected()
         try:
@@ -156,8 +156,8 @@ class STAHandle:
             name: for messages, where there are several.
 
         Raises:
-            ConfigError: the adapter is not causal, its encoder looks across frames by itself (InternVideo2), or the window
-                doesn't fit.
+            ConfigError: the adapter is not causal, its encoder looks across frames by itself (InternVideo2), or the
+                window doesn't fit.
         """
         self._require_injected()
         window = check_streaming(self.config, self._injection.spec, window)
@@ -211,12 +211,12 @@ class STAHandle:
 
         Args:
             folder: made when it does not exist; an adapter in it is replaced.
-            base_changed: save it also where the base model is other than when STA went in, because more of it was trained or LoRA
-                was merged into it; the adapter is then for the changed base alone.
+            base_changed: save it also where the base model is other than when STA went in, because more of it was
+                trained or LoRA was merged into it; the adapter is then for the changed base alone.
 
         Raises:
-            CheckpointError: the base model was changed, weights are not finite, LoRA has options that can't be loaded, or the
-                folder can't be written; what was there stays.
+            CheckpointError: the base model was changed, weights are not finite, LoRA has options that can't be loaded,
+                or the folder can't be written; what was there stays.
         """
         self._require_injected()
         save_adapter(self, folder, base_changed)
@@ -252,8 +252,8 @@ class STAHandle:
                 (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing.
 
         Returns:
-            What was uploaded, and where it is now. Where weights are sharded all processes must call this, and the first
-            one pushes: None on the others.
+            What was uploaded, and where it is now. Where weights are sharded all processes must call this, and the
+            first one pushes: None on the others.
 
         Raises:
             CheckpointError: weights are not finite, or the Hub refused; the repository is as before.

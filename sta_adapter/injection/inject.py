@@ -34,8 +34,8 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
         UnknownBackboneError: no backbone fits the model.
         ConfigError: a setting does not fit the model, such as layers that it does not have.
         InjectionError: the model has STA already, is wrapped for parallel training or compiled, or is not as the
-            backbone declares (one without `dummy_inputs`: at the encoder's first forward). Whatever is raised, the model is
-            as before.
+            backbone declares (one without `dummy_inputs`: at the encoder's first forward). Whatever is raised, the
+            model is as before.
 
     Warns:
         STAWarning: the model numbers text by another rule than the one it was trained with; says how to mend it.

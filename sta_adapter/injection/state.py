@@ -3,7 +3,8 @@
 An encoder's forward has one layout. The encoder's hook reads it and puts it into the record, per thread; the blocks'
 hooks take it from there, and it is gone when the encoder returns or fails. A block that activation checkpointing runs
 again during backward finds the layout of *its* forward: gradient hooks on the tensors between the blocks put it back
-just before the block's backward starts, valid for that backward only. Where nothing is checkpointed there are no such hooks.
+just before the block's backward starts, valid for that backward only. Where nothing is checkpointed there are no such
+hooks.
 """
 
 from __future__ import annotations

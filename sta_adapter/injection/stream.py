@@ -27,9 +27,9 @@ __all__ = ["Stream", "check_streaming", "continue_streams", "entered"]
 class Stream:
     """Frames that come piece by piece; made by `handle.stream(...)`.
 
-    Inside of its `with` block, in this thread, each call of the encoder gets the next frames, and computes what one call
-    with all frames since the first would have: attention looks back over the window, and the frame index goes on. There
-    are no gradients inside. The block may be left and entered again; what was seen stays until `reset`.
+    Inside of its `with` block, in this thread, each call of the encoder gets the next frames, and computes what one
+    call with all frames since the first would have: attention looks back over the window, and the frame index goes on.
+    There are no gradients inside. The block may be left and entered again; what was seen stays until `reset`.
 
     Attributes:
         name: for messages.
@@ -82,8 +82,8 @@ class Stream:
         """Go on where a stream was when `state_dict` was called, with the same adapter.
 
         Raises:
-            StreamError: another thread is using the stream, or the state doesn't fit: all differences are named, and the
-                stream is as before.
+            StreamError: another thread is using the stream, or the state doesn't fit: all differences are named, and
+                the stream is as before.
         """
         with self.held():
             self._state = restored(state, self.window, self.injection.backbone, self._modules())

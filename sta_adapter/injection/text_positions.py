@@ -1,7 +1,7 @@
 """The rule that a model numbers text beside clips by: which it was trained with, which it computes, and switching.
 
-Releases of transformers differ in it for Qwen2-VL and Qwen2.5-VL (docs/compatibility.md has the table), and an adapter is
-right only under the rule that it was trained with. Backbones declare how (`Backbone.text_positions`).
+Releases of transformers differ in it for Qwen2-VL and Qwen2.5-VL (docs/compatibility.md has the table), and an adapter
+is right only under the rule that it was trained with. Backbones declare how (`Backbone.text_positions`).
 """
 
 from __future__ import annotations

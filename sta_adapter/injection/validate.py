@@ -35,8 +35,8 @@ def validate_target(target: InjectionTarget) -> None:
     """Run the backbone's dummy clip as far as the first block, and probe the blocks; the model stays as it is.
 
     Nothing is done for a backbone without `dummy_inputs`, whose first call is checked (`FirstCallPreHook`), or while
-    parameters are on the meta device. When a built-in backbone's dummy clip can't be run (an attention kernel that needs
-    another device, say), that is logged.
+    parameters are on the meta device. When a built-in backbone's dummy clip can't be run (an attention kernel that
+    needs another device, say), that is logged.
 
     Raises:
         InjectionError: the blocks or the layout function are not as the backbone declares; lists all that was found.

@@ -79,7 +79,8 @@ class RequireGradient(TrainerCallback):
     """Says so when a run doesn't train STA: at the start what is frozen or wrapped, after the first step a gradient of zero.
 
     A first step without a gradient is a warning, since a batch may have no clip, and `patience` of them without any
-    other are an error. Steps in which nothing at all has a gradient (equal rewards, for one) say nothing, and don't count.
+    other are an error. Steps in which nothing at all has a gradient (equal rewards, for one) say nothing, and don't
+    count.
 
     Args:
         patience: that many steps.

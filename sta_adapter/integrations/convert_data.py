@@ -61,7 +61,8 @@ def convert_data(
         to: "ms-swift", "llamafactory", "trl", "axolotl", or "sta-adapter" for ours.
         format: of the records, see `read_samples`.
         videos: the folder that relative paths start from; None takes the file's own. Written paths are absolute.
-        drop: settings of single clips ("nframes", "loss" ...) that may be left out where the tool has no place for them.
+        drop: settings of single clips ("nframes", "loss" ...) that may be left out where the tool has no place for
+            them.
 
     Raises:
         ConfigError: there is no such tool or format.

@@ -1,7 +1,7 @@
 """A hook where PEFT begins: `install()` once, and whatever adds LoRA to a video model in this process trains STA with it.
 
-For tools that load the model and build LoRA by themselves. STA goes in just before LoRA, and is trained and saved
-whole beside it; each folder that `PeftModel.save_pretrained` writes is an adapter that `load_sta` takes. Models without a
+For tools that load the model and build LoRA by themselves. STA goes in just before LoRA, and is trained and saved whole
+beside it; each folder that `PeftModel.save_pretrained` writes is an adapter that `load_sta` takes. Models without a
 known vision encoder, and LoRA that is loaded from a folder without STA, stay as they are.
 """
 

@@ -49,8 +49,8 @@ class VideoCollator:
         processor: the model's processor.
         frames: how clips are sampled where a row doesn't say it; the published recipe's by default.
         max_length: rows of more tokens are bad ones.
-        on_bad_sample: "skip" leaves a row out whose clip can't be read, and counts it; "error" raises. A batch of bad rows
-            alone is an error always.
+        on_bad_sample: "skip" leaves a row out whose clip can't be read, and counts it; "error" raises. A batch of bad
+            rows alone is an error always.
         folder: what relative paths start from.
     """
 

@@ -43,7 +43,8 @@ class ChatProcessor(ABC):
         Args:
             conversation: messages with `role` and `content`; or a list of such conversations.
             chat_template: instead of the processor's own.
-            tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their type.
+            tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their
+                type.
             return_dict: whether everything is returned, or the token ids alone.
             options: `add_generation_prompt`, and those of calling the processor.
         """

@@ -13,9 +13,9 @@ __all__ = ["merge_tokens"]
 def merge_tokens(tokens: Tensor, target: int, heads: int) -> Tensor:
     """Merge the tokens of each group to a fixed number, the most alike first.
 
-    In each step, every second token may be merged into the token among the others that it is most alike, by the cosine of
-    their features averaged over `heads` slices. Tokens in pairs of the greatest likeness are merged, at most half of all, until
-    `target` remain. A merged token is the mean of all that went into it.
+    In each step, every second token may be merged into the token among the others that it is most alike, by the cosine
+    of their features averaged over `heads` slices. Tokens in pairs of the greatest likeness are merged, at most half of
+    all, until `target` remain. A merged token is the mean of all that went into it.
 
     Args:
         tokens: (G, P, C), a group each.

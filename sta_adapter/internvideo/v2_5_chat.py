@@ -38,8 +38,8 @@ class ChatMethods:
         Args:
             tokenizer: the model's; a processor does as well.
             pixel_values: (F, 3, H, W), all rows of the conversation; None for one of text alone.
-            question: with an `<image>` for each entry of `num_patches_list` that isn't in `history`; without any, one is put in
-                front. Clips are written as in training, `Frame1: <image>` and so on, a line for each frame.
+            question: with an `<image>` for each entry of `num_patches_list` that isn't in `history`; without any, one
+                is put in front. Clips are written as in training, `Frame1: <image>` and so on, a line for each frame.
             generation_config: arguments of `generate`.
             history: earlier questions and answers, as returned.
             return_history: whether the history, with this question and its answer, is returned as well.

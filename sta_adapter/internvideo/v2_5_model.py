@@ -1,7 +1,8 @@
 """InternVideo2.5-Chat put together: InternViT, HiCo's token merging, and InternLM2 as transformers' Llama.
 
-The same numbers as the published code (OpenGVLab/InternVideo2_5_Chat_8B), without running it, on every release of transformers.
-What differs is said at `generate` and where the published code would compute something that nobody can mean.
+The same numbers as the published code (OpenGVLab/InternVideo2_5_Chat_8B), without running it, on every release of
+transformers. What differs is said at `generate` and where the published code would compute something that nobody can
+mean.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from sta_adapter.internvideo.v2_5_vision import InternVisionModel
 class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, GenerationMixin):
     """The chat model: rows of pixels, frames or tiles, become visual tokens in a Llama's prompt.
 
-    Rows are merged in groups of `config.local_num_frames`, so that clips, and pictures with their tiles, come in multiples of it;
-    the processor fills them up.
+    Rows are merged in groups of `config.local_num_frames`, so that clips, and pictures with their tiles, come in
+    multiples of it; the processor fills them up.
     """
 
     config_class = InternVideo2_5Config
@@ -106,7 +107,8 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         """Embeddings (B, L, C) of a prompt with the visual tokens in their places.
 
         Raises:
-            LayoutError: their number is not that of their places, or a clip doesn't end where a merged group of rows ends.
+            LayoutError: their number is not that of their places, or a clip doesn't end where a merged group of rows
+                ends.
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if visual_features is None and pixel_values is None:

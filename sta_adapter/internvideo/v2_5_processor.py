@@ -27,8 +27,8 @@ PLACES = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 class InternVideo2_5Processor(ChatProcessor):
     """Tokens and rows of pixels of conversations; a frame and a tile of a picture are rows of the same size.
 
-    A clip is written as in training, a line for each frame: `Frame1: <img>...</img>`. Clips and pictures are filled up to whole
-    groups of rows, whose tokens the model merges.
+    A clip is written as in training, a line for each frame: `Frame1: <img>...</img>`. Clips and pictures are filled up
+    to whole groups of rows, whose tokens the model merges.
 
     Attributes:
         tokenizer: the model's.
@@ -80,7 +80,8 @@ class InternVideo2_5Processor(ChatProcessor):
             images: all pictures of the texts, in order.
             text: one or several, with `<image>` for each picture and `<video>` for each clip.
             videos: all clips of the texts, in order, (T, H, W, 3) or (T, 3, H, W) uint8 each.
-            add_special_tokens: whether the token in front of every conversation is added; None adds it where the text has none.
+            add_special_tokens: whether the token in front of every conversation is added; None adds it where the text
+                has none.
             return_tensors: "pt", the only kind.
             padding: as for the tokenizer; False takes one text.
             options: of the tokenizer; `videos_kwargs` and `images_kwargs` hold nothing that matters here.

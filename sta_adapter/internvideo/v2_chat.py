@@ -40,13 +40,14 @@ class ChatMixin:
             msg: text behind the clip, such as at which seconds its frames were taken.
             user_prompt: the question.
             media_type: "video" or "image".
-            media_tensor: a clip (T, 3, H, W); with the HD variant's tiles (1, tiles, T, 3, H, W). A picture (1, 3, H, W), or
-                several (n, 1, 3, H, W).
+            media_tensor: a clip (T, 3, H, W); with the HD variant's tiles (1, tiles, T, 3, H, W). A picture (1, 3, H,
+                W), or several (n, 1, 3, H, W).
             instruction: text in front of all.
             chat_history: questions and answers before.
             return_history: give the history with this answer as well.
             generation_config: options of `generate`; by default it samples up to 200 tokens, as published.
-            qformer_tokenizer: of bert-base-uncased; with it the Q-Former reads the instruction too, as in the HD variant.
+            qformer_tokenizer: of bert-base-uncased; with it the Q-Former reads the instruction too, as in the HD
+                variant.
 
         Returns:
             The answer, or (answer, history).

@@ -43,8 +43,8 @@ class InternVideo2ChatConfig(PretrainedConfig):
         extra_num_query_token: queries added in the chat model's training; as many tokens as both are a clip's.
         image_token_id: stands for each of a picture's tokens in `input_ids`; never looked up among the embeddings.
         video_token_id: likewise, a clip's.
-        lora_scale: by how much LoRA weights that the checkpoint holds beside the language model's are scaled when they are
-            merged; None when it holds none.
+        lora_scale: by how much LoRA weights that the checkpoint holds beside the language model's are scaled when they
+            are merged; None when it holds none.
     """
 
     model_type = MODEL_TYPE
@@ -103,7 +103,8 @@ def read_config(config: Mapping[str, Any], folder: Path | None = None) -> Intern
 
     Args:
         config: its contents.
-        folder: where it lies, in which a language model's `config.json` is looked for when `pretrained_llm_path` names a folder.
+        folder: where it lies, in which a language model's `config.json` is looked for when `pretrained_llm_path` names
+            a folder.
 
     Raises:
         CheckpointError: it isn't InternVideo2-Chat's, or of a variant that isn't known.

@@ -48,8 +48,8 @@ class EncoderConfig:
     def of_published(cls, settings: Mapping[str, Any]) -> EncoderConfig:
         """From the part `vision_encoder` of a published configuration.
 
-        The published code takes width, depth, heads and picture from the encoder's name, whatever else is written there; a
-        configuration of other sizes is told by `embed_dim`, and then names them all.
+        The published code takes width, depth, heads and picture from the encoder's name, whatever else is written
+        there; a configuration of other sizes is told by `embed_dim`, and then names them all.
 
         Raises:
             CheckpointError: its name is none of the known ones.

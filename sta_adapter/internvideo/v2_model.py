@@ -79,8 +79,8 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         Args:
             input_ids: (B, L), with a placeholder for each token of each clip and picture.
             attention_mask: (B, L).
-            pixel_values_videos: clips (n, T, 3, H, W) in the order of their placeholders, normalised; shorter ones are filled
-                up with frames of NaN.
+            pixel_values_videos: clips (n, T, 3, H, W) in the order of their placeholders, normalised; shorter ones are
+                filled up with frames of NaN.
             pixel_values: pictures (n, 3, H, W), likewise.
             inputs_embeds: (B, L, C) instead of `input_ids` and pixels.
             qformer_input_ids: tokens (1 or n, L') of an instruction that the Q-Former reads as well.

@@ -97,8 +97,9 @@ class InternVideo2ChatProcessor(ChatProcessor):
             options: `add_special_tokens`, `videos_kwargs` and `images_kwargs`, of which none matters here.
 
         Returns:
-            `input_ids` and `attention_mask` (B, L); `pixel_values_videos` (n, T, 3, size, size), shorter clips filled up with
-            frames of NaN; `pixel_values` (n, 3, size, size); with an instruction `qformer_input_ids` and its mask.
+            `input_ids` and `attention_mask` (B, L); `pixel_values_videos` (n, T, 3, size, size), shorter clips filled
+            up with frames of NaN; `pixel_values` (n, 3, size, size); with an instruction `qformer_input_ids` and its
+            mask.
 
         Raises:
             DataError: texts, clips and pictures don't go together.

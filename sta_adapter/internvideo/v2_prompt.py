@@ -44,7 +44,8 @@ CHAT_TEMPLATE = """\
 def prompt_tokens(tokenizer: Any, text: str, config: Any) -> list[int]:
     """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
 
-    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's beginning.
+    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's
+    beginning.
 
     Args:
         tokenizer: the language model's.

@@ -1,8 +1,8 @@
 """Weights of a published checkpoint, one tensor after the other, into a model that has none yet.
 
-Safetensors are mapped from the disk, and pickles (`.bin`, `.pt`, `.pth`) are
-read by torch's `weights_only` reader alone, which runs no code. Beyond the model's own size, no more than one tensor is held
-(of pickles in the format before torch 1.6, one file).
+Safetensors are mapped from the disk, and pickles (`.bin`, `.pt`, `.pth`) are read by torch's `weights_only` reader
+alone, which runs no code. Beyond the model's own size, no more than one tensor is held (of pickles in the format before
+torch 1.6, one file).
 """
 
 from __future__ import annotations

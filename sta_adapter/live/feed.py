@@ -18,8 +18,8 @@ WAIT = 0.05
 class Feed:
     """Frames of a source in order, the newest `capacity` of those that wait.
 
-    The rule: where encoding can't keep up, the frame that has waited longest is dropped. Of a `fast` source none is: the
-    reader waits.
+    The rule: where encoding can't keep up, the frame that has waited longest is dropped. Of a `fast` source none is:
+    the reader waits.
 
     Args:
         source: of the frames.

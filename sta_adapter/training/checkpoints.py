@@ -39,7 +39,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Put what `trained_state` gave back into the model.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or names other parameters than the model trains; nothing is changed.
+        CheckpointError: the file is missing or damaged, or names other parameters than the model trains; nothing is
+            changed.
     """
     file = folder / TRAINED_FILE
     try:

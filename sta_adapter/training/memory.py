@@ -1,7 +1,8 @@
 """How much memory a training step takes at its peak, found without taking it.
 
-The step is run for its bookkeeping alone: floating-point tensors are torch's fake ones, which have shapes and no values, and
-whole numbers (tokens, grids, masks) are real, as models read them. What is alive is counted by storages, as they come and go.
+The step is run for its bookkeeping alone: floating-point tensors are torch's fake ones, which have shapes and no
+values, and whole numbers (tokens, grids, masks) are real, as models read them. What is alive is counted by storages, as
+they come and go.
 """
 
 from __future__ import annotations

@@ -132,9 +132,9 @@ def plan_stage(
         machine: what it is planned for.
 
     Returns:
-        Plain values, memory in bytes: `trainable`, `parameters`, `samples`, `steps`, `device_batch_size`, `accumulation`,
-        `gradient_checkpointing`, `parts`, `needs`, `fits`, `choices` (for each kind of checkpointing the largest device batch that
-        fits, 0 for none) and `suggested` (settings that fit; None where none do).
+        Plain values, memory in bytes: `trainable`, `parameters`, `samples`, `steps`, `device_batch_size`,
+        `accumulation`, `gradient_checkpointing`, `parts`, `needs`, `fits`, `choices` (for each kind of checkpointing
+        the largest device batch that fits, 0 for none) and `suggested` (settings that fit; None where none do).
     """
     stage = Stage(name, config, Path(), dataset)
     kinds = [False, config.gradient_checkpointing or True]

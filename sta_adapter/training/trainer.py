@@ -1,7 +1,7 @@
 """The Hugging Face trainer, taught what an adapter needs.
 
-Checkpoints hold the trained parameters (exactly) and the adapter, never the frozen base, and count only when complete; bad
-samples are counted; STA has its own learning rate, and vectors (norms, biases, gamma) no weight decay.
+Checkpoints hold the trained parameters (exactly) and the adapter, never the frozen base, and count only when complete;
+bad samples are counted; STA has its own learning rate, and vectors (norms, biases, gamma) no weight decay.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step on the usable samples of the batch; without any there is nothing to learn from.
 
-        One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero weight.
+        One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero
+        weight.
         """
         self.counts.add_bad(inputs.pop("bad_samples", []))
         usable = "input_ids" in inputs

@@ -1,7 +1,8 @@
 """Two-stage training of STA, and of LoRA baselines without it.
 
-Stage one trains STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train` again
-with the same arguments after a crash goes on from the last checkpoint, and ends with the weights of an uninterrupted run.
+Stage one trains STA alone; stage two trains STA and LoRA on the language model and the vision encoder. Calling `train`
+again with the same arguments after a crash goes on from the last checkpoint, and ends with the weights of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -201,8 +202,8 @@ def open_data(
     """The data set for a run's settings.
 
     Args:
-        data: a file of samples, or several, each with a weight if it is to be another than 1 ("clips.jsonl:2" has its samples
-            twice in an epoch); or tar shards, as a path, a glob or a brace pattern that ends in .tar.
+        data: a file of samples, or several, each with a weight if it is to be another than 1 ("clips.jsonl:2" has its
+            samples twice in an epoch); or tar shards, as a path, a glob or a brace pattern that ends in .tar.
         processor: the model's processor.
         config: the settings.
         format: of the records; None recognises each by its keys.

@@ -23,7 +23,8 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
     """Frames of a clip that lies there as pictures, sampled by time as `read_clip` does.
 
     Args:
-        path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). Hidden files don't count.
+        path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). Hidden files don't
+            count.
         rate: Pictures a second.
         resize: As for `read_clip`.
         sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.

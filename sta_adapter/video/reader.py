@@ -38,8 +38,8 @@ class ClipMetadata:
     def for_transformers(self) -> dict[str, Any]:
         """The fields of transformers' `VideoMetadata`: `VideoMetadata(**clip.metadata.for_transformers())`.
 
-        transformers tells time by `frames_indices` over `fps`. Where the file's own numbers don't give the timestamps in
-        that way (a variable frame rate), frames are numbered as in a file of a million a second.
+        transformers tells time by `frames_indices` over `fps`. Where the file's own numbers don't give the timestamps
+        in that way (a variable frame rate), frames are numbered as in a file of a million a second.
         """
         rate, total, indices = self.fps, self.total_frames, list(self.indices)
         # to the bit, as times are rounded for prompts
@@ -103,9 +103,11 @@ def read_clip(
         start: First second wanted, counted from the first frame.
         end: Second before which the wanted frames begin; past the file's end means up to it.
         backend: "auto", or by name "decord", "pyav" or "torchcodec".
-        threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the quickest.
+        threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the
+            quickest.
         resize: Makes some frames (t, H, W, 3) into those that are kept, so that never all are there in their full size.
-        segments: `num_frames` segments give the middle of each, counted in frames, as in InternVL's training; else their first.
+        segments: `num_frames` segments give the middle of each, counted in frames, as in InternVL's training; else
+            their first.
 
     Frames of more than 8192x4320 pixels, and more frames than about 3 GB, are refused before memory is taken for them.
 

@@ -1,7 +1,7 @@
 """Pictures of what STA did with a clip, drawn from an `Observation`; each in light or dark, on nothing.
 
-Attention is shown against even spread, in blue (less) over a neutral colour (even) to orange (more), which everybody can tell
-apart; sizes in viridis, which stays in order in grey.
+Attention is shown against even spread, in blue (less) over a neutral colour (even) to orange (more), which everybody
+can tell apart; sizes in viridis, which stays in order in grey.
 """
 
 from __future__ import annotations

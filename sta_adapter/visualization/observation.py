@@ -28,8 +28,8 @@ class Observation:
     Attributes:
         blocks: (B,) the blocks' indices in the encoder.
         attention: (B, H, T, T) float32, weight of each key frame (last axis) for each query frame, mean over positions.
-        crossing: (B, T, N) float32, share of each token's attention that goes to frames other than its own, from 0 to 1,
-            mean over heads. Without STA it is 0 in every encoder whose own attention stays within a frame.
+        crossing: (B, T, N) float32, share of each token's attention that goes to frames other than its own, from 0 to
+            1, mean over heads. Without STA it is 0 in every encoder whose own attention stays within a frame.
         branch: (B, T, N) float32, length (L2 norm over channels) of what STA adds to each token, divided by the length
             of what it is added to, the block's residual stream.
         change: (T, N) float32, for the output of the encoder's last block: the length of the difference between STA on
@@ -41,7 +41,8 @@ class Observation:
             code's token order. `attention` and `crossing` belong to the token that looks, `branch` and `change` to the
             one that receives.
         patches: (B, H or 1, rows, columns, T, T) uint8, the attention of cells of patches relative to even, as codes of
-            `sta_adapter.visualization.patch_attention`; None where the picture is not known, or where it would be too much.
+            `sta_adapter.visualization.patch_attention`; None where the picture is not known, or where it would be too
+            much.
         pooling: how many patches make a cell, whether heads are apart, and how many blocks fit a page; None as above.
     """
 
@@ -87,7 +88,8 @@ def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0, patc
         handle: of the injected model, which runs in its present mode (call `model.eval()` first), without gradients.
         inputs: keyword arguments of `handle.model`, as its processor makes them.
         clip: which of the clips in `inputs`, counted from 0 in the order in which the encoder gets them.
-        patch_budget: bytes that `Observation.patches` may take of the blocks that fit; patches are pooled until they do.
+        patch_budget: bytes that `Observation.patches` may take of the blocks that fit; patches are pooled until they
+            do.
 
     Raises:
         LayoutError: `inputs` have no such clip.

@@ -1,8 +1,8 @@
 """Temporal attention relative to even spread: of whole frames, and of patches in one byte a value, small enough for a page.
 
-Even spread gives each of the V frames that a frame may look at the weight 1 / V. A weight w is told as w * V: 1 is even, 2 is
-twice as much. A byte holds the logarithm of that to the base T, the number of frames, so that 1 is exact and the rest is within
-exp(log(T) / 254) - 1 of itself (1.7 % at 64 frames); below 1 / T it is cut off.
+Even spread gives each of the V frames that a frame may look at the weight 1 / V. A weight w is told as w * V: 1 is
+even, 2 is twice as much. A byte holds the logarithm of that to the base T, the number of frames, so that 1 is exact and
+the rest is within exp(log(T) / 254) - 1 of itself (1.7 % at 64 frames); below 1 / T it is cut off.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SSv2-T10: ten classes of Something-Something v2 that differ in time; the answer is the class in words.
 
-`labels/validation.json` and the clips in `20bn-something-something-v2/` (or `videos/`), as `ID.webm`. The published split, a
-fifth of train.json drawn without a seed, can't be had again, so the official validation clips of the ten classes are asked.
-Question and answer are the published ones; the class's name alone is right as well.
+`labels/validation.json` and the clips in `20bn-something-something-v2/` (or `videos/`), as `ID.webm`. The published
+split, a fifth of train.json drawn without a seed, can't be had again, so the official validation clips of the ten
+classes are asked. Question and answer are the published ones; the class's name alone is right as well.
 """
 
 from __future__ import annotations

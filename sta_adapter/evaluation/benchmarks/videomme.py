@@ -1,6 +1,7 @@
 """Video-MME, without subtitles: `videomme/test-*.parquet` and the clips in `data/` (or `videos/`), by their YouTube names.
 
-Grouped by `task_type`; `duration`, `domain` and `sub_category` are there to group by as well. Prompt as in the benchmark's own readme.
+Grouped by `task_type`; `duration`, `domain` and `sub_category` are there to group by as well. Prompt as in the
+benchmark's own readme.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """STA in LLaMA-Factory: `python -m sta_adapter.integrations.llamafactory train config.yaml`.
 
-It stands in the place of `llamafactory-cli` and takes the same commands, files and environment variables; a YAML file may
-have STA's settings under `sta:`. LLaMA-Factory loads the model and builds LoRA by itself, so STA goes in where PEFT begins.
+It stands in the place of `llamafactory-cli` and takes the same commands, files and environment variables; a YAML file
+may have STA's settings under `sta:`. LLaMA-Factory loads the model and builds LoRA by itself, so STA goes in where PEFT
+begins.
 """
 
 from __future__ import annotations

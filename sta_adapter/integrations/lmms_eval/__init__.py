@@ -1,7 +1,7 @@
 """Models with STA for lmms-eval: `lmms_eval --model qwen2_vl_sta --model_args pretrained=...,sta=PATH_OR_ID`.
 
-Each model is lmms-eval's own class with the adapter
-put in once it has loaded the base; prompts, frames and scoring stay lmms-eval's. One file a model, imported when it is used.
+Each model is lmms-eval's own class with the adapter put in once it has loaded the base; prompts, frames and scoring
+stay lmms-eval's. One file a model, imported when it is used.
 """
 
 from __future__ import annotations

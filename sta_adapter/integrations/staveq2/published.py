@@ -159,7 +159,8 @@ def match_keys(spec: Backbone, keys: Iterable[str]) -> tuple[dict[str, str], lis
     """Find STA's tensors of a backbone under their published names.
 
     Returns:
-        (from our key, `blocks.{i}.to_qkv.weight`, to the checkpoint's; keys below STA's modules that we have no place for).
+        (from our key, `blocks.{i}.to_qkv.weight`, to the checkpoint's; keys below STA's modules that we have no place
+        for).
 
     Raises:
         CheckpointError: a tensor stands there twice, as with several PEFT adapters.

@@ -1,7 +1,7 @@
 """STA in vLLM: `vllm serve BASE --hf-overrides '{"sta_adapter": "FOLDER_OR_ID"}'`.
 
-vLLM calls `register` in each of its processes (entry points `vllm.general_plugins`). Without the setting it runs its own
-models, bit for bit; with it a subclass of its class puts STA into the vision tower, see `models`.
+vLLM calls `register` in each of its processes (entry points `vllm.general_plugins`). Without the setting it runs its
+own models, bit for bit; with it a subclass of its class puts STA into the vision tower, see `models`.
 
 """
 

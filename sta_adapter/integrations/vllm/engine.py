@@ -34,8 +34,8 @@ class VLLMEngine:
 
     Args:
         model: the base's folder, or its id on the Hub.
-        adapter: the adapter's; STA, or STA with LoRA weights, which are merged into a copy of the base for as long as the
-            engine runs, in the folder for temporary files.
+        adapter: the adapter's; STA, or STA with LoRA weights, which are merged into a copy of the base for as long as
+            the engine runs, in the folder for temporary files.
         adapter_revision: of the adapter on the Hub.
         any_base: take another base than the adapter names, if it fits.
         dtype: "auto" (as saved; fp32 where there is no CUDA), "bf16", "fp16" or "fp32".
@@ -150,8 +150,8 @@ class VLLMEngine:
     ) -> list[list[float]]:
         """See `sta_adapter.evaluation.engine.Engine`.
 
-        Each token of an option is scored behind those before it; what options begin with in common is asked once, and what
-        prompts have in common is in the engine's cache.
+        Each token of an option is scored behind those before it; what options begin with in common is asked once, and
+        what prompts have in common is in the engine's cache.
         """
         from vllm import SamplingParams
 

@@ -1,7 +1,7 @@
 """A video loader for vLLM's server that samples and sizes frames as training did.
 
-vLLM's own loaders take other frames (see docs/serve.md). `sta-adapter serve` names this one in `--media-io-kwargs`, with
-the settings of the adapter's run.
+vLLM's own loaders take other frames (see docs/serve.md). `sta-adapter serve` names this one in `--media-io-kwargs`,
+with the settings of the adapter's run.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ class TrainedFrames:
 def clip_facts(clip: Visual, temporal_patch: int) -> dict[str, Any]:
     """What vLLM is told of a clip: its times as training had them, and that no frames are to be chosen again.
 
-    Processors take the seconds of a temporal step from the share of the file's frames that was sampled, which is right for
-    frames spread evenly over the whole file; the total is given such that the clip's own step comes out, whatever was read.
+    Processors take the seconds of a temporal step from the share of the file's frames that was sampled, which is right
+    for frames spread evenly over the whole file; the total is given such that the clip's own step comes out, whatever
+    was read.
 
     Args:
         clip: the decoded clip.

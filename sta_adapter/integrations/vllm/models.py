@@ -1,7 +1,7 @@
 """vLLM's own model classes, with the STA of an adapter in their vision tower.
 
-The attributes of this module are made when they are asked for: `models.Qwen2VLForConditionalGeneration` is a subclass of
-vLLM's class of that name.
+The attributes of this module are made when they are asked for: `models.Qwen2VLForConditionalGeneration` is a subclass
+of vLLM's class of that name.
 """
 
 from __future__ import annotations

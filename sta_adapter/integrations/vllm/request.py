@@ -1,8 +1,8 @@
 """What an engine was asked for: the adapter that `hf_overrides` names, found, read and pinned before any weight loads.
 
-`hf_overrides` become attributes of the base's configuration, which vLLM hands to each of its processes. The first one to
-see them adds the digest of the adapter's files; in every other process, at a reload and on other machines the files must
-have that digest again.
+`hf_overrides` become attributes of the base's configuration, which vLLM hands to each of its processes. The first one
+to see them adds the digest of the adapter's files; in every other process, at a reload and on other machines the files
+must have that digest again.
 """
 
 from __future__ import annotations
