@@ -27,13 +27,29 @@ class Builder(Protocol):
     """What a module in `BUILDERS` has."""
 
     def load_model(self, name: str | os.PathLike[str], config: dict[str, Any], **options: Any) -> nn.Module:
-        """The model with its weights; options: `revision`, `dtype`, `device`, `quantization_config`."""
+        """The model with its weights, on a device.
+
+        Args:
+            name: Hub id or folder.
+            config: contents of its `config.json`.
+            options: `revision`, a branch, tag or commit on the Hub; `dtype` of the weights, "auto" for that of the
+                configuration, bfloat16 where it names none; `device`; `quantization_config` for bitsandbytes, only for
+                folders that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or weights don't fit the configuration.
+            ConfigError: published weights are to be quantized.
+        """
 
     def load_processor(self, name: str | os.PathLike[str], config: dict[str, Any], revision: str | None) -> Any:
-        """Its processor."""
+        """The model's processor, from published files or from a folder that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the tokenizer's files are missing or damaged.
+        """
 
     def empty_model(self, config: dict[str, Any]) -> nn.Module:
-        """The model without weights, made under whatever device context is in force."""
+        """The model without weights, made on the device of the context that it is called in."""
 
 
 def builder_of(config: Mapping[str, Any]) -> Builder | None:

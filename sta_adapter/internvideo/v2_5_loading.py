@@ -43,20 +43,7 @@ def load_model(
     device: str = "cpu",
     quantization_config: Any = None,
 ) -> nn.Module:
-    """The model with its weights, on a device.
-
-    Args:
-        name: Hub id or folder.
-        config: contents of its `config.json`.
-        revision: branch, tag or commit on the Hub.
-        dtype: of the weights; "auto" for that of the configuration, bfloat16 where it names none.
-        device: where to.
-        quantization_config: for bitsandbytes; only for folders that `save_pretrained` wrote.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or weights don't fit the configuration.
-        ConfigError: published weights are to be quantized.
-    """
+    """See `sta_adapter.internvideo.Builder`."""
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
     own = config.get("model_type") == InternVideo2_5Config.model_type
     if own:
@@ -76,18 +63,14 @@ def load_model(
 
 
 def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:
-    """The model's processor, from published files or from a folder that `save_pretrained` wrote.
-
-    Raises:
-        CheckpointError: the tokenizer's files are missing or damaged.
-    """
+    """See `sta_adapter.internvideo.Builder`."""
     from sta_adapter.internvideo.v2_5_processor import InternVideo2_5Processor
 
     return InternVideo2_5Processor.from_pretrained(fetch_folder(name, revision, TOKENIZER_FILES), config=config)
 
 
 def empty_model(config: dict[str, Any]) -> nn.Module:
-    """The model without weights, made on the device of the context that it is called in."""
+    """See `sta_adapter.internvideo.Builder`."""
     return InternVideo2_5ForConditionalGeneration(configuration(config))
 
 
