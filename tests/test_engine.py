@@ -221,6 +221,34 @@ def test_without_vllm_the_command_says_how_to_get_it(tmp_path, monkeypatch, proc
         CliRunner().invoke(cli, words, catch_exceptions=False)
 
 
+def test_the_command_asks_an_engine_and_compares_it_with_the_model(tmp_path, monkeypatch, processor):
+    """Twice, as what was found the first time can be thrown away; of the comparison nothing is kept."""
+
+    class Engine(Rules):
+        def __init__(self, model, adapter, **how):
+            super().__init__(processor.tokenizer)
+            made.append((model, adapter, how["most"], how["options"]))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    made = []
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", Engine)
+    base, out = save_base(tmp_path / "base", processor), tmp_path / "out"
+    words = ["evaluate", "--model", base, "--data", write_samples(tmp_path, 2), "--engine", "vllm", "--out", out]
+    words += ["--engine-options", '{"seed": 1}', "--num-workers", 0, "--max-new-tokens", 1, "--overwrite"]
+    for _ in range(2):
+        done = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert made == [(str(base), None, {"video": 1, "image": 0}, {"seed": 1})] * 2
+    found = json.loads((out / "results.json").read_text())
+    assert found["base"]["ordered"]["overall"]["total"] == found["engine"]["agreement"]["base"]["samples"] == 2
+    assert sorted(path.name for path in out.glob("*.jsonl")) == ["base-ordered.jsonl"]
+
+
 class FakeLLM:
     """What VLLMEngine uses of `vllm.LLM`."""
 

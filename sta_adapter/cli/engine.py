@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sta_adapter.cli.measurement import ORDERED, Measurement
 from sta_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     Orders = dict[str, EvaluationResult]
 
 ENGINES = ("transformers", "vllm")
-ORDERED = "ordered"
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -54,43 +52,29 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def measure_by_engine(
-    model: str,
-    folder: Path | None,
-    dataset: VideoDataset,
-    runs: list[str],
-    options: dict[str, Any],
-    measure: Callable[..., Orders],
-    by_transformers: Callable[..., dict[str, Orders]],
-) -> tuple[dict[str, Orders], dict[str, Any]]:
+def ask_engine(measurement: Measurement, options: dict[str, Any]) -> tuple[dict[str, Orders], dict[str, Any]]:
     """The results of each run, each by an engine of its own, and what is to be said of the engine.
 
     Args:
-        model: the base.
-        folder: the adapter's.
-        dataset: the questions.
-        runs: "base", "adapter" or both.
+        measurement: what to ask.
         options: the command's.
-        measure: `measure(engine, dataset, run, orders)`, which asks; without orders it takes the command's and keeps
-            what it finds.
-        by_transformers: `by_transformers(dataset, runs, orders)`, the same without an engine.
     """
     from sta_adapter.compatibility.seams import version
     from sta_adapter.evaluation.engine import agreement
     from sta_adapter.integrations.vllm.engine import VLLMEngine
 
-    own = check_options(options)
+    own, source, dataset = check_options(options), measurement.source, measurement.dataset
     some = _some(dataset, 16 if options["check"] is None else options["check"])
-    expected = by_transformers(some, runs, (ORDERED,)) if len(some) else {}
+    expected = measurement.ask_model(some) if len(some) else {}
     _free_memory()
-    how: dict[str, Any] = {key: options[key] for key in ("revision", "trust_remote_code", "any_base")}
-    how |= {"dtype": options["dtype"] or "auto", "most": _most(dataset.samples), "options": own}
+    how: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    how |= {"any_base": source.any_base, "dtype": source.dtype, "most": _most(dataset.samples), "options": own}
     results, agreements = {}, {}
-    for run in runs:
-        with VLLMEngine(model, folder if run == "adapter" else None, **how) as engine:
-            results[run] = measure(engine, dataset, run, None)
+    for run in measurement.runs:
+        with VLLMEngine(source.model, source.adapter if run == "adapter" else None, **how) as engine:
+            results[run] = measurement.ask(engine, run)
             if expected:
-                found = measure(engine, some, run, (ORDERED,))
+                found = measurement.ask(engine, run, some)
                 agreements[run] = agreement(found[ORDERED], expected[run][ORDERED])
         _free_memory()
     return results, {"name": "vllm", "version": version("vllm"), "options": own, "agreement": agreements}

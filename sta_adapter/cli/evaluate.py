@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from dataclasses import replace
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sta_adapter.cli.engine import ENGINES, check_options, measure_by_engine, sentences
+from sta_adapter.cli.engine import ENGINES, ask_engine, check_options, sentences
+from sta_adapter.cli.measurement import Measurement
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     Grouped,
@@ -29,14 +29,8 @@ from sta_adapter.requirements import require_device, require_packages, require_w
 from sta_adapter.visualization.local_paths import public_name, without_folders
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sta_adapter.data.conversation import Sample
     from sta_adapter.data.dataset import VideoDataset
-    from sta_adapter.evaluation.engine import Engine
-    from sta_adapter.evaluation.result import EvaluationResult
-
-    Orders = dict[str, EvaluationResult]
 
 __all__ = ["command"]
 
@@ -90,7 +84,6 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     """Evaluate and print the outcome."""
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
-    from sta_adapter.evaluation.eval_mode import without_adapter
 
     about = _about(model, adapter, options)
     require_device(options["device"])
@@ -110,24 +103,15 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     source = ModelSource.of({"model": model, **options}, folder)
     dataset = _dataset(samples, source.load_processor(), folder, options)
 
-    def measure(net: nn.Module | Engine, data: VideoDataset, name: str, orders: tuple[str, ...] | None) -> Orders:
-        return _measure(net, data, name, None if orders else out, options, orders or _orders(options))
-
-    def by_transformers(
-        data: VideoDataset, names: list[str], orders: tuple[str, ...] | None = None
-    ) -> dict[str, Orders]:
-        net = source.load(options["device"])
-        found = {}
-        for name in names:
-            with without_adapter(net) if name == "base" else contextlib.nullcontext():
-                found[name] = measure(net, data, name, orders)
-        return found
-
+    kept = Path(out) if out else None
+    measurement = Measurement(
+        source, dataset, runs, _orders(options), options["device"], kept, options["overwrite"], _arguments(options)
+    )
     if options["engine"] == "vllm":
-        results, engine = measure_by_engine(model, folder, dataset, runs, options, measure, by_transformers)
+        results, engine = ask_engine(measurement, options)
         about["engine"], notes = engine, [*notes, *sentences(engine)]
     else:
-        results = by_transformers(dataset, runs)
+        results = measurement.ask_model()
     for result in (result for orders in results.values() for result in orders.values()):
         if not result.predictions:
             first = result.bad_samples[0] if result.bad_samples else "there is none"
@@ -244,31 +228,14 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
 
 
-def _measure(
-    model: nn.Module | Engine,
-    dataset: VideoDataset,
-    name: str,
-    out: str | None,
-    options: dict[str, Any],
-    orders: tuple[str, ...],
-) -> Orders:
-    from sta_adapter.evaluation.evaluator import evaluate
-
+def _arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `sta_adapter.evaluation.evaluate` that are the same for all runs."""
     return {
-        order: evaluate(
-            model,
-            dataset,
-            frame_order=order,
-            seed=options["seed"],
-            batch_size=options["batch_size"] or (64 if options["engine"] == "vllm" else 8),
-            max_new_tokens=options["max_new_tokens"],
-            choose="generate" if options["benchmark"] else "loglikelihood",
-            num_workers=options["num_workers"],
-            predictions_file=Path(out, f"{name}-{order}.jsonl") if out else None,
-            overwrite=options["overwrite"],
-            progress=f"answers of the {name}",
-            stop_at_letter=options["stop_at_letter"],
-            shared=options["shared"],
-        )
-        for order in orders
+        "seed": options["seed"],
+        "batch_size": options["batch_size"] or (64 if options["engine"] == "vllm" else 8),
+        "max_new_tokens": options["max_new_tokens"],
+        "choose": "generate" if options["benchmark"] else "loglikelihood",
+        "num_workers": options["num_workers"],
+        "stop_at_letter": options["stop_at_letter"],
+        "shared": options["shared"],
     }
