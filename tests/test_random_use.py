@@ -22,7 +22,7 @@ from torch.nn import functional
 from toy import TOY, ToyEncoder, toy_pixels
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta, register_backbone
-from sta_adapter.errors import InjectionError
+from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.injection.registry import unregister_backbone
 
 DEPTH = 2
@@ -109,6 +109,13 @@ class RandomUse(RuleBasedStateMachine):
         self.keys = list(self.model.state_dict())
         self.off = False
 
+    def base_state(self):
+        """The base's tensors by the names that they have without STA and LoRA."""
+        plain = {
+            k.replace("base_model.model.", "").replace(".base_layer", ""): v for k, v in self.model.state_dict().items()
+        }
+        return {key: plain[key].clone() for key in self.keys}
+
     @property
     def handle(self):
         return get_sta(self.model)
@@ -133,6 +140,7 @@ class RandomUse(RuleBasedStateMachine):
                 inject_sta(self.model, config)
             return
         inject_sta(self.model, config)
+        self.injected_into = self.base_state()
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in self.handle.parameters():
@@ -228,17 +236,19 @@ class RandomUse(RuleBasedStateMachine):
     def save_and_load(self, trainable):
         import tempfile
 
-        base = ToyEncoder(depth=DEPTH)
-        plain = {
-            k.replace("base_model.model.", "").replace(".base_layer", ""): v for k, v in self.model.state_dict().items()
-        }
-        base.load_state_dict({k: plain[k] for k in base.state_dict()})
+        base, state = ToyEncoder(depth=DEPTH), self.base_state()
+        base.load_state_dict(state)
+        changed = any(not torch.equal(value, self.injected_into[key]) for key, value in state.items())
         with tempfile.TemporaryDirectory() as folder:
-            self.handle.save_pretrained(folder)
+            if changed:  # it was trained, and the adapter doesn't hold it
+                with pytest.raises(CheckpointError, match="of the base model's tensors are other"):
+                    self.handle.save_pretrained(folder)
+            self.handle.save_pretrained(folder, base_changed=changed)
             handle = load_sta(base, folder, is_trainable=trainable)
         assert handle.config == self.handle.config
         self.off = False
         self.adopt(handle.model)
+        self.injected_into = state
 
     @precondition(lambda self: self.handle and not hasattr(self.model, "peft_config"))
     @rule()
