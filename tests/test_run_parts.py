@@ -133,18 +133,29 @@ def test_when_a_run_saves_and_evaluates(tmp_path, settings, measured, expected):
 
 def test_the_settings_in_the_trainers_words(tmp_path, monkeypatch):
     config = TrainingConfig(
-        **{"batch_size": 12, "device_batch_size": 3, "learning_rate": 0.5, "schedule": "linear", "warmup": 0.1},
+        **{
+            "batch_size": 12,
+            "device_batch_size": 3,
+            "learning_rate": 0.5,
+            "schedule": "constant_with_warmup",
+            "warmup": 0.1,
+        },
         **{"max_steps": 40, "max_grad_norm": 0.7, "seed": 9, "run_name": "mine", "report_to": "none"},
     )
     found = training_arguments(config, tmp_path, 41, 3, None, True)
     assert (found.per_device_train_batch_size, found.per_device_eval_batch_size) == (3, 3)
     assert (found.gradient_accumulation_steps, found.warmup_steps, found.max_steps) == (4, 5, 40)
-    assert (found.learning_rate, found.lr_scheduler_type.value, found.max_grad_norm) == (0.5, "linear", 0.7)
+    assert (found.learning_rate, found.lr_scheduler_type.value, found.max_grad_norm) == (
+        0.5,
+        "constant_with_warmup",
+        0.7,
+    )
     assert (found.seed, found.run_name) == (9, "mine")
     assert (found.dataloader_num_workers, found.ignore_data_skip, found.remove_unused_columns) == (3, True, False)
     assert (found.label_names, found.prediction_loss_only, found.disable_tqdm) == (["labels"], True, True)
     assert (found.bf16, found.fp16, found.report_to) == (False, False, [])
     assert found.n_gpu <= 1
+    assert found.dataloader_pin_memory == torch.cuda.is_available()
     narrow = training_arguments(replace(config, precision="bf16"), tmp_path, 41, 0, None, False)
     assert (narrow.bf16, narrow.fp16, narrow.ignore_data_skip) == (True, False, False)
     long = training_arguments(replace(config, max_steps=None, epochs=3.0), tmp_path, 41, 0, None, False)
