@@ -26,7 +26,8 @@ __all__ = [
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor's full value. Where it is sharded, all processes must call this, in the same order."""
     if hasattr(tensor, "full_tensor"):  # FSDP2
-        return tensor.full_tensor()
+        found: Tensor = tensor.full_tensor()
+        return found
     if hasattr(tensor, "ds_id"):  # ZeRO-3
         import deepspeed
 

@@ -126,10 +126,11 @@ def _make(config: Any, trust_remote_code: bool) -> nn.Module:
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
+        cls: type[nn.Module] | None = getattr(transformers, name, None)
         if cls is not None:
             return cls(config)
-    return auto_class(transformers, config).from_config(config, trust_remote_code=trust_remote_code)
+    found: nn.Module = auto_class(transformers, config).from_config(config, trust_remote_code=trust_remote_code)
+    return found
 
 
 def inspect_model(

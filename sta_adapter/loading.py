@@ -92,7 +92,8 @@ def load_model(
         model = loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
-    return (model if getattr(model, "is_quantized", False) else model.to(where)).eval()
+    found: nn.Module = (model if getattr(model, "is_quantized", False) else model.to(where)).eval()
+    return found
 
 
 def _quantization(kind: str, dtype: Any) -> Any:

@@ -8,7 +8,7 @@ import logging
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -49,7 +49,8 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"sta_adapter.cli.{cmd_name.replace('-', '_')}").command
+        found: click.Command | None = importlib.import_module(f"sta_adapter.cli.{cmd_name.replace('-', '_')}").command
+        return found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -89,7 +90,13 @@ def _keep_warnings_of_other_packages_quiet() -> None:
         warnings.filterwarnings("default", category=category, module=r"sta_adapter(\.|$)")
 
 
-class _BesideBars(logging.StreamHandler):
+if TYPE_CHECKING:  # before Python 3.11 it takes no argument
+    _Handler = logging.StreamHandler[TextIO]
+else:
+    _Handler = logging.StreamHandler
+
+
+class _BesideBars(_Handler):
     """Writes lines that stand by themselves while a bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -137,7 +137,8 @@ def _machine(run: dict[str, Any], settings: TrainingConfig, memory: float | None
 
 
 def _hours(stage: dict[str, Any], measured: dict[str, float]) -> float:
-    return stage["steps"] * stage["accumulation"] * measured["seconds"] / 3600
+    found: float = stage["steps"] * stage["accumulation"] * measured["seconds"] / 3600
+    return found
 
 
 def describe(report: dict[str, Any]) -> list[str]:

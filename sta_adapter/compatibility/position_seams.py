@@ -47,7 +47,7 @@ def cached_tokens(function: Callable[..., Any], what: str, given: Mapping[str, A
 
 
 def _length(cache: Any, what: str) -> int:
-    measure = getattr(cache, "get_seq_length", None)
+    measure: Callable[[], int] | None = getattr(cache, "get_seq_length", None)
     if measure is None:
         raise incompatible(
             "transformers", f"{what} was given a {type(cache).__name__} as cache, which has no get_seq_length"

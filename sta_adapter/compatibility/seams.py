@@ -34,6 +34,9 @@ LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+Function = Callable[..., Any]
+
+
 def version(package: str) -> str:
     """The installed version, or "not installed"."""
     for name in (package, *OTHER_NAMES.get(package, ())):
@@ -103,7 +106,7 @@ def graph_task() -> int:
     Raises:
         CompatibilityError: torch no longer tells it.
     """
-    function = getattr(torch._C, "_current_graph_task_id", None)
+    function: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
     if function is None:
         raise incompatible(
             "torch", "torch._C has no _current_graph_task_id, so a recomputation can't be told from a forward"
@@ -129,13 +132,14 @@ def active_ddp() -> Any:
     return ddp
 
 
-def disable_dynamo() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def disable_dynamo() -> Callable[[Function], Function]:
     """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler before the first call.
 
     Raises:
         CompatibilityError: torch has no such function.
     """
-    function = getattr(importlib.import_module("torch._compile"), "_disable_dynamo", None)
+    compiler = importlib.import_module("torch._compile")
+    function: Callable[[Function], Function] | None = getattr(compiler, "_disable_dynamo", None)
     if function is None:
         raise incompatible("torch", "torch._compile has no _disable_dynamo")
     return function
@@ -233,7 +237,7 @@ def peft_hook() -> Callable[..., None]:
     """
     from peft import LoraModel
 
-    hook = getattr(LoraModel, "_pre_injection_hook", None)
+    hook: Callable[..., None] | None = getattr(LoraModel, "_pre_injection_hook", None)
     if hook is None:
         raise incompatible("peft", "LoraModel has no _pre_injection_hook")
     names = parameter_names(hook, "LoraModel._pre_injection_hook", "peft")

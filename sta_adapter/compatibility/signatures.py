@@ -16,7 +16,8 @@ from torch import nn
 def class_method(module: nn.Module, name: str = "forward") -> Callable[..., Any]:
     """The method as the module's class has it, for its signature."""
     method: Any = getattr(type(module), name, None)
-    return method.__get__(module) if hasattr(method, "__get__") else getattr(module, name)
+    found: Callable[..., Any] = method.__get__(module) if hasattr(method, "__get__") else getattr(module, name)
+    return found
 
 
 def bound_arguments(

@@ -21,7 +21,8 @@ def render(processor: Any, messages: list[Message], *, prompt: bool = False) -> 
     _require_unicode(messages)
     bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
     try:
-        return processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
+        found: str = processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
+        return found
     except Exception as error:
         roles = ", ".join(message["role"] for message in messages) or "none"
         raise DataError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import re
 import sys
 import tarfile
@@ -144,7 +145,7 @@ def _members(path: Path, lookup: bool, noted: Callable[[Exception], bool]) -> It
 class _Bounded:
     """A shard as tarfile reads it, up to so many bytes and, of headers, so many at once; what a header claims takes no memory."""
 
-    def __init__(self, file: Any, most: int) -> None:
+    def __init__(self, file: io.BufferedIOBase, most: int) -> None:
         self.file = file
         self.most = most
         self.at_once = MOST_HEADER

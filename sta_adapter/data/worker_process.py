@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sta_adapter.data.worker_signals import die_with_parent
 from sta_adapter.errors import DataError, STAError, VideoError
@@ -207,11 +207,12 @@ def _receive(pipe: Connection) -> tuple[bool, Any]:
     if shared:
         memory = memoryview(_mapped(recv_handle(pipe), sum(sizes)))
         ends = list(itertools.accumulate(sizes))
-        return pickle.loads(data, buffers=[memory[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+        parts = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        return cast(tuple[bool, Any], pickle.loads(data, buffers=parts))
     buffers = [bytearray(size) for size in sizes]
     for buffer in buffers:
         pipe.recv_bytes_into(buffer)
-    return pickle.loads(data, buffers=buffers)
+    return cast(tuple[bool, Any], pickle.loads(data, buffers=buffers))
 
 
 def _mapped(handle: int, size: int) -> mmap.mmap:

@@ -236,7 +236,7 @@ class Injection:
     def restore_on_backward(self, tensor: Tensor, layout: ClipLayout | None) -> None:
         """Put a layout back when the gradient of `tensor`, which lies behind a block, has been computed."""
         if tensor.requires_grad:
-            tensor.register_hook(_Restore(self, layout))  # type: ignore[no-untyped-call]
+            tensor.register_hook(_Restore(self, layout))
 
     def restore(self, layout: ClipLayout | None) -> None:
         """The backward at work in this thread is about to run blocks of the forward with this layout again."""

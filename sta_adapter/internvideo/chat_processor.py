@@ -65,11 +65,13 @@ class ChatProcessor(ABC):
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """As the tokenizer."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        found: list[str] = self.tokenizer.batch_decode(*args, **kwargs)
+        return found
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """As the tokenizer."""
-        return self.tokenizer.decode(*args, **kwargs)
+        found: str = self.tokenizer.decode(*args, **kwargs)
+        return found
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write the tokenizer, the chat template and the settings into a folder."""

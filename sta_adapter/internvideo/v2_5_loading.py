@@ -59,7 +59,8 @@ def load_model(
     else:
         model = _published(folder, config, dtype, device)
     model.config._name_or_path = os.fspath(name)
-    return model if quantization_config is not None else model.to(device)
+    found: nn.Module = model if quantization_config is not None else model.to(device)
+    return found
 
 
 def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:

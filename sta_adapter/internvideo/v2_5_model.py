@@ -54,7 +54,8 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
     @property
     def img_context_token_id(self) -> int | None:
         """Id of the token that stands for a visual one."""
-        return self.config.image_token_id
+        found: int | None = self.config.image_token_id
+        return found
 
     @img_context_token_id.setter
     def img_context_token_id(self, value: int | None) -> None:
@@ -70,7 +71,8 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
 
     def get_output_embeddings(self) -> nn.Module:
         """Of the language model."""
-        return self.language_model.get_output_embeddings()
+        found: nn.Module = self.language_model.get_output_embeddings()
+        return found
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Of the language model."""
@@ -94,7 +96,8 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         tokens = fold_patches(states[:, 1:], config.downsample_ratio, turned=config.ps_version == "v1")
         groups = tokens.reshape(len(tokens) // config.local_num_frames, -1, tokens.shape[-1])
         merged = merge_tokens(groups, config.num_tome_tokens, config.text_config.num_attention_heads)
-        return self.mlp1(merged.reshape(len(tokens), -1, merged.shape[-1]))
+        found: Tensor = self.mlp1(merged.reshape(len(tokens), -1, merged.shape[-1]))
+        return found
 
     def embed(
         self,
@@ -110,7 +113,7 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
             LayoutError: their number is not that of their places, or a clip doesn't end where a merged group of rows
                 ends.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
+        embeddings: Tensor = self.get_input_embeddings()(input_ids)
         if visual_features is None and pixel_values is None:
             return embeddings
         token = self.config.image_token_id
@@ -172,9 +175,10 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
             inputs_embeds = self.embed(input_ids, pixel_values, image_flags, visual_features, clip_lengths)
         if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             options[KEPT_LOGITS] = logits_to_keep
-        return self.language_model(
+        found: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **options
         )
+        return found
 
     @torch.no_grad()
     def generate(
@@ -233,7 +237,8 @@ def fold_patches(tokens: Tensor, ratio: float, *, turned: bool) -> Tensor:
         )
     squares = tokens.unflatten(1, (side // step, step, side // step, step))  # f (rows down) (columns across) c
     order = (0, 3, 1, 2, 4, 5) if turned else (0, 1, 3, 2, 4, 5)
-    return squares.permute(*order).flatten(3).flatten(1, 2)
+    found: Tensor = squares.permute(*order).flatten(3).flatten(1, 2)
+    return found
 
 
 def require_whole_groups(clip_lengths: Any, group: int) -> None:

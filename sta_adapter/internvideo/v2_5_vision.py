@@ -97,7 +97,8 @@ class InternAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+        found: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return found
 
 
 class InternMLP(nn.Module):
@@ -111,7 +112,8 @@ class InternMLP(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., C) to the same."""
-        return self.fc2(self.act(self.fc1(states)))
+        found: Tensor = self.fc2(self.act(self.fc1(states)))
+        return found
 
 
 class InternVisionEncoderLayer(nn.Module):
@@ -132,7 +134,8 @@ class InternVisionEncoderLayer(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(F, 1 + N, C) to the same."""
         states = states + self.drop_path1(self.attn(self.norm1(states)) * self.ls1)
-        return states + self.drop_path2(self.mlp(self.norm2(states)) * self.ls2)
+        found: Tensor = states + self.drop_path2(self.mlp(self.norm2(states)) * self.ls2)
+        return found
 
 
 class InternVisionEncoder(nn.Module):

@@ -74,7 +74,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        found: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return found
 
 
 class Attention(nn.Module):
@@ -92,7 +93,8 @@ class Attention(nn.Module):
         """(B, S, C) to (B, S, C)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (rearrange(t, "b s (h d) -> b h s d", h=self.num_heads) for t in (self.q_norm(q), self.k_norm(k), v))
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
+        found: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
+        return found
 
 
 class Block(nn.Module):
@@ -111,7 +113,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) to (B, S, C)."""
         x = x + self.ls1 * self.attn(self.norm1(x))
-        return x + self.ls2 * self.mlp(self.norm2(x))
+        found: Tensor = x + self.ls2 * self.mlp(self.norm2(x))
+        return found
 
 
 class PatchEmbed(nn.Module):
@@ -126,7 +129,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) to (B, C, T, rows, columns)."""
-        return self.proj(x.to(self.proj.weight.dtype))
+        found: Tensor = self.proj(x.to(self.proj.weight.dtype))
+        return found
 
 
 class InternVideo2Encoder(nn.Module):
@@ -166,7 +170,7 @@ class InternVideo2Encoder(nn.Module):
                 f"{tuple(kernel)} in the last three."
             )
         patches = self.patch_embed(x)
-        tokens = rearrange(patches, "b c t h w -> b (t h w) c")
+        tokens: Tensor = rearrange(patches, "b c t h w -> b (t h w) c")
         first = self.cls_token.expand(len(tokens), -1, -1)
         tokens = torch.cat([first, tokens], dim=1) + self.positions(*patches.shape[2:])
         for block in self.blocks:

@@ -45,7 +45,7 @@ def load_model(
                 "FOLDER."
             )
         options: dict[str, Any] = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
-        quantized: Any = InternVideo2Chat.from_pretrained(folder, **options)
+        quantized: InternVideo2Chat = InternVideo2Chat.from_pretrained(folder, **options)
         quantized.config._name_or_path = os.fspath(name)
         return quantized
     if dtype == "auto":
@@ -61,7 +61,8 @@ def load_model(
     made._name_or_path = os.fspath(name)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(device).eval()
+    found: nn.Module = model.to(device).eval()
+    return found
 
 
 def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:

@@ -61,7 +61,8 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's."""
-        return self.lm.get_output_embeddings()
+        found: nn.Module = self.lm.get_output_embeddings()
+        return found
 
     def forward(
         self,
@@ -115,7 +116,7 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
             ("pictures", config.image_token_id, None if pixel_values is None else pixel_values.unsqueeze(1)),
         )
         visual = (input_ids == config.video_token_id) | (input_ids == config.image_token_id)
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(visual, 0))
+        embeddings: Tensor = self.get_input_embeddings()(input_ids.masked_fill(visual, 0))
         for kind, token, pixels in seen:
             places = input_ids == token
             found = 0 if pixels is None else len(pixels)
@@ -162,7 +163,8 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
             given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             mask = torch.cat([given.new_ones(len(clips), count), given], dim=1)
         out = self.qformer(input_ids=input_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=tokens)
-        return self.project_up(out.last_hidden_state[:, :count])
+        found: Tensor = self.project_up(out.last_hidden_state[:, :count])
+        return found
 
     @torch.no_grad()
     def generate(

@@ -172,9 +172,10 @@ class Watcher:
         if area == 1 or (low is None and high is None):
             return pixels
         most = high * area if high else float("inf")
-        return fit_frames(
+        found: NDArray[np.uint8] = fit_frames(
             pixels[None], factor=self._reader.factor, min_pixels=min((low or 0) * area or 1, most), max_pixels=most
         )[0]
+        return found
 
     def _prompt(self, pixels: NDArray[np.uint8], seconds: tuple[float, ...], question: str) -> Encoded:
         """The question behind a clip of these frames (T, H, W, 3)."""

@@ -51,7 +51,8 @@ def identity_of(
         "positions": rule_in_use(model),
         **start,
     }
-    return json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
 
 
 def _of_weights(values: dict[str, Any]) -> dict[str, Any]:

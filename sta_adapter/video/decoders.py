@@ -179,7 +179,8 @@ def decode_torchcodec(table: FrameTable, indices: NDArray[np.int64], threads: in
         raise DeclinedError(_first_line(error)) from error
     seconds = batch.pts_seconds.numpy()
     _compare_times(table, indices, len(decoder), seconds[:-1] - seconds[-1])
-    return batch.data[:-1].numpy().copy()
+    found: Pixels = batch.data[:-1].numpy().copy()
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -96,7 +96,8 @@ class FrameTable:
         """Turn (and mirror, if the file says so) a stored picture (h, w, 3) into the one shown (height, width, 3)."""
         a, b, c, d = self.matrix
         if self.transposed:
-            return picture.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1]
+            found: NDArray[np.uint8] = picture.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1]
+            return found
         return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
@@ -121,7 +122,10 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
     `options` are those of the decoders by which FFmpeg finds out what the streams are.
     """
     only = {"format_whitelist": _containers()}
-    return import_av().open(str(path.absolute()), metadata_errors="replace", container_options=only, options=options)
+    found: InputContainer = import_av().open(
+        str(path.absolute()), metadata_errors="replace", container_options=only, options=options
+    )
+    return found
 
 
 def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) -> None:
@@ -154,7 +158,8 @@ def video_stream(container: "InputContainer") -> "VideoStream":
         raise VideoError(f"{container.name} has pictures of a kind that FFmpeg has no decoder for; convert it.")
     if int(getattr(stream.disposition, "value", stream.disposition)) & ATTACHED:  # a flag that is no int before PyAV 18
         raise VideoError(f"{container.name} has no video stream, only an attached cover picture; expected a video.")
-    return stream
+    found: VideoStream = stream
+    return found
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:

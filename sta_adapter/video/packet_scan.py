@@ -54,7 +54,7 @@ def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketSc
     return PacketScan(rows, listed >= stream.frames, first)
 
 
-def _first_frame(stream: "VideoStream", packet: "Packet", alone: bool) -> "VideoFrame | None":
+def _first_frame(stream: "VideoStream", packet: "Packet[VideoStream]", alone: bool) -> "VideoFrame | None":
     """A packet's frame; that of a packet which needs no other, also if the decoder holds it back for a few more."""
     frame = next(iter(packet.decode()), None)
     if frame is not None or not alone:

@@ -68,7 +68,8 @@ def _parquet(file: Path) -> list[Record]:
     except ImportError as error:
         raise MissingExtraError(f"{file} needs pyarrow: pip install 'sta-adapter[eval]'.") from error
     try:
-        return parquet.read_table(file).to_pylist()
+        rows: list[Record] = parquet.read_table(file).to_pylist()
+        return rows
     except ArrowException as error:
         raise ValueError(str(error)) from error
 
@@ -94,9 +95,10 @@ def field(row: Record, name: str, source: str) -> str:
         DataError: they are missing (the fields that are there are named), or are no text.
     """
     _require(row, name, source)
-    if not isinstance(row[name], str):
-        raise DataError(f"{source}: {name!r} is {kind_of(row[name])}, expected a text.")
-    return row[name]
+    found = row[name]
+    if not isinstance(found, str):
+        raise DataError(f"{source}: {name!r} is {kind_of(found)}, expected a text.")
+    return found
 
 
 def options_field(row: Record, name: str, source: str) -> list[str]:
