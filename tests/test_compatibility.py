@@ -16,8 +16,7 @@ from qwen2_vl_prompts import batch_of, is_transformers_5, needs_seams
 from tiny_qwen import make_processor
 from torch import nn
 
-from sta_adapter import inject_sta
-from sta_adapter.attention.recompute import project_normed
+from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
@@ -220,10 +219,25 @@ def test_hooks_that_are_kept_elsewhere(name):
 
 
 def test_hooks_of_a_layer_that_cannot_be_found_give_no_number():
-    norm, linear = nn.LayerNorm(4), nn.Linear(4, 4)
-    del norm._forward_hooks
+    branch = TemporalAttention(4, 1, 4, STAConfig())
+    del branch.norm._forward_hooks
     with raises("the hooks of LayerNorm can't be found", "torch"):
-        project_normed(norm, linear, torch.zeros(2, 4, requires_grad=True))
+        branch(torch.zeros(2, 4, requires_grad=True), ClipLayout([(2, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "found"),
+    [
+        (nn.modules.module, "_has_any_global_hook", "torch.nn.modules.module has no _has_any_global_hook"),
+        (torch._C, "_are_functorch_transforms_active", "it no longer tells who looks at its operations"),
+        (torch.autograd.forward_ad, "_current_level", "it no longer tells who looks at its operations"),
+    ],
+    ids=["hooks on all modules", "transforms", "forward mode"],
+)
+def test_watchers_of_the_branch_that_cannot_be_seen_give_no_number(monkeypatch, owner, name, found):
+    monkeypatch.delattr(owner, name)
+    with raises(found, "torch"):
+        TemporalAttention(4, 1, 4, STAConfig())(torch.zeros(2, 4), ClipLayout([(2, 1)]))
 
 
 # Checkpointing

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
+from sta_adapter.attention.block_function import refusal
 from sta_adapter.attention.explain import calls_of
+from sta_adapter.attention.step_back import step_back
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 layouts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4) | st.builds(
@@ -80,7 +82,8 @@ def test_outputs_and_gradients_against_float64(clips, dtype, head_dim, norm, con
     with torch.no_grad():
         assert far(module(tokens, layout), expected) <= TOLERANCE[dtype]
     weight = torch.randn(expected.shape)
-    grads = torch.autograd.grad((found * weight.to(dtype)).sum(), [tokens, *module.parameters()])
+    (found * weight.to(dtype)).sum().backward()
+    grads = [x.grad for x in (tokens, *module.parameters())]
     wanted = torch.autograd.grad((expected * weight.to(dtype)).sum(), [wide_tokens, *wide.parameters()])
     total = torch.cat([g.flatten() for g in wanted])
     assert far(torch.cat([g.flatten() for g in grads]), total) <= 2 * TOLERANCE[dtype]
@@ -140,6 +143,121 @@ def test_what_is_kept_for_the_backward(clips, dtype, norm, backend):
     module.recompute = True
     found = kept(module, tokens, layout)
     assert sum(t.untyped_storage().nbytes() for t in found) == tokens.numel() * tokens.element_size()
+
+
+SETTINGS = {
+    "plain": {},
+    "window": {"causal": True, "window": 2},
+    "published order": {"token_order": "published"},
+    "gamma": {"gamma_init": 0.5, "rope_theta": None},
+    "pictures pass by": {"single_frames": False, "gamma_init": 0.5},
+    "causal, written out": {"causal": True, "attention": "eager"},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("clips", [[(4, 3), (4, 3)], [(4, 3), (1, 2), (5, 2)]], ids=["equal", "unequal"])
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_the_function_gives_what_the_layers_do(config, clips, recompute, norm):
+    module, layout = branch(dtype=torch.float64, norm=norm, **config), ClipLayout(clips, prefix=1)
+    module.recompute = recompute
+    rows = torch.randn(1, layout.num_tokens + 1, 24, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(1, layout.num_tokens, 24, dtype=torch.float64)
+    results = []
+    for plain in (False, True):
+        hook = module.to_out.register_forward_hook(lambda *_: None) if plain else None
+        assert (refusal(module, rows, layout) is not None) == plain
+        out = module(layout.patches(rows), layout)
+        (out * weight).sum().backward()
+        results.append([out.detach(), *(x.grad for x in (rows, *module.parameters()))])
+        for tensor in (rows, *module.parameters()):
+            tensor.grad = None
+        if hook:
+            hook.remove()
+    for found, expected in zip(*results, strict=True):
+        assert far(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("trained", ["all", "to_out"])
+def test_gradients_have_gradients(recompute, trained):
+    module, clips = branch(dtype=torch.float64), [(3, 2), (2, 2)]
+    module.recompute = recompute
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained == "all" or name.startswith(trained))
+    tokens = torch.randn(10, 24, dtype=torch.float64).requires_grad_(trained == "all")
+    inputs = [x for x in (tokens, *module.parameters()) if x.requires_grad]
+    results = []
+    for out in (module(tokens, ClipLayout(clips)), written_out(module, tokens, clips)):
+        grads = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+    for found, expected in zip(*results, strict=True):
+        assert far(found, expected) <= 1e-9
+
+
+class OtherTensor(torch.Tensor):
+    """A class of tensors that might compute otherwise."""
+
+
+def as_other_tensor(module):
+    module.norm.weight = torch.nn.Parameter(module.norm.weight.detach().as_subclass(OtherTensor))
+
+
+REFUSED = {
+    "hook": (lambda m: m.norm.register_forward_hook(lambda *_: None), "hooks"),
+    "backward hook": (lambda m: m.to_out.register_full_backward_hook(lambda *_: None), "hooks"),
+    "own forward": (lambda m: vars(m.to_qkv).update(forward=m.to_qkv.forward), "a forward of its own"),
+    "other class": (lambda m: setattr(m, "to_qkv", torch.nn.Sequential(m.to_qkv)), "another class"),
+    "dtype": (lambda m: m.norm.double(), "another dtype"),
+    "subclass": (as_other_tensor, "a parameter is of a class"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED)
+def test_layers_that_the_function_cannot_stand_for(change, reason):
+    module, layout, tokens = branch(), ClipLayout([(3, 2)]), torch.randn(6, 24)
+    assert refusal(module, tokens, layout) is None
+    change(module)
+    assert reason in refusal(module, tokens, layout)
+
+
+def test_calls_that_the_function_cannot_stand_for():
+    module, layout, tokens = branch(attention="eager"), ClipLayout([(3, 2)]), torch.randn(6, 24)
+    assert "class" in refusal(module, tokens.as_subclass(OtherTensor), layout)
+    assert "earlier frames" in refusal(module, tokens, ClipLayout([]))
+    assert "earlier frames" in refusal(module, tokens, ClipLayout([(3, 2)], past=object()))
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert "all modules" in refusal(module, tokens, layout)
+    hook.remove()
+    found, tangent = torch.func.jvp(lambda x: module(x, layout), (tokens,), (tokens,))
+    assert torch.allclose(found, module(tokens, layout), atol=1e-6)
+    assert tangent.isfinite().all()
+    module.requires_grad_(False)  # a trace takes them for constants
+    traced = torch.jit.trace(lambda x: module(x, layout), (tokens,), check_trace=False)
+    assert torch.allclose(traced(2 * tokens), module(2 * tokens, layout), atol=1e-6)
+
+
+def test_what_trains_alone_keeps_no_more_than_it_needs():
+    module, layout = branch().requires_grad_(False), ClipLayout([(8, 3)])
+    module.to_out.requires_grad_(True)
+    (heads,) = [t for t in kept(module, torch.randn(24, 24), layout) if t.numel() >= 24]
+    assert heads.shape == (24, 32)
+
+
+def test_one_step_back_is_taken_where_there_is_one_alone():
+    x, y = torch.randn(4).requires_grad_(), torch.randn(4).requires_grad_()
+    for output in (x * y, x * (x + y), x * x, (x * 2).exp() + y, y.clone()):
+        leaves = [
+            leaf
+            for leaf in (x, y)
+            if torch.autograd.grad(output.sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None
+        ]
+        grad = torch.randn(4)
+        expected = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+        with torch.no_grad():
+            found = step_back(output, leaves, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_under_autocast_the_gradients_are_those_without_recomputation():

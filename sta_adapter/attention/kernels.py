@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sta_adapter.attention import xformers_kernels
+from sta_adapter.attention.step_back import step_back
 from sta_adapter.attention.weights import attention_weights, visible_keys
 from sta_adapter.errors import BackendError, ConfigError
 
@@ -49,15 +50,59 @@ def attend(
     if window is not None and keys >= queries + window:  # no query sees the first of them
         k, v = k[:, 1 - queries - window :], v[:, 1 - queries - window :]
         keys = k.shape[1]
-    if window is not None and window >= keys:
-        window = None
-    if queries == 1:  # sees all that is left
-        causal, window = False, None
-    kernel = _KERNELS[choose_backend(q, backend).backend]
-    if q.is_cuda and q.shape[0] > CUDA_BATCH_LIMIT:
+    causal, window = _bounds(queries, keys, causal, window)
+    kernel = _KERNELS[_name(q, backend)]
+    if _is_split(q):
         parts = zip(*(torch.split(x, CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
         return torch.cat([kernel(a, b, c, causal, window) for a, b, c in parts])
     return kernel(q, k, v, causal, window)
+
+
+def _bounds(queries: int, keys: int, causal: bool, window: int | None) -> tuple[bool, int | None]:
+    """(causal, window), where they leave anything out."""
+    if queries == 1:  # sees all that is left
+        return False, None
+    return causal, None if window is not None and window >= keys else window
+
+
+def attend_gradient(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend` at q, k and v, whose attention is computed again.
+
+    Args:
+        grad: at the output (P, T, H, D), in q's dtype.
+        q: as `attend` got it, (P, T, H, D).
+        k: the same, of as many tokens.
+        v: the same.
+        causal: as for `attend`.
+        window: as for `attend`.
+        backend: as for `attend`.
+    """
+    plain = _name(q, backend) == "sdpa" and not _is_split(q)
+    wide = plain and _widens(q.device.type, q.dtype)
+    leaves = [x.float() if wide else x for x in (q, k, v)]
+    if plain:
+        leaves, grad = [x.transpose(1, 2) for x in leaves], grad.to(leaves[0].dtype).transpose(1, 2)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    with torch.enable_grad():
+        if plain:
+            causal, window = _bounds(q.shape[1], q.shape[1], causal, window)
+            mask, causal = _sdpa_mask(q, k, causal, window)
+            out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=causal)
+        else:
+            out = attend(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
+    found = step_back(out, leaves, grad)
+    if plain:
+        found = [x.transpose(1, 2).to(q.dtype) for x in found]
+    return found[0], found[1], found[2]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> None:
@@ -73,6 +118,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) ->
 def _ends_with(k: Tensor, q: Tensor) -> bool:
     """Whether k are the keys of q's tokens and of others before them."""
     return k.dim() == 4 and k.shape[0] == q.shape[0] and k.shape[2:] == q.shape[2:] and k.shape[1] >= q.shape[1]
+
+
+def _name(q: Tensor, requested: str) -> str:
+    """The kernel of `choose_backend`, without its reason where there is nothing to choose."""
+    if requested == "sdpa" or (requested == "auto" and q.device.type == "cpu"):
+        return "sdpa"
+    return choose_backend(q, requested).backend
+
+
+def _is_split(q: Tensor) -> bool:
+    return q.is_cuda and q.shape[0] > CUDA_BATCH_LIMIT
 
 
 def choose_backend(q: Tensor, requested: str = "auto") -> Choice:
@@ -133,11 +189,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> 
     dtype = q.dtype
     if _widens(q.device.type, dtype):
         q, k, v = q.float(), k.float(), v.float()
-    mask = None
-    if causal and (window is not None or q.shape[1] != k.shape[1]):
-        causal, mask = False, visible_keys(q.shape[1], k.shape[1], window, q.device)
+    mask, causal = _sdpa_mask(q, k, causal, window)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).to(dtype).transpose(1, 2)
+
+
+def _sdpa_mask(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[Tensor | None, bool]:
+    """SDPA's `attn_mask` and `is_causal`."""
+    if causal and (window is not None or q.shape[1] != k.shape[1]):
+        return visible_keys(q.shape[1], k.shape[1], window, q.device), False
+    return None, causal
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:

@@ -32,7 +32,7 @@ class Past(Protocol):
         """As `TemporalAttention.prepare`; `like` has the dtype, device, heads and head size of the queries."""
 
     def mix_frames(self, branch: Any, qkv: Tensor) -> Tensor:
-        """As `TemporalAttention.mix_frames`, over the frames before these as well."""
+        """As `frame_attention.mix_frames`, over the frames before these as well."""
 
     def commit(self) -> None:
         """The forward is over: its frames belong to the past from here on."""
@@ -157,16 +157,18 @@ class ClipLayout:
 
 
 def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and sin, each (frames, 1, head_dim), of the rotary embedding on the frame index.
+    """Cos and signed sin, each (frames, 1, head_dim), of the rotary embedding on the frame index.
 
-    Half-rotation over the whole head size, as in the paper's 1-d RoPE. The angles are in float64, as float32 is off by
-    0.004 at frame 100,000; the tables come in the dtype and on the device of `like`.
+    Half-rotation over the whole head size, as in the paper's 1-d RoPE: each half times cos, and the other one times sin,
+    which is negative for the first. The angles are in float64, as float32 is off by 0.004 at frame 100,000; the tables
+    come in the dtype and on the device of `like`.
     """
     device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     indices = torch.arange(frames.start, frames.stop, dtype=torch.float64, device=device)
-    angles = torch.outer(indices, theta**-exponents).repeat(1, 2)[:, None]
-    return angles.cos().to(like), angles.sin().to(like)
+    angles = torch.outer(indices, theta**-exponents)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(like), torch.cat([-sin, sin], dim=-1).to(like)
 
 
 def checked_lengths(lengths: Sequence[int]) -> ClipLengths:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from sta_adapter.attention.block_function import block_branch, refusal
 from sta_adapter.attention.explain import KernelCall, calls_of
-from sta_adapter.attention.kernels import attend
+from sta_adapter.attention.frame_attention import mix_frames
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.attention.recompute import project_normed, recomputed
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 
@@ -34,7 +35,7 @@ class TemporalAttention(nn.Module):
         qkv_bias: whether `to_qkv` has a bias.
 
     Attributes:
-        recompute: keep only the branch's input for the backward, and compute the rest again; see `sta_adapter.attention.recompute`.
+        recompute: keep only the branch's input for the backward, and compute the rest again.
 
     Raises:
         ConfigError: when RoPE is asked for and the head size is odd.
@@ -94,17 +95,25 @@ class TemporalAttention(nn.Module):
         Returns:
             (..., C), shaped as `tokens`, in the module's dtype (or autocast's).
         """
-        return recomputed(self._branch, tokens, layout) if self.recompute else self._branch(tokens, layout)
+        if refusal(self, tokens, layout) is None:
+            return block_branch(self, tokens, layout)
+        return _recomputed(self._branch, tokens, layout) if self.recompute else self._branch(tokens, layout)
 
     def _branch(self, tokens: Tensor, layout: ClipLayout) -> Tensor:
-        qkv = project_normed(self.norm, self.to_qkv, tokens).reshape(layout.num_tokens, -1)
-        heads = self.mix_frames(qkv, layout) if self.recompute else recomputed(self.mix_frames, qkv, layout)
+        """`forward`, layer by layer."""
+        qkv = self.to_qkv(self.norm(tokens.to(self.to_qkv.weight.dtype))).reshape(layout.num_tokens, -1)
+        heads = self._mix_frames(qkv, layout) if self.recompute else _recomputed(self._mix_frames, qkv, layout)
         branch = self.to_out(heads)
         if self.gamma is not None:
             branch = branch * self.gamma
         if not self.config.single_frames and layout.past is None and any(t == 1 for t, _ in layout.clips):
             branch = branch.masked_fill(layout.single_frame_mask(branch.device), 0)
         return cast("Tensor", branch.view(tokens.shape))
+
+    def _mix_frames(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
+        if layout.past is not None:
+            return layout.past.mix_frames(self, qkv)
+        return mix_frames(qkv, layout, self.num_heads, self.config)
 
     def prepare(self, layout: ClipLayout) -> tuple[KernelCall, ...]:
         """Make the tables and the choices that `forward` needs ahead of it, where `torch.compile` does not look.
@@ -133,46 +142,12 @@ class TemporalAttention(nn.Module):
             layout.rotary_tables(self.head_dim, self.config.rope_theta, like)
         return calls_of(layout, like, self.config.attention)
 
-    def mix_frames(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
-        """Attention over the frames of each position: (tokens, 3 * heads * head_dim) -> (tokens, heads * head_dim)."""
-        if layout.past is not None:
-            return layout.past.mix_frames(self, qkv)
-        if layout.is_uniform:
-            frames, positions = layout.clips[0]
-            fold = rearrange(qkv, "(b t n) (k h d) -> b n t k h d", t=frames, n=positions, k=3, h=self.num_heads)
-            out = rearrange(self._attend(fold, layout), "(b n) t h d -> (b t n) (h d)", n=positions)
-        else:
-            out = self._mix_unequal(qkv, layout)
-        if self.config.token_order == "published":
-            out = out.index_select(0, layout.published_index(out.device))
-        return out
 
-    def _mix_unequal(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
-        """Clips of different lengths: all clips of one length together, so that no mask or padding is needed."""
-        parts = torch.split(qkv.index_select(0, layout.gather_index(qkv.device)), [t * n for t, n in layout.groups])
-        outs = []
-        for (frames, _), part in zip(layout.groups, parts, strict=True):
-            fold = rearrange(part, "(t p) (k h d) -> p t k h d", t=frames, k=3, h=self.num_heads)
-            outs.append(rearrange(self._attend(fold, layout), "p t h d -> (t p) (h d)"))
-        return torch.cat(outs).index_select(0, layout.scatter_index(qkv.device))
+def _recomputed(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
+    """`function(tensor, *args)`, of which the backward keeps only `tensor`.
 
-    def _attend(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
-        """(..., T, 3, H, D) -> (P, T, H, D), for P positions of clips with the same number of frames."""
-        frames = qkv.shape[-4]
-        if frames == 1:
-            return qkv[..., 2, :, :].flatten(0, -4)  # v: a softmax over one frame is 1
-        if self.config.rope_theta is None:
-            q, k, v = qkv.flatten(0, -5).unbind(2)
-        else:
-            cos, sin = (x[:frames, None] for x in layout.rotary_tables(self.head_dim, self.config.rope_theta, qkv))
-            q, k = apply_rotary(qkv[..., :2, :, :], cos, sin).flatten(0, -5).unbind(2)
-            v = qkv[..., 2, :, :].flatten(0, -4)
-        config = self.config
-        return attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding by half-rotation; x is (..., D), the tables fit it by broadcasting, such as (T, 1, D)."""
-    left, right = x.chunk(2, dim=-1)
-    cos, sin = cos[..., : left.shape[-1]], sin[..., : left.shape[-1]]
-    return torch.cat([torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)], dim=-1)
+    Nothing is done without gradients, or inside `torch.compile`, which chooses by itself what to keep.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(tensor, *args)
+    return checkpoint(function, tensor, *args, use_reentrant=False, preserve_rng_state=False)

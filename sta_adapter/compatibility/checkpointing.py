@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,17 +54,29 @@ def checkpoints_reentrantly(encoder: nn.Module) -> bool:
         CompatibilityError: the encoder is a model of transformers that checkpoints, and no module of it has a flag that we
             know. STA would get no gradient.
     """
-    for module in encoder.modules():
-        if any(vars(module).get(flag, getattr(type(module), flag, False)) is True for flag in FLAGS):
-            function = getattr(module, FUNCTION, None)
-            keywords = function.keywords if isinstance(function, functools.partial) else {}
-            return keywords.get("use_reentrant") is not False
+    for module in _modules_that_checkpoint(encoder):
+        function = getattr(module, FUNCTION, None)
+        keywords = function.keywords if isinstance(function, functools.partial) else {}
+        return keywords.get("use_reentrant") is not False
     if _says_that_it_checkpoints(encoder):
         raise incompatible(
             "transformers",
             f"{type(encoder).__name__} checkpoints, and none of its modules has one of the flags {', '.join(FLAGS)}",
         )
     return False
+
+
+def _modules_that_checkpoint(encoder: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose own or whose class's flag is set, in the order of `modules()`; asked at every forward, and so in few steps."""
+    waiting = [encoder]
+    while waiting:
+        module = waiting.pop()
+        own, kind = vars(module), type(module)
+        for flag in FLAGS:
+            if (own[flag] if flag in own else getattr(kind, flag, None)) is True:
+                yield module
+                break
+        waiting.extend([child for child in reversed(own["_modules"].values()) if child is not None])
 
 
 def _says_that_it_checkpoints(encoder: nn.Module) -> bool:

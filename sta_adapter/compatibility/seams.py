@@ -213,6 +213,31 @@ def is_hooked(module: nn.Module) -> bool:
         raise incompatible("torch", f"the hooks of {type(module).__name__} can't be found ({error})") from error
 
 
+def calls_are_watched() -> bool:
+    """Whether hooks on the calls of all modules are at work, as profilers set them.
+
+    Raises:
+        CompatibilityError: torch no longer tells it.
+    """
+    function = getattr(nn.modules.module, "_has_any_global_hook", None)
+    if function is None:
+        raise incompatible("torch", "torch.nn.modules.module has no _has_any_global_hook")
+    return bool(function())
+
+
+def operations_are_watched() -> bool:
+    """Whether a tracer, a transform of torch.func or forward-mode derivatives are at work on torch's operations.
+
+    Raises:
+        CompatibilityError: torch no longer tells it.
+    """
+    try:
+        level = torch.autograd.forward_ad._current_level
+        return bool(torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or level >= 0)
+    except AttributeError as error:
+        raise incompatible("torch", f"it no longer tells who looks at its operations ({error})") from error
+
+
 def peft_parts() -> tuple[type[Any], type[Any]]:
     """PEFT's classes of a layer that an adapter wraps, and of a module that is trained as a copy.
 

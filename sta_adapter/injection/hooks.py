@@ -60,8 +60,13 @@ class EncoderPreHook(Hook):
         modules = sta_modules(encoder, injection.spec)
         if injection.thread.streams:
             layout = continue_streams(injection.thread.streams, call, layout, modules)
+        prepared = set()  # blocks of one kind need the same tables and make the same calls; a stream tells blocks apart
         for module in modules.values():
-            injection.record_calls(module.prepare(layout))
+            weight = module.to_qkv.weight
+            kind = module.num_heads, module.head_dim, id(module.config), weight.dtype, weight.device
+            if layout.past is not None or kind not in prepared:
+                prepared.add(kind)
+                injection.record_calls(module.prepare(layout))
         return layout
 
 

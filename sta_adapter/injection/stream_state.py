@@ -14,9 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 from sta_adapter.attention.explain import KernelCall, calls_of
+from sta_adapter.attention.frame_attention import apply_rotary
 from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout, rotary_tables
-from sta_adapter.attention.module import TemporalAttention, apply_rotary
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
 
@@ -144,7 +145,7 @@ class StreamCall:
 
     @uncompiled
     def mix_frames(self, branch: TemporalAttention, qkv: Tensor) -> Tensor:
-        """As `TemporalAttention.mix_frames`, over the frames before these as well: (tokens, 3 h d) -> (tokens, h d)."""
+        """As `frame_attention.mix_frames`, over the frames before these as well: (tokens, 3 h d) -> (tokens, h d)."""
         index = self.indices[branch]
         if index in self._ran:
             raise LayoutError(f"block {index} ran twice in one call of the encoder, so a stream can't tell its frames.")

@@ -1,0 +1,263 @@
+"""The branch of one block as a single autograd function, with a written backward; and where it can't stand for the layers.
+
+A branch of separate operations costs the host more than the arithmetic of a short clip does. Of each branch the forward
+keeps the tokens, their q, k and v and the heads' output; the normed tokens, the rotated q and k and the attention weights
+are as large and cheap to compute again. What needs no gradient gets none computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sta_adapter.attention.frame_attention import mix_frames, mix_frames_gradient
+from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.attention.step_back import step_back
+from sta_adapter.compatibility.seams import calls_are_watched, is_hooked, operations_are_watched
+from sta_adapter.config import STAConfig
+
+if TYPE_CHECKING:
+    from sta_adapter.attention.module import TemporalAttention
+
+__all__ = ["block_branch", "refusal"]
+
+PLAIN = (Tensor, nn.Parameter)
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class Weights(NamedTuple):
+    """The parameters of a branch."""
+
+    norm: Tensor
+    norm_bias: Tensor | None
+    to_qkv: Tensor
+    qkv_bias: Tensor | None
+    to_out: Tensor
+    out_bias: Tensor | None
+    gamma: Tensor | None
+
+
+class Call(NamedTuple):
+    """What a call of a branch needs beside tensors.
+
+    Attributes:
+        layout: where each token stands.
+        eps: of the norm.
+        heads: their number.
+        config: the settings in force.
+        recompute: whether the tokens alone are kept.
+        dtype: of the layers' arithmetic, autocast's where that is at work. All casts are written out, as a backward runs
+            outside of autocast.
+    """
+
+    layout: ClipLayout
+    eps: float | None
+    heads: int
+    config: STAConfig
+    recompute: bool
+    dtype: torch.dtype
+
+
+class Needs(NamedTuple):
+    """Which inputs of the function need a gradient."""
+
+    call: bool
+    tokens: bool
+    norm: bool
+    norm_bias: bool
+    to_qkv: bool
+    qkv_bias: bool
+    to_out: bool
+    out_bias: bool
+    gamma: bool
+
+    @property
+    def qkv(self) -> bool:
+        """Whether anything in front of attention does."""
+        return self.tokens or self.norm or self.norm_bias or self.to_qkv or self.qkv_bias
+
+    @property
+    def heads(self) -> bool:
+        """Whether anything does whose gradient is computed from what the heads give."""
+        return self.to_out or self.gamma
+
+
+def refusal(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) -> str | None:
+    """Why the layers have to be called one by one; None where `block_branch` gives what they would."""
+    if torch.compiler.is_compiling() or operations_are_watched():
+        return "a compiler, a tracer, a transform of torch.func or a forward-mode derivative looks at the operations"
+    if layout.past is not None or not layout.clips:
+        return "the clips go on from earlier frames, or there are none"
+    layers = norm, to_qkv, to_out = branch.norm, branch.to_qkv, branch.to_out
+    if type(norm) not in NORMS or type(to_qkv) is not nn.Linear or type(to_out) is not nn.Linear:
+        return "a layer is of another class, such as LoRA's"
+    if calls_are_watched():
+        return "hooks on the calls of all modules are at work"
+    for layer in layers:
+        if is_hooked(layer) or "forward" in layer.__dict__:
+            return "a layer has hooks, or a forward of its own"
+    if type(tokens) not in PLAIN:
+        return "the tokens are of a class that decides itself how it computes"
+    dtype = to_qkv.weight.dtype
+    for parameter in weights_of(branch):
+        if parameter is not None and (type(parameter) not in PLAIN or parameter.dtype != dtype):
+            return "a parameter is of a class that decides itself how it computes, or of another dtype than the others"
+    return None
+
+
+def weights_of(branch: TemporalAttention) -> Weights:
+    """The parameters, in the order of `Weights`."""
+    norm, to_qkv, to_out = branch.norm, branch.to_qkv, branch.to_out
+    bias = norm.bias if type(norm) is nn.LayerNorm else None
+    return Weights(norm.weight, bias, to_qkv.weight, to_qkv.bias, to_out.weight, to_out.bias, branch.gamma)
+
+
+def block_branch(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) -> Tensor:
+    """As `TemporalAttention.forward`, where `refusal` is None."""
+    weights = weights_of(branch)
+    dtype, device = weights.to_qkv.dtype, tokens.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    call = Call(layout, branch.norm.eps, branch.num_heads, branch.config, branch.recompute, dtype)
+    if torch.is_grad_enabled():
+        return cast("Tensor", _Branch.apply(call, tokens, *weights))
+    with _without_autocast(device):
+        qkv = _project(tokens, weights, call)
+        return _finish(mix_frames(qkv, layout, call.heads, call.config), weights, call).view(tokens.shape)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _normalize(tokens: Tensor, scale: Tensor, shift: Tensor | None, eps: float | None) -> Tensor:
+    if shift is None:
+        return F.rms_norm(tokens, scale.shape, scale, eps)
+    return F.layer_norm(tokens, scale.shape, scale, shift, cast("float", eps))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _project(tokens: Tensor, w: Weights, call: Call) -> Tensor:
+    """Norm and `to_qkv`: (..., C) -> (tokens, 3 * heads * head size)."""
+    normed = _normalize(tokens.to(w.norm.dtype), w.norm, w.norm_bias, call.eps)
+    return _linear(normed.flatten(0, -2), w.to_qkv, w.qkv_bias, call.dtype)
+
+
+def _finish(heads: Tensor, w: Weights, call: Call) -> Tensor:
+    """`to_out`, gamma and the mask of pictures: (tokens, heads * head size) -> (tokens, C)."""
+    out = _linear(heads, w.to_out, w.out_bias, call.dtype)
+    if w.gamma is not None:
+        out = out * w.gamma
+    return out if (mask := _pictures(call, out.device)) is None else out.masked_fill(mask, 0)
+
+
+def _pictures(call: Call, device: torch.device) -> Tensor | None:
+    """Booleans (tokens, 1) of the tokens that get no branch; None where all do."""
+    if call.config.single_frames or all(frames > 1 for frames, _ in call.layout.clips):
+        return None
+    return call.layout.single_frame_mask(device)
+
+
+class _Branch(torch.autograd.Function):
+    """Inputs: the call, the tokens (..., C), and `Weights` one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, tokens: Tensor, *parameters: Tensor | None) -> Tensor:
+        weights = Weights(*cast("Any", parameters))
+        with _without_autocast(tokens.device.type):
+            qkv = _project(tokens, weights, call)
+            heads = mix_frames(qkv, call.layout, call.heads, call.config)
+            out = _finish(heads, weights, call)
+        needs = Needs(*ctx.needs_input_grad)
+        ctx.call = call
+        ctx.save_for_backward(
+            tokens if needs.qkv or call.recompute else None,
+            qkv if needs.qkv and not call.recompute else None,
+            heads if needs.heads and not call.recompute else None,
+            *parameters,
+        )
+        return out.view(tokens.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with _without_autocast(grad.device.type):
+            return None, *_gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Of the tokens and of each parameter that needs one."""
+    tokens, qkv, heads, *parameters = ctx.saved_tensors
+    needs, call, weights = Needs(*ctx.needs_input_grad), ctx.call, Weights(*parameters)
+    if torch.is_grad_enabled():  # they are to be differentiated
+        return _differentiable_gradients(needs, call, weights, tokens, heads, grad)
+    if call.recompute:
+        qkv = _project(tokens, weights, call)
+        heads = mix_frames(qkv, call.layout, call.heads, call.config) if needs.heads else None
+    grad = grad.reshape(call.layout.num_tokens, -1)
+    if (mask := _pictures(call, grad.device)) is not None:
+        grad = grad.masked_fill(mask, 0)
+    to_gamma = None
+    if weights.gamma is not None:
+        if needs.gamma:
+            branch = _linear(heads, weights.to_out, weights.out_bias, call.dtype)
+            to_gamma = (grad * branch).sum(0).to(weights.gamma.dtype)
+        grad = grad * weights.gamma
+    grad = grad.to(call.dtype)
+    to_end = [
+        (grad.t() @ heads).to(weights.to_out.dtype) if needs.to_out else None,
+        grad.sum(0).to(weights.to_out.dtype) if needs.out_bias else None,
+        to_gamma,
+    ]
+    if not needs.qkv:
+        return [None] * 5 + to_end
+    to_heads = grad @ weights.to_out.to(call.dtype)
+    to_qkv = mix_frames_gradient(to_heads, qkv, call.layout, call.heads, call.config)
+    return _projection_gradients(needs, call, weights, tokens, to_qkv) + to_end
+
+
+def _projection_gradients(needs: Needs, call: Call, w: Weights, tokens: Tensor, grad: Tensor) -> list[Tensor | None]:
+    """Of the tokens, the norm's parameters and those of `to_qkv`, from q's, k's and v's (tokens, 3 * heads * head size)."""
+    through = needs.tokens or needs.norm or needs.norm_bias
+    inputs: list[Any] = [tokens.to(w.norm.dtype), w.norm, w.norm_bias]
+    leaves: list[Tensor] = []
+    for index, need in enumerate((needs.tokens, needs.norm, needs.norm_bias)):
+        if need:
+            inputs[index] = inputs[index].detach().requires_grad_()
+            leaves.append(inputs[index])
+    to_weight, found = None, iter(leaves)
+    if through or needs.to_qkv:
+        with torch.set_grad_enabled(through):
+            normed = _normalize(inputs[0], inputs[1], inputs[2], call.eps)
+        if needs.to_qkv:
+            to_weight = (grad.t() @ normed.detach().flatten(0, -2).to(call.dtype)).to(w.to_qkv.dtype)
+        if through:
+            to_normed = (grad @ w.to_qkv.to(call.dtype)).to(normed.dtype).view(normed.shape)
+            found = iter(step_back(normed, leaves, to_normed))
+    return [
+        next(found).to(tokens.dtype) if needs.tokens else None,
+        next(found) if needs.norm else None,
+        next(found) if needs.norm_bias else None,
+        to_weight,
+        grad.sum(0).to(w.to_qkv.dtype) if needs.qkv_bias else None,
+    ]
+
+
+def _differentiable_gradients(
+    needs: Needs, call: Call, w: Weights, tokens: Tensor | None, heads: Tensor | None, grad: Tensor
+) -> list[Tensor | None]:
+    """As `_gradients`, through torch's own operations, whose gradients have gradients; attention is written out."""
+    if heads is None or needs.qkv:  # else nothing in front of them has a gradient
+        config = dataclasses.replace(call.config, attention="eager")
+        heads = mix_frames(_project(cast("Tensor", tokens), w, call), call.layout, call.heads, config)
+    out = _finish(heads, w, call).view(grad.shape)
+    inputs = list(zip((tokens, *w), needs[1:], strict=True))
+    found = iter(torch.autograd.grad(out, [cast("Tensor", x) for x, need in inputs if need], grad, create_graph=True))
+    return [next(found) if need else None for _, need in inputs]

@@ -1,0 +1,144 @@
+"""Attention over the frames of each position, from q, k, v of all tokens to what the heads give; and its gradient.
+
+Plain views and permutations, whose patterns stand in comments: this is where every block of every forward comes by.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sta_adapter.attention.kernels import attend, attend_gradient
+from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.config import STAConfig
+
+__all__ = ["apply_rotary", "mix_frames", "mix_frames_gradient"]
+
+
+def mix_frames(qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
+    """Section 3 of arXiv 2510.26027: each position of a clip attends over the clip's frames.
+
+    Args:
+        qkv: queries, keys and values (tokens, 3 * heads * head size) of all tokens of the layout.
+        layout: where each token stands.
+        heads: their number.
+        config: the settings of rotation, mask, kernel and order.
+
+    Returns:
+        (tokens, heads * head size), in qkv's dtype.
+    """
+    if layout.is_uniform:
+        out = _mix(qkv, layout.clips[0], layout, heads, config)
+    else:  # all clips of one length together, so that no mask or padding is needed
+        parts = torch.split(qkv.index_select(0, layout.gather_index(qkv.device)), _sizes(layout))
+        outs = [_mix(part, clip, layout, heads, config) for part, clip in zip(parts, layout.groups, strict=True)]
+        out = torch.cat(outs).index_select(0, layout.scatter_index(qkv.device))
+    if config.token_order == "published":
+        out = out.index_select(0, layout.published_index(out.device))
+    return out
+
+
+def mix_frames_gradient(grad: Tensor, qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
+    """The gradient at `qkv` of `mix_frames`, all of whose steps are computed again; itself without a gradient.
+
+    Args:
+        grad: at the output (tokens, heads * head size), in qkv's dtype.
+        qkv: as `mix_frames` got it.
+        layout: the same.
+        heads: the same.
+        config: the same.
+    """
+    if config.token_order == "published":
+        grad = torch.empty_like(grad).index_copy_(0, layout.published_index(grad.device), grad)
+    if layout.is_uniform:
+        found = torch.empty_like(qkv)
+        _mix_gradient(grad, qkv, found, layout.clips[0], layout, heads, config)
+        return found
+    index = layout.gather_index(qkv.device)
+    found, sizes = torch.empty_like(qkv), _sizes(layout)
+    parts = (torch.split(x, sizes) for x in (grad.index_select(0, index), qkv.index_select(0, index), found))
+    for part, clip in zip(zip(*parts, strict=True), layout.groups, strict=True):
+        _mix_gradient(part[0], part[1], part[2], clip, layout, heads, config)
+    return found.index_select(0, layout.scatter_index(qkv.device))
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding by half-rotation; x is (..., D), `rotary_tables` fit it by broadcasting, such as (T, 1, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([right, left], dim=-1).mul_(sin).addcmul_(x, cos)
+
+
+def _sizes(layout: ClipLayout) -> list[int]:
+    return [frames * positions for frames, positions in layout.groups]
+
+
+def _fold(x: Tensor, clip: tuple[int, int], rows: int) -> Tensor:
+    """(b t n) (r d) -> b n t r d, a view: rows are heads, or heads of q, k and v."""
+    frames, positions = clip
+    return x.view(-1, frames, positions, rows, x.shape[-1] // rows).transpose(1, 2)
+
+
+def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
+    """As `mix_frames`, of clips of one size (frames, positions)."""
+    frames, positions = clip
+    fold = _fold(qkv, clip, 3 * heads)
+    if frames == 1:
+        out = fold[..., 2 * heads :, :]  # v: a softmax over one frame is 1
+    else:
+        q, k, v = _queries_keys_values(fold, _tables(fold, layout, config), heads)
+        out = attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
+        out = out.view(-1, positions, frames, heads, out.shape[-1])
+    return out.transpose(1, 2).reshape(len(qkv), -1)  # b n t h d -> (b t n) (h d)
+
+
+def _mix_gradient(
+    grad: Tensor,
+    qkv: Tensor,
+    found: Tensor,
+    clip: tuple[int, int],
+    layout: ClipLayout,
+    heads: int,
+    config: STAConfig,
+) -> None:
+    """Write the gradient of `_mix` at `qkv` into `found`, which is shaped as it is."""
+    fold, to_out, to_qkv = _fold(qkv, clip, 3 * heads), _fold(grad, clip, heads), _fold(found, clip, 3 * heads)
+    if clip[0] == 1:
+        to_qkv[..., : 2 * heads, :] = 0
+        to_qkv[..., 2 * heads :, :] = to_out
+        return
+    tables = _tables(fold, layout, config)
+    q, k, v = _queries_keys_values(fold, tables, heads)
+    to_q, to_k, to_v = attend_gradient(
+        to_out.flatten(0, 1), q, k, v, causal=config.causal, window=config.window, backend=config.attention
+    )
+    shape = to_qkv.shape[:3]
+    both = torch.cat([to_q, to_k], dim=2).view(*shape, 2 * heads, -1)
+    into = to_qkv[..., : 2 * heads, :]
+    if tables is None:
+        into.copy_(both)
+    else:  # the rotation's transpose, which is the one back
+        cos, sin = tables
+        left, right = both.chunk(2, dim=-1)
+        other = torch.cat([right, left], dim=-1)
+        torch.addcmul(both.mul_(cos), other, sin, value=-1, out=into)
+    to_qkv[..., 2 * heads :, :] = to_v.view(*shape, heads, -1)
+
+
+def _tables(fold: Tensor, layout: ClipLayout, config: STAConfig) -> tuple[Tensor, Tensor] | None:
+    """Cos and sin (T, 1, D) for tokens (b, n, T, r, D); None without a rotation."""
+    if config.rope_theta is None:
+        return None
+    cos, sin = layout.rotary_tables(fold.shape[-1], config.rope_theta, fold)
+    frames = fold.shape[2]
+    return (cos, sin) if frames == layout.max_frames else (cos[:frames], sin[:frames])
+
+
+def _queries_keys_values(
+    fold: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q and k, rotated, and v: b n t (k h) d -> three of (b n) t h d."""
+    both, v = torch.split(fold, [2 * heads, heads], dim=3)
+    if tables is not None:
+        both = apply_rotary(both, *tables)
+    q, k = torch.split(both.flatten(0, 1), heads, dim=2)
+    return q, k, v.flatten(0, 1)
