@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sta_adapter.attention.frame_attention import mix_frames, mix_frames_gradient
 from sta_adapter.attention.layout import ClipLayout
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["block_branch", "refusal"]
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the last ones have shapes and no values, for `sta-adapter plan`
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 

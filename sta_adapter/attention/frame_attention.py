@@ -85,7 +85,7 @@ def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, con
     if frames == 1:
         out = fold[..., 2 * heads :, :]  # v: a softmax over one frame is 1
     else:
-        q, k, v = _queries_keys_values(fold, _tables(fold, layout, config), heads)
+        q, k, v = _queries_keys_values(fold, _tables(fold, clip[0], layout, config), heads)
         out = attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
         out = out.view(-1, positions, frames, heads, out.shape[-1])
     return out.transpose(1, 2).reshape(len(qkv), -1)  # b n t h d -> (b t n) (h d)
@@ -106,7 +106,7 @@ def _mix_gradient(
         to_qkv[..., : 2 * heads, :] = 0
         to_qkv[..., 2 * heads :, :] = to_out
         return
-    tables = _tables(fold, layout, config)
+    tables = _tables(fold, clip[0], layout, config)
     q, k, v = _queries_keys_values(fold, tables, heads)
     to_q, to_k, to_v = attend_gradient(
         to_out.flatten(0, 1), q, k, v, causal=config.causal, window=config.window, backend=config.attention
@@ -124,12 +124,11 @@ def _mix_gradient(
     to_qkv[..., 2 * heads :, :] = to_v.view(*shape, heads, -1)
 
 
-def _tables(fold: Tensor, layout: ClipLayout, config: STAConfig) -> tuple[Tensor, Tensor] | None:
-    """Cos and sin (T, 1, D) for tokens (b, n, T, r, D); None without a rotation."""
+def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) -> tuple[Tensor, Tensor] | None:
+    """Cos and sin (frames, 1, D) for tokens (b, n, frames, r, D); None without a rotation."""
     if config.rope_theta is None:
         return None
     cos, sin = layout.rotary_tables(fold.shape[-1], config.rope_theta, fold)
-    frames = fold.shape[2]
     return (cos, sin) if frames == layout.max_frames else (cos[:frames], sin[:frames])
 
 
