@@ -32,8 +32,7 @@ from sta_adapter.injection.hooks import (
 from sta_adapter.injection.registry import locate
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.target import InjectionTarget
-from sta_adapter.injection.validate import validate_target
-from sta_adapter.injection.wrapped import refuse_wrapped
+from sta_adapter.injection.validate import refuse_wrapped, validate_target
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,4 +1,6 @@
-"""Whether a model's blocks are what its backbone declares, seen in a run of the backbone's dummy clip.
+"""Whether a model can be injected into: nothing wraps it yet, and its blocks are what its backbone declares.
+
+The blocks are looked at in a run of the backbone's dummy clip.
 
 The hook of STA adds to the input of the norm in front of the MLP. That is right exactly if this input is the block's
 residual stream: the norm's output kept as it was, what is added must come out of the block, unchanged and once. The
@@ -24,7 +26,32 @@ from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)
+WRAPPERS = {
+    "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
+    "DataParallel": "and train with DistributedDataParallel, which nn.DataParallel's copies of modules don't replace",
+    "FullyShardedDataParallel": "before wrapping the model in FullyShardedDataParallel",
+    "FSDPModule": "before fully_shard(model)",
+    "DeepSpeedEngine": "before deepspeed.initialize",
+    "OptimizedModule": "into the original model, then torch.compile it",
+}
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse models whose wrapper would not see parameters that come later.
+
+    Raises:
+        InjectionError: naming the wrapper, and what to do instead.
+    """
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in WRAPPERS and not cls.__module__.startswith("sta_adapter"):
+                raise InjectionError(
+                    f"the model is wrapped in {cls.__name__} already, which would not synchronise, shard or compile STA's "
+                    f"parameters. Inject {WRAPPERS[cls.__name__]}."
+                )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise InjectionError(f"{type(module).__name__} is compiled already. Inject first, then call compile().")
 
 
 class _Reached(Exception):
