@@ -97,6 +97,32 @@ def test_stored_tokens_give_the_features_of_the_whole_encoder(parts, work, arm):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_stored_after_all_blocks_are_what_the_blocks_in_play_make_of_those_stored_before_them(parts, work):
+    train, arms = parts["train"], parts["arms"]
+    encoder = parts["encoder"].load_encoder("tiny", work)
+    before, after = (train.Data(work, "val", depth).tokens for depth in (train.QUICK.first, 4))
+    watchers = [arms.Watcher(encoder, train.new_reader(encoder), depth, arms.ARMS["reader"]) for depth in (2, 4)]
+    found = [watcher.features(tokens) for watcher, tokens in zip(watchers, (before, after), strict=True)]
+    torch.testing.assert_close(*found, atol=0.05, rtol=0.05)  # both were stored in bf16
+
+
+def test_the_question_sees_every_frame_and_where_it_stands(parts):
+    reading = parts["reader"]
+    reader = reading.Reader(32, 6, 4, ("right", "left"))
+    generator = torch.Generator().manual_seed(0)
+    clip, answer = torch.randn(2, 4, 37, 32, generator=generator), torch.tensor([[0], [1]])
+    said = reader(clip, reading.MOVEMENT, answer)
+    for frame in range(4):
+        other = clip.clone()
+        other[0, frame] = torch.randn(37, 32, generator=generator)
+        changed = (reader(other, reading.MOVEMENT, answer) - said).abs().amax((1, 2))
+        assert changed[0] > 1e-4, frame
+        assert changed[1] < 1e-6, frame
+    assert (reader(clip.flip(1), reading.MOVEMENT, answer) - said).abs().max() > 1e-4
+    first, last = (reader(clip[:, :1], reading.DESCRIBE, answer, torch.full((2, 1), place)) for place in (0, 3))
+    assert (first - last).abs().max() > 1e-4
+
+
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path):
     train = parts["train"]
     what = train.Run("sta", steps=4)
@@ -128,7 +154,7 @@ def test_the_page_and_the_figure_are_those_of_the_committed_runs(parts):
 
 def test_the_goal_is_judged_by_seed(parts):
     def run(arm, seed, correct, val=0.5, lr=1.0):
-        what = {"arm": arm, "seed": seed, "test": True, "share": 1.0, "steps": 1, "lr": lr, "reader_lr": 1.0, "warm": 0}
+        what = {"arm": arm, "seed": seed, "test": True, "share": 1.0, "steps": 1, "lr": lr, "reader_lr": 1.0}
         test = {"correct": correct, "total": 600, "accuracy": correct / 600}
         return {"run": what, "ordered": test, "curve": [{"step": 1, "val": val}]}
 

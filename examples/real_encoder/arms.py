@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from cache import start_from_stored
 from peft import LoraConfig, get_peft_model
 from reader import MOVEMENT, Reader
@@ -37,6 +38,12 @@ ARMS: dict[str, Arm] = {
     "sta_normal": Arm('STA, init="normal"', sta={"init": "normal"}),
 }
 
+ORDERS = {
+    "told": "each frame stands at a position of its own",
+    "causal": "all frames stand at the same positions; the causal mask alone tells them apart",
+    "none": "all frames stand at the same positions, and visual tokens see each other both ways, as PaliGemma's do",
+}
+
 
 class Watcher(nn.Module):
     """Encoder from block `first` on, and reader.
@@ -44,17 +51,18 @@ class Watcher(nn.Module):
     Args:
         encoder: the whole one, which is copied.
         reader: is trained too.
-        first: block in play that comes first.
+        first: block in play that comes first; as many as there are when none is.
         arm: of `ARMS`.
+        order: of `ORDERS`, what the reader knows of the frames' order.
     """
 
-    def __init__(self, encoder: Dinov2Model, reader: Reader, first: int, arm: Arm) -> None:
+    def __init__(self, encoder: Dinov2Model, reader: Reader, first: int, arm: Arm, order: str = "told") -> None:
         super().__init__()
-        self.reader = reader
+        self.reader, self.order = reader, order
         encoder = copy.deepcopy(encoder)
         last = range(first, len(encoder.encoder.layer))
         self.handle: STAHandle | None = None
-        wanted = sta_size(encoder, last)
+        wanted = sta_size(encoder, last) if arm.lora else 0
         if arm.sta is not None:
             self.handle = inject_sta(encoder, STAConfig(layers=tuple(last), attention="eager", **arm.sta))
             self.handle.freeze_base()
@@ -72,7 +80,8 @@ class Watcher(nn.Module):
 
     def forward(self, tokens: Tensor, answer: Tensor, question: str = MOVEMENT) -> Tensor:
         """Logits (B, A, words) of the answer's words, from stored tokens (B, T, 1 + N, C)."""
-        return self.reader(self.features(tokens), question, answer)
+        places = None if self.order == "told" else torch.zeros(tokens.shape[:2], dtype=torch.long)
+        return self.reader(self.features(tokens), question, answer, places, both_ways=self.order == "none")
 
     def features(self, tokens: Tensor) -> Tensor:
         """The encoder's last hidden state, (B, T, 1 + N, C), from stored tokens of that shape."""

@@ -61,26 +61,38 @@ def pixels(frames: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def store(part: Dinov2Model, file: Path, folder: Path, frames: int) -> None:
-    """Read the clips of a JSON Lines file and write their tokens, (clips, T, tokens, C) bf16; what is there stays."""
+def store(part: Dinov2Model, depths: tuple[int, ...], file: Path, folder: Path, frames: int) -> None:
+    """Read the clips of a JSON Lines file and write their tokens, (clips, T, tokens, C) bf16; what is there stays.
+
+    Args:
+        part: of `below`, as deep as the deepest of `depths`.
+        depths: after how many blocks tokens are stored, each in a folder of its own.
+        file: the clips.
+        folder: gets a folder for each depth.
+        frames: T.
+    """
     lines = file.read_text(encoding="utf-8").splitlines()
-    folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(lines), SHARD):
-        target = folder / f"{file.stem}-{start:05d}.safetensors"
-        if target.exists():
+        targets = {depth: folder / str(depth) / f"{file.stem}-{start:05d}.safetensors" for depth in depths}
+        if all(target.exists() for target in targets.values()):
             continue
-        tokens, end = [], min(start + SHARD, len(lines))
+        tokens: dict[int, list[Tensor]] = {depth: [] for depth in depths}
+        end = min(start + SHARD, len(lines))
         for index in range(start, end, AT_ONCE):
             videos = [file.parent / json.loads(line)["video"] for line in lines[index : min(index + AT_ONCE, end)]]
             clips = np.stack([read_clip(video, num_frames=frames).frames for video in videos])
             with torch.autocast("cpu", torch.bfloat16):
-                hidden = part(pixels(clips).flatten(0, 1)).last_hidden_state
-            tokens.append(hidden.bfloat16().unflatten(0, clips.shape[:2]))
-        whole = target.with_suffix(".part")
-        save_file({"tokens": torch.cat(tokens)}, whole)
-        whole.replace(target)
+                hidden = part(pixels(clips).flatten(0, 1), output_hidden_states=True).hidden_states
+            for depth in depths:
+                tokens[depth].append(hidden[depth].bfloat16().unflatten(0, clips.shape[:2]))
+        for depth, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            whole = target.with_suffix(".part")
+            save_file({"tokens": torch.cat(tokens[depth])}, whole)
+            whole.replace(target)
 
 
-def stored_tokens(folder: Path, split: str) -> Tensor:
-    """All tokens of a split, (clips, T, tokens, C) bf16."""
-    return torch.cat([load_file(path)["tokens"] for path in sorted(folder.glob(f"{split}-*.safetensors"))])
+def stored_tokens(folder: Path, depth: int, split: str) -> Tensor:
+    """All tokens of a split after so many blocks, (clips, T, tokens, C) bf16."""
+    files = sorted((folder / str(depth)).glob(f"{split}-*.safetensors"))
+    return torch.cat([load_file(path)["tokens"] for path in files])

@@ -64,6 +64,8 @@ def course(label: str, rng: np.random.Generator) -> list[State]:
     x, y = rng.uniform(0.35, 0.65, 2)
     size, travel = rng.uniform(0.36, 0.56), rng.uniform(0.3, 0.55)
     angle, turn = rng.uniform(-8, 8), rng.uniform(14, 32)
+    if pair[0] == "clockwise":
+        size *= 1.5  # or it covers three patches, and what turns within a patch is hardly in its token
     start, first = rng.uniform(0, 360), int(rng.integers(2, FRAMES - 1))
     states = []
     for i, t in enumerate(np.linspace(-0.5, 0.5, FRAMES)):

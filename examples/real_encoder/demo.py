@@ -27,7 +27,7 @@ from sta_adapter import load_sta
 from sta_adapter.video import read_clip
 from sta_adapter.visualization.observation import observe
 
-SMALL = Settings(train=1500, val=100, test=200, reader_steps=1000)
+SMALL = Settings(train=1200, val=100, test=200)
 SHOWN = ("reader", "lora", "sta")
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark; }
 img { max-width: 100%; image-rendering: pixelated; } table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sta-demo-real"), help="folder for the page and all else")
     parser.add_argument("--encoder", default="pip", help='Hub id or folder of a DINOv2, or "pip"')
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=Run.steps)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(arguments)
     settings, steps, folders = dataclasses.replace(SMALL, encoder=given.encoder), given.steps, (None, None)

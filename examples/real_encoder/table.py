@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS
+from arms import ARMS, ORDERS
 
 from sta_adapter.evaluation import wilson
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
 COLOURS = {"sta": "#3b8fd0", "lora": "#d9730d", "reader": "#8a8f98"}  # 3:1 against white and against dark pages
+DASHES = {"told": "none", "causal": "7 3", "none": "2 3"}  # of lines, by what the reader knows of the frames' order
+KNOWN = {"told": "the reader is told the order", "causal": "it has the causal mask alone", "none": "it knows no order"}
 WIDTH, HEIGHT, LEFT, TOP, CURVES = 760, 330, 58, 30, 400
 STYLE = """
   .sta-proof { color: var(--md-typeset-color, #1f2328); font: 13px system-ui, sans-serif; max-width: 100%; height: auto; }
@@ -25,23 +27,22 @@ STYLE = """
 
 
 def load(folder: Path = HERE / "results") -> list[dict[str, Any]]:
-    """All runs, by name."""
+    """All runs of a folder, by name; `results/earlier` holds those of an earlier set-up."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
+def order_of(run: dict[str, Any]) -> str:
+    """What the run's reader knows of the frames' order; runs of the earlier set-up don't say it."""
+    return run["run"].get("order", "told")
+
+
 def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Measured runs that differ in their seed alone, in the order of `ARMS`, the most seeds first."""
+    """Measured runs that differ in their seed alone: by what the reader knows of order, its rate, and in the order of `ARMS`."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in (run for run in runs if run["run"]["test"]):
         what = run["run"]
-        key = (
-            what.get("warm", 0),
-            list(ARMS).index(what["arm"]),
-            -what["share"],
-            what["steps"],
-            what["lr"],
-            what["reader_lr"],
-        )
+        order = list(ORDERS).index(order_of(run)), what["reader_lr"], list(ARMS).index(what["arm"])
+        key = (*order, -what["share"], what["steps"], what["lr"])
         found.setdefault(key, []).append(run)
     return [sorted(found[key], key=lambda run: run["run"]["seed"]) for key in sorted(found)]
 
@@ -57,10 +58,11 @@ def main_table(runs: list[dict[str, Any]]) -> str:
     pairs = list(next(run for run in runs if run["run"]["test"])["ordered"]["pairs"])
     heads = [
         "trained with the reader",
+        "order",
         "parameters",
         "lr",
+        "reader's lr",
         "steps",
-        "reader first",
         "data",
         "accuracy by seed, %",
         *pairs,
@@ -75,12 +77,13 @@ def main_table(runs: list[dict[str, Any]]) -> str:
         within = [sum(order[key] for order in orders) for key in ("correct", "pair_named")]
         cells = [
             ARMS[what["arm"]].name,
+            order_of(group[0]),
             f"{group[0]['parameters']:,}",
             "" if what["arm"] == "reader" else f"{what['lr']:g}",
         ]
         cells += [
+            f"{what['reader_lr']:g}",
             str(what["steps"]),
-            str(what.get("warm", 0) or ""),
             f"{100 * what['share']:g} %",
             accuracy,
             *(f"{value:.0f}" for value in by_pair),
@@ -92,29 +95,42 @@ def main_table(runs: list[dict[str, Any]]) -> str:
 
 def search_table(runs: list[dict[str, Any]]) -> str:
     """A row a run on the validation clips alone."""
-    rows = [
-        "| on validation clips | lr | reader first on clips, steps | steps | accuracy by step, % |",
-        "|" + " --- |" * 5,
-    ]
+    heads = ["on validation clips", "lr", "reader's lr", "reader first", "steps", "accuracy by step, %"]
+    rows = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     searched = [run for run in runs if not run["run"]["test"]]
     for run in sorted(searched, key=lambda run: run["run"].get("warm", 0)):
         what = run["run"]
         curve = ", ".join(f"{100 * point['val']:.1f}" for point in run["curve"])
         lr = "" if what["arm"] == "reader" else f"{what['lr']:g}"
-        rows.append(f"| {ARMS[what['arm']].name} | {lr} | {what.get('warm', 0)} | {what['steps']} | {curve} |")
+        cells = [
+            ARMS[what["arm"]].name,
+            lr,
+            f"{what['reader_lr']:g}",
+            first_of(run),
+            str(what["steps"]),
+            curve,
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def first_of(run: dict[str, Any]) -> str:
+    """What the run's reader had learned besides describing frames."""
+    if warm := run["run"].get("warm", 0):
+        return f"{warm} steps on clips"
+    return "the words" if run["settings"].get("word_steps") else ""
 
 
 def verdict(runs: list[dict[str, Any]]) -> str:
     """Whether, on every seed that both have, STA's error is at most half of LoRA's, and the intervals are apart."""
-    best: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    best: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = {}
     for run in (run for group in groups(runs) for run in group if run["run"]["share"] == 1):
-        arms = best.setdefault((run["run"].get("warm", 0), run["run"]["seed"]), {})
+        arms = best.setdefault((order_of(run), run["run"]["reader_lr"], run["run"]["seed"]), {})
         other = arms.get(run["run"]["arm"])
         if other is None or run["curve"][-1]["val"] > other["curve"][-1]["val"]:
             arms[run["run"]["arm"]] = run  # of several, the one that is best on validation clips
     lines, met = [], []
-    for (warm, seed), arms in sorted(best.items()):
+    for (order, reader_lr, seed), arms in sorted(best.items()):
         if not {"sta", "lora"} <= arms.keys():
             continue
         sta, lora = arms["sta"]["ordered"], arms["lora"]["ordered"]
@@ -123,12 +139,12 @@ def verdict(runs: list[dict[str, Any]]) -> str:
         met.append(errors[0] <= errors[1] / 2 and apart)
         ratio = errors[0] / errors[1] if errors[1] else float("inf")
         lines.append(
-            f"| {warm} | {seed} | {100 * errors[0]:.1f} | {100 * errors[1]:.1f} | {ratio:.2f} "
+            f"| {order} | {reader_lr:g} | {arms['sta']['run']['steps']} | {seed} | {100 * errors[0]:.1f} | {100 * errors[1]:.1f} | {ratio:.2f} "
             f"| {'yes' if apart else 'no'} | {'met' if met[-1] else 'not met'} |"
         )
     heads = [
-        "| reader first on clips, steps | seed | STA's error, % | LoRA's error, % | ratio | intervals apart | at most half |",
-        "|" + " --- |" * 7,
+        "| order | reader's lr | steps | seed | STA's error, % | LoRA's error, % | ratio | intervals apart | at most half |",
+        "|" + " --- |" * 9,
     ]
     said = "met in every pair of runs" if met and all(met) else "not met"
     return "\n".join(
@@ -148,16 +164,20 @@ def made_with(runs: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in measured[-1]["versions"].items())
     machines = "; ".join(sorted({run["machine"] for run in measured}))
     seconds = sum(run["seconds"] for run in runs)
-    return f"Run on {' and '.join(dates)} ({machines}; {versions}); {seconds / 60:.0f} minutes of one core's time in the runs of this page."
+    return f"Run on {' and '.join(dates)} ({machines}; {versions}); {seconds / 60:.0f} minutes of one core's time in these runs."
 
 
 def figure(runs: list[dict[str, Any]]) -> str:
     """Curves of the three arms on the validation clips, and each seed's accuracy on the test's with its interval."""
-    plain = [group for group in groups(runs) if group[0]["run"]["share"] == 1 and not group[0]["run"].get("warm", 0)]
-    chosen = [group for group in plain if group[0]["run"]["arm"] in COLOURS]
-    last = {group[0]["run"]["arm"]: group for group in chosen}  # the longest of each arm
+    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # of each arm and order the longest runs
+    for group in sorted(groups(runs), key=lambda group: group[0]["run"]["steps"]):
+        what = group[0]["run"]
+        if what["share"] == 1 and what["arm"] in COLOURS:
+            shown[what["arm"], order_of(group[0])] = group
+    orders = [order for order in DASHES if any(key[1] == order for key in shown)]
     right, bottom = LEFT + CURVES, HEIGHT - 46
-    steps = max(group[0]["run"]["steps"] for group in last.values())
+    steps = max(group[0]["run"]["steps"] for group in shown.values())
+    batch = runs[0]["settings"]["batch"]
 
     def height(share: float) -> float:
         return bottom - share * (bottom - TOP)
@@ -172,26 +192,32 @@ def figure(runs: list[dict[str, Any]]) -> str:
         x = LEFT + part / 4 * CURVES
         parts.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{steps * part // 4}</text>')
     parts.append(
-        f'<text x="{LEFT + CURVES / 2}" y="{bottom + 38}" text-anchor="middle">optimiser steps of 8 clips</text>'
+        f'<text x="{LEFT + CURVES / 2}" y="{bottom + 38}" text-anchor="middle">optimiser steps of {batch} clips</text>'
     )
-    order = [arm for arm in COLOURS if arm in last]
-    for place, arm in enumerate(order):
-        column = right + 56 + (place + 0.5) * (WIDTH - 8 - right - 56) / len(order)
-        for number, run in enumerate(last[arm]):
-            points = [(LEFT + p["step"] / steps * CURVES, height(p["val"])) for p in run["curve"]]
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[arm]}" stroke-width="2"/>')
-            x = column + 14 * (number - (len(last[arm]) - 1) / 2)
-            low, high = wilson(run["ordered"]["correct"], run["ordered"]["total"])
-            parts.append(
-                f'<path d="M{x:.1f} {height(low):.1f}V{height(high):.1f}" stroke="{COLOURS[arm]}" stroke-width="2"/>'
-            )
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{height(run["ordered"]["accuracy"]):.1f}" r="4" fill="{COLOURS[arm]}"/>'
-            )
+    arms = [arm for arm in COLOURS if any(key[0] == arm for key in shown)]
+    for place, arm in enumerate(arms):
+        column = right + 56 + (place + 0.5) * (WIDTH - 8 - right - 56) / len(arms)
+        for number, order in enumerate(orders):
+            x = column + 20 * (number - (len(orders) - 1) / 2)
+            for run in shown.get((arm, order), ()):
+                points = [(LEFT + p["step"] / steps * CURVES, height(p["val"])) for p in run["curve"]]
+                stroke = f'stroke="{COLOURS[arm]}" stroke-width="2" stroke-dasharray="{DASHES[order]}"'
+                line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+                parts.append(f'<polyline points="{line}" fill="none" {stroke}/>')
+                low, high = wilson(run["ordered"]["correct"], run["ordered"]["total"])
+                parts.append(f'<path d="M{x:.1f} {height(low):.1f}V{height(high):.1f}" {stroke}/>')
+                y = height(run["ordered"]["accuracy"])
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[arm]}"/>')
         name = {"sta": "STA", "lora": "LoRA", "reader": "reader alone"}[arm]
         parts.append(f'<text x="{column:.1f}" y="{bottom + 18}" text-anchor="middle">{name}</text>')
         parts.append(f'<circle cx="{column:.1f}" cy="{bottom + 30}" r="5" fill="{COLOURS[arm]}"/>')
+    if len(orders) > 1:
+        for number, order in enumerate(orders):
+            y = TOP + 12 + 18 * number
+            stroke = f'stroke="currentColor" stroke-width="2" stroke-dasharray="{DASHES[order]}"'
+            parts.append(
+                f'<path d="M{LEFT + 8} {y}h36" {stroke}/><text x="{LEFT + 52}" y="{y + 4}">{KNOWN[order]}</text>'
+            )
     label = "Accuracy of what is compared: curves on validation clips, and test clips by seed"
     head = f'<svg class="sta-proof" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>", ""])
@@ -208,6 +234,8 @@ def fill(page: str, name: str, text: str) -> str:
 def page(runs: list[dict[str, Any]], text: str) -> str:
     """docs/proof.md with today's tables."""
     parts = {"table": main_table(runs) + "\n\n" + made_with(runs), "goal": verdict(runs), "search": search_table(runs)}
+    earlier = load(HERE / "results" / "earlier")
+    parts["earlier"] = "\n\n".join([main_table(earlier), search_table(earlier), made_with(earlier)])
     for name, part in parts.items():
         text = fill(text, name, part)
     return text

@@ -1,7 +1,7 @@
 """The comparison's runs, each resumed where it stopped and written down as one JSON file.
 
 python train.py --work FOLDER prepare                  clips, stored tokens
-python train.py --work FOLDER run sta --seed 0 --lr 1.5e-4 --steps 800
+python train.py --work FOLDER run sta --seed 0 --lr 5e-4 --steps 600
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 import peft
 import torch
 import transformers
-from arms import ARMS, Watcher
+from arms import ARMS, ORDERS, Watcher
 from cache import below, store, stored_tokens
 from clips import FRAMES, LABELS, PAIRS, SIZE, list_objects, list_photographs, write_split
 from encoder import load_encoder
-from reader import DESCRIBE, IGNORED, Reader
+from reader import DESCRIBE, IGNORED, MOVEMENT, Reader
 from torch import Tensor
 from torch.nn import functional
 from transformers import Dinov2Model
@@ -34,7 +34,8 @@ from transformers import Dinov2Model
 import sta_adapter
 
 RESULTS = Path(__file__).parent / "results"
-CLIP_NORM, WEIGHT_DECAY, WARMUP, SAVE_EVERY, READER_LR = 1.0, 0.01, 50, 50, 5e-4
+CLIP_NORM, WEIGHT_DECAY, WARMUP, SAVE_EVERY, POINTS = 1.0, 0.01, 50, 50, 4
+READER_LR = 5e-4
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,35 @@ class Settings:
         val: clips on which learning rates are chosen.
         test: clips of the table, with objects and photographs of their own.
         batch: clips a step.
-        reader_steps: of reading single frames, in steps of `reader_batch` frames at `reader_rate`.
+        reader_steps: of describing single frames, in steps of `reader_batch` frames at `reader_rate`.
+        word_steps: then of also naming the movement, as far as single frames tell it, at half that rate.
         reader_batch: frames a step.
         reader_rate: learning rate of it.
     """
 
     encoder: str = "pip"
-    first: int = 10
-    train: int = 3000
+    first: int = 8
+    train: int = 2000
     val: int = 200
     test: int = 600
     batch: int = 8
-    reader_steps: int = 1500
-    reader_batch: int = 32
+    reader_steps: int = 1000
+    word_steps: int = 200
+    reader_batch: int = 64
     reader_rate: float = 1e-3
 
 
-QUICK = Settings(encoder="tiny", first=2, train=20, val=10, test=10, batch=4, reader_steps=4, reader_batch=8)
+QUICK = Settings(
+    encoder="tiny", first=2, train=20, val=10, test=10, batch=4, reader_steps=4, word_steps=2, reader_batch=8
+)
 
 
 class Data:
     """A split in memory: tokens (clips, T, 1 + N, C) bf16, labels, and the states of every frame."""
 
-    def __init__(self, work: Path, split: str, share: float = 1.0) -> None:
+    def __init__(self, work: Path, split: str, depth: int, share: float = 1.0) -> None:
         lines = (work / "clips" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        self.tokens = stored_tokens(work / "tokens", split)
+        self.tokens = stored_tokens(work / "tokens", depth, split)
         count = round(share * len(lines))
         self.tokens, self.clips = self.tokens[:count], [json.loads(line) for line in lines[:count]]
 
@@ -84,18 +89,20 @@ class Data:
 def prepare(work: Path, settings: Settings, objects: Path | None = None, photographs: Path | None = None) -> None:
     """Write the clips and store what the frozen blocks make of them; what is there stays."""
     things, places = list_objects(objects, work / "objects.json"), list_photographs(photographs)
-    part = below(load_encoder(settings.encoder, work), settings.first)
+    encoder = load_encoder(settings.encoder, work)
+    whole = len(encoder.encoder.layer)
+    part = below(encoder, whole)
     for split in ("val", "test", "train"):
         count = getattr(settings, split)
         file = write_split(work / "clips", split, count, things[split], places[split])
-        store(part, file, work / "tokens", FRAMES)
+        store(part, (settings.first, whole), file, work / "tokens", FRAMES)
         print(f"{split}: {count} clips", flush=True)
 
 
 def new_reader(encoder: Dinov2Model) -> Reader:
     """An untrained reader."""
     torch.manual_seed(0)
-    return Reader(encoder.config.hidden_size, SIZE // encoder.config.patch_size, LABELS)
+    return Reader(encoder.config.hidden_size, SIZE // encoder.config.patch_size, FRAMES, LABELS)
 
 
 def picked(count: int, size: int, seed: int, step: int) -> list[int]:
@@ -115,50 +122,58 @@ def schedule(step: int, steps: int) -> float:
 
 
 def read_frames(work: Path, settings: Settings) -> dict[str, Tensor]:
-    """The weights of the reader that all runs begin with: it has learned to read single frames of the untouched encoder."""
-    file = work / "reader.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
+    """The weights of the reader that all runs begin with: it has learned to read single frames of the untouched encoder.
+
+    First it describes them; then, in fewer steps, it also says what may be the movement of the clip that a frame is from, as
+    far as one frame tells: which words answer that question, but not which of a pair.
+    """
+    stages = (
+        (work / "reader-describes.pt", settings.reader_steps, settings.reader_rate, (DESCRIBE,)),
+        (work / "reader.pt", settings.word_steps, settings.reader_rate / 2, (DESCRIBE, MOVEMENT)),
+    )
+    if stages[-1][0].exists():
+        return torch.load(stages[-1][0], weights_only=True)
     encoder = load_encoder(settings.encoder, work)
-    watcher, data = Watcher(encoder, new_reader(encoder), settings.first, ARMS["reader"]), Data(work, "train")
-    reader = watcher.reader
-    optimizer = torch.optim.AdamW(reader.parameters(), settings.reader_rate, weight_decay=WEIGHT_DECAY)
-    for step in range(settings.reader_steps):
-        optimizer.param_groups[0]["lr"] = settings.reader_rate * schedule(step, settings.reader_steps)
-        chosen = picked(len(data.clips), settings.reader_batch, 0, step)
-        which = torch.randint(FRAMES, (len(chosen),), generator=torch.Generator().manual_seed(step)).tolist()
-        answer = reader.descriptions([data.clips[i]["states"][t] for i, t in zip(chosen, which, strict=True)])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            features = watcher.features(data.tokens[chosen, which].unsqueeze(1))
-        loss = loss_of(reader(features, DESCRIBE, answer), answer)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reader.parameters(), CLIP_NORM)
-        optimizer.step()
-        if step % 100 == 99:
-            print(f"reader: step {step + 1}, loss {loss.item():.3f}", flush=True)
-    torch.save(reader.state_dict(), file)
-    return reader.state_dict()
+    whole = len(encoder.encoder.layer)
+    watcher, data = Watcher(encoder, new_reader(encoder), whole, ARMS["reader"]), Data(work, "train", whole)
+    for file, steps, rate, questions in stages:
+        if file.exists():
+            watcher.reader.load_state_dict(torch.load(file, weights_only=True))
+            continue
+        optimizer = torch.optim.AdamW(watcher.reader.parameters(), rate, weight_decay=WEIGHT_DECAY)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, steps)
+            chosen = picked(len(data.clips), settings.reader_batch, 0, step)
+            which = torch.randint(FRAMES, (len(chosen),), generator=torch.Generator().manual_seed(step))
+            loss = read_step(watcher, optimizer, data, chosen, which, questions)
+            if step % 100 == 99:
+                print(f"{file.stem}: step {step + 1}, loss {loss:.3f}", flush=True)
+        torch.save(watcher.reader.state_dict(), file)
+    return watcher.reader.state_dict()
 
 
-def read_clips(work: Path, settings: Settings, steps: int) -> dict[str, Tensor]:
-    """The weights of that reader after so many steps on clips of the untouched encoder, as all runs of `Run.warm` begin."""
-    file = work / f"reader-{steps}.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
-    encoder = load_encoder(settings.encoder, work)
-    watcher, data = Watcher(encoder, new_reader(encoder), settings.first, ARMS["reader"]), Data(work, "train")
+def read_step(
+    watcher: Watcher,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    chosen: list[int],
+    which: Tensor,
+    questions: tuple[str, ...],
+) -> float:
+    """One step on a frame, `which` of each of the chosen clips; the loss."""
     reader = watcher.reader
-    reader.load_state_dict(read_frames(work, settings))
-    optimizer = torch.optim.AdamW(reader.parameters(), READER_LR, weight_decay=WEIGHT_DECAY)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = READER_LR * schedule(step, steps)
-        chosen = picked(len(data.clips), settings.batch, 1000, step)  # an order that no seed of a run has
-        loss = train_step(watcher, optimizer, data.tokens[chosen], data.answers(reader, chosen))
-        if step % 100 == 99:
-            print(f"reader on clips: step {step + 1}, loss {loss:.3f}", flush=True)
-    torch.save(reader.state_dict(), file)
-    return reader.state_dict()
+    states = [data.clips[i]["states"][t] for i, t in zip(chosen, which.tolist(), strict=True)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = watcher.features(data.tokens[chosen, which].unsqueeze(1))
+    loss = torch.zeros(())
+    for question in questions:
+        answer = reader.descriptions(states) if question == DESCRIBE else data.answers(reader, chosen)
+        loss = loss + loss_of(reader(features, question, answer, which.unsqueeze(1)), answer)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reader.parameters(), CLIP_NORM)
+    optimizer.step()
+    return loss.item()
 
 
 def train_step(watcher: Watcher, optimizer: torch.optim.Optimizer, tokens: Tensor, answer: Tensor) -> float:
@@ -183,17 +198,19 @@ class Run:
 
     arm: str
     seed: int = 0
-    lr: float = 1.5e-4
-    steps: int = 800
+    lr: float = 5e-4
+    steps: int = 600
     reader_lr: float = READER_LR
-    warm: int = 0  # steps of the reader on clips of the untouched encoder, before the adapter is there
     share: float = 1.0  # of the clips trained on
+    order: str = "told"  # of `ORDERS`: what the reader knows of the frames' order
     test: bool = True  # whether the test's clips are asked at the end
 
     @property
     def name(self) -> str:
         """For files."""
-        part = ("" if self.share == 1 else f"-share{self.share:g}") + (f"-warm{self.warm}" if self.warm else "")
+        part = ("" if self.share == 1 else f"-share{self.share:g}") + (
+            "" if self.order == "told" else f"-order-{self.order}"
+        )
         kind = "" if self.test else "search-"
         return f"{kind}{self.arm}-seed{self.seed}-lr{self.lr:g}-reader{self.reader_lr:g}-steps{self.steps}{part}"
 
@@ -215,18 +232,19 @@ def run(
         return target
     encoder = load_encoder(settings.encoder, work)
     reader = new_reader(encoder)
-    reader.load_state_dict(read_clips(work, settings, what.warm) if what.warm else read_frames(work, settings))
+    reader.load_state_dict(read_frames(work, settings))
     torch.manual_seed(what.seed)
-    watcher = Watcher(encoder, reader, settings.first, ARMS[what.arm])
+    depth = len(encoder.encoder.layer) if what.arm == "reader" else settings.first
+    watcher = Watcher(encoder, reader, depth, ARMS[what.arm], what.order)
     groups = [{"params": list(reader.parameters()), "lr": what.reader_lr}]
     adapter = list(watcher.adapter())
     if adapter:
         groups.append({"params": adapter, "lr": what.lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    train, val = Data(work, "train", what.share), Data(work, "val")
+    train, val = Data(work, "train", depth, what.share), Data(work, "val", depth)
     record = resume(state, watcher, optimizer) or {"step": 0, "curve": [], "seconds": 0.0, "losses": []}
     begun, rates = record["step"], [what.reader_lr, what.lr]
-    every = max(1, what.steps // 8)
+    every = max(1, what.steps // POINTS)
     started, before = time.process_time(), record["seconds"]
     for step in range(begun, what.steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
@@ -246,17 +264,19 @@ def run(
             keep(state, watcher, optimizer, record)
         if stopped:
             return None
-    conclude(work, settings, what, watcher, record, target)
+    conclude(work, settings, what, watcher, depth, record, target)
     state.unlink(missing_ok=True)
     return target
 
 
-def conclude(work: Path, settings: Settings, what: Run, watcher: Watcher, record: dict[str, Any], target: Path) -> None:
+def conclude(
+    work: Path, settings: Settings, what: Run, watcher: Watcher, depth: int, record: dict[str, Any], target: Path
+) -> None:
     """Ask the test's clips, keep the adapter, and write the result."""
     outcome: dict[str, Any] = {"run": asdict(what), "settings": asdict(settings), "curve": record["curve"]}
     outcome |= {"parameters": sum(p.numel() for p in watcher.adapter()), "seconds": round(record["seconds"])}
     if what.test:
-        test = Data(work, "test")
+        test = Data(work, "test", depth)
         outcome["ordered"] = measure(watcher, test, settings.batch)
         outcome["shuffled"] = measure(watcher, test, settings.batch, shuffled=True)
     if what.test and watcher.handle is not None and not ARMS[what.arm].lora:
@@ -344,11 +364,11 @@ def main() -> None:
     one = commands.add_parser("run", help="one run")
     one.add_argument("arm", choices=ARMS)
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--lr", type=float, default=1.5e-4)
+    one.add_argument("--lr", type=float, default=Run.lr)
     one.add_argument("--reader-lr", type=float, default=READER_LR)
-    one.add_argument("--warm", type=int, default=0, help="steps of the reader on clips before the adapter is there")
-    one.add_argument("--steps", type=int, default=800)
+    one.add_argument("--steps", type=int, default=Run.steps)
     one.add_argument("--share", type=float, default=1.0, help="of the clips trained on")
+    one.add_argument("--order", choices=ORDERS, default=Run.order, help="what the reader knows of the frames' order")
     one.add_argument("--search", action="store_true", help="validation alone; the test's clips are not asked")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -357,7 +377,14 @@ def main() -> None:
         prepare(given.work, settings, given.objects, given.photographs)
     else:
         what = Run(
-            given.arm, given.seed, given.lr, given.steps, given.reader_lr, given.warm, given.share, not given.search
+            given.arm,
+            given.seed,
+            given.lr,
+            given.steps,
+            given.reader_lr,
+            given.share,
+            order=given.order,
+            test=not given.search,
         )
         print(run(given.work, settings, what))
 
