@@ -123,6 +123,19 @@ def test_the_question_sees_every_frame_and_where_it_stands(parts):
     assert (first - last).abs().max() > 1e-4
 
 
+def test_a_reader_that_knows_no_order_answers_alike_whatever_the_order(parts, work):
+    train, arms = parts["train"], parts["arms"]
+    encoder = parts["encoder"].load_encoder("tiny", work)
+    data = train.Data(work, "val", train.QUICK.first)
+    tokens, answer = data.tokens[:4], data.answers(train.new_reader(encoder), list(range(4)))
+    changes = {}
+    for order in arms.ORDERS:
+        watcher = arms.Watcher(encoder, train.new_reader(encoder), train.QUICK.first, arms.ARMS["lora"], order)
+        changes[order] = (watcher(tokens.flip(1), answer) - watcher(tokens, answer)).abs().max().item()
+    assert changes["none"] < 1e-5
+    assert min(changes["told"], changes["causal"]) > 1e-4
+
+
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path):
     train = parts["train"]
     what = train.Run("sta", steps=4)

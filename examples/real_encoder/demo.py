@@ -29,7 +29,8 @@ from sta_adapter.visualization.observation import observe
 
 SMALL = Settings(train=1200, val=100, test=200)
 SHOWN = ("reader", "lora", "sta")
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark; }
+STYLE = """:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 img { max-width: 100%; image-rendering: pixelated; } table { border-collapse: collapse; display: block; overflow-x: auto; }
 td, th { padding: 0.3em 0.6em; border-bottom: 1px solid #8886; text-align: left; } .right { color: #2e9e73; } .wrong { color: #d9730d; }"""
 
