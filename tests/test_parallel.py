@@ -9,6 +9,7 @@ from pairs import pairs_of
 from parallel_worker import Trial, prompt, run_training
 from safetensors.torch import load_file
 from tiny_qwen import write_samples
+from torch.distributed import fsdp
 
 from sta_adapter import load_sta
 from sta_adapter.errors import InjectionError
@@ -79,7 +80,7 @@ def test_a_language_model_that_embeds_nothing_can_not_join_in(monkeypatch):
 
 
 def require(kind):
-    if kind != "ddp" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+    if kind != "ddp" and not hasattr(fsdp, "fully_shard"):
         pytest.skip("this version of torch has no fully_shard")
 
 
@@ -120,7 +121,7 @@ def test_what_trains_beside_the_encoder_and_what_a_model_never_uses(run_two, kin
 @pytest.mark.slow
 def test_a_language_model_that_is_given_tokens_takes_part(run_two):
     """Some models embed text alone inside of their language model, where no dummy clip could be added before."""
-    kinds = [kind for kind in ("ddp", "fsdp2") if kind == "ddp" or hasattr(torch.distributed.fsdp, "fully_shard")]
+    kinds = [kind for kind in ("ddp", "fsdp2") if kind == "ddp" or hasattr(fsdp, "fully_shard")]
     cases = [f"{kind}+tokens:{contents}" for kind in kinds for contents in ("clip|text", "text|picture+clip")]
     lines = run_two(*cases).splitlines()
     assert lines == [f"{case} agree True, moved 100%, as one process True" for case in cases]
