@@ -61,7 +61,9 @@ class Steps:
         assert "20 samples, 0 of them bad" in step("check-data")
 
     def train(self, workplace):
-        assert "The adapter is in my-adapter." in step("train", "--epochs", "1", "--set", "num_workers=0", "--set", "stage1.max_steps=1")
+        assert "The adapter is in my-adapter." in step(
+            "train", "--epochs", "1", "--set", "num_workers=0", "--set", "stage1.max_steps=1"
+        )
 
     def evaluate(self, workplace):
         table = step("evaluate", "--num-workers", "0")
