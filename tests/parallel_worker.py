@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -10,11 +12,12 @@ from cases_transformers import llava_prompt, llava_settings, transformers_class
 from pairs import serve
 from tiny_qwen import make_model, make_processor
 from torch import distributed
+from transformers import TrainerCallback
 
 from sta_adapter import get_sta, inject_sta
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.distributed import end_processes, full_tensor
-from sta_adapter.errors import InjectionError
+from sta_adapter.errors import InjectionError, TrainingStopped
 from sta_adapter.injection.data_parallel import LanguageModelBegin
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.training import TrainingConfig, train
@@ -205,7 +208,7 @@ def refuse(case, out):
     return f"{case} alike {told[0] == told[1]}: {told[0]}"
 
 
-def run_training(case, out):
+def run_training(case, out, **more):
     """`sta_adapter.training.two_stage.train` on the samples in the folder `case` names, whole or spoilt."""
     data = out / case.partition("=")[2]
     rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -225,8 +228,27 @@ def run_training(case, out):
     )
     model = make_model(processor.tokenizer)
     folder = data / ("two" if distributed.is_initialized() else "one")
-    result = train(model, dataset, output_dir=folder, config=config, eval_data=dataset, progress=False)
+    result = train(model, dataset, output_dir=folder, config=config, eval_data=dataset, progress=False, **more)
     return f"{case} steps {[s['steps'] for s in result.stages.values()]}, bad {len(result.bad_samples)}"
+
+
+class SignalToOne(TrainerCallback):
+    """SIGTERM to process 1 alone, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_training(case, out):
+    """The same with a signal to one of them: what both are told."""
+    told = [None, None]
+    try:
+        message = run_training(case, out, callbacks=[SignalToOne()])
+    except TrainingStopped as stopped:
+        message = f"signal {stopped.signal}, {stopped.checkpoint.name}"
+    distributed.all_gather_object(told, message)
+    return f"{case} alike {told[0] == told[1]}: {told[0]}"
 
 
 def main(folder, *cases):
@@ -235,7 +257,7 @@ def main(folder, *cases):
     distributed.init_process_group("gloo")
     for case in cases:
         kind = case.partition("=")[0] if "=" in case else ""
-        line = {"train": run_training, "refused": refuse, "": compare}[kind](case, Path(folder))
+        line = {"train": run_training, "stop": stop_training, "refused": refuse, "": compare}[kind](case, Path(folder))
         if distributed.get_rank() == 0:
             print(line, flush=True)
     end_processes()

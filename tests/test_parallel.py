@@ -167,3 +167,12 @@ def test_training_in_two_processes_gives_the_adapter_of_one(run_two, tmp_path):
         assert measured(two) == pytest.approx(measured(one), rel=exact)
         assert last_checkpoint(two / "stage2").name == "checkpoint-3"
         assert len(list((two / "stage2" / "checkpoint-3").glob("rng_state_*.pth"))) == 2
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, run_two):
+    """A cluster's signal may reach them at different moments, or one alone; there is one checkpoint all the same."""
+    write_samples(tmp_path / "data", 8)
+    assert run_two("stop=data") == "stop=data alike True: signal 15, checkpoint-2\n"
+    (checkpoint,) = (tmp_path / "data" / "two" / "stage1").glob("checkpoint-*")
+    assert checkpoint == last_checkpoint(checkpoint.parent)
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sta_adapter.data import FrameSettings
 from sta_adapter.data.stream import StreamDataset
@@ -16,7 +17,7 @@ from sta_adapter.training import TrainingConfig
 from sta_adapter.training.arguments import training_arguments
 from sta_adapter.training.identity import claim
 from sta_adapter.training.idle_settings import check_idle
-from sta_adapter.training.memory import step_peak, without_values
+from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, step_peak, without_values
 from sta_adapter.training.stage import Stage
 from sta_adapter.training.summary import describe
 
@@ -266,3 +267,55 @@ def test_the_parts_of_a_peak():
     assert parts["logits"] % logits == 0
     assert parts["logits"] >= 2 * logits
     assert parts["activations"] >= 4 * TOKENS * WIDTH
+
+
+def test_gradients_of_earlier_parts_of_a_step_are_there():
+    (fresh, _), (more, _) = peak(), peak(accumulates=True)
+    assert more["gradients"] == 4 * WORDS * WIDTH
+    assert more["weights"] == fresh["weights"]
+    assert sum(more.values()) > sum(fresh.values())
+
+
+def test_half_precision_takes_half():
+    model, (wide, _) = Words().bfloat16(), peak()
+    narrow = step_peak(model, {"tokens": torch.arange(TOKENS)}, without_values(model), precision="bf16").parts
+    for part in ("weights", "optimizer", "logits"):
+        assert narrow[part] == wide[part] // 2
+
+
+def test_norms_compute_as_cuda_does():
+    model, narrow = Words().bfloat16(), torch.ones(1, WIDTH, dtype=torch.bfloat16)
+    hooks = _norms_like_cuda(model)
+    assert {p.dtype for p in model.norm.parameters()} == {torch.float32}
+    assert model.norm(narrow).dtype == torch.float32
+    assert model.head.weight.dtype == torch.bfloat16
+    assert [hook.remove() for hook in hooks] == [None]
+
+
+def test_a_storage_is_counted_while_it_lives_and_once():
+    books = _Bookkeeping(FakeTensorMode(), WORDS)
+    tensor, logits = torch.empty(TOKENS), torch.empty(2, WORDS)
+    books.note(tensor)
+    books.note(tensor[1:])
+    books.note(logits)
+    assert books.alive == {"activations": 4 * TOKENS, "logits": 8 * WORDS}
+    books.note(tensor, "gradients")
+    assert books.alive == {"activations": 0, "gradients": 4 * TOKENS, "logits": 8 * WORDS}
+    del tensor
+    assert books.alive == {"activations": 0, "gradients": 0, "logits": 8 * WORDS}
+    assert sum(books.peak.values()) == 4 * TOKENS + 8 * WORDS
+
+
+def test_what_has_values_and_what_has_none():
+    model = Words()
+    model.tied = model.embed.weight
+    with torch.device("meta"):
+        model.register_buffer("unknown", torch.empty(3))
+    for name, value in (("table", torch.ones(SMALL)), ("large", torch.ones(SMALL + 1)), ("numbers", torch.arange(3))):
+        model.register_buffer(name, value)
+    without_values(model)
+    fake = {name for name, value in model.state_dict().items() if isinstance(value, FakeTensor)}
+    assert fake == {"embed.weight", "tied", "norm.weight", "norm.bias", "head.weight", "unknown", "large"}
+    assert model.tied is model.embed.weight
+    assert (model.head.weight.requires_grad, model.embed.weight.requires_grad) == (True, False)
+    assert model.unknown.device.type == "cpu"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -233,6 +234,19 @@ def test_values_that_are_no_bytes_stay_as_they_are(tmp_path):
     assert found["labels"].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="another sample"):
         sample_cache._unpacked(packed, "l")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 2, 3, 4, 4), (6, 12)], ids=["frames", "clips", "patches"])
+def test_pixel_values_of_any_form_lie_as_bytes(shape):
+    codes, scale = torch.arange(math.prod(shape)).mul(5).remainder(256).to(torch.uint8).view(shape), (1 / 255, [0.5] * 3, [0.25] * 3)  # fmt: skip
+    values = sample_cache._from_bytes(codes, torch.tensor(scale[1:]) * 255)
+    found = sample_cache._as_bytes(values, *scale)
+    assert torch.equal(found[0], codes)
+    assert sample_cache._as_bytes(values.double(), *scale) is None
+
+
+def test_the_versions_of_all_that_makes_a_sample():
+    assert {"sta-adapter", "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "av"} <= set(sample_cache._versions())  # fmt: skip
 
 
 def test_shards_are_kept_too(clips, processor, tmp_path, decodes):

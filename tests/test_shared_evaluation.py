@@ -12,8 +12,8 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import Sample
-from sta_adapter.errors import ConfigError
-from sta_adapter.evaluation import evaluate
+from sta_adapter.errors import ConfigError, STAError
+from sta_adapter.evaluation import evaluate, processes
 from sta_adapter.evaluation.answering import AtLetter
 from sta_adapter.evaluation.batches import batches, units
 from sta_adapter.evaluation.prediction_log import PredictionLog
@@ -137,6 +137,87 @@ def test_batches_are_of_about_one_length(monkeypatch):
     monkeypatch.setattr("sta_adapter.evaluation.batches.HELD_BYTES", 8 * 54)
     found = list(batches(Items(lengths), [range(6), range(6, 8)], 2, 0, False))
     assert [[index for index, _ in batch] for batch in found] == [[1, 0], [4, 3], [2], [5], [7, 6]]
+
+
+@pytest.mark.parametrize(("cached", "workers", "ahead"), [(True, 0, None), (False, 3, 4)])
+def test_workers_encode_a_batch_ahead(monkeypatch, cached, workers, ahead):
+    asked = {}
+
+    def loader(dataset, **how):
+        asked.update(how)
+        return [dataset[index] for index in range(len(dataset))]
+
+    monkeypatch.setattr("sta_adapter.evaluation.batches.DataLoader", loader)
+    items = Items([3, 4])
+    items.cached = cached
+    assert len(list(batches(items, [range(2)], 2, 3, False))) == 1
+    assert (asked["batch_size"], asked["num_workers"], asked.get("prefetch_factor")) == (None, workers, ahead)
+
+
+@pytest.mark.parametrize(("shown", "said"), [(True, "answers"), ("answers of the base", "answers of the base")])
+def test_the_bar_counts_samples(monkeypatch, shown, said):
+    bars = []
+
+    class Bar:
+        def __init__(self, **how):
+            self.how, self.done = how, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, count):
+            self.done += count
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr("sta_adapter.evaluation.batches.HELD_BYTES", 8 * 54)
+    lengths = [5, 50, 0, 6, 51, 7, 3, 4]
+    assert sum(map(len, batches(Items(lengths), [range(6), range(6, 8)], 2, 0, shown))) == 8
+    (bar,) = bars
+    assert bar.how == {"total": 8, "desc": f"{said}, ordered frames", "dynamic_ncols": True}
+    assert bar.done == 8
+
+
+def test_a_process_alone():
+    alone = Processes.joined()
+    assert (alone.rank, alone.size, alone.group) == (0, 1, None)
+    assert alone.gather(lambda: 5) == [5]
+    alone.close()
+
+
+def test_processes_that_have_found_each_other_talk_in_a_group_of_their_own(monkeypatch):
+    made, ended = [], []
+    monkeypatch.setattr(processes, "is_parallel", lambda: True)
+    monkeypatch.setattr(processes.distributed, "new_group", lambda **how: made.append(how) or "group")
+    monkeypatch.setattr(processes.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(processes.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(processes.distributed, "destroy_process_group", ended.append)
+    found = Processes.joined()
+    assert (found.rank, found.size, found.group) == (1, 3, "group")
+    assert made == [{"backend": "gloo", "timeout": processes.PATIENCE}]
+    found.close()
+    assert ended == ["group"]
+
+
+def test_what_processes_tell_each_other(monkeypatch):
+    told, other = [], [(True, 7)]
+
+    def exchange(found, mine, group):
+        told.append((mine, group))
+        found[:] = [mine, *other]
+
+    monkeypatch.setattr(processes.distributed, "all_gather_object", exchange)
+    two = Processes(0, 2, "group")
+    assert two.gather(lambda: 5) == [5, 7]
+    with pytest.raises(ZeroDivisionError):
+        two.gather(lambda: 1 / 0)
+    assert told == [((True, 5), "group"), ((False, "ZeroDivisionError: division by zero"), "group")]
+    other[:] = [(False, "ValueError: x")]
+    with pytest.raises(STAError, match=r"^process 1 failed: ValueError: x$"):
+        two.gather(lambda: 5)
 
 
 def test_a_log_takes_over_the_parts_of_others(tmp_path):
