@@ -261,6 +261,22 @@ def test_one_step_back_is_taken_where_there_is_one_alone():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_one_operation_needs_no_run_of_the_engine(monkeypatch):
+    x, y = torch.randn(4).requires_grad_(), torch.randn(4).requires_grad_()
+    one, two = x * y, x * (x + y)
+
+    def run(*args):
+        raise RuntimeError("the engine runs")
+
+    monkeypatch.setattr(torch.autograd, "grad", run)
+    with torch.no_grad():
+        found = step_back(one, [y, x], torch.ones(4))
+        with pytest.raises(RuntimeError, match="the engine runs"):
+            step_back(two, [x, y], torch.ones(4))
+    assert torch.equal(found[0], x)
+    assert torch.equal(found[1], y)
+
+
 def test_under_autocast_the_gradients_are_those_without_recomputation():
     module, layout = branch(), ClipLayout([(5, 3)])
     tokens = torch.randn(15, 24).bfloat16().requires_grad_()
