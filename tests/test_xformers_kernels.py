@@ -12,8 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sta_adapter import STAConfig
-from sta_adapter.attention import ClipLayout, TemporalAttention, xformers_kernels
-from sta_adapter.attention import module as modules
+from sta_adapter.attention import ClipLayout, TemporalAttention, frame_attention, xformers_kernels
 
 wheel = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="xformers has wheels for Linux on x86-64 alone"
@@ -82,7 +81,7 @@ def test_kernels_forward_and_backward_for_what_the_branch_makes(shape, dtype, ca
         calls.append(xformers_kernels.kernel_names(q, k, v, causal=options["causal"], window=options["window"]))
         return q
 
-    monkeypatch.setattr(modules, "attend", record)
+    monkeypatch.setattr(frame_attention, "attend", record)
     config = STAConfig(head_scale=scale, rope_theta=rope, **causal)
     xformers_kernels.import_xformers()
     from xformers.ops.fmha import cutlass
