@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
@@ -36,15 +37,10 @@ class SaveAdapter(TrainerCallback):
     """
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what could not be saved, before anything is trained."""
-        model, handle = _trained(model)
+        model, handle = _trained(kwargs.get("model"))
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             raise ConfigError(
                 "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
@@ -52,27 +48,15 @@ class SaveAdapter(TrainerCallback):
         self._handle = handle
         SAVED.add(handle)
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the adapter into the checkpoint that was just made."""
-        _save(model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        _save(kwargs.get("model"), Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the adapter into the output folder."""
-        _save(model, Path(str(args.output_dir)))
+        _save(kwargs.get("model"), Path(str(args.output_dir)))
 
 
 class RequireGradient(TrainerCallback):
@@ -93,15 +77,10 @@ class RequireGradient(TrainerCallback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at what requires a gradient, and begin to watch it."""
-        _, handle = _trained(model)
+        _, handle = _trained(kwargs.get("model"))
         warn_of_lora_on_sta(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         if not trained:
@@ -116,17 +95,12 @@ class RequireGradient(TrainerCallback):
         self.found = self.found or bool(gradient.any())
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the steps in which STA has no gradient, until one has."""
         if not self._hooks:
             return
-        model, handle = _trained(model)
+        model, handle = _trained(kwargs.get("model"))
         if _anywhere(self.found or any(map(_differs_from_zero, handle.parameters()))):
             self._end()
             self._note_single_frames(handle)
@@ -145,17 +119,14 @@ class RequireGradient(TrainerCallback):
             logger.warning("STA got no gradient in the first step: %s", reason)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A run shorter than the patience must not end in silence either."""
         if self._hooks and self.steps:
             logger.warning(
-                "the run ends after %d steps in which STA got no gradient: %s", self.steps, _reason(_trained(model)[1])
+                "the run ends after %d steps in which STA got no gradient: %s",
+                self.steps,
+                _reason(_trained(kwargs.get("model"))[1]),
             )
         self._end()
 
