@@ -10,7 +10,10 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "examples" / "real_encoder"
-NAMES = ("arms", "cache", "clips", "drawn", "encoder", "reader", "table", "train")
+NAMES = (
+    *("arms", "cache", "clips", "drawn", "encoder", "measure", "prepare", "pretrain_reader"),
+    *("reader", "steps", "table", "train"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def work(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     drawn = parts["drawn"]
     pictures = drawn.draw_objects(folder / "objects"), drawn.draw_photographs(folder / "photographs")
-    parts["train"].prepare(folder, parts["train"].QUICK, *pictures)
+    parts["prepare"].prepare(folder, parts["prepare"].QUICK, *pictures)
     return folder
 
 
@@ -75,9 +78,9 @@ def test_variants_of_an_object_stay_together_and_what_looks_alike_turned_is_left
 
 @pytest.mark.parametrize("arm", ["sta", "reader"])
 def test_stored_tokens_give_the_features_of_the_whole_encoder(parts, work, arm):
-    train, cache, clips = parts["train"], parts["cache"], parts["clips"]
+    cache, clips, new_reader = parts["cache"], parts["clips"], parts["pretrain_reader"].new_reader
     encoder = parts["encoder"].load_encoder("tiny", work)
-    watcher = parts["arms"].Watcher(encoder, train.new_reader(encoder), 2, parts["arms"].ARMS[arm])
+    watcher = parts["arms"].Watcher(encoder, new_reader(encoder), 2, parts["arms"].ARMS[arm])
     pixels = torch.randn(2 * clips.FRAMES, 3, clips.SIZE, clips.SIZE, generator=torch.Generator().manual_seed(0))
     whole = encoder
     if arm == "sta":
@@ -98,10 +101,10 @@ def test_stored_tokens_give_the_features_of_the_whole_encoder(parts, work, arm):
 
 
 def test_tokens_stored_after_all_blocks_are_what_the_blocks_in_play_make_of_those_stored_before_them(parts, work):
-    train, arms = parts["train"], parts["arms"]
+    prepared, arms, new_reader = parts["prepare"], parts["arms"], parts["pretrain_reader"].new_reader
     encoder = parts["encoder"].load_encoder("tiny", work)
-    before, after = (train.Data(work, "val", depth).tokens for depth in (train.QUICK.first, 4))
-    watchers = [arms.Watcher(encoder, train.new_reader(encoder), depth, arms.ARMS["reader"]) for depth in (2, 4)]
+    before, after = (prepared.Data(work, "val", depth).tokens for depth in (prepared.QUICK.first, 4))
+    watchers = [arms.Watcher(encoder, new_reader(encoder), depth, arms.ARMS["reader"]) for depth in (2, 4)]
     found = [watcher.features(tokens) for watcher, tokens in zip(watchers, (before, after), strict=True)]
     torch.testing.assert_close(*found, atol=0.05, rtol=0.05)  # both were stored in bf16
 
@@ -124,36 +127,37 @@ def test_the_question_sees_every_frame_and_where_it_stands(parts):
 
 
 def test_a_reader_that_knows_no_order_answers_alike_whatever_the_order(parts, work):
-    train, arms = parts["train"], parts["arms"]
+    prepared, arms, new_reader = parts["prepare"], parts["arms"], parts["pretrain_reader"].new_reader
     encoder = parts["encoder"].load_encoder("tiny", work)
-    data = train.Data(work, "val", train.QUICK.first)
-    tokens, answer = data.tokens[:4], data.answers(train.new_reader(encoder), list(range(4)))
+    data = prepared.Data(work, "val", prepared.QUICK.first)
+    tokens, answer = data.tokens[:4], data.answers(new_reader(encoder), list(range(4)))
     changes = {}
     for order in arms.ORDERS:
-        watcher = arms.Watcher(encoder, train.new_reader(encoder), train.QUICK.first, arms.ARMS["lora"], order)
+        watcher = arms.Watcher(encoder, new_reader(encoder), prepared.QUICK.first, arms.ARMS["lora"], order)
         changes[order] = (watcher(tokens.flip(1), answer) - watcher(tokens, answer)).abs().max().item()
     assert changes["none"] < 1e-5
     assert min(changes["told"], changes["causal"]) > 1e-4
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path):
-    train = parts["train"]
+    train, prepared = parts["train"], parts["prepare"]
     what = train.Run("sta", steps=4)
-    assert train.run(work, train.QUICK, what, tmp_path / "stopped", stop_after=2) is None
+    assert train.run(work, prepared.QUICK, what, tmp_path / "stopped", stop_after=2) is None
     assert (work / "runs" / f"{what.name}.pt").exists()
-    files = [train.run(work, train.QUICK, what, tmp_path / name) for name in ("stopped", "whole")]
+    files = [train.run(work, prepared.QUICK, what, tmp_path / name) for name in ("stopped", "whole")]
     stopped, whole = (json.loads(file.read_text()) for file in files)
     for key in ("curve", "ordered", "shuffled", "parameters"):
         assert stopped[key] == whole[key], key
     assert [point["step"] for point in whole["curve"]] == [1, 2, 3, 4]
-    assert whole["ordered"]["total"] == train.QUICK.test
+    assert whole["ordered"]["total"] == prepared.QUICK.test
 
 
 def test_parameters_are_equal(parts, work):
     encoder = parts["encoder"].load_encoder("tiny", work)
     sizes = {}
     for arm in ("sta", "lora"):
-        watcher = parts["arms"].Watcher(encoder, parts["train"].new_reader(encoder), 2, parts["arms"].ARMS[arm])
+        reader = parts["pretrain_reader"].new_reader(encoder)
+        watcher = parts["arms"].Watcher(encoder, reader, 2, parts["arms"].ARMS[arm])
         sizes[arm] = sum(p.numel() for p in watcher.adapter())
     assert sizes["sta"] <= sizes["lora"] < 1.1 * sizes["sta"]
 

@@ -20,8 +20,9 @@ from clips import FRAMES, LABELS
 from drawn import draw_objects, draw_photographs
 from encoder import load_encoder
 from PIL import Image
+from prepare import QUICK, Settings, prepare
 from table import figure, main_table
-from train import QUICK, Run, Settings, prepare, run
+from train import Run, run
 
 from sta_adapter import load_sta
 from sta_adapter.video import read_clip

@@ -7,189 +7,25 @@ python train.py --work FOLDER run sta --seed 0 --lr 5e-4 --steps 600
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import math
 import os
-import platform
-import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from arms import ARMS, ORDERS, Watcher
-from cache import below, store, stored_tokens
-from clips import FRAMES, LABELS, PAIRS, SIZE, list_objects, list_photographs, write_split
 from encoder import load_encoder
-from reader import DESCRIBE, IGNORED, MOVEMENT, Reader
+from measure import made_by, measure
+from prepare import Data, Settings, prepare
+from pretrain_reader import new_reader, read_frames
+from steps import WEIGHT_DECAY, loss_of, picked, schedule, update
 from torch import Tensor
-from torch.nn import functional
-from transformers import Dinov2Model
-
-import sta_adapter
 
 RESULTS = Path(__file__).parent / "results"
-CLIP_NORM, WEIGHT_DECAY, WARMUP, SAVE_EVERY, POINTS = 1.0, 0.01, 50, 50, 4
+SAVE_EVERY, POINTS = 50, 4
 READER_LR = 5e-4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How large the comparison is.
-
-    Attributes:
-        encoder: as `load_encoder` takes it.
-        first: the block in play that comes first; what is below is frozen and stored.
-        train: clips trained on.
-        val: clips on which learning rates are chosen.
-        test: clips of the table, with objects and photographs of their own.
-        batch: clips a step.
-        reader_steps: of describing single frames, in steps of `reader_batch` frames at `reader_rate`.
-        word_steps: then of also naming the movement, as far as single frames tell it, at half that rate.
-        reader_batch: frames a step.
-        reader_rate: learning rate of it.
-    """
-
-    encoder: str = "pip"
-    first: int = 8
-    train: int = 2000
-    val: int = 200
-    test: int = 600
-    batch: int = 8
-    reader_steps: int = 1000
-    word_steps: int = 200
-    reader_batch: int = 64
-    reader_rate: float = 1e-3
-
-
-QUICK = Settings(
-    encoder="tiny", first=2, train=20, val=10, test=10, batch=4, reader_steps=4, word_steps=2, reader_batch=8
-)
-
-
-class Data:
-    """A split in memory: tokens (clips, T, 1 + N, C) bf16, labels, and the states of every frame."""
-
-    def __init__(self, work: Path, split: str, depth: int, share: float = 1.0) -> None:
-        lines = (work / "clips" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        self.tokens = stored_tokens(work / "tokens", depth, split)
-        count = round(share * len(lines))
-        self.tokens, self.clips = self.tokens[:count], [json.loads(line) for line in lines[:count]]
-
-    def answers(self, reader: Reader, indices: list[int]) -> Tensor:
-        """The words of the movements, (B, 1)."""
-        return torch.tensor([[reader.number(self.clips[i]["label"])] for i in indices])
-
-
-def prepare(work: Path, settings: Settings, objects: Path | None = None, photographs: Path | None = None) -> None:
-    """Write the clips and store what the frozen blocks make of them; what is there stays."""
-    things, places = list_objects(objects, work / "objects.json"), list_photographs(photographs)
-    encoder = load_encoder(settings.encoder, work)
-    whole = len(encoder.encoder.layer)
-    part = below(encoder, whole)
-    for split in ("val", "test", "train"):
-        count = getattr(settings, split)
-        file = write_split(work / "clips", split, count, things[split], places[split])
-        store(part, (settings.first, whole), file, work / "tokens", FRAMES)
-        print(f"{split}: {count} clips", flush=True)
-
-
-def new_reader(encoder: Dinov2Model) -> Reader:
-    """An untrained reader."""
-    torch.manual_seed(0)
-    return Reader(encoder.config.hidden_size, SIZE // encoder.config.patch_size, FRAMES, LABELS)
-
-
-def picked(count: int, size: int, seed: int, step: int) -> list[int]:
-    """The indices of a step, the same whenever it is run: without return within each pass over the data."""
-    chosen: list[int] = []
-    at = step * size
-    while len(chosen) < size:
-        epoch, place = divmod(at + len(chosen), count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        chosen += order[place : place + size - len(chosen)].tolist()
-    return chosen
-
-
-def schedule(step: int, steps: int) -> float:
-    """Warm-up, then a cosine to zero."""
-    return min(1.0, (step + 1) / min(WARMUP, max(1, steps // 4))) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def read_frames(work: Path, settings: Settings) -> dict[str, Tensor]:
-    """The weights of the reader that all runs begin with: it has learned to read single frames of the untouched encoder.
-
-    First it describes them; then, in fewer steps, it also says what may be the movement of the clip that a frame is from, as
-    far as one frame tells: which words answer that question, but not which of a pair.
-    """
-    stages = (
-        (work / "reader-describes.pt", settings.reader_steps, settings.reader_rate, (DESCRIBE,)),
-        (work / "reader.pt", settings.word_steps, settings.reader_rate / 2, (DESCRIBE, MOVEMENT)),
-    )
-    if stages[-1][0].exists():
-        return torch.load(stages[-1][0], weights_only=True)
-    encoder = load_encoder(settings.encoder, work)
-    whole = len(encoder.encoder.layer)
-    watcher, data = Watcher(encoder, new_reader(encoder), whole, ARMS["reader"]), Data(work, "train", whole)
-    for file, steps, rate, questions in stages:
-        if file.exists():
-            watcher.reader.load_state_dict(torch.load(file, weights_only=True))
-            continue
-        optimizer = torch.optim.AdamW(watcher.reader.parameters(), rate, weight_decay=WEIGHT_DECAY)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * schedule(step, steps)
-            chosen = picked(len(data.clips), settings.reader_batch, 0, step)
-            which = torch.randint(FRAMES, (len(chosen),), generator=torch.Generator().manual_seed(step))
-            loss = read_step(watcher, optimizer, data, chosen, which, questions)
-            if step % 100 == 99:
-                print(f"{file.stem}: step {step + 1}, loss {loss:.3f}", flush=True)
-        torch.save(watcher.reader.state_dict(), file)
-    return watcher.reader.state_dict()
-
-
-def read_step(
-    watcher: Watcher,
-    optimizer: torch.optim.Optimizer,
-    data: Data,
-    chosen: list[int],
-    which: Tensor,
-    questions: tuple[str, ...],
-) -> float:
-    """One step on a frame, `which` of each of the chosen clips; the loss."""
-    reader = watcher.reader
-    states = [data.clips[i]["states"][t] for i, t in zip(chosen, which.tolist(), strict=True)]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        features = watcher.features(data.tokens[chosen, which].unsqueeze(1))
-    loss = torch.zeros(())
-    for question in questions:
-        answer = reader.descriptions(states) if question == DESCRIBE else data.answers(reader, chosen)
-        loss = loss + loss_of(reader(features, question, answer, which.unsqueeze(1)), answer)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(reader.parameters(), CLIP_NORM)
-    optimizer.step()
-    return loss.item()
-
-
-def train_step(watcher: Watcher, optimizer: torch.optim.Optimizer, tokens: Tensor, answer: Tensor) -> float:
-    """One step on clips; the loss."""
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(watcher(tokens, answer), answer)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP_NORM)
-    optimizer.step()
-    return loss.item()
-
-
-def loss_of(logits: Tensor, answer: Tensor) -> Tensor:
-    """Cross-entropy of the answer's words."""
-    return functional.cross_entropy(logits.float().flatten(0, 1), answer.flatten(), ignore_index=IGNORED)
 
 
 @dataclass(frozen=True)
@@ -304,50 +140,11 @@ def keep(state: Path, watcher: Watcher, optimizer: torch.optim.Optimizer, record
     part.replace(state)
 
 
-@torch.no_grad()
-def measure(watcher: Watcher, data: Data, batch: int, *, shuffled: bool = False) -> dict[str, Any]:
-    """How many clips are told right, in all, by pair, and among those whose pair is told right.
-
-    Args:
-        watcher: the model; its answer is the most probable of all words.
-        data: a split.
-        batch: clips at once.
-        shuffled: whether each clip's frames come in an order drawn for it.
-    """
-    right, total, named, said = Counter[str](), Counter[str](), 0, []
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(data.clips), batch):
-        indices = list(range(start, min(start + batch, len(data.clips))))
-        tokens = data.tokens[indices]
-        if shuffled:
-            tokens = torch.stack([clip[torch.randperm(len(clip), generator=generator)] for clip in tokens])
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = watcher(tokens, data.answers(watcher.reader, indices))
-        said += [watcher.reader.words[i] for i in logits[:, -1].argmax(-1).tolist()]
-    for clip, word in zip(data.clips, said, strict=True):
-        pair = next(pair for pair in PAIRS if clip["label"] in pair)
-        total["/".join(pair)] += 1
-        right["/".join(pair)] += word == clip["label"]
-        named += word in pair
-    return {
-        "correct": sum(right.values()),
-        "total": len(said),
-        "accuracy": sum(right.values()) / len(said),
-        "pair_named": named,
-        "pairs": {pair: [right[pair], total[pair]] for pair in total},
-        "said": said[: 2 * len(LABELS)],
-    }
-
-
-def made_by() -> dict[str, Any]:
-    """When, where and with what."""
-    packages = {"sta-adapter": sta_adapter, "torch": torch, "transformers": transformers, "peft": peft}
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}},
-        "command": " ".join(["python", "train.py", *sys.argv[1:]]),
-    }
+def train_step(watcher: Watcher, optimizer: torch.optim.Optimizer, tokens: Tensor, answer: Tensor) -> float:
+    """One step on clips; the loss."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(watcher(tokens, answer), answer)
+    return update(loss, optimizer)
 
 
 def main() -> None:

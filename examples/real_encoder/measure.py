@@ -1,0 +1,65 @@
+"""How many clips are told right, and what that was measured with."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from collections import Counter
+from typing import Any
+
+import peft
+import torch
+import transformers
+from arms import Watcher
+from clips import LABELS, PAIRS
+from prepare import Data
+
+import sta_adapter
+
+
+@torch.no_grad()
+def measure(watcher: Watcher, data: Data, batch: int, *, shuffled: bool = False) -> dict[str, Any]:
+    """How many clips are told right, in all, by pair, and among those whose pair is told right.
+
+    Args:
+        watcher: the model; its answer is the most probable of all words.
+        data: a split.
+        batch: clips at once.
+        shuffled: whether each clip's frames come in an order drawn for it.
+    """
+    right, total, named, said = Counter[str](), Counter[str](), 0, []
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(data.clips), batch):
+        indices = list(range(start, min(start + batch, len(data.clips))))
+        tokens = data.tokens[indices]
+        if shuffled:
+            tokens = torch.stack([clip[torch.randperm(len(clip), generator=generator)] for clip in tokens])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = watcher(tokens, data.answers(watcher.reader, indices))
+        said += [watcher.reader.words[i] for i in logits[:, -1].argmax(-1).tolist()]
+    for clip, word in zip(data.clips, said, strict=True):
+        pair = next(pair for pair in PAIRS if clip["label"] in pair)
+        total["/".join(pair)] += 1
+        right["/".join(pair)] += word == clip["label"]
+        named += word in pair
+    return {
+        "correct": sum(right.values()),
+        "total": len(said),
+        "accuracy": sum(right.values()) / len(said),
+        "pair_named": named,
+        "pairs": {pair: [right[pair], total[pair]] for pair in total},
+        "said": said[: 2 * len(LABELS)],
+    }
+
+
+def made_by() -> dict[str, Any]:
+    """When, where and with what."""
+    packages = {"sta-adapter": sta_adapter, "torch": torch, "transformers": transformers, "peft": peft}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}},
+        "command": " ".join(["python", "train.py", *sys.argv[1:]]),
+    }
