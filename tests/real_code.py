@@ -9,6 +9,7 @@ The folder holds one subfolder a release, with the files as published:
                           flash_attention_class.py, of InternVideo2/single_modality/models there
     internvideo2_5/       configuration_*.py, conversation.py, modeling_*.py, of InternVideo2.5-Chat on the Hub
     staveq2/              custom_vit_stacked.py, of the authors' InternVideo2 variant
+    llava_next/           the package `llava` of LLaVA-VL/LLaVA-NeXT
     videorope/            see test_videorope_backbone.py
 
 They need transformers below 4.50. Run with `STA_REAL_CODE=FOLDER pytest -m real_code`.
@@ -90,3 +91,12 @@ def load(folder, file, *, flash=False):
     if flash:
         module.FlashAttention = FlashAttention
     return module
+
+
+def load_package(folder, name):
+    """A module of a published package, by the names that its files call each other; skips when STA_REAL_CODE does not hold it."""
+    root = Path(os.environ["STA_REAL_CODE"]) / folder
+    if not (root / name.partition(".")[0]).exists():
+        pytest.skip(f"STA_REAL_CODE holds no {folder}/{name.partition('.')[0]}")
+    with mock.patch.object(sys, "path", [str(root), *sys.path]):
+        return importlib.import_module(name)

@@ -1,7 +1,8 @@
-"""The published files of InternVideo2, InternVideo2.5 and STAVEQ2 themselves; see real_code.py for how to run this."""
+"""The published files of InternVideo2, InternVideo2.5, LLaVA-Video and STAVEQ2 themselves; see real_code.py for how to run this."""
 
 import inspect
 import json
+import sys
 
 import internvideo2_5_chat
 import internvideo2_chat
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from cases import randomize
-from real_code import load
+from real_code import load, load_package
 from safetensors.torch import save_file
 from standins.internvideo2 import PretrainVisionTransformer
 from standins.internvl_chat import InternVisionModel
@@ -316,3 +317,54 @@ def test_the_config_is_what_was_given(where):
     handle = inject_sta(model, STAConfig(layers=[1], head_scale=0.5, rope_theta=10000.0))
     assert list(handle.blocks) == [1]
     call(video())
+
+
+def llava_video():
+    """A tiny LLaVA-Video of the published code; its tower sees 27 x 27 patches, of which that code is sure."""
+    files = load_package("llava_next", "llava.model.language_model.llava_qwen")
+    siglip = sys.modules["llava.model.multimodal_encoder.siglip_encoder"]
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192, "use_cache": False}
+    sight = {"mm_vision_tower": "siglip", "delay_load": True, "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu"}
+    sight |= {"mm_patch_merge_type": "spatial_unpad", "mm_newline_position": "grid", "mm_spatial_pool_mode": "bilinear"}
+    config = files.LlavaQwenConfig(**text, **sight)
+    torch.manual_seed(0)
+    model = files.LlavaQwenForCausalLM(config)
+    tower = model.get_vision_tower()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower.config = siglip.SigLipVisionConfig(**sizes, image_size=384, patch_size=14)
+    tower.vision_tower = siglip.SigLipVisionModel(tower.config)
+    del tower.vision_tower.vision_model.encoder.layers[-1:]  # as its load_model does
+    tower.vision_tower.vision_model.head = torch.nn.Identity()
+    return randomize(model).eval()
+
+
+@needs_old_transformers
+def test_llava_video_reads_its_clips_and_pictures():
+    model, ids = llava_video(), torch.tensor([[5, -200, 6, -200, 7, -200, 8]])
+    rows = torch.randn(9, 3, 384, 384, generator=torch.Generator().manual_seed(0))
+    clips = [rows[:4], rows[4:5], rows[5:]]  # a video, a picture and a video, in one sample
+    told = {"images": clips, "modalities": ["video", "image", "video"], "image_sizes": [(384, 384)] * 3}
+    with torch.no_grad():
+        tower, before = model.get_vision_tower(), model(ids, **told).logits
+        untouched = tower(rows)
+        handle = inject_sta(model)
+        assert handle.backbone == "llava_video"
+        assert list(handle.blocks) == [0, 1]
+        assert torch.equal(model(ids, **told).logits, before)
+        for module in handle.blocks.values():
+            randomize(module)
+        seen = []
+        watch = tower.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert (model(ids, **told).logits - before).abs().max() > 1e-4
+        watch.remove()
+        for clip, found in zip(clips, seen[0].split([4, 1, 4]), strict=True):  # each as it is by itself
+            with handle.clips([len(clip)]):
+                torch.testing.assert_close(found, tower(clip), rtol=1e-5, atol=1e-5)
+        assert (seen[0] - untouched).flatten(1).norm(dim=1).min() > 1e-3
+        said = model.generate(ids, **told, max_new_tokens=4, do_sample=False)
+        assert said.shape == (1, 4)
+        with pytest.raises(LayoutError, match="clips"):
+            tower(rows)
+        handle.remove()
+        assert torch.equal(model(ids, **told).logits, before)
