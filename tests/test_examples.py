@@ -219,3 +219,55 @@ def test_a_language_model_answers_each_prompt_as_if_alone(example, tmp_path):
     together = ask(prompts)
     assert together == [ask([prompt])[0] for prompt in prompts]
     assert together[0] != together[1]
+
+
+def test_frames_encoded_once_give_what_the_clip_gives(example):
+    from sta_adapter import STAConfig, inject_sta
+    from sta_adapter.demo.clips import render
+    from sta_adapter.demo.model import tiny_model
+    from sta_adapter.loading import load_processor
+    from sta_adapter.tiny_base import TINY_BASE
+
+    run = example("live_movements/run.py")
+    torch.manual_seed(0)
+    model = tiny_model().eval()
+    handle = inject_sta(model, STAConfig(causal=True, init="normal", gamma_init=None))
+    for block in handle.blocks.values():
+        torch.nn.init.normal_(block.to_out.weight)
+    frames = torch.from_numpy(render("up", 1, frames=run.SEEN, size=32, rest=1)).permute(0, 3, 1, 2)
+    processor = load_processor(TINY_BASE)
+    given = processor.video_processor(videos=[frames], return_tensors="pt", do_resize=False)
+    size = given["video_grid_thw"][0, 1:]
+    pixels = given["pixel_values_videos"].unflatten(0, (-1, int(size.prod())))[None].repeat(2, 1, 1, 1)
+    pixels[1] = pixels[1].flip(0)
+    tokens = int(run.SEEN * size.prod()) // 4
+    ids = torch.full((2, tokens + 1), model.config.video_token_id)
+    ids[:, -1] = 0
+    batch = {"input_ids": ids, "video_grid_thw": torch.tensor([[run.SEEN, *size.tolist()]] * 2)}
+    batch["mm_token_type_ids"] = 2 * (ids == model.config.video_token_id)
+    with torch.no_grad():
+        again = list(run.asked_again(model, batch, pixels))
+        stream = list(run.asked_in_a_stream(model, handle, batch, pixels, size))
+    assert len(again) == len(stream) == 3
+    torch.testing.assert_close(stream[0], again[0], rtol=1e-4, atol=1e-5)
+    assert (again[0][0] - again[0][1]).abs().max() > 1e-3
+    assert (stream[2] - again[2]).abs().max() > 1e-3  # what the frames before left is not encoded again
+
+
+def test_the_page_about_live_movements_says_what_was_measured(example):
+    figure = example("live_movements/figure.py")
+    results = json.loads((EXAMPLES / "live_movements" / "results.json").read_text(encoding="utf-8"))
+    page = (EXAMPLES.parent / "docs" / "live.md").read_text(encoding="utf-8")
+    assert figure.page(results, page) == page
+    assert figure.table(results) in page
+
+
+def test_how_late_an_answer_is_right(example):
+    import numpy as np
+
+    figure = example("live_movements/figure.py")
+    rows = [[0, 1, 0, 0, 1, 1, 1, 1, 1, 0], [1] * 10, [0] * 8 + [1, 1], [1] * 8 + [0, 1]]
+    assert figure.delay(np.array(rows[:1], dtype=bool)) == 4
+    assert figure.delay(np.array(rows[:3], dtype=bool)) == 4
+    assert figure.delay(np.array(rows[1:2], dtype=bool)) == 0
+    assert figure.delay(np.array(rows[2:], dtype=bool)) == 8
