@@ -260,6 +260,7 @@ def test_the_page_about_live_movements_says_what_was_measured(example):
     page = (EXAMPLES.parent / "docs" / "live.md").read_text(encoding="utf-8")
     assert figure.page(results, page) == page
     assert figure.table(results) in page
+    assert figure.figure(results) == (EXAMPLES.parent / "docs" / "figures" / "live.svg").read_text(encoding="utf-8")
 
 
 def test_how_late_an_answer_is_right(example):

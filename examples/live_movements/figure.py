@@ -81,7 +81,7 @@ def figure(results: dict[str, Any]) -> str:
         axes.axvspan(0, 8, color=INK, alpha=0.08, linewidth=0)
         axes.text(4, 0.985, "the movement", ha="center", va="top")
         axes.axhline(0.1, color=INK, alpha=0.35, linewidth=1, linestyle=":")
-        axes.text(16, 0.11, "chance", ha="right", va="bottom")
+        axes.text(16, 0.085, "chance", ha="right", va="top")
         for name, (causal, way, colour) in WAYS.items():
             curves = right(results, causal, way).mean(axis=1)
             axes.plot(curves.T, color=colour, alpha=0.35, linewidth=1)
@@ -105,7 +105,7 @@ def figure(results: dict[str, Any]) -> str:
 def page(results: dict[str, Any], text: str) -> str:
     """docs/live.md with today's table."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    made = f"{table(results)}\n\nWith {versions}; one thread on a CPU."
+    made = f"{table(results)}\n\nWith {versions}; two threads on a CPU."
     return re.sub(
         r"(<!-- movements -->\n).*?(<!-- end movements -->)",
         lambda m: f"{m[1]}\n{made}\n\n{m[2]}",
