@@ -131,7 +131,9 @@ def test_what_would_be_lost_is_an_error(tmp_path):
     assert done.left_out == {"loss": 1, "nframes": 1}
     swift = json.loads(convert_data(source, tmp_path / "swift.jsonl", to="ms-swift").path.read_text())
     assert swift["chat_template_kwargs"] == {"nframes": 4}
-    assert [turn.get("loss") for turn in swift["messages"]] == [None, False, None, None]
+    trl = json.loads(convert_data(source, tmp_path / "trl.jsonl", to="trl").path.read_text())
+    for kept in (swift, trl):
+        assert [turn.get("loss") for turn in kept["messages"]] == [None, False, None, None]
     write(source, {"messages": [ask(nframes=4), SAID, ask(nframes=8), SAID]})
     with pytest.raises(DataError, match=r"ms-swift has no place for: nframes \(1 samples\).*FPS_MAX_FRAMES"):
         convert_data(source, tmp_path / "swift.jsonl", to="ms-swift")
@@ -141,7 +143,9 @@ def test_an_entry_beside_others_in_dataset_info(tmp_path):
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
     source = write(tmp_path / "in.jsonl", {"messages": [ask(), SAID]})
     convert_data(source, tmp_path / "clips.jsonl", to="llamafactory")
-    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    text = (tmp_path / "dataset_info.json").read_text()
+    info = json.loads(text)
+    assert text == json.dumps(info, indent=2) + "\n"  # which people read and edit
     assert list(info) == ["mine", "clips"]
     assert info["clips"]["columns"] == {"messages": "messages", "videos": "videos"}
     (tmp_path / "dataset_info.json").write_text("{")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,6 +290,25 @@ def test_prompts_that_become_other_tokens_are_an_error(fake, tmp_path):
             engine.write([(Prompt([1, 2], [], {}), [1, 2])], 4)
     engine.close()
     assert not hasattr(engine, "llm")
+
+
+def test_options_are_scored_token_by_token(fake, tmp_path, monkeypatch):
+    asked = []
+
+    def generate(self, prompts, how, use_tqdm):
+        asked.extend(how)
+        scores = [{token: SimpleNamespace(logprob=-float(token)) for token in one["logprob_token_ids"]} for one in how]
+        said = [SimpleNamespace(logprobs=[found]) for found in scores]
+        return [
+            SimpleNamespace(prompt_token_ids=prompt["prompt_token_ids"], outputs=[one])
+            for prompt, one in zip(prompts, said, strict=True)
+        ]
+
+    monkeypatch.setattr(FakeLLM, "generate", generate)
+    with VLLMEngine(str(tmp_path)) as engine:
+        found = engine.log_likelihoods([(Prompt([1, 2], [], {}), [1, 2])], [[[3], [3, 4], [5]]])
+    assert found == [[-3.0, -7.0, -5.0]]
+    assert [(how["temperature"], how["max_tokens"]) for how in asked] == [(0, 1)] * 2
 
 
 def test_what_ends_the_start_of_an_engine_is_told(fake, tmp_path, monkeypatch):

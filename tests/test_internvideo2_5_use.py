@@ -18,6 +18,10 @@ from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
+from sta_adapter.internvideo.v2_5_config import NEW_ROPE, from_published
+from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
+from sta_adapter.internvideo.v2_5_processor import InternVideo2_5Processor
+from sta_adapter.internvideo.v2_5_prompt import conversation
 from sta_adapter.loading import load_model, load_processor
 from sta_adapter.training.contexts import activation_checkpointing
 from sta_adapter.video.sampling import Sampling, choose_frames
@@ -256,10 +260,51 @@ def test_tiles_are_cut_as_published(processor):
     noise = np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)
     made = rows.picture(noise)
     assert made.shape == (4, 3, 112, 112)
+    torch.testing.assert_close(rows.picture(noise.transpose(2, 0, 1)), made, rtol=0, atol=0)
     whole = (torch.from_numpy(noise).permute(2, 0, 1) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / (
         torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     )
     torch.testing.assert_close(torch.cat([made[0], made[1]], dim=2), whole)
+
+
+def test_a_picture_comes_in_more_tiles_the_larger_it_is():
+    rows = InternVideo2_5ImageProcessor(112, max_tiles=6)
+    assert [rows.grid(side, side) for side in (112, 158, 159, 224)] == [(1, 1), (1, 1), (2, 2), (2, 2)]
+
+
+def test_what_a_published_configuration_leaves_to_its_code():
+    language = {"architectures": ["InternLM2ForCausalLM"]}
+    made = from_published({"template": "internvl2_5", "vision_config": tiny.VISION, "llm_config": language})
+    text = made.text_config
+    theta = text.rope_parameters["rope_theta"] if NEW_ROPE else text.rope_theta
+    assert (text.vocab_size, text.attention_bias, text.pad_token_id, theta) == (103168, True, 0, 10000)
+    assert (made.use_thumbnail, made.ps_version) == (False, "v1")
+
+
+def test_a_processor_by_itself_has_the_published_conversation(processor):
+    made = InternVideo2_5Processor(processor.tokenizer, processor.image_processor)
+    assert (made.template, made.image_seq_length) == ("internvl2_5", 16)
+    asked = made.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
+    assert asked == "<s>" + conversation("internvl2_5", [], "Who?")
+
+
+def test_several_conversations_at_once(processor):
+    frames, picture = np.zeros((4, 8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    content = [
+        {"type": "video", "video": frames},
+        {"type": "image", "image": picture},
+        {"type": "text", "text": "What?"},
+    ]
+    several = [[{"role": "user", "content": "Who?"}], [{"role": "user", "content": content}]]
+    batch = processor.apply_chat_template(several, tokenize=True)
+    texts = processor.apply_chat_template(several)
+    expected = processor(text=texts, videos=[frames], images=[picture], add_special_tokens=False)
+    assert {*batch} == {*processor.model_input_names} == {*expected}
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    alone = processor.apply_chat_template(several[1], tokenize=True, return_dict=False)
+    assert processor.decode(alone[0]) == processor.decode(batch["input_ids"][1])
+    made = processor.image_processor.preprocess([picture], [frames])
+    assert {*made} == {*processor.image_processor.model_input_names}
 
 
 def broken(folder, target, change):
@@ -327,6 +372,8 @@ def test_rows_that_do_not_go_together_are_refused(model, processor):
         model(rows, ids, mask, clip_lengths=[6, 2])
     with pytest.raises(LayoutError, match=r"shape \(2, 4, 3, 112, 112\); expected \(frames, 3"):
         model.vision_model(rows.view(2, 4, 3, 112, 112))
+    with pytest.raises(LayoutError, match=r"pixel_values have the shape None; expected \(frames, 3"):
+        model.vision_model()
     with pytest.raises(LayoutError, match=r"multiple of 4 rows"):
         model.batch_chat(words, rows, ["What?", "Who?"], {}, num_patches_list=[6, 2])
     with pytest.raises(LayoutError, match=r"num_patches_list is \[4\]"):
@@ -361,6 +408,29 @@ def test_an_unknown_revision_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"'user/model' at revision 'v9' can't be had: it has no such branch"):
         files.fetch_folder("user/model", "v9", ())
+
+
+def test_all_files_of_a_published_model_are_asked_for_and_no_code(monkeypatch):
+    import huggingface_hub
+
+    from sta_adapter.internvideo import files
+
+    asked = []
+
+    def note(name, *, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return "there"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", note)
+    files.fetch_folder("user/model", None, (*files.WEIGHT_FILES, *files.TOKENIZER_FILES))
+    needed = [
+        *("config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00004.safetensors"),
+        *("pytorch_model.bin", "stage2.pt", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+        *("added_tokens.json", "special_tokens_map.json", "merges.txt", "preprocessor_config.json"),
+    ]
+    assert list(huggingface_hub.utils.filter_repo_objects(needed, allow_patterns=asked)) == needed
+    others = ["modeling_internvl_chat_hico2.py", "README.md", "examples/car.mp4"]
+    assert not list(huggingface_hub.utils.filter_repo_objects(others, allow_patterns=asked))
 
 
 def test_inspect_says_whose_code_it_is(published):
@@ -406,6 +476,8 @@ def test_a_sentencepiece_model_is_converted_without_the_published_code(tmp_path)
     assert tokenizer.decode(ids) == text
     assert [tokenizer.convert_tokens_to_ids(word) for word in ADDED.values()] == list(ADDED)
     assert "<IMG_CONTEXT>" in tokenizer.all_special_tokens
+    ends = (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert ends == ("<unk>", "<s>", "</s>", "</s>")
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     assert load_tokenizer(tmp_path)(text)["input_ids"] == [1, *ids]
@@ -470,6 +542,16 @@ def test_a_conversation_goes_on(model, processor):
     again, longer = model.chat(processor, tiny.pixels(8), "Why?", dict(options), history, True)
     assert longer == [*history, ("Why?", again)]
     assert isinstance(model.chat(processor, None, "Who are you?", dict(options)), str)
+
+
+def test_an_answer_is_shown_without_what_fills_it_up(model, processor, monkeypatch):
+    """The shorter of two answers is filled up behind its end, and one that was cut has no end."""
+    words = processor.tokenizer
+    said = [words("up", add_special_tokens=False)["input_ids"], words("left", add_special_tokens=False)["input_ids"]]
+    width = max(map(len, said)) + 1
+    rows = torch.tensor([[*row, *[tiny.EOS] * (width - len(row))] for row in said])
+    monkeypatch.setattr(model, "generate", lambda **inputs: torch.cat([inputs["input_ids"], rows], dim=1))
+    assert model.batch_chat(processor, None, ["Which way?", "And you?"], {}) == ["up", "left"]
 
 
 @pytest.mark.parametrize("kind", [True, "reentrant"])

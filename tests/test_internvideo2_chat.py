@@ -108,6 +108,24 @@ def test_chat(loaded, golden, name, kind):
     assert history == [*HISTORY, (QUESTION, said)]
 
 
+@pytest.mark.parametrize("size", [(8, 4, 3), (3, 4, 3), (1, 4, 3), (3, 2, 2)])
+@torch.no_grad()
+def test_positions_are_stretched_over_time_and_over_the_picture(loaded, size):
+    """As one picture after the other would be, between the frames that the encoder was made for."""
+    encoder = loaded.vision_encoder
+    table = (encoder.img_pos_embed if size[0] == 1 else encoder.pos_embed)[0]
+    frames, rows, columns = (
+        1 if size[0] == 1 else encoder.patch_embed.grid_size[0],
+        *encoder.patch_embed.grid_size[1:],
+    )
+    cells = table[1:].unflatten(0, (frames, rows * columns)).permute(1, 2, 0)
+    cells = torch.nn.functional.interpolate(cells, size=size[0], mode="linear")
+    pictures = cells.unflatten(0, (rows, columns)).permute(3, 2, 0, 1)
+    pictures = torch.nn.functional.interpolate(pictures, size=size[1:], mode="bicubic")
+    expected = torch.cat([table[:1], pictures.permute(0, 2, 3, 1).flatten(0, 2)])[None]
+    torch.testing.assert_close(encoder.positions(*size), expected)
+
+
 @pytest.mark.parametrize("layout", ["stage 1", "stage 2", "trained in parallel"])
 def test_the_encoder_by_itself(tmp_path, layout):
     """From checkpoints that spell its weights otherwise, or have other parts; output as of the published code."""

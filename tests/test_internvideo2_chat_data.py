@@ -16,11 +16,13 @@ from sta_adapter import get_sta, inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.data.samples import parse_sample
-from sta_adapter.errors import CheckpointError, DataError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError
 from sta_adapter.evaluation.answering import Answerer, Question
 from sta_adapter.internvideo import v2_loading
+from sta_adapter.internvideo.v2_config import read_config
 from sta_adapter.internvideo.v2_images import MEAN, STD
-from sta_adapter.internvideo.v2_prompt import VIDEO, conversation, prompt_tokens
+from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
+from sta_adapter.internvideo.v2_prompt import IMAGE, VIDEO, conversation, prompt_tokens
 from sta_adapter.loading import load_adapter, load_model, load_processor
 
 
@@ -245,6 +247,8 @@ def test_missing_files(tmp_path):
 
 def test_clips_and_placeholders_that_do_not_go_together(model, processor):
     frames = np.zeros((2, SIDE, SIDE, 3), np.uint8)
+    with pytest.raises(DataError, match="a clip has no frame; expected at least one"):
+        processor(text=VIDEO, videos=[[]])
     with pytest.raises(DataError, match=r"1 times .*VID.*and 2 clips"):
         processor(text=VIDEO, videos=[frames, frames])
     with pytest.raises(DataError, match=r"frames have the shape \(28, 28, 3\)"):
@@ -258,6 +262,75 @@ def test_clips_and_placeholders_that_do_not_go_together(model, processor):
         model.chat(tokenizer(), "", "What?", "video", torch.zeros(3, SIDE, SIDE))
     with pytest.raises(DataError, match="tokenizer of bert-base-uncased"):
         processor(text=VIDEO, videos=[frames], instruction="Look.")
+
+
+def test_texts_of_unequal_lengths_are_filled_up(processor):
+    texts = ["What?", "What is it?"]
+    with pytest.raises(DataError, match=r"texts have \[6, 12\] tokens; expected padding=True"):
+        processor(text=texts, padding=False)
+    batch = processor(text=texts)
+    assert batch["attention_mask"].sum(1).tolist() == [6, 12]
+    assert processor(text=texts[0], padding=False)["input_ids"].tolist() == [
+        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"][:1], batch["attention_mask"], strict=False)
+    ]
+
+
+def test_a_batch_holds_what_the_processor_says(processor):
+    frames = np.zeros((2, SIDE, SIDE, 3), np.uint8)
+    batch = processor(text=VIDEO + IMAGE, videos=[frames], images=[frames[0]])
+    assert {*batch} == {*processor.model_input_names}
+
+
+@pytest.mark.parametrize(("unknown", "expected"), [("<unk>", "<unk>"), (None, "</s>")])
+def test_a_tokenizer_that_can_not_fill_up_gets_a_token_for_it(processor, unknown, expected):
+    words = tokenizer()
+    words.pad_token, words.unk_token = None, unknown
+    ids = {name: getattr(processor, name) for name in ("num_visual_tokens", "image_token_id", "video_token_id")}
+    assert InternVideo2ChatProcessor(words, processor.image_processor, **ids).tokenizer.pad_token == expected
+
+
+def test_an_instruction_for_the_q_former_is_cut_to_what_it_reads(processor, monkeypatch):
+    monkeypatch.setattr(processor, "qformer_tokenizer", tokenizer())
+    frames = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    for length, expected in ((5, 6), (600, 512)):
+        batch = processor(text=VIDEO, videos=[frames], instruction="a" * length)
+        assert batch["qformer_input_ids"].shape == batch["qformer_attention_mask"].shape == (1, expected)
+
+
+def test_chat_samples_as_published_where_nothing_is_asked_for(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda **options: asked.append(options) or options["input_ids"])
+    clip = torch.zeros(1, 3, SIDE, SIDE)
+    model.chat(tokenizer(), "", "What?", "video", clip)
+    model.chat(tokenizer(), "", "What?", "video", clip, generation_config={"do_sample": False, "max_new_tokens": 3})
+    names = ("max_new_tokens", "do_sample", "min_length", "top_p")
+    assert [[options.get(name) for name in names] for options in asked] == [[200, True, 1, 0.9], [3, False, 1, None]]
+
+
+def test_a_configuration_says_what_the_published_one_does_or_leaves_to_its_code():
+    config = json.loads(json.dumps(CONFIG))
+    config["model_config"]["llm"]["pretrained_llm_path"] = "mistralai/Mistral-7B-Instruct-v0.3"
+    config["model_config"]["bridge"] |= {
+        "qformer_hidden_dropout_prob": 0.3,
+        "qformer_attention_probs_dropout_prob": 0.2,
+    }
+    made = read_config(config)
+    text = made.text_config
+    assert (text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (
+        32768,
+        4096,
+        14336,
+        32,
+    )
+    assert (text.num_attention_heads, text.num_key_value_heads, text.sliding_window) == (32, 8, None)
+    assert (made.qformer().hidden_dropout_prob, made.qformer().attention_probs_dropout_prob) == (0.3, 0.2)
+    assert made.to_dict()["model_type"] == "internvideo2_chat"  # of folders that were saved, for good
+    assert read_config(made.to_dict()).to_dict() == made.to_dict()
+
+
+def test_published_weights_are_quantized_only_after_saving(base):
+    with pytest.raises(ConfigError, match="Save the model once"):
+        v2_loading.load_model(base, CONFIG, quantization_config={"load_in_8bit": True})
 
 
 def test_lora_is_merged_whatever_order_its_parts_come_in():

@@ -1,6 +1,7 @@
 """What a plan says, against what a step takes: the peaks of torch's profiler, on the CPU, at several widths."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,11 +96,18 @@ def test_the_estimate_is_what_a_step_takes(samples, processor, name, checkpointi
     assert found["needs"] == sum(found["parts"].values())
     assert found["needs"] == pytest.approx(measured, rel=0.2)
     assert found["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["parts"]["weights"] >= sum(4 * p.numel() for p in model.parameters())
 
 
 def test_what_fits(samples, processor, monkeypatch):
-    monkeypatch.setattr(planning, "_one_clip", lambda *args: (PEAKS[bool(args[-2])], {"trainable": 5, "parameters": 9}))
+    accumulates = []
+
+    def one_clip(*args):
+        accumulates.append(args[-1])
+        return PEAKS[bool(args[-2])], {"trainable": 5, "parameters": 9}
+
+    monkeypatch.setattr(planning, "_one_clip", one_clip)
     config = settings(batch_size=8)
     dataset = open_data(samples, processor, config)
 
@@ -119,6 +127,11 @@ def test_what_fits(samples, processor, monkeypatch):
     assert plan(1030)["suggested"] is None
     assert plan(1e10, cuda=True)["needs"] == pytest.approx(1.05 * roomy["needs"] + 1.5e9)
     assert plan(1e10, processes=2)["accumulation"] == 1
+    assert all(accumulates)
+    assert plan(1e10, processes=8)["accumulation"] == 1
+    assert accumulates[-2:] == [False, False]  # one clip a step: there are no gradients of earlier parts
+    assert plan(1e10, processes=4)["batch_size"] == 8
+    assert accumulates[-2:] == [True, True]  # two, which may come one by one
 
 
 PEAKS = {
@@ -147,7 +160,27 @@ def test_a_gpu_computes_in_16_bit(samples, processor):
     assert gpu["weights"] < 0.6 * wide["weights"]
     assert gpu["activations"] < 0.9 * wide["activations"]
     narrow = parts(Machine(24e9, True, "bf16", torch.bfloat16, quantize="4bit"))
-    assert narrow["weights"] < gpu["weights"]
+    base = Qwen2VLForConditionalGeneration(shape)
+    output = base.get_output_embeddings()
+    frozen = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not output)
+    assert gpu["weights"] - narrow["weights"] == round(frozen * (2 - 0.52))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_step_is_measured_in_its_precision(samples, processor, monkeypatch, precision, dtype):
+    """fp16 is for GPUs alone; which type it asks for shows on the CPU as well."""
+    monkeypatch.setattr(planning, "precision_of", lambda name: name)
+    config = settings(precision=precision)
+    seen = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(super().forward(x).dtype)
+            return SimpleNamespace(loss=self.weight.sum())
+
+    stage = Stage("1", config, samples.parent, open_data(samples, processor, config))
+    planning._timed(Model(2, 2), {"x": torch.ones(1, 2)}, torch.device("cpu"), stage)
+    assert seen == [dtype]
 
 
 def test_the_command_and_the_dry_run(samples, tmp_path):

@@ -54,6 +54,12 @@ def test_every_published_layout_is_read(layout, tmp_path):
     assert all(parameter.requires_grad for parameter in made.parameters())
 
 
+@pytest.mark.parametrize("key", ["model", "module", "state_dict"])
+def test_weights_beside_what_training_keeps(key, tmp_path):
+    torch.save({key: TENSORS, "step": 3}, tmp_path / "state.pt")
+    assert dict(iterate_weights(weight_files(tmp_path))).keys() == TENSORS.keys()
+
+
 def test_weights_are_copies_in_the_type_asked_for(tmp_path):
     folder = save(tmp_path / "base", "safetensors")
     made = filled(folder, dtype=torch.bfloat16)

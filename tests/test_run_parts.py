@@ -1,6 +1,7 @@
 """Parts of a run that need no training: settings without effect, which run a folder holds, the trainer's arguments, memory."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +227,27 @@ def test_the_summary_says_when_it_measures_and_saves(tmp_path, settings, measure
     assert "  goes on   from checkpoint-3" in lines
 
 
+# ---- where the memory is not enough
+
+
+def test_smaller_parts_of_a_step(tmp_path):
+    """A half that divides, down to one clip, then checkpointing, then nothing more."""
+    stage = Stage("1", TrainingConfig(batch_size=6, device_batch_size=6), tmp_path, range(12))
+    tried = []
+    while (smaller := stage._smaller()) is not None:
+        stage.config = smaller
+        tried.append((smaller.batch_size, smaller.device_batch_size, smaller.gradient_checkpointing))
+    assert tried == [(6, 3, False), (6, 1, False), (6, 1, True)]
+
+
+def test_a_stopped_stage_says_what_is_saved(tmp_path):
+    stage = Stage("1", TrainingConfig(), tmp_path, range(12))
+    stage.signals.received = signal.SIGTERM
+    found = stage.stopped()
+    assert (found.checkpoint, found.signal) == (None, signal.SIGTERM)
+    assert str(found).startswith("stage 1 was stopped by SIGTERM; no checkpoint was saved. Call train again")
+
+
 # ---- memory
 
 WORDS, WIDTH, TOKENS = 50, 8, 10
@@ -304,6 +326,26 @@ def test_a_storage_is_counted_while_it_lives_and_once():
     del tensor
     assert books.alive == {"activations": 0, "gradients": 0, "logits": 8 * WORDS}
     assert sum(books.peak.values()) == 4 * TOKENS + 8 * WORDS
+
+
+def test_what_is_made_in_a_step_has_values_where_models_read_them():
+    """Small tables and whole numbers are real; large ones of floating point take no memory."""
+    with _Bookkeeping(FakeTensorMode(), WORDS):
+        made = torch.ones(SMALL), torch.ones(SMALL + 1), torch.arange(5), torch.zeros(SMALL + 1, dtype=torch.long)
+    assert [isinstance(tensor, FakeTensor) for tensor in made] == [False, True, False, False]
+
+
+def test_pixels_are_there_during_the_step():
+    class Seeing(Words):
+        def forward(self, tokens, pixels):
+            return SimpleNamespace(loss=super().forward(tokens).loss + pixels.mean())
+
+    sizes = []
+    for count in (SMALL + 1, 2 * SMALL):  # of which neither is made real
+        model = Seeing()
+        batch = {"tokens": torch.arange(TOKENS), "pixels": torch.ones(count)}
+        sizes.append(step_peak(model, batch, without_values(model)).parts["activations"])
+    assert sizes[1] - sizes[0] == 4 * (SMALL - 1)
 
 
 def test_what_has_values_and_what_has_none():

@@ -383,6 +383,13 @@ def test_a_state_that_does_not_fit(toy, change, reason):  # noqa: F811
         stream.load_state_dict([state])
 
 
+def test_a_state_before_the_first_frame_has_to_fit_too(toy):  # noqa: F811
+    handle = injected(ToyEncoder)
+    state = handle.stream(window=5).state_dict()
+    with pytest.raises(StreamError, match="its window is 5, here 4"):
+        handle.stream(window=4).load_state_dict(state)
+
+
 @JOINT
 def test_encoders_that_look_across_frames_are_refused(case):
     handle = injected(case.make)

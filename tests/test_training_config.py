@@ -189,7 +189,9 @@ def test_wrong_settings(tmp_path, text, error):
     ],
 )
 def test_device_batches(batch, device, processes, expected):
-    assert TrainingConfig(batch_size=batch, device_batch_size=device).device_batches(processes) == expected
+    found = TrainingConfig(batch_size=batch, device_batch_size=device).device_batches(processes)
+    assert found == expected
+    assert [type(number) for number in found] == [int, int]  # numbers of clips and of passes, for `range`
 
 
 @given(st.integers(1, 300), st.integers(1, 16))

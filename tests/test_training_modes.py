@@ -13,8 +13,9 @@ from transformers import Trainer
 from sta_adapter import inject_sta
 from sta_adapter.data import VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.injection.registry import locate
 from sta_adapter.training import TrainingConfig, train
-from sta_adapter.training.contexts import activation_checkpointing
+from sta_adapter.training.contexts import _require_gradient, activation_checkpointing, full_precision
 
 ADAPTER = ("sta_adapter.safetensors", "adapter_model.safetensors")
 
@@ -131,6 +132,48 @@ def test_activations_of_sta_are_not_kept(model, dataset):  # noqa: F811
         kept[kind] = sum(sizes)
         assert len(calls) == (2 if kind else 1)
     assert kept[True] < kept[False]
+
+
+@pytest.mark.parametrize("sta", [True, False], ids=["sta", "lora_alone"])
+def test_re_entrant_checkpointing_gives_the_same_gradients(model, dataset, sta):  # noqa: F811
+    """It gives none where no input requires one, as with a frozen base."""
+    from peft import LoraConfig, get_peft_model
+
+    from sta_adapter.data import Collator
+
+    encoder = locate(model).encoder
+    if not any(hasattr(module, "gradient_checkpointing") for module in encoder.modules()):
+        pytest.skip("this version of transformers can't checkpoint Qwen2-VL's encoder")
+    handle = inject_sta(model).freeze_base() if sta else None
+    trained = model if sta else get_peft_model(model, LoraConfig(target_modules=r".*blocks.*\.qkv"))
+    batch = Collator.of(dataset.processor)([dataset[0]])
+    inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    found = {}
+    for kind in (False, "reentrant"):
+        with activation_checkpointing(trained.train(), handle, kind):
+            trained(**inputs).loss.backward()
+        found[kind] = [p.grad.clone() for p in trained.parameters() if p.requires_grad]
+        trained.zero_grad()
+    assert any(gradient.any() for gradient in found[False])
+    assert _require_gradient not in encoder._forward_pre_hooks.values()
+    for plain, checkpointed in zip(*found.values(), strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_what_an_encoder_is_given_requires_a_gradient_where_there_are_any():
+    pixels, more, grid, unasked = torch.ones(2), torch.ones(2), torch.ones(2, dtype=torch.long), torch.ones(2)
+    _require_gradient(nn.Identity(), (pixels, grid), {"more": more})
+    with torch.no_grad():
+        _require_gradient(nn.Identity(), (unasked,), {})
+    assert [tensor.requires_grad for tensor in (pixels, more, grid, unasked)] == [True, True, False, False]
+
+
+def test_what_trains_is_32_bit_wide_meanwhile_and_the_rest_stays():
+    kinds = (torch.bfloat16, torch.float16, torch.float64)
+    net = nn.Sequential(*(nn.Linear(2, 2).to(kind) for kind in kinds), nn.Linear(2, 2).bfloat16().requires_grad_(False))
+    with full_precision(net):
+        assert [layer.weight.dtype for layer in net] == [torch.float32, torch.float32, torch.float64, torch.bfloat16]
+    assert [layer.weight.dtype for layer in net] == [*kinds, torch.bfloat16]
 
 
 # ---- logging and the best checkpoint

@@ -13,7 +13,7 @@ from tiny_qwen import make_model, make_processor, write_samples
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.errors import ConfigError, DataError, InjectionError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, InjectionError
 from sta_adapter.integrations import peft as hook
 from sta_adapter.integrations.callbacks import ReportBadClips, RequireGradient, SaveAdapter, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
@@ -301,6 +301,23 @@ def test_peft_goes_on_with_sta_whatever_it_is_given_beside_the_folder(
     again = PeftModel.from_pretrained(make_model(processor.tokenizer), str(folder), is_trainable=True, **options)
     assert all(parameter.requires_grad for parameter in get_sta(again).parameters())
     assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
+
+
+def test_sta_is_looked_for_at_the_revision_of_its_lora(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(hook, "resolve_adapter", lambda *where: asked.append(where) or tmp_path)
+    for name in ("user/adapter", str(tmp_path)):
+        hook._adapter_folder(name, {"revision": "v1"})
+    assert asked == [("user/adapter", "v1"), (str(tmp_path), None)]
+
+
+def test_weights_in_parts_are_no_adapter(model, tmp_path, installed, monkeypatch):
+    installed()
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    monkeypatch.setattr(hook, "is_sharded", lambda parameters: True)
+    with pytest.raises(CheckpointError, match=r"has PEFT's files alone: .*SaveAdapter\(\) to the trainer's callbacks"):
+        trained.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "sta_config.json").exists()
 
 
 def test_peft_says_so_where_it_can_not_see_sta(processor, tmp_path, installed, caplog):

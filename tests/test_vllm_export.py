@@ -20,7 +20,7 @@ from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError,
 from sta_adapter.integrations.vllm import export, register
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 from sta_adapter.integrations.vllm.frames import TrainedFrames, media_io_kwargs, register_loader
-from sta_adapter.integrations.vllm.serve_line import check_plugins, serve_line
+from sta_adapter.integrations.vllm.serve_line import _largest_rank, check_plugins, serve_line
 from sta_adapter.loading import load_model, saved_frame_settings
 from sta_adapter.text_positions import use_positions
 from sta_adapter.video.frame_settings import FrameSettings
@@ -115,6 +115,11 @@ def test_exports_that_cannot_be(base, plain, adapted, tmp_path):
         export_adapter(plain, plain)
     with pytest.raises(CheckpointError, match="there is no folder"):
         export_adapter(tmp_path / "nowhere", tmp_path / "b")
+    shutil.copytree(plain, tmp_path / "damaged")
+    (tmp_path / "damaged" / "sta_adapter.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"sta_adapter\.safetensors"):
+        export_adapter(tmp_path / "damaged", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
     assert not export_adapter(plain, tmp_path / "c")
     load_sta(model_of(base), tmp_path / "c")
 
@@ -168,6 +173,20 @@ def test_the_serve_line_carries_the_run_of_the_adapter(base, plain, adapted, tmp
     assert "--enable-tower-connector-lora" in words
     with pytest.raises(ConfigError, match="--hf-overrides is set by this command"):
         serve_line("base", str(plain), extra=["--hf-overrides={}"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 8),
+        ({"r": 8}, 8),
+        ({"r": 9}, 16),
+        ({"r": 8, "rank_pattern": {"attn.qkv": 400}}, 512),
+        ({"r": 600}, 600),
+    ],
+)
+def test_the_largest_rank_is_one_that_vllm_takes(fields, expected):
+    assert _largest_rank(fields) == expected
 
 
 def test_a_server_without_the_plug_in_or_vllm_is_not_started(base, plain, monkeypatch):

@@ -23,7 +23,7 @@ from sta_adapter.errors import ConfigError, STAError, VideoError
 from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step, joined
-from sta_adapter.live.source import LiveFrame, LiveSource, masked
+from sta_adapter.live.source import LiveFrame, LiveSource, _Clock, masked
 from sta_adapter.live.watcher import Watcher, WatchSettings
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -175,11 +175,12 @@ def test_frames_that_can_not_be_kept_up_with_are_dropped_and_told(base):
     found = watcher(base, every=0, waiting=2)
     encode = found._encode
     found._encode = lambda prompt: (time.sleep(0.5), encode(prompt))[1]
+    began = time.perf_counter()
     events = watched(found, LiveSource(str(base / "clip.mp4"), fps=8))
     (end,) = events["end"]
     assert end["dropped"] == events["dropped"][-1]["frames"] > 0
     assert 2 * end["steps"] >= 16 - end["dropped"] > 0
-    assert events["dropped"][-1]["step_seconds"] >= 0.5
+    assert 0.5 <= events["dropped"][-1]["step_seconds"] <= time.perf_counter() - began
 
 
 def test_frames_of_another_size_begin_anew(base):
@@ -223,6 +224,31 @@ def test_a_source_without_frames(base):
 def test_chunks_are_filled_up():
     assert list(chunks(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e", "e"]]
     assert list(chunks(iter(["a", None, "b"]), 2)) == [None, ["a", "b"]]
+    assert list(chunks(iter("abcdef"), 4)) == [["a", "b", "c", "d"], ["e", "f", "f", "f"]]
+
+
+def test_a_source_as_fast_as_it_is_taken_loses_nothing():
+    with Feed(Frames(range(9)), 2) as feed:
+        found = []
+        for frame in feed.frames():
+            found += [] if frame is None else [frame.pixels]
+            assert len(feed._waiting) <= 2
+    assert (found, feed.dropped) == (list(range(9)), 0)
+
+
+def test_reading_ends_with_the_feed():
+    """Of a source that never ends: its thread would read for as long as the process lives."""
+
+    class Endless(Frames):
+        fast = False
+
+        def frames(self, stopped):
+            while not stopped():
+                yield LiveFrame(0.0, None)
+
+    with Feed(Endless([]), 2) as feed:
+        next(feed.frames())
+    assert not feed._thread.is_alive()
 
 
 def test_a_file_is_played_at_its_own_pace(base):
@@ -354,6 +380,47 @@ def test_sources_that_are_none(name, error, message):
     with pytest.raises(error, match=message) as caught:
         LiveSource(name)
     assert isinstance(caught.value, STAError)
+
+
+class Opened:
+    """Stands for PyAV: notes how sources are opened."""
+
+    def __init__(self, *formats):
+        self.formats_available, self.calls, self.__version__ = {"v4l2", *formats}, [], "0"
+
+    def open(self, name, **how):
+        self.calls.append((name, how["format"], how["options"]))
+
+
+def test_a_camera_is_read_as_one_and_a_file_opens_no_other(base, monkeypatch):
+    av, file = Opened(), str(base / "clip.mp4")
+    LiveSource(file)._open(av)
+    monkeypatch.setattr("sta_adapter.live.source.os.path.exists", lambda name: True)
+    monkeypatch.setattr("sta_adapter.live.source.os.path.isdir", lambda name: False)
+    camera = LiveSource("/dev/video0")
+    camera._open(av)
+    assert av.calls == [(file, None, {"protocol_whitelist": "file"}), ("/dev/video0", "v4l2", {})]
+    av.formats_available = set()
+    with pytest.raises(VideoError, match="built without v4l2, so it can't read /dev/video0"):
+        camera._open(av)
+
+
+def test_addresses_are_opened_without_files_and_rtsp_over_tcp():
+    av = Opened()
+    for address in ("RTSP://camera/1", "https://host/live.m3u8"):
+        LiveSource(address)._open(av)
+    (_, _, camera), (_, _, page) = av.calls
+    assert camera["rtsp_transport"] == "tcp"
+    assert "rtsp_transport" not in page
+    assert "file" not in {*camera["protocol_whitelist"].split(","), *page["protocol_whitelist"].split(",")}
+
+
+def test_a_live_source_that_jumps_ahead_is_followed_at_once():
+    source = LiveSource("rtsp://camera/1", timeout=5)
+    clock = _Clock(source)
+    clock.wait_for(1000.0, lambda: False)  # would wait for a quarter of an hour
+    assert time.monotonic() - clock.began >= 1000.0
+    clock.wait_for(1000.0, lambda: False)
 
 
 def test_passwords_are_not_told():

@@ -35,10 +35,10 @@ __all__ = ["PreferenceCollator", "Prepared", "VideoCollator", "prepare"]
 
 logger = logging.getLogger(__name__)
 
-TRAINERS = {  # the trainer's class, and what its config needs beside the user's own
-    "sft": ("SFTTrainer", {"dataset_kwargs": {"skip_prepare_dataset": True}}),
-    "dpo": ("DPOTrainer", {}),
-    "grpo": ("GRPOTrainer", {}),
+TRAINERS: dict[str, dict[str, Any]] = {  # what the trainer's config needs beside the user's own
+    "sft": {"dataset_kwargs": {"skip_prepare_dataset": True}},
+    "dpo": {},
+    "grpo": {},
 }
 
 
@@ -222,7 +222,7 @@ def prepare(
         "callbacks": [*sta_callbacks(settings), ReportBadClips(collator.counts)],
         **({} if trainer == "grpo" else {"data_collator": collator}),
     }
-    config = {"remove_unused_columns": False, **TRAINERS[trainer][1]}
+    config = {"remove_unused_columns": False, **TRAINERS[trainer]}
     return Prepared(handle, arguments, config if trainer == "grpo" else {**config, "max_length": None})
 
 

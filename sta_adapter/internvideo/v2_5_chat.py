@@ -98,7 +98,7 @@ class ChatMethods:
                     f"the question {question[:40]!r} has {count} rows and {prompt.count(IMAGE)} times {IMAGE}; expected one, of "
                     f"a multiple of {self.config.local_num_frames} rows, whose tokens are merged together."
                 )
-            prompts.append(self._filled(prompt, [count]))
+            prompts.append(self._filled(prompt, [count] * prompt.count(IMAGE)))  # without pixels there may be none
         return self._answers(tokenizer, pixel_values, prompts, generation_config)
 
     def _filled(self, prompt: str, counts: Sequence[int]) -> str:
