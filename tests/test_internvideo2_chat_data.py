@@ -328,6 +328,14 @@ def test_a_configuration_says_what_the_published_one_does_or_leaves_to_its_code(
     assert read_config(made.to_dict()).to_dict() == made.to_dict()
 
 
+@pytest.mark.parametrize("path", [None, ""])
+def test_a_checkpoints_own_config_is_not_taken_for_the_language_models(path, tmp_path):
+    config = json.loads(json.dumps(CONFIG))
+    config["model_config"]["llm"]["pretrained_llm_path"] = path
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(config, tmp_path).text_config.vocab_size == 32768
+
+
 def test_published_weights_are_quantized_only_after_saving(base):
     with pytest.raises(ConfigError, match="Save the model once"):
         v2_loading.load_model(base, CONFIG, quantization_config={"load_in_8bit": True})

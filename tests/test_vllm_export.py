@@ -175,6 +175,15 @@ def test_the_serve_line_carries_the_run_of_the_adapter(base, plain, adapted, tmp
         serve_line("base", str(plain), extra=["--hf-overrides={}"])
 
 
+def test_an_adapter_of_other_text_positions_is_refused_before_the_server_starts(base, plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "a")
+    description = json.loads((tmp_path / "a" / "sta_config.json").read_text())
+    (tmp_path / "a" / "sta_config.json").write_text(json.dumps({**description, "positions": "rows-and-columns"}))
+    options = ["serve", "--model", str(base), "--adapter", str(tmp_path / "a"), "--print"]
+    with pytest.raises(CheckpointError, match=r"positions 'rows-and-columns', and vLLM numbers text by 'original'"):
+        CliRunner().invoke(cli, options, catch_exceptions=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

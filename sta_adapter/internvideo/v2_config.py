@@ -143,11 +143,12 @@ def _language_model(llm: Mapping[str, Any], folder: Path | None) -> dict[str, An
         raise CheckpointError(
             f"the language model is {llm.get('name')!r}; expected 'mistral_7b', as InternVideo2-Chat-8B and its HD variant have it."
         )
-    named = Path(str(llm.get("pretrained_llm_path", "")))
-    for place in (*([folder / named] if folder else []), named):
-        if (place / "config.json").is_file():
-            found: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            return found
+    named = llm.get("pretrained_llm_path")
+    if named:  # else the folder itself would be meant, whose config.json is the chat model's
+        for place in (*([folder / str(named)] if folder else []), Path(str(named))):
+            if (place / "config.json").is_file():
+                found: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
+                return found
     return dict(MISTRAL)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import read_json, read_shapes
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
+from sta_adapter.injection.backbone import Backbone
 from sta_adapter.integrations.vllm.request import ServedAdapter
 
 ENCODER_OPTIONS = {"cudagraph_mm_encoder": "captured", "compile_mm_encoder": "compiled"}
@@ -46,8 +49,28 @@ def check_encoder_settings(adapter: ServedAdapter, vllm_config: Any) -> None:
             "mm_encoder_tp_mode='data' gives the frames of one clip to different ranks, and STA must see them together: "
             "use mm_encoder_tp_mode='weights'."
         )
-    _check_positions(adapter)
+    check_positions(adapter.folder, adapter.description, adapter.backbone)
     _check_lora(adapter, setting(vllm_config, "lora_config"))
+
+
+def check_positions(folder: Path, description: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse an adapter that was trained with text positions which vLLM doesn't have.
+
+    Args:
+        folder: the adapter's, for the message.
+        description: its `sta_config.json`.
+        backbone: the one that it names.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    trained, served = description.get("positions"), getattr(backbone.vllm, "text_positions", None)
+    if isinstance(trained, str) and served is not None and trained != served:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained with the text positions {trained!r}, and vLLM numbers text by "
+            f"{served!r}, so that its answers would differ. Train it with those (sta_adapter.text_positions.use_positions), "
+            "or answer with transformers."
+        )
 
 
 def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
@@ -75,16 +98,6 @@ def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
         raise CheckpointError(
             f"the LoRA weights in {adapter.folder} are for the vision encoder as well, and vLLM leaves those of "
             f"{type(model).__name__} out. Merge them into the base: sta-adapter export {adapter.folder} OUT --merge-lora BASE."
-        )
-
-
-def _check_positions(adapter: ServedAdapter) -> None:
-    trained, served = adapter.description.get("positions"), getattr(adapter.backbone.vllm, "text_positions", None)
-    if isinstance(trained, str) and served is not None and trained != served:
-        raise CheckpointError(
-            f"the adapter in {adapter.folder} was trained with the text positions {trained!r}, and vLLM numbers text by "
-            f"{served!r}, so that its answers would differ. Train it with those (sta_adapter.text_positions.use_positions), "
-            "or answer with transformers."
         )
 
 

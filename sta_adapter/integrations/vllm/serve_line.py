@@ -15,6 +15,7 @@ from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.registry import get_backbone, in_vllm
 from sta_adapter.integrations.vllm.frames import media_io_kwargs
+from sta_adapter.integrations.vllm.refusals import check_positions
 from sta_adapter.integrations.vllm.request import ADAPTER, ANY_BASE, REVISION
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -42,12 +43,15 @@ def serve_line(
         extra: further options of `vllm serve`.
 
     Raises:
-        CheckpointError: there is no such adapter.
+        CheckpointError: there is no such adapter, or vLLM has other text positions than it was trained with.
         UnknownBackboneError: vLLM doesn't serve its backbone.
         ConfigError: an option in `extra` sets what this line sets.
     """
     folder = resolve_adapter(adapter, revision)
-    in_vllm(get_backbone(read_description(folder)["backbone"]))
+    description = read_description(folder)
+    backbone = get_backbone(description["backbone"])
+    in_vllm(backbone)
+    check_positions(folder, description, backbone)
     named = os.path.abspath(adapter) if os.path.isdir(adapter) else adapter
     overrides: dict[str, Any] = {ADAPTER: named}
     overrides |= {REVISION: revision} if revision else {}
