@@ -113,6 +113,8 @@ def test_pairs(tmp_path):
     assert info["columns"] == {"messages": "messages", "videos": "videos", "chosen": "chosen", "rejected": "rejected"}
     trl = json.loads(convert_data(source, tmp_path / "trl.jsonl", to="trl").path.read_text())
     assert [len(trl[name]) for name in ("prompt", "chosen", "rejected", "images")] == [1, 1, 1, 0]
+    answers = [[{"role": "assistant", "content": [{"type": "text", "text": word}]}] for word in ("up", "down")]
+    assert [trl["chosen"], trl["rejected"]] == answers
     with pytest.raises(DataError, match=r"in\.jsonl, line 1: axolotl's preference training takes no clips"):
         convert_data(source, tmp_path / "ax.jsonl", to="axolotl")
     write(source, {"messages": [ask(), SAID], "rejected": "down"}, {"messages": [ask(), SAID]})

@@ -176,7 +176,14 @@ def test_saved_and_loaded_it_computes_the_same(published, base):
     with torch.no_grad():
         torch.testing.assert_close(first(rows, ids, mask).logits, second(rows, ids, mask).logits, rtol=0, atol=0)
     assert second.generation_config.eos_token_id == first.generation_config.eos_token_id == [tiny.EOS, tiny.END]
-    assert second.config.image_token_id == tiny.CONTEXT
+    assert second.config.image_token_id == second.img_context_token_id == tiny.CONTEXT
+
+
+def test_weights_come_in_the_type_that_their_configuration_names(published):
+    from sta_adapter.internvideo import v2_5_loading
+
+    model = v2_5_loading.load_model(published, {**tiny.CONFIG, "torch_dtype": "float16"})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
 def test_weights_in_half_precision(published):

@@ -186,9 +186,9 @@ def test_pickled_weights_of_published_names(base, tmp_path):
     whole = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     for file in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
         file.unlink()
-    named = {
-        name.replace(".q_proj.weight", ".q_proj.base_layer.weight"): kept for name, kept in whole.items()
-    }  # newer PEFT
+    newer = {name: name.replace(".q_proj.weight", ".q_proj.base_layer.weight") for name in whole}  # PEFT's
+    scaled = {name: f"{new}.gamma" if name.endswith((".ls1", ".ls2")) else new for name, new in newer.items()}
+    named = {scaled[name]: kept for name, kept in whole.items()}
     torch.save({"module": named}, folder / "pytorch_model.bin")
     found, expected = load_model(folder, device="cpu").state_dict(), load_model(base, device="cpu").state_dict()
     assert found.keys() == expected.keys()
@@ -275,10 +275,11 @@ def test_texts_of_unequal_lengths_are_filled_up(processor):
     ]
 
 
-def test_a_batch_holds_what_the_processor_says(processor):
+def test_a_batch_holds_what_the_processor_says(model, processor):
     frames = np.zeros((2, SIDE, SIDE, 3), np.uint8)
     batch = processor(text=VIDEO + IMAGE, videos=[frames], images=[frames[0]])
     assert {*batch} == {*processor.model_input_names}
+    assert model.main_input_name in batch  # by which trainers count tokens
 
 
 @pytest.mark.parametrize(("unknown", "expected"), [("<unk>", "<unk>"), (None, "</s>")])

@@ -290,7 +290,10 @@ def test_a_run_of_300_steps_leaves_checkpoints():
 def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, run):
     first = run(tmp_path, stage="both", max_steps=2)
     assert first.finished_before == []
-    assert run(tmp_path, stage="both", max_steps=2).finished_before == ["1", "2"]
+    again = run(tmp_path, stage="both", max_steps=2)
+    assert again.finished_before == ["1", "2"]
+    trained = zip(first.handle.parameters(), again.handle.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in trained)
     longer = run(tmp_path, stage="both", max_steps=4)
     assert longer.finished_before == ["1"]  # stage two stands on it
     assert [longer.stages[name]["steps"] for name in "12"] == [2, 4]
@@ -303,8 +306,11 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, run):
 
 def test_epochs_are_raised_too_and_a_device_batch_may_change(tmp_path, run):
     run(tmp_path, max_steps=None, epochs=1)
+    half = tmp_path / "stage1" / "checkpoint-9"  # of a process that was killed while it saved
+    half.mkdir()
     longer = run(tmp_path, max_steps=None, epochs=2, device_batch_size=2, gradient_checkpointing=True)
     assert (longer.stages["1"]["steps"], longer.finished_before) == (4, [])
+    assert not half.exists()
 
 
 def test_early_stopping(tmp_path, run):
