@@ -2,6 +2,7 @@
 
 import json
 
+import full_size_chat
 import internvideo2_5_chat as tiny
 import pytest
 import torch
@@ -66,3 +67,8 @@ def test_chats_are_the_published_ones(model, goldens, name):
     assert ids.tolist() == goldens[0][f"{name}.input_ids"].tolist()
     assert tokens.tolist() == goldens[0][f"{name}.tokens"].tolist()
     assert said == json.loads(goldens[1][name])
+
+
+def test_a_checkpoint_made_from_our_names_has_the_published_ones():
+    _, published, to_ours = full_size_chat.internvideo2_5()
+    assert full_size_chat.full_shapes(tiny.CONFIG, published, to_ours) == published
