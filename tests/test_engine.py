@@ -147,6 +147,7 @@ def test_more_options_than_vllm_scores_at_once_are_asked_in_parts():
     tree = OptionTree([[[token] for token in range(MOST_IDS + 5)]])
     [nodes] = tree.rounds()
     assert [len(node.following) for node in nodes] == [MOST_IDS, 5]
+    assert [len(ids) for ids in tree.padded(nodes)] == [MOST_IDS, MOST_IDS]  # no more than it takes
     for node in nodes:
         tree.tell(node, {token: float(token) for token in node.following})
     assert tree.scores() == [[float(token) for token in range(MOST_IDS + 5)]]

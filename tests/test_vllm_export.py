@@ -191,6 +191,8 @@ def test_an_adapter_of_other_text_positions_is_refused_before_the_server_starts(
         ({"r": 8}, 8),
         ({"r": 9}, 16),
         ({"r": 8, "rank_pattern": {"attn.qkv": 400}}, 512),
+        ({"r": 200}, 256),
+        ({"r": 300}, 320),
         ({"r": 600}, 600),
     ],
 )
