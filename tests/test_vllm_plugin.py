@@ -198,12 +198,14 @@ def test_identifiers_carry_the_digest_of_weights_and_settings(vllm, tmp_path):
     [
         ({"sta_adaptor": "a"}, "no setting 'sta_adaptor'. Did you mean 'sta_adapter'"),
         ({"sta-adapter": "a"}, "Did you mean 'sta_adapter'"),
+        ({"sta_merged_lora": "abc", "sta_adaptor": "a"}, "no setting 'sta_adaptor'. Did you mean 'sta_adapter'"),
+        ({"sta_zzz": 1}, r"no setting 'sta_zzz'\. Known: sta_adapter"),
         ({"sta_adapter": 3}, "sta_adapter is 3, expected a folder or the id"),
         ({"sta_adapter": ""}, "sta_adapter is '', expected a folder or the id"),
         ({"sta_adapter": "a/b", "sta_adapter_any_base": "yes"}, "any_base is 'yes', expected bool"),
         ({"sta_adapter_revision": "v1"}, "sta_adapter_revision is given, but no sta_adapter"),
     ],
-    ids=["typo", "dash", "number", "empty", "flag", "alone"],
+    ids=["typo", "dash", "merged", "far_off", "number", "empty", "flag", "alone"],
 )
 def test_settings_that_would_be_passed_over_are_errors(vllm, overrides, message):
     register()
