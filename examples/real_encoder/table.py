@@ -123,14 +123,15 @@ def first_of(run: dict[str, Any]) -> str:
 
 def verdict(runs: list[dict[str, Any]]) -> str:
     """Whether, on every seed that both have, STA's error is at most half of LoRA's, and the intervals are apart."""
-    best: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = {}
+    best: dict[tuple[str, float, int, int], dict[str, dict[str, Any]]] = {}
     for run in (run for group in groups(runs) for run in group if run["run"]["share"] == 1):
-        arms = best.setdefault((order_of(run), run["run"]["reader_lr"], run["run"]["seed"]), {})
+        what = run["run"]
+        arms = best.setdefault((order_of(run), what["reader_lr"], what["steps"], what["seed"]), {})
         other = arms.get(run["run"]["arm"])
         if other is None or run["curve"][-1]["val"] > other["curve"][-1]["val"]:
             arms[run["run"]["arm"]] = run  # of several, the one that is best on validation clips
     lines, met = [], []
-    for (order, reader_lr, seed), arms in sorted(best.items()):
+    for (order, reader_lr, steps, seed), arms in sorted(best.items()):
         if not {"sta", "lora"} <= arms.keys():
             continue
         sta, lora = arms["sta"]["ordered"], arms["lora"]["ordered"]
@@ -139,7 +140,7 @@ def verdict(runs: list[dict[str, Any]]) -> str:
         met.append(errors[0] <= errors[1] / 2 and apart)
         ratio = errors[0] / errors[1] if errors[1] else float("inf")
         lines.append(
-            f"| {order} | {reader_lr:g} | {arms['sta']['run']['steps']} | {seed} | {100 * errors[0]:.1f} | {100 * errors[1]:.1f} | {ratio:.2f} "
+            f"| {order} | {reader_lr:g} | {steps} | {seed} | {100 * errors[0]:.1f} | {100 * errors[1]:.1f} | {ratio:.2f} "
             f"| {'yes' if apart else 'no'} | {'met' if met[-1] else 'not met'} |"
         )
     heads = [
@@ -169,8 +170,8 @@ def made_with(runs: list[dict[str, Any]]) -> str:
 
 def figure(runs: list[dict[str, Any]]) -> str:
     """Curves of the three arms on the validation clips, and each seed's accuracy on the test's with its interval."""
-    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # of each arm and order the longest runs
-    for group in sorted(groups(runs), key=lambda group: group[0]["run"]["steps"]):
+    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # of each arm and order most seeds, then most steps
+    for group in sorted(groups(runs), key=lambda group: (len(group), group[0]["run"]["steps"])):
         what = group[0]["run"]
         if what["share"] == 1 and what["arm"] in COLOURS:
             shown[what["arm"], order_of(group[0])] = group
