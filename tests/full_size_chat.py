@@ -86,7 +86,6 @@ def layerless(name):
 def write(name, folder):
     """Make the checkpoint, a file at a time."""
     config, tiny_shapes, to_ours = {"internvideo2_5": internvideo2_5, "internvideo2": internvideo2}[name]()
-    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     (internvideo2_5_chat if name == "internvideo2_5" else internvideo2_chat).tokenizer().save_pretrained(folder)
     index, held, number = {}, {}, 0
@@ -156,8 +155,9 @@ def main():
     args = parser.parse_args()
     if args.name == "load":
         return load(args.folder, args.ask)
-    write(args.name, args.folder)
+    args.folder.mkdir(parents=True)
     try:
+        write(args.name, args.folder)
         subprocess.run([sys.executable, __file__, "load", str(args.folder), *["--ask"] * args.ask], check=True)
     finally:
         shutil.rmtree(args.folder)

@@ -263,6 +263,16 @@ def test_the_page_about_live_movements_says_what_was_measured(example):
     assert figure.figure(results) == (EXAMPLES.parent / "docs" / "figures" / "live.svg").read_text(encoding="utf-8")
 
 
+def test_runs_of_other_settings_are_not_gone_on_with(example, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    results.write_bytes((EXAMPLES / "live_movements" / "results.json").read_bytes())
+    before = results.read_bytes()
+    with pytest.raises(SystemExit):
+        example("live_movements/run.py").main(["--quick", "--results", str(results), "--work", str(tmp_path / "work")])
+    assert "holds runs of other settings; name another file with --results" in capsys.readouterr().err
+    assert results.read_bytes() == before
+
+
 def test_how_late_an_answer_is_right(example):
     import numpy as np
 

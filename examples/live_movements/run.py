@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = DemoSettings.quick() if args.quick else DemoSettings()
     found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {"runs": []}
+    if found["runs"] and found["settings"] != json.loads(json.dumps(dataclasses.asdict(settings))):
+        parser.error(f"{args.results} holds runs of other settings; name another file with --results")
     found |= {"settings": dataclasses.asdict(settings), "versions": versions()}
     for seed in args.seeds:
         done = [run["causal"] for run in found["runs"] if run["seed"] == seed]
