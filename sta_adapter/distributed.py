@@ -14,6 +14,7 @@ from sta_adapter.errors import CheckpointError
 __all__ = [
     "agree",
     "assign",
+    "average",
     "end_processes",
     "full_tensor",
     "is_rank_zero",
@@ -95,6 +96,14 @@ def agree(numbers: Sequence[int], groups: Iterable[Group]) -> list[int]:
         tensor = torch.tensor(found, device=group.device)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group.processes)
         found = tensor.tolist()
+    return found
+
+
+def average(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The mean of each number over all processes, which must all call this."""
+    tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
+    distributed.all_reduce(tensor)
+    found: list[float] = (tensor / distributed.get_world_size()).tolist()
     return found
 
 

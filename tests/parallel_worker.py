@@ -5,6 +5,7 @@ import inspect
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from cases import Clip, make_qwen2_vl, randomize, seeded, token_types
@@ -12,15 +13,16 @@ from cases_transformers import llava_prompt, llava_settings, transformers_class
 from pairs import serve
 from tiny_qwen import make_model, make_processor
 from torch import distributed
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sta_adapter import get_sta, inject_sta
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.distributed import end_processes, full_tensor
-from sta_adapter.errors import InjectionError, TrainingStopped
+from sta_adapter.errors import DivergenceError, InjectionError, TrainingStopped
 from sta_adapter.injection.data_parallel import LanguageModelBegin
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.training import TrainingConfig, train
+from sta_adapter.training.watch import Watch
 
 STEPS = 3
 
@@ -251,13 +253,32 @@ def stop_training(case, out):
     return f"{case} alike {told[0] == told[1]}: {told[0]}"
 
 
+def watch_losses(case, out):
+    """The loss of a step that is 1 on one process and 3 on the other, and of one that is no number on one, as both see them."""
+    told = [None, None]
+    watch = Watch("stage 1", TrainingConfig(), out)
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    state, control = TrainerState(max_steps=9), TrainerControl()
+    watch.add(torch.tensor(1.0 + 2 * distributed.get_rank()))
+    watch.on_step_end(arguments, state, control)
+    watch.add(torch.tensor(float("nan") if distributed.get_rank() else 1.0))
+    try:
+        watch.on_step_end(arguments, state, control)
+        message = "no error"
+    except DivergenceError as error:
+        message = str(error).partition(",")[0]
+    distributed.all_gather_object(told, f"{watch.loss:g}; {message}")
+    return f"{case} {told}"
+
+
 def main(folder, *cases):
     """Every case, such as `ddp:clip|text` or `train=data`; a line of each for process 0 to print."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     for case in cases:
         kind = case.partition("=")[0] if "=" in case else ""
-        line = {"train": run_training, "stop": stop_training, "refused": refuse, "": compare}[kind](case, Path(folder))
+        runs = {"train": run_training, "stop": stop_training, "losses": watch_losses, "refused": refuse, "": compare}
+        line = runs[kind](case, Path(folder))
         if distributed.get_rank() == 0:
             print(line, flush=True)
     end_processes()

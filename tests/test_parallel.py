@@ -176,3 +176,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     (checkpoint,) = (tmp_path / "data" / "two" / "stage1").glob("checkpoint-*")
     assert checkpoint == last_checkpoint(checkpoint.parent)
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+
+
+def test_the_loss_that_is_shown_and_judged_is_that_of_all_processes(run_two):
+    told = "2; stage 1: the loss is not finite (nan) at step 0"
+    assert run_two("losses=all") == f"losses=all {[told, told]}\n"

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.data.worker_signals import in_main_thread
-from sta_adapter.distributed import Group, agree, is_parallel
+from sta_adapter.distributed import Group, agree, average, is_parallel
 from sta_adapter.errors import DivergenceError
 from sta_adapter.training.checkpoints import last_checkpoint
 from sta_adapter.training.config import TrainingConfig
@@ -81,7 +81,7 @@ class Watch(TrainerCallback):
         clock: gives seconds.
 
     Attributes:
-        loss: of the latest step; None before.
+        loss: of the latest step, the mean over processes; None before.
         stopped: whether a signal has ended the stage.
     """
 
@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
         Raises:
             DivergenceError: the loss is not finite, or has grown a hundredfold.
         """
-        found = self._judge()
+        found = self._judge(args)
         minutes = self.config.save_minutes
         due = minutes is not None and self.clock() - self._saved >= 60 * minutes
         numbers = [int(found is not None), self.signals.received, int(due)]
@@ -148,12 +148,15 @@ class Watch(TrainerCallback):
         """The next one is due so many minutes later."""
         self._saved = self.clock()
 
-    def _judge(self) -> str | None:
-        """What is wrong with the loss of the step that ends; None if nothing is."""
+    def _judge(self, args: TrainingArguments) -> str | None:
+        """What is wrong with the loss of the step that ends, which is the mean over processes; None if nothing is."""
         if not self._parts:
             return None
         loss, whole = float(torch.stack([part.float() for part in self._parts]).sum()), self._whole
         self._parts, self._whole = [], True
+        if is_parallel():
+            loss, share = average([loss, float(whole)], args.device)
+            whole = share == 1
         if not math.isfinite(loss):
             return f"is not finite ({loss:g})"
         if not whole:
