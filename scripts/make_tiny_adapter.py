@@ -9,6 +9,7 @@ repository root:
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from sta_adapter.demo.methods import DemoSettings, train_method
 from sta_adapter.demo.run import make_clips
 from sta_adapter.demo.scores import measure
+from sta_adapter.tiny_base import TINY_BASE_FRAMES
 
 FOLDER = Path(__file__).parent.parent / "sta_adapter" / "demo" / "tiny_adapter"
 README = """---
@@ -60,6 +62,8 @@ def main() -> None:
         config.base_model_name_or_path = None  # a folder of this machine
     base.get_base_model().config._name_or_path = ""
     trained.handle.save_pretrained(given.out)
+    description = json.loads((given.out / "sta_config.json").read_text(encoding="utf-8"))
+    (given.out / "sta_config.json").write_text(json.dumps(description | {"frames": TINY_BASE_FRAMES}, indent=2) + "\n")
     text = README.format(
         parameters=found["trainable_parameters"],
         clips=settings.train_clips,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TINY_ADAPTER", "TINY_BASE", "TINY_BASE_FRAMES", "is_tiny_base", "model_and_adapter"]
+__all__ = ["TINY_ADAPTER", "TINY_BASE", "TINY_BASE_FRAMES", "is_tiny_base", "model_and_adapter", "usual_frames"]
 
 TINY_BASE = Path(__file__).parent / "demo" / "tiny_qwen2_vl"
 """Its folder."""
@@ -30,3 +31,10 @@ def model_and_adapter(
     if model is not None:
         return model, adapter
     return TINY_BASE, TINY_ADAPTER if adapter is None else adapter
+
+
+def usual_frames(model: str | os.PathLike[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Fields of `FrameSettings`: those that are given, over those that a model was made for, known of the tiny base alone."""
+    usual = TINY_BASE_FRAMES if is_tiny_base(model) else {}
+    given = given or {}
+    return {**{name: value for name, value in usual.items() if name != "nframes" or "fps" not in given}, **given}

@@ -1,5 +1,6 @@
 """docs/first-adapter.md, step by step: its commands in order in one folder, with a Hub on loopback."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -33,15 +34,16 @@ def workplace(tmp_path_factory):
 
 def run(words):
     from sta_adapter.cli import cli
-    from sta_adapter.demo import TINY_BASE
+    from sta_adapter.tiny_base import TINY_ADAPTER, TINY_BASE
 
-    done = CliRunner().invoke(cli, [str(TINY_BASE) if w == "$TINY" else w for w in words], catch_exceptions=False)
+    folders = {"$TINY": str(TINY_BASE), "$LONGER": str(TINY_ADAPTER)}
+    done = CliRunner().invoke(cli, [folders.get(word, word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
 
-def step(name, *more):
-    (found,) = [words for words in COMMANDS if words[0] == name]
+def step(name, *more, adapter="my-adapter"):
+    (found,) = [words for words in COMMANDS if words[0] == name and ("--adapter" not in words or adapter in words)]
     return run([*found, *more])
 
 
@@ -68,6 +70,9 @@ class Steps:
     def evaluate(self, workplace):
         table = step("evaluate", "--num-workers", "0")
         assert all(f"{name}, {order}" in table for name in ("base", "adapter") for order in ("ordered", "shuffled"))
+        step("evaluate", "--num-workers", "0", adapter="$LONGER")
+        found = json.loads((workplace[0] / "results-longer" / "results.json").read_text())["adapter"]
+        assert found["ordered"]["overall"]["correct"] > found["reversed"]["overall"]["correct"]
 
     def look(self, workplace):
         step("visualize")

@@ -8,9 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sta_adapter.cli import cli
+from sta_adapter.data import FrameSettings
 from sta_adapter.demo import TINY_BASE, clips
 from sta_adapter.loading import load_model, load_processor
+from sta_adapter.tiny_base import TINY_ADAPTER, usual_frames
 
 QUESTION = "What is here?"
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -125,3 +131,42 @@ def test_script_makes_such_a_folder(tmp_path, monkeypatch):
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.json"):
         assert (tmp_path / name).read_text() == (TINY_BASE / name).read_text(), name
     assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "qwen2_vl"
+
+
+GIVEN = st.fixed_dictionaries(
+    {}, optional={"nframes": st.integers(1, 64), "fps": st.floats(0.5, 8), "max_tokens": st.integers(1, 64)}
+).filter(lambda given: not {"nframes", "fps"} <= given.keys())
+
+
+@given(given=GIVEN)
+def test_its_own_frames_stand_where_nothing_else_is_said(given):
+    settings = FrameSettings(**usual_frames(TINY_BASE, given))
+    assert {name: getattr(settings, name) for name in given} == given
+    assert settings.nframes == given.get("nframes", None if "fps" in given else 8)
+    assert settings.min_tokens is None
+    assert settings.max_tokens == given.get("max_tokens")
+    assert usual_frames("Qwen/Qwen2-VL-2B-Instruct", given) == given
+
+
+def test_commands_ask_it_with_the_frames_that_it_was_made_for(tmp_path, monkeypatch):
+    """Also its adapter: with others it names a movement no oftener than chance would."""
+    monkeypatch.chdir(tmp_path)
+    clips.write_dataset(tmp_path, "test", range(1000, 1020), "held_out")
+    words = ["--model", str(TINY_BASE), "--data", "test.jsonl", "--num-workers", "0", "--max-new-tokens", "4"]
+    words += ["--adapter", str(TINY_ADAPTER), "--out", "results"]
+    CliRunner().invoke(cli, ["evaluate", *words], catch_exceptions=False)
+    found = json.loads(Path("results", "results.json").read_text())
+    assert found["adapter"]["ordered"]["overall"]["accuracy"] > 0.3
+    Path("run.yaml").write_text("frames: {max_tokens: 64, min_tokens: 64}\n")
+    tokens = [  # its own are 8 frames of 4, and words
+        json.loads(CliRunner().invoke(cli, [*command, "--json"], catch_exceptions=False).output)
+        for command in (
+            ["check-data", "test.jsonl", "--model", str(TINY_BASE)],
+            ["check-data", "test.jsonl", "--model", str(TINY_BASE), "--config", "run.yaml"],
+            ["plan", "--data", "test.jsonl", "--model", str(TINY_BASE), "--memory", "24"],
+            ["plan", "--data", "test.jsonl", "--model", str(TINY_BASE), "--memory", "24", "--config", "run.yaml"],
+        )
+    ]
+    own, other, *planned = [told.get("tokens") or told["data"]["tokens"] for told in tokens]
+    assert planned == [own, other]
+    assert own["largest"] < 8 * 4 + 20 < 8 * 64 < other["least"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.cli.options import Grouped, data_options, option
+from sta_adapter.cli.options import Grouped, data_options, option, with_usual_frames
 from sta_adapter.errors import ConfigError
 
 __all__ = ["command"]
@@ -58,7 +58,7 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
             f"--{name} has no effect without --model, whose processor counts tokens; add it, or leave --{name} out."
         )
     values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name not in RUN_OPTIONS}
-    settings = TrainingConfig.from_dict(values)
+    settings = TrainingConfig.from_dict(with_usual_frames(values, model))
     timeout = options["decode_timeout"]
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     report = check_data(

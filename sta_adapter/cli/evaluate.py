@@ -101,7 +101,7 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     samples, notes = _samples(options)
     folder = find_adapter(adapter, options["adapter_revision"], options["any_base"])
     source = ModelSource.of({"model": model, **options}, folder)
-    dataset = _dataset(samples, source.load_processor(), folder, options)
+    dataset = _dataset(samples, model, source.load_processor(), folder, options)
 
     kept = Path(out) if out else None
     measurement = Measurement(
@@ -205,14 +205,18 @@ def _samples(options: dict[str, Any]) -> tuple[list[Sample], list[str]]:
     return [replace(sample, category=str(sample.extra.get(field, "other"))) for sample in samples], notes
 
 
-def _dataset(samples: list[Sample], processor: Any, adapter: Path | None, options: dict[str, Any]) -> VideoDataset:
+def _dataset(
+    samples: list[Sample], model: str, processor: Any, adapter: Path | None, options: dict[str, Any]
+) -> VideoDataset:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.loading import saved_frame_settings
+    from sta_adapter.tiny_base import usual_frames
     from sta_adapter.video.frame_settings import FrameSettings
 
     chosen = frame_rate(options["fps"], options["nframes"])
-    frames = FrameSettings(**{**(saved_frame_settings(adapter) if adapter else {}), **chosen})
+    trained = saved_frame_settings(adapter) if adapter else {}
+    frames = FrameSettings(**{**(trained or usual_frames(model)), **chosen})
     how = {"on_bad_sample": options["on_bad_sample"], "cache": options["cache"] or False}
     return VideoDataset(samples, processor, frames=frames, **how)
 

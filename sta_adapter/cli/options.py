@@ -10,6 +10,7 @@ import click
 
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
+from sta_adapter.tiny_base import usual_frames
 
 POSITIONS = "trained or transformers. [default: as trained]"
 RULES = ("trained", "transformers")  # those of sta_adapter.injection.text_positions, which imports torch
@@ -226,11 +227,19 @@ def read_run(
     values = merged(values, given)
     run = {name: values.pop(name, None) for name in names}
     run["data"] = one_or_several(run["data"])
+    values = with_usual_frames(values, run.get("model"))
     missing = [f"--{name}" for name in needed if not run[name]]
     if missing:
         command = click.get_current_context().info_name
         raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter {command} --help.")
     return run, values
+
+
+def with_usual_frames(values: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Settings of training with the frames that a model was made for where they say nothing of them."""
+    given = values.get("frames") or {}
+    frames = usual_frames(model, given) if model and isinstance(given, dict) else given
+    return {**values, "frames": frames} if frames else values
 
 
 def one_or_several(data: object) -> str | list[str] | None:

@@ -29,7 +29,7 @@ from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
-from sta_adapter.tiny_base import TINY_BASE_FRAMES, is_tiny_base
+from sta_adapter.tiny_base import usual_frames
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.frame_table import read_frame_table
 from sta_adapter.visualization.observation import Observation, observe
@@ -139,8 +139,7 @@ class Viewer:
         net = load_model(model, **options)
         use_positions_of(net, positions, saved_positions(folder) if folder else None)
         sampling = saved_frame_settings(folder) if folder else {}
-        usual = TINY_BASE_FRAMES if is_tiny_base(model) else {}
-        settings = FrameSettings(**{**(sampling or usual), **(frames or {})})
+        settings = FrameSettings(**{**(sampling or usual_frames(model)), **(frames or {})})
         if folder is None:
             return cls(inject_sta(net), processor, settings, trained=False, longest=longest)
         net = load_adapter(net, folder, base_model=base_model)
