@@ -129,6 +129,24 @@ def test_pefts_own_loader_brings_sta_back(tmp_path):
         PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, adapter_name="second")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}], ids=str
+)
+def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
+    get_sta(trained(r=2)).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, **options)
+    assert all(p.requires_grad is options.get("is_trainable", False) for p in get_sta(loaded).parameters())
+
+
+def test_pefts_loader_with_other_options_brings_lora_alone_and_says_so(tmp_path):
+    get_sta(trained(r=2)).save_pretrained(tmp_path)
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
+        assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, "second")) is None
+
+
 def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
     get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)) is None

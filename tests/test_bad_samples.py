@@ -15,7 +15,7 @@ from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.check import check_data
 from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError
+from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, TrainingStopped
 from sta_adapter.evaluation import evaluate
 from sta_adapter.training import TrainingConfig, train
 
@@ -144,6 +144,20 @@ def test_what_is_about_no_sample_is_raised(folder, processor, monkeypatch, error
     monkeypatch.setattr(clips, "read_clip", fail)
     with pytest.raises(type(error)):
         VideoDataset(folder / "data.jsonl", processor)[0]
+
+
+def test_what_errors_keep():
+    error = DataError("torn", source="line 3")
+    assert (str(error), error.source, error.reason) == ("line 3: torn", "line 3", "torn")
+    assert (str(DataError("torn")), DataError("torn").source) == ("torn", None)
+    stopped = TrainingStopped("saved", signal=15)
+    assert (str(stopped), stopped.signal, stopped.checkpoint) == ("saved", 15, None)
+    assert str(TrainingStopped()) == ""
+
+
+def test_the_place_of_a_sample_is_told_once():
+    assert BadSample.of("line 3", DataError("torn", source="line 3")) == ("line 3", "torn")
+    assert BadSample.of("line 3", DataError("torn", source="a.mp4")) == ("line 3", "a.mp4: torn")
 
 
 def test_an_error_that_names_no_file_gets_its_name(folder, processor, monkeypatch):

@@ -41,6 +41,7 @@ def test_files(adapter):
     with safe_open(adapter / WEIGHTS, "pt") as file:
         assert file.metadata()["format"] == "pt"
     description = json.loads((adapter / CONFIG).read_text())
+    assert (adapter / CONFIG).read_text() == json.dumps(description, indent=2) + "\n"  # for people to read
     assert description["format_version"] == 1
     assert description["sta_adapter_version"] == sta_adapter.__version__
     assert description["lora"] is False
@@ -237,6 +238,12 @@ def test_saving_over_an_adapter_is_all_or_nothing(adapter, monkeypatch):
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
     handle.save_pretrained(adapter)
     assert load_sta(seeded(make_qwen2_vl_tower), adapter).config.init == "normal"
+
+
+def test_sharded_weights_are_written_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("sta_adapter.injection.contents.is_sharded", lambda parameters: True)
+    inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(tmp_path)
+    assert load_sta(seeded(make_qwen2_vl_tower), tmp_path).backbone == "qwen2_vl"
 
 
 def test_lora_travels_along_and_the_hub_id_is_kept(tmp_path):

@@ -1,6 +1,7 @@
 """Whatever ends a command is one line on standard error; what it needs is looked at before it works."""
 
 import errno
+import io
 import json
 import socket
 import sys
@@ -183,6 +184,16 @@ def test_a_folder_that_can_t_be_written(run, command, data, monkeypatch, tmp_pat
     assert said.endswith("out': No space left on device. Take another folder.")
 
 
+def test_a_disk_without_room_for_a_byte(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(requirements.tempfile, "TemporaryFile", lambda **how: Full())
+    with pytest.raises(ConfigError, match=r"can't write into .*: No space left on device"):
+        require_writable(tmp_path)
+
+
 def test_folders_are_made_and_nothing_else(tmp_path):
     require_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -295,6 +306,17 @@ def test_what_transformers_lacks_is_named_with_its_extra(monkeypatch):
     with pytest.raises(
         MissingExtraError, match=r"needs more packages \(torchvision\): pip install 'sta-adapter\[train\]'$"
     ):
+        load_processor("any")
+
+
+def test_all_that_transformers_lacks_is_named(monkeypatch):
+    from sta_adapter.loading import load_processor
+
+    def fail(*args, **options):
+        raise ImportError("it requires torchvision and PIL")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", fail)
+    with pytest.raises(MissingExtraError, match=r"needs more packages \(torchvision, PIL\): pip install"):
         load_processor("any")
 
 

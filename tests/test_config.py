@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter import STAConfig
+from sta_adapter._validate import shown
 from sta_adapter.errors import ConfigError, STAError
 
 valid = st.builds(
@@ -107,6 +108,13 @@ def test_unknown_fields_are_all_named_with_a_suggestion():
         STAConfig.from_dict({"head_scales": 1, "zzz": 2})
     with pytest.raises(ConfigError, match="mapping of fields, not list"):
         STAConfig.from_dict([1])
+
+
+def test_values_in_errors_are_cut_where_they_are_long_or_deep():
+    assert shown("x" * 500) == "'" + "x" * 57 + "..." + "x" * 58 + "'"
+    assert shown(list(range(100))) == "[" + ", ".join(map(str, range(26))) + ", ...]"
+    assert shown([[[[1]]]]) == "[[[[...]]]]"
+    assert shown({"a": 1}) == "{'a': 1}"
 
 
 def test_frozen():

@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_qwen import CHATML, make_processor, moving_square, write_samples, write_video
 
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset, fit_frames, read_samples
 from sta_adapter.data.chat_encoding import IGNORE, encode, encode_answer, encode_prompt
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import ConfigError, DataError
 
@@ -305,6 +307,17 @@ def test_range_of_a_clip(processor, tmp_path):
     assert item["video_grid_thw"].tolist() == [[2, 4, 4]]
 
 
+def test_a_clip_that_lies_there_as_pictures_is_read_at_its_own_rate(processor, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(8):
+        Image.new("RGB", (16, 16), (number * 30,) * 3).save(tmp_path / "frames" / f"{number}.png")
+    part = {"type": "video", "video": "frames", "folder_fps": 4, "fps": 2}
+    parsed = parse_sample(sample([part, {"type": "text", "text": "which?"}]), folder=tmp_path)
+    visual = ClipReader.of(processor, AS_IS).read(parsed.messages[0]["content"][:1])[0]
+    assert visual.metadata["frames_indices"] == [0, 2, 4, 6]
+    assert visual.pixels[:, 0, 0, 0].tolist() == [0, 60, 120, 180]
+
+
 # ---- formats
 
 
@@ -342,6 +355,10 @@ MALFORMED = {
     "no_messages": (
         {"text": "hi"},
         "line 2: a record of no known format. Keys: text. Expected one of: conversations: 'messages' ",
+    ),
+    "two_forms": (
+        {**sample("hi"), "conversations": [{"from": "human", "value": "hi"}]},
+        "both 'messages' and 'conversations' are given, expected one of them",
     ),
     "empty_messages": ({"messages": []}, "'messages' is empty"),
     "message_is_text": ({"messages": ["hi"]}, "message 0 is a text, expected an object"),

@@ -10,8 +10,9 @@ from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.data import FrameSettings, VideoDataset
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
+from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples, without_names
 from sta_adapter.errors import ConfigError, STAWarning
 from sta_adapter.evaluation import evaluate
 from sta_adapter.injection.fingerprint import fingerprint_model, fingerprint_start
@@ -80,6 +81,17 @@ def test_a_folder_of_pictures_is_all_its_pictures(tmp_path):
     assert len({before, changed, of_sample(tmp_path)}) == 3
 
 
+def test_what_lies_in_memory_is_its_bytes(folder):
+    path = str(folder / "0.mp4")
+
+    def packed(content):
+        part = {"type": "video", "video": path, "packed": content}
+        return fingerprint_samples([([{"role": "user", "content": [part]}], None)])[0]
+
+    again = packed(b"one")
+    assert packed(b"one") == again != packed(b"two")
+
+
 # ---- processors
 
 
@@ -93,6 +105,11 @@ def test_a_processor_is_its_template_words_and_sizes(processor, folder):
     words = copy.deepcopy(processor)
     words.tokenizer.add_tokens(["another"])
     assert len({before, *map(fingerprint_processor, (other, template, words))}) == 4
+
+
+def test_names_of_places_are_left_out_at_any_depth():
+    found = without_names({"sizes": [{"edge": 4, "_name_or_path": "here"}, (2, 3)], "transformers_version": "5"})
+    assert found == {"sizes": [{"edge": 4}, [2, 3]]}
 
 
 # ---- models
@@ -275,13 +292,19 @@ def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tm
     ids=["alike", "unlike", "some", "rate", "most pixels", "least pixels", "most frames", "least frames", "none"],
 )
 def test_what_all_records_set_alike_is_how_the_run_samples(parts, expected):
-    from sta_adapter.data.clip_reader import ClipReader
-
     reader = ClipReader(FrameSettings(nframes=8), factor=28)
     found = reader.settings_of(
         [{"type": "video", "video": "x", **part} for part in parts] + [{"type": "text", "text": "x"}]
     )
     assert found == dataclasses.replace(reader.settings, **expected)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"), [([], False), ([{"nframes": 6}] * 2, False), ([{"nframes": 6}, {"nframes": 4}], True)]
+)
+def test_whether_clips_are_sampled_each_otherwise(parts, expected):
+    clips = [{"type": "video", "video": "x", **part} for part in parts]
+    assert ClipReader(FrameSettings()).differ([*clips, {"type": "image", "image": "x"}]) is expected
 
 
 def test_records_that_sample_themselves_each_otherwise_are_told_of(model, processor, folder, tmp_path):

@@ -1,8 +1,10 @@
 """Parts of the hooks on their own: what a block is given, what tells re-entrant checkpointing, what a thread's record keeps."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from sta_adapter import ClipLayout, STAConfig
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
 from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, remove_hooks, take_clip_lengths
+from sta_adapter.injection.nested import iterate_tensors, map_tensors
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import CALLS_KEPT, Injection
 
@@ -61,6 +64,24 @@ def test_clip_lengths_are_taken_from_the_keywords_of_those_that_do_not_have_them
     assert take_clip_lengths(nn.Identity(), given) == ({"x": 3}, (2, 1))
     assert take_clip_lengths(Taking(), given) == (given, (2, 1))
     assert take_clip_lengths(nn.Identity(), {"x": 3}) == ({"x": 3}, None)
+
+
+@dataclasses.dataclass
+class Output:
+    tokens: torch.Tensor
+    more: object = None
+
+
+def test_tensors_in_containers_are_found_and_replaced_where_they_lie():
+    one, two, three, four = (torch.tensor(float(number)) for number in range(1, 5))
+    nested = (one, [two, "words", {"a": three, "b": None}], 7)
+    found = iterate_tensors((*nested, Output(four, more=SimpleNamespace(deep=one)), OrderedDict(last=two)))
+    assert [tensor.item() for tensor in found] == [1, 2, 3, 4, 1, 2]
+    assert list(iterate_tensors("words")) == []
+    twice = map_tensors(lambda tensor: tensor * 2, nested)
+    assert twice == (2.0, [4.0, "words", {"a": 6.0, "b": None}], 7)
+    own = OrderedDict(a=one)  # what is no plain dict stays as it is
+    assert map_tensors(lambda tensor: tensor * 2, own) is own
 
 
 def test_removed_hooks_leave_no_options_behind(injection):

@@ -1,6 +1,7 @@
 """Adapters by id: what is fetched from the Hub, what the cache is good for, and what is said when it can't be had."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_inject import assert_unchanged, state
 
 from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
-from sta_adapter.adapter.hub import WAITS
+from sta_adapter.adapter.hub import WAITS, explain, patiently
 from sta_adapter.errors import CheckpointError
 
 NAME = "user/adapter"
@@ -131,6 +132,30 @@ def test_failures_are_told_and_bounded(hub, fault, message, page):
 def test_what_passes_is_waited_for(hub, fault, page):
     hub.fail("GET", page, times=2, **fault)
     assert load().backbone == "qwen2_vl"
+
+
+def test_a_download_that_came_damaged_is_fetched_again(monkeypatch):
+    tries = []
+
+    def fetch():
+        tries.append(None)
+        if len(tries) < 3:
+            raise OSError("Consistency check failed: file should be of size 9 but has size 3")
+        return "whole"
+
+    monkeypatch.setattr("sta_adapter.adapter.hub.time.sleep", lambda seconds: None)
+    assert patiently(fetch) == "whole"
+    with pytest.raises(OSError, match="disk full"):
+        patiently(lambda: tries.append(None) or (_ for _ in ()).throw(OSError("disk full")))
+    assert len(tries) == 4
+
+
+def test_a_token_that_the_hub_does_not_know(hub):
+    error = OSError("Invalid credentials in Authorization header")
+    error.response = SimpleNamespace(status_code=401)
+    assert explain(error).startswith("the Hub does not know your token; log in")
+    error.args = ("Unauthorized",)
+    assert explain(error).startswith("it does not exist, or is private")
 
 
 def test_a_refusal_is_not_tried_again(hub):

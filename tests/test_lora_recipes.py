@@ -5,6 +5,7 @@ from cases import all_cases
 from torch import nn
 
 from sta_adapter import inject_sta
+from sta_adapter.errors import ConfigError
 from sta_adapter.injection.registry import get_backbone
 
 LEFT_OUT = {  # layers without LoRA, and why
@@ -33,6 +34,29 @@ def test_lora_reaches_every_layer_of_a_block(case):
             if plain and "lora_" not in name and not name.startswith("sta."):
                 left_out.add(name)
     assert left_out <= LEFT_OUT.get(case.id, set())
+
+
+def test_a_recipe_is_what_the_backbone_declares_but_for_what_is_asked_for():
+    from cases import make_qwen2_vl
+
+    handle, recipe = inject_sta(make_qwen2_vl()), get_backbone("qwen2_vl").lora
+    found = handle.lora_config()
+    assert (found.r, found.lora_alpha, found.bias) == (recipe.r, recipe.lora_alpha, "none")
+    assert found.target_modules == set(recipe.target_modules)
+    assert found.rank_pattern == dict(recipe.rank_pattern)
+    other = handle.lora_config(r=3, target_modules=["q_proj"])
+    assert (other.r, other.lora_alpha, other.rank_pattern) == (3, recipe.lora_alpha, {})
+    with pytest.raises(ConfigError, match=r"LoraConfig has no field rank; known: .*lora_alpha"):
+        handle.lora_config(rank=3)
+
+
+def test_all_linear_is_every_linear_layer_but_the_output_and_stas_own():
+    from cases import make_qwen2_vl
+
+    model = make_qwen2_vl()
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = inject_sta(model).lora_config(target_modules="all-linear")
+    assert found.target_modules == linear - {"lm_head"}
 
 
 def test_the_recipe_s_numbers_are_those_of_the_settings():

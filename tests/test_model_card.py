@@ -100,6 +100,31 @@ def test_tables(folder):
     assert 'read_clip("clip.mp4", fps=2.0, min_frames=4, max_frames=8)' in text
 
 
+def test_every_setting_of_the_recipe_is_in_the_card(folder):
+    names = {
+        "stage": "stage (1: STA; 2: STA and LoRA)",
+        "learning_rate": "learning rate",
+        "sta_learning_rate": "learning rate of STA",
+        "schedule": "schedule",
+        "warmup": "warm-up, share of the steps",
+        "weight_decay": "weight decay",
+        "batch_size": "clips a step",
+        "epochs": "epochs",
+        "max_steps": "most steps",
+        "precision": "precision",
+        "seed": "seed",
+        "lora_targets": "LoRA on",
+        "lora_rank": "LoRA rank",
+        "lora_alpha": "LoRA alpha",
+        "lora_qkv_rank": "LoRA rank of the encoder's qkv",
+    }
+    (folder / "run.json").write_text(json.dumps({name: number for number, name in enumerate(names, 900)}))
+    lines = card(folder).splitlines()
+    assert [line for line in lines if line in {f"| {said} | {n} |" for n, said in enumerate(names.values(), 900)}] == [
+        f"| {said} | {number} |" for number, said in enumerate(names.values(), 900)
+    ]
+
+
 @pytest.mark.parametrize(
     "results",
     [{}, {"adapter": 3}, {"adapter": {"ordered": {"overall": {"accuracy": 1}}}}, {"adapter": {"ordered": []}}],
@@ -197,6 +222,12 @@ def test_the_cards_code_runs_by_ids_and_then_offline(tmp_path, monkeypatch):
         asked = len(hub.log)
         assert run(HF_HUB_OFFLINE="1") == answer
         assert len(hub.log) == asked
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"])
+def test_vllm_serves_these(folder, backbone):
+    text = make_card({**read_description(folder), "backbone": backbone}, CardFacts("user/adapter", base_model="a/base"))
+    assert "sta-adapter serve --model a/base --adapter user/adapter" in text
 
 
 def test_how_vllm_serves_it(folder):

@@ -13,8 +13,10 @@ from make_videos import cut, decode_all, pictures, write
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip
-from sta_adapter.video.decoder_parity import why_unlike
+from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
 from sta_adapter.video.frame_table import VideoNotFoundError, _containers, open_video, video_stream
+from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
+from sta_adapter.video.packet_scan import scan_packets, without_gaps
 
 
 class Attached(enum.Flag):
@@ -39,6 +41,102 @@ def test_without_word_of_interlacing_other_decoders_are_not_asked(tmp_path):
         told = types.SimpleNamespace(codec_context=types.SimpleNamespace(name="h264"), average_rate=10)
         assert why_unlike(container, stream, first, 2.0) == ""
         assert "doesn't tell whether" in why_unlike(container, told, first, 2.0)
+        assert "its times announce 1e+10 frames" in why_unlike(container, stream, first, 1e9)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg", "ffv1", "huffyuv", "png"])
+def test_codecs_that_are_the_same_everywhere(tmp_path, codec):
+    pix_fmt = {"mjpeg": "yuvj420p", "huffyuv": "yuv422p", "png": "rgb24"}.get(codec, "yuv420p")
+    with open_video(write(tmp_path / "a.nut", codec=codec, pix_fmt=pix_fmt, count=2)) as container:
+        stream = video_stream(container)
+        assert why_unlike(container, stream, next(container.decode(stream)), 2.0) == ""
+
+
+@pytest.mark.parametrize(("name", "exactly"), [("a.mp4", True), ("a.mkv", True), ("a.nut", False), ("a.ts", False)])
+def test_containers_in_which_a_frame_is_found_exactly(tmp_path, name, exactly):
+    with open_video(write(tmp_path / name, count=2)) as container:
+        assert seeks_exactly(container) is exactly
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "rgb24", "gray"])
+def test_colour_that_every_release_turns_alike(pix_fmt):
+    assert not blends_colour(av.VideoFrame(64, 48, pix_fmt))
+    assert blends_colour(av.VideoFrame(64, 27, pix_fmt)) is (pix_fmt == "yuv420p")
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv440p", "yuv410p", "yuv411p", "yuv420p10le", "pal8"])
+def test_colour_that_releases_turn_each_otherwise(pix_fmt):
+    assert blends_colour(av.VideoFrame(64, 48, pix_fmt))
+
+
+HEADERS = {"h264": bytes([1, 66, 0, 30, 0xFF]), "hevc": bytes([1, *[0] * 20, 0xFF])}  # lengths of four bytes
+
+
+def unit(codec, kind):
+    """A NAL unit of four bytes with its length in front."""
+    return bytes([0, 0, 0, 4, kind << {"h264": 0, "hevc": 1}[codec], 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("codec", "kinds", "expected"),
+    [
+        ("h264", (7, 8, 5), True),
+        ("h264", (7, 8, 1, 5), False),
+        ("h264", (6,), False),
+        ("hevc", (32, 33, 34, 19), True),
+        ("hevc", (32, 20), True),
+        ("hevc", (32, 21), False),
+    ],
+)
+def test_a_key_frame_begins_afresh_if_its_first_picture_is_an_idr(codec, kinds, expected):
+    packet = b"".join(unit(codec, kind) for kind in kinds)
+    assert begins_afresh(codec, HEADERS[codec], packet) is expected
+    assert begins_afresh(codec, b"\0\0\0\1" + bytes(30), packet) is False  # units that begin with a code, not a length
+    assert begins_afresh(codec, None, packet) is False
+    assert begins_afresh("vp9", None, packet) is None
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_a_packet_that_ends_within_a_unit_begins_nothing(codec):
+    assert begins_afresh(codec, HEADERS[codec], unit(codec, 34 if codec == "hevc" else 7) + bytes(4)) is False
+
+
+def rows(*stamps, keys=(0,), fresh=True):
+    return [PacketRow(stamp, at, at in keys, 1, fresh if at in keys else None) for at, stamp in enumerate(stamps)]
+
+
+def test_where_decoding_may_begin():
+    assert keys_are_fresh(rows(0, 3, 1, 2, 4, 6, 5, keys=(0, 4)))
+    assert keys_are_fresh(rows(0, 1, keys=(0,), fresh=False))  # nothing comes before the first
+    assert keys_are_fresh(rows(0, 1, 2, keys=(0, 1), fresh=None))
+    assert not keys_are_fresh(rows(0, 1, 2, 3, keys=(0, 2), fresh=False))
+    assert not keys_are_fresh(rows(0, 4, 3, 6, keys=(0, 1)))  # shown before the key frame that it follows
+
+
+def test_what_a_cut_off_file_surely_holds():
+    assert without_gaps(rows(0, 3, 1, 2)) == rows(0, 3, 1, 2)
+    assert [row.pts for row in without_gaps(rows(0, 5, 1, 2))] == [0, 1, 2]
+    undated = [row._replace(dts=None) for row in rows(0, 5)]
+    assert without_gaps(undated) == undated
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "fresh"),
+    [
+        ("a.mp4", {"options": {"g": "5"}}, {True}),
+        ("a.mp4", {"options": {"x264-params": "open-gop=1:keyint=5:bframes=3"}}, {True, False}),
+        ("a.webm", {"codec": "libvpx-vp9", "options": {"g": "5"}}, {None}),
+    ],
+    ids=["closed", "open", "vp9"],
+)
+def test_key_frames_of_files(tmp_path, name, how, fresh):
+    with open_video(write(tmp_path / name, **how)) as container:
+        scan = scan_packets(container, video_stream(container))
+    assert scan.complete
+    assert len(scan.rows) == 20
+    assert {row.fresh for row in scan.rows if row.key} == fresh
+    assert {row.fresh for row in scan.rows if not row.key} == {None}
+    assert (scan.first.width, scan.first.height) == (64, 48)
 
 
 @pytest.mark.parametrize("name", ["reordered.mxf", "reordered.wmv", "reordered.avi"])

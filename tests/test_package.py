@@ -60,6 +60,29 @@ def test_public_names_exist():
         assert getattr(sta_adapter, name).__doc__
 
 
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("backbone", {"Backbone", "ClipSource", "EncoderCall", "LoRARecipe", "TextPositions"}),
+        ("text_positions", {"rule_in_use", "use_positions"}),
+        (
+            "tiny_base",
+            {"TINY_ADAPTER", "TINY_BASE", "TINY_BASE_FRAMES", "is_tiny_base", "model_and_adapter", "usual_frames"},
+        ),
+    ],
+)
+def test_public_modules_show_what_they_are_for(module, names):
+    shown = {}
+    exec(f"from sta_adapter.{module} import *", shown)
+    assert shown.keys() - {"__builtins__"} == names
+
+
+def test_names_that_are_imported_when_they_are_asked_for():
+    assert sta_adapter.injection.__name__ == "sta_adapter.injection"
+    with pytest.raises(AttributeError, match="module 'sta_adapter' has no attribute 'inject'"):
+        _ = sta_adapter.inject
+
+
 def test_every_backbone_is_short_enough_to_read_in_one_sitting():
     lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "backbones").glob("*.py")}
     assert len(lengths) > len(sta_adapter.list_backbones())

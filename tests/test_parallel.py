@@ -1,6 +1,7 @@
 """Two processes on the CPU train what one does, also when the batch of one has no video, and save one adapter."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_qwen import write_samples
 from torch.distributed import fsdp
 
-from sta_adapter import load_sta
+from sta_adapter import distributed, load_sta
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection import data_parallel as parallel
 from sta_adapter.training.checkpoints import last_checkpoint
@@ -46,6 +47,27 @@ def measured(folder):
 
 STA, LORA = "sta_adapter.safetensors", "adapter_model.safetensors"
 CONTENTS = ("clip|clip", "clip|text", "text|clip", "picture+clip|clip", "text|picture+clip")
+
+
+def test_a_process_alone_is_all_there_are():
+    assert not distributed.is_parallel()
+    assert distributed.is_rank_zero()
+    assert not distributed.is_sharded([torch.zeros(1)])
+    assert distributed.is_sharded([torch.zeros(1), SimpleNamespace(ds_id=3)])  # ZeRO-3
+    assert distributed.is_sharded([SimpleNamespace(full_tensor=None)])  # FSDP2
+
+
+def test_processes_agree_and_wait_for_process_0(monkeypatch):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert distributed.agree([3, 1], [distributed.Group(None, torch.device("cpu"))]) == [3, 1]
+        monkeypatch.setattr(distributed, "is_parallel", lambda: True)
+        assert distributed.is_rank_zero()
+        written = []
+        distributed.on_rank_zero(lambda: written.append("whole"))
+        assert written == ["whole"]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def other_process(monkeypatch, ways):

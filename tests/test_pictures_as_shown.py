@@ -121,6 +121,12 @@ def test_what_is_no_picture(tmp_path, content):
         read_image(tmp_path / "a.png")
 
 
+def test_what_pillow_says_of_it_is_told(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"can be read \(cannot identify image file"):
+        read_image(tmp_path / "a.png")
+
+
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(IsADirectoryError, match="Is a directory"):
         read_image(tmp_path)
@@ -152,7 +158,24 @@ def test_pictures_of_a_folder_are_turned(tmp_path):
     exif[0x0112] = 6
     for number in range(4):
         Image.fromarray(CORNERS).save(tmp_path / f"{number}.png", exif=exif)
-    assert read_folder(tmp_path, 1.0).frames.shape == (4, 16, 8, 3)
+    clip = read_folder(tmp_path, 1.0)
+    assert clip.frames.shape == (4, 16, 8, 3)
+    assert (clip.metadata.width, clip.metadata.height) == (8, 16)
+
+
+def test_pictures_of_every_kind_count_and_other_files_do_not(tmp_path):
+    kinds = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
+    for number, kind in enumerate(kinds):
+        Image.new("L", (8, 8)).save(tmp_path / f"{number}.{kind}")
+    (tmp_path / "notes.txt").write_text("words")
+    assert read_folder(tmp_path, 1.0).metadata.total_frames == len(kinds)
+
+
+def test_pictures_of_several_sizes_are_no_clip(tmp_path):
+    for number, height in enumerate((8, 6)):
+        Image.new("L", (8, height)).save(tmp_path / f"{number}.png")
+    with pytest.raises(VideoError, match="pictures of several sizes: 8x6, 8x8; expected one"):
+        read_folder(tmp_path, 1.0)
 
 
 # ---- a picture in the place of a video

@@ -36,6 +36,12 @@ def test_8k_is_read_and_more_is_not():
         budget.check_frame("a.mp4", 8000, 8000)
 
 
+def test_about_three_gigabytes_of_pixels_are_held():
+    budget.check_kept("a.mp4", 1024, 1024 * 1024)
+    with pytest.raises(VideoError, match="1024 frames of 1048577 pixels are more than the 1073741824 pixels"):
+        budget.check_kept("a.mp4", 1024, 1024 * 1024 + 1)
+
+
 def test_frames_that_are_too_large_are_not_decoded(video, monkeypatch, nothing_decodes):
     monkeypatch.setattr(budget, "FRAME_PIXELS", 64 * 48 - 1)
     with pytest.raises(VideoError, match=r"has frames of 64x48 pixels.*Write it again"):
@@ -71,6 +77,7 @@ def test_frames_are_made_smaller_a_few_at_a_time(video, monkeypatch, backend, ch
 
     clip = read_clip(video, num_frames=12, backend=backend, resize=resize)
     assert (sum(seen), max(seen)) == (12, min(12, most))
+    assert clip.frames.shape == (12, 16, 24, 3)
     whole = fit_frames(read_clip(video, num_frames=12).frames, factor=8, min_pixels=64, max_pixels=500)
     np.testing.assert_array_equal(clip.frames, whole)
     assert (clip.metadata.width, clip.metadata.height) == (64, 48)
@@ -80,6 +87,12 @@ def test_enlarged_frames_have_a_budget(video, monkeypatch):
     monkeypatch.setattr(budget, "KEPT_PIXELS", 4 * 128 * 96)
     with pytest.raises(VideoError, match="5 frames of 12288 pixels"):
         read_clip(video, num_frames=5, resize=lambda frames: frames.repeat(2, 1).repeat(2, 2))
+
+
+@pytest.mark.parametrize(("size", "fitted"), [((30, 50), (32, 48)), ((3, 21), (8, 24)), ((16, 24), (16, 24))])
+def test_edges_become_the_nearest_multiples_of_a_tokens(size, fitted):
+    frames = fit_frames(np.zeros((1, *size, 3), np.uint8), factor=8, min_pixels=1, max_pixels=float("inf"))
+    assert frames.shape == (1, *fitted, 3)
 
 
 def test_no_frame_is_enlarged_without_bounds(tmp_path, video):

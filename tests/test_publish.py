@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from cases import make_qwen2_vl, make_qwen2_vl_tower, qwen2_vl_prompt, randomize, seeded
@@ -144,6 +145,23 @@ def test_branches_and_pull_requests(hub, handle):
     assert done.pr_url == f"{hub.url}/{NAME}/discussions/1"
     assert set(hub.files(NAME)) == {".gitattributes"}
     assert set(hub.files(NAME, "refs/pr/1")) == FILES
+
+
+@pytest.mark.skipif(
+    int(huggingface_hub.__version__.split(".")[0]) < 1,
+    reason="huggingface_hub before 1 reads the address of a commit by HF_ENDPOINT alone",
+)
+def test_another_hub(hub, handle):
+    with HubServer() as mirror:
+        handle.push_to_hub(NAME, endpoint=mirror.url)
+        assert set(mirror.files(NAME)) == FILES
+    assert NAME not in hub.repos
+
+
+def test_sharded_weights_are_pushed_by_one_process(hub, handle, monkeypatch):
+    monkeypatch.setattr("sta_adapter.injection.contents.is_sharded", lambda parameters: True)
+    assert handle.push_to_hub(NAME).files
+    assert set(hub.files(NAME)) == FILES
 
 
 def test_private_repositories(hub, handle):
@@ -303,6 +321,14 @@ def test_a_listing_without_files_is_asked_for_again(hub, handle, monkeypatch):
     monkeypatch.setattr(api, "model_info", bare)
     assert handle.push_to_hub(NAME).card == "kept"
     assert hub.files(NAME)["README.md"] == b"mine"
+
+
+def test_a_base_model_of_the_hub_is_named(hub, folder):
+    path, base = folder / CONFIG, {"id": "org/base", "revision": "main"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model": base}))
+    push_folder(folder, NAME)
+    assert json.loads(hub.files(NAME)[CONFIG])["base_model"] == base
+    assert b"base_model: org/base" in hub.files(NAME)["README.md"]
 
 
 @pytest.mark.parametrize("base", [None, "text", {"id": 3}, {}], ids=repr)

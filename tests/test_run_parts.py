@@ -11,16 +11,21 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.data import FrameSettings
+from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
-from sta_adapter.errors import ConfigError
-from sta_adapter.training import TrainingConfig
+from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.training import TrainingConfig, sample_counts, trainer
 from sta_adapter.training.arguments import training_arguments
 from sta_adapter.training.identity import claim
 from sta_adapter.training.idle_settings import check_idle
 from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, step_peak, without_values
+from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.stage import Stage
 from sta_adapter.training.summary import describe
+from sta_adapter.training.trainer import placeholder
+from sta_adapter.training.two_stage import _publish
 
 # ---- settings without effect
 
@@ -228,6 +233,57 @@ def test_the_summary_says_when_it_measures_and_saves(tmp_path, settings, measure
 
 
 # ---- where the memory is not enough
+
+
+def test_what_was_used_is_added_up_over_processes(monkeypatch):
+    counts = SampleCounts(2, ["line 3: torn"])
+    assert counts.of_all() == {"batches_used": 2, "bad_samples": ["line 3: torn"]}
+
+    def gather(found, own):
+        assert len(found) == 2
+        found[:] = [own, (3, ["line 3: torn", "line 9: gone"])]
+
+    monkeypatch.setattr(sample_counts, "is_parallel", lambda: True)
+    monkeypatch.setattr(sample_counts.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(sample_counts.distributed, "all_gather_object", gather)
+    assert counts.of_all() == {"batches_used": 5, "bad_samples": ["line 3: torn", "line 9: gone"]}
+
+
+def test_twenty_bad_samples_and_nothing_else_end_a_run():
+    lines = [f"line {number}: torn" for number in range(20)]
+    SampleCounts(0, lines[:19]).require_good_start()
+    SampleCounts(1, lines).require_good_start()
+    with pytest.raises(DataError, match="the first 20 samples are all bad, first line 0: torn"):
+        SampleCounts(0, lines).require_good_start()
+    with pytest.raises(DataError, match="all 1 samples are bad, first line 0: torn"):
+        SampleCounts(0, lines[:1]).require_used()
+
+
+def test_a_batch_with_nothing_to_learn_from():
+    batch = placeholder(torch.device("cpu"))
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 1]], "attention_mask": [[1, 1]], "labels": [[IGNORE, IGNORE]],
+    }  # fmt: skip
+
+
+def test_one_of_several_processes_without_an_answer_has_a_loss_of_zero(monkeypatch):
+    """Not the model's own loss, a mean over no token; the gradients are there, as the others wait for them."""
+    monkeypatch.setattr(trainer, "is_parallel", lambda: True)
+    weight = torch.ones(3, requires_grad=True)
+    model = lambda input_ids, attention_mask: {"logits": input_ids.float().sum() * weight}  # noqa: E731
+    loss = trainer.AdapterTrainer.compute_loss(None, model, placeholder(torch.device("cpu")))
+    loss.backward()
+    assert loss == 0
+    assert weight.grad.tolist() == [0, 0, 0]
+
+
+def test_the_last_stages_adapter_goes_where_users_look_for_it(tmp_path):
+    stage, out = tmp_path / "stage2", tmp_path / "out"
+    (stage / "checkpoint-3").mkdir(parents=True)
+    for name in (WEIGHTS, CONFIG, "result.json", "samples.json", "trained.safetensors", ".hidden"):
+        (stage / name).write_text(name)
+    _publish(stage, out)
+    assert {file.name: file.read_text() for file in out.iterdir()} == {WEIGHTS: WEIGHTS, CONFIG: CONFIG}
 
 
 def test_smaller_parts_of_a_step(tmp_path):

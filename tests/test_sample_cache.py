@@ -146,6 +146,19 @@ def test_it_is_made_again_when_what_it_depends_on_changed(clips, processor, tmp_
                 part.image_mean = usual
 
 
+def test_the_same_clip_twice_is_kept_once_unless_each_sample_mixes_its_frames(clips, processor, tmp_path, decodes):
+    twice = [json.loads(clips.read_text().splitlines()[0])] * 2
+    for sample in twice:
+        sample["messages"][0]["content"][0]["video"] = str(clips.parent / "0.mp4")
+    for order, times in (("ordered", 1), ("shuffled", 2)):
+        how = {"frames": AS_IS, "frame_order": order}
+        expected = [VideoDataset(twice, processor, **how)[index] for index in range(2)]
+        decodes.clear()
+        for index in range(2):
+            same(VideoDataset(twice, processor, cache=tmp_path / order, **how)[index], expected[index])
+        assert len(decodes) == times
+
+
 def test_versions_are_part_of_the_key(clips, processor, tmp_path, monkeypatch, decodes):
     for version in ("1", "2", "1"):
         monkeypatch.setattr("sta_adapter.data.sample_cache._versions", lambda found=version: {"transformers": found})

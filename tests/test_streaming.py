@@ -160,6 +160,18 @@ def test_other_readers_begin_a_new_pass(caplog):
     assert (again.seed, again.since, again.skip) == (35, 30, 14)
 
 
+def test_a_checkpoint_tells_who_reads_and_the_order():
+    saved = {
+        "processes": 1,
+        "workers": 0,
+        "batch_size": 1,
+        "seed": 0,
+        "since": 0,
+    }  # as runs of earlier releases kept it
+    assert StreamPosition().saved() == saved
+    assert StreamPosition().resumed(saved, 5, 1) == StreamPosition(skip=5)
+
+
 def test_each_process_needs_a_shard(many_keys):
     dataset = StreamDataset(many_keys, None)
     assert [dataset.usable_workers(8, processes) for processes in (1, 2, 4, 6)] == [6, 3, 1, 1]
@@ -209,7 +221,12 @@ BAD_MEMBERS = {
     "no_clip": (
         [("a.json", {**CLIP, "videos": ["a.mp4"]})],
         "x.tar, a",
-        "'a.mp4' is not beside its record in the shard",
+        "'a.mp4' is not beside its record in the shard; there: nothing.",
+    ),
+    "other_clips": (
+        [("a.json", {**CLIP, "videos": ["a.mp4"]}), ("a.b.mp4", b"x"), ("a.c.mp4", b"y")],
+        "x.tar, a",
+        "there: a.b.mp4, a.c.mp4.",
     ),
     "no_video": ([("a.json", {**CLIP, "videos": ["a.mp4"]}), ("a.mp4", b"no video")], "x.tar, a", "a.mp4"),
     "no_answer": (

@@ -5,7 +5,9 @@ from tiny_qwen import make_model, make_processor, moving_square, write_video
 
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import IGNORE
+from sta_adapter.data.chat_template import grown
 from sta_adapter.data.conversation import parse_sample
+from sta_adapter.errors import DataError
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 VISUAL = "{{ '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}"
@@ -169,3 +171,9 @@ def test_each_clip_changes_what_the_model_says_after_it(processor, record, tmp_p
         moved = (logits(changed) - plain).abs().amax(-1) > 1e-6
         assert not moved[:first].any()
         assert moved[first:].any()
+
+
+def test_a_template_that_rewrites_a_turn_is_quoted_from_there_on():
+    assert grown("user: hi", "user: hi assistant: ho") == "user: hi assistant: ho"
+    with pytest.raises(DataError, match="when a turn is added: 'hi' became 'bye, assistant: ho'"):
+        grown("user: hi", "user: bye, assistant: ho")

@@ -15,6 +15,7 @@ from qwen2_vl_prompts import END, START, VIDEO, is_transformers_5, needs_seams
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter import inject_sta, load_sta
+from sta_adapter.backbones.qwen2_vl_owner import find_owner
 from sta_adapter.backbones.qwen2_vl_positions import restore_original_positions
 from sta_adapter.backbones.qwen2_vl_text_positions import RULES, rule_of_training
 from sta_adapter.backbones.videorope import apply_videorope
@@ -62,6 +63,16 @@ def positions_of(model, frames, seconds):
     names = ("input_ids", "attention_mask", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts")
     found, deltas = model.model.get_rope_index(**{name: batch[name] for name in names if name in batch})
     return found[:, 0], deltas
+
+
+@needs_seams
+def test_two_models_in_one_are_not_told_apart():
+    two = torch.nn.ModuleList([make_qwen2_vl(), make_qwen2_vl()])
+    with pytest.raises(InjectionError, match="ModuleList holds 2 Qwen2-VL models; pass one of them"):
+        find_owner(two)
+    assert find_owner(two[0]) is two[0].model
+    with pytest.raises(InjectionError, match="Linear is no Qwen2-VL and holds none"):
+        find_owner(torch.nn.Linear(2, 2))
 
 
 def test_a_model_is_asked_for_its_rule():

@@ -16,7 +16,7 @@ from sta_adapter.cli import cli
 from sta_adapter.data import FrameSettings
 from sta_adapter.demo import TINY_BASE, clips
 from sta_adapter.loading import load_model, load_processor
-from sta_adapter.tiny_base import TINY_ADAPTER, usual_frames
+from sta_adapter.tiny_base import TINY_ADAPTER, model_and_adapter, usual_frames
 
 QUESTION = "What is here?"
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -49,6 +49,12 @@ def ask(model, processor, frames: np.ndarray, kind: str, question: str = QUESTIO
     inputs = processor(text=[text], return_tensors="pt", **visual)
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :]
+
+
+def test_what_is_shown_where_nobody_names_a_model():
+    assert model_and_adapter(None, None) == (TINY_BASE, TINY_ADAPTER)
+    assert model_and_adapter(None, "mine") == (TINY_BASE, "mine")
+    assert model_and_adapter("org/model", None) == ("org/model", None)
 
 
 def test_folder_is_small_and_names_no_machine():

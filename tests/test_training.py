@@ -277,7 +277,7 @@ def test_narrow_weights_are_trained_in_full_precision(tmp_path, processor, datas
     assert 0 < moved.abs().max() < 1e-4  # bfloat16 would have rounded it to 1
 
 
-def test_best_checkpoint_is_kept(tmp_path, model, dataset, batch):
+def test_best_checkpoint_is_kept(tmp_path, model, processor, dataset, batch):
     scores = iter([0.2, 0.9, 0.4])
     seen = []
 
@@ -290,6 +290,9 @@ def test_best_checkpoint_is_kept(tmp_path, model, dataset, batch):
     result = train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_fn=measure, progress=False)
     assert torch.equal(logits(result.model, batch), seen[1])
     assert [entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry] == [0.2, 0.9, 0.4]
+    again = make_model(processor.tokenizer)  # the run has ended; its best checkpoint is what comes back
+    again = train(again, dataset, output_dir=tmp_path, stage="1", config=config, eval_fn=measure, progress=False)
+    assert torch.equal(logits(again.model, batch), seen[1])
 
 
 def test_loss_on_other_data_is_measured(tmp_path, model, dataset):

@@ -13,6 +13,7 @@ from make_videos import cut, decode_all, pictures, write, write_sound
 import sta_adapter
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, STAError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip, write_clip
+from sta_adapter.video.frame_settings import FrameSettings
 
 IRREGULAR = [0, 3, 4, 5, 9, 20, 21, 22, 30, 31, 32, 33, 40, 41, 42, 44, 47, 50, 51, 52]
 X265 = {"x265-params": "log-level=none"}
@@ -256,6 +257,13 @@ def test_sampling_keeps_its_promises(table, fps, num_frames, least, extra, begin
         assert min(least, inside.size) <= len(chosen) <= least + extra
 
 
+def test_late_frames_are_reached_without_decoding_all_before_them(video, monkeypatch):
+    whole = decode_all(video("groups.mp4"))[0]
+    monkeypatch.setattr("sta_adapter.video.decoders._in_order", lambda *args: pytest.fail("decoded from the beginning"))
+    clip = read_clip(video("groups.mp4"), num_frames=2, start=2.0, backend="pyav")
+    np.testing.assert_array_equal(clip.frames, whole[list(clip.metadata.indices)])
+
+
 def test_metadata(video):
     metadata = read_clip(video("quarter.mp4"), num_frames=4).metadata
     assert (metadata.width, metadata.height, metadata.rotation) == (48, 64, 90)
@@ -391,6 +399,29 @@ def test_ranges_without_a_frame(video, how, message):
 def test_bad_arguments(video, how, message):
     with pytest.raises(ConfigError, match=message):
         read_clip(video("plain.mp4"), **how)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": 0}, "fps is 0, expected a number above 0, up to 1000"),
+        ({"fps": "2"}, "fps is '2', expected a number above 0"),
+        ({"nframes": 2.5}, r"nframes is 2\.5, expected a whole number from 1, up to 16384"),
+        ({"max_frames": True}, "max_frames is True, expected a whole number from 1"),
+        ({"max_tokens": 0}, "max_tokens is 0, expected a whole number from 1, up to 1048576"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens 9 is above max_tokens 8"),
+        ({"backend": 3}, "backend is 3, expected a name"),
+    ],
+)
+def test_frame_settings_that_can_not_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        FrameSettings(**changes)
+
+
+def test_frame_settings_that_can_be():
+    assert (
+        FrameSettings(fps=1.5, max_frames=1, max_tokens=1).min_frames == 4
+    )  # a default gives way to a smaller maximum
 
 
 def test_path_of_another_type():
