@@ -172,6 +172,16 @@ def test_lora_on_stas_own_layers(trains_sta, tmp_path):
     loaded.model.unmerge_adapter()
 
 
+def test_a_module_that_peft_trains_as_a_copy_since_before_sta(tmp_path):
+    model = get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    handle = inject_sta(model)
+    for parameter in handle.parameters():
+        parameter.requires_grad_(True)
+    expected = logits(randomize(model))
+    handle.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), expected)
+
+
 def test_lora_merged_elsewhere_is_saved_as_it_is(tmp_path):
     model = trained(r=2)
     expected = logits(model)

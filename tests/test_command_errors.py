@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cases import make_qwen2_vl
 from tiny_qwen import write_samples
 
 from sta_adapter import cli as command_line
@@ -130,6 +131,16 @@ def test_a_device_that_is_not_here(monkeypatch):
         require_device("xpu")
     require_device("cpu")
     require_device(None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_weights_are_wide_on_the_cpu_unless_asked_for(tmp_path, monkeypatch, dtype, expected):
+    make_qwen2_vl().bfloat16().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = load_model(tmp_path, dtype=dtype)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(expected, "cpu")}
 
 
 @pytest.mark.parametrize("command", ["evaluate", "visualize", "app"])

@@ -176,6 +176,8 @@ def test_a_picture_alone():
     sample = parse_sample(record, folder="/v")
     assert sample.messages[0]["content"][0] == {"type": "image", "image": "/v/c.png"}
     assert sample.extra == {"option_texts": ["left", "right", "up"]}
+    sized = parse_sample({**record, "max_pixels": 784}, folder="/v")
+    assert sized.messages[0]["content"][0] == {"type": "image", "image": "/v/c.png", "max_pixels": 784}
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,11 @@ def test_values_out_of_range_are_refused(name, value):
         checked_options({"peft_type": "LORA", "target_modules": ["a"], name: value}, "here")
 
 
+def test_a_refusal_says_what_is_expected():
+    with pytest.raises(CheckpointError, match=r"lora_dropout.*1\.0.*expected a number from 0 to below 1"):
+        checked_options({"peft_type": "LORA", "target_modules": ["a"], "lora_dropout": 1.0}, "here")
+
+
 def test_layers_go_with_names():
     """PEFT has an error of its own for it, which would come when an adapter is loaded."""
     with pytest.raises(
@@ -216,6 +221,16 @@ def test_a_refused_adapter_leaves_the_model_as_it_was_to_the_bit(saved, tmp_path
     with pytest.raises(CheckpointError):
         load_adapter(base, tmp_path)
     assert_unchanged(base, before)
+
+
+def test_fields_that_say_only_where_lora_comes_from_are_passed_over(saved, tmp_path):
+    fields = {
+        "revision": "main", "peft_version": "0.1", "base_model_name_or_path": "org/base", "inference_mode": False,
+        "megatron_core": "core", "qalora_group_size": 4, "auto_mapping": {"base_model_class": "Other"},
+    }  # fmt: skip
+    expected = logits(load_sta(seeded(make_qwen2_vl), saved).model)
+    edited(saved, tmp_path, **fields)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), expected)
 
 
 def test_ranks_are_compared_before_anything_is_built(saved, tmp_path, base, monkeypatch):
