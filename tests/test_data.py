@@ -452,6 +452,26 @@ def test_long_samples_are_bad(processor, tmp_path):
     assert dataset[0].reason.startswith("42 tokens, more than max_length 41")
 
 
+def test_the_frames_are_shuffled_by_seed_0_unless_another_is_given(processor, tmp_path):
+    file = write_samples(tmp_path, 1)
+    usual, *seeded = (
+        VideoDataset(file, processor, frames=AS_IS, frame_order="shuffled", **seed)[0]["pixel_values_videos"]
+        for seed in ({}, {"seed": 0}, {"seed": 1})
+    )
+    assert [torch.equal(usual, pixels) for pixels in seeded] == [True, False]
+
+
+def test_prompts_of_a_data_set_end_before_the_answer_and_are_made_once(processor, tmp_path):
+    data = VideoDataset(write_samples(tmp_path, 1), processor, frames=AS_IS, cache=True)
+    prompts = data.as_prompts()
+    count = len(prompts[0]["input_ids"])
+    assert count < len(data[0]["input_ids"])
+    assert torch.equal(prompts[0]["input_ids"], data[0]["input_ids"][:count])
+    assert data.as_prompts() is prompts
+    assert prompts.as_prompts() is prompts
+    assert data.as_prompts("reversed") is not prompts
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -23,6 +23,7 @@ from qwen2_vl_prompts import (
 from safetensors.torch import load_file
 
 from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
+from sta_adapter.backbones.videorope_frequencies import InterleavedFrequencies
 from sta_adapter.compatibility.checkpointing import checkpointing_methods
 from sta_adapter.errors import CompatibilityError, LayoutError
 
@@ -90,6 +91,18 @@ def test_golden(model, golden):
         remove_videorope(model)
         assert torch.equal(model(**inputs).logits, plain)
     assert (golden["logits"] - golden["mrope_logits"]).abs().max() > 0.01 * golden["logits"].abs().max()
+
+
+def test_which_axis_turns_which_frequency():
+    """Row and column by turns, and the lowest ones temporal; as a method (transformers 5) and as a hook (4)."""
+    mixing = InterleavedFrequencies((2, 3, 3))
+    axes = torch.tensor([10.0, 11.0, 12.0])[:, None, None, None] + torch.zeros(3, 1, 1, 8)
+    expected = [11, 12, 11, 12, 11, 12, 10, 10] * 2
+    assert mixing(axes)[0, 0].tolist() == expected
+    cos = torch.cat([axes, axes], dim=-1)
+    for mixed in mixing(None, (), (cos, cos)):
+        assert mixed.shape == cos.shape
+        assert mixed[0, 0, 0].tolist() == expected
 
 
 def test_golden_positions(model, golden):
