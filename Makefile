@@ -65,7 +65,7 @@ test-lmms-eval: .venv-lmms-eval/.ready
 LMMS_EVAL := lmms-eval==0.7.3
 LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwen-vl-utils python-dotenv jsonlines aiohttp httpx
 
-# Run the notebook as it is read, and keep what its cells show; never yet timed whole. The tests run it in a quick size.
+# Run the notebook as it is read, and keep what its cells show. The tests run it in a quick size.
 notebook: .venv-notebook/.ready
 	FOLDER=$$(mktemp -d) && TQDM_DISABLE=1 STA_NOTEBOOK_FOLDER=$$FOLDER .venv-notebook/bin/python -m nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.timeout=1800 examples/first_quarter_hour.ipynb && rm -r $$FOLDER
@@ -163,7 +163,7 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "$$main" > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
 	$(@D)/bin/python -m pip install --quiet nbconvert ipykernel
-	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(@D)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 .venv-vllm/.ready: pyproject.toml scripts/vllm_environment.py

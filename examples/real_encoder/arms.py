@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +19,17 @@ from sta_adapter import STAConfig, STAHandle, inject_sta
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing compared: STA's settings or None, and LoRA's share of the parameters."""
+    """One thing compared: STA's settings or None, LoRA's share of the parameters, and the adapter's learning rate."""
 
     name: str
     sta: dict[str, Any] | None = None
     lora: float = 0.0  # share of the parameters that STA as in the paper has
-    given: dict[str, Any] = field(default_factory=dict)
+    lr: float = 3e-4
 
 
 ARMS: dict[str, Arm] = {
     "reader": Arm("reader alone"),
-    "lora": Arm("LoRA", lora=1.0),
+    "lora": Arm("LoRA", lora=1.0, lr=5e-4),
     "sta": Arm("STA as in the paper", sta={}),
     "sta_before": Arm("STA before the spatial attention", sta={"order": "before_spatial"}),
     "sta_lora": Arm("STA with half the heads, and LoRA", sta={"head_scale": 0.125}, lora=0.5),
@@ -41,6 +41,7 @@ ARMS: dict[str, Arm] = {
 ORDERS = {
     "told": "each frame stands at a position of its own",
     "causal": "all frames stand at the same positions; the causal mask alone tells them apart",
+    "learned": "as none, but tokens get a vector of their frame, which begins near zero and is learned from the clips",
     "none": "all frames stand at the same positions, and visual tokens see each other both ways, as PaliGemma's do",
 }
 
@@ -54,6 +55,9 @@ class Watcher(nn.Module):
         first: block in play that comes first; as many as there are when none is.
         arm: of `ARMS`.
         order: of `ORDERS`, what the reader knows of the frames' order.
+
+    Attributes:
+        frame_vectors: (T, 1, hidden), of each frame; trained with the reader where the order is learned, else None.
     """
 
     def __init__(self, encoder: Dinov2Model, reader: Reader, first: int, arm: Arm, order: str = "told") -> None:
@@ -71,6 +75,9 @@ class Watcher(nn.Module):
             self.encoder = add_lora(encoder, last, round(arm.lora * wanted))
         for name, parameter in self.encoder.named_parameters():
             parameter.requires_grad_("lora_" in name or ".sta." in name)
+        self.frame_vectors: nn.Parameter | None = None
+        if order == "learned":
+            self.frame_vectors = nn.Parameter(0.02 * torch.randn(reader.frames, 1, reader.project.out_features))
         self.stored = start_from_stored(encoder, first)
         self.patch = encoder.config.patch_size
 
@@ -78,10 +85,16 @@ class Watcher(nn.Module):
         """What the arm trains in the encoder."""
         return (p for p in self.encoder.parameters() if p.requires_grad)
 
+    def reading(self) -> list[nn.Parameter]:
+        """What every arm trains: the reader, and what it learns of the frames' order."""
+        return [*self.reader.parameters(), *([] if self.frame_vectors is None else [self.frame_vectors])]
+
     def forward(self, tokens: Tensor, answer: Tensor, question: str = MOVEMENT) -> Tensor:
         """Logits (B, A, words) of the answer's words, from stored tokens (B, T, 1 + N, C)."""
         places = None if self.order == "told" else torch.zeros(tokens.shape[:2], dtype=torch.long)
-        return self.reader(self.features(tokens), question, answer, places, both_ways=self.order == "none")
+        both_ways = self.order in ("learned", "none")
+        features = self.features(tokens)
+        return self.reader(features, question, answer, places, self.frame_vectors, both_ways=both_ways)
 
     def features(self, tokens: Tensor) -> Tensor:
         """The encoder's last hidden state, (B, T, 1 + N, C), from stored tokens of that shape."""

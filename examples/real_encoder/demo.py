@@ -29,7 +29,7 @@ from sta_adapter.video import read_clip
 from sta_adapter.visualization.observation import observe
 
 SMALL = Settings(train=1200, val=100, test=200)
-SHOWN = ("reader", "lora", "sta")
+SHOWN, ORDER = ("reader", "lora", "sta"), "causal"
 STYLE = """:root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 img { max-width: 100%; image-rendering: pixelated; } table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
     prepare(given.out, settings, *folders)
     runs = []
     for arm in SHOWN:
-        what = Run(arm, seed=0, steps=steps)
+        what = Run(arm, steps=steps, order=ORDER)
         file = run(given.out, settings, what, given.out / "results")
         runs.append(json.loads(Path(str(file)).read_text(encoding="utf-8")))
     print(main_table(runs))
-    print(write_page(given.out, settings, runs, Run("sta", seed=0, steps=steps).name))
+    print(write_page(given.out, settings, runs, Run("sta", steps=steps, order=ORDER).name))
 
 
 def write_page(out: Path, settings: Settings, runs: list[dict[str, Any]], adapter: str) -> Path:

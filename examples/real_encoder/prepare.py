@@ -36,7 +36,7 @@ class Settings:
     train: int = 2000
     val: int = 200
     test: int = 600
-    batch: int = 8
+    batch: int = 16
     reader_steps: int = 1000
     word_steps: int = 200
     reader_batch: int = 64

@@ -53,6 +53,8 @@ class Reader(nn.Module):
                 num_attention_heads=4,
                 num_key_value_heads=4,
                 max_position_embeddings=1024,
+                initializer_range=hidden
+                ** -0.5,  # transformers' 0.02 is for wider ones: attention would begin all but even
                 attn_implementation="eager",
                 use_cache=False,
             )
@@ -68,6 +70,7 @@ class Reader(nn.Module):
         question: str,
         answer: Tensor,
         places: Tensor | None = None,
+        vectors: Tensor | None = None,
         *,
         both_ways: bool = False,
     ) -> Tensor:
@@ -78,6 +81,7 @@ class Reader(nn.Module):
             question: DESCRIBE or MOVEMENT.
             answer: (B, A) token numbers; IGNORED ones are not read.
             places: (B, T) at which frame of a clip each stands; a whole clip's, when left out.
+            vectors: (T, 1, hidden), added to the projected tokens of each frame.
             both_ways: whether visual tokens see later ones too.
         """
         batch, frames = tokens.shape[:2]
@@ -85,6 +89,8 @@ class Reader(nn.Module):
         # b t (h 2) (w 2) c -> b t (h w) (2 2 c): four neighbours are one token, as in Qwen2-VL
         grid = tokens[:, :, 1:].view(batch, frames, half, 2, half, 2, -1).permute(0, 1, 2, 4, 3, 5, 6)
         seen = self.project(self.norm(grid.reshape(batch, frames, half * half, -1)))
+        if vectors is not None:
+            seen = seen + vectors
         mark = self._embed(FRAME).expand(batch, frames, 1, -1)
         said = self.model.get_input_embeddings()(answer[:, :-1].clamp(min=0))
         asked = self._embed(question).expand(batch, 1, -1)

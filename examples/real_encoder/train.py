@@ -1,7 +1,7 @@
 """The comparison's runs, each resumed where it stopped and written down as one JSON file.
 
 python train.py --work FOLDER prepare                  clips, stored tokens
-python train.py --work FOLDER run sta --seed 0 --lr 5e-4 --steps 600
+python train.py --work FOLDER run sta --order causal --seed 0
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ class Run:
 
     arm: str
     seed: int = 0
-    lr: float = 5e-4
-    steps: int = 600
+    lr: float | None = None  # the arm's own
+    steps: int = 500
     reader_lr: float = READER_LR
     share: float = 1.0  # of the clips trained on
     order: str = "told"  # of `ORDERS`: what the reader knows of the frames' order
     test: bool = True  # whether the test's clips are asked at the end
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", ARMS[self.arm].lr)
 
     @property
     def name(self) -> str:
@@ -72,7 +76,7 @@ def run(
     torch.manual_seed(what.seed)
     depth = len(encoder.encoder.layer) if what.arm == "reader" else settings.first
     watcher = Watcher(encoder, reader, depth, ARMS[what.arm], what.order)
-    groups = [{"params": list(reader.parameters()), "lr": what.reader_lr}]
+    groups = [{"params": watcher.reading(), "lr": what.reader_lr}]
     adapter = list(watcher.adapter())
     if adapter:
         groups.append({"params": adapter, "lr": what.lr})
@@ -161,7 +165,7 @@ def main() -> None:
     one = commands.add_parser("run", help="one run")
     one.add_argument("arm", choices=ARMS)
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--lr", type=float, default=Run.lr)
+    one.add_argument("--lr", type=float, help="the adapter's [default: of its arm]")
     one.add_argument("--reader-lr", type=float, default=READER_LR)
     one.add_argument("--steps", type=int, default=Run.steps)
     one.add_argument("--share", type=float, default=1.0, help="of the clips trained on")
