@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.worker_process import Isolated, ProcessError, worker_errors
-from sta_adapter.data.worker_signals import end_workers
+from sta_adapter.data.worker_signals import end_workers, outlasting_signals, ready_worker
 from sta_adapter.errors import DataError, STAError, VideoError
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.video import VideoNotFoundError, read_clip
@@ -33,6 +33,9 @@ def work(what, value=None):
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "mute":  # its connection goes, and it stays
+        os.closerange(3, 256)
+        signal.pause()
     if what == "leave":
         os._exit(0)
     if what == "missing":
@@ -129,6 +132,61 @@ def test_the_process_ends_with_its_caller(isolated):
     isolated.close()
     assert gone(pid)
     isolated.close()
+
+
+def test_the_process_ends_with_its_caller_also_in_the_middle_of_a_call(isolated):
+    reader, writer = os.pipe()
+    caller = os.fork()
+    if caller == 0:
+        try:
+            os.write(writer, str(isolated("give")[0]).encode())
+            isolated("hang")
+        finally:
+            os._exit(0)
+    pid = int(os.read(reader, 20))
+    os.kill(caller, signal.SIGKILL)
+    os.waitpid(caller, 0)
+    assert gone(pid)
+
+
+def test_a_process_that_hangs_up_and_lives_on_is_killed(isolated, monkeypatch):
+    pid, _ = isolated("give")
+    monkeypatch.setattr("sta_adapter.data.worker_process.time.sleep", lambda seconds: None)
+    with pytest.raises(ProcessError, match="ended silently"):
+        isolated("mute")
+    assert gone(pid)
+
+
+def exit_code(action):
+    """Of a fork that runs this; 9 if it raised."""
+    fork = os.fork()
+    if fork == 0:
+        code = 9
+        try:
+            code = action() or 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+
+
+def test_signals_to_a_worker_are_its_parents_business():
+    def ctrl_c():
+        ready_worker()
+        os.kill(os.getpid(), signal.SIGINT)
+        return 3  # it goes on
+
+    def terminated():
+        ready_worker()
+        with outlasting_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.write(writer, b"outlasted")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 4
+
+    reader, writer = os.pipe()
+    assert exit_code(ctrl_c) == 3
+    assert exit_code(terminated) == 0
+    assert os.read(reader, 20) == b"outlasted"
 
 
 # ---- in a DataLoader's workers
