@@ -16,6 +16,7 @@ from peft import LoraModel
 from qwen2_vl_prompts import batch_of, is_transformers_5, needs_seams
 from tiny_qwen import make_processor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
@@ -377,6 +378,19 @@ def test_flags_of_code_that_models_bring_along(flag):
     assert checkpointing.checkpoints_reentrantly(module)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_runs_within_a_checkpoint_is_told(reentrant):
+    told, tensor = [], torch.ones(2, requires_grad=True)
+
+    def run(x):
+        told.append(checkpointing.inside_checkpoint())
+        return x * 2
+
+    run(tensor)
+    checkpoint(run, tensor, use_reentrant=reentrant)
+    assert told == [False, True]
+
+
 def test_a_trainer_that_knows_adapters_otherwise(model, monkeypatch):
     model.is_quantized = True
     monkeypatch.delattr(_owner(type(model), seams.ADAPTER_FLAG), seams.ADAPTER_FLAG)
@@ -503,6 +517,8 @@ def test_clips_without_a_placeholder(processor):
     with raises("SimpleNamespace has no video_token that its tokenizer knows"):
         processors.placeholder(plain, "video", required=True)
     assert processors.placeholder(processor, "video", required=True) == "<|video_pad|>"
+    unsaid = types.SimpleNamespace(tokenizer=processor.tokenizer)  # the usual one, which its tokenizer knows
+    assert processors.placeholder(unsaid, "image", required=True) == "<|image_pad|>"
 
 
 @pytest.mark.parametrize("name", ["image_seq_length", "image_token_id"])

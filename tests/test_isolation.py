@@ -154,6 +154,7 @@ def test_a_process_that_hangs_up_and_lives_on_is_killed(isolated, monkeypatch):
     monkeypatch.setattr("sta_adapter.data.worker_process.time.sleep", lambda seconds: None)
     with pytest.raises(ProcessError, match="ended silently"):
         isolated("mute")
+    monkeypatch.undo()
     assert gone(pid)
 
 

@@ -28,7 +28,7 @@ class FirstCallPreHook(Hook):
 
     def __init__(self, injection: Injection) -> None:
         super().__init__(injection)
-        self.done = self.runs = False
+        self.done = False
 
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class FirstCallPreHook(Hook):
         if self.done or not self.injection.is_enabled:
             return
         with _LOCK:
-            if self.done or self.runs:
+            if self.done:
                 return
             if is_sharded(encoder.parameters()):
                 warnings.warn(
@@ -57,9 +57,9 @@ class FirstCallPreHook(Hook):
             self.done = self._check(encoder, args, kwargs)
 
     def _check(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        self.runs = self.injection.thread.in_check = True
+        self.injection.thread.in_check = True
         try:
             with self.injection.disabled():
                 return validate_call(resolve_target(self.injection.spec, encoder), args, kwargs)
         finally:
-            self.runs = self.injection.thread.in_check = False
+            self.injection.thread.in_check = False
