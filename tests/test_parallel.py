@@ -61,6 +61,10 @@ def test_processes_agree_and_wait_for_process_0(monkeypatch):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         assert distributed.agree([3, 1], [distributed.Group(None, torch.device("cpu"))]) == [3, 1]
+        assert distributed.average([3.0, 1.0], torch.device("cpu")) == [3, 1]
+        with monkeypatch.context() as two:  # the other one adds nothing
+            two.setattr(torch.distributed, "get_world_size", lambda: 2)
+            assert distributed.average([3.0, 1.0], torch.device("cpu")) == [1.5, 0.5]
         monkeypatch.setattr(distributed, "is_parallel", lambda: True)
         assert distributed.is_rank_zero()
         written = []

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,8 @@ from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.data import FrameSettings
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
-from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.training import TrainingConfig, sample_counts, trainer
+from sta_adapter.errors import ConfigError, DataError, MissingExtraError
+from sta_adapter.training import TrainingConfig, sample_counts, train, trainer
 from sta_adapter.training.arguments import training_arguments
 from sta_adapter.training.identity import claim
 from sta_adapter.training.idle_settings import check_idle
@@ -25,7 +26,7 @@ from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.stage import Stage
 from sta_adapter.training.summary import describe
 from sta_adapter.training.trainer import placeholder
-from sta_adapter.training.two_stage import _publish
+from sta_adapter.training.two_stage import _opened, _publish
 
 # ---- settings without effect
 
@@ -284,6 +285,22 @@ def test_the_last_stages_adapter_goes_where_users_look_for_it(tmp_path):
         (stage / name).write_text(name)
     _publish(stage, out)
     assert {file.name: file.read_text() for file in out.iterdir()} == {WEIGHTS: WEIGHTS, CONFIG: CONFIG}
+
+
+def test_what_training_needs_is_named_with_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        sys.modules, "sta_adapter.training.stage", None
+    )  # as where accelerate is missing: importing it fails
+    with pytest.raises(MissingExtraError, match=r"training needs more packages .*pip install 'sta-adapter\[train\]'"):
+        train(nn.Linear(2, 2), [], output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("data", ["clips.jsonl", Path("clips.jsonl"), ["a.jsonl", "b.jsonl:2"]], ids=str)
+def test_files_are_opened_and_data_sets_taken_as_they_are(data):
+    with pytest.raises(ConfigError, match="the data is a file, so pass processor="):
+        _opened(data, None, TrainingConfig())
+    samples = [{"messages": []}]
+    assert _opened(samples, None, TrainingConfig()) is samples
 
 
 def test_smaller_parts_of_a_step(tmp_path):
