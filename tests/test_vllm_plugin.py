@@ -1,5 +1,6 @@
 """The vLLM plug-in without vLLM: what is registered, digests, refusals, and STA in a stand-in of vLLM's tower."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbones.frames import EachRow
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.injection.registry import get_backbone, in_vllm, list_backbones
+from sta_adapter.injection.vllm_tower import VLLMTower
 from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings
@@ -327,6 +329,13 @@ def test_frames_that_would_be_split_among_ranks_are_refused(vllm, tmp_path):
             requested(engine_config(sta_adapter=str(folder)).model_config.hf_config), engine_config(tp_mode="data")
         )
     start(engine_config(sta_adapter=str(write(tmp_path / "b")), tp_mode="data"))
+
+
+def test_a_tower_in_vllm_is_the_backbones_but_for_what_it_declares():
+    spec = dataclasses.replace(get_backbone("clip"), vllm=VLLMTower({"Model": "module:Model"}))
+    assert in_vllm(spec) == dataclasses.replace(spec, is_variant=True)
+    changed = dataclasses.replace(spec, vllm=VLLMTower({"Model": "module:Model"}, {"norm": "norm2"}))
+    assert in_vllm(changed) == dataclasses.replace(changed, norm="norm2", is_variant=True)
 
 
 def test_clips_of_models_that_get_frames_as_a_batch_are_told_by_vllms_methods():
