@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sta_adapter.compatibility.seams import incompatible
 
-__all__ = ["Sizes", "fingerprint_parts", "placeholder", "row_tokens", "visual_part"]
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedTokenizerBase
+
+__all__ = ["Processor", "Sizes", "fingerprint_parts", "placeholder", "row_tokens", "visual_part"]
 
 PARTS = ("video_processor", "image_processor")
 # what the names of a processor's outputs end with, where it packs patches of all sizes into one tensor
 GRID = "_grid_thw"
 
 
-def visual_part(processor: Any) -> Any:
+class Processor(Protocol):
+    """What is used of a model's processor, one of transformers' or of ours."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Encode texts with their clips and pictures."""
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """A conversation as text."""
+
+
+def visual_part(processor: object) -> Any:
     """What processes clips: the video processor; before transformers 4.52 the image processor.
 
     Raises:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from sta_adapter.internvideo.chat_processor import ChatProcessor
 
 __all__ = ["builder_of"]
 
@@ -26,7 +29,7 @@ BUILDERS = {
 class Builder(Protocol):
     """What a module in `BUILDERS` has."""
 
-    def load_model(self, name: str | os.PathLike[str], config: dict[str, Any], **options: Any) -> nn.Module:
+    def load_model(self, name: str | os.PathLike[str], config: Mapping[str, object], **options: object) -> nn.Module:
         """The model with its weights, on a device.
 
         Args:
@@ -41,18 +44,20 @@ class Builder(Protocol):
             ConfigError: published weights are to be quantized.
         """
 
-    def load_processor(self, name: str | os.PathLike[str], config: dict[str, Any], revision: str | None) -> Any:
+    def load_processor(
+        self, name: str | os.PathLike[str], config: Mapping[str, object], revision: str | None
+    ) -> ChatProcessor:
         """The model's processor, from published files or from a folder that `save_pretrained` wrote.
 
         Raises:
             CheckpointError: the tokenizer's files are missing or damaged.
         """
 
-    def empty_model(self, config: dict[str, Any]) -> nn.Module:
+    def empty_model(self, config: Mapping[str, object]) -> nn.Module:
         """The model without weights, made on the device of the context that it is called in."""
 
 
-def builder_of(config: Mapping[str, Any]) -> Builder | None:
+def builder_of(config: Mapping[str, object]) -> Builder | None:
     """What makes the model that a `config.json` describes; None where transformers does so itself.
 
     Args:

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+
+from sta_adapter.internvideo.visuals import Frames, Picture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BatchFeature, PreTrainedTokenizerBase
 
 __all__ = ["SETTINGS", "ChatProcessor"]
 
+Conversation: TypeAlias = list[dict[str, Any]]
+"""Messages with `role` and `content`, a text or parts."""
 SETTINGS = "preprocessor_config.json"
 
 
 class ChatProcessor(ABC):
     """A processor with a tokenizer and a chat template; a subclass encodes texts, clips and pictures."""
 
-    tokenizer: Any
-    chat_template: Any
-    template_options: ClassVar[dict[str, Any]] = {}  # for calls on what the template has written
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    template_options: ClassVar[dict[str, object]] = {}  # for calls on what the template has written
 
     @abstractmethod
-    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **options: Any) -> Any:
+    def __call__(
+        self,
+        images: Sequence[Picture] | None = None,
+        text: str | Sequence[str] | None = None,
+        videos: Sequence[Frames] | None = None,
+        **options: Any,
+    ) -> BatchFeature:
         """Encode texts with the clips and pictures whose placeholders stand in them."""
 
     @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
 
     def apply_chat_template(
         self,
-        conversation: Any,
+        conversation: Conversation | list[Conversation],
         chat_template: str | None = None,
         *,
         tokenize: bool = False,
         return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
+        add_generation_prompt: bool = False,
+        **options: object,
+    ) -> str | list[str] | BatchFeature | Tensor:
         """The conversation as text, or with `tokenize` encoded with the clips and pictures that stand in its parts.
 
         Args:
@@ -46,17 +61,19 @@ class ChatProcessor(ABC):
             tokenize: encode it; parts of type "video" and "image" then hold the frames and the picture under their
                 type.
             return_dict: whether everything is returned, or the token ids alone.
-            options: `add_generation_prompt`, and those of calling the processor.
+            add_generation_prompt: whether the text ends where an answer begins.
+            options: of calling the processor.
         """
-        prompt = options.pop("add_generation_prompt", False)
         template = chat_template or self.chat_template
-        text = self.tokenizer.apply_chat_template(
-            conversation, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        written = self.tokenizer.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        text = cast("str | list[str]", written)  # as nothing is tokenized
         if not tokenize:
             return text
-        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        messages = list(itertools.chain.from_iterable(conversation)) if several else conversation
+        messages: Conversation = []
+        for one in conversation:
+            messages += [one] if isinstance(one, dict) else one
         parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
         held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
         options = {**self.template_options, **options}
@@ -65,15 +82,13 @@ class ChatProcessor(ABC):
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """As the tokenizer."""
-        found: list[str] = self.tokenizer.batch_decode(*args, **kwargs)
-        return found
+        return self.tokenizer.batch_decode(*args, **kwargs)
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
+    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
         """As the tokenizer."""
-        found: str = self.tokenizer.decode(*args, **kwargs)
-        return found
+        return self.tokenizer.decode(*args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: object) -> None:
         """Write the tokenizer, the chat template and the settings into a folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt", "chat_templ
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "generation_config.json")
 
 
-def published_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+def published_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, object]:
     """Contents of a model's `config.json`; empty where there is none, which is left to transformers to tell.
 
     Args:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,39 @@ SPACE = "▁"
 ENDS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 
 
-def load_tokenizer(folder: Path) -> Any:
+class Piece(Protocol):
+    """One of a SentencePiece model."""
+
+    piece: str
+    score: float
+    type: int
+
+
+class TrainerSpec(Protocol):
+    """How it was trained."""
+
+    unk_id: int
+    model_type: int
+
+
+class NormalizerSpec(Protocol):
+    """What it does to a text first."""
+
+    add_dummy_prefix: bool
+
+
+class ModelProto(Protocol):
+    """What is read of a SentencePiece model."""
+
+    pieces: Sequence[Piece]
+    trainer_spec: TrainerSpec
+    normalizer_spec: NormalizerSpec
+
+    def ParseFromString(self, serialized: bytes) -> int:
+        """Fill it from the bytes of its file."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer whose files lie in a folder.
 
     Raises:
@@ -49,8 +82,9 @@ def load_tokenizer(folder: Path) -> Any:
     return made
 
 
-def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _text(token: object) -> str | None:
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _special(core: Tokenizer) -> list[str]:
@@ -65,7 +99,7 @@ def _read(file: Path) -> Tokenizer:
         raise CheckpointError(f"{file} can't be read as a tokenizer: {error}; download it again.") from error
 
 
-def _converted(file: Path, added: dict[str, int], settings: dict[str, Any]) -> Tokenizer:
+def _converted(file: Path, added: dict[str, int], settings: Mapping[str, object]) -> Tokenizer:
     """A SentencePiece model of byte pairs, with the tokens that the settings put in the place of some of its pieces."""
     proto = _model(file)
     pieces = [piece.piece for piece in proto.pieces]
@@ -101,7 +135,7 @@ def _converted(file: Path, added: dict[str, int], settings: dict[str, Any]) -> T
     return core
 
 
-def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(proto: ModelProto, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Pairs that make each piece, by the score of what they make, as SentencePiece joins them."""
     scores = {piece.piece: (piece.score, number) for number, piece in enumerate(proto.pieces)}
     found = []
@@ -113,11 +147,11 @@ def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in found]
 
 
-def _model(file: Path) -> Any:
+def _model(file: Path) -> ModelProto:
     try:
         from transformers.convert_slow_tokenizer import import_protobuf
 
-        model = import_protobuf().ModelProto()
+        model = cast(ModelProto, import_protobuf().ModelProto())
     except ImportError as error:
         raise MissingExtraError(
             f"{file} is read with protobuf, which isn't installed: pip install protobuf. Once read, processor.save_pretrained"

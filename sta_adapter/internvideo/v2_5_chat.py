@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE, IMAGE_TOKEN, SYSTEM_MESSAGES, conversation, image_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 History = list[tuple[str, str]]
 
@@ -16,23 +21,23 @@ History = list[tuple[str, str]]
 class ChatMethods:
     """What the chat model says to questions in words."""
 
-    config: Any
-    device: Any
+    config: Any  # that of the model
+    device: torch.device
     num_image_token: int
     img_context_token_id: int | None
-    generate: Any
+    generate: Callable[..., Any]  # of the model, with its other bases'
     system_message: str | None = None
 
     def chat(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         pixel_values: Tensor | None,
         question: str,
-        generation_config: dict[str, Any],
+        generation_config: dict[str, object],
         history: History | None = None,
         return_history: bool = False,
         num_patches_list: Sequence[int] | None = None,
-    ) -> Any:
+    ) -> str | tuple[str, History]:
         """An answer, in words.
 
         Args:
@@ -64,10 +69,10 @@ class ChatMethods:
 
     def batch_chat(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         pixel_values: Tensor | None,
         questions: Sequence[str],
-        generation_config: dict[str, Any],
+        generation_config: dict[str, object],
         num_patches_list: Sequence[int] | None = None,
     ) -> list[str]:
         """Answers to several questions at once, each about rows of its own.
@@ -108,12 +113,16 @@ class ChatMethods:
         )
 
     def _answers(
-        self, tokenizer: Any, pixel_values: Tensor | None, prompts: list[str], generation_config: dict[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pixel_values: Tensor | None,
+        prompts: list[str],
+        generation_config: dict[str, object],
     ) -> list[str]:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if self.config.template not in SYSTEM_MESSAGES:
             raise ConfigError(f"template is {self.config.template!r}; expected one of {', '.join(SYSTEM_MESSAGES)}.")
-        self.img_context_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.img_context_token_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         options = {**generation_config, "eos_token_id": tokenizer.convert_tokens_to_ids(END)}

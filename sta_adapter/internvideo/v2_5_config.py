@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import transformers
 from transformers import LlamaConfig, PretrainedConfig
@@ -19,6 +19,9 @@ LANGUAGE = (
 )
 INTERNLM2 = {"vocab_size": 103168, "bias": True, "pad_token_id": 0, "rope_theta": 10000}
 """Defaults of InternLM2's configuration that differ from Llama's; the rest of `LANGUAGE` has the same ones."""
+
+
+Config = TypeVar("Config", bound=PretrainedConfig)
 
 
 class InternVisionConfig(PretrainedConfig):
@@ -86,12 +89,15 @@ class InternVideo2_5Config(PretrainedConfig):
     """
 
     model_type = "internvideo2_5_chat"
-    sub_configs: ClassVar[Any] = {"vision_config": InternVisionConfig, "text_config": LlamaConfig}
+    sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {
+        "vision_config": InternVisionConfig,
+        "text_config": LlamaConfig,
+    }
 
     def __init__(
         self,
-        vision_config: Any = None,
-        text_config: Any = None,
+        vision_config: InternVisionConfig | Mapping[str, object] | None = None,
+        text_config: LlamaConfig | Mapping[str, object] | None = None,
         image_token_id: int | None = None,
         local_num_frames: int = 4,
         num_tome_tokens: int = 64,
@@ -120,11 +126,11 @@ class InternVideo2_5Config(PretrainedConfig):
         super().__init__(**more)
 
 
-def _made(kind: Any, given: Any) -> Any:
+def _made(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Config:
     return given if isinstance(given, kind) else kind(**(given or {}))
 
 
-def from_published(config: Mapping[str, Any]) -> InternVideo2_5Config:
+def from_published(config: Mapping[str, object]) -> InternVideo2_5Config:
     """The configuration for the contents of a published `config.json`.
 
     Raises:
@@ -142,19 +148,20 @@ def from_published(config: Mapping[str, Any]) -> InternVideo2_5Config:
     for name, (found, expected) in known.items():
         if found not in expected:
             raise CheckpointError(f"config.json has {name} {found!r}; expected {' or '.join(map(repr, expected))}.")
-    kept = ("downsample_ratio", "select_layer", "template", "min_dynamic_patch", "max_dynamic_patch")
+    names = ("downsample_ratio", "select_layer", "template", "min_dynamic_patch", "max_dynamic_patch")
+    kept: dict[str, Any] = {name: config[name] for name in names if name in config}
     size = config.get("force_image_size") or vision.get("image_size", 224)
     return InternVideo2_5Config(
         vision_config={**_plain(vision), "image_size": size},
         text_config=TEXT[known["llm_config.architectures"][0]](language),
-        ps_version=config.get("ps_version", "v1"),
+        ps_version=str(config.get("ps_version", "v1")),
         use_thumbnail=bool(config.get("use_thumbnail", False)),
         architectures=["InternVideo2_5ForConditionalGeneration"],
-        **{name: config[name] for name in kept if name in config},
+        **kept,
     )
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: Mapping[str, object]) -> dict[str, object]:
     """A part's own settings, without what transformers writes into every configuration."""
     names = InternVisionConfig.__init__.__code__.co_varnames
     return {name: value for name, value in config.items() if name in names and name not in ("self", "more")}
@@ -165,7 +172,7 @@ def _internlm2(language: Mapping[str, Any]) -> LlamaConfig:
     found = {**INTERNLM2, **language}
     theta, scaling = float(found["rope_theta"]), found.get("rope_scaling")
     kind = {} if scaling is None else {"rope_type": scaling["type"], "factor": float(scaling["factor"])}
-    rope: dict[str, Any] = (
+    rope = (
         {"rope_parameters": {"rope_theta": theta, "rope_type": "default", **kind}}
         if NEW_ROPE
         else {"rope_theta": theta, "rope_scaling": kind or None}

@@ -6,13 +6,18 @@ The same numbers as the published preprocessing: Pillow's bicubic resizing, and 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sta_adapter.errors import DataError, MissingExtraError
+from sta_adapter.internvideo.visuals import Frames, Picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours."""
@@ -48,11 +53,13 @@ class InternVideo2_5ImageProcessor:
         self.merged_frames = merged_frames
         self.frame_segments = frame_segments
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
         return {"image_processor_type": type(self).__name__, **vars(self)}
 
-    def preprocess(self, images: Any = None, videos: Any = None) -> dict[str, Tensor]:
+    def preprocess(
+        self, images: Sequence[Picture] | None = None, videos: Sequence[Frames] | None = None
+    ) -> dict[str, Tensor]:
         """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them.
 
         Args:
@@ -68,7 +75,7 @@ class InternVideo2_5ImageProcessor:
         lengths = [length for made, whole in rows for length in ([len(made)] if whole else [1] * len(made))]
         return {"pixel_values": torch.cat([made for made, _ in rows]), "clip_lengths": torch.tensor(lengths)}
 
-    def clip(self, frames: Any) -> Tensor:
+    def clip(self, frames: Frames) -> Tensor:
         """Rows (F, 3, size, size) of a clip, filled up with its last frame.
 
         Args:
@@ -82,7 +89,7 @@ class InternVideo2_5ImageProcessor:
             raise DataError("a clip has no frame; expected at least one.")
         return self._rows([_resized(picture, self.image_size, self.image_size) for picture in pictures])
 
-    def picture(self, image: Any) -> Tensor:
+    def picture(self, image: Picture) -> Tensor:
         """Rows (F, 3, size, size) of a picture: its tiles, then the whole of it, filled up with the last of them.
 
         Args:
@@ -116,20 +123,20 @@ class InternVideo2_5ImageProcessor:
     def _allowed(self, tiles: int) -> bool:
         return self.min_tiles <= tiles <= self.max_tiles
 
-    def _rows(self, pictures: list[Any]) -> Tensor:
+    def _rows(self, pictures: list[Image]) -> Tensor:
         pictures = [*pictures, *pictures[-1:] * (-len(pictures) % self.merged_frames)]
         stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
         pixels = stacked.permute(0, 3, 1, 2).to(torch.float32).div_(255)
         return pixels.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1)).contiguous()
 
 
-def _picture(image: Any) -> Any:
+def _picture(image: Picture) -> Image:
     """Pillow's picture, in RGB."""
     if importlib.util.find_spec("PIL") is None:
         raise MissingExtraError("pictures and frames are resized by Pillow: pip install 'sta-adapter[train]'")
-    from PIL import Image
+    from PIL import Image as pillow
 
-    if isinstance(image, Image.Image):
+    if isinstance(image, pillow.Image):
         return image.convert("RGB")
     pixels = np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
@@ -139,10 +146,10 @@ def _picture(image: Any) -> Any:
             f"a frame or picture is of shape {pixels.shape} and type {pixels.dtype}; expected (height, width, 3) or (3, height, "
             "width) in uint8. A clip is (frames, height, width, 3): tiles of frames are not taken."
         )
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return pillow.fromarray(np.ascontiguousarray(pixels))
 
 
-def _resized(picture: Any, width: int, height: int) -> Any:
-    from PIL import Image
+def _resized(picture: Image, width: int, height: int) -> Image:
+    from PIL.Image import Resampling
 
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    return picture.resize((width, height), Resampling.BICUBIC)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,12 @@ from sta_adapter.internvideo.files import TOKENIZER_FILES, WEIGHT_FILES, added_t
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
-from sta_adapter.internvideo.weights import Weights, fill, iterate_weights, weight_files
+from sta_adapter.internvideo.weights import Weights, dtype_of_weights, fill, iterate_weights, weight_files
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+    from sta_adapter.internvideo.chat_processor import ChatProcessor
 
 __all__ = ["empty_model", "load_model", "load_processor"]
 
@@ -36,12 +41,12 @@ RENAMED = {
 
 def load_model(
     name: str | os.PathLike[str],
-    config: dict[str, Any],
+    config: Mapping[str, object],
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: str = "cpu",
-    quantization_config: Any = None,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
@@ -50,7 +55,7 @@ def load_model(
         options: dict[str, Any] = {DTYPE: dtype}
         if quantization_config is not None:
             options |= {"quantization_config": quantization_config, "device_map": {"": device}}
-        model: Any = InternVideo2_5ForConditionalGeneration.from_pretrained(folder, **options)
+        model = InternVideo2_5ForConditionalGeneration.from_pretrained(folder, **options)
     elif quantization_config is not None:
         raise ConfigError(
             f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are converted. "
@@ -59,47 +64,49 @@ def load_model(
     else:
         model = _published(folder, config, dtype, device)
     model.config._name_or_path = os.fspath(name)
-    found: nn.Module = model if quantization_config is not None else model.to(device)
-    return found
+    found: nn.Module = model
+    return found if quantization_config is not None else found.to(device)
 
 
-def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:
+def load_processor(
+    name: str | os.PathLike[str], config: Mapping[str, object], revision: str | None = None
+) -> ChatProcessor:
     """See `sta_adapter.internvideo.Builder`."""
     from sta_adapter.internvideo.v2_5_processor import InternVideo2_5Processor
 
     return InternVideo2_5Processor.from_pretrained(fetch_folder(name, revision, TOKENIZER_FILES), config=config)
 
 
-def empty_model(config: dict[str, Any]) -> nn.Module:
+def empty_model(config: Mapping[str, object]) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
     return InternVideo2_5ForConditionalGeneration(configuration(config))
 
 
-def configuration(config: dict[str, Any]) -> InternVideo2_5Config:
+def configuration(config: Mapping[str, object]) -> InternVideo2_5Config:
     """The configuration for the contents of a `config.json`, published or our own."""
     if config.get("model_type") == InternVideo2_5Config.model_type:
-        return InternVideo2_5Config.from_dict(config)
+        return InternVideo2_5Config.from_dict(dict(config))
     return from_published(config)
 
 
-def _published(folder: Path, config: dict[str, Any], dtype: Any, device: str) -> Any:
+def _published(
+    folder: Path, config: Mapping[str, object], dtype: torch.dtype | str, device: str
+) -> InternVideo2_5ForConditionalGeneration:
     made, known = from_published(config), added_tokens(folder)
     made.image_token_id = known.get(IMAGE_TOKEN)
-    if dtype == "auto":
-        dtype = getattr(
-            torch, str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
-        )
+
     with torch.device("meta"):
         model = InternVideo2_5ForConditionalGeneration(made)
     make_rotary(model, made.text_config)
     weights = convert(iterate_weights(weight_files(folder)), made.text_config)
-    fill(model, weights, source=folder, dtype=dtype, device=device)
+    fill(model, weights, source=folder, dtype=dtype_of_weights(dtype, config), device=device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     ends = [model.generation_config.eos_token_id, known.get(END)]
     flat = [end for found in ends if found is not None for end in (found if isinstance(found, list) else [found])]
     model.generation_config.eos_token_id = sorted(set(flat)) or None
-    return model.eval()
+    model.eval()
+    return model
 
 
 def make_rotary(model: nn.Module, config: LlamaConfig) -> None:
@@ -107,8 +114,7 @@ def make_rotary(model: nn.Module, config: LlamaConfig) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if "RotaryEmbedding" in type(child).__name__:
-                kind: Any = type(child)
-                setattr(parent, name, kind(config=config))
+                setattr(parent, name, type(child)(config=config))
 
 
 def convert(weights: Weights, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:

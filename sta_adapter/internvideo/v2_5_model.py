@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from sta_adapter.internvideo.token_merging import merge_tokens
 from sta_adapter.internvideo.v2_5_chat import ChatMethods
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config
 from sta_adapter.internvideo.v2_5_vision import InternVisionModel
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerateOutput
 
 
 class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, GenerationMixin):
@@ -105,7 +109,7 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         pixel_values: Tensor | None,
         image_flags: Tensor | None = None,
         visual_features: Tensor | None = None,
-        clip_lengths: Any = None,
+        clip_lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Embeddings (B, L, C) of a prompt with the visual tokens in their places.
 
@@ -148,9 +152,9 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         *,
         inputs_embeds: Tensor | None = None,
         visual_features: Tensor | None = None,
-        clip_lengths: Any = None,
+        clip_lengths: Tensor | Sequence[int] | None = None,
         logits_to_keep: int | Tensor = 0,
-        **options: Any,
+        **options: object,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V), and the loss with `labels` (B, L).
 
@@ -187,12 +191,12 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         visual_features: Tensor | None = None,
-        generation_config: Any = None,
+        generation_config: GenerationConfig | None = None,
         *,
-        clip_lengths: Any = None,
+        clip_lengths: Tensor | Sequence[int] | None = None,
         image_flags: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
+        **options: object,
+    ) -> GenerateOutput | Tensor:
         """Token ids (B, L + new), the prompt in front, as transformers' models give them; the published code leaves it out.
 
         Args:
@@ -216,9 +220,10 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         self.language_model.generation_config = self.generation_config
         if generation_config is not None:
             options["generation_config"] = generation_config
-        return self.language_model.generate(
+        out: GenerateOutput | Tensor = self.language_model.generate(
             input_ids=input_ids, inputs_embeds=embeddings, attention_mask=attention_mask, **options
         )
+        return out
 
 
 def fold_patches(tokens: Tensor, ratio: float, *, turned: bool) -> Tensor:
@@ -241,7 +246,7 @@ def fold_patches(tokens: Tensor, ratio: float, *, turned: bool) -> Tensor:
     return found
 
 
-def require_whole_groups(clip_lengths: Any, group: int) -> None:
+def require_whole_groups(clip_lengths: Tensor | Sequence[int], group: int) -> None:
     """Refuse clips of several frames that share a merged group of rows with what stands beside them.
 
     Args:

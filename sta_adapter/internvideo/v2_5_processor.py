@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,13 @@ from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
 from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, chat_template, frames_prefix, image_tokens
+from sta_adapter.internvideo.visuals import Frames, Picture
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 NAME = "InternVideo2_5Processor"
+T = TypeVar("T")
 PLACES = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 
 
@@ -39,12 +44,12 @@ class InternVideo2_5Processor(ChatProcessor):
 
     image_token, video_token = IMAGE, VIDEO
     text_placeholders = True
-    template_options: ClassVar[dict[str, Any]] = {"add_special_tokens": False}  # the template writes them
+    template_options: ClassVar[dict[str, object]] = {"add_special_tokens": False}  # the template writes them
     model_input_names = ("input_ids", "attention_mask", "pixel_values", "clip_lengths")
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         image_processor: InternVideo2_5ImageProcessor,
         *,
         image_seq_length: int = 16,
@@ -65,14 +70,14 @@ class InternVideo2_5Processor(ChatProcessor):
 
     def __call__(
         self,
-        images: Any = None,
+        images: Sequence[Picture] | None = None,
         text: str | Sequence[str] | None = None,
-        videos: Any = None,
+        videos: Sequence[Frames] | None = None,
         *,
         add_special_tokens: bool | None = None,
         return_tensors: str | None = "pt",
         padding: bool | str = True,
-        **options: Any,
+        **options: object,
     ) -> BatchFeature:
         """Encode texts with their clips and pictures.
 
@@ -106,13 +111,13 @@ class InternVideo2_5Processor(ChatProcessor):
                 f"{len(pictures)} pictures and {len(clips)} clips; expected one for each. Either one is missing, or the text "
                 "contains these words itself."
             )
-        waiting = {IMAGE: iter(pictures), VIDEO: iter(clips)}
+        next_picture, next_clip = iter(pictures), iter(clips)
         rows: list[Tensor] = []
         lengths: list[int] = []
 
         def written(place: re.Match[str]) -> str:
-            of_clip, given = place[0] == VIDEO, next(waiting[place[0]])
-            made = self.image_processor.clip(given) if of_clip else self.image_processor.picture(given)
+            of_clip, rows_of = place[0] == VIDEO, self.image_processor
+            made = rows_of.clip(next(next_clip)) if of_clip else rows_of.picture(next(next_picture))
             rows.append(made)
             lengths.extend([len(made)] if of_clip else [1] * len(made))
             tokens = self.image_seq_length
@@ -124,20 +129,25 @@ class InternVideo2_5Processor(ChatProcessor):
             inputs |= {"pixel_values": torch.cat(rows), "clip_lengths": torch.tensor(lengths)}
         return BatchFeature(inputs)
 
-    def _tokens(self, texts: list[str], special: bool | None, padding: bool | str, options: dict[str, Any]) -> Any:
+    def _tokens(
+        self, texts: list[str], special: bool | None, padding: bool | str, options: Mapping[str, Any]
+    ) -> BatchEncoding:
         bos = self.tokenizer.bos_token
         if special is None:
             special = not (bos and all(text.startswith(bos) for text in texts))
-        return self.tokenizer(texts, add_special_tokens=special, padding=padding, return_tensors="pt", **options)
+        encoded: BatchEncoding = self.tokenizer(
+            texts, add_special_tokens=special, padding=padding, return_tensors="pt", **options
+        )
+        return encoded
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
         own = {"processor_class": NAME, "image_seq_length": self.image_seq_length, "template": self.template}
         return {**own, "image_processor": self.image_processor.to_dict()}
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], config: dict[str, Any] | None = None
+        cls, folder: str | os.PathLike[str], config: Mapping[str, object] | None = None
     ) -> InternVideo2_5Processor:
         """The processor of a folder with published files, or of one that `save_pretrained` wrote.
 
@@ -157,7 +167,7 @@ class InternVideo2_5Processor(ChatProcessor):
             return cls(tokenizer, InternVideo2_5ImageProcessor(**told), chat_template=tokenizer.chat_template, **kept)
         config = read_json(folder / "config.json") if config is None else config
         own = config.get("model_type") == InternVideo2_5Config.model_type
-        found: Any = InternVideo2_5Config.from_dict(config) if own else from_published(config)
+        found = InternVideo2_5Config.from_dict(dict(config)) if own else from_published(config)
         rows = InternVideo2_5ImageProcessor(
             found.vision_config.image_size,
             found.min_dynamic_patch,
@@ -176,7 +186,7 @@ def _template_of(name: str, bos: str) -> str:
         raise CheckpointError(f"template {name!r} is not known; expected internvl2_5 or internlm2-chat.") from error
 
 
-def _listed(given: Any) -> list[Any]:
+def _listed(given: Sequence[T] | None) -> list[T]:
     """Pictures or clips as a list; one array of a single clip or picture is none."""
     if given is None:
         return []

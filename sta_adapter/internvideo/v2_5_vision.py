@@ -5,7 +5,7 @@ The same arithmetic as the published file (its plain attention), so that adapter
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ class InternVisionEncoderLayer(nn.Module):
 
     def __init__(self, config: InternVisionConfig, drop_path: float) -> None:
         super().__init__()
-        norm = cast(Any, NORMS[config.norm_type])
+        norm = NORMS[config.norm_type]
         self.attn = InternAttention(config)
         self.mlp = InternMLP(config)
         self.norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
@@ -147,7 +147,7 @@ class InternVisionEncoder(nn.Module):
         rates = [config.drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
         self.layers = nn.ModuleList(InternVisionEncoderLayer(config, rate) for rate in rates)
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Any = checkpoint
+        self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
 
     def forward(self, states: Tensor) -> list[Tensor]:
         """(F, 1 + N, C) to the input and the output of every layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,18 +11,22 @@ from torch import Tensor
 from sta_adapter.errors import DataError
 from sta_adapter.internvideo.v2_prompt import IMAGE, VIDEO, conversation, prompt_tokens
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 __all__ = ["ChatMixin"]
 
 
 class ChatMixin:
     """`chat`, for a model with `config`, `device` and `generate`."""
 
-    config: Any
+    config: Any  # that of the model
     device: torch.device
 
     def chat(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         msg: str,
         user_prompt: str,
         media_type: str,
@@ -30,9 +34,9 @@ class ChatMixin:
         instruction: str | None = None,
         chat_history: Sequence[tuple[str, str]] = (),
         return_history: bool = False,
-        generation_config: Mapping[str, Any] | None = None,
-        qformer_tokenizer: Any = None,
-    ) -> Any:
+        generation_config: Mapping[str, object] | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
         """An answer, by the published call.
 
         Args:
@@ -62,7 +66,7 @@ class ChatMixin:
         )
         ids = torch.tensor([prompt_tokens(tokenizer, text, self.config)], device=self.device)
         pixels = {"pixel_values": clips[:, 0]} if media_type == "image" else {"pixel_values_videos": clips}
-        read: dict[str, Any] = {}
+        read: dict[str, Tensor] = {}
         if instruction and qformer_tokenizer is not None:
             told = qformer_tokenizer(instruction, truncation=True, max_length=512, return_tensors="pt").to(self.device)
             read = {"qformer_input_ids": told["input_ids"], "qformer_attention_mask": told["attention_mask"]}

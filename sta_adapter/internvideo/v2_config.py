@@ -51,9 +51,9 @@ class InternVideo2ChatConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config: Mapping[str, Any] | None = None,
-        qformer_config: Mapping[str, Any] | None = None,
-        text_config: Mapping[str, Any] | MistralConfig | None = None,
+        vision_config: Mapping[str, object] | None = None,
+        qformer_config: Mapping[str, object] | None = None,
+        text_config: Mapping[str, object] | MistralConfig | None = None,
         num_query_token: int = 32,
         extra_num_query_token: int = 64,
         image_token_id: int | None = None,
@@ -64,8 +64,8 @@ class InternVideo2ChatConfig(PretrainedConfig):
         if not isinstance(text_config, MistralConfig):
             text_config = MistralConfig(**_without_type(text_config or MISTRAL))
         self.text_config = text_config
-        self.vision_config = dict(vision_config or dataclasses.asdict(EncoderConfig()))
-        self.qformer_config = dict(qformer_config or {**BERT, "vocab_size": BERT_VOCABULARY})
+        self.vision_config: dict[str, Any] = dict(vision_config or dataclasses.asdict(EncoderConfig()))
+        self.qformer_config: dict[str, object] = dict(qformer_config or {**BERT, "vocab_size": BERT_VOCABULARY})
         self.num_query_token = num_query_token
         self.extra_num_query_token = extra_num_query_token
         vocabulary = text_config.vocab_size
@@ -79,7 +79,7 @@ class InternVideo2ChatConfig(PretrainedConfig):
         """Tokens of a clip or picture, whatever its frames."""
         return self.num_query_token + self.extra_num_query_token
 
-    def get_text_config(self, *_: Any, **__: Any) -> MistralConfig:
+    def get_text_config(self, *_: object, **__: object) -> MistralConfig:
         """The language model's."""
         return self.text_config
 
@@ -92,13 +92,13 @@ class InternVideo2ChatConfig(PretrainedConfig):
         fixed = {"encoder_hidden_size": self.vision_config["embed_dim"], "cross_attention_frequency": 2}
         return InstructBlipQFormerConfig(**{**self.qformer_config, **fixed})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As `config.json` has it."""
         kept = super().to_dict()
         return {**kept, "text_config": self.text_config.to_dict(), "model_type": MODEL_TYPE}
 
 
-def read_config(config: Mapping[str, Any], folder: Path | None = None) -> InternVideo2ChatConfig:
+def read_config(config: Mapping[str, object], folder: Path | None = None) -> InternVideo2ChatConfig:
     """The configuration that a `config.json`, ours or a published one, describes.
 
     Args:
@@ -110,7 +110,7 @@ def read_config(config: Mapping[str, Any], folder: Path | None = None) -> Intern
         CheckpointError: it isn't InternVideo2-Chat's, or of a variant that isn't known.
     """
     if config.get("model_type") == MODEL_TYPE:
-        return InternVideo2ChatConfig(**{key: value for key, value in config.items() if key != "model_type"})
+        return InternVideo2ChatConfig(**_without_type(config))
     settings = config.get("model_config")
     parts = ("vision_encoder", "bridge", "llm")
     if not isinstance(settings, Mapping) or not all(isinstance(settings.get(part), Mapping) for part in parts):
@@ -138,7 +138,7 @@ def read_config(config: Mapping[str, Any], folder: Path | None = None) -> Intern
     )
 
 
-def _language_model(llm: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+def _language_model(llm: Mapping[str, object], folder: Path | None) -> dict[str, object]:
     if llm.get("name") != "mistral_7b":
         raise CheckpointError(
             f"the language model is {llm.get('name')!r}; expected 'mistral_7b', as InternVideo2-Chat-8B and its HD variant have it."
@@ -147,10 +147,10 @@ def _language_model(llm: Mapping[str, Any], folder: Path | None) -> dict[str, An
     if named:  # else the folder itself would be meant, whose config.json is the chat model's
         for place in (*([folder / str(named)] if folder else []), Path(str(named))):
             if (place / "config.json").is_file():
-                found: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
+                found: dict[str, object] = json.loads((place / "config.json").read_text(encoding="utf-8"))
                 return found
     return dict(MISTRAL)
 
 
-def _without_type(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_type(config: Mapping[str, object]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "model_type"}

@@ -6,7 +6,7 @@ Its modules have the published names, so that published weights fit by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +22,7 @@ from sta_adapter.errors import CheckpointError, LayoutError
 __all__ = ["EncoderConfig", "InternVideo2Encoder"]
 
 EPS = 1e-6
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, float]] = {
     "internvideo2-1B": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
     "internvideo2-6B": {"embed_dim": 3200, "depth": 48, "num_heads": 25, "mlp_ratio": 4},
 }
@@ -155,7 +155,7 @@ class InternVideo2Encoder(nn.Module):
             self.img_pos_embed = nn.Parameter(torch.randn(1, 1 + rows * columns, width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Any = functools.partial(checkpoint, use_reentrant=False)
+        self._gradient_checkpointing_func: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, 1 + T * N, C) of clips (B, 3, T, H, W), normalised pixels; T = 1 is a picture.
@@ -163,7 +163,7 @@ class InternVideo2Encoder(nn.Module):
         Raises:
             LayoutError: the clips have another shape, or aren't even one patch large.
         """
-        kernel: Any = self.patch_embed.proj.kernel_size
+        kernel = self.patch_embed.proj.kernel_size
         if x.dim() != 5 or x.shape[1] != 3 or any(size < step for size, step in zip(x.shape[2:], kernel, strict=True)):
             raise LayoutError(
                 f"the video has the shape {tuple(x.shape)}; expected (clips, 3, frames, height, width), at least "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sta_adapter.data.clip_batches import put_together
 from sta_adapter.errors import DataError
+from sta_adapter.internvideo.visuals import Frames, Picture
 
 __all__ = ["InternVideo2ImageProcessor"]
 
@@ -34,11 +34,11 @@ class InternVideo2ImageProcessor:
         self.image_size = image_size
         self.tiles = None if tiles is None else (int(tiles[0]), int(tiles[1]))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
         return {"image_processor_type": type(self).__name__, **vars(self)}
 
-    def clip(self, frames: Any) -> Tensor:
+    def clip(self, frames: Frames) -> Tensor:
         """(n, T, 3, size, size) of a clip.
 
         Args:
@@ -58,7 +58,7 @@ class InternVideo2ImageProcessor:
         parts = rearrange(large, "t c (rows h) (columns w) -> (rows columns) t c h w", rows=rows, columns=columns)
         return torch.cat([parts, whole[None]])
 
-    def picture(self, image: Any) -> Tensor:
+    def picture(self, image: Picture) -> Tensor:
         """(n, 3, size, size) of a picture; arguments as for `clip`, without the axis of frames.
 
         Raises:
@@ -66,7 +66,7 @@ class InternVideo2ImageProcessor:
         """
         return self.clip([image])[:, 0]
 
-    def preprocess(self, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[Picture] = (), videos: Sequence[Frames] = ()) -> dict[str, Tensor]:
         """`pixel_values` (n, 3, size, size) of all pictures, and `pixel_values_videos` (n, T, 3, size, size) of all clips.
 
         Clips of fewer frames than the longest are filled up with frames of NaN.
@@ -96,7 +96,7 @@ class InternVideo2ImageProcessor:
         return (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
 
 
-def _frames(given: Any) -> Tensor:
+def _frames(given: Frames) -> Tensor:
     """(T, 3, H, W)."""
     if isinstance(given, (list, tuple)):
         if not given:

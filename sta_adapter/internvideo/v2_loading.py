@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,12 @@ from sta_adapter.internvideo.files import TOKENIZER_FILES, WEIGHT_FILES, fetch_f
 from sta_adapter.internvideo.v2_config import MODEL_TYPE, read_config
 from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.v2_weights import model_weights
-from sta_adapter.internvideo.weights import fill, iterate_weights, weight_files
+from sta_adapter.internvideo.weights import dtype_of_weights, fill, iterate_weights, weight_files
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+    from sta_adapter.internvideo.chat_processor import ChatProcessor
 
 __all__ = ["empty_model", "load_model", "load_processor"]
 
@@ -28,12 +33,12 @@ OTHER_FILES = ("*/config.json", "bert/*", "bert-base-uncased/*")
 
 def load_model(
     name: str | os.PathLike[str],
-    config: dict[str, Any],
+    config: Mapping[str, object],
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: str = "cpu",
-    quantization_config: Any = None,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES, *OTHER_FILES))
@@ -48,24 +53,23 @@ def load_model(
         quantized: InternVideo2Chat = InternVideo2Chat.from_pretrained(folder, **options)
         quantized.config._name_or_path = os.fspath(name)
         return quantized
-    if dtype == "auto":
-        dtype = getattr(
-            torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-        )
+
     made = read_config(config, folder)
     with _Unallocated():
-        model: Any = InternVideo2Chat(made)
+        model = InternVideo2Chat(made)
     weights = model_weights(iterate_weights(weight_files(folder)), made.lora_scale)
-    fill(model, weights, source=folder, dtype=dtype, device=device)  # type: ignore[arg-type]
+    fill(model, weights, source=folder, dtype=dtype_of_weights(dtype, config), device=device)
     made.lora_scale = None  # it is merged now
     made._name_or_path = os.fspath(name)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    found: nn.Module = model.to(device).eval()
-    return found
+    found: nn.Module = model
+    return found.to(device).eval()
 
 
-def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revision: str | None = None) -> Any:
+def load_processor(
+    name: str | os.PathLike[str], config: Mapping[str, object], revision: str | None = None
+) -> ChatProcessor:
     """See `sta_adapter.internvideo.Builder`."""
     from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
 
@@ -73,7 +77,7 @@ def load_processor(name: str | os.PathLike[str], config: dict[str, Any], revisio
     return InternVideo2ChatProcessor.of_folder(folder, read_config(config, folder), str(name))
 
 
-def empty_model(config: dict[str, Any], folder: Path | None = None) -> nn.Module:
+def empty_model(config: Mapping[str, object], folder: Path | None = None) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
     return InternVideo2Chat(read_config(config, folder))
 
@@ -82,7 +86,11 @@ class _Unallocated(TorchFunctionMode):
     """Weights that are made without a value are on the meta device; what is computed, as rotary frequencies, is real."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """See torch."""
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})

@@ -6,10 +6,10 @@ Numbers made by the published code prove that it computes the same: `tests/test_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from transformers import InstructBlipQFormerModel, MistralForCausalLM, PreTrainedModel
 
 from sta_adapter.data.clip_batches import missing_frames
@@ -17,6 +17,10 @@ from sta_adapter.errors import DataError
 from sta_adapter.internvideo.v2_chat import ChatMixin
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_encoder import InternVideo2Encoder
+
+if TYPE_CHECKING:
+    from transformers.generation.utils import GenerateOutput
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["InternVideo2Chat"]
 
@@ -73,8 +77,8 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast:
         """The language model's output: `logits` (B, L, V), `loss` if there are `labels`.
 
         Args:
@@ -94,7 +98,8 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         if inputs_embeds is None:
             text = (qformer_input_ids, qformer_attention_mask)
             inputs_embeds = self.embed(input_ids, pixel_values_videos, pixel_values, text)
-        return self.lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        found: CausalLMOutputWithPast = self.lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return found
 
     def embed(
         self,
@@ -176,8 +181,8 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
+        **options: object,
+    ) -> GenerateOutput | Tensor:
         """What the language model writes: `input_ids` and the new tokens (B, L + new), of `inputs_embeds` the new ones alone.
 
         Args:
@@ -196,12 +201,14 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         self.lm.generation_config = self.generation_config
-        out = self.lm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+        out: GenerateOutput | Tensor = self.lm.generate(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
+        )
         if input_ids is None:
             return out
         if isinstance(out, Tensor):
             return _behind(input_ids, out)
-        out.sequences = _behind(input_ids, out.sequences)
+        out.sequences = cast(LongTensor, _behind(input_ids, out.sequences))
         return out
 
 

@@ -6,11 +6,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, MistralConfig
+from transformers import AutoTokenizer, BatchFeature, MistralConfig, PreTrainedTokenizerBase
 
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
@@ -18,6 +17,7 @@ from sta_adapter.internvideo.files import read_json
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
 from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, prompt_tokens
+from sta_adapter.internvideo.visuals import Frames, Picture
 
 __all__ = ["InternVideo2ChatProcessor"]
 
@@ -51,14 +51,14 @@ class InternVideo2ChatProcessor(ChatProcessor):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         image_processor: InternVideo2ImageProcessor,
         *,
         num_visual_tokens: int,
         image_token_id: int,
         video_token_id: int,
         num_frames: int = FRAMES,
-        qformer_tokenizer: Any = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -76,14 +76,14 @@ class InternVideo2ChatProcessor(ChatProcessor):
 
     def __call__(
         self,
-        images: Any = None,
+        images: Sequence[Picture] | None = None,
         text: str | Sequence[str] | None = None,
-        videos: Any = None,
+        videos: Sequence[Frames] | None = None,
         *,
         instruction: str | None = None,
         return_tensors: str | None = "pt",
         padding: bool | str = True,
-        **options: Any,
+        **options: object,
     ) -> BatchFeature:
         """Encode texts with their clips and pictures.
 
@@ -147,14 +147,14 @@ class InternVideo2ChatProcessor(ChatProcessor):
         told = self.qformer_tokenizer(instruction, truncation=True, max_length=512, return_tensors="pt")
         return {"qformer_input_ids": told["input_ids"], "qformer_attention_mask": told["attention_mask"]}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
         kept = {
             key: getattr(self, key) for key in ("num_visual_tokens", "image_token_id", "video_token_id", "num_frames")
         }
         return {"processor_class": NAME, **kept, "image_processor": self.image_processor.to_dict()}
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: object) -> None:
         """As for any chat processor, with the Q-Former's tokenizer, if there is one."""
         super().save_pretrained(save_directory)
         if self.qformer_tokenizer is not None:
@@ -174,12 +174,12 @@ class InternVideo2ChatProcessor(ChatProcessor):
         """
         tokenizer, saved = _tokenizer(folder), read_json(folder / SETTINGS)
         berts = [folder / bert for bert in BERT_FOLDERS if (folder / bert).is_dir()]
-        read: dict[str, Any] = {"qformer_tokenizer": _tokenizer(berts[0]) if berts else None}
+        bert = _tokenizer(berts[0]) if berts else None
         if saved.get("processor_class") == NAME:
             told = {key: value for key, value in saved["image_processor"].items() if key != "image_processor_type"}
             kept = {key: value for key, value in saved.items() if key not in ("processor_class", "image_processor")}
-            read["chat_template"] = tokenizer.chat_template
-            return cls(tokenizer, InternVideo2ImageProcessor(**told), **read, **kept)
+            own = {"qformer_tokenizer": bert, "chat_template": tokenizer.chat_template}
+            return cls(tokenizer, InternVideo2ImageProcessor(**told), **own, **kept)
         tiles = HD_TILES if name.rstrip("/").upper().endswith("HD") else None
         return cls(
             tokenizer,
@@ -187,11 +187,11 @@ class InternVideo2ChatProcessor(ChatProcessor):
             num_visual_tokens=config.num_visual_tokens,
             image_token_id=config.image_token_id,
             video_token_id=config.video_token_id,
-            **read,
+            qformer_tokenizer=bert,
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         # the configuration spares a look at config.json, which names code of its own
         return AutoTokenizer.from_pretrained(folder, config=MistralConfig(), trust_remote_code=False)

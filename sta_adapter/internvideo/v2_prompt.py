@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from sta_adapter.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE", "VIDEO", "conversation", "prompt_tokens"]
 
@@ -41,7 +44,23 @@ CHAT_TEMPLATE = """\
 """As the published `chat` writes it: clips and pictures in a turn of their own, then the question."""
 
 
-def prompt_tokens(tokenizer: Any, text: str, config: Any) -> list[int]:
+class Placeholders(Protocol):
+    """What says how clips and pictures stand in a prompt: the configuration, or the processor."""
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Of each clip and picture."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Stands for each token of a picture."""
+
+    @property
+    def video_token_id(self) -> int:
+        """Stands for each token of a clip."""
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, config: Placeholders) -> list[int]:
     """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
 
     As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's
@@ -50,7 +69,7 @@ def prompt_tokens(tokenizer: Any, text: str, config: Any) -> list[int]:
     Args:
         tokenizer: the language model's.
         text: the text; a `bos_token` that it begins with isn't doubled.
-        config: has `num_visual_tokens`, `image_token_id` and `video_token_id`.
+        config: says what stands for a clip or picture.
 
     Raises:
         DataError: the tokenizer has no token for a text's beginning.

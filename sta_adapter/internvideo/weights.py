@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["fill", "iterate_weights", "weight_files"]
+__all__ = ["dtype_of_weights", "fill", "iterate_weights", "weight_files"]
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -108,10 +107,25 @@ def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
             "holds objects whose code would have to run, which is never done; get the checkpoint as safetensors."
         ) from error
     inner = [key for key in NESTED if isinstance(held, Mapping) and isinstance(held.get(key), Mapping)]
-    weights: Any = held[inner[0]] if len(inner) == 1 else held
+    weights: object = held[inner[0]] if len(inner) == 1 else held
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{file} holds a {type(held).__name__} that is no table of weights by name.")
     yield from weights.items()
+
+
+def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> torch.dtype:
+    """The type that weights are loaded in: the one asked for, with "auto" the one that `config.json` names, or bfloat16.
+
+    Raises:
+        CheckpointError: torch has no type of that name.
+    """
+    if isinstance(asked, torch.dtype):
+        return asked
+    name = config.get("torch_dtype") or config.get("dtype") or "bfloat16" if asked == "auto" else asked
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"the weights' dtype is {name!r}; expected one of torch's, such as bfloat16 or float32.")
+    return found
 
 
 def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dtype, device: str = "cpu") -> None:

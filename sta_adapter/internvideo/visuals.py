@@ -1,0 +1,19 @@
+"""What both chat models take for a picture, and for the frames of a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from torch import Tensor
+
+__all__ = ["Frames", "Picture"]
+
+Picture: TypeAlias = "Image | NDArray[np.uint8] | Tensor"
+"""Pillow's, or (H, W, 3) or (3, H, W) uint8."""
+Frames: TypeAlias = "NDArray[np.uint8] | Tensor | Sequence[Picture]"
+"""(T, H, W, 3) or (T, 3, H, W) uint8, or pictures of one size."""
