@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from sta_adapter.cli.measurement import ORDERED, Measurement
 from sta_adapter.errors import ConfigError
@@ -12,6 +12,7 @@ from sta_adapter.errors import ConfigError
 if TYPE_CHECKING:
     from sta_adapter.data.conversation import Sample
     from sta_adapter.data.dataset import VideoDataset
+    from sta_adapter.evaluation.engine import Agreement
     from sta_adapter.evaluation.result import EvaluationResult
 
     Orders = dict[str, EvaluationResult]
@@ -19,7 +20,29 @@ if TYPE_CHECKING:
 ENGINES = ("transformers", "vllm")
 
 
-def check_options(options: dict[str, Any]) -> dict[str, Any]:
+class AskOptions(TypedDict):
+    """The options of `sta-adapter evaluate` that depend on who answers."""
+
+    engine: str
+    engine_options: str | None
+    check: int | None
+    quantize: str | None
+    device: str | None
+    cache: str | None
+    stop_at_letter: bool
+    positions: str | None
+
+
+class EngineReport(TypedDict):
+    """What results.json says of an engine."""
+
+    name: str
+    version: str
+    options: dict[str, object]
+    agreement: dict[str, Agreement]
+
+
+def check_options(options: AskOptions) -> dict[str, object]:
     """The engine's own options.
 
     Raises:
@@ -27,13 +50,16 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     text = options["engine_options"]
     if options["engine"] != "vllm":
-        given = [name for name in ("engine_options", "check") if options[name] is not None]
-        if given:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is for --engine vllm.")
+        for name, value in (("engine-options", text), ("check", options["check"])):
+            if value is not None:
+                raise ConfigError(f"--{name} is for --engine vllm.")
         return {}
-    hints = {"quantize": "--engine-options '{\"quantization\": ...}'", "device": "CUDA_VISIBLE_DEVICES"}
-    for name, hint in hints.items():
-        if options[name] is not None:
+    hints = (
+        ("quantize", options["quantize"], "--engine-options '{\"quantization\": ...}'"),
+        ("device", options["device"], "CUDA_VISIBLE_DEVICES"),
+    )
+    for name, given, hint in hints:
+        if given is not None:
             raise ConfigError(f"--{name} is for transformers; vLLM takes {hint}.")
     if options["cache"] is not None:
         raise ConfigError(
@@ -52,7 +78,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def ask_engine(measurement: Measurement, options: dict[str, Any]) -> tuple[dict[str, Orders], dict[str, Any]]:
+def ask_engine(measurement: Measurement, options: AskOptions) -> tuple[dict[str, Orders], EngineReport]:
     """The results of each run, each by an engine of its own, and what is to be said of the engine.
 
     Args:
@@ -67,11 +93,19 @@ def ask_engine(measurement: Measurement, options: dict[str, Any]) -> tuple[dict[
     some = _some(dataset, 16 if options["check"] is None else options["check"])
     expected = measurement.ask_model(some) if len(some) else {}
     _free_memory()
-    how: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    how |= {"any_base": source.any_base, "dtype": source.dtype, "most": _most(dataset.samples), "options": own}
+    most = _most(dataset.samples)
     results, agreements = {}, {}
     for run in measurement.runs:
-        with VLLMEngine(source.model, source.adapter if run == "adapter" else None, **how) as engine:
+        with VLLMEngine(
+            source.model,
+            source.adapter if run == "adapter" else None,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            any_base=source.any_base,
+            dtype=source.dtype,
+            most=most,
+            options=own,
+        ) as engine:
             results[run] = measurement.ask(engine, run)
             if expected:
                 found = measurement.ask(engine, run, some)
@@ -80,7 +114,7 @@ def ask_engine(measurement: Measurement, options: dict[str, Any]) -> tuple[dict[
     return results, {"name": "vllm", "version": version("vllm"), "options": own, "agreement": agreements}
 
 
-def sentences(engine: dict[str, Any]) -> list[str]:
+def sentences(engine: EngineReport) -> list[str]:
     """What the report says of the engine."""
     said = [f"Answered by {engine['name']} {engine['version']}."]
     for run, found in engine["agreement"].items():

@@ -6,11 +6,11 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from sta_adapter.cli.engine import ENGINES, ask_engine, check_options, sentences
+from sta_adapter.cli.engine import ENGINES, AskOptions, EngineReport, ask_engine, check_options, sentences
 from sta_adapter.cli.measurement import Measurement
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
@@ -29,8 +29,50 @@ from sta_adapter.requirements import require_device, require_packages, require_w
 from sta_adapter.visualization.local_paths import public_name, without_folders
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sta_adapter.compatibility.processors import Processor
     from sta_adapter.data.conversation import Sample
     from sta_adapter.data.dataset import VideoDataset
+    from sta_adapter.evaluation.comparison import Report
+
+    class Options(AskOptions):
+        """Those of the command, but for the ones that it names itself."""
+
+        data: str
+        benchmark: str | None
+        format: str | None
+        videos: str | None
+        category: str | None
+        frames: str
+        overwrite: bool
+        batch_size: int | None
+        max_new_tokens: int
+        num_workers: int
+        fps: float | None
+        nframes: int | None
+        seed: int
+        on_bad_sample: str
+        adapter_revision: str | None
+        any_base: bool
+        revision: str | None
+        trust_remote_code: bool
+        dtype: str | None
+        shared: bool  # found out by the command
+
+    class About(TypedDict, total=False):
+        """What results.json says of itself."""
+
+        model: str
+        adapter_id: str | None
+        data: str
+        benchmark: str | None
+        seed: int
+        engine: EngineReport
+
+    class Results(Report, About, total=False):
+        """What it holds."""
+
 
 __all__ = ["command"]
 
@@ -80,7 +122,9 @@ Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
 @quantize_option
 @model_options
 @adapter_options
-def command(model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Unpack[Options]
+) -> None:
     """Evaluate and print the outcome."""
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
@@ -119,14 +163,14 @@ def command(model: str, adapter: str | None, base: bool, out: str | None, as_jso
     if not is_rank_zero():
         return
     compared = compare(results, clips_of(samples), seed=options["seed"])
-    report = {**compared, **about, "chance": chance(samples), "notes": notes}
+    report: Results = {**compared, **about, "chance": chance(samples), "notes": notes}
     public = without_folders(report, [options["videos"] or "", options["data"], Path(options["data"]).parent])
     if out:
         _write(public, Path(out))
     click.echo(json.dumps(public, indent=1) if as_json else as_text(report))
 
 
-def _joined(options: dict[str, Any]) -> bool:
+def _joined(options: Options) -> bool:
     """Whether this is one of several processes that share the samples, each of which then works on a device of its own.
 
     Raises:
@@ -146,7 +190,7 @@ def _joined(options: dict[str, Any]) -> bool:
     return True
 
 
-def _about(model: str, adapter: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _about(model: str, adapter: str | None, options: Options) -> About:
     """What results.json says of itself, without folders of this machine, as such files are published."""
     return {
         "model": public_name(model),
@@ -157,7 +201,7 @@ def _about(model: str, adapter: str | None, options: dict[str, Any]) -> dict[str
     }
 
 
-def _require_results_free(folder: Path, about: dict[str, Any], planned: list[str], options: dict[str, Any]) -> None:
+def _require_results_free(folder: Path, about: About, planned: list[str], options: Options) -> None:
     """Refuse to replace results that this evaluation will not hold as well."""
     require_writable(folder)
     file = folder / "results.json"
@@ -166,7 +210,7 @@ def _require_results_free(folder: Path, about: dict[str, Any], planned: list[str
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         runs = {(name, order) for name in ("base", "adapter") for order in found.get(name) or {}}
-        differ = sorted(key for key in about if key != "seed" and found[key] != about[key])
+        differ = sorted(key for key, value in about.items() if key != "seed" and found[key] != value)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         runs, differ = set(), ["its form"]
     lost = runs - {(name, order) for name in planned for order in _orders(options)}
@@ -178,24 +222,29 @@ def _require_results_free(folder: Path, about: dict[str, Any], planned: list[str
         )
 
 
-def _orders(options: dict[str, Any]) -> tuple[str, ...]:
+def _orders(options: Options) -> tuple[str, ...]:
     return ORDERS if options["frames"] == "all" else (options["frames"],)
 
 
-def _samples(options: dict[str, Any]) -> tuple[list[Sample], list[str]]:
+def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     """What to ask, and what was left out of it."""
     from sta_adapter.data.samples import open_samples, require_usable
     from sta_adapter.evaluation.benchmarks import load_benchmark
 
     if options["benchmark"]:
-        given = [f"--{name}" for name in ("format", "videos") if options[name]]
+        given = "--format" if options["format"] else "--videos" if options["videos"] else ""
         if given:
-            raise ConfigError(f"{given[0]} and --benchmark exclude each other; a benchmark's layout is its own.")
+            raise ConfigError(f"{given} and --benchmark exclude each other; a benchmark's layout is its own.")
         found = load_benchmark(options["benchmark"], options["data"])
         samples, notes = found.samples, found.notes
     else:
-        how = {key: options[key] for key in ("format", "videos", "on_bad_sample")}
-        samples, notes = list(require_usable(open_samples(options["data"], **how))), []
+        opened = open_samples(
+            options["data"],
+            format=options["format"],
+            videos=options["videos"],
+            on_bad_sample=options["on_bad_sample"],
+        )
+        samples, notes = list(require_usable(opened)), []
     field = options["category"]
     if field is None or field == "category":
         return samples, notes
@@ -206,7 +255,7 @@ def _samples(options: dict[str, Any]) -> tuple[list[Sample], list[str]]:
 
 
 def _dataset(
-    samples: list[Sample], model: str, processor: Any, adapter: Path | None, options: dict[str, Any]
+    samples: list[Sample], model: str, processor: Processor, adapter: Path | None, options: Options
 ) -> VideoDataset:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data.dataset import VideoDataset
@@ -217,11 +266,11 @@ def _dataset(
     chosen = frame_rate(options["fps"], options["nframes"])
     trained = saved_frame_settings(adapter) if adapter else {}
     frames = FrameSettings(**{**(trained or usual_frames(model)), **chosen})
-    how = {"on_bad_sample": options["on_bad_sample"], "cache": options["cache"] or False}
-    return VideoDataset(samples, processor, frames=frames, **how)
+    bad, cache = options["on_bad_sample"], options["cache"] or False
+    return VideoDataset(samples, processor, frames=frames, on_bad_sample=bad, cache=cache)
 
 
-def _write(report: dict[str, Any], folder: Path) -> None:
+def _write(report: Results, folder: Path) -> None:
     """results.json and results.png; where it can't be drawn, the reason in its place."""
     from sta_adapter.evaluation.plot import draw
 
@@ -232,7 +281,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
 
 
-def _arguments(options: dict[str, Any]) -> dict[str, Any]:
+def _arguments(options: Options) -> dict[str, object]:
     """Those of `sta_adapter.evaluation.evaluate` that are the same for all runs."""
     return {
         "seed": options["seed"],

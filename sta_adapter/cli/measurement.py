@@ -46,7 +46,7 @@ class Measurement:
     device: str | None
     out: Path | None
     overwrite: bool
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any]  # as keyword arguments
 
     def ask(self, answerer: nn.Module | Engine, run: str, some: VideoDataset | None = None) -> Orders:
         """The results of a run by the order of frames; with `some` of these alone, frames in order, and nothing is kept."""

@@ -12,6 +12,8 @@ from sta_adapter.cli.options import base_model_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from sta_adapter.compatibility.processors import Processor
+
 __all__ = ["ModelSource"]
 
 
@@ -42,18 +44,19 @@ class ModelSource:
     any_base: bool = False
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], adapter: Path | None) -> ModelSource:
+    def of(cls, options: Mapping[str, object], adapter: Path | None) -> ModelSource:
         """The one that a command's options name, with the adapter's folder (of `find_adapter`)."""
         names = ("model", "revision", "quantize", "positions", "attn_implementation")
         given: dict[str, Any] = {name: options.get(name) for name in names}
         given |= {name: bool(options.get(name)) for name in ("trust_remote_code", "any_base")}
-        return cls(**given, dtype=options.get("dtype") or "auto", adapter=adapter)
+        return cls(**given, dtype=str(options.get("dtype") or "auto"), adapter=adapter)
 
-    def load_processor(self) -> Any:
+    def load_processor(self) -> Processor:
         """The base's processor."""
         from sta_adapter.loading import load_processor
 
-        return load_processor(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        found: Processor = load_processor(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return found
 
     def load(self, device: str | None, is_trainable: bool = False) -> nn.Module:
         """The base with its text positions and, if there is one, its adapter."""

@@ -225,7 +225,7 @@ def read_run(
     if not given.keys().isdisjoint(LENGTH):  # steps instead of the file's epochs, or the other way round
         values = {name: value for name, value in values.items() if name not in LENGTH}
     values = merged(values, given)
-    run = {name: values.pop(name, None) for name in names}
+    run: dict[str, Any] = {name: values.pop(name, None) for name in names}
     run["data"] = one_or_several(run["data"])
     values = with_usual_frames(values, run.get("model"))
     missing = [f"--{name}" for name in needed if not run[name]]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from torch import nn
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.data.clip_batches import PIXELS, missing_frames
@@ -78,7 +80,7 @@ class Question:
     options: list[torch.Tensor]
 
 
-def option_tokens(processor: Any, sample: Sample, choose: str) -> list[torch.Tensor]:
+def option_tokens(processor: Processor, sample: Sample, choose: str) -> list[torch.Tensor]:
     """A sample's options as tokens; none where its answer is generated.
 
     Raises:
@@ -97,10 +99,10 @@ class AtLetter(StoppingCriteria):
         options: how many each row's question has; 0 lets it go on.
     """
 
-    def __init__(self, tokenizer: Any, start: int, options: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, options: Sequence[int]) -> None:
         self.tokenizer, self.start, self.options = tokenizer, start, options
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         """(B,) which rows have ended."""
         said = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
         ended = [
@@ -129,14 +131,14 @@ class Answerer:
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: nn.Module,
+        processor: Processor,
         max_new_tokens: int,
         batch_size: int,
         choose: str = "loglikelihood",
         stop_at_letter: bool = False,
     ) -> None:
-        self.model = model
+        self.model: Any = model  # of a class that generates
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -166,7 +168,7 @@ class Answerer:
 
     def _alike(self, questions: list[Question]) -> list[list[Question]]:
         """In batches that any model takes: stacked clips and pictures of one length, and of one kind where need be."""
-        groups: dict[Any, list[Question]] = {}
+        groups: dict[tuple[object, ...], list[Question]] = {}
         for question in questions:
             item = question.prompt
             stacked = tuple((key, item[key].shape[1:]) for key in PIXELS if key in item and item[key].dim() == 5)
@@ -243,7 +245,7 @@ class Answerer:
 class _Growing(TextStreamer):
     """Tells the whole text of an answer each time that a word is added to it."""
 
-    def __init__(self, tokenizer: Any, said: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, said: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.said = said
         self.text = ""

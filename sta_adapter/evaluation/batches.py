@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from torch.utils.data import DataLoader, Subset
 
@@ -31,8 +30,10 @@ def batches(
     """Batches of samples of about one length, so that little is padded: those of a unit, from the longest on."""
     indices = [index for unit in shares for index in unit]
     workers = 0 if dataset.cached else num_workers
-    ahead: dict[str, Any] = {"prefetch_factor": 2 * size} if workers else {}
-    loader = DataLoader(Subset(dataset, indices), batch_size=None, num_workers=workers, collate_fn=_as_it_is, **ahead)
+    ahead = 2 * size if workers else None
+    loader = DataLoader(
+        Subset(dataset, indices), batch_size=None, num_workers=workers, collate_fn=_as_it_is, prefetch_factor=ahead
+    )
     with worker_errors(), _progress(progress, len(indices), dataset.encoder.frame_order) as advance:
         items = iter(loader)
         for unit in shares:

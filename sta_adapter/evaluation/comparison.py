@@ -10,24 +10,61 @@ import json
 import textwrap
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from sta_adapter.data.conversation import Sample
-from sta_adapter.evaluation.result import EvaluationResult
+from sta_adapter.evaluation.result import EvaluationResult, RunReport, ScoreReport
 from sta_adapter.evaluation.statistics import FEW, mean_interval
 
-__all__ = ["as_text", "chance", "clips_of", "compare"]
+__all__ = ["Report", "as_text", "chance", "clips_of", "compare", "runs_of"]
 
 Results = Mapping[str, Mapping[str, EvaluationResult]]
 Run = tuple[str, str]  # "base" or "adapter", and the order of frames
+MODELS: tuple[Literal["base"], Literal["adapter"]] = ("base", "adapter")
 CONTROLS = ("shuffled", "reversed")
 LINE, NAME = 80, 30
+
+
+class Label(TypedDict, total=False):
+    """What a difference is of: `frames` between models, `model` between orders of frames."""
+
+    of: str
+    frames: str
+    model: str
+
+
+class Difference(Label, total=False):
+    """A difference of accuracies with its interval."""
+
+    difference: float
+    low: float
+    high: float
+    questions: int
+    clips: int
+
+
+class Chance(TypedDict):
+    """The accuracy of guessing."""
+
+    overall: float
+    categories: dict[str, float]
+
+
+class Report(TypedDict, total=False):
+    """What `compare` gives, and what results.json has beside it."""
+
+    base: dict[str, RunReport]
+    adapter: dict[str, RunReport]
+    differences: list[Difference]
+    reading: list[str]
+    chance: Chance | None
+    notes: list[str]
 
 
 class Contrast(NamedTuple):
     """A difference to report: the sum of some runs minus the sum of others."""
 
-    label: dict[str, str]
+    label: Label
     plus: list[Run]
     minus: list[Run]
 
@@ -42,7 +79,7 @@ def clips_of(samples: Sequence[Sample]) -> list[Hashable]:
     ]
 
 
-def chance(samples: Sequence[Sample]) -> dict[str, Any] | None:
+def chance(samples: Sequence[Sample]) -> Chance | None:
     """The accuracy of guessing among the options, in all and by category; None where not all samples have options."""
     samples = [sample for sample in samples if sample.problem is None]
     shares = [1 / len(sample.options) for sample in samples if sample.options]
@@ -55,7 +92,7 @@ def chance(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return {"overall": fmean(shares), "categories": {name: fmean(found) for name, found in groups.items()}}
 
 
-def compare(results: Results, clips: Sequence[Hashable], *, seed: int = 0) -> dict[str, Any]:
+def compare(results: Results, clips: Sequence[Hashable], *, seed: int = 0) -> Report:
     """Plain values of all results, their differences, and sentences that read them.
 
     Args:
@@ -65,15 +102,21 @@ def compare(results: Results, clips: Sequence[Hashable], *, seed: int = 0) -> di
     """
     runs = {(name, order): result for name, orders in results.items() for order, result in orders.items()}
     differences = [
-        {**contrast.label, **_difference(contrast, runs, clips, seed)}
+        _difference(contrast, runs, clips, seed)
         for contrast in _contrasts(results)
         if runs.keys() >= {*contrast.plus, *contrast.minus}
     ]
-    report: dict[str, Any] = {
-        name: {order: result.to_dict(predictions=False) for order, result in orders.items()}
-        for name, orders in results.items()
-    }
-    return {**report, "differences": differences, "reading": _reading(differences)}
+    report: Report = {}
+    for name in MODELS:
+        if name in results:
+            report[name] = {order: result.to_dict(predictions=False) for order, result in results[name].items()}
+    report["differences"], report["reading"] = differences, _reading(differences)
+    return report
+
+
+def runs_of(report: Report) -> dict[str, dict[str, RunReport]]:
+    """The runs of a report by name, then by order of frames."""
+    return {name: report[name] for name in MODELS if name in report}
 
 
 def _contrasts(names: Iterable[str]) -> Iterator[Contrast]:
@@ -90,7 +133,7 @@ def _contrasts(names: Iterable[str]) -> Iterator[Contrast]:
 
 def _difference(
     contrast: Contrast, runs: Mapping[Run, EvaluationResult], clips: Sequence[Hashable], seed: int
-) -> dict[str, Any]:
+) -> Difference:
     """The contrast question by question, over the questions that all of its runs answered."""
     signs = [1] * len(contrast.plus) + [-1] * len(contrast.minus)
     right = [{p.index: float(p.correct) for p in runs[run].predictions} for run in (*contrast.plus, *contrast.minus)]
@@ -98,10 +141,17 @@ def _difference(
     values = [sum(sign * answers[i] for sign, answers in zip(signs, right, strict=True)) for i in shared]
     about = [clips[index] for index in shared]
     mean, low, high = mean_interval(values, about, seed=seed)
-    return {"difference": mean, "low": low, "high": high, "questions": len(shared), "clips": len(set(about))}
+    return {
+        **contrast.label,
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "questions": len(shared),
+        "clips": len(set(about)),
+    }
 
 
-def _reading(differences: Sequence[dict[str, Any]]) -> list[str]:
+def _reading(differences: Sequence[Difference]) -> list[str]:
     """What the differences say: adapter against base with frames in order, and whether the order matters at all."""
     control = next((entry["of"] for entry in differences if entry.get("model")), None)
     said = []
@@ -120,15 +170,15 @@ def _reading(differences: Sequence[dict[str, Any]]) -> list[str]:
     return [*said, f"Only {few} clip{'s' * (few > 1)}: too few to rely on these intervals."] if few < FEW else said
 
 
-def _points(entry: dict[str, Any]) -> str:
+def _points(entry: Difference) -> str:
     """A difference in points with its interval."""
     return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: Report) -> str:
     """The report to read: accuracy in percent, categories, what it says, and what was left out."""
-    names = [name for name in ("base", "adapter") if name in report]
-    runs = {f"{name}, {order}": run for name in names for order, run in report[name].items()}
+    models = runs_of(report)
+    runs = {f"{name}, {order}": run for name, orders in models.items() for order, run in orders.items()}
     rows = [["", "right, %", "of"]]
     rows += [[label, _cell(run["overall"]), str(run["overall"]["total"])] for label, run in runs.items()]
     blocks = [_columns(rows)]
@@ -137,7 +187,7 @@ def as_text(report: dict[str, Any]) -> str:
         blocks.append(
             _columns([["difference", "points", "clips"], *([n, _points(d), str(d["clips"])] for n, d in named)])
         )
-    shown = {name: report[name].get("ordered") or next(iter(report[name].values())) for name in names}
+    shown = {name: orders.get("ordered") or next(iter(orders.values())) for name, orders in models.items()}
     totals = {c: score["total"] for run in shown.values() for c, score in run["categories"].items()}
     if totals:
         cells = [[c, *(_cell(run["categories"].get(c)) for run in shown.values()), str(totals[c])] for c in totals]
@@ -147,7 +197,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _faults(runs: dict[str, dict[str, Any]]) -> list[str]:
+def _faults(runs: Mapping[str, RunReport]) -> list[str]:
     """Samples that could not be asked, and answers that no rule could read."""
     said = []
     bad = max((run["bad_samples"] for run in runs.values()), key=len)
@@ -176,8 +226,7 @@ def _columns(rows: list[list[str]], name_width: int = LINE) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in tall)
 
 
-def _cell(score: dict[str, Any] | None) -> str:
+def _cell(score: ScoreReport | None) -> str:
     if score is None:
         return ""
-    low, high = (f"{100 * score[key]:.1f}" for key in ("low", "high"))
-    return f"{100 * score['accuracy']:.1f} [{low}, {high}]"
+    return f"{100 * score['accuracy']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 import torch
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.chat_encoding import Prompt
-from sta_adapter.data.collator import Collator
+from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError, DataError
@@ -57,7 +58,7 @@ class EngineAnswerer:
         choose: how a question with options is answered, see `sta_adapter.evaluation.evaluate`.
     """
 
-    def __init__(self, engine: Engine, processor: Any, max_new_tokens: int, choose: str) -> None:
+    def __init__(self, engine: Engine, processor: Processor, max_new_tokens: int, choose: str) -> None:
         self.engine = engine
         self.processor = processor
         self.max_new_tokens = max_new_tokens
@@ -92,11 +93,21 @@ class EngineAnswerer:
                 yield most_likely(question.index, question.sample, found)
 
 
-def _prompt(item: Any) -> tuple[Prompt, list[int]]:
-    return item.prompt, item["input_ids"].tolist()
+def _prompt(item: Encoded) -> tuple[Prompt, list[int]]:
+    loaded = cast(Loaded, item)  # with the prompt, as the data set is for an engine
+    return cast(Prompt, loaded.prompt), loaded["input_ids"].tolist()
 
 
-def agreement(found: EvaluationResult, expected: EvaluationResult) -> dict[str, Any]:
+class Agreement(TypedDict):
+    """How far an engine's answers are those of transformers."""
+
+    samples: int
+    equal: int
+    correct: dict[str, int]
+    largest_difference: float | None
+
+
+def agreement(found: EvaluationResult, expected: EvaluationResult) -> Agreement:
     """How far an engine's answers are those of transformers.
 
     Args:

@@ -10,22 +10,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge
 from sta_adapter.evaluation.batches import batches, units
 from sta_adapter.evaluation.engine import Engine, EngineAnswerer
 from sta_adapter.evaluation.eval_mode import eval_mode
-from sta_adapter.evaluation.prediction_log import PredictionLog
+from sta_adapter.evaluation.prediction_log import Kept, PredictionLog
 from sta_adapter.evaluation.processes import Processes
 from sta_adapter.evaluation.result import EvaluationResult
 from sta_adapter.injection.fingerprint import fingerprint_model
@@ -41,7 +42,7 @@ def evaluate(
     model: nn.Module | Engine,
     data: str | Path | VideoDataset,
     *,
-    processor: Any = None,
+    processor: Processor | None = None,
     frame_order: str = "ordered",
     seed: int = 0,
     frame_settings: FrameSettings | None = None,
@@ -127,7 +128,7 @@ def _answer_missing(
     missing = [index for index in range(len(dataset)) if index not in log.done]
     shares = processes.share(units(missing, batch_size))
 
-    def work() -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    def work() -> tuple[dict[int, Kept], dict[int, str]]:
         shown = progress if processes.rank == 0 else False
         for batch in batches(dataset, shares, batch_size, num_workers, shown):
             _answer(answerer, dataset, batch, log)
@@ -141,7 +142,7 @@ def _answer_missing(
 
 
 def _dataset(
-    data: str | Path | VideoDataset, processor: Any, frames: FrameSettings | None, on_bad_sample: str
+    data: str | Path | VideoDataset, processor: Processor | None, frames: FrameSettings | None, on_bad_sample: str
 ) -> VideoDataset:
     """The data set, or one of the file's samples."""
     if isinstance(data, VideoDataset):
@@ -170,7 +171,9 @@ def _check_arguments(
         )
 
 
-def _check_idle(data: VideoDataset, processor: Any, frames: FrameSettings | None, on_bad_sample: str) -> None:
+def _check_idle(
+    data: VideoDataset, processor: Processor | None, frames: FrameSettings | None, on_bad_sample: str
+) -> None:
     """Refuse what a data set has settled already, where it is otherwise."""
     given = {
         "processor": processor not in (None, data.processor),
@@ -189,7 +192,7 @@ def _open(opened: Callable[[], PredictionLog], processes: Processes) -> Predicti
     """This process's log, with the predictions that the first one has read."""
     logs: list[PredictionLog] = []
 
-    def known() -> dict[int, dict[str, Any]]:
+    def known() -> dict[int, Kept]:
         logs.append(opened())
         return logs[0].done
 
@@ -199,7 +202,12 @@ def _open(opened: Callable[[], PredictionLog], processes: Processes) -> Predicti
 
 
 def _answerer(
-    model: nn.Module | Engine, processor: Any, max_new_tokens: int, batch_size: int, choose: str, stop_at_letter: bool
+    model: nn.Module | Engine,
+    processor: Processor,
+    max_new_tokens: int,
+    batch_size: int,
+    choose: str,
+    stop_at_letter: bool,
 ) -> Answerer | EngineAnswerer:
     if isinstance(model, nn.Module):
         return Answerer(model, processor, max_new_tokens, batch_size, choose, stop_at_letter)
@@ -210,7 +218,7 @@ def _answerer(
 
 def _prediction_log(
     path: str | Path | None,
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     model: nn.Module | Engine,
     dataset: VideoDataset,
     overwrite: bool,
@@ -220,14 +228,14 @@ def _prediction_log(
     if path is None:
         return PredictionLog(None, {}, part=processes.rank)
 
-    def renew(index: int, kept: dict[str, Any]) -> dict[str, Any]:
+    def renew(index: int, kept: Kept) -> Kept:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
-    questions = _fingerprints(dataset, settings["choose"])
+    questions = _fingerprints(dataset, str(settings["choose"]))
     return PredictionLog(path, {**settings, **_settings(model, dataset)}, questions, renew, overwrite, processes.rank)
 
 
-def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, Any]:
+def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, object]:
     """What every prediction depends on; what differs is named when predictions are refused."""
     return {
         "format": PREDICTION_FORMAT,
@@ -257,7 +265,10 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
 
 
 def _answer(
-    answerer: Answerer | EngineAnswerer, dataset: VideoDataset, batch: Sequence[tuple[int, Any]], log: PredictionLog
+    answerer: Answerer | EngineAnswerer,
+    dataset: VideoDataset,
+    batch: Sequence[tuple[int, Encoded | BadSample]],
+    log: PredictionLog,
 ) -> None:
     """Answer the usable samples of a batch, by their numbers; all that comes of it goes into the log."""
     good: list[Question] = []

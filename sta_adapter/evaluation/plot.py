@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sta_adapter.errors import MissingExtraError
+from sta_adapter.evaluation.comparison import Report, runs_of
+from sta_adapter.evaluation.result import RunReport, ScoreReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw", "figure_of"]
+
+Scores = dict[str, list[ScoreReport | None]]
+Panel = tuple[str, list[str], Scores, list[float | None]]
 
 LOOKS = {  # colour, marker and offset from the row's middle
     "base": ("#D55E00", "s", 0.17),
@@ -23,7 +32,7 @@ MOST_ROWS = 60  # categories; a picture of hundreds can't be read, one of thousa
 LINE_HEIGHT = 0.21  # inches
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(report: Report, path: Path) -> None:
     """Write the picture.
 
     Args:
@@ -36,29 +45,30 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure_of(report).savefig(path, dpi=150, facecolor="white")
 
 
-def figure_of(report: dict[str, Any]) -> Any:
+def figure_of(report: Report) -> Figure:
     """The picture as a matplotlib figure; see `draw`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("the plot needs matplotlib: pip install 'sta-adapter[viz]'.") from error
 
-    names = [name for name in LOOKS if name in report]
-    orders = list(dict.fromkeys(order for name in names for order in report[name]))
+    models = runs_of(report)
+    orders = list(dict.fromkeys(order for runs in models.values() for order in runs))
     first = "ordered" if "ordered" in orders else orders[0]
-    shown = {name: report[name][first] for name in names if first in report[name]}
+    shown = {name: runs[first] for name, runs in models.items() if first in runs}
     categories = list(dict.fromkeys(c for run in shown.values() for c in run["categories"]))
-    panels = []
+    chance = report.get("chance")
+    panels: list[Panel] = []
     if categories:
         title = f"By category, frames {first}"
         if len(categories) > MOST_ROWS:
             title += f": the {MOST_ROWS} of {len(categories)} with most questions"
             categories = _largest(categories, shown)
         scores = {name: [run["categories"].get(c) for c in categories] for name, run in shown.items()}
-        guessed = (report.get("chance") or {}).get("categories", {})
+        guessed = chance["categories"] if chance else {}
         panels.append((title, categories, scores, [guessed.get(c) for c in categories]))
-    scores = {name: [report[name][o]["overall"] if o in report[name] else None for o in orders] for name in names}
-    guessed_all = [(report.get("chance") or {}).get("overall")] * len(orders)
+    scores = {name: [runs[o]["overall"] if o in runs else None for o in orders] for name, runs in models.items()}
+    guessed_all = [chance["overall"] if chance else None] * len(orders)
     panels.append(("All questions, by order of the frames", orders, scores, guessed_all))
 
     heights = [_height(labels) for _, labels, *_ in panels]
@@ -72,9 +82,12 @@ def figure_of(report: dict[str, Any]) -> Any:
     return figure
 
 
-def _largest(categories: list[str], shown: dict[str, Any]) -> list[str]:
+def _largest(categories: list[str], shown: dict[str, RunReport]) -> list[str]:
     """Those with most questions, in the order in which they came."""
-    sizes = {c: max(run["categories"].get(c, {}).get("total", 0) for run in shown.values()) for c in categories}
+    sizes = {
+        c: max(run["categories"][c]["total"] if c in run["categories"] else 0 for run in shown.values())
+        for c in categories
+    }
     kept = set(sorted(categories, key=lambda c: -sizes[c])[:MOST_ROWS])
     return [c for c in categories if c in kept]
 
@@ -87,7 +100,7 @@ def _height(labels: list[str]) -> float:
     return LINE_HEIGHT * sum(max(2, _wrapped(label).count("\n") + 1.6) for label in labels)
 
 
-def _panel(axis: Any, title: str, labels: list[str], scores: dict[str, list[Any]], chances: list[float | None]) -> None:
+def _panel(axis: Axes, title: str, labels: list[str], scores: Scores, chances: list[float | None]) -> None:
     """One row a label, as tall as its name; a mark with its interval for each model, and where guessing would be."""
     middles, edge, told = [], 0.0, None
     for label, chance in zip(labels, chances, strict=True):

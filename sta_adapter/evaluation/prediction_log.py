@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,6 +18,10 @@ from typing import Any, TextIO
 from sta_adapter.errors import ConfigError
 
 __all__ = ["PredictionLog"]
+
+
+Kept = dict[str, Any]
+"""The fields of a `Prediction`, as the file has them."""
 
 
 class PredictionLog:
@@ -39,9 +43,9 @@ class PredictionLog:
     def __init__(
         self,
         path: str | Path | None,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         questions: Sequence[str] = (),
-        renew: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda index, prediction: prediction,
+        renew: Callable[[int, Kept], Kept] = lambda index, prediction: prediction,
         overwrite: bool = False,
         part: int = 0,
     ) -> None:
@@ -52,7 +56,7 @@ class PredictionLog:
         self.questions = list(questions)
         self.renew = renew
         self.overwrite = overwrite
-        self.done: dict[int, dict[str, Any]] = {}
+        self.done: dict[int, Kept] = {}
         self.bad: dict[int, str] = {}
         self._file: TextIO | None = None
 
@@ -72,7 +76,7 @@ class PredictionLog:
             self._write_all()
         return self
 
-    def open(self, done: dict[int, dict[str, Any]]) -> None:
+    def open(self, done: dict[int, Kept]) -> None:
         """Begin to write, with what the first process has read."""
         self.done = dict(done)
         if self.path is None:
@@ -81,7 +85,7 @@ class PredictionLog:
             self.path.write_text(json.dumps({"settings": self.settings}) + "\n", encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
 
-    def finish(self, done: dict[int, dict[str, Any]], bad: dict[int, str]) -> None:
+    def finish(self, done: dict[int, Kept], bad: dict[int, str]) -> None:
         """Take over what all processes have made, and bring the file into the questions' order."""
         self.done, self.bad = dict(sorted(done.items())), dict(sorted(bad.items()))
         if self._file is not None:
@@ -113,7 +117,7 @@ class PredictionLog:
         if self._file is not None:
             self._file.close()
 
-    def add(self, index: int, prediction: dict[str, Any]) -> None:
+    def add(self, index: int, prediction: Kept) -> None:
         """Keep a prediction."""
         self.done[index] = prediction
         if self._file is not None:
@@ -124,7 +128,7 @@ class PredictionLog:
         """Keep why a sample could not be used. It is tried again when the evaluation is repeated."""
         self.bad[index] = reason
 
-    def _line(self, index: int) -> dict[str, Any]:
+    def _line(self, index: int) -> dict[str, object]:
         return {"index": index, "question": self.questions[index], "prediction": self.done[index]}
 
     def _read(self, path: Path) -> None:
@@ -150,7 +154,7 @@ class PredictionLog:
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number + 1} is not a prediction; take another file.") from error
 
-    def _compare(self, found: Any) -> None:
+    def _compare(self, found: object) -> None:
         found = found if isinstance(found, dict) else {}
         differ = sorted(key for key in self.settings.keys() | found.keys() if self.settings.get(key) != found.get(key))
         if differ:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import distributed
 
@@ -30,14 +30,14 @@ class Processes:
 
     rank: int = 0
     size: int = 1
-    group: Any = None
+    group: distributed.ProcessGroup | None = None
 
     @classmethod
     def joined(cls) -> Processes:
         """Those of `torch.distributed`'s process group; all of them must call this."""
         if not is_parallel():
             return cls()
-        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        group = cast("distributed.ProcessGroup", distributed.new_group(backend="gloo", timeout=PATIENCE))
         return cls(distributed.get_rank(), distributed.get_world_size(), group)
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Processes:
         if self.size == 1:
             return [make()]
         failure: Exception | None = None
-        mine: tuple[bool, Any]
+        mine: tuple[bool, Value | str]
         try:
             mine = (True, make())
         except Exception as error:  # whatever it is, the others must hear of it

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from sta_adapter.evaluation.answering import Prediction
 
@@ -14,6 +14,29 @@ __all__ = ["EvaluationResult", "Score", "wilson"]
 
 EXAMPLES, LONGEST_SAID = 3, 200  # of answers that could not be read
 Z95 = 1.959963984540054  # two-sided 95 %
+
+
+class ScoreReport(TypedDict):
+    """What `results.json` holds of a `Score`."""
+
+    accuracy: float
+    low: float
+    high: float
+    correct: int
+    total: int
+
+
+class RunReport(TypedDict, total=False):
+    """What it holds of an `EvaluationResult`."""
+
+    frames: str
+    overall: ScoreReport
+    categories: dict[str, ScoreReport]
+    unmatched: int
+    unmatched_examples: list[dict[str, str]]
+    bad_samples: list[str]
+    seconds: float
+    predictions: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,7 @@ class Score:
         """95 % Wilson interval of the accuracy."""
         return wilson(self.correct, self.total)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ScoreReport:
         """Plain values."""
         low, high = self.interval
         return {"accuracy": self.accuracy, "low": low, "high": high, "correct": self.correct, "total": self.total}
@@ -71,10 +94,10 @@ class EvaluationResult:
         names = dict.fromkeys(p.category for p in self.predictions if p.category is not None)
         return {name: _score([p for p in self.predictions if p.category == name]) for name in names}
 
-    def to_dict(self, *, predictions: bool = True) -> dict[str, Any]:
+    def to_dict(self, *, predictions: bool = True) -> RunReport:
         """Plain values, for JSON."""
         unread = [prediction for prediction in self.predictions if prediction.unmatched]
-        values: dict[str, Any] = {
+        values: RunReport = {
             "frames": self.frame_order,
             "overall": self.overall.to_dict(),
             "categories": {name: score.to_dict() for name, score in self.categories.items()},

@@ -75,7 +75,7 @@ def _saving(config: TrainingConfig, measured: str | None) -> dict[str, Any]:
     """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""
     if measured is None:
         return {"save_strategy": "steps", "save_steps": config.save_steps, "eval_strategy": "no"}
-    evaluating: dict[str, Any] = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
+    evaluating: dict[str, object] = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
     if config.eval_steps:
         evaluating["eval_steps"] = config.eval_steps
     if not config.keep_best:

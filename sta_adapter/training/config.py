@@ -11,12 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter._validate import shown
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
+
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = ["TrainingConfig"]
 
@@ -91,7 +94,7 @@ class TrainingConfig:
     seed: int = 0  # of fresh weights, the order of clips and dropout
     # what is trained
     sta: bool = True  # False: LoRA alone, the baseline
-    sta_config: dict[str, Any] = field(default_factory=dict)  # fields of STAConfig
+    sta_config: dict[str, object] = field(default_factory=dict)  # fields of STAConfig
     lora_targets: str = "all"  # all: language model and vision encoder; language: the language model only
     lora_rank: int = 16  # of all layers but attn.qkv
     lora_alpha: int = 16  # LoRA's update is scaled by alpha / rank
@@ -116,8 +119,8 @@ class TrainingConfig:
     report_to: str = "auto"  # auto (TensorBoard, if installed), none, all, or names: "tensorboard,wandb"
     run_name: str | None = None  # of the run, in what report_to names
     # per stage
-    stage1: dict[str, Any] = field(default_factory=dict)  # settings that hold in stage one only
-    stage2: dict[str, Any] = field(default_factory=dict)  # settings that hold in stage two only
+    stage1: dict[str, object] = field(default_factory=dict)  # settings that hold in stage one only
+    stage2: dict[str, object] = field(default_factory=dict)  # settings that hold in stage two only
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -166,7 +169,7 @@ class TrainingConfig:
             raise ConfigError(f"{sampling[0]} has no effect beside frames.nframes; leave one of them out.")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+    def from_dict(cls, values: Mapping[str, object]) -> TrainingConfig:
         """Make it from plain values, as YAML gives them.
 
         Raises:
@@ -176,7 +179,7 @@ class TrainingConfig:
         return cls(**_typed(values))
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> TrainingConfig:
+    def from_yaml(cls, path: str | Path, **overrides: object) -> TrainingConfig:
         """Read it from a YAML file; `overrides` that are not None win over the file."""
         values = {**read_yaml(path), **{key: value for key, value in overrides.items() if value is not None}}
         try:
@@ -184,7 +187,7 @@ class TrainingConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON or YAML."""
         return dataclasses.asdict(self)
 
@@ -226,14 +229,14 @@ class TrainingConfig:
 DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(TrainingConfig)}
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, object]:
     """A mapping from a YAML file."""
     try:
         import yaml
     except ImportError as error:
         raise MissingExtraError("reading YAML needs PyYAML: pip install 'sta-adapter[train]'.") from error
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _single_keys(yaml))  # a SafeLoader
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _single_keys())  # a SafeLoader
     except OSError as error:
         raise ConfigError(f"can't read the settings in {str(path)!r}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad dates and numbers of thousands of digits, too
@@ -245,21 +248,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _single_keys(yaml: Any) -> Any:
+def _single_keys() -> type[yaml.SafeLoader]:
     """A safe loader that refuses a key which stands twice, of which YAML would take the last."""
+    import yaml
 
     class SingleKeys(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
             names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise yaml.YAMLError(f"{twice!r} stands twice in it, line {node.start_mark.line + 1} and after")
-            return super().construct_mapping(node, deep)
+            found: dict[object, object] = super().construct_mapping(node, deep)
+            return found
 
     return SingleKeys
 
 
-def _check_names(values: Mapping[str, Any], where: str = "the settings", known: type = TrainingConfig) -> None:
+def _check_names(values: Mapping[str, object], where: str = "the settings", known: type = TrainingConfig) -> None:
     names = [entry.name for entry in dataclasses.fields(known)]
     for name in values:
         if name not in names:
@@ -268,7 +273,7 @@ def _check_names(values: Mapping[str, Any], where: str = "the settings", known: 
             raise ConfigError(f"{where}: unknown setting {name!r}. {hint}")
 
 
-def _check_effect(values: Mapping[str, Any], stage: str) -> None:
+def _check_effect(values: Mapping[str, object], stage: str) -> None:
     """Refuse what a stage of its own doesn't read."""
     for name in values:
         if name in OF_THE_RUN:
@@ -281,9 +286,9 @@ def _check_effect(values: Mapping[str, Any], stage: str) -> None:
             )
 
 
-def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+def _typed(values: Mapping[str, object]) -> dict[str, Any]:
     """Bring plain values to the fields' types: `frames` to its class, and 1e-4, which YAML takes for a text, to a number."""
-    typed = dict(values)
+    typed: dict[str, Any] = dict(values)
     kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(TrainingConfig)}
     for name, value in values.items():
         if isinstance(value, str) and kinds.get(name, "").startswith("float"):
@@ -291,9 +296,10 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
                 typed[name] = float(value)
             except ValueError as error:
                 raise ConfigError(f"{name} is {value!r}, expected a number.") from error
-    if isinstance(values.get("frames"), Mapping):
-        _check_names(values["frames"], "frames", FrameSettings)
-        typed["frames"] = FrameSettings(**values["frames"])
+    frames = values.get("frames")
+    if isinstance(frames, Mapping):
+        _check_names(frames, "frames", FrameSettings)
+        typed["frames"] = FrameSettings(**frames)
     for name in ("sta_config", "stage1", "stage2"):
         if not isinstance(values.get(name, {}), Mapping):
             raise ConfigError(f"{name} is {values[name]!r}, expected settings below it.")

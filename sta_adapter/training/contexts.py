@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from sta_adapter.compatibility.checkpointing import checkpointing_methods
 from sta_adapter.compatibility.seams import ADAPTER_FLAG, has_adapter
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.registry import locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["activation_checkpointing", "full_precision", "trainable_when_quantized"]
 
@@ -31,7 +34,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | str) -> Iterator[None]:
+def activation_checkpointing(model: nn.Module, handle: STAHandle | None, kind: bool | str) -> Iterator[None]:
     """Gradient checkpointing. The re-entrant kind needs inputs that require a gradient, which a frozen base doesn't give."""
     if not kind:
         yield
@@ -41,7 +44,7 @@ def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | 
     checkpointing.enable(**{checkpointing.keywords: {"use_reentrant": reentrant}})
     hooks = []
     if reentrant:
-        model.enable_input_require_grads()
+        cast("PreTrainedModel", model).enable_input_require_grads()
         encoder = locate(model).encoder if handle is None else handle.encoder
         hooks.append(encoder.register_forward_pre_hook(_require_gradient, with_kwargs=True))
     try:
@@ -50,12 +53,12 @@ def activation_checkpointing(model: Any, handle: STAHandle | None, kind: bool | 
         for hook in hooks:
             hook.remove()
         if reentrant:
-            model.disable_input_require_grads()
+            cast("PreTrainedModel", model).disable_input_require_grads()
         checkpointing.disable()
 
 
 @contextlib.contextmanager
-def trainable_when_quantized(model: Any) -> Iterator[None]:
+def trainable_when_quantized(model: nn.Module) -> Iterator[None]:
     """The Hugging Face trainer refuses quantised models without LoRA; STA is an adapter as well, of which it can't know."""
     if not getattr(model, "is_quantized", False) or has_adapter(model):
         yield
@@ -67,7 +70,7 @@ def trainable_when_quantized(model: Any) -> Iterator[None]:
         delattr(model, ADAPTER_FLAG)
 
 
-def _require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _require_gradient(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.is_grad_enabled() and value.is_leaf:
             value.requires_grad_(True)

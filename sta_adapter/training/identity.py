@@ -36,7 +36,7 @@ def identity_of(
     eval_dataset: Data | None,
     start: Mapping[str, str],
     model: nn.Module,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What must be the same for a run to be taken up again: settings, data, base, and what an adapter brought along."""
     found = {
         "format": RUN_FORMAT,
@@ -51,11 +51,11 @@ def identity_of(
         "positions": rule_in_use(model),
         **start,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: dict[str, object] = json.loads(json.dumps(found))
     return plain
 
 
-def _of_weights(values: dict[str, Any]) -> dict[str, Any]:
+def _of_weights(values: Mapping[str, Any]) -> dict[str, object]:
     """Settings without those that don't change the weights that come out, of all stages and of each."""
     kept = {key: value for key, value in values.items() if key not in HARMLESS}
     return {**kept, **{name: _of_weights(kept[name]) for name in ("stage1", "stage2") if name in kept}}
@@ -78,7 +78,7 @@ def _frames_of_records(dataset: Data) -> dict[str, str]:
     return {RECORDS_FIELD: "differ"} if differ else {}
 
 
-def claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
+def claim(folder: Path, identity: Mapping[str, object], overwrite: bool) -> None:
     """Make the output folder this run's; a run of other settings in it is only thrown away if asked for."""
     file = folder / RUN_FILE
     if not file.exists():

@@ -6,7 +6,6 @@ Those that other settings leave without effect are refused by `TrainingConfig` i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
@@ -20,7 +19,7 @@ def check_idle(
     stages: Sequence[TrainingConfig],
     dataset: VideoDataset | StreamDataset,
     eval_dataset: VideoDataset | StreamDataset | None,
-    eval_fn: Callable[..., Any] | None,
+    eval_fn: Callable[..., object] | None,
 ) -> None:
     """Look at a run's settings beside the rest of it.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -61,7 +61,7 @@ def require_effect(backbone: Backbone, config: TrainingConfig) -> None:
             )
 
 
-def require_same_lora(model: Any, config: TrainingConfig) -> None:
+def require_same_lora(model: PeftModel, config: TrainingConfig) -> None:
     """Refuse settings of LoRA that a model which brings its own leaves without effect.
 
     Args:
@@ -71,7 +71,7 @@ def require_same_lora(model: Any, config: TrainingConfig) -> None:
     Raises:
         ConfigError: one is another than that of the model's LoRA.
     """
-    found = model.peft_config[model.active_adapter]
+    found = cast(LoraConfig, model.peft_config[model.active_adapter])
     has = {"lora_rank": found.r, "lora_alpha": found.lora_alpha, "lora_dropout": found.lora_dropout}
     for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv_rank", "lora_qkv_alpha", "lora_targets"):
         asked = getattr(config, name)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Peak", "step_peak", "without_values"]
 
@@ -50,11 +53,17 @@ class _Bookkeeping(TorchDispatchMode):
         self.part_of: dict[int, str] = {}
         self.peak: dict[str, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[..., object],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
-        args, kwargs = _masks_as_indices(func, args, kwargs)
+        args = _masks_as_indices(func, args)
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
-        if any(isinstance(value, FakeTensor) for value in given) or (not given and _is_large(func, args, kwargs)):
+        if any(isinstance(value, FakeTensor) for value in given) or (not given and _is_large(args, kwargs)):
             with self.fake:
                 found = func(*args, **kwargs)
         else:
@@ -89,28 +98,30 @@ class _Bookkeeping(TorchDispatchMode):
         self.alive[self.part_of.pop(key)] -= size
 
 
-def _masks_as_indices(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _masks_as_indices(func: OpOverload[..., object], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Fake tensors can't be indexed by masks, whose counts are unknown; these masks are real."""
     if func._schema.name not in ("aten::index", "aten::index_put", "aten::index_put_"):
-        return args, kwargs
-    found: list[Any] = []
+        return args
+    found: list[object] = []
     for index in args[1]:
         masked = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
         found += list(index.nonzero(as_tuple=True)) if masked else [index]
-    return (args[0], found, *args[2:]), kwargs
+    return (args[0], found, *args[2:])
 
 
-def _is_large(func: Any, args: Any, kwargs: Any) -> bool:
+def _is_large(args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
     """Whether a function that makes a tensor from nothing makes a large one of floating point."""
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     sizes = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
-    return dtype.is_floating_point and bool(sizes) and torch.Size(sizes).numel() > SMALL
+    return (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and bool(sizes) and torch.Size(sizes).numel() > SMALL
+    )
 
 
 def without_values(model: nn.Module) -> FakeTensorMode:
     """Give a model, whose parameters may be on the meta device, parameters and buffers that have shapes alone, in place."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Any] = {}
+    made: dict[int, tuple[Any, torch.Tensor]] = {}  # what takes its place, parameter or buffer, and what was there
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
@@ -118,7 +129,7 @@ def without_values(model: nn.Module) -> FakeTensorMode:
                     continue
                 if id(value) not in made:
                     with mode:
-                        fake: Any = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                        fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
                     if isinstance(value, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=value.requires_grad)
                     made[id(value)] = (fake, value)
@@ -132,7 +143,7 @@ def _is_table(module: nn.Module, value: torch.Tensor) -> bool:
 
 def step_peak(
     model: nn.Module,
-    batch: dict[str, Any],
+    batch: Mapping[str, object],
     mode: FakeTensorMode,
     *,
     precision: str = "fp32",
@@ -154,7 +165,7 @@ def step_peak(
     for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values():
         books.note(value, "weights")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hooks: list[Any] = [
+    hooks: list[RemovableHandle] = [
         p.register_post_accumulate_grad_hook(lambda p: books.note(p.grad, "gradients")) for p in trained
     ]
     hooks += _norms_like_cuda(model) if like_cuda and precision != "fp32" else []
@@ -164,9 +175,9 @@ def step_peak(
                 parameter.grad = torch.empty_like(parameter)
             books.note(parameter.grad, "gradients")
     inputs = {key: _fake(value, mode) for key, value in batch.items()}
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor):
-            books.note(value)
+    for given in inputs.values():
+        if isinstance(given, torch.Tensor):
+            books.note(given)
     try:
         with books:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
@@ -181,7 +192,7 @@ def step_peak(
     return Peak({part: books.peak.get(part, 0) for part in PARTS} | {"optimizer": moments})
 
 
-def _norms_like_cuda(model: nn.Module) -> list[Any]:
+def _norms_like_cuda(model: nn.Module) -> list[RemovableHandle]:
     """CUDA's autocast computes layer norms in 32 bit, of which copies stay; the CPU's leaves them in 16."""
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     for norm in norms:
@@ -190,7 +201,7 @@ def _norms_like_cuda(model: nn.Module) -> list[Any]:
     return [norm.register_forward_pre_hook(lambda norm, args: (args[0].float(), *args[1:])) for norm in norms]
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
+def _fake(value: object, mode: FakeTensorMode) -> object:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.numel() <= SMALL:
         return value
     with mode:

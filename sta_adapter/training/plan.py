@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision
 from sta_adapter.training.memory import Peak, step_peak, without_values
 from sta_adapter.training.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Lengths", "Machine", "measure_step", "plan_stage", "sample_lengths"]
 
@@ -80,7 +83,7 @@ class Lengths:
     longest: Encoded
     samples: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values."""
         spread = {"least": min(self.tokens), "median": statistics.median(self.tokens), "largest": max(self.tokens)}
         return {"samples": self.samples, "looked_at": len(self.tokens), "tokens": spread}
@@ -120,7 +123,7 @@ def plan_stage(
     dataset: VideoDataset,
     lengths: Lengths,
     machine: Machine,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What one stage would do and need.
 
     Args:
@@ -167,7 +170,7 @@ def plan_stage(
     }
 
 
-def _suggested(fits: dict[bool, int]) -> dict[str, Any] | None:
+def _suggested(fits: dict[bool, int]) -> dict[str, int] | None:
     """Without checkpointing where a clip fits, as that computes less; None where nothing fits."""
     for checkpointed, size in fits.items():
         if size:
@@ -200,8 +203,9 @@ def _one_clip(
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         counts = {"trainable": sum(trained), "parameters": sum(p.numel() for p in model.parameters())}
         mode = without_values(model.train())
-        how: dict[str, Any] = {"precision": machine.precision, "like_cuda": machine.cuda, "accumulates": accumulates}
-        peak = step_peak(model, batch, mode, **how)
+        peak = step_peak(
+            model, batch, mode, precision=machine.precision, like_cuda=machine.cuda, accumulates=accumulates
+        )
     parts = dict(peak.parts)
     parts["weights"] -= narrower
     if machine.processes > 1:
@@ -209,11 +213,11 @@ def _one_clip(
     return Peak(parts), counts
 
 
-def _saved_by_quantizing(model: Any, machine: Machine) -> int:
+def _saved_by_quantizing(model: nn.Module, machine: Machine) -> int:
     """Bytes by which quantized weights are smaller; the output layer stays as it is."""
     if machine.quantize is None:
         return 0
-    output = model.get_output_embeddings()
+    output = cast("PreTrainedModel", model).get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output and not m.weight.requires_grad]
     frozen = sum(layer.weight.numel() for layer in layers)
     return round(frozen * (machine.dtype.itemsize - QUANTIZED[machine.quantize]))
@@ -253,7 +257,7 @@ def measure_step(stage: Stage, model: nn.Module, sample: Encoded, device: torch.
     return {"seconds": seconds, **({"bytes": float(torch.cuda.max_memory_allocated(device))} if cuda else {})}
 
 
-def _timed(model: Any, inputs: dict[str, Any], device: torch.device, stage: Stage) -> float:
+def _timed(model: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device, stage: Stage) -> float:
     precision = precision_of(stage.config.precision)
     narrow = torch.float16 if precision == "fp16" else torch.bfloat16
     started = time.perf_counter()

@@ -7,13 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sized
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.training.watch import Watch
+
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
 
 __all__ = ["Progress"]
 
@@ -42,8 +45,9 @@ class Progress(TrainerCallback):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label, self.watch, self.clips, self.measured, self.clock = label, watch, clips, measured, clock
-        self.bar: Any = None
-        self.inner: Any = None
+        self.bar: tqdm[NoReturn] | None = None
+        self.inner: tqdm[NoReturn] | None = None
+        self.measuring = False
         self.in_terminal = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.evaluated: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=RECENT + 1)
@@ -101,14 +105,13 @@ class Progress(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """One batch of an evaluation on."""
-        if self._shows and self.inner is None:
-            total, text = len(eval_dataloader), f"{self.label}: measuring {self.measured}"
+        if self._shows and not self.measuring:
+            self.measuring, total, text = True, len(eval_dataloader), f"{self.label}: measuring {self.measured}"
             if self.in_terminal:
                 self.inner = _bar(total, 0, text, None, leave=False)
             else:
-                self.inner = object()
                 self.say(f"{text}, {total} batches")
-        if self.in_terminal and self.inner is not None:
+        if self.inner is not None:
             self.inner.update()
 
     def on_evaluate(
@@ -125,9 +128,9 @@ class Progress(TrainerCallback):
             self.bar = None
 
     def _close_inner(self) -> None:
-        if self.in_terminal and self.inner is not None:
+        if self.inner is not None:
             self.inner.close()
-        self.inner = None
+        self.inner, self.measuring = None, False
 
     def _now(self) -> list[str]:
         shown = [] if self.watch.loss is None else [f"loss {self.watch.loss:.3g}"]
@@ -164,7 +167,7 @@ def memory() -> int:
     return found
 
 
-def _bar(total: int, initial: int, text: str, form: str | None, **options: Any) -> Any:
+def _bar(total: int, initial: int, text: str, form: str | None, **options: Any) -> tqdm[NoReturn]:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, initial=initial, desc=text, bar_format=form, dynamic_ncols=True, **options)

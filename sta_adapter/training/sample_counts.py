@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 from torch import distributed
 
@@ -16,6 +16,13 @@ __all__ = ["SampleCounts"]
 logger = logging.getLogger(__name__)
 
 BAD_AT_START = 20  # so many bad samples and nothing else, from the start, end the run
+
+
+class Counts(TypedDict):
+    """Of all processes."""
+
+    batches_used: int
+    bad_samples: list[str]
 
 
 class SampleCounts:
@@ -53,9 +60,9 @@ class SampleCounts:
         if not counts["batches_used"] and counts["bad_samples"]:
             raise DataError(f"all {len(counts['bad_samples'])} samples are bad, first {counts['bad_samples'][0]}")
 
-    def of_all(self) -> dict[str, Any]:
+    def of_all(self) -> Counts:
         """`batches_used` and `bad_samples` of all processes, which must all call this."""
-        counts: list[Any] = [(self.batches_used, list(self.bad_samples))]
+        counts: list[tuple[int, list[str]]] = [(self.batches_used, list(self.bad_samples))]
         if is_parallel():
             counts *= distributed.get_world_size()
             distributed.all_gather_object(counts, counts[0])

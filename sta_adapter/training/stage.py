@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import TypedDict, cast
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -51,6 +51,17 @@ __all__ = ["Stage"]
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
+
+
+class StageResult(TypedDict):
+    """What a finished stage leaves."""
+
+    steps: int
+    seconds: float
+    trainable_parameters: int
+    bad_samples: list[str]
+    history: list[dict[str, float]]
+    length: dict[str, float | None]
 
 
 @dataclass
@@ -98,12 +109,12 @@ class Stage:
             parameter.requires_grad_(True)
         return model, handle
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> StageResult | None:
         """What an earlier call that finished this stage left; None where there is something to train."""
         file = self.folder / RESULT_FILE
         if not file.exists():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: StageResult = json.loads(file.read_text(encoding="utf-8"))
         longer = found.get("length", self._length()) != self._length()
         return None if longer and self.extends else found
 
@@ -113,7 +124,7 @@ class Stage:
         handle: STAHandle | None,
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
-    ) -> dict[str, Any]:
+    ) -> StageResult:
         """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds.
 
         Raises:
@@ -129,7 +140,7 @@ class Stage:
         trainer = None
         while trainer is None:
             trainer = self._attempt(model, handle, callbacks, progress)
-        result = {
+        result: StageResult = {
             "steps": trainer.state.global_step,
             "seconds": round(time.perf_counter() - started, 3),
             "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),

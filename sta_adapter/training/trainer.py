@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerState
 
 from sta_adapter.adapter.save import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
+from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.distributed import is_parallel, on_rank_zero
 from sta_adapter.errors import CheckpointError, STAError
@@ -41,6 +42,10 @@ from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.watch import Watch, stopped_early
 
 __all__ = ["AdapterTrainer", "parameter_groups"]
+
+
+Batch = dict[str, Any]
+"""Tensors by name, and `bad_samples`."""
 
 
 class AdapterTrainer(Trainer):
@@ -93,12 +98,15 @@ class AdapterTrainer(Trainer):
     def _net(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[object]:
         """As the base class; streams are shared out by themselves, before anything is decoded."""
         if not isinstance(self.train_dataset, StreamDataset):
             return super().get_train_dataloader()
         return stream_loader(
-            self.train_dataset, self.position, cast(Any, self.data_collator), pin_memory=self.args.dataloader_pin_memory
+            self.train_dataset,
+            self.position,
+            cast(Collator, self.data_collator),
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -108,7 +116,7 @@ class AdapterTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step on the usable samples of the batch; without any there is nothing to learn from.
 
         One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero
@@ -127,13 +135,15 @@ class AdapterTrainer(Trainer):
         self.watch.add(loss, usable)
         return loss
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
         """As the base class; only a model with STA takes `clip_lengths`."""
         if get_sta(self._net) is None:
             inputs.pop("clip_lengths", None)
         return super()._prepare_inputs(inputs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         """As the base class; a batch that nothing trained takes part in (text alone, in stage one) has zero gradients."""
         if is_parallel() and bool((inputs["labels"] == IGNORE).all()):
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
@@ -145,7 +155,9 @@ class AdapterTrainer(Trainer):
             loss = loss + 0 * sum(p.sum() for p in self._net.parameters() if p.requires_grad)
         return (loss, *rest) if rest else loss
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """As the base class, on the usable samples; the others are counted as in training."""
         self.counts.add_bad(inputs.pop("bad_samples", []))
         if "input_ids" not in inputs:
@@ -218,7 +230,7 @@ class AdapterTrainer(Trainer):
             saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))["place"]
             self.position = self.position.resumed(saved, step, self.args.gradient_accumulation_steps)
 
-    def _length(self) -> dict[str, Any]:
+    def _length(self) -> dict[str, object]:
         return {name: getattr(self.config, name) for name in LENGTH}
 
     def ended_in(self, checkpoint: Path, steps: int) -> bool:
@@ -284,7 +296,7 @@ def _kept_random_state() -> Iterator[None]:
         yield
 
 
-def _numpy_globals() -> list[Any]:
+def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """What older transformers' random state files hold, for torch versions that load weights only."""
     core = np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.float64))]

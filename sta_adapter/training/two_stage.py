@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from sta_adapter.adapter.save import replace_files
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.mixture import mixed_samples
@@ -36,7 +37,9 @@ from sta_adapter.training.identity import claim, identity_of
 from sta_adapter.training.idle_settings import check_idle
 
 if TYPE_CHECKING:
-    from sta_adapter.training.stage import Stage
+    from transformers import TrainerCallback
+
+    from sta_adapter.training.stage import Stage, StageResult
 
 __all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
@@ -59,11 +62,11 @@ class TrainingResult:
     model: nn.Module
     handle: STAHandle | None
     output_dir: Path
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: dict[str, StageResult] = field(default_factory=dict)
     finished_before: list[str] = field(default_factory=list)
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[dict[str, object]]:
         """The logs of all stages, one after the other."""
         return [{"stage": stage, **entry} for stage, result in self.stages.items() for entry in result["history"]]
 
@@ -80,10 +83,10 @@ def train(
     output_dir: str | Path,
     stage: str = "both",
     config: TrainingConfig | None = None,
-    processor: Any = None,
+    processor: Processor | None = None,
     eval_data: str | Path | VideoDataset | StreamDataset | None = None,
     eval_fn: Callable[[nn.Module], dict[str, float]] | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     overwrite: bool = False,
     progress: bool = True,
 ) -> TrainingResult:
@@ -119,7 +122,7 @@ def train(
     require_reporters(config.report_to)
     names = stage_names(stage, config)
     dataset = _opened(data, processor, config)
-    eval_dataset = _opened(eval_data, processor, config, stream=False)
+    eval_dataset = None if eval_data is None else _opened(eval_data, processor, config, stream=False)
     _check_settings(config, names, model, dataset, eval_dataset, eval_fn)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
@@ -157,7 +160,7 @@ def _stages(
     return parts
 
 
-def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[Any], progress: bool) -> None:
+def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[TrainerCallback], progress: bool) -> None:
     """Train the stages one after the other."""
     for part in parts:
         if part.finished():
@@ -181,17 +184,24 @@ def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
     return STAGES[stage]
 
 
-def _opened(data: Any, processor: Any, config: TrainingConfig, stream: bool = True) -> Any:
+def _opened(
+    data: str | Path | Sequence[str | Path] | VideoDataset | StreamDataset,
+    processor: Processor | None,
+    config: TrainingConfig,
+    stream: bool = True,
+) -> VideoDataset | StreamDataset:
     """Files as a data set; whatever else has samples is one already."""
     named = isinstance(data, (str, Path)) or (
         isinstance(data, (list, tuple)) and all(isinstance(d, (str, Path)) for d in data)
     )
-    return open_data(data, processor, config, stream=stream) if named else data
+    if not named:
+        return cast("VideoDataset | StreamDataset", data)
+    return open_data(cast("str | Path | Sequence[str | Path]", data), processor, config, stream=stream)
 
 
 def open_data(
     data: str | Path | Sequence[str | Path],
-    processor: Any,
+    processor: Processor | None,
     config: TrainingConfig,
     *,
     format: str | None = None,

@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 __all__ = ["public_name", "subject", "without_folders"]
 
+Plain = TypeVar("Plain")
 _ABSOLUTE = re.compile(r"(?:(?<![\w/.:~])~?/(?=[^\s/])|\b[A-Za-z]:[\\/]|\\\\)(?:[^\s/\\'\"<>|:,;]+[/\\])*")
 
 
@@ -29,20 +30,24 @@ def subject(model: str | os.PathLike[str], adapter: str | os.PathLike[str] | Non
     return f"{public_name(model)}, {public_name(adapter) if adapter else 'no adapter'}"
 
 
-def without_folders(value: Any, roots: Iterable[str | os.PathLike[str]] = ()) -> Any:
+def without_folders(value: Plain, roots: Iterable[str | os.PathLike[str]] = ()) -> Plain:
     """Plain values with what stands before a file's own name taken away from every path in their texts.
 
     Args:
         value: a text, or lists and dictionaries of them.
         roots: folders whose names may hold blanks, or are relative.
     """
+    longest_first = sorted({os.fspath(root).rstrip("/\\") for root in roots} - {"", "."}, key=len, reverse=True)
+    return cast(Plain, _without(value, longest_first))
+
+
+def _without(value: object, roots: list[str]) -> object:
     if isinstance(value, dict):
-        return {key: without_folders(entry, roots) for key, entry in value.items()}
+        return {key: _without(entry, roots) for key, entry in value.items()}
     if isinstance(value, list):
-        return [without_folders(entry, roots) for entry in value]
+        return [_without(entry, roots) for entry in value]
     if not isinstance(value, str):
         return value
-    for root in sorted({os.fspath(root).rstrip("/\\") for root in roots}, key=len, reverse=True):
-        if root not in ("", "."):
-            value = value.replace(f"{root}/", "").replace(f"{root}\\", "")
+    for root in roots:
+        value = value.replace(f"{root}/", "").replace(f"{root}\\", "")
     return _ABSOLUTE.sub("", value)

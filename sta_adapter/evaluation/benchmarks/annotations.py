@@ -6,7 +6,6 @@ import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from sta_adapter._validate import shown
 from sta_adapter.data.message import Record
@@ -29,7 +28,7 @@ MOST_SECONDS = 1e6
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def read_file(file: Path) -> Any:
+def read_file(file: Path) -> object:
     """What a file holds; parquet needs pyarrow.
 
     Raises:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.message import Record
+from sta_adapter.data.message import Message, Record
 from sta_adapter.errors import DataError
 
 __all__ = ["EvalSet", "LETTERS", "question"]
@@ -49,9 +48,9 @@ def question(
     *,
     source: str,
     category: str,
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, float] | None = None,
     before: str | None = None,
-    **extra: Any,
+    extra: Mapping[str, str] | None = None,
 ) -> Sample:
     """A sample that asks about a clip.
 
@@ -69,8 +68,8 @@ def question(
     """
     lead = [{"type": "text", "text": before}] if before else []
     user = [*lead, {"type": "video", "video": str(clip), **(settings or {})}, {"type": "text", "text": text}]
-    messages = [
+    messages: list[Message] = [
         {"role": "user", "content": user},
         {"role": "assistant", "content": [{"type": "text", "text": labels[right]}]},
     ]
-    return Sample(messages, source, category, list(labels), {"option_texts": list(texts), **extra})
+    return Sample(messages, source, category, list(labels), {"option_texts": list(texts), **(extra or {})})

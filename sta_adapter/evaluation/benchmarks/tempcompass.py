@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sta_adapter._validate import shown
 from sta_adapter.data.conversation import Sample
@@ -51,7 +50,7 @@ def _rows(file: Path) -> list[Record]:
     rows = read_file(file)
     if not isinstance(rows, dict):
         return read_annotations(file)
-    found: list[dict[str, Any]] = []
+    found: list[Record] = []
     for clip, aspects in rows.items():
         for aspect, asked in aspects.items() if isinstance(aspects, dict) else [("", None)]:
             if not isinstance(asked, list) or not all(isinstance(row, dict) for row in asked):
@@ -73,7 +72,7 @@ def _sample(row: Record, source: str, clips: Path, kind: str) -> Sample:
         raise DataError(f"{source}: the answer {answer!r} is none of the options {lines!r}.")
     right = lines.index(answer)
     clip = clip_file(clips, f"{name}.mp4")
-    names: dict[str, Any] = {"kind": kind, "aspect": aspect}
+    about = {"kind": kind, "aspect": aspect}
     return question(
-        clip, asked + REQUESTS[kind], labels, texts, right, source=source, category=f"{kind}: {aspect}", **names
+        clip, asked + REQUESTS[kind], labels, texts, right, source=source, category=f"{kind}: {aspect}", extra=about
     )

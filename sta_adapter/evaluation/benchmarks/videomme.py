@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
@@ -53,7 +52,7 @@ def _sample(row: Record, source: str, clips: Path) -> Sample:
         raise DataError(f"{source}: the answer {answer!r} is none of the letters {', '.join(labels)}.")
     texts = [re.sub(r"^[A-Z][.)]\s*", "", option) for option in options]
     text = "\n".join([REQUEST, asked, *options, "The best answer is:"])
-    groups: dict[str, Any] = {key: field(row, key, source) for key in GROUPS if row.get(key)}
+    groups = {key: field(row, key, source) for key in GROUPS if row.get(key)}
     category = field(row, "task_type", source)
     clip = clip_file(clips, f"{name}.mp4")
-    return question(clip, text, labels, texts, labels.index(answer), source=source, category=category, **groups)
+    return question(clip, text, labels, texts, labels.index(answer), source=source, category=category, extra=groups)
