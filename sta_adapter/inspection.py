@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -133,9 +133,61 @@ def _make(config: Any, trust_remote_code: bool) -> nn.Module:
     return found
 
 
+class InspectedBlock(TypedDict):
+    """A block of the encoder with STA."""
+
+    index: int
+    hook: str
+    width: int
+    heads: int
+    head_size: int
+    parameters: int
+
+
+EncoderFacts = TypedDict(
+    "EncoderFacts", {"class": str, "path": str, "blocks": int, "width": int, "heads": int, "head_size": int}
+)
+
+
+class Arithmetic(TypedDict):
+    """Operations for one clip."""
+
+    clip: dict[str, int]
+
+    encoder_gflop: float
+    sta_gflop: float
+    percent: float
+    formula: str
+
+
+class StreamFacts(TypedDict):
+    """What a stream keeps."""
+
+    bytes: int
+    dtype: str
+    positions: int
+    window: int
+    formula: str
+
+
+class Inspection(TypedDict):
+    """What `inspect_model` gives."""
+
+    model: str
+    code: str
+    backbone: str
+    encoder: EncoderFacts
+    config: dict[str, object]
+    blocks: list[InspectedBlock]
+    parameters: dict[str, int]
+    arithmetic: Arithmetic
+    stream: StreamFacts | None
+    warnings: list[str]
+
+
 def inspect_model(
     model: nn.Module, cfg: STAConfig | None = None, *, backbone: str | None = None, clip: ClipSize | None = None
-) -> dict[str, Any]:
+) -> Inspection:
     """What `inject_sta` would put where, and what it costs; the model stays as it is.
 
     Args:
@@ -143,11 +195,6 @@ def inspect_model(
         cfg: settings to try.
         backbone: its name; None finds it.
         clip: for which arithmetic is counted; None for 16 frames of 32x32 patches.
-
-    Returns:
-        Plain values, ready for JSON: `model`, `code` (where its class comes from), `backbone`, `encoder`, `config`,
-        `blocks`, `parameters`, `arithmetic`, `stream` (what one keeps, where `cfg` has a window; else None),
-        `warnings`.
 
     Raises:
         STAError: as `inject_sta`.
@@ -157,7 +204,7 @@ def inspect_model(
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     modules = plan.build("meta")
     hooked = target.norms if config.order == "after_spatial" else target.blocks
-    blocks = [
+    blocks: list[InspectedBlock] = [
         {
             "index": index,
             "hook": names[id(hooked[index])],
@@ -202,7 +249,7 @@ def _code_of(model: nn.Module) -> str:
     }.get(package, package)
 
 
-def count_arithmetic(plan: Plan, clip: ClipSize) -> dict[str, Any]:
+def count_arithmetic(plan: Plan, clip: ClipSize) -> Arithmetic:
     """Operations of the tower and of STA for one clip, as `formula` says, and STA's in percent of the tower's."""
     target = plan.target
     positions = clip.rows * clip.columns
@@ -222,7 +269,7 @@ def count_arithmetic(plan: Plan, clip: ClipSize) -> dict[str, Any]:
     }
 
 
-def count_stream(plan: Plan, clip: ClipSize, modules: Mapping[int, TemporalAttention]) -> dict[str, Any] | None:
+def count_stream(plan: Plan, clip: ClipSize, modules: Mapping[int, TemporalAttention]) -> StreamFacts | None:
     """Memory of a stream whose frames have the clip's rows and columns, as `Stream.bytes` will say; None without one."""
     window = plan.config.window
     if window is None or _why_no_stream(plan):

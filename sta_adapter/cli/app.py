@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +19,25 @@ from sta_adapter.cli.options import (
 from sta_adapter.requirements import require_device
 from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization.local_paths import subject
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sta_adapter.cli.option_types import ModelOptions
+
+    class Options(ModelOptions):
+        """Those of the command, but for the ones that it names itself."""
+
+        model: str | None
+        adapter: str | None
+        host: str | None
+        port: int | None
+        share: bool
+        fps: float | None
+        nframes: int | None
+        longest: float
+        time_limit: float
+
 
 __all__ = ["command"]
 
@@ -49,7 +68,7 @@ options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
 @option("Page", "--time-limit", type=float, metavar="S", default=300, help="Seconds of an answer. [default: 300]")
 @model_options
 @adapter_options
-def command(**options: Any) -> None:
+def command(**options: Unpack[Options]) -> None:
     """Serve the page."""
     from sta_adapter.visualization.app import serve
 
@@ -57,5 +76,16 @@ def command(**options: Any) -> None:
     frames = frame_rate(options["fps"], options["nframes"])
     adapter = find_adapter(options["adapter"], options["adapter_revision"], options["any_base"])
     title = subject(*model_and_adapter(options["model"], options["adapter"]))
-    page = {name: options[name] for name in ("host", "port", "share", "longest", "time_limit")}
-    serve(options["model"], adapter, title=title, say=click.echo, **page, frames=frames, **viewer_settings(options))
+    serve(
+        options["model"],
+        adapter,
+        host=options["host"],
+        port=options["port"],
+        share=options["share"],
+        longest=options["longest"],
+        title=title,
+        time_limit=options["time_limit"],
+        say=click.echo,
+        frames=frames,
+        **viewer_settings(options),
+    )

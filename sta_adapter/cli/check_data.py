@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
 from sta_adapter.cli.options import Grouped, data_options, option, with_usual_frames
 from sta_adapter.errors import ConfigError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["command"]
 
 SHOWN = 20  # problems, and categories, in the printed report; --json has all
 LINE = 80
-OF_THE_MODEL = ("max_length", "revision", "trust_remote_code")
+OF_THE_MODEL = ("max-length", "revision", "trust-remote-code")
 
 HELP = """\b
 Example: sta-adapter check-data train.jsonl \\
@@ -44,26 +48,29 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 @option("How", "--revision", metavar="NAME", help="The model's branch, tag or commit on the Hub.")
 @option("How", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
-def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Any) -> None:
+def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Unpack[Options]) -> None:
     """Check and print what was found."""
     from sta_adapter.cli.train import RUN_OPTIONS
     from sta_adapter.data.check import check_data
     from sta_adapter.loading import load_processor
     from sta_adapter.training.config import TrainingConfig, read_yaml
 
-    idle = [name for name in OF_THE_MODEL if options[name]]
+    given = (options["max_length"], options["revision"], options["trust_remote_code"])
+    idle = [name for name, value in zip(OF_THE_MODEL, given, strict=True) if value]
     if idle and not model:
-        name = idle[0].replace("_", "-")
         raise ConfigError(
-            f"--{name} has no effect without --model, whose processor counts tokens; add it, or leave --{name} out."
+            f"--{idle[0]} has no effect without --model, whose processor counts tokens; add it, or leave --{idle[0]} out."
         )
     values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name not in RUN_OPTIONS}
     settings = TrainingConfig.from_dict(with_usual_frames(values, model))
     timeout = options["decode_timeout"]
-    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     report = check_data(
         file,
-        processor=load_processor(model, **source) if model else None,
+        processor=(
+            load_processor(model, revision=options["revision"], trust_remote_code=options["trust_remote_code"])
+            if model
+            else None
+        ),
         format=options["format"],
         videos=options["videos"],
         frames=settings.frames,
@@ -78,7 +85,19 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
         sys.exit(1)
 
 
-def describe(report: dict[str, Any]) -> list[str]:
+class Options(TypedDict):
+    """Those of the command, but for the ones that it names itself."""
+
+    format: str | None
+    videos: str | None
+    max_length: int | None
+    num_workers: int
+    decode_timeout: float | None
+    revision: str | None
+    trust_remote_code: bool
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
     """The report as lines of at most 80 columns, but for long paths."""
     lines = [f"{report['samples']} samples, {report['bad']} of them bad"]
     for name, words in (("clip_seconds", "seconds a clip"), ("clip_frames", "frames a clip"), ("tokens", "tokens")):
@@ -97,5 +116,5 @@ def describe(report: dict[str, Any]) -> list[str]:
     return lines + _more(report["problems"])
 
 
-def _more(items: list[Any]) -> list[str]:
+def _more(items: Sequence[object]) -> list[str]:
     return [f"    ... and {len(items) - SHOWN} more; --json lists all"] if len(items) > SHOWN else []

@@ -9,7 +9,7 @@ import platform
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 import torch
@@ -29,7 +29,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM, FRAMES = 80, 8  # Qwen2-VL's head size; any number of frames gets the same kernel
 
 
-def describe_environment() -> dict[str, Any]:
+class Environment(TypedDict):
+    """What `sta-adapter env --json` prints."""
+
+    platform: dict[str, str | None]
+    versions: dict[str, str]
+    tested: dict[str, str]
+    devices: list[dict[str, str]]
+    kernels: list[dict[str, str]]
+    decoders: dict[str, str]
+    backbones: dict[str, str]
+    seams: list[dict[str, Any]]
+    hub: dict[str, str]
+
+
+def describe_environment() -> Environment:
     """Versions, devices, kernels, decoders, backbones, seams and Hub settings, as `sta-adapter env --json` prints them.
 
     No secrets: of a token, only whether there is one; of an address, no user and password; the home folder is "~".
@@ -48,10 +62,8 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _devices() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [
-        {"type": "cpu", "name": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
-    ]
+def _devices() -> list[dict[str, str]]:
+    found = [{"type": "cpu", "name": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}]
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(number)
         size = f"{about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor}"
@@ -111,7 +123,7 @@ def _without_secrets(value: str) -> str:
     return "~" + value[len(home) :] if value == home or value.startswith(home + os.sep) else value
 
 
-def format_environment(found: dict[str, Any]) -> str:
+def format_environment(found: Environment) -> str:
     """The same as text, a line for each fact."""
     lines = [
         f"Python {found['platform']['python']}, {found['platform']['system']}, CUDA of torch: {found['platform']['cuda']}"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import textwrap
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from sta_adapter.cli.options import Grouped, option
 from sta_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sta_adapter.inspection import InspectedBlock, Inspection
 
 __all__ = ["command"]
 
@@ -44,7 +48,7 @@ def command(
     as_json: bool,
     revision: str | None,
     trust_remote_code: bool,
-    **cfg: Any,
+    **cfg: object,
 ) -> None:
     """Show where STA would go in a model, and what it costs."""
     from sta_adapter.config import STAConfig
@@ -62,7 +66,7 @@ def command(
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report, str(size))))
 
 
-def parse_layers(text: str) -> Any:
+def parse_layers(text: str) -> Literal["all"] | tuple[int, ...]:
     """`"all"`, or the indices in a list such as "0-3,8".
 
     Raises:
@@ -79,7 +83,7 @@ def parse_layers(text: str) -> Any:
     return tuple(found)
 
 
-def describe(report: dict[str, Any], clip: str) -> list[str]:
+def describe(report: Inspection, clip: str) -> list[str]:
     """The report as lines of at most 80 columns."""
     encoder, config, parameters = report["encoder"], report["config"], report["parameters"]
     at = f" at {encoder['path']}" if encoder["path"] else ""
@@ -118,10 +122,10 @@ def describe(report: dict[str, Any], clip: str) -> list[str]:
     return lines
 
 
-def table(blocks: list[dict[str, Any]]) -> list[str]:
+def table(blocks: list[InspectedBlock]) -> list[str]:
     """A row for each run of blocks that differ in nothing but their index."""
 
-    def kind(numbered: tuple[int, dict[str, Any]]) -> tuple[Any, ...]:
+    def kind(numbered: tuple[int, InspectedBlock]) -> tuple[object, ...]:
         position, block = numbered
         pattern = _pattern(block)
         return block["index"] - position, pattern, block["width"], block["heads"], block["parameters"]
@@ -145,7 +149,7 @@ def table(blocks: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _pattern(block: dict[str, Any]) -> str:
+def _pattern(block: InspectedBlock) -> str:
     """The hook's path with a star for the block's index."""
     parts = block["hook"].split(".")
     return ".".join("*" if part == str(block["index"]) else part for part in parts)
@@ -171,5 +175,5 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
-def _rope(config: dict[str, Any]) -> str:
+def _rope(config: Mapping[str, object]) -> str:
     return "none" if config["rope_theta"] is None else f"{config['rope_theta']:g}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from sta_adapter.cli.option_types import FrameRate, ModelOptions, Run, ViewerSettings
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 from sta_adapter.tiny_base import usual_frames
@@ -99,14 +100,19 @@ def shown_model_options(command: Decorated) -> Decorated:
     return command
 
 
-def viewer_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+def viewer_settings(options: ModelOptions) -> ViewerSettings:
     """The arguments of `Viewer.load` for which the options of model and adapter stand."""
-    names = ("device", "revision", "positions", "trust_remote_code")
-    base_model, dtype = base_model_of(options["any_base"]), options["dtype"] or "auto"
-    return {"base_model": base_model, "dtype": dtype, **{name: options[name] for name in names}}
+    return {
+        "base_model": base_model_of(options["any_base"]),
+        "dtype": options["dtype"] or "auto",
+        "device": options["device"],
+        "revision": options["revision"],
+        "positions": options["positions"],
+        "trust_remote_code": options["trust_remote_code"],
+    }
 
 
-def frame_rate(fps: float | None, nframes: int | None) -> dict[str, Any]:
+def frame_rate(fps: float | None, nframes: int | None) -> FrameRate:
     """The fields of `FrameSettings` that --fps or --nframes set.
 
     Raises:
@@ -166,7 +172,7 @@ def data_options(command: Decorated) -> Decorated:
     return command
 
 
-def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
     """`("lora_rank=8", "frames.fps=2")` as nested values, read as YAML would.
 
     Raises:
@@ -174,7 +180,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     """
     import yaml
 
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
@@ -186,9 +192,10 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
         *path, last = name.split(".")
         place = values
         for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
+            below = place.setdefault(part, {})
+            if not isinstance(below, dict):
                 raise ConfigError(f"--set {pair!r}: {part!r} has a value already.")
+            place = below
         place[last] = value
     return values
 
@@ -202,8 +209,12 @@ def stage_option(command: Decorated) -> Decorated:
 
 
 def read_run(
-    config: str | None, pairs: tuple[str, ...], options: Mapping[str, Any], names: Sequence[str], needed: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    config: str | None,
+    pairs: tuple[str, ...],
+    options: Mapping[str, object],
+    names: Sequence[str],
+    needed: Sequence[str],
+) -> tuple[Run, dict[str, object]]:
     """A run's own options and its settings: of a YAML file, of --set, and of options, of which the later ones win.
 
     Args:
@@ -232,10 +243,10 @@ def read_run(
     if missing:
         command = click.get_current_context().info_name
         raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter {command} --help.")
-    return run, values
+    return cast(Run, run), values
 
 
-def with_usual_frames(values: dict[str, Any], model: str | None) -> dict[str, Any]:
+def with_usual_frames(values: dict[str, object], model: str | None) -> dict[str, object]:
     """Settings of training with the frames that a model was made for where they say nothing of them."""
     given = values.get("frames") or {}
     frames = usual_frames(model, given) if model and isinstance(given, dict) else given
@@ -255,10 +266,10 @@ def one_or_several(data: object) -> str | list[str] | None:
     return data[0] if len(data) == 1 else list(data)
 
 
-def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def merged(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
     """`first` with what `second` says in its place, also one level down."""
     result = dict(first)
     for key, value in second.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = {**result[key], **value} if both else value
+        before = result.get(key)
+        result[key] = {**before, **value} if isinstance(value, dict) and isinstance(before, dict) else value
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import click
 
@@ -13,8 +13,10 @@ from sta_adapter.cli.options import TRAINING, Grouped, data_options, option, rea
 if TYPE_CHECKING:
     from torch import nn
 
+    from sta_adapter.cli.option_types import Run
+    from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.training.config import TrainingConfig
-    from sta_adapter.training.plan import Machine
+    from sta_adapter.training.plan import LengthsReport, Machine, StagePlan
 
 __all__ = ["command", "describe", "plan_run"]
 
@@ -31,6 +33,24 @@ OF_TRAIN = (
     *("out", "eval_data", "adapter", "adapter_revision", "overwrite", "positions", "attn_implementation", "dry_run"),
     "cache",
 )
+
+
+class MachineReport(TypedDict):
+    """What a run is planned for."""
+
+    memory: float
+    cuda: bool
+    precision: str
+    processes: int
+
+
+class PlanReport(TypedDict):
+    """What --json prints."""
+
+    model: str
+    machine: MachineReport
+    data: LengthsReport
+    stages: dict[str, StagePlan]
 
 
 @click.command(
@@ -54,25 +74,25 @@ OF_TRAIN = (
 @option("Model", "--quantize", type=click.Choice(["4bit", "8bit"]), metavar="BITS", help="The base in 4bit or 8bit.")
 @option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options: object) -> None:
     """Plan, and print it."""
     from sta_adapter.training.config import TrainingConfig
 
-    machine = {name: options.pop(name) for name in ("memory", "processes", "samples", "measure")}
+    machine: dict[str, Any] = {name: options.pop(name) for name in ("memory", "processes", "samples", "measure")}
     run, values = read_run(config, pairs, options, (*RUN, *OF_TRAIN), ("model", "data"))
     report = plan_run(run, TrainingConfig.from_dict(values), **machine)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
 
 
 def plan_run(
-    run: dict[str, Any],
+    run: Run,
     settings: TrainingConfig,
     *,
     memory: float | None = None,
     processes: int = 1,
     samples: int = 64,
     measure: bool = False,
-) -> dict[str, Any]:
+) -> PlanReport:
     """What a run of `sta-adapter train` would do and need.
 
     Args:
@@ -91,32 +111,43 @@ def plan_run(
     from sta_adapter.training.stage import Stage
     from sta_adapter.training.two_stage import open_data, stage_names
 
-    source = {"revision": run["revision"], "trust_remote_code": bool(run["trust_remote_code"])}
+    revision, trusted = run["revision"], bool(run["trust_remote_code"])
     names = stage_names(str(run["stage"] or ("both" if settings.sta else "2")), settings)
     machine = _machine(run, settings, memory, processes)
-    processor = load_processor(run["model"], **source)
-    how = {"format": run["format"], "videos": run["videos"]}
-    dataset: Any = open_data(run["data"], processor, settings, **how, stream=False)
+    processor = load_processor(run["model"], revision=revision, trust_remote_code=trusted)
+    opened = open_data(run["data"], processor, settings, format=run["format"], videos=run["videos"], stream=False)
+    dataset = cast("VideoDataset", opened)  # as it is no stream
     lengths = sample_lengths(dataset, samples, settings.num_workers)
     configs = {name: settings.for_stage(name) for name in names}
 
     def make_model() -> nn.Module:
-        return empty_model(run["model"], **source)
+        return empty_model(run["model"], revision=revision, trust_remote_code=trusted)
 
     stages = {n: plan_stage(n, config, make_model, dataset, lengths, machine) for n, config in configs.items()}
     here = memory is None and torch.cuda.is_available()
     if here or measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for name, config in configs.items():
-            model = load_model(run["model"], dtype=run["dtype"] or "auto", quantize=run["quantize"], **source)
+            model = load_model(
+                run["model"],
+                revision=revision,
+                trust_remote_code=trusted,
+                dtype=run["dtype"] or "auto",
+                quantize=run["quantize"],
+            )
             found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device)
-            stages[name] |= {"measured": found, "hours": _hours(stages[name], found)}
+            stages[name]["measured"], stages[name]["hours"] = found, _hours(stages[name], found)
             del model
-    about = {"memory": machine.memory, "cuda": machine.cuda, "precision": machine.precision, "processes": processes}
+    about: MachineReport = {
+        "memory": machine.memory,
+        "cuda": machine.cuda,
+        "precision": machine.precision,
+        "processes": processes,
+    }
     return {"model": run["model"], "machine": about, "data": lengths.to_dict(), "stages": stages}
 
 
-def _machine(run: dict[str, Any], settings: TrainingConfig, memory: float | None, processes: int) -> Machine:
+def _machine(run: Run, settings: TrainingConfig, memory: float | None, processes: int) -> Machine:
     import psutil
     import torch
 
@@ -136,12 +167,11 @@ def _machine(run: dict[str, Any], settings: TrainingConfig, memory: float | None
     return Machine(size, cuda, precision, dtype, processes, run["quantize"])
 
 
-def _hours(stage: dict[str, Any], measured: dict[str, float]) -> float:
-    found: float = stage["steps"] * stage["accumulation"] * measured["seconds"] / 3600
-    return found
+def _hours(stage: StagePlan, measured: dict[str, float]) -> float:
+    return stage["steps"] * stage["accumulation"] * measured["seconds"] / 3600
 
 
-def describe(report: dict[str, Any]) -> list[str]:
+def describe(report: PlanReport) -> list[str]:
     """The report as lines for a terminal."""
     machine, tokens = report["machine"], report["data"]["tokens"]
     where = "a GPU" if machine["cuda"] else "this machine (--memory GB plans for a GPU)"
@@ -159,7 +189,7 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _stage_lines(name: str, stage: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+def _stage_lines(name: str, stage: StagePlan, machine: MachineReport) -> list[str]:
     parts = ", ".join(f"{part} {_size(size)}" for part, size in stage["parts"].items())
     reserve = " (with CUDA and 5 % that its allocator can't give)" if machine["cuda"] else ""
     on = "on" if stage["gradient_checkpointing"] else "off"

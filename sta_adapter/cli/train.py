@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -31,13 +31,20 @@ from sta_adapter.errors import ConfigError, TrainingStopped
 from sta_adapter.requirements import require_reporters, require_writable
 
 if TYPE_CHECKING:
+    from sta_adapter.cli.option_types import Run
+    from sta_adapter.data.dataset import VideoDataset
+    from sta_adapter.data.stream import StreamDataset
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.two_stage import TrainingResult
 
 __all__ = ["command"]
 
 # options that are settings of the run itself, not of TrainingConfig
-FLAGS = ("overwrite", "trust_remote_code", "dry_run")
+FLAGS: tuple[Literal["overwrite"], Literal["trust_remote_code"], Literal["dry_run"]] = (
+    "overwrite",
+    "trust_remote_code",
+    "dry_run",
+)
 RUN_OPTIONS = (
     *("model", "revision", "dtype", "quantize", "attn_implementation", "positions", "adapter", "adapter_revision"),
     *("data", "eval_data", "videos", "format", "cache", "out", "stage", *FLAGS),
@@ -81,7 +88,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @model_options
 @option("Model", "--attn-implementation", metavar="NAME", help="sdpa, flash_attention_2, eager.")
 @option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
-def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
+def command(config: str | None, pairs: tuple[str, ...], **options: object) -> None:
     """Train as the options and the file of settings say."""
     from sta_adapter.training.config import TrainingConfig
 
@@ -91,11 +98,10 @@ def command(config: str | None, pairs: tuple[str, ...], **options: Any) -> None:
         settings = TrainingConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}" if config else str(error)) from error
-    run["stage"] = str(run["stage"] or ("both" if settings.sta else "2"))
-    _train(run, settings)
+    _train(run, str(run["stage"] or ("both" if settings.sta else "2")), settings)
 
 
-def _check_flags(run: dict[str, Any]) -> None:
+def _check_flags(run: Run) -> None:
     """What is a flag on the command line is true or false in a file."""
     for name in FLAGS:
         if run[name] is not None and not isinstance(run[name], bool):
@@ -103,7 +109,7 @@ def _check_flags(run: dict[str, Any]) -> None:
         run[name] = bool(run[name])
 
 
-def _train(run: dict[str, Any], settings: TrainingConfig) -> None:
+def _train(run: Run, stage: str, settings: TrainingConfig) -> None:
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.training.two_stage import open_data, train
 
@@ -116,13 +122,19 @@ def _train(run: dict[str, Any], settings: TrainingConfig) -> None:
     require_writable(Path(run["out"]))
     source = ModelSource.of(run, find_adapter(run["adapter"], run["adapter_revision"]))
     processor = source.load_processor()
-    how = {name: run[name] for name in ("format", "videos", "cache")}
-    data = open_data(run["data"], processor, settings, **how)
-    eval_data = open_data(run["eval_data"], processor, settings, **how, stream=False) if run["eval_data"] else None
+
+    def opened(files: str | list[str], stream: bool = True) -> VideoDataset | StreamDataset:
+        how = (run["format"], run["videos"], run["cache"])
+        return open_data(files, processor, settings, format=how[0], videos=how[1], stream=stream, cache=how[2])
+
+    data = opened(run["data"])
+    eval_data = opened(run["eval_data"], stream=False) if run["eval_data"] else None
     model = source.load(_device(run["quantize"]), is_trainable=True)
-    how = {"output_dir": run["out"], "stage": run["stage"], "config": settings}
+    overwrite = run["overwrite"]
     try:
-        result = train(model, data, **how, eval_data=eval_data, overwrite=run["overwrite"])
+        result = train(
+            model, data, output_dir=run["out"], stage=stage, config=settings, eval_data=eval_data, overwrite=overwrite
+        )
     except TrainingStopped as stopped:
         if is_rank_zero():
             _say_how_to_go_on(stopped, run)
@@ -140,7 +152,7 @@ def _device(narrow: str | None) -> str:
     return str(join_processes().device)
 
 
-def _say_how_to_go_on(stopped: TrainingStopped, run: dict[str, Any]) -> None:
+def _say_how_to_go_on(stopped: TrainingStopped, run: Run) -> None:
     """The same command, without what would throw the run away."""
     saved = (
         "No checkpoint was saved" if stopped.checkpoint is None else f"{shlex.quote(str(stopped.checkpoint))} is saved"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,7 +24,25 @@ from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization.local_paths import subject
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sta_adapter.cli.option_types import ModelOptions
+    from sta_adapter.visualization.report import Summary
     from sta_adapter.visualization.viewer import Viewer
+
+    class Options(ModelOptions):
+        """Those of the command, but for the ones that it names itself."""
+
+        model: str | None
+        overwrite: bool
+        fps: float | None
+        nframes: int | None
+
+    class Look(Summary):
+        """What --json prints."""
+
+        files: list[str]
+
 
 __all__ = ["command"]
 
@@ -59,7 +77,9 @@ one file, to click in), PNG, MP4, GIF, arrays.npz and numbers.json.
 @option("Result", "--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @model_options
 @adapter_options
-def command(clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Any) -> None:
+def command(
+    clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Unpack[Options]
+) -> None:
     """Look at a clip and write what was seen."""
     from sta_adapter.visualization.viewer import Viewer
 
@@ -74,7 +94,7 @@ def command(clip: str, out: str, adapter: str | None, block: int | None, as_json
     click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
 
 
-def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject: str) -> dict[str, Any]:
+def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject: str) -> Look:
     """Write everything into a folder; the numbers."""
     import numpy as np
 
@@ -112,7 +132,7 @@ def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject:
     return {**numbers, "files": sorted(names)}
 
 
-def describe(numbers: dict[str, Any], out: str) -> str:
+def describe(numbers: Look, out: str) -> str:
     """The numbers in words, for a terminal."""
     lines = [f"note: {note}" for note in numbers["notes"]]
     lines.append(

@@ -6,7 +6,8 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +24,23 @@ from sta_adapter.cli.options import (
 from sta_adapter.requirements import require_device
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sta_adapter.cli.option_types import ModelOptions
     from sta_adapter.visualization.viewer import Viewer
+
+    class Options(ModelOptions):
+        """Those of the command, but for the ones that it names itself."""
+
+        model: str
+        ask: str | None
+        every: float
+        fps: float | None
+        window: int | None
+        budget: int
+        timeout: float
+        fast: bool
+
 
 __all__ = ["command"]
 
@@ -59,7 +76,7 @@ such as /dev/video0. The adapter is one trained with causal=True.
 @option("Result", "--json", "as_json", is_flag=True, help="Print a line of JSON for each event.")
 @model_options
 @adapter_options
-def command(source: str, adapter: str, as_json: bool, **options: Any) -> None:
+def command(source: str, adapter: str, as_json: bool, **options: Unpack[Options]) -> None:
     """Watch, and print what happens."""
     from sta_adapter.errors import ConfigError
     from sta_adapter.live.source import LiveSource
@@ -68,10 +85,11 @@ def command(source: str, adapter: str, as_json: bool, **options: Any) -> None:
     require_device(options["device"])
     if not 0 < options["timeout"] < float("inf"):
         raise ConfigError(f"--timeout {options['timeout']}: expected seconds above 0.")
-    given = {"question": options["ask"], "window": options["window"]}
-    settings = WatchSettings(
-        every=options["every"], budget=options["budget"], **{k: v for k, v in given.items() if v is not None}
-    )
+    settings = WatchSettings(every=options["every"], budget=options["budget"])
+    if options["ask"] is not None:
+        settings = replace(settings, question=options["ask"])
+    if options["window"] is not None:
+        settings = replace(settings, window=options["window"])
     viewer = load_viewer(adapter, options)
     live = LiveSource(source, fps=viewer.settings.fps, timeout=options["timeout"], fast=options["fast"])
     watcher = Watcher(viewer.handle, viewer.processor, viewer.settings, settings)
@@ -79,7 +97,7 @@ def command(source: str, adapter: str, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(event) if as_json else described(event))
 
 
-def load_viewer(adapter: str, options: dict[str, Any]) -> Viewer:
+def load_viewer(adapter: str, options: Options) -> Viewer:
     """Model, processor and adapter."""
     from sta_adapter.visualization.viewer import Viewer
 
@@ -87,7 +105,7 @@ def load_viewer(adapter: str, options: dict[str, Any]) -> Viewer:
     return Viewer.load(options["model"], folder, frames=frame_rate(options["fps"], None), **viewer_settings(options))
 
 
-def described(event: dict[str, Any]) -> str:
+def described(event: Mapping[str, Any]) -> str:
     """An event in words, for a terminal."""
     seconds = event.get("seconds", 0.0)
     at = f"[{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}]"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from sta_adapter.training.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import NotRequired
 
 __all__ = ["Lengths", "Machine", "measure_step", "plan_stage", "sample_lengths"]
 
@@ -69,6 +70,41 @@ class Machine:
         return found * (1 + FRAGMENTS) + CONTEXT if self.cuda else found
 
 
+class LengthsReport(TypedDict):
+    """Of `Lengths`, as plain values."""
+
+    samples: int
+    looked_at: int
+    tokens: dict[str, float]
+
+
+class Fit(TypedDict):
+    """What fits into the memory."""
+
+    device_batch_size: int
+    gradient_checkpointing: bool
+
+
+class StagePlan(TypedDict):
+    """What one stage would do and need, see `plan_stage`."""
+
+    trainable: int
+    parameters: int
+    samples: int
+    steps: int
+    batch_size: int
+    device_batch_size: int
+    accumulation: int
+    gradient_checkpointing: bool | str
+    parts: dict[str, float]
+    needs: float
+    fits: bool
+    choices: list[Fit]
+    suggested: Fit | None
+    measured: NotRequired[dict[str, float]]
+    hours: NotRequired[float]
+
+
 @dataclass(frozen=True)
 class Lengths:
     """How long samples are.
@@ -83,7 +119,7 @@ class Lengths:
     longest: Encoded
     samples: int
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> LengthsReport:
         """Plain values."""
         spread = {"least": min(self.tokens), "median": statistics.median(self.tokens), "largest": max(self.tokens)}
         return {"samples": self.samples, "looked_at": len(self.tokens), "tokens": spread}
@@ -123,7 +159,7 @@ def plan_stage(
     dataset: VideoDataset,
     lengths: Lengths,
     machine: Machine,
-) -> dict[str, object]:
+) -> StagePlan:
     """What one stage would do and need.
 
     Args:
@@ -155,7 +191,8 @@ def plan_stage(
     }
     parts = _of_clips(found[bool(config.gradient_checkpointing)], device_batch)
     return {
-        **counts,
+        "trainable": counts["trainable"],
+        "parameters": counts["parameters"],
         "samples": lengths.samples,
         "steps": stage.steps(),
         "batch_size": config.batch_size,
@@ -170,7 +207,7 @@ def plan_stage(
     }
 
 
-def _suggested(fits: dict[bool, int]) -> dict[str, int] | None:
+def _suggested(fits: dict[bool, int]) -> Fit | None:
     """Without checkpointing where a clip fits, as that computes less; None where nothing fits."""
     for checkpointed, size in fits.items():
         if size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -42,7 +42,28 @@ def page(title: str, subject: str, made: str, content: str) -> str:
     return TEMPLATES.get_template("report.html").render(words)
 
 
-def summary(seen: Observation, notes: list[str], block: int) -> dict[str, Any]:
+class BlockSummary(TypedDict):
+    """Means of a block."""
+
+    block: int
+    crossing: float
+    branch: float
+
+
+class Summary(TypedDict):
+    """What `summary` gives."""
+
+    frames: int
+    positions: int
+    heads: int
+    block_shown: int
+    even_crossing: float
+    change: float
+    blocks: list[BlockSummary]
+    notes: list[str]
+
+
+def summary(seen: Observation, notes: list[str], block: int) -> Summary:
     """The figures behind the pictures, for scripts: means over tokens, in shares of 1."""
     heads, frames = seen.attention.shape[1:3]
     return {

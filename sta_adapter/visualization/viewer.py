@@ -114,7 +114,7 @@ class Viewer:
         adapter: str | os.PathLike[str] | None = None,
         *,
         longest: float | None = None,
-        frames: dict[str, Any] | None = None,
+        frames: Mapping[str, Any] | None = None,
         base_model: str | None = None,
         positions: str | None = None,
         **options: Any,
