@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -14,7 +13,7 @@ from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.demo.clips import LABELS
 from sta_adapter.demo.methods import METHODS, DemoSettings
 from sta_adapter.demo.run import answer_inputs
-from sta_adapter.demo.scores import summary
+from sta_adapter.demo.scores import Results, Share, summary
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.observation import temporal_attention
@@ -28,7 +27,7 @@ MARKERS = {"sta": "o", "lora": "s", "lora_language": "^"}
 SHORT = {"sta": "STA + LoRA", "lora": "LoRA, both", "lora_language": "LoRA, language"}
 
 
-def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, one row a method."""
     rows = [summary(results, method) for method in METHODS]
     heads = ["", "accuracy %", *(f"{pair} %" for pair in rows[0]["pairs"])]
@@ -46,12 +45,12 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def is_quick(results: dict[str, Any]) -> bool:
+def is_quick(results: Results) -> bool:
     """Whether these are the results of a run that shows every step and proves nothing."""
     return bool(results["settings"] == dataclasses.asdict(DemoSettings.quick()))
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_table(results: Results) -> None:
     """The table, fitted to the terminal: a line a quantity, a column a method."""
     from rich.console import Console
     from rich.table import Table
@@ -70,7 +69,7 @@ def print_table(results: dict[str, Any]) -> None:
     Console().print(grid)
 
 
-def write_report(folder: Path, results: dict[str, Any], handle: STAHandle, test: VideoDataset) -> Path:
+def write_report(folder: Path, results: Results, handle: STAHandle, test: VideoDataset) -> Path:
     """Write `curves.png`, `attention.png` and `index.html` into the folder; the page's path.
 
     Args:
@@ -108,7 +107,7 @@ def write_report(folder: Path, results: dict[str, Any], handle: STAHandle, test:
     return folder / "index.html"
 
 
-def draw_curves(path: Path, results: dict[str, Any]) -> None:
+def draw_curves(path: Path, results: Results) -> None:
     """Accuracy over steps: a line a method (the mean), a thin one a seed."""
     from matplotlib import pyplot as plt
 
@@ -169,15 +168,15 @@ def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
     plt.close(figure)
 
 
-def _percent(score: dict[str, float], *, interval: bool = False) -> str:
+def _percent(score: Share, *, interval: bool = False) -> str:
     text = f"{100 * score['accuracy']:.1f}"
     return f"{text}\n{100 * score['low']:.1f} to {100 * score['high']:.1f}" if interval else text
 
 
-def _clips(folder: Path, test: VideoDataset, results: dict[str, Any]) -> list[dict[str, Any]]:
+def _clips(folder: Path, test: VideoDataset, results: Results) -> list[dict[str, object]]:
     """One clip of each label, and what each method of the first seed said."""
     answers = {run["method"]: run["answers"] for run in reversed(results["runs"])}
-    clips = []
+    clips: list[dict[str, object]] = []
     for index, sample in enumerate(test.samples[: len(LABELS)]):
         clip = next(part["video"] for part in sample.messages[0]["content"] if part["type"] == "video")
         said = [(SHORT[method], answers[method][index]) for method in METHODS]

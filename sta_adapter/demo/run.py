@@ -27,7 +27,7 @@ from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.demo.clips import write_dataset
 from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, DemoSettings, train_method
 from sta_adapter.demo.model import two_threads
-from sta_adapter.demo.scores import measure
+from sta_adapter.demo.scores import Reloaded, Results, measure
 from sta_adapter.errors import STAError
 from sta_adapter.loading import load_processor
 from sta_adapter.tiny_base import TINY_BASE
@@ -41,7 +41,7 @@ LOGITS = "answers.safetensors"
 @two_threads()
 def run_demo(
     folder: Path, settings: DemoSettings, seeds: Iterable[int], say: Callable[[str], None] = logger.info
-) -> tuple[dict[str, Any], sta_adapter.STAHandle, VideoDataset]:
+) -> tuple[Results, sta_adapter.STAHandle, VideoDataset]:
     """Write the clips, train and measure every method, check the saved adapter.
 
     Returns:
@@ -58,8 +58,12 @@ def run_demo(
     """
     started = time.perf_counter()
     seeds = list(seeds)
-    results: dict[str, Any] = {"settings": dataclasses.asdict(settings), "versions": versions()}
-    results |= {"seeds": seeds, "runs": []}
+    results: Results = {
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+        "seeds": seeds,
+        "runs": [],
+    }
     for seed in seeds:
         say(f"writing {settings.train_clips + settings.test_clips} clips to {folder / 'clips'}, and reading them")
         data, test, curve = make_clips(folder, settings, seed)
@@ -101,7 +105,7 @@ def make_clips(folder: Path, settings: DemoSettings, seed: int) -> tuple[VideoDa
     return data, test, curve
 
 
-def check_reload(handle: sta_adapter.STAHandle, folder: Path, test: VideoDataset, seed: int) -> dict[str, Any]:
+def check_reload(handle: sta_adapter.STAHandle, folder: Path, test: VideoDataset, seed: int) -> Reloaded:
     """Save the adapter, load it into a fresh model in a new process, and compare the logits of its answers bit for bit."""
     handle.save_pretrained(folder / "adapter")
     here, count = answer_logits(handle.model, test), len(test.samples)

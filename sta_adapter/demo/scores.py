@@ -3,18 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 from sta_adapter.data import VideoDataset
 from sta_adapter.demo.clips import LABELS, PAIRS
 from sta_adapter.demo.methods import METHODS
 from sta_adapter.evaluation import Prediction, evaluate, wilson
+from sta_adapter.evaluation.result import RunReport, ScoreReport
 from sta_adapter.training import TrainingResult
 
-__all__ = ["measure", "summary"]
+__all__ = ["Measured", "Results", "Run", "measure", "summary"]
 
 
-def measure(trained: TrainingResult, test: VideoDataset) -> dict[str, Any]:
+class Measured(TypedDict):
+    """What one training run scored."""
+
+    ordered: RunReport
+    shuffled: RunReport
+    answers: list[str]
+    curve: list[tuple[float, float]]
+    trainable_parameters: int
+    seconds: float
+    within_pair: float | None
+
+
+class Run(Measured):
+    """One method with one seed."""
+
+    method: str
+    seed: int
+
+
+class Reloaded(TypedDict):
+    """What the saved adapter gave in a new process."""
+
+    clips: int
+    bit_equal: bool
+    logits: list[int]
+
+
+class Results(TypedDict, total=False):
+    """What `results.json` holds."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seeds: list[int]
+    runs: list[Run]
+    reloaded: Reloaded
+    seconds: float
+
+
+class Share(TypedDict):
+    """A share of right answers with its interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    total: int
+
+
+class Row(TypedDict):
+    """Of the table: a method over all seeds."""
+
+    method: str
+    name: str
+    ordered: Share
+    shuffled: Share
+    pairs: dict[str, Share]
+    per_seed: list[float]
+    trainable_parameters: int
+    seconds: float
+
+
+def measure(trained: TrainingResult, test: VideoDataset) -> Measured:
     """Accuracy on the test clips, in all and per pair, with frames in order and shuffled; cost; curve."""
     found = {
         frames: evaluate(trained.model, test, frame_order=frames, batch_size=50, max_new_tokens=4)
@@ -28,7 +89,8 @@ def measure(trained: TrainingResult, test: VideoDataset) -> dict[str, Any]:
         ]
         step += stage["steps"]
     return {
-        **{frames: result.to_dict(predictions=False) for frames, result in found.items()},
+        "ordered": found["ordered"].to_dict(predictions=False),
+        "shuffled": found["shuffled"].to_dict(predictions=False),
         "answers": [prediction.prediction for prediction in found["ordered"].predictions[: len(LABELS)]],
         "curve": curve,
         "trainable_parameters": last["trainable_parameters"],
@@ -44,21 +106,23 @@ def within_pair(predictions: Iterable[Prediction]) -> float | None:
     return sum(named) / len(named) if named else None
 
 
-def summary(results: dict[str, Any], method: str) -> dict[str, Any]:
+def summary(results: Results, method: str) -> Row:
     """One row of the table: counts of all seeds added up, so that the intervals are those of all clips asked."""
     runs = [run for run in results["runs"] if run["method"] == method]
-    row: dict[str, Any] = {"method": method, "name": METHODS[method]}
-    for frames in ("ordered", "shuffled"):
-        row[frames] = _added([run[frames]["overall"] for run in runs])
     pairs = runs[0]["ordered"]["categories"]
-    row["pairs"] = {pair: _added([run["ordered"]["categories"][pair] for run in runs]) for pair in pairs}
-    row["per_seed"] = [run["ordered"]["overall"]["accuracy"] for run in runs]
-    row["trainable_parameters"] = runs[0]["trainable_parameters"]
-    row["seconds"] = sum(run["seconds"] for run in runs) / len(runs)
-    return row
+    return {
+        "method": method,
+        "name": METHODS[method],
+        "ordered": _added([run["ordered"]["overall"] for run in runs]),
+        "shuffled": _added([run["shuffled"]["overall"] for run in runs]),
+        "pairs": {pair: _added([run["ordered"]["categories"][pair] for run in runs]) for pair in pairs},
+        "per_seed": [run["ordered"]["overall"]["accuracy"] for run in runs],
+        "trainable_parameters": runs[0]["trainable_parameters"],
+        "seconds": sum(run["seconds"] for run in runs) / len(runs),
+    }
 
 
-def _added(scores: list[dict[str, Any]]) -> dict[str, float]:
-    correct, total = (sum(score[key] for score in scores) for key in ("correct", "total"))
+def _added(scores: list[ScoreReport]) -> Share:
+    correct, total = sum(score["correct"] for score in scores), sum(score["total"] for score in scores)
     low, high = wilson(correct, total)
     return {"accuracy": correct / total, "low": low, "high": high, "total": total}

@@ -6,11 +6,12 @@ LoRA is the YAML's own; `adapter: lora` must be there.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
-from transformers import set_seed
+from torch import nn
+from transformers import TrainerCallback, set_seed
 
 from sta_adapter.adapter.format import read_description
 from sta_adapter.attention.module import CHILD
@@ -19,6 +20,9 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
 
 __all__ = ["STAArgs", "STAPlugin"]
 
@@ -34,7 +38,7 @@ class STAArgs(BaseModel):
 class STAPlugin(BasePlugin):
     """Puts STA into the model before LoRA, has LoRA train and save it, and the run watched."""
 
-    def register(self, cfg: Any) -> None:
+    def register(self, cfg: DictDefault) -> None:
         """Refuse what can't be trained, before anything is loaded."""
         take_settings(cfg)
 
@@ -42,7 +46,7 @@ class STAPlugin(BasePlugin):
         """Where axolotl finds the YAML's further fields."""
         return f"{__name__}.STAArgs"
 
-    def pre_lora_load(self, cfg: Any, model: Any) -> None:
+    def pre_lora_load(self, cfg: DictDefault, model: nn.Module) -> None:
         """Put STA in; an adapter that goes on (`lora_model_dir`) has its own settings."""
         settings = take_settings(cfg)
         set_seed(42 if cfg.seed is None else cfg.seed)  # axolotl leaves the start of LoRA and STA to chance
@@ -56,12 +60,12 @@ class STAPlugin(BasePlugin):
                 )
         cfg["lora_modules_to_save"] = sorted({CHILD, *(cfg.lora_modules_to_save or [])})
 
-    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+    def add_callbacks_pre_trainer(self, cfg: DictDefault, model: nn.Module) -> list[TrainerCallback]:
         """Those that save the adapter and look at STA's gradients."""
         return sta_callbacks(take_settings(cfg))
 
 
-def take_settings(cfg: Any) -> Settings:
+def take_settings(cfg: DictDefault) -> Settings:
     """STA's settings in a configuration of axolotl, else those of STA_SETTINGS.
 
     Raises:

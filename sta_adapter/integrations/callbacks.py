@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
@@ -37,26 +36,43 @@ class SaveAdapter(TrainerCallback):
     """
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         """Refuse what could not be saved, before anything is trained."""
-        model, handle = _trained(kwargs.get("model"))
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        net, handle = _trained(model)
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in net.modules()):
             raise ConfigError(
                 "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
             )
         self._handle = handle
         SAVED.add(handle)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         """Write the adapter into the checkpoint that was just made."""
-        _save(kwargs.get("model"), Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        _save(model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         """Write the adapter into the output folder."""
-        _save(kwargs.get("model"), Path(str(args.output_dir)))
+        _save(model, Path(str(args.output_dir)))
 
 
 class RequireGradient(TrainerCallback):
@@ -77,10 +93,15 @@ class RequireGradient(TrainerCallback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         """Look at what requires a gradient, and begin to watch it."""
-        _, handle = _trained(kwargs.get("model"))
+        _, handle = _trained(model)
         warn_of_lora_on_sta(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         if not trained:
@@ -95,17 +116,22 @@ class RequireGradient(TrainerCallback):
         self.found = self.found or bool(gradient.any())
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         """Count the steps in which STA has no gradient, until one has."""
         if not self._hooks:
             return
-        model, handle = _trained(kwargs.get("model"))
+        net, handle = _trained(model)
         if _anywhere(self.found or any(map(_differs_from_zero, handle.parameters()))):
             self._end()
             self._note_single_frames(handle)
             return
-        if not _anywhere(not _is_idle(model, handle)):
+        if not _anywhere(not _is_idle(net, handle)):
             return
         self.steps += 1
         reason = _reason(handle)
@@ -119,14 +145,19 @@ class RequireGradient(TrainerCallback):
             logger.warning("STA got no gradient in the first step: %s", reason)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         """A run shorter than the patience must not end in silence either."""
         if self._hooks and self.steps:
             logger.warning(
                 "the run ends after %d steps in which STA got no gradient: %s",
                 self.steps,
-                _reason(_trained(kwargs.get("model"))[1]),
+                _reason(_trained(model)[1]),
             )
         self._end()
 
@@ -164,7 +195,12 @@ class ReportBadClips(TrainerCallback):
             logger.warning("left out %d bad samples so far, beside %d good ones", bad, good)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         """Tell the final number."""
         self.on_log(args, state, control)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.data.conversation import Sample, parse_sample
@@ -15,7 +14,7 @@ from sta_adapter.data.formats import read_classes
 from sta_adapter.data.samples import check_format, raw_records
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
+from sta_adapter.integrations.records import TOOLS, Record, as_ours, settings_lost, to_record
 
 __all__ = ["Converted", "convert_data"]
 
@@ -110,14 +109,14 @@ def _read(file: Path, format: str | None, folder: Path) -> list[Sample]:
     return samples
 
 
-def _written(sample: Sample, to: str) -> dict[str, Any]:
+def _written(sample: Sample, to: str) -> Record:
     try:
         return to_record(sample, to)
     except DataError as error:
         raise DataError(f"{sample.source}: {error}") from error
 
 
-def _dataset_info(target: Path, records: list[dict[str, Any]], pairs: bool) -> bytes:
+def _dataset_info(target: Path, records: list[Record], pairs: bool) -> bytes:
     """LLaMA-Factory's list of data sets, with this one in it under the file's name without its suffix."""
     file = target.parent / INFO
     try:

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -29,11 +29,19 @@ from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.settings import Settings, prepare_model
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 __all__ = ["install", "uninstall"]
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []
-_loading: contextvars.ContextVar[Any] = contextvars.ContextVar("(folder,) that PEFT loads from", default=None)
+_loading: contextvars.ContextVar[tuple[Path | None] | None] = contextvars.ContextVar(
+    "(folder,) that PEFT loads from", default=None
+)
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def install(settings: Settings | STAConfig | None = None) -> None:
@@ -61,13 +69,14 @@ def install(settings: Settings | STAConfig | None = None) -> None:
         import peft
     except ImportError as error:
         raise MissingExtraError("this hook is in peft: pip install 'sta-adapter[train]'") from error
-    LoraModel, PeftModel = cast("Any", peft.LoraModel), cast("Any", peft.PeftModel)
+    LoraModel, PeftModel = peft.LoraModel, peft.PeftModel
+    load: Any = PeftModel.from_pretrained
     _replace(LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))
     _replace(PeftModel, "save_pretrained", _saving(PeftModel.save_pretrained))
-    _replace(PeftModel, "from_pretrained", classmethod(_bringing_sta(PeftModel.from_pretrained.__func__)))
+    _replace(PeftModel, "from_pretrained", classmethod(_bringing_sta(load.__func__)))
 
 
-def _replace(owner: type, name: str, value: Any) -> None:
+def _replace(owner: type, name: str, value: object) -> None:
     """Give a class an attribute, which `uninstall` takes back."""
     had, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
@@ -78,18 +87,18 @@ def _injecting(before: Callable[..., None], settings: Settings) -> Callable[...,
     """PEFT's hook before LoRA, with STA in front of it."""
 
     @functools.wraps(before)
-    def pre_injection_hook(self: Any, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def pre_injection_hook(self: object, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         _inject(model, config, settings)
         before(self, model, config, adapter_name)
 
     return pre_injection_hook
 
 
-def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
+def _saving(save: Callable[..., T]) -> Callable[..., T]:
     """`PeftModel.save_pretrained`, which then makes its folder an adapter of ours."""
 
     @functools.wraps(save)
-    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self: nn.Module, save_directory: str, *args: object, **kwargs: object) -> T:
         saved = save(self, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             _save(self, Path(save_directory))
@@ -98,11 +107,13 @@ def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def _bringing_sta(load: Callable[..., Any]) -> Callable[..., Any]:
+def _bringing_sta(load: Callable[..., Model]) -> Callable[..., Model]:
     """The function of `PeftModel.from_pretrained`, with STA where the folder has it."""
 
     @functools.wraps(load)
-    def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type, model: nn.Module, model_id: str | os.PathLike[str], *args: object, **kwargs: object
+    ) -> Model:
         had, folder = get_sta(model) is not None, _adapter_folder(model_id, kwargs)
         with _from(folder):
             loaded = load(cls, model, model_id, *args, **kwargs)
@@ -142,15 +153,15 @@ def _adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) ->
     return None
 
 
-def _inject(model: nn.Module, config: Any, settings: Settings) -> None:
+def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
     """STA in front of LoRA: fresh, or as the folder has it that LoRA is loaded from."""
     loading = _loading.get()
     if get_sta(model) is None:
-        if loading == (None,):
-            return
         try:
             if loading is None:
                 prepare_model(model, settings)
+            elif loading[0] is None:  # LoRA alone
+                return
             else:
                 inject_sta(model, STAConfig.from_dict(read_description(loading[0])["config"]))
         except UnknownBackboneError:
@@ -171,7 +182,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         block.load_state_dict({key: state[f"blocks.{index}.{key}"] for key in block.state_dict()})
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: nn.Module, folder: Path) -> None:
     from sta_adapter.integrations.callbacks import SAVED
 
     handle = get_sta(model)

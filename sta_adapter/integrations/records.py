@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sta_adapter.data.conversation import Sample
@@ -15,7 +15,7 @@ CLIP_SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "ma
 Record = dict[str, Any]
 
 
-def as_ours(record: Mapping[str, Any]) -> Record:
+def as_ours(record: Mapping[str, object]) -> Record:
     """A record of ms-swift, LLaMA-Factory (sharegpt and alpaca), TRL or axolotl as one of ours; ours stay as they are.
 
     Preferences become a conversation that ends with the better answer, with the worse one's text under `rejected`.
@@ -23,7 +23,7 @@ def as_ours(record: Mapping[str, Any]) -> Record:
     Raises:
         DataError: an answer of a pair is missing, or not one text.
     """
-    found = {key: value for key, value in record.items() if value is not None}
+    found: Record = {key: value for key, value in record.items() if value is not None}
     if "instruction" in found:
         asked = "\n".join(str(text) for text in (found.pop("instruction"), found.pop("input", "")) if text)
         found |= _turns(asked, found.pop("output", ""), found.pop("history", []))
@@ -48,7 +48,7 @@ def as_ours(record: Mapping[str, Any]) -> Record:
     return {**found, "messages": turns}
 
 
-def _turns(asked: Any, answer: Any, history: Any) -> Record:
+def _turns(asked: object, answer: object, history: Iterable[Sequence[object]]) -> Record:
     pairs = [*history, *([(asked, answer)] if answer else [])]
     turns = [
         {"role": role, "content": text}
@@ -58,7 +58,7 @@ def _turns(asked: Any, answer: Any, history: Any) -> Record:
     return {"messages": turns if answer else [*turns, {"role": "user", "content": asked}]}
 
 
-def _plain_turn(turn: Any) -> Any:
+def _plain_turn(turn: object) -> object:
     """Without the empty fields that `datasets` adds, and with a part's path under its type's name."""
     if not isinstance(turn, Mapping):
         return turn
@@ -69,7 +69,7 @@ def _plain_turn(turn: Any) -> Any:
     return turn
 
 
-def _plain_part(part: Any) -> Any:
+def _plain_part(part: object) -> object:
     if not isinstance(part, Mapping):
         return part
     part = {key: value for key, value in part.items() if value is not None}
@@ -84,7 +84,7 @@ def _plain_part(part: Any) -> Any:
     return part
 
 
-def _text(answer: Any, name: str) -> str:
+def _text(answer: object, name: str) -> str:
     """The one text of an answer: a text, a message, or a list of one message."""
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
@@ -101,7 +101,7 @@ def _visuals(sample: Sample) -> list[Record]:
     return [part for message in sample.messages for part in message["content"] if part["type"] != "text"]
 
 
-def _settings(part: Mapping[str, Any]) -> Record:
+def _settings(part: Mapping[str, object]) -> Record:
     """How a clip is sampled, where the record says so."""
     return {key: value for key, value in part.items() if key not in ("type", part["type"])}
 

@@ -56,7 +56,7 @@ class Settings:
             raise ConfigError(f"{fields} and adapter exclude each other: the adapter {self.adapter!r} has its own.")
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any] | None) -> Settings:
+    def from_mapping(cls, values: Mapping[str, object] | None) -> Settings:
         """Settings from one mapping, such as what stands under `sta:` in a YAML file.
 
         Raises:
@@ -75,7 +75,8 @@ class Settings:
             raise ConfigError(f"unknown setting {named}; known: {', '.join(sorted(own | branch))}.")
         fields = {name: value for name, value in values.items() if name in branch}
         config = STAConfig.from_dict(fields) if fields else None
-        return cls(config=config, **{name: value for name, value in values.items() if name in own})
+        rest: dict[str, Any] = {name: value for name, value in values.items() if name in own}
+        return cls(config=config, **rest)
 
     @classmethod
     def from_environment(cls) -> Settings:

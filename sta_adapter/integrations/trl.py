@@ -13,29 +13,36 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.seams import parameter_names, version
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.sample_encoder import SampleEncoder
+from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.integrations.callbacks import ReportBadClips, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
 from sta_adapter.video.frame_settings import FrameSettings
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from typing_extensions import NotRequired
+
 __all__ = ["PreferenceCollator", "Prepared", "VideoCollator", "prepare"]
 
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
-TRAINERS: dict[str, dict[str, Any]] = {  # what the trainer's config needs beside the user's own
+TRAINERS: dict[str, dict[str, object]] = {  # what the trainer's config needs beside the user's own
     "sft": {"dataset_kwargs": {"skip_prepare_dataset": True}},
     "dpo": {},
     "grpo": {},
@@ -56,7 +63,7 @@ class VideoCollator:
 
     def __init__(
         self,
-        processor: Any,
+        processor: Processor,
         *,
         frames: FrameSettings | None = None,
         max_length: int | None = None,
@@ -74,7 +81,7 @@ class VideoCollator:
         """Bad and good rows so far, of this process and its workers."""
         return self._bad.value, self._good.value
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, torch.Tensor]:
         """A batch of tensors, as the model's forward takes them.
 
         Raises:
@@ -82,15 +89,15 @@ class VideoCollator:
         """
         return self._padded(self._usable([self.encode(row) for row in rows]))
 
-    def encode(self, row: Mapping[str, Any]) -> Any:
-        """Tensors of one row, or a `BadSample`."""
+    def encode(self, row: Mapping[str, object]) -> Any:
+        """Tensors of one row (of DPO, of both its conversations), or a `BadSample`."""
         return self.encoder.load(self._sample(row))
 
-    def _sample(self, row: Mapping[str, Any], **changed: Any) -> Sample:
+    def _sample(self, row: Mapping[str, object], **changed: object) -> Sample:
         record = {key: value for key, value in {**row, **changed}.items() if value is not None}
         return parse_sample(record, source=f"row {json.dumps(record, default=str)[:120]}", folder=self.folder)
 
-    def _usable(self, items: list[Any]) -> list[Any]:
+    def _usable(self, items: Sequence[Item | BadSample]) -> list[Item]:
         """The items without bad samples, which are counted."""
         good = [item for item in items if not isinstance(item, BadSample)]
         bad = [item for item in items if isinstance(item, BadSample)]
@@ -106,7 +113,7 @@ class VideoCollator:
             )
         return good
 
-    def _padded(self, items: list[Any]) -> dict[str, torch.Tensor]:
+    def _padded(self, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         return {key: value for key, value in self._collate(items).items() if isinstance(value, torch.Tensor)}
 
 
@@ -116,14 +123,14 @@ class PreferenceCollator(VideoCollator):
     Each clip is decoded once for both answers. Arguments as for `VideoCollator`.
     """
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, torch.Tensor]:
         """A batch of tensors with `completion_mask`, which marks the answers' tokens."""
-        pairs = self._usable([self.encode(row) for row in rows])
+        pairs: list[tuple[Encoded, Encoded]] = self._usable([self.encode(row) for row in rows])
         batch = self._padded([*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)])
         labels = batch.pop("labels")
         return {**batch, "completion_mask": (labels != IGNORE).long()}
 
-    def encode(self, row: Mapping[str, Any]) -> Any:
+    def encode(self, row: Mapping[str, Any]) -> tuple[Encoded, Encoded] | BadSample:
         """Tensors of the chosen and of the rejected conversation, or a `BadSample`."""
         missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
         if missing:
@@ -135,10 +142,20 @@ class PreferenceCollator(VideoCollator):
         chosen, rejected = (self._sample(rest, messages=[*prompt, *row[name]]) for name in ("chosen", "rejected"))
         try:
             visuals = [*self.encoder.visuals(chosen.prompt), []]
-            both = [self.encoder.encoded(sample.messages, visuals) for sample in (chosen, rejected)]
+            one, other = (self.encoder.encoded(sample.messages, visuals) for sample in (chosen, rejected))
         except (STAError, OSError) as error:
             return BadSample.of(chosen.source, error).skipped(self.encoder.on_bad_sample, error)
-        return both
+        return one, other
+
+
+class Arguments(TypedDict):
+    """Of one of TRL's trainers."""
+
+    model: nn.Module
+    processing_class: Processor
+    peft_config: LoraConfig | None
+    callbacks: list[TrainerCallback]
+    data_collator: NotRequired[VideoCollator]
 
 
 @dataclass(frozen=True)
@@ -152,8 +169,8 @@ class Prepared:
     """
 
     handle: STAHandle
-    arguments: dict[str, Any]
-    config: dict[str, Any]
+    arguments: Arguments
+    config: dict[str, object]
 
     @property
     def model(self) -> nn.Module:
@@ -161,7 +178,7 @@ class Prepared:
         return self.arguments["model"]
 
     @property
-    def peft_config(self) -> Any:
+    def peft_config(self) -> LoraConfig | None:
         """The LoRA that the trainer adds, or None."""
         return self.arguments["peft_config"]
 
@@ -173,10 +190,10 @@ class Prepared:
 
 def prepare(
     model: nn.Module,
-    processor: Any,
+    processor: Processor,
     trainer: str = "sft",
     *,
-    settings: Settings | Mapping[str, Any] | None = None,
+    settings: Settings | Mapping[str, object] | None = None,
     frames: FrameSettings | None = None,
     max_length: int | None = None,
     on_bad_sample: str = "skip",
@@ -215,13 +232,14 @@ def prepare(
     handle, peft_config = prepare_model(model, settings, **lora)
     kind = PreferenceCollator if trainer == "dpo" else VideoCollator
     collator = kind(processor, frames=frames, max_length=max_length, on_bad_sample=on_bad_sample)
-    arguments = {
+    arguments: Arguments = {
         "model": handle.model,
         "processing_class": processor,
         "peft_config": peft_config,
         "callbacks": [*sta_callbacks(settings), ReportBadClips(collator.counts)],
-        **({} if trainer == "grpo" else {"data_collator": collator}),
     }
+    if trainer != "grpo":
+        arguments["data_collator"] = collator
     config = {"remove_unused_columns": False, **TRAINERS[trainer]}
     return Prepared(handle, arguments, config if trainer == "grpo" else {**config, "max_length": None})
 

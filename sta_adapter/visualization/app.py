@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.errors import ConfigError, MissingExtraError, STAError
 from sta_adapter.tiny_base import model_and_adapter
@@ -23,6 +23,9 @@ from sta_adapter.visualization import report
 from sta_adapter.visualization.local_paths import subject
 from sta_adapter.visualization.page_guard import AnswerLimit, SameOrigin, trusted_hosts
 from sta_adapter.visualization.viewer import LoadedClip, Viewer
+
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
 
 __all__ = ["build", "serve"]
 
@@ -114,7 +117,7 @@ def serve(
     return page
 
 
-def _middleware(hosts: list[str]) -> list[Any]:
+def _middleware(hosts: list[str]) -> list[Middleware]:
     """What answers under these names alone, and only to the page itself."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -191,7 +194,7 @@ def _functions(
         question: str | None,
         frames: float | None = None,
         tokens: float | None = None,
-        request: Any = None,
+        request: object = None,
     ) -> Iterator[tuple[str, str, str]]:
         session = getattr(request, "session_hash", None)
         limit = running[session] = AnswerLimit(time_limit)
@@ -205,7 +208,7 @@ def _functions(
             limit.stopped.set()
             running.pop(session, None)
 
-    def stop(request: Any = None) -> None:
+    def stop(request: object = None) -> None:
         limit = running.get(getattr(request, "session_hash", None))
         if limit is not None:
             limit.stopped.set()
@@ -219,7 +222,7 @@ def _number(gradio: Any, label: str, most: int) -> Any:
     return gradio.Number(0, label=label, info=info, precision=0, minimum=0, maximum=most, elem_id=name, min_width=120)
 
 
-def _frame_settings(frames: float | None, tokens: float | None) -> dict[str, Any]:
+def _frame_settings(frames: float | None, tokens: float | None) -> dict[str, int]:
     """Fields of `FrameSettings` from what the page's fields hold; the page's own bounds bind no program.
 
     Raises:
@@ -230,12 +233,12 @@ def _frame_settings(frames: float | None, tokens: float | None) -> dict[str, Any
             raise ConfigError(
                 f"{name}: {value!r}, expected a whole number from 1 to {most}, or 0 for what was trained."
             )
-    chosen: dict[str, Any] = {"nframes": int(frames)} if frames else {}
+    chosen = {"nframes": int(frames)} if frames else {}
     return {**chosen, "min_tokens": 1, "max_tokens": int(tokens)} if tokens else chosen
 
 
 def _ask(
-    viewer: Viewer, path: str | None, question: str | None, frames: dict[str, Any], limit: AnswerLimit
+    viewer: Viewer, path: str | None, question: str | None, frames: dict[str, int], limit: AnswerLimit
 ) -> Iterator[tuple[str, str, str]]:
     """Both answers as they grow, and then the pictures as HTML."""
     if not path:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -29,9 +29,45 @@ def script_hash() -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}"
 
 
+class Patches(TypedDict):
+    """Where single patches look."""
+
+    blocks: list[int]
+    heads: int
+    rows: int
+    columns: int
+    edge: int
+    whole: list[int]
+    codes: str
+
+
+class Sprite(TypedDict):
+    """All frames in two pictures."""
+
+    source: str
+    grey: str
+    width: int
+    height: int
+    across: int
+
+
+class ExplorerData(TypedDict):
+    """What the page's script needs."""
+
+    frames: int
+    times: list[float] | None
+    blocks: list[int]
+    heads: int
+    first: int
+    scale: float
+    means: str
+    patches: Patches | None
+    sprite: Sprite | None
+
+
 def explorer_data(
     seen: Observation, frames: np.ndarray, times: np.ndarray | None, block: int, budget: int = BUDGET
-) -> dict[str, Any] | None:
+) -> ExplorerData | None:
     """What the script needs, as JSON takes it; None for a clip of so many frames that not even one block fits.
 
     Args:
@@ -50,7 +86,7 @@ def explorer_data(
     with_patches: list[int] = []
     if seen.patches is not None and seen.pooling is not None and len(frames):
         with_patches = [row for row in sorted(by_strength[: seen.pooling.blocks]) if row in rows]
-    data = {
+    data: ExplorerData = {
         "frames": steps,
         "times": None if times is None else [round(float(time), 3) for time in times],
         "blocks": [seen.blocks[row] for row in rows],
@@ -87,7 +123,7 @@ def _text(codes: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(codes).tobytes()).decode()
 
 
-def _sprite(frames: np.ndarray) -> dict[str, Any]:
+def _sprite(frames: np.ndarray) -> Sprite:
     """All frames, made small, as JPEG pictures with rows of up to 16: in colour, and in grey to lay colours over."""
     from PIL import Image
 

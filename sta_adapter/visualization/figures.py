@@ -10,7 +10,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from sta_adapter.visualization.patch_attention import scale_of
 from sta_adapter.visualization.theme import DARK, LIGHT, Theme, colour_bar, new_figure, restyle
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -168,8 +170,8 @@ def draw_maps(
         for axes, index in zip(row, chosen, strict=False):
             _lay_over(axes, grey[index], seen.on_picture(quantity.values[index]), quantity, theme)
         told = f"{quantity.name}: {quantity.label}".replace("\n", " ")  # may reach over the pictures beside it
-        place: dict[str, Any] = {"transform": row[0].transAxes, "va": "bottom", "in_layout": False}
-        row[0].text(0, 1.03, told, fontsize=11, color=theme.text, **place)
+        heading = row[0].text(0, 1.03, told, fontsize=11, color=theme.text, transform=row[0].transAxes, va="bottom")
+        heading.set_in_layout(False)
         colour_bar(figure, _solid(quantity, theme), theme, "", cax=row[-1])
     for axes in grid[:, :-1].flat:
         axes.set(xticks=[], yticks=[])
@@ -239,7 +241,7 @@ def shades(frames: np.ndarray) -> np.ndarray:
     return np.clip((grey - low) / max(high - low, 1e-9), 0, 1).reshape(frames.shape[:-1])
 
 
-def _lay_over(axes: Any, grey: np.ndarray, values: np.ndarray, quantity: Quantity, theme: Theme) -> None:
+def _lay_over(axes: Axes, grey: np.ndarray, values: np.ndarray, quantity: Quantity, theme: Theme) -> None:
     """A map (rows, columns) over a grey frame (height, width), each value on the patch that it belongs to."""
     height, width = grey.shape
     axes.imshow(grey, cmap="gray", vmin=-0.5, vmax=1.5)  # pale, so that the map's colours stay its own
@@ -249,7 +251,7 @@ def _lay_over(axes: Any, grey: np.ndarray, values: np.ndarray, quantity: Quantit
     axes.imshow(values, cmap=colours, vmin=low, vmax=high, alpha=0.65, extent=span, interpolation="nearest")
 
 
-def _solid(quantity: Quantity, theme: Theme) -> Any:
+def _solid(quantity: Quantity, theme: Theme) -> ScalarMappable:
     """What the colour bar shows: the colour map without the frame below it."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

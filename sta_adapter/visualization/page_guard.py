@@ -7,12 +7,16 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from torch import nn
 
 from sta_adapter.errors import STAError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+    from transformers import PreTrainedModel
 
 __all__ = ["AnswerLimit", "SameOrigin", "trusted_hosts"]
 
@@ -33,7 +37,7 @@ class AnswerLimit:
         self.stopped = threading.Event()
         self._end = None if seconds is None else time.monotonic() + seconds
 
-    def check(self, *_: Any) -> None:
+    def check(self, *_: object) -> None:
         """Go on, or not.
 
         Raises:
@@ -48,10 +52,9 @@ class AnswerLimit:
             )
 
     @contextlib.contextmanager
-    def over(self, model: Any) -> Iterator[None]:
+    def over(self, model: nn.Module) -> Iterator[None]:
         """Check before each forward of a language model, so before each token that it generates."""
-        embeddings: nn.Module = model.get_input_embeddings()
-        hook = embeddings.register_forward_pre_hook(self.check)
+        hook = cast("PreTrainedModel", model).get_input_embeddings().register_forward_pre_hook(self.check)
         try:
             yield
         finally:
@@ -77,10 +80,10 @@ class SameOrigin:
     Programs, which send no Origin, are not concerned.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS") and _foreign(scope["headers"]):
             from starlette.responses import PlainTextResponse

@@ -12,6 +12,7 @@ from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sta_adapter.attention.frame_attention import apply_rotary
 from sta_adapter.attention.layout import ClipLayout
@@ -73,7 +74,7 @@ class AttentionRecorder:
         self._layouts: list[ClipLayout] = []  # of the encoder's calls with STA on, which with STA off have none
         self._call = -1
         self._arguments: EncoderCall | None = None  # of the call of the encoder that is under way, with STA on
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def rewind(self) -> None:
         """The next forward of the model is the one with STA off."""
@@ -90,16 +91,18 @@ class AttentionRecorder:
             self._on(module, "register_forward_pre_hook", self._branch_starts)
             self._on(module.to_qkv, "register_forward_hook", self._record_attention, index, module)
             self._on(module, "register_forward_hook", self._record_branch, index)
-        blocks: Any = encoder.get_submodule(self.handle._injection.spec.blocks)
-        self._on(list(blocks)[-1], "register_forward_hook", self._record_output)
+        blocks = encoder.get_submodule(self.handle._injection.spec.blocks)
+        self._on(list(blocks.children())[-1], "register_forward_hook", self._record_output)
         return self
 
     def __exit__(self, *error: object) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _on(self, module: nn.Module, kind: str, function: Callable[..., None], *given: Any, **options: Any) -> None:
-        def hook(_: nn.Module, *args: Any) -> None:
+    def _on(
+        self, module: nn.Module, kind: str, function: Callable[..., None], *given: object, **options: object
+    ) -> None:
+        def hook(_: nn.Module, *args: object) -> None:
             if threading.get_ident() == self._thread:
                 function(*given, *args)
 
@@ -114,7 +117,7 @@ class AttentionRecorder:
         index = self.clip - sum(len(earlier.clips) for earlier in self._layouts[: self._call])
         return (layout, index) if 0 <= index < len(layout.clips) else None
 
-    def _encoder_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _encoder_starts(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         injection = self.handle._injection
         if injection.thread.in_check:
             return
@@ -136,7 +139,7 @@ class AttentionRecorder:
             self.recording.clip = layout.clips[clip]
             self.recording.positions, self.recording.no_picture = _positions(spec, self._arguments, layout, clip)
 
-    def _record_attention(self, index: int, module: TemporalAttention, args: tuple[Any, ...], qkv: Tensor) -> None:
+    def _record_attention(self, index: int, module: TemporalAttention, args: tuple[object, ...], qkv: Tensor) -> None:
         """From a block's q, k and v (..., 3 * heads * head_dim) of all tokens."""
         if self._clip_here is not None:
             layout, clip = self._clip_here
@@ -151,7 +154,7 @@ class AttentionRecorder:
             stream, added = (x.reshape(layout.num_tokens, -1)[span].float().norm(dim=-1) for x in (args[0], branch))
             self.recording.branch[index] = (added / stream.clamp_min(1e-12)).view(shape).cpu()
 
-    def _record_output(self, args: tuple[Any, ...], output: Any) -> None:
+    def _record_output(self, args: tuple[object, ...], output: object) -> None:
         """Of the last block: tokens, or two summands of them, as fused norms hand them on."""
         if self._clip_here is None:
             return

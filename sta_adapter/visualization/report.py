@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
-from sta_adapter.visualization.explorer import SCRIPT, explorer_data, script_hash
+from sta_adapter.visualization.explorer import SCRIPT, ExplorerData, explorer_data, script_hash
 from sta_adapter.visualization.figures import draw_attention, draw_branch, draw_maps, png, strongest_block
 from sta_adapter.visualization.observation import Observation
 from sta_adapter.visualization.patch_attention import BUDGET
@@ -156,7 +156,7 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-def _kept(seen: Observation, data: dict[str, Any]) -> str:
+def _kept(seen: Observation, data: ExplorerData) -> str:
     """What of the patches' attention is in the page, in words."""
     patches, frames = data["patches"], seen.attention.shape[-1]
     if patches is None:

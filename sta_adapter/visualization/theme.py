@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sta_adapter.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -47,7 +50,7 @@ def new_figure(width: float, height: float, paper: str = "none", gap: float = 0.
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=gap), facecolor=paper)
 
 
-def colour_bar(figure: Figure, shown: Any, theme: Theme, label: str, **options: Any) -> Any:
+def colour_bar(figure: Figure, shown: ScalarMappable, theme: Theme, label: str, **options: Any) -> Colorbar:
     """A colour bar beside what is shown."""
     bar = figure.colorbar(shown, **options)
     bar.set_label(label, fontsize=10, color=theme.text)
@@ -57,7 +60,7 @@ def colour_bar(figure: Figure, shown: Any, theme: Theme, label: str, **options: 
     return bar
 
 
-def restyle(axes: Any, theme: Theme) -> None:
+def restyle(axes: Axes, theme: Theme) -> None:
     """Axes in a theme's colours."""
     axes.patch.set_alpha(0)
     axes.tick_params(colors=theme.text)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sta_adapter.adapter.hub import resolve_adapter
-from sta_adapter.compatibility.processors import visual_part
+from sta_adapter.compatibility.processors import Processor, visual_part
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
@@ -92,7 +92,7 @@ class Viewer:
     def __init__(
         self,
         handle: STAHandle,
-        processor: Any,
+        processor: Processor,
         settings: FrameSettings,
         *,
         trained: bool = True,
@@ -243,7 +243,7 @@ def _times(visual: Visual) -> np.ndarray | None:
     return np.array(found["frames_indices"]) / found["fps"]
 
 
-def crops(processor: Any) -> bool:
+def crops(processor: Processor) -> bool:
     """Whether a processor cuts something off the frames of videos, or adds to them."""
     part = visual_part(processor)
     flags = ("do_center_crop", "crop_to_patches")

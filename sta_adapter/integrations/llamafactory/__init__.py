@@ -10,14 +10,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.integrations import peft
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 __all__ = ["main", "run_exp"]
 
@@ -33,7 +37,7 @@ def main() -> None:
         raise MissingExtraError(f"LLaMA-Factory can't be imported ({error}): pip install llamafactory") from error
     own_run_exp = tuner.run_exp
 
-    def run(args: Any = None, callbacks: Any = None) -> None:
+    def run(args: object = None, callbacks: Sequence[TrainerCallback] | None = None) -> None:
         run_exp(args, callbacks, own_run_exp)
 
     tuner.run_exp = run
@@ -50,7 +54,11 @@ def main() -> None:
     launcher.launch()
 
 
-def run_exp(args: Any = None, callbacks: Any = None, own: Any = None) -> None:
+def run_exp(
+    args: object = None,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    own: Callable[[object, list[TrainerCallback]], None] | None = None,
+) -> None:
     """LLaMA-Factory's `run_exp`, with STA.
 
     Args:
@@ -74,7 +82,7 @@ def run_exp(args: Any = None, callbacks: Any = None, own: Any = None) -> None:
         peft.uninstall()
 
 
-def take_settings(values: Any) -> Settings:
+def take_settings(values: object) -> Settings:
     """Our settings out of LLaMA-Factory's, where they would be unknown; else those of STA_SETTINGS.
 
     Raises:

@@ -6,7 +6,10 @@ stay lmms-eval's. One file a model, imported when it is used.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 __all__ = ["manifests"]
 
@@ -18,7 +21,7 @@ MODELS = {  # name: file here, and the kinds of class that lmms-eval has for the
 }
 
 
-def manifests() -> list[Any]:
+def manifests() -> list[ModelManifest]:
     """What lmms-eval registers."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from sta_adapter.errors import ConfigError
 
@@ -17,10 +17,10 @@ class WithAdapter:
         arguments: the base class's own.
     """
 
-    _model: Any
+    _model: nn.Module
 
     def __init__(
-        self, sta: str | None = None, sta_revision: str | None = None, positions: str | None = None, **arguments: Any
+        self, sta: str | None = None, sta_revision: str | None = None, positions: str | None = None, **arguments: object
     ) -> None:
         from sta_adapter.injection.text_positions import use_positions_of
         from sta_adapter.loading import load_adapter, saved_positions

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lmms_eval.models.simple.internvideo2_5 import InternVideo2_5
 
 from sta_adapter.errors import ConfigError
@@ -13,7 +11,7 @@ from sta_adapter.integrations.lmms_eval.adapted import WithAdapter
 class Simple(WithAdapter, InternVideo2_5):
     """`internvideo2_5_sta`."""
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+    def generate_until_multi_round(self, requests: list[object]) -> list[str]:
         """Refuse. lmms-eval 0.7.3 asks for the method and its own class has none, so that it can't be made without.
 
         Raises:

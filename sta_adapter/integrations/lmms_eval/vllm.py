@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sized
 from typing import Any
 
 from lmms_eval.models.chat.vllm_generate import VLLMGenerate
@@ -33,8 +34,8 @@ class Chat(VLLMGenerate):
         self,
         sta: str | None = None,
         sta_revision: str | None = None,
-        hf_overrides: str | dict[str, Any] | None = None,
-        **arguments: Any,
+        hf_overrides: str | dict[str, object] | None = None,
+        **arguments: object,
     ) -> None:
         if sta is None:
             raise ConfigError("no adapter; add sta=FOLDER_OR_ID to --model_args, or take the model 'vllm_generate'.")
@@ -43,7 +44,7 @@ class Chat(VLLMGenerate):
         own = {ADAPTER: sta, **({REVISION: sta_revision} if sta_revision is not None else {})}
         super().__init__(hf_overrides={**given, **own}, **arguments)
 
-    def make_one_request(self, request: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def make_one_request(self, request: object) -> tuple[dict[str, Any], dict[str, object]]:
         """The prompt, and how to sample; with the times of frames, which lmms-eval leaves out for most models."""
         made, how = super().make_one_request(request)
         clips = made["multi_modal_data"].get("video") or []
@@ -53,7 +54,7 @@ class Chat(VLLMGenerate):
         return made, how
 
 
-def _times(clip: Any, rate: float) -> dict[str, Any]:
+def _times(clip: Sized, rate: float) -> dict[str, object]:
     """What vLLM is told of a clip of frames that were sampled at a rate."""
     count = len(clip)
     times = {"fps": rate, "frames_indices": list(range(count)), "total_num_frames": count, "duration": count / rate}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import get_peft_model
 from swift.callbacks import callbacks_map
@@ -21,6 +21,9 @@ from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import load_sta
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
 from sta_adapter.integrations.settings import Settings, prepare_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["STATuner", "register"]
 
@@ -40,7 +43,7 @@ class STATuner(Tuner):
     """STA, with LoRA beside it in stage 2; LoRA is the published recipe's unless ms-swift's options say otherwise."""
 
     @staticmethod
-    def prepare_model(args: Any, model: nn.Module) -> nn.Module:
+    def prepare_model(args: object, model: nn.Module) -> nn.Module:
         """Put STA in, and LoRA, and have the run watched and saved.
 
         Raises:
@@ -57,7 +60,7 @@ class STATuner(Tuner):
         return handle.model if lora is None else get_peft_model(handle.model, lora)
 
     @staticmethod
-    def save_pretrained(model: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(model: nn.Module, save_directory: str, *args: object, **kwargs: object) -> None:
         """Write the adapter; sharded weights are left to the callback, which all processes call."""
         handle = get_sta(model)
         if handle is not None and not is_sharded(handle.model.parameters()):
@@ -65,11 +68,11 @@ class STATuner(Tuner):
 
     @staticmethod
     def from_pretrained(
-        model: Any, model_id: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
+        model: nn.Module, model_id: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs: object
     ) -> nn.Module:
         """An adapter of this tuner in the model: to go on training, to answer, or beside the first as DPO's reference."""
         if get_sta(model) is not None:
-            model.load_adapter(model_id, adapter_name, is_trainable=is_trainable)
+            cast("PeftModel", model).load_adapter(model_id, adapter_name, is_trainable=is_trainable)
             return model
         if is_trainable and not (Path(model_id) / LORA_CONFIG).exists() and Settings.from_environment().stage == 2:
             raise ConfigError(
@@ -79,14 +82,14 @@ class STATuner(Tuner):
         return load_sta(model, model_id, is_trainable=is_trainable).model
 
 
-def _given(args: Any, name: str, default: Any) -> bool:
+def _given(args: object, name: str, default: object) -> bool:
     """Whether an option differs from ms-swift's default, whose LoRA is not the recipe's."""
     return getattr(args, name, default) not in (default, None)
 
 
-def _watch(args: Any) -> None:
+def _watch(args: object) -> None:
     """Add our callbacks to the run's."""
-    run = getattr(args, "training_args", args)
+    run: Any = getattr(args, "training_args", args)
     run.callbacks = [
         *(run.callbacks or []),
         *(name for name in ("sta_save", "sta_gradient") if name not in (run.callbacks or [])),

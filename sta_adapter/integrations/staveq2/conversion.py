@@ -215,7 +215,7 @@ def _encoder_facts(
     return {"width": width or declared or 0, "depth": depth, "heads": heads}
 
 
-def _vision_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _vision_section(config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a model's configuration that describes the encoder, with the defaults that files leave out."""
     kind = config.get("model_type")
     if isinstance(kind, str) and isinstance(config.get("vision_config"), Mapping):
@@ -232,7 +232,7 @@ def _vision_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((p for p in (*places, config) if isinstance(p, Mapping) and _first(p, HEADS)), {})
 
 
-def _require_sizes(values: Any, where: Path, name: str = "") -> None:
+def _require_sizes(values: object, where: Path, name: str = "") -> None:
     """Refuse numbers of layers, heads and the like, anywhere in a configuration, that no model has and lists would be made of."""
     if isinstance(values, Mapping):
         for key, value in values.items():
@@ -241,8 +241,8 @@ def _require_sizes(values: Any, where: Path, name: str = "") -> None:
         raise CheckpointError(f"{where}: {name} is {shown(values)}, expected at most {MAX_LAYER}.")
 
 
-def _first(section: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((section[n] for n in names if isinstance(section.get(n), int)), None)
+def _first(section: Mapping[str, object], names: tuple[str, ...]) -> int | None:
+    return next((found for n in names if isinstance(found := section.get(n), int)), None)
 
 
 def _layers(state: Mapping[str, Tensor]) -> list[int]:
@@ -264,7 +264,11 @@ def _branch_facts(state: Mapping[str, Tensor], facts: Mapping[str, int]) -> dict
 
 
 def _settings(
-    spec: Backbone, state: Mapping[str, Tensor], facts: Mapping[str, int], known: Mapping[str, Any] | None, order: Any
+    spec: Backbone,
+    state: Mapping[str, Tensor],
+    facts: Mapping[str, int],
+    known: Mapping[str, Any] | None,
+    order: Order | None,
 ) -> STAConfig:
     """The configuration that these weights were trained with, as far as it can be known."""
     if known:

@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +38,7 @@ class Source:
 
     folder: Path
     files: Mapping[str, Path]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     metadata: Mapping[str, str]
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
@@ -138,7 +137,7 @@ def _pickle_message(path: Path) -> str:
     )
 
 
-def _read_config(path: Path, must_exist: bool) -> dict[str, Any]:
+def _read_config(path: Path, must_exist: bool) -> dict[str, object]:
     if not path.exists():
         if must_exist:
             raise CheckpointError(f"there is no configuration {path}.")

@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.adapter.base_model import ANY
 from sta_adapter.adapter.hub import resolve_adapter
@@ -23,6 +23,9 @@ from sta_adapter.integrations.vllm.frames import clip_facts
 from sta_adapter.integrations.vllm.option_scores import MOST_IDS, OptionTree
 from sta_adapter.integrations.vllm.request import ADAPTER, ANY_BASE, adapter_digest
 from sta_adapter.integrations.vllm.serve_line import check_plugins
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
 
 OWN = ("model", "hf_overrides", "revision", "trust_remote_code", "dtype")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -62,7 +65,7 @@ class VLLMEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
         most: Mapping[str, int] | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         options = dict(options or {})
         if taken := sorted(set(options) & set(OWN)):
@@ -77,7 +80,7 @@ class VLLMEngine:
         self._source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._model = model
         self._folder: Path | None = None
-        overrides: dict[str, Any] = {}
+        overrides: dict[str, object] = {}
         try:
             if adapter is not None:
                 check_plugins(os.environ.get("VLLM_PLUGINS"))
@@ -167,7 +170,9 @@ class VLLMEngine:
                 tree.tell(node, {token: found[token].logprob for token in node.following})
         return tree.scores()
 
-    def _generate(self, asked: Sequence[tuple[Prompt, list[int], tuple[int, ...]]], how: Any) -> list[Any]:
+    def _generate(
+        self, asked: Sequence[tuple[Prompt, list[int], tuple[int, ...]]], how: SamplingParams | list[SamplingParams]
+    ) -> list[RequestOutput]:
         """What follows prompts with the beginning of an answer behind them, if their tokens are those of transformers."""
         outputs = self.llm.generate([request(prompt, before) for prompt, _, before in asked], how, use_tqdm=False)
         for output, (prompt, ids, before) in zip(outputs, asked, strict=True):
@@ -185,9 +190,9 @@ class VLLMEngine:
         return list(outputs)
 
 
-def request(prompt: Prompt, answer: Sequence[int] = ()) -> dict[str, Any]:
+def request(prompt: Prompt, answer: Sequence[int] = ()) -> dict[str, object]:
     """A prompt as `LLM.generate` takes it, with the beginning of an answer behind it."""
-    data: dict[str, list[Any]] = {}
+    data: dict[str, list[object]] = {}
     for visual in prompt.visuals:
         if visual.kind == "image":
             from PIL import Image
@@ -195,13 +200,13 @@ def request(prompt: Prompt, answer: Sequence[int] = ()) -> dict[str, Any]:
             data.setdefault("image", []).append(Image.fromarray(visual.pixels[0]))
         else:
             data.setdefault("video", []).append((visual.pixels, clip_facts(visual, prompt.temporal_patch)))
-    made: dict[str, Any] = {"prompt_token_ids": [*prompt.tokens, *answer], "multi_modal_data": data}
+    made: dict[str, object] = {"prompt_token_ids": [*prompt.tokens, *answer], "multi_modal_data": data}
     if prompt.settings:
         made["mm_processor_kwargs"] = {"videos_kwargs": dict(prompt.settings)}
     return made
 
 
-def _start(engine: Any, model: str, **settings: Any) -> Any:
+def _start(engine: Callable[..., LLM], model: str, **settings: object) -> LLM:
     """The engine; what ends its start is told as our own error, where that is at its root."""
     try:
         return engine(model=model, **settings)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sta_adapter.adapter.base_model import MERGED_LORA
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights
@@ -16,6 +16,9 @@ from sta_adapter.adapter.safe_read import read_json, read_tensors
 from sta_adapter.adapter.save import replace_files, write_adapter
 from sta_adapter.attention.module import CHILD
 from sta_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 BASE, STA = "base", "sta"
 
@@ -100,7 +103,7 @@ def export_merged(
     source = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     processor = load_processor(base, **source)
     model = use_positions_of(load_model(base, **options), None, description.get("positions"))
-    peft_model: Any = load_sta(model, folder, base_model=base_model).model
+    peft_model = cast("PeftModel", load_sta(model, folder, base_model=base_model).model)
     merged = peft_model.merge_and_unload()
     handle = get_sta(merged)
     if handle is not None:
@@ -111,7 +114,7 @@ def export_merged(
     write_adapter(out / STA, state, {**description, **_frames(folder), MERGED_LORA: digest})
 
 
-def _frames(folder: Path) -> dict[str, Any]:
+def _frames(folder: Path) -> dict[str, object]:
     """How the adapter's run sampled its clips, which in the run's own folder a file of its own says."""
     from sta_adapter.loading import saved_frame_settings
 

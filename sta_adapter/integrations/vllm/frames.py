@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.data.clip_reader import ClipReader
@@ -17,11 +17,15 @@ from sta_adapter.data.visual import Visual
 from sta_adapter.errors import ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 LOADER = "sta_adapter"
 SIZES = ("factor", "temporal_patch")
 
 
-def media_io_kwargs(reader: ClipReader) -> dict[str, Any]:
+def media_io_kwargs(reader: ClipReader) -> dict[str, object]:
     """The value of vLLM's `media_io_kwargs` by which its server reads clips as this reader does."""
     settings = {name: getattr(reader.settings, name) for name in FrameSettings.__dataclass_fields__}
     sizes = {name: getattr(reader, name) for name in SIZES}
@@ -45,7 +49,9 @@ class TrainedFrames:
     """What vLLM calls to decode a video."""
 
     @classmethod
-    def load_bytes(cls, data: bytes, num_frames: int = -1, **options: Any) -> tuple[Any, dict[str, Any]]:
+    def load_bytes(
+        cls, data: bytes, num_frames: int = -1, **options: Any
+    ) -> tuple[NDArray[np.uint8], dict[str, object]]:
         """The frames (T, H, W, 3) of a video and their metadata.
 
         Args:
@@ -71,7 +77,7 @@ class TrainedFrames:
         return clip.pixels, clip_facts(clip, reader.temporal_patch)
 
 
-def clip_facts(clip: Visual, temporal_patch: int) -> dict[str, Any]:
+def clip_facts(clip: Visual, temporal_patch: int) -> dict[str, object]:
     """What vLLM is told of a clip: its times as training had them, and that no frames are to be chosen again.
 
     Processors take the seconds of a temporal step from the share of the file's frames that was sampled, which is right

@@ -16,7 +16,7 @@ FACTORIES = "_processor_factory"
 HASHES = "_get_mm_hashes"
 
 
-def with_digest(model_class: Any) -> Any:
+def with_digest(model_class: type) -> object:
     """The processor factories of vLLM's class, whose processors put the digest behind each identifier.
 
     Raises:
@@ -28,7 +28,7 @@ def with_digest(model_class: Any) -> Any:
         raise incompatible("vllm", f"{model_class.__name__} has no {FACTORIES} with a processor")
     build = factories.processor
 
-    def processor(info: Any, *args: Any, **kwargs: Any) -> Any:
+    def processor(info: Any, *args: object, **kwargs: object) -> object:
         made = build(info, *args, **kwargs)
         digest = getattr(info.ctx.model_config.hf_config, DIGEST, None)
         if digest is not None:
@@ -38,7 +38,7 @@ def with_digest(model_class: Any) -> Any:
     return dataclasses.replace(factories, processor=processor)
 
 
-def add_digest(processor: Any, digest: str) -> None:
+def add_digest(processor: object, digest: str) -> None:
     """Put the digest behind each identifier that a processor makes.
 
     Raises:
@@ -48,11 +48,11 @@ def add_digest(processor: Any, digest: str) -> None:
     if not callable(original):
         raise incompatible("vllm", f"{type(processor).__name__} has no {HASHES}")
 
-    def hashes(inputs: Any) -> dict[str, list[str]]:
+    def hashes(inputs: object) -> dict[str, list[str]]:
         found = original(inputs)
         try:
             return {kind: [f"{name}-sta-{digest}" for name in names] for kind, names in found.items()}
         except (AttributeError, TypeError) as error:
             raise incompatible("vllm", f"{HASHES} gave a {type(found).__name__} ({error})") from error
 
-    processor._get_mm_hashes = hashes
+    setattr(processor, HASHES, hashes)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 from sta_adapter.compatibility.seams import incompatible, parameter_names
 from sta_adapter.integrations.vllm.identifiers import with_digest
@@ -16,7 +19,7 @@ from sta_adapter.integrations.vllm.registry import architectures
 from sta_adapter.integrations.vllm.serving import ServedSTA, put_sta
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     known = architectures()
     if name not in known:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -47,14 +50,14 @@ def serving_class(path: str) -> type:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.sta_served = put_sta(self, vllm_config)
 
-        def load_weights(self, weights: Any) -> set[str] | None:
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
             loaded: set[str] | None = super().load_weights(weights)
             if self.sta_served is None:
                 return loaded
             names = self.sta_served.load()
             return None if loaded is None else set(loaded) | names
 
-        def train(self, mode: bool = True) -> Any:
+        def train(self, mode: bool = True) -> Serving:
             """Also how vLLM's loaders end, by `eval()`, once all weights have their final form."""
             done = super().train(mode)
             if not mode and self.sta_served is not None:

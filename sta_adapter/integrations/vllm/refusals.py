@@ -19,7 +19,7 @@ ENCODER_OPTIONS = {"cudagraph_mm_encoder": "captured", "compile_mm_encoder": "co
 TOWERS = ("visual", "vision_tower", "vision_model")  # what the encoder is called in a base
 
 
-def setting(config: Any, name: str) -> Any:
+def setting(config: object, name: str) -> Any:
     """A field of one of vLLM's configurations, or of its model.
 
     Raises:
@@ -31,7 +31,7 @@ def setting(config: Any, name: str) -> Any:
         raise incompatible("vllm", f"{type(config).__name__} has no {name}") from error
 
 
-def check_encoder_settings(adapter: ServedAdapter, vllm_config: Any) -> None:
+def check_encoder_settings(adapter: ServedAdapter, vllm_config: object) -> None:
     """Refuse a compiled or captured encoder, frames split among ranks, and LoRA that nobody serves.
 
     Raises:
@@ -53,7 +53,7 @@ def check_encoder_settings(adapter: ServedAdapter, vllm_config: Any) -> None:
     _check_lora(adapter, setting(vllm_config, "lora_config"))
 
 
-def check_positions(folder: Path, description: Mapping[str, Any], backbone: Backbone) -> None:
+def check_positions(folder: Path, description: Mapping[str, object], backbone: Backbone) -> None:
     """Refuse an adapter that was trained with text positions which vLLM doesn't have.
 
     Args:
@@ -101,7 +101,7 @@ def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
         )
 
 
-def _check_lora(adapter: ServedAdapter, lora_config: Any) -> None:
+def _check_lora(adapter: ServedAdapter, lora_config: object) -> None:
     file = adapter.folder / LORA_CONFIG
     if not file.exists():
         if adapter.description.get("lora") is True:

@@ -58,12 +58,12 @@ def model_registry() -> Any:
 class _Inspecting:
     """vLLM's `inspect_model_cls`, which it calls while it configures an engine: bad requests end there."""
 
-    def __init__(self, registry: Any, original: Callable[..., Any]) -> None:
+    def __init__(self, registry: Any, original: Callable[[object, object], tuple[object, str]]) -> None:
         self.registry = registry
         self.original = original
         functools.update_wrapper(self, original)
 
-    def __call__(self, architectures: Any, model_config: Any) -> Any:
+    def __call__(self, architectures: object, model_config: object) -> tuple[object, str]:
         found = self.original(architectures, model_config)
         hf_config = getattr(model_config, "hf_config", None)
         if hf_config is not None and asks_for_sta(hf_config):

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.adapter.base_model import MERGED_LORA
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights
@@ -21,6 +21,9 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.registry import get_backbone, in_vllm
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ADAPTER = "sta_adapter"
 REVISION = "sta_adapter_revision"
@@ -59,7 +62,7 @@ class ServedAdapter:
             raise CheckpointError(f"{self.folder / CONFIG}: {error}") from error
 
 
-def asks_for_sta(hf_config: Any) -> bool:
+def asks_for_sta(hf_config: PretrainedConfig) -> bool:
     """Whether the engine was given an adapter.
 
     Raises:
@@ -82,7 +85,7 @@ def asks_for_sta(hf_config: Any) -> bool:
     return bool(given)
 
 
-def requested(hf_config: Any) -> ServedAdapter:
+def requested(hf_config: PretrainedConfig) -> ServedAdapter:
     """The adapter that the engine was given; its digest is pinned in the configuration.
 
     Raises:

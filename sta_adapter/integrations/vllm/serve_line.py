@@ -53,7 +53,7 @@ def serve_line(
     in_vllm(backbone)
     check_positions(folder, description, backbone)
     named = os.path.abspath(adapter) if os.path.isdir(adapter) else adapter
-    overrides: dict[str, Any] = {ADAPTER: named}
+    overrides: dict[str, object] = {ADAPTER: named}
     overrides |= {REVISION: revision} if revision else {}
     overrides |= {ANY_BASE: True} if any_base else {}
     options = {"--hf-overrides": json.dumps(overrides)}

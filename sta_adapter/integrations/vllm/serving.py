@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from sta_adapter.adapter.base_model import ANY, check_base
 from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
@@ -55,7 +56,9 @@ class ServedSTA:
         adapter: the adapter.
     """
 
-    def __init__(self, model: nn.Module, hf_config: Any, plan: Plan, handle: STAHandle, adapter: ServedAdapter) -> None:
+    def __init__(
+        self, model: nn.Module, hf_config: PretrainedConfig, plan: Plan, handle: STAHandle, adapter: ServedAdapter
+    ) -> None:
         self.hf_config = hf_config
         self.plan = plan
         self.handle = handle
@@ -80,7 +83,7 @@ class ServedSTA:
         for index, module in self.handle.blocks.items():
             for name, parameter in list(module.named_parameters()):
                 values = state[f"blocks.{index}.{name}"]
-                loader: Any = getattr(parameter, "weight_loader", None)  # vLLM's, while it reloads
+                loader = getattr(parameter, "weight_loader", None)  # vLLM's, while it reloads
                 if loader is not None:
                     loader(parameter, values)
                 else:
@@ -109,7 +112,7 @@ class ServedSTA:
             self.is_checked = False
             raise
 
-    def _before_first_call(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_first_call(self, encoder: nn.Module, args: tuple[object, ...]) -> None:
         """Forward pre-hook of the tower, in front of STA's own: nothing is encoded unchecked."""
         if not self.is_checked:
             self.check()
