@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from sta_adapter.adapter.base_model import ANY, check_base
 from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
@@ -16,6 +15,9 @@ from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.validate import validate_target
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
 from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def put_sta(model: nn.Module, vllm_config: Any) -> ServedSTA | None:
