@@ -21,7 +21,7 @@ import torch
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones, load_sta, register_backbone
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.injection import registry
-from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, unregister_backbone
+from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, in_vllm, unregister_backbone
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_vit_plugin"
 USE = """
@@ -317,3 +317,12 @@ def test_a_plugin_may_ask_for_backbones_while_it_is_loaded(example, fresh_regist
     with_plugins(monkeypatch, fresh_registry, my_vit="my_vit_asks:BACKBONE")
     assert list_backbones() == ["my_vit", "qwen2_vl"]
     assert sys.modules["my_vit_asks"].SEEN == ["my_vit", "qwen2_vl"]
+
+
+def test_which_backbones_vllm_serves():
+    assert in_vllm(get_backbone("qwen2_vl")).is_variant
+    assert get_backbone("clip").vllm is None
+    served = ", ".join(name for name in list_backbones() if get_backbone(name).vllm)
+    assert "llava_onevision" in served
+    with pytest.raises(UnknownBackboneError, match=f"'clip' can't be served by vLLM; backbones that can: {served}\\."):
+        in_vllm(get_backbone("clip"))

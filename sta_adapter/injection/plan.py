@@ -151,9 +151,7 @@ def plan_injection(
             f"token_order='published' is for weights trained with the released Qwen2-VL code; for {target.backbone.name!r} "
             "there is no such order. Use token_order='clip'."
         )
-    taken = [
-        i for i, block in enumerate(target.blocks) if CHILD in dict(block.named_children()) or hasattr(block, CHILD)
-    ]
+    taken = [index for index, block in enumerate(target.blocks) if hasattr(block, CHILD)]
     if taken:
         raise InjectionError(f"blocks {taken} have an attribute {CHILD!r} already, the name that STA's modules need.")
     if run_blocks:
