@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
 from sta_adapter.cli.options import Grouped, option
 from sta_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sta_adapter.integrations.staveq2.conversion import Order
+
+    class Options(TypedDict):
+        """What reading takes, and writing knows itself."""
+
+        order: Order | None
+        backbone: str | None
+        config: str | None
+        heads: int | None
+
 
 __all__ = ["command"]
 
@@ -33,7 +47,9 @@ model's and LoRA's stay where they are.
 @option("What", "--overwrite", is_flag=True, help="Replace what is in OUT: the adapter, its LoRA, its run.")
 @option("Back", "--to-published", is_flag=True, help="SOURCE is an adapter; write it under the published names.")
 @option("Back", "--prefix", metavar="TEXT", help="In front of 'blocks.0'. [default: the published one]")
-def command(source: str, out: str, to_published: bool, prefix: str | None, overwrite: bool, **options: Any) -> None:
+def command(
+    source: str, out: str, to_published: bool, prefix: str | None, overwrite: bool, **options: Unpack[Options]
+) -> None:
     """Turn a published checkpoint into an adapter, or back."""
     from sta_adapter.integrations.staveq2.conversion import convert_published, convert_to_published
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from sta_adapter.cli.options import Grouped, data_options, option
@@ -28,12 +26,12 @@ For LLaMA-Factory, dataset_info.json beside OUT gets an entry.
 @option("Run", "--to", type=click.Choice(TOOLS), metavar="TOOL", required=True, help=f"{', '.join(TOOLS)}.")
 @option("Run", "--drop", metavar="NAMES", default="", help="What may be left out, such as nframes,fps.")
 @data_options
-def command(file: str, out: str, drop: str, **options: Any) -> None:
+def command(file: str, out: str, drop: str, to: str, format: str | None, videos: str | None) -> None:
     """Convert and say what was written."""
     from sta_adapter.integrations.convert_data import convert_data
 
     names = [name.strip() for name in drop.split(",") if name.strip()]
-    done = convert_data(file, out, drop=names, **options)
+    done = convert_data(file, out, drop=names, to=to, format=format, videos=videos)
     click.echo(f"wrote {done.path}: {done.samples} samples with {done.clips} clips and images")
     if done.left_out:
         click.echo(

@@ -9,7 +9,7 @@ import platform
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 from urllib.parse import urlsplit
 
 import torch
@@ -29,6 +29,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM, FRAMES = 80, 8  # Qwen2-VL's head size; any number of frames gets the same kernel
 
 
+class SeamFacts(TypedDict):
+    """Of a `Seam`."""
+
+    name: str
+    package: str
+    found: str
+    differs: bool
+
+
 class Environment(TypedDict):
     """What `sta-adapter env --json` prints."""
 
@@ -39,7 +48,7 @@ class Environment(TypedDict):
     kernels: list[dict[str, str]]
     decoders: dict[str, str]
     backbones: dict[str, str]
-    seams: list[dict[str, Any]]
+    seams: list[SeamFacts]
     hub: dict[str, str]
 
 
@@ -57,7 +66,10 @@ def describe_environment() -> Environment:
         "kernels": [_kernel(device["type"], dtype) for device in devices for dtype in DTYPES],
         "decoders": {name: _decoder(module) for name, module in DECODERS.items()},
         "backbones": {name: _source(name) for name in list_backbones()},
-        "seams": [{**seam._asdict(), "differs": seam.differs} for seam in seams()],
+        "seams": [
+            {"name": seam.name, "package": seam.package, "found": seam.found, "differs": seam.differs}
+            for seam in seams()
+        ],
         "hub": _hub(),
     }
 

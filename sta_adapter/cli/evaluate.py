@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from sta_adapter.cli.engine import ENGINES, AskOptions, EngineReport, ask_engine, check_options, sentences
-from sta_adapter.cli.measurement import Measurement
+from sta_adapter.cli.measurement import Arguments, Measurement
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     Grouped,
@@ -281,7 +281,7 @@ def _write(report: Results, folder: Path) -> None:
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
 
 
-def _arguments(options: Options) -> dict[str, object]:
+def _arguments(options: Options) -> Arguments:
     """Those of `sta_adapter.evaluation.evaluate` that are the same for all runs."""
     return {
         "seed": options["seed"],

@@ -6,7 +6,7 @@ import itertools
 import json
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -55,12 +55,12 @@ def command(
     from sta_adapter.inspection import ClipSize, empty_model, inspect_model
 
     size = ClipSize.parse(clip)
-    given: dict[str, Any] = {name: value for name, value in cfg.items() if value is not None}
+    given = {name: value for name, value in cfg.items() if value is not None}
     if "layers" in given:
-        given["layers"] = parse_layers(given["layers"])
+        given["layers"] = parse_layers(str(given["layers"]))
     if "window" in given:
         given["causal"] = True
-    settings = STAConfig(**given)
+    settings = STAConfig.from_dict(given)
     empty = empty_model(model, revision=revision, trust_remote_code=trust_remote_code)
     report = inspect_model(empty, settings, backbone=backbone, clip=size)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report, str(size))))

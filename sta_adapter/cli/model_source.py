@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sta_adapter.cli.options import base_model_of
 
@@ -46,10 +46,22 @@ class ModelSource:
     @classmethod
     def of(cls, options: Mapping[str, object], adapter: Path | None) -> ModelSource:
         """The one that a command's options name, with the adapter's folder (of `find_adapter`)."""
-        names = ("model", "revision", "quantize", "positions", "attn_implementation")
-        given: dict[str, Any] = {name: options.get(name) for name in names}
-        given |= {name: bool(options.get(name)) for name in ("trust_remote_code", "any_base")}
-        return cls(**given, dtype=str(options.get("dtype") or "auto"), adapter=adapter)
+
+        def text(name: str) -> str | None:
+            value = options.get(name)
+            return None if value is None else str(value)
+
+        return cls(
+            str(options["model"]),
+            text("revision"),
+            bool(options.get("trust_remote_code")),
+            text("dtype") or "auto",
+            text("quantize"),
+            text("positions"),
+            text("attn_implementation"),
+            adapter,
+            bool(options.get("any_base")),
+        )
 
     def load_processor(self) -> Processor:
         """The base's processor."""

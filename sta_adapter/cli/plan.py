@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import click
 
@@ -74,13 +74,22 @@ class PlanReport(TypedDict):
 @option("Model", "--quantize", type=click.Choice(["4bit", "8bit"]), metavar="BITS", help="The base in 4bit or 8bit.")
 @option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-def command(config: str | None, pairs: tuple[str, ...], as_json: bool, **options: object) -> None:
+def command(
+    config: str | None,
+    pairs: tuple[str, ...],
+    memory: float | None,
+    processes: int,
+    samples: int,
+    measure: bool,
+    as_json: bool,
+    **options: object,
+) -> None:
     """Plan, and print it."""
     from sta_adapter.training.config import TrainingConfig
 
-    machine: dict[str, Any] = {name: options.pop(name) for name in ("memory", "processes", "samples", "measure")}
     run, values = read_run(config, pairs, options, (*RUN, *OF_TRAIN), ("model", "data"))
-    report = plan_run(run, TrainingConfig.from_dict(values), **machine)
+    settings = TrainingConfig.from_dict(values)
+    report = plan_run(run, settings, memory=memory, processes=processes, samples=samples, measure=measure)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
 
 

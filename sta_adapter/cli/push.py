@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
 from sta_adapter.cli.options import Grouped, option
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from sta_adapter.adapter.push import Publication
+
+    class Options(TypedDict):
+        """What `push_folder` takes as it is."""
+
+        revision: str | None
+        commit_message: str | None
+        create_pr: bool
+        license: str | None
+        base_model: str | None
+        datasets: tuple[str, ...]
+        results: str | None
+        dry_run: bool
+
 
 __all__ = ["command"]
 
@@ -39,7 +54,7 @@ write access: HF_TOKEN, or a login.
 @option("Card", "--results", metavar="FILE", help="results.json of evaluate. [default: FOLDER's]")
 @option("Result", "--dry-run", is_flag=True, help="Upload nothing; show what would be, and the card.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON.")
-def command(folder: str, repo_id: str, private: bool, as_json: bool, **options: Any) -> None:
+def command(folder: str, repo_id: str, private: bool, as_json: bool, **options: Unpack[Options]) -> None:
     """Push and say what was uploaded."""
     from sta_adapter.adapter.push import push_folder
 

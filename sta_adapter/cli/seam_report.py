@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 from torch import nn
 
@@ -50,7 +51,7 @@ class Seam(NamedTuple):
         return self.found not in ("as tested", "not installed")
 
 
-def _qwen2_vl() -> Any:
+def _qwen2_vl() -> ModuleType:
     return importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
 
 

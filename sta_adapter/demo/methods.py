@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import peft
 
@@ -74,13 +73,6 @@ def train_method(
     first = max(1, round(settings.steps * settings.stage_one))
     rank = settings.rank if method != "lora" else equal_rank(settings)
     every = max(1, settings.steps // settings.points)
-    of_sta: dict[str, Any] = {
-        "sta_config": {"order": settings.order, "causal": settings.causal},
-        "sta_learning_rate": settings.sta_learning_rate,
-        "stage1": {"max_steps": first, "sta_learning_rate": settings.stage_one_learning_rate},
-        "stage2": {"max_steps": settings.steps - first},
-    }
-    of_encoder: dict[str, Any] = {"lora_qkv_rank": 2 * rank, "lora_qkv_alpha": 2 * rank}
     config = TrainingConfig(
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
@@ -99,9 +91,17 @@ def train_method(
         save_steps=10 * settings.steps,
         eval_steps=every,
         keep_best=False,
-        **(of_sta if method == "sta" else {}),
-        **({} if method == "lora_language" else of_encoder),
     )
+    if method == "sta":
+        config = dataclasses.replace(
+            config,
+            sta_config={"order": settings.order, "causal": settings.causal},
+            sta_learning_rate=settings.sta_learning_rate,
+            stage1={"max_steps": first, "sta_learning_rate": settings.stage_one_learning_rate},
+            stage2={"max_steps": settings.steps - first},
+        )
+    if method != "lora_language":
+        config = dataclasses.replace(config, lora_qkv_rank=2 * rank, lora_qkv_alpha=2 * rank)
     return train(
         tiny_model(),
         data,

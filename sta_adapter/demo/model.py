@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +40,27 @@ def tiny_model() -> nn.Module:
     return model
 
 
-def attend_frames_at_once(model: Any) -> None:
+def attend_frames_at_once(model: nn.Module) -> None:
     """Spare the CPU transformers' loop over frames in the vision encoder; releases before 5 stay as they are."""
     import transformers
 
     if int(transformers.__version__.split(".")[0]) >= 5:
         transformers.AttentionInterface.register(ATTENTION, _attend)
-        model.model.visual.config._attn_implementation = ATTENTION
+        visual = cast("transformers.PreTrainedModel", model.get_submodule("model.visual"))
+        visual.config._attn_implementation = ATTENTION
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    cu_seq_lens_q: Tensor,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention within frames; query, key and value are (1, heads, frames * positions, D), all frames of one size."""
-    lengths = kwargs["cu_seq_lens_q"].diff()
+    lengths = cu_seq_lens_q.diff()
     if len(lengths.unique()) > 1:
         raise ValueError(f"the demo's frames are of one size, found {lengths.unique().tolist()} positions")
     q, k, v = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))

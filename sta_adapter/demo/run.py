@@ -6,6 +6,7 @@ Everything goes through the package's own training and evaluation; the clips are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import platform
@@ -14,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -91,14 +91,16 @@ def make_clips(folder: Path, settings: DemoSettings, seed: int) -> tuple[VideoDa
         write_dataset(clips, "train", range(first, first + settings.train_clips), "train", progress=True),
         write_dataset(clips, "test", range(first + 10**6, first + 10**6 + settings.test_clips), "held_out"),
     ]
-    options: dict[str, Any] = {
-        "frames": FRAME_SETTINGS,
-        "on_bad_sample": "error",
-        "cache": True,
-        "decode_timeout": None,
-    }
-    data, test = (VideoDataset(file, processor, **options) for file in files)
-    curve = VideoDataset(test.samples[: settings.curve_clips], processor, **options)
+    opened = functools.partial(
+        VideoDataset,
+        processor=processor,
+        frames=FRAME_SETTINGS,
+        on_bad_sample="error",
+        cache=True,
+        decode_timeout=None,
+    )
+    data, test = (opened(file) for file in files)
+    curve = opened(test.samples[: settings.curve_clips])
     for dataset in (data, test.as_prompts(), test.as_prompts("shuffled"), curve.as_prompts()):
         for index in range(len(dataset)):
             dataset[index]

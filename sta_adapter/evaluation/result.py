@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from sta_adapter.evaluation.answering import Prediction
 
@@ -36,7 +36,7 @@ class RunReport(TypedDict, total=False):
     unmatched_examples: list[dict[str, str]]
     bad_samples: list[str]
     seconds: float
-    predictions: list[dict[str, Any]]
+    predictions: list[dict[str, object]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from accelerate import PartialState
@@ -71,11 +71,23 @@ def training_arguments(
     return arguments
 
 
-def _saving(config: TrainingConfig, measured: str | None) -> dict[str, Any]:
+class Saving(TypedDict, total=False):
+    """When `TrainingArguments` save and evaluate."""
+
+    save_strategy: str
+    save_steps: int
+    eval_strategy: str
+    eval_steps: int
+    load_best_model_at_end: bool
+    metric_for_best_model: str
+    greater_is_better: bool
+
+
+def _saving(config: TrainingConfig, measured: str | None) -> Saving:
     """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""
     if measured is None:
         return {"save_strategy": "steps", "save_steps": config.save_steps, "eval_strategy": "no"}
-    evaluating: dict[str, object] = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
+    evaluating: Saving = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
     if config.eval_steps:
         evaluating["eval_steps"] = config.eval_steps
     if not config.keep_best:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TypedDict, cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -19,29 +19,39 @@ from sta_adapter.training.config import DEFAULTS, TrainingConfig
 __all__ = ["lora_config", "lora_parameters", "require_effect"]
 
 
+class Fields(TypedDict):
+    """Of `LoraConfig`, which the settings say."""
+
+    target_modules: list[str]
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, int]
+
+
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
     """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
     target = locate(model, None if handle is None else handle._injection.spec)
     recipe = require_recipe(target.backbone)
     targets = list(recipe.target_modules)
-    patterns: dict[str, dict[str, int]] = {
-        "rank_pattern": dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank),
-        "alpha_pattern": dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha),
-    }
+    ranks = dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank)
+    alphas = dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha)
     if config.lora_targets == "language":
-        patterns = {"rank_pattern": {}, "alpha_pattern": {}}
+        ranks, alphas = {}, {}
         encoder = {id(module) for module in target.encoder.modules()}
         targets = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and id(module) not in encoder and _ends(name, recipe.target_modules)
         ]
-    fields: dict[str, Any] = {
+    fields: Fields = {
         "target_modules": targets,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        **patterns,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
     return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sized
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -167,7 +167,7 @@ def memory() -> int:
     return found
 
 
-def _bar(total: int, initial: int, text: str, form: str | None, **options: Any) -> tqdm[NoReturn]:
+def _bar(total: int, initial: int, text: str, form: str | None, leave: bool = True) -> tqdm[NoReturn]:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, initial=initial, desc=text, bar_format=form, dynamic_ncols=True, **options)
+    return tqdm(total=total, initial=initial, desc=text, bar_format=form, dynamic_ncols=True, leave=leave)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -227,22 +227,38 @@ def open_data(
     """
     if processor is None:
         raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
-    settings: dict[str, Any] = {
-        "frames": config.frames,
-        "on_bad_sample": config.on_bad_sample,
-        "max_length": config.max_length,
-        "decode_timeout": config.decode_timeout,
-    }
     files = [data] if isinstance(data, (str, Path)) else list(data)
-    how: dict[str, Any] = {"format": format, "videos": videos, "on_bad_sample": config.on_bad_sample}
+    bad = config.on_bad_sample
     alone = len(files) == 1 and is_shards(files[0])
     if not (stream and alone):
-        samples = open_samples(files[0], **how) if alone else mixed_samples(files, seed=config.seed, **how)
-        return VideoDataset(require_usable(samples), processor, cache=cache or False, **settings)
+        samples = (
+            open_samples(files[0], format=format, videos=videos, on_bad_sample=bad)
+            if alone
+            else mixed_samples(files, seed=config.seed, format=format, videos=videos, on_bad_sample=bad)
+        )
+        return VideoDataset(
+            require_usable(samples),
+            processor,
+            frames=config.frames,
+            on_bad_sample=bad,
+            max_length=config.max_length,
+            decode_timeout=config.decode_timeout,
+            cache=cache or False,
+        )
     if videos is not None:
         raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
-    settings |= {"shuffle": config.shuffle_buffer, "seed": config.seed, "cache": cache}
-    return StreamDataset(files[0], processor, format=format, **settings)
+    return StreamDataset(
+        files[0],
+        processor,
+        format=format,
+        frames=config.frames,
+        on_bad_sample=bad,
+        max_length=config.max_length,
+        decode_timeout=config.decode_timeout,
+        shuffle=config.shuffle_buffer,
+        seed=config.seed,
+        cache=cache,
+    )
 
 
 def _check_settings(

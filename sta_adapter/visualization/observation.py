@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from sta_adapter.errors import ConfigError, LayoutError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.patch_attention import BUDGET, Pooling, choose_pooling, encode, may_see, pool
-from sta_adapter.visualization.recorder import AttentionRecorder, Recording
+from sta_adapter.visualization.recorder import AttentionRecorder, Kept, Recording
 
 __all__ = ["Observation", "branch_sizes", "crossing_map", "observe", "temporal_attention"]
 
@@ -81,7 +80,9 @@ class Observation:
         return values[..., self.positions]
 
 
-def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0, patch_budget: int = BUDGET) -> Observation:
+def observe(
+    handle: STAHandle, inputs: Mapping[str, object], *, clip: int = 0, patch_budget: int = BUDGET
+) -> Observation:
     """Run the model twice, with STA on and off, and note what STA did with one clip.
 
     Args:
@@ -137,7 +138,7 @@ def observe(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0, patc
     )
 
 
-def temporal_attention(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> dict[int, np.ndarray]:
+def temporal_attention(handle: STAHandle, inputs: Mapping[str, object], *, clip: int = 0) -> dict[int, np.ndarray]:
     """Attention weights over the frames of one clip, in every block with STA.
 
     Args:
@@ -156,7 +157,7 @@ def temporal_attention(handle: STAHandle, inputs: Mapping[str, Any], *, clip: in
     return {block: weights.numpy() for block, weights in _run(handle, inputs, clip).attention.items()}
 
 
-def crossing_map(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> dict[int, np.ndarray]:
+def crossing_map(handle: STAHandle, inputs: Mapping[str, object], *, clip: int = 0) -> dict[int, np.ndarray]:
     """Share of each token's attention that goes to frames other than its own.
 
     Arguments and errors are those of `temporal_attention`.
@@ -168,7 +169,7 @@ def crossing_map(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0)
     return {block: (1 - w.diagonal(axis1=-2, axis2=-1)).mean(0).T for block, w in weights.items()}
 
 
-def branch_sizes(handle: STAHandle, inputs: Mapping[str, Any], *, clip: int = 0) -> dict[int, np.ndarray]:
+def branch_sizes(handle: STAHandle, inputs: Mapping[str, object], *, clip: int = 0) -> dict[int, np.ndarray]:
     """Length of what STA adds to each token, divided by the length of the residual stream that it is added to.
 
     Arguments and errors are those of `temporal_attention`.
@@ -186,14 +187,14 @@ def _even(handle: STAHandle, frames: int) -> np.ndarray:
     return ((visible - 1) / visible).float().numpy()
 
 
-def _run(handle: STAHandle, inputs: Mapping[str, Any], clip: int) -> Recording:
+def _run(handle: STAHandle, inputs: Mapping[str, object], clip: int) -> Recording[Tensor]:
     recorder = AttentionRecorder(handle, clip, lambda weights: weights.cpu())
     with recorder, torch.no_grad():
         handle.model(**inputs)
     return _found(recorder, handle)
 
 
-def _found(recorder: AttentionRecorder, handle: STAHandle) -> Recording:
+def _found(recorder: AttentionRecorder[Kept], handle: STAHandle) -> Recording[Kept]:
     """What was seen, or the reason why nothing was."""
     if not handle.blocks:
         raise ConfigError("this handle's STA has been removed from the model; inject or load again.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ from sta_adapter.injection.nested import iterate_tensors
 __all__ = ["AttentionRecorder", "Recording"]
 
 
+Kept = TypeVar("Kept")
+
+
 @dataclass
-class Recording:
+class Recording(Generic[Kept]):
     """What STA did with the clip, by block; tensors are on the CPU.
 
     Attributes:
@@ -41,13 +44,13 @@ class Recording:
     """
 
     clip: tuple[int, int] = (0, 0)
-    attention: dict[int, Any] = field(default_factory=dict)
+    attention: dict[int, Kept] = field(default_factory=dict)
     branch: dict[int, Tensor] = field(default_factory=dict)
     positions: Tensor | None = None
     no_picture: str = ""
 
 
-class AttentionRecorder:
+class AttentionRecorder(Generic[Kept]):
     """Context in which the forwards of a model are recorded; `rewind()` in front of a second one, with STA off.
 
     Args:
@@ -62,11 +65,11 @@ class AttentionRecorder:
         before: the same with STA off.
     """
 
-    def __init__(self, handle: STAHandle, clip: int, reduce: Callable[[Tensor], Any]) -> None:
+    def __init__(self, handle: STAHandle, clip: int, reduce: Callable[[Tensor], Kept]) -> None:
         self.handle = handle
         self.clip = clip
         self.reduce = reduce
-        self.recording = Recording()
+        self.recording: Recording[Kept] = Recording()
         self.clips = 0
         self.after: Tensor | None = None
         self.before: Tensor | None = None
@@ -80,7 +83,7 @@ class AttentionRecorder:
         """The next forward of the model is the one with STA off."""
         self._call = -1
 
-    def __enter__(self) -> AttentionRecorder:
+    def __enter__(self) -> AttentionRecorder[Kept]:
         if self.handle._injection.thread.streams:
             raise StreamError(
                 "a stream's frames can't be recorded: look at a whole clip, outside of the stream's `with` block."

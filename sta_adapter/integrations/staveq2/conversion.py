@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -33,6 +33,14 @@ PUBLISHED = "staveq2.safetensors"
 HEADS, WIDTH, DEPTH = ("num_heads", "num_attention_heads"), ("embed_dim", "hidden_size"), ("depth", "num_hidden_layers")
 SIZE = re.compile(r"layers|depth|heads|experts|blocks")
 Order = Literal["after_spatial", "before_spatial"]
+
+
+class Described(TypedDict):
+    """What a file says that `convert_to_published` wrote."""
+
+    backbone: str
+    encoder: dict[str, int]
+    config: dict[str, Any]
 
 
 def convert_published(
@@ -147,7 +155,7 @@ def _published_backbones() -> list[str]:
     return [name for name in list_backbones() if get_backbone(name).published_names]
 
 
-def _described(checkpoint: Source) -> dict[str, Any] | None:
+def _described(checkpoint: Source) -> Described | None:
     """Our own description in the header of a file that `convert_to_published` wrote."""
     if HEADER not in checkpoint.metadata:
         return None
@@ -267,7 +275,7 @@ def _settings(
     spec: Backbone,
     state: Mapping[str, Tensor],
     facts: Mapping[str, int],
-    known: Mapping[str, Any] | None,
+    known: Described | None,
     order: Order | None,
 ) -> STAConfig:
     """The configuration that these weights were trained with, as far as it can be known."""

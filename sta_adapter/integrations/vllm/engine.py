@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from sta_adapter.adapter.base_model import ANY
 from sta_adapter.adapter.hub import resolve_adapter
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 OWN = ("model", "hf_overrides", "revision", "trust_remote_code", "dtype")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+
+
+class Source(TypedDict, total=False):
+    """Where a base comes from."""
+
+    revision: str | None
+    trust_remote_code: bool
 
 
 class VLLMEngine:
@@ -77,7 +84,7 @@ class VLLMEngine:
                 f"an engine needs vLLM beside sta-adapter ({error}): pip install 'sta-adapter[vllm]'."
             ) from error
         self._stack = contextlib.ExitStack()
-        self._source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._source: Source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._model = model
         self._folder: Path | None = None
         overrides: dict[str, object] = {}
@@ -92,7 +99,7 @@ class VLLMEngine:
             settings = {"limit_mm_per_prompt": limits, "disable_log_stats": True, "seed": 0, "max_logprobs": MOST_IDS}
             self.dtype = DTYPES.get(dtype) or _saved_dtype(model, self._source)
             self._settings = {**settings, **options}
-            source = self._source if model == self._model else {}
+            source: Source = self._source if model == self._model else {}
             self.llm = _start(LLM, model, hf_overrides=overrides, dtype=self.dtype, **source, **self._settings)
             self._stack.callback(self._end)
         except BaseException:
@@ -106,8 +113,8 @@ class VLLMEngine:
         VLLM's own LoRA for encoders maps the tokens of a whole step, and then encodes pictures and clips apart.
         """
         out = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sta-merged-")))
-        how = {**self._source, "dtype": dtype, "device": "cpu"}
-        export_merged(adapter, out, base, base_model=ANY if any_base else None, **how)
+        any_ = ANY if any_base else None
+        export_merged(adapter, out, base, base_model=any_, **self._source, dtype=dtype, device="cpu")
         return str(out / BASE), out / STA
 
     def __enter__(self) -> VLLMEngine:
@@ -223,7 +230,7 @@ def _start(engine: Callable[..., LLM], model: str, **settings: object) -> LLM:
         ) from error
 
 
-def _saved_dtype(model: str, source: Mapping[str, Any]) -> str:
+def _saved_dtype(model: str, source: Source) -> str:
     """As transformers' path has it: the dtype that the base was saved in; float32 where there is no CUDA."""
     import torch
     from transformers import AutoConfig
@@ -235,7 +242,7 @@ def _saved_dtype(model: str, source: Mapping[str, Any]) -> str:
     return str(saved).removeprefix("torch.") if saved is not None else "float32"
 
 
-def _base_digest(model: str, source: Mapping[str, Any]) -> str:
+def _base_digest(model: str, source: Source) -> str:
     """Of the base's weights and settings: its files' contents, or its commit on the Hub."""
     folder = Path(model)
     if not folder.is_dir():

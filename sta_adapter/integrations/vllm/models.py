@@ -46,7 +46,7 @@ def serving_class(path: str) -> type:
     class Serving(base):
         sta_served: ServedSTA | None = None
 
-        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        def __init__(self, *, vllm_config: object, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.sta_served = put_sta(self, vllm_config)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,21 +13,21 @@ from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.validate import validate_target
-from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
+from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower, setting
 from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def put_sta(model: nn.Module, vllm_config: Any) -> ServedSTA | None:
+def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
     """Put STA into a model that has no weights yet; None when the engine was given no adapter.
 
     Raises:
         CheckpointError: the adapter can't be had, is damaged, or is for another base.
         InjectionError: STA can't be right under the engine's settings.
     """
-    hf_config = vllm_config.model_config.hf_config
+    hf_config: PretrainedConfig = setting(setting(vllm_config, "model_config"), "hf_config")
     if not asks_for_sta(hf_config):
         return None
     adapter = requested(hf_config)
