@@ -11,10 +11,11 @@ from pathlib import Path
 from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import read_classes
+from sta_adapter.data.message import Record
 from sta_adapter.data.samples import check_format, raw_records
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.integrations.records import TOOLS, Record, as_ours, settings_lost, to_record
+from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
 
 __all__ = ["Converted", "convert_data"]
 

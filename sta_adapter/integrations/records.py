@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 
 __all__ = ["TOOLS", "as_ours", "settings_lost", "to_record"]
 
 PATH_KEYS = ("path", "url")  # what a part is also called by, beside its type
 CLIP_SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end")
-Record = dict[str, Any]
 
 
 def as_ours(record: Mapping[str, object]) -> Record:

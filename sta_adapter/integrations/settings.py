@@ -97,7 +97,7 @@ class Settings:
             raise ConfigError(f"{VARIABLE}={os.environ.get(VARIABLE)!r}: {error}") from error
 
 
-def prepare_model(model: nn.Module, settings: Settings, **lora: Any) -> tuple[STAHandle, LoraConfig | None]:
+def prepare_model(model: nn.Module, settings: Settings, **lora: object) -> tuple[STAHandle, LoraConfig | None]:
     """Put STA into a model that a tool has loaded, as the settings say.
 
     Args:

@@ -197,7 +197,7 @@ def prepare(
     frames: FrameSettings | None = None,
     max_length: int | None = None,
     on_bad_sample: str = "skip",
-    **lora: Any,
+    **lora: object,
 ) -> Prepared:
     """Make a model ready for one of TRL's trainers: STA in it, LoRA by the recipe, clips, and callbacks that save and watch.
 

@@ -40,7 +40,7 @@ class Described(TypedDict):
 
     backbone: str
     encoder: dict[str, int]
-    config: dict[str, Any]
+    config: dict[str, object]
 
 
 def convert_published(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
 
 from sta_adapter.compatibility.seams import incompatible, parameter_names
 from sta_adapter.errors import InjectionError
@@ -14,6 +14,16 @@ from sta_adapter.integrations.vllm.request import asks_for_sta, check_architectu
 
 MODELS = "sta_adapter.integrations.vllm.models"
 INSPECT = ("architectures", "model_config")
+
+
+class Registry(Protocol):
+    """What is used of vLLM's registry of models."""
+
+    models: Mapping[str, object]
+    inspect_model_cls: Callable[[object, object], tuple[object, str]]
+
+    def register_model(self, architecture: str, path: str, /) -> None:
+        """Put a class, "module:Class", in an architecture's place."""
 
 
 def architectures() -> dict[str, str]:
@@ -36,7 +46,7 @@ def register_models() -> None:
         registry.inspect_model_cls = _Inspecting(registry, registry.inspect_model_cls)
 
 
-def model_registry() -> Any:
+def model_registry() -> Registry:
     """VLLM's registry, with the methods that we use.
 
     Raises:
@@ -44,7 +54,7 @@ def model_registry() -> Any:
     """
     import vllm
 
-    registry: Any = getattr(vllm, "ModelRegistry", None)
+    registry = cast(Registry, getattr(vllm, "ModelRegistry", None))
     if not all(callable(getattr(registry, name, None)) for name in ("register_model", "inspect_model_cls")):
         raise incompatible("vllm", "vllm.ModelRegistry has no register_model or inspect_model_cls")
     if not isinstance(getattr(registry, "models", None), dict):
@@ -58,7 +68,7 @@ def model_registry() -> Any:
 class _Inspecting:
     """vLLM's `inspect_model_cls`, which it calls while it configures an engine: bad requests end there."""
 
-    def __init__(self, registry: Any, original: Callable[[object, object], tuple[object, str]]) -> None:
+    def __init__(self, registry: Registry, original: Callable[[object, object], tuple[object, str]]) -> None:
         self.registry = registry
         self.original = original
         functools.update_wrapper(self, original)
