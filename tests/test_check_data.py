@@ -139,6 +139,7 @@ def test_long_reports_are_cut():
     assert "    ... and 5 more; --json lists all" in lines
     assert lines[-1] == "    ... and 10 more; --json lists all"
     assert max(map(len, lines)) <= 80
+    assert lines[lines.index(next(line for line in lines if line.startswith("missing: "))) + 1].startswith("    words")
 
 
 def test_a_misspelt_setting_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from cases import make_qwen2_vl
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_qwen import write_samples
 
 from sta_adapter import cli as command_line
@@ -73,6 +74,7 @@ class OutOfMemoryError(RuntimeError):
         (ValueError("a\n\nb"), "ValueError: a b. This was not foreseen; sta-adapter --debug ... shows where it happened"),
         (KeyError("x" * 999), "xxx ... This was not foreseen"),
         (ConfigError("just so"), "just so"),
+        (LocalEntryNotFoundError("nothing is kept"), "the Hub: "),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip

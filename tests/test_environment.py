@@ -23,6 +23,7 @@ def env(*args):
 
 def test_json_and_text_say_the_same():
     found, text = json.loads(env("--json")), env()
+    assert env("--json").startswith('{\n  "')
     assert found["versions"]["torch"] == torch.__version__
     assert found["backbones"]["qwen2_vl"].startswith("sta-adapter ")
     assert {kernel["dtype"] for kernel in found["kernels"]} == {"float32", "bfloat16", "float16"}
@@ -32,6 +33,7 @@ def test_json_and_text_say_the_same():
         assert kernel["reason"] in text
     assert not any(seam["differs"] for seam in found["seams"])
     assert "DIFFERS" not in text
+    assert {"sta-adapter", "transformers", "peft", "accelerate", "xformers", "av", "numpy"} <= found["versions"].keys()
 
 
 def test_a_seam_that_differs_stands_out(monkeypatch):
@@ -49,7 +51,11 @@ def test_no_secret_and_no_home_is_shown(monkeypatch, tmp_path):
     hub = json.loads(env("--json"))["hub"]
     assert hub["HF_ENDPOINT"] == "https://mirror.example/hub"
     assert hub["HF_HOME"] == "~/cache"
-    assert hub["token"] in ("set", "not set")
+    assert hub["token"] == "set"
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hf_verysecret/hub")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    hub = json.loads(env("--json"))["hub"]
+    assert (hub["HF_ENDPOINT"], hub["token"]) == ("https://mirror.example/hf_.../hub", "not set")
 
 
 def test_a_broken_decoder_is_told(monkeypatch, tmp_path):

@@ -175,6 +175,7 @@ def test_the_printed_report(real_sizes):
     assert "32 in all 52,582,400" in text
     assert "52.6 M added: 7.9 % of the tower's 665.3 M" in text
     assert "+7.4 %: 1.73 TFLOP on the tower's 23.41 TFLOP, for 16 frames of 32x32 patches" in text
+    assert "head_scale 0.25, RoPE 10000" in text
 
 
 def test_options(real_sizes):
@@ -283,6 +284,16 @@ def test_a_bare_tower_has_no_share_of_a_model():
     lines = describe(inspect_model(tower), "a clip")
     assert not any("model's" in line for line in lines)
     assert any("GFLOP" in line for line in lines)
+
+
+def test_long_items_stay_beside_their_name_and_sizes_have_units():
+    from sta_adapter.cli.inspect import _bytes, _item, _rope
+
+    lines = _item("warning", "word " * 40)
+    assert lines[0].startswith("warning     word")
+    assert all(line.startswith(" " * 12 + "word") for line in lines[1:])
+    assert _bytes(3 << 19) == "1.5 MiB"
+    assert (_rope({"rope_theta": None}), _rope({"rope_theta": 1e4})) == ("none", "10000")
 
 
 def test_help_begins_with_an_example():

@@ -193,7 +193,7 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     stage = report["stages"]["1"]
     assert stage["hours"] == pytest.approx(stage["measured"]["seconds"] * stage["steps"] * stage["accumulation"] / 3600)
     file = tmp_path / "train.yaml"  # of train, which plan takes as well
-    file.write_text(f"out: {tmp_path / 'out'}\ncache: {tmp_path / 'cache'}\ndry_run: true\n")
+    file.write_text(f"out: {tmp_path / 'out'}\ncache: {tmp_path / 'cache'}\ndry_run: true\nattn_implementation: sdpa\n")
     words += ["--config", str(file)]
     assert CliRunner().invoke(cli, ["plan", *words], catch_exceptions=False).exit_code == 0
     dry = CliRunner().invoke(cli, ["train", *words], catch_exceptions=False)
