@@ -539,6 +539,8 @@ def test_clips_without_a_placeholder(processor):
     assert processors.placeholder(processor, "video", required=True) == "<|video_pad|>"
     unsaid = types.SimpleNamespace(tokenizer=processor.tokenizer)  # the usual one, which its tokenizer knows
     assert processors.placeholder(unsaid, "image", required=True) == "<|image_pad|>"
+    unknown = types.SimpleNamespace(tokenizer=processor.tokenizer, image_token="<picture>")
+    assert processors.placeholder(unknown, "image", required=True) == "<|image_pad|>"
 
 
 @pytest.mark.parametrize("name", ["image_seq_length", "image_token_id"])
