@@ -36,6 +36,24 @@ def test_wrong_options_get_a_suggestion(name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_for(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert [p.name for p in command.params if isinstance(p, click.Option) and not p.help] == []
+
+
+def test_the_list_of_commands_has_a_sentence_for_each():
+    said = {}
+    for row in help_of("")[help_of("").index("Commands:") + 1 :]:
+        if row[2:3].strip():
+            name = row.split()[0]
+            said[name] = row[2 + len(name) :].strip()
+        else:
+            said[name] += f" {row.strip()}"
+    assert list(said) == list(COMMANDS)
+    assert all(text[0].isupper() and text[1].islower() and text.endswith(".") for text in said.values()), said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_wrong_commands_get_a_suggestion(name):
     done = CliRunner().invoke(cli, [name[:-1] + "x"])
     assert done.exit_code == 2

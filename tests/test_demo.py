@@ -147,3 +147,85 @@ def test_seconds_of_a_row_are_those_of_one_seed():
     row = summary({"runs": runs}, method)
     assert row["seconds"] == 20
     assert row["ordered"]["total"] == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_of_each_method(monkeypatch, tmp_path, method):
+    """STA and LoRA are trained for as many steps, with the ranks that make them comparable."""
+    from sta_adapter.demo import methods
+
+    trained = []
+    monkeypatch.setattr(methods, "train", lambda model, data, **how: trained.append((data, how)))
+    monkeypatch.setattr(methods, "equal_rank", lambda settings: 11)
+    settings = DemoSettings()
+    methods.train_method(method, settings, 3, "data", "curve", tmp_path)
+    [(data, how)] = trained
+    config = how["config"]
+    rank = 11 if method == "lora" else 8
+    assert (config.lora_rank, config.lora_alpha, config.seed, config.on_bad_sample) == (rank, rank, 3, "error")
+    assert (config.sta, how["stage"]) == ((True, "both") if method == "sta" else (False, "2"))
+    assert config.lora_targets == ("language" if method == "lora_language" else "all")
+    if method != "lora_language":
+        assert (config.lora_qkv_rank, config.lora_qkv_alpha) == (2 * rank, 2 * rank)
+    steps = [config.for_stage(stage).max_steps for stage in ("1", "2")] if method == "sta" else [config.max_steps]
+    assert sum(steps) == settings.steps
+    assert (data, how["output_dir"]) == ("data", tmp_path)
+
+
+def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from sta_adapter.demo import run as demo_run
+
+    monkeypatch.setattr(demo_run, "make_clips", lambda folder, settings, seed: ("data", f"test {seed}", "curve"))
+    handles = iter([None, "handle", None] * 2)
+    monkeypatch.setattr(demo_run, "train_method", lambda *given: SimpleNamespace(handle=next(handles)))
+    monkeypatch.setattr(demo_run, "measure", lambda trained, test: {"on": test})
+    monkeypatch.setattr(demo_run, "check_reload", lambda handle, folder, test, seed: [handle, test, seed])
+    results, shown, asked = demo_run.run_demo(tmp_path, DemoSettings.quick(), [3, 4])
+    assert results["runs"] == [{"method": m, "seed": s, "on": f"test {s}"} for s in (3, 4) for m in METHODS]
+    assert (results["reloaded"], shown, asked) == (["handle", "test 3", 3], "handle", "test 3")
+    assert 0 <= results["seconds"] < 60
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the clips of a comparison of the smallest size, and what was read of them."""
+    import dataclasses
+
+    from sta_adapter.demo.run import make_clips
+
+    out = tmp_path_factory.mktemp("made")
+    (out / "runs").mkdir()
+    return out, make_clips(
+        out, dataclasses.replace(DemoSettings.quick(), train_clips=2, test_clips=2, curve_clips=1), 3
+    )
+
+
+def test_clips_are_read_as_they_are_trained_on(made):
+    _, (data, test, curve) = made
+    assert [len(dataset) for dataset in (data, test, curve)] == [2, 2, 1]
+    assert {dataset.encoder.on_bad_sample for dataset in (data, test, curve)} == {"error"}
+    assert {str(s.messages) for s in data.samples}.isdisjoint(str(s.messages) for s in test.samples)
+
+
+def test_an_adapter_reloaded_elsewhere_answers_alike_or_the_demo_ends(made, monkeypatch):
+    from sta_adapter import inject_sta
+    from sta_adapter.demo import reload, run
+    from sta_adapter.errors import STAError
+
+    folder, (_, test, _) = made
+
+    def here(command, check):
+        monkeypatch.setattr("sys.argv", ["reload", *command[3:]])
+        reload.main()
+
+    monkeypatch.setattr(run.subprocess, "run", here)
+    handle = inject_sta(tiny_model())
+    found = run.check_reload(handle, folder, test, 3)
+    assert (found["clips"], found["bit_equal"], found["logits"][0]) == (2, True, 2)
+    (folder / "runs" / run.LOGITS).unlink()
+    monkeypatch.setattr(reload, "answer_logits", lambda model, test: run.answer_logits(model, test) + 1)
+    with pytest.raises(STAError, match="loaded in a new process, gives other answers: the logits differ by up to 1"):
+        run.check_reload(handle, folder, test, 3)

@@ -128,3 +128,23 @@ def test_a_folder_with_several_files_is_ambiguous(tmp_path):
 )
 def test_what_transformers_makes_itself_has_no_builder(config):
     assert builder_of(config) is None
+
+
+V2_5, V2 = "sta_adapter.internvideo.v2_5_loading", "sta_adapter.internvideo.v2_loading"
+
+
+@pytest.mark.parametrize(
+    ("config", "module"),
+    [
+        ({"auto_map": {"AutoModel": "modeling_internvl_chat_hico2.InternVLChatModel"}}, V2_5),
+        ({"auto_map": {"AutoModel": "owner/name--modeling_videochat2.InternVideo2_VideoChat2"}}, V2),
+        ({"model_type": "internvideo2_5_chat"}, V2_5),
+        ({"model_type": "internvideo2_chat"}, V2),
+        ({"model_type": "qwen2_vl", "auto_map": {"AutoModel": "modeling_other.Model"}}, None),
+        ({"model_type": ["internvideo2_chat"], "auto_map": "modeling_videochat2"}, None),
+        ({}, None),
+    ],
+    ids=["2.5", "2", "2.5 saved", "2 saved", "other", "odd", "empty"],
+)
+def test_what_makes_a_model_is_told_by_its_configuration(config, module):
+    assert getattr(builder_of(config), "__name__", None) == module
