@@ -9,7 +9,7 @@ from torch import nn
 
 from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo import builder_of
-from sta_adapter.internvideo.weights import fill, iterate_weights, weight_files
+from sta_adapter.internvideo.weights import dtype_of_weights, fill, iterate_weights, weight_files
 
 TENSORS = {"0.weight": torch.arange(6.0).view(2, 3), "0.bias": torch.ones(2), "1.weight": torch.full((2,), 3.0)}
 
@@ -113,6 +113,15 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="no table of weights"):
         list(iterate_weights([tmp_path / "list.pt"]))
+
+
+def test_the_dtype_is_that_asked_for_else_the_configurations_else_bfloat16():
+    assert dtype_of_weights(torch.float16, {"dtype": "float32"}) == torch.float16
+    assert dtype_of_weights("float32", {}) == torch.float32
+    assert dtype_of_weights("auto", {"torch_dtype": "torch.float16"}) == torch.float16
+    assert dtype_of_weights("auto", {}) == torch.bfloat16
+    with pytest.raises(CheckpointError, match="dtype is 'float99'; expected one of torch's"):
+        dtype_of_weights("auto", {"dtype": "float99"})
 
 
 def test_a_folder_with_several_files_is_ambiguous(tmp_path):
