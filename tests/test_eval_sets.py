@@ -88,6 +88,19 @@ def test_vitatecs_has_the_true_caption_as_answer(tmp_path):
         assert f"({sample.answer}) {right}" in sample.prompt[0]["content"][1]["text"]
 
 
+def test_vitatecs_draws_the_right_letter_of_each_pair_as_published(tmp_path):
+    """By a seed made of the captions' characters, so that every copy of the benchmark asks alike."""
+    folder = copy_of("vitatecs", tmp_path, "repository")
+    file = folder / "data/Direction.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    pairs = [("a man moves to the left", "a man moves to the right"), ("b", "c"), ("c", "b")]
+    rows = [{**row, "caption": true, "counterfactual": false} for true, false in pairs]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [s for s in load_benchmark("vitatecs", folder).samples if s.category == "Direction"]
+    assert [s.answer for s in found] == ["A", "B", "B"]
+    assert [s.extra["option_texts"] for s in found[1:]] == [["C.", "B."], ["B.", "C."]]
+
+
 def test_tempcompass_leaves_captioning_to_a_judge(tmp_path):
     found = load_benchmark("tempcompass", copy_of("tempcompass", tmp_path, "repository"))
     assert found.notes == ["captioning: 2 questions left out, as scoring them takes a language model as judge."]
@@ -105,6 +118,20 @@ def test_videomme_keeps_its_groups(tmp_path):
     assert {s.extra["duration"] for s in found.samples} == {"short", "long"}
     assert found.samples[1].extra["option_texts"] == ["Left.", "Right.", "Up.", "Down."]
     assert found.notes == ["Asked without subtitles."]
+    assert found.samples[1].prompt[0]["content"][1]["text"].splitlines()[1:] == [
+        *("Which way?", "A. Left.", "B. Right.", "C. Up.", "D. Down.", "The best answer is:")
+    ]
+
+
+@pytest.mark.parametrize("answer", ["E", "AB", "a"])
+def test_videomme_has_one_letter_as_answer_and_clips_in_videos(tmp_path, answer):
+    folder = copy_of("videomme", tmp_path)
+    (folder / "data").rename(folder / "videos")
+    rows = read_annotations(folder / "videomme/test-00000-of-00001.parquet")
+    make.write_parquet(folder / "videomme/test-00000-of-00001.parquet", [{**rows[0], "answer": answer}, rows[1]])
+    found = load_benchmark("videomme", folder)
+    assert [s.answer for s in found.samples] == ["B"]
+    assert f"the answer {answer!r} is none of the letters A, B, C, D." in " ".join(found.notes)
 
 
 def test_ssv2_t10_asks_ten_classes(tmp_path):
@@ -112,6 +139,9 @@ def test_ssv2_t10_asks_ten_classes(tmp_path):
     assert [s.category for s in found.samples] == ["Picking something up", "Something falling like a rock"]
     assert found.samples[0].answer == "The action happening in this video is: Picking [something] up"
     assert [part["type"] for part in found.samples[0].prompt[0]["content"]] == ["text", "video", "text"]
+    assert found.notes == [
+        "The official validation clips of the ten classes; the published split can't be had again.",
+    ]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

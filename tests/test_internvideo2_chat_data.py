@@ -169,10 +169,10 @@ def test_the_hd_variant_cuts_frames_into_two_tiles_and_adds_the_whole(base, clip
 
 
 def test_saved_and_loaded_again(base, processor, clips, tmp_path):
-    plain = load_model(base, device="cpu")
-    plain.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again, words = load_model(tmp_path, device="cpu"), load_processor(tmp_path)
+    plain, folder = load_model(base, device="cpu"), tmp_path / "not" / "there yet"
+    processor.save_pretrained(folder)
+    plain.save_pretrained(folder)
+    again, words = load_model(folder, device="cpu"), load_processor(folder)
     (item,) = encoded(processor, clips, LINES[2])
     (same,) = encoded(words, clips, LINES[2])
     assert torch.equal(item["input_ids"], same["input_ids"])

@@ -97,6 +97,7 @@ def test_forms_that_name_nothing(said):
         ("A dog runs and a man walks", "AB", ["A dog runs.", "A man walks."], None),
         ("I", "ABCDEFGHI", (), 8),
         ("I think so", "ABCDEFGHI", (), None),
+        ("AX", "ABCD", (), None), ("B Xright", "ABCD", TEXTS, None),  # a letter inside of another word
         ("**Yes**, it does.", ["yes", "no"], (), 0),
         ("<think>no</think>Yes", ["yes", "no"], (), 0),
         ("The answer is no.", ["yes", "no"], (), 1),
