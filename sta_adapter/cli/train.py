@@ -98,7 +98,8 @@ def command(config: str | None, pairs: tuple[str, ...], **options: object) -> No
         settings = TrainingConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}" if config else str(error)) from error
-    _train(run, str(run["stage"] or ("both" if settings.sta else "2")), settings)
+    run["stage"] = str(run["stage"] or ("both" if settings.sta else "2"))
+    _train(run, settings)
 
 
 def _check_flags(run: Run) -> None:
@@ -109,7 +110,7 @@ def _check_flags(run: Run) -> None:
         run[name] = bool(run[name])
 
 
-def _train(run: Run, stage: str, settings: TrainingConfig) -> None:
+def _train(run: Run, settings: TrainingConfig) -> None:
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.training.two_stage import open_data, train
 
@@ -133,7 +134,13 @@ def _train(run: Run, stage: str, settings: TrainingConfig) -> None:
     overwrite = run["overwrite"]
     try:
         result = train(
-            model, data, output_dir=run["out"], stage=stage, config=settings, eval_data=eval_data, overwrite=overwrite
+            model,
+            data,
+            output_dir=run["out"],
+            stage=str(run["stage"]),
+            config=settings,
+            eval_data=eval_data,
+            overwrite=overwrite,
         )
     except TrainingStopped as stopped:
         if is_rank_zero():
