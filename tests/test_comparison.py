@@ -196,6 +196,18 @@ def test_without_matplotlib(report, tmp_path, monkeypatch):
         draw(report, tmp_path / "results.png")
 
 
+@pytest.mark.parametrize("frames", ["ordered", "shuffled"])
+def test_the_picture_shows_the_shares_of_the_order_that_was_asked(frames):
+    """By category those of the frames in order, or of the only order there is; below them all questions."""
+    pytest.importorskip("matplotlib")
+    right = [True, False, True, True] * 13
+    figure = figure_of({"base": {frames: result(right, frames).to_dict()}})
+    by_category, all_questions = figure.axes
+    assert by_category.get_title(loc="left") == f"By category, frames {frames}"
+    (marks,) = [line.get_xdata() for line in all_questions.lines if line.get_marker() == "s"]
+    assert list(marks) == [75.0]
+
+
 @pytest.mark.parametrize("count", [MOST_ROWS, MOST_ROWS + 1, 5000])
 def test_more_categories_than_a_picture_holds(report, tmp_path, count):
     pytest.importorskip("matplotlib")

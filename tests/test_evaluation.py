@@ -91,6 +91,15 @@ def test_categories_and_json():
     values = json.loads(json.dumps(result.to_dict()))
     assert values["predictions"][4] == dataclasses.asdict(result.predictions[4])
     assert values["overall"]["low"] == pytest.approx(wilson(4, 5)[0])
+    assert EvaluationResult(predictions).to_dict()["bad_samples"] == []
+
+
+def test_a_few_answers_that_could_not_be_read_are_shown():
+    said = [Prediction(i, f"line {i}", None, "A", str(i) * 300, False, unmatched=True) for i in range(5)]
+    values = EvaluationResult(said).to_dict()
+    assert values["unmatched"] == 5
+    assert [example["said"][0] for example in values["unmatched_examples"]] == ["0", "1", "2"]
+    assert all(len(example["said"]) < 300 for example in values["unmatched_examples"])
 
 
 # ---- asking
