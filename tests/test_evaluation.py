@@ -89,6 +89,7 @@ def test_categories_and_json():
     assert {name: (s.correct, s.total) for name, s in result.categories.items()} == {"a": (2, 2), "b": (1, 2)}
     assert (result.overall.correct, result.overall.total, result.accuracy) == (4, 5, 0.8)
     values = json.loads(json.dumps(result.to_dict()))
+    assert values["frames"] == "ordered"
     assert values["predictions"][4] == dataclasses.asdict(result.predictions[4])
     assert values["overall"]["low"] == pytest.approx(wilson(4, 5)[0])
     assert EvaluationResult(predictions).to_dict()["bad_samples"] == []
