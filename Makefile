@@ -67,8 +67,8 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru tenacity sacrebleu pytablewriter qwe
 
 # Run the notebook as it is read, and keep what its cells show. The tests run it in a quick size.
 notebook: .venv-notebook/.ready
-	FOLDER=$$(mktemp -d) && TQDM_DISABLE=1 STA_NOTEBOOK_FOLDER=$$FOLDER .venv-notebook/bin/python -m nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.timeout=1800 examples/first_quarter_hour.ipynb && rm -r $$FOLDER
+	TQDM_DISABLE=1 .venv-notebook/bin/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.timeout=1800 --ExecutePreprocessor.record_timing=False examples/first_quarter_hour.ipynb && rm -r examples/first-quarter
 
 # STA inside vLLM, on a CPU. Its wheel for CPUs pins that build of torch, and names companions of torch that are built for
 # CUDA: the environment has neither those nor anything of the main one.
@@ -162,7 +162,7 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(@D)
 	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "$$main" > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
-	$(@D)/bin/python -m pip install --quiet nbconvert ipykernel
+	$(@D)/bin/python -m pip install --quiet nbconvert ipykernel ipywidgets
 	$(@D)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
