@@ -109,6 +109,8 @@ def search_table(runs: list[dict[str, Any]]) -> str:
     heads = ["on validation clips", "lr", "reader's lr", "reader first", "steps", "accuracy by step, %"]
     rows = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     searched = [run for run in runs if not run["run"]["test"]]
+    if not searched:
+        return "None."
     for run in sorted(searched, key=lambda run: run["run"].get("warm", 0)):
         what = run["run"]
         curve = ", ".join(f"{100 * point['val']:.1f}" for point in run["curve"])
