@@ -153,7 +153,6 @@ class Arithmetic(TypedDict):
     """Operations for one clip."""
 
     clip: dict[str, int]
-
     encoder_gflop: float
     sta_gflop: float
     percent: float

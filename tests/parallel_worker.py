@@ -261,13 +261,20 @@ def watch_losses(case, out):
     state, control = TrainerState(max_steps=9), TrainerControl()
     watch.add(torch.tensor(1.0 + 2 * distributed.get_rank()))
     watch.on_step_end(arguments, state, control)
+    first = f"{watch.loss:g}"
+    watch.add(torch.tensor(0.0 if distributed.get_rank() else 6.0), usable=distributed.get_rank() == 0)
+    watch.on_step_end(arguments, state, control)
+    shares = f"{watch.loss:g}"
+    watch.add(torch.tensor(0.0), usable=False)
+    watch.on_step_end(arguments, state, control)
+    shares += f" {watch.loss:g}"
     watch.add(torch.tensor(float("nan") if distributed.get_rank() else 1.0))
     try:
         watch.on_step_end(arguments, state, control)
         message = "no error"
     except DivergenceError as error:
         message = str(error).partition(",")[0]
-    distributed.all_gather_object(told, f"{watch.loss:g}; {message}")
+    distributed.all_gather_object(told, f"{first} {shares}; {message}")
     return f"{case} {told}"
 
 

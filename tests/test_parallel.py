@@ -205,5 +205,5 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
 
 
 def test_the_loss_that_is_shown_and_judged_is_that_of_all_processes(run_two):
-    told = "2; stage 1: the loss is not finite (nan) at step 0"
+    told = "2 3 3; stage 1: the loss is not finite (nan) at step 0"
     assert run_two("losses=all") == f"losses=all {[told, told]}\n"

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter.cli import cli
+from sta_adapter.cli.options import with_usual_frames
 from sta_adapter.data import FrameSettings
 from sta_adapter.demo import TINY_BASE, clips
 from sta_adapter.loading import load_model, load_processor
@@ -152,6 +153,11 @@ def test_its_own_frames_stand_where_nothing_else_is_said(given):
     assert settings.min_tokens is None
     assert settings.max_tokens == given.get("max_tokens")
     assert usual_frames("Qwen/Qwen2-VL-2B-Instruct", given) == given
+
+
+@pytest.mark.parametrize("frames", [[], 0, "", None])
+def test_frames_that_are_no_settings_are_not_replaced(frames):
+    assert with_usual_frames({"frames": frames}, str(TINY_BASE)) == {"frames": frames}
 
 
 def test_commands_ask_it_with_the_frames_that_it_was_made_for(tmp_path, monkeypatch):

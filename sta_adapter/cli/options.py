@@ -248,8 +248,10 @@ def read_run(
 
 def with_usual_frames(values: dict[str, object], model: str | None) -> dict[str, object]:
     """Settings of training with the frames that a model was made for where they say nothing of them."""
-    given = values.get("frames") or {}
-    frames = usual_frames(model, given) if model and isinstance(given, dict) else given
+    given = values.get("frames", {})
+    if not model or not isinstance(given, dict):  # what is no mapping is refused with the other settings
+        return values
+    frames = usual_frames(model, given)
     return {**values, "frames": frames} if frames else values
 
 

@@ -156,7 +156,9 @@ class Watch(TrainerCallback):
         self._parts, self._whole = [], True
         if is_parallel():
             loss, share = average([loss, float(whole)], args.device)
-            whole = share == 1
+            whole = (
+                share > 0
+            )  # a process without a clip has a share of zero in the mean; with none of them it says nothing
         if not math.isfinite(loss):
             return f"is not finite ({loss:g})"
         if not whole:
