@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None
     return found if isinstance(found, str) else None
 
 
-def _saved_run(name: str | os.PathLike[str], revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _saved_run(name: str | os.PathLike[str], revision: str | None) -> tuple[Mapping[str, object], Mapping[str, object]]:
     """What an adapter's `run.json` and `sta_config.json` say; empty where there is no such file."""
     folder = resolve_adapter(name, revision)
     return read_run_file(folder / RUN_FILE), read_description(folder) if (folder / CONFIG).is_file() else {}

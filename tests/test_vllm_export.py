@@ -13,6 +13,7 @@ from standins import fake_vllm
 from tiny_qwen import make_processor, moving_square, save_base, write_video
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.push import push_folder
 from sta_adapter.cli import cli
 from sta_adapter.data.clip_reader import ClipReader
@@ -124,6 +125,16 @@ def test_exports_that_cannot_be(base, plain, adapted, tmp_path):
     load_sta(model_of(base), tmp_path / "c")
 
 
+@pytest.mark.parametrize("wrong", [{"modules_to_save": 5}, {"r": "8"}, {"rank_pattern": [8]}], ids=str)
+def test_lora_options_of_another_type_are_named(adapted, tmp_path, wrong):
+    folder = shutil.copytree(adapted, tmp_path / "adapter")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **wrong}))
+    for use in (lambda: export_adapter(folder, tmp_path / "out"), lambda: serve_line("base", str(folder))):
+        with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {next(iter(wrong))} is .*expected"):
+            use()
+
+
 def test_the_command_says_how_the_export_is_served(plain, tmp_path):
     done = CliRunner().invoke(cli, ["export", str(plain), str(tmp_path / "out")], catch_exceptions=False)
     assert f"sta-adapter serve --model BASE --adapter {tmp_path / 'out'}" in done.output
@@ -197,7 +208,7 @@ def test_an_adapter_of_other_text_positions_is_refused_before_the_server_starts(
     ],
 )
 def test_the_largest_rank_is_one_that_vllm_takes(fields, expected):
-    assert _largest_rank(fields) == expected
+    assert _largest_rank(LoraOptions(fields)) == expected
 
 
 def test_a_server_without_the_plug_in_or_vllm_is_not_started(base, plain, monkeypatch):

@@ -16,23 +16,34 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Final, TypedDict
 
 from torch import nn
 
+from sta_adapter.adapter.format import Description
 from sta_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["ANY", "check_base", "describe_base", "is_hub_id"]
+__all__ = ["ANY", "check_base", "describe_base", "is_hub_id", "saved_base"]
 
 ANY = "any"
-MERGED_LORA = "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it
+MERGED_LORA: Final = (
+    "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it
+)
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with one of these is a language model's too
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
+class BaseModel(TypedDict, total=False):
+    """What an adapter keeps about its base model; each may be None."""
+
+    id: str | None
+    revision: str | None
+    language_model: Mapping[str, object] | None
+
+
+def describe_base(model: nn.Module) -> BaseModel:
     """What an adapter keeps about its base model: `id`, `revision`, and the language model's sizes or None.
 
     Args:
@@ -55,7 +66,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def check_base(
-    folder: Path, description: Mapping[str, Any], model: nn.Module, encoder: Mapping[str, Any], base_model: str | None
+    folder: Path, description: Description, model: nn.Module, encoder: Mapping[str, object], base_model: str | None
 ) -> None:
     """Refuse a model that is not the one the adapter was trained on; both are named.
 
@@ -72,7 +83,7 @@ def check_base(
     """
     if base_model not in (None, ANY):
         raise ConfigError(f"base_model is {base_model!r}, expected {ANY!r} to take any model that fits, or None.")
-    saved: dict[str, Any] = _saved_base(description)
+    saved = saved_base(description)
     here = describe_base(model)
     both = f"It was trained on {_named(saved['id'])}; the model is {_named(here['id'])}."
     differences = _different({**description["encoder"], "backbone": description["backbone"]}, encoder)
@@ -87,15 +98,15 @@ def check_base(
         raise CheckpointError(
             f"the adapter in {folder} is for another language model: {differences}. {both} {override}"
         )
-    known = is_hub_id(saved["id"]) and is_hub_id(here["id"]) and description.get("converted") is not True
-    if known and saved["id"].lower() != here["id"].lower():
+    ids = {name.lower() for name in (saved["id"], here["id"]) if name is not None and is_hub_id(name)}
+    if len(ids) > 1 and description.get("converted") is not True:
         raise CheckpointError(
             f"the adapter in {folder} is for another base model. {both} If that is a copy or a close relative of it, "
             f"pass base_model={ANY!r}."
         )
 
 
-def _check_merged(folder: Path, description: Mapping[str, Any], model: nn.Module) -> None:
+def _check_merged(folder: Path, description: Description, model: nn.Module) -> None:
     """STA that was trained beside LoRA weights is right only with these, also when they are merged into the base."""
     wanted = description.get(MERGED_LORA)
     found = _get(getattr(model, "config", None), MERGED_LORA)
@@ -111,18 +122,19 @@ def _check_merged(folder: Path, description: Mapping[str, Any], model: nn.Module
         )
 
 
-def _saved_base(description: Mapping[str, Any]) -> dict[str, Any]:
+def saved_base(description: Description) -> BaseModel:
     """What an adapter says of its base; files from elsewhere may say less, or nonsense."""
     base = description.get("base_model")
-    name = base.get("id") if isinstance(base, Mapping) else None
+    name, revision = (base.get("id"), base.get("revision")) if isinstance(base, Mapping) else (None, None)
     sizes = description.get("language_model")
     return {
         "id": name if isinstance(name, str) else None,
+        "revision": revision if isinstance(revision, str) else None,
         "language_model": dict(sizes) if isinstance(sizes, Mapping) else None,
     }
 
 
-def _different(saved: Mapping[str, Any], here: Mapping[str, Any], *, both_known: bool = False) -> str:
+def _different(saved: Mapping[str, object], here: Mapping[str, object], *, both_known: bool = False) -> str:
     return "; ".join(
         f"{name}: {saved.get(name)!r} in the adapter, {value!r} in the model"
         for name, value in here.items()
@@ -134,7 +146,7 @@ def _named(name: str | None) -> str:
     return repr(name) if name else "a model without a name"
 
 
-def _language_sizes(config: Any) -> dict[str, int | None] | None:
+def _language_sizes(config: object) -> dict[str, object] | None:
     """Sizes of the language model that a configuration describes; None where it describes none."""
     parts = [part for name in LANGUAGE_PARTS if (part := _get(config, name)) is not None]
     if not parts and any(_get(config, mark) is not None for mark in VISION_MARKS):
@@ -143,5 +155,5 @@ def _language_sizes(config: Any) -> dict[str, int | None] | None:
     return sizes if any(isinstance(size, int) for size in sizes.values()) else None
 
 
-def _get(config: Any, name: str) -> Any:
+def _get(config: object, name: str) -> object:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from torch import Tensor
 
@@ -19,7 +19,26 @@ CONFIG = "sta_config.json"
 FORMAT_VERSION = 1
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+class Description(TypedDict, total=False):
+    """Contents of `sta_config.json`: `require_description` sees to the first four, and the others are as the file has them."""
+
+    format_version: int
+    backbone: str
+    encoder: Mapping[str, object]
+    config: Mapping[str, object]
+    sta_adapter_version: object
+    transformers_version: object
+    base_model: object
+    language_model: object
+    positions: object
+    lora: object
+    converted: object
+    sta_merged_lora: object
+    frames: object
+    frames_of_records: object
+
+
+def read_description(folder: Path) -> Description:
     """The checked contents of an adapter's `sta_config.json`.
 
     Raises:
@@ -43,7 +62,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     return require_description(found, path)
 
 
-def require_description(found: dict[str, Any], path: Path) -> dict[str, Any]:
+def require_description(found: Mapping[str, object], path: Path) -> Description:
     """The description of an adapter, `found` in the file at `path`, if it is one.
 
     Raises:
@@ -60,10 +79,10 @@ def require_description(found: dict[str, Any], path: Path) -> dict[str, Any]:
     ]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}, or holds another type there.")
-    return found
+    return cast("Description", found)
 
 
-def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+def read_weights(folder: Path, description: Description | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter's `sta_adapter.safetensors`, on the CPU.
 
     Raises:
@@ -80,7 +99,7 @@ def read_weights(folder: Path, description: Mapping[str, Any] | None = None) -> 
     return state
 
 
-def require_same_settings(folder: Path, description: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+def require_same_settings(folder: Path, description: Description, metadata: Mapping[str, str]) -> None:
     """Raise a CheckpointError where the weights, by their file's metadata, were not saved with this description."""
     digest = metadata.get("sta_config_sha256")
     if digest is not None and digest != description_digest(description):
@@ -96,7 +115,7 @@ def compare_tensors(file: Path, state: Mapping[str, Tensor], expected: Mapping[s
     compare_shapes(file, found, wanted)
 
 
-def description_digest(description: Mapping[str, Any]) -> str:
+def description_digest(description: Description) -> str:
     """Fingerprint of what the weights depend on, so that files of two adapters can't be mixed up."""
-    parts = {k: description[k] for k in ("backbone", "encoder", "config")}
+    parts = {"backbone": description["backbone"], "encoder": description["encoder"], "config": description["config"]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -5,16 +5,20 @@ Pushing itself is `sta_adapter.adapter.push`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 __all__ = ["ADAPTER_FILES", "branch_contents", "explain", "prepare_branch", "resolve_adapter"]
 
@@ -72,7 +76,7 @@ def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | N
         ) from error
 
 
-def prepare_branch(api: Any, repo_id: str, revision: str, private: bool | None) -> str:
+def prepare_branch(api: HfApi, repo_id: str, revision: str, private: bool | None) -> str:
     """Make the repository and the branch where they are missing; a public one never passes for a private one.
 
     Returns:
@@ -81,8 +85,8 @@ def prepare_branch(api: Any, repo_id: str, revision: str, private: bool | None) 
     Raises:
         CheckpointError: the repository is public, and `private` is True.
     """
-    visibility = {} if private is None else {"private": private}
-    repo_id = api.create_repo(repo_id, exist_ok=True, **visibility).repo_id
+    visible = functools.partial(api.create_repo, repo_id, exist_ok=True)
+    repo_id = (visible() if private is None else visible(private=private)).repo_id
     if private and api.model_info(repo_id, revision=MAIN).private is False:
         raise CheckpointError(
             f"{repo_id!r} exists and is public, and private=True was asked for; nothing was uploaded. Make it "
@@ -93,7 +97,7 @@ def prepare_branch(api: Any, repo_id: str, revision: str, private: bool | None) 
     return repo_id
 
 
-def branch_contents(api: Any, repo_id: str, revision: str) -> tuple[str | None, set[str]]:
+def branch_contents(api: HfApi, repo_id: str, revision: str) -> tuple[str | None, set[str]]:
     """The commit that the branch is at, and its files; none where there is no such thing yet."""
     try:
         info = api.model_info(repo_id, revision=revision)

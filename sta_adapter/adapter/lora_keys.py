@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,7 +55,7 @@ class LoraFile:
     path: Path
     options: LoraOptions
     shapes: Mapping[str, Shape]
-    sta: dict[str, Any] | None = None
+    sta: dict[str, object] | None = None
 
     @property
     def holds_sta(self) -> bool:
@@ -84,9 +83,10 @@ class LoraFile:
         Raises:
             CheckpointError: as said.
         """
+        experts = self.options.get("target_parameters", list[str]())
         for key, shape in self.shapes.items():
             rank = self.options.rank(_module(key.removeprefix(PREFIX)))
-            if key.endswith(".lora_A.weight") and not self.options.get("target_parameters") and shape[:1] != (rank,):
+            if key.endswith(".lora_A.weight") and not experts and shape[:1] != (rank,):
                 raise CheckpointError(f"{self.path}: {key[:200]!r} has the shape {shape}, expected the rank {rank}.")
 
     def read_sta(self) -> dict[str, Tensor]:
@@ -136,6 +136,7 @@ class LoraFile:
     ) -> tuple[dict[str, Shape], dict[str, Shape]]:
         """Names and shapes that the file must have for this model, and those that it may have besides."""
         options, expected, possible = self.options, dict[str, Shape](), dict[str, Shape]()
+        bias = options.get("bias", "none")
         for name, module in modules.items():
             start = f"{name}." if name else ""
             if options.is_saved(name):
@@ -148,7 +149,7 @@ class LoraFile:
             if name in targets:
                 expected |= self._lora_shapes(name, targets[name], module)
                 inner = f"{start}base_layer."
-            biased = options.get("bias") == "all" or (options.get("bias") == "lora_only" and name in targets)
+            biased = bias == "all" or (bias == "lora_only" and name in targets)
             for key, tensor in module.named_parameters(recurse=False):
                 if biased and "bias" in key:
                     expected[inner + key] = tuple(tensor.shape)
@@ -166,7 +167,7 @@ class LoraFile:
             )
         rank = self.options.rank(theirs)
         shapes: dict[str, Shape] = {"lora_A.weight": (rank, width), "lora_B.weight": (out, rank)}
-        if self.options.get("use_dora"):
+        if self.options.get("use_dora", False):
             shapes["lora_magnitude_vector"] = (out,)
         return {f"{name}.{key}": shape for key, shape in shapes.items()}
 

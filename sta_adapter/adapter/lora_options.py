@@ -12,14 +12,18 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
 from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError, STAError
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 __all__ = ["LoraOptions", "SUPPORTED", "checked_options"]
 
+T = TypeVar("T")
 MAX_RANK = 8192
 MAX_ALPHA = 1e6
 MAX_LAYER = 10_000
@@ -36,7 +40,9 @@ IGNORED = (
 )  # fmt: skip
 
 
-def checked_options(fields: Mapping[str, Any], where: str, error: type[STAError] = CheckpointError) -> dict[str, Any]:
+def checked_options(
+    fields: Mapping[str, object], where: str, error: type[STAError] = CheckpointError
+) -> dict[str, object]:
     """The supported options among LoRA's settings, in their normal form.
 
     Args:
@@ -75,10 +81,11 @@ def checked_options(fields: Mapping[str, Any], where: str, error: type[STAError]
         raise error(f"{where}: layers_to_transform goes with names of modules, and target_modules is a pattern.")
     try:
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(options.get(name), str) and options[name] != ALL_LINEAR:
-                require_plain_patterns(where, [options[name]])
+            if isinstance(names := options.get(name), str) and names != ALL_LINEAR:
+                require_plain_patterns(where, [names])
         for name in ("rank_pattern", "alpha_pattern"):
-            require_plain_patterns(where, list(options.get(name) or {}), prefixed=True)
+            if isinstance(patterns := options.get(name), dict):
+                require_plain_patterns(where, patterns, prefixed=True)
     except CheckpointError as found:
         raise error(str(found)) from found
     return options
@@ -88,10 +95,10 @@ def checked_options(fields: Mapping[str, Any], where: str, error: type[STAError]
 class LoraOptions:
     """Checked options; `fields` are those of `checked_options`."""
 
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
 
     @classmethod
-    def read(cls, fields: Mapping[str, Any], path: Path) -> LoraOptions:
+    def read(cls, fields: Mapping[str, object], path: Path) -> LoraOptions:
         """Those of an adapter's `adapter_config.json`.
 
         Raises:
@@ -104,31 +111,31 @@ class LoraOptions:
             )
         return cls(options)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of an option; where it is not given or None, the default."""
+    def get(self, name: str, default: T) -> T:
+        """The value of an option, which is checked to be of the default's type; where it is not given or None, the default."""
         value = self.fields.get(name)
-        return default if value is None else value
+        return default if value is None else cast("T", value)
 
     def rank(self, module: str) -> int:
         """The rank of LoRA on a module."""
-        return int(self._of("rank_pattern", module, self.get("r", 8)))
+        return self._of("rank_pattern", module, self.get("r", 8))
 
     def alpha(self, module: str) -> float:
         """What LoRA's product on a module is scaled by, before it is divided by the rank."""
-        return float(self._of("alpha_pattern", module, self.get("lora_alpha", 8)))
+        return float(self._of("alpha_pattern", module, self.get("lora_alpha", 8.0)))
 
-    def _of(self, patterns: str, module: str, default: Any) -> Any:
-        found = (v for k, v in self.get(patterns, {}).items() if re.match(rf"(.*\.)?({k})$", module))
+    def _of(self, patterns: str, module: str, default: T) -> T:
+        found = (v for k, v in self.get(patterns, dict[str, T]()).items() if re.match(rf"(.*\.)?({k})$", module))
         return next(found, default)
 
     def is_saved(self, module: str) -> bool:
         """Whether a module, or one that it lies in, is trained and saved whole."""
-        return any(f".{name}." in f".{module}." for name in self.get("modules_to_save", ()))
+        return any(f".{name}." in f".{module}." for name in self.get("modules_to_save", list[str]()))
 
     @functools.cached_property
     def _names(self) -> dict[str, Collection[str]]:
         """Names of modules as sets, so that thousands of them are looked up at once; patterns as they are."""
-        values = {name: self.get(name, []) for name in ("target_modules", "exclude_modules")}
+        values = {name: self.get(name, cast("str | list[str]", [])) for name in ("target_modules", "exclude_modules")}
         return {name: value if isinstance(value, str) else frozenset(value) for name, value in values.items()}
 
     def targets(self, module: str) -> bool:
@@ -138,11 +145,11 @@ class LoraOptions:
             return False
         if isinstance(wanted, str) or module in wanted or not _named(wanted, module):
             return _named(wanted, module)
-        layers = self.get("layers_to_transform", [])
+        layers: int | list[int] = self.get("layers_to_transform", [])
         layers = layers if isinstance(layers, list) else [layers]
         if not layers:
             return True
-        names = self.get("layers_pattern", [])
+        names: str | list[str] = self.get("layers_pattern", [])
         names = [names] if isinstance(names, str) else names
         found = (re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", module) for name in names or [r"[^.]+"])
         index = next((match[1] for match in found if match), None)
@@ -150,9 +157,9 @@ class LoraOptions:
 
     def targets_parameter(self, parameter: str) -> bool:
         """Whether LoRA goes on a parameter of this name, as on those of experts."""
-        return bool(parameter) and _named(self.get("target_parameters", []), parameter)
+        return bool(parameter) and _named(self.get("target_parameters", list[str]()), parameter)
 
-    def peft_config(self, is_trainable: bool, modules: Mapping[str, str], renamed: bool = False) -> Any:
+    def peft_config(self, is_trainable: bool, modules: Mapping[str, str], renamed: bool = False) -> LoraConfig:
         """The `peft.LoraConfig` of these options.
 
         Args:
@@ -166,8 +173,10 @@ class LoraOptions:
         from peft import LoraConfig
 
         known = {field.name for field in dataclasses.fields(LoraConfig)}
-        fields = {name: value for name, value in self.fields.items() if name in known or not _is_off(value)}
-        if renamed or (self.get("exclude_modules") and "exclude_modules" not in known):
+        fields: dict[str, Any] = {
+            name: value for name, value in self.fields.items() if name in known or not _is_off(value)
+        }
+        if renamed or (self._names["exclude_modules"] and "exclude_modules" not in known):
             fields = {name: value for name, value in fields.items() if name not in CHOOSING}
             fields |= {
                 "target_modules": list(modules),
@@ -188,77 +197,77 @@ def _named(names: Collection[str], module: str) -> bool:
     return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
 
-def _is_off(value: Any) -> bool:
+def _is_off(value: object) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, tuple, dict, set)) and not value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """As JSON would have it: sets and tuples as lists, enumerations as their values."""
     if isinstance(value, (set, tuple)):
         return sorted(value, key=str)
     return getattr(value, "value", value)
 
 
-def _whole(value: Any, low: int, high: int) -> bool:
+def _whole(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _number(value: Any, low: float, high: float) -> bool:
+def _number(value: object, low: float, high: float) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return low <= value <= high and (isinstance(value, int) or math.isfinite(value))
 
 
-def _names(value: Any) -> bool:
+def _names(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and len(value) <= MAX_NAMES and all(_text(name) for name in value)
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 1000
 
 
-def _module_names(value: Any) -> bool:
+def _module_names(value: object) -> bool:
     return _names(value) and len(value) <= 64 and all(re.fullmatch(r"[\w.]+", name) for name in value)
 
 
-def _mapping(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _mapping(of: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(_text(key) and of(item) for key, item in value.items())
 
 
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _or_none(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or check(value)
 
 
-def _rank(value: Any) -> bool:
+def _rank(value: object) -> bool:
     return _whole(value, 1, MAX_RANK)
 
 
-def _alpha(value: Any) -> bool:
+def _alpha(value: object) -> bool:
     return _number(value, 0, MAX_ALPHA) and value > 0
 
 
-def _layers(value: Any) -> bool:
+def _layers(value: object) -> bool:
     return _whole(value, 0, MAX_LAYER) or (
         isinstance(value, list) and len(value) <= MAX_LAYER and all(_whole(layer, 0, MAX_LAYER) for layer in value)
     )
 
 
-def _targets(value: Any) -> bool:
+def _targets(value: object) -> bool:
     return _text(value) or _names(value)
 
 
-def _layer_names(value: Any) -> bool:
+def _layer_names(value: object) -> bool:
     names = [value] if isinstance(value, str) else value
     return _module_names(names)
 
 
-def _one_of(values: tuple[Any, ...]) -> Callable[[Any], bool]:
+def _one_of(values: tuple[object, ...]) -> Callable[[object], bool]:
     return lambda value: any(value is known or (isinstance(value, str) and value == known) for known in values)
 
 
 _RANKS = f"a whole number from 1 to {MAX_RANK}"
 _ALPHAS = f"a number above 0, up to {MAX_ALPHA:g}"
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_rank, _RANKS),
     "lora_alpha": (_alpha, _ALPHAS),
     "lora_dropout": (lambda value: _number(value, 0, 1) and value < 1, "a number from 0 to below 1"),

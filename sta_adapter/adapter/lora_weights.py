@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import execution_device, full_tensor
 from sta_adapter.errors import CheckpointError, MissingExtraError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "read_lora"]
 
@@ -61,7 +65,7 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
     return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
 
 
-def lora_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def lora_state(model: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]] | None:
     """LoRA's settings and its tensors under PEFT's names, as they are in the model; None when it has no LoRA.
 
     Raises:
@@ -73,7 +77,7 @@ def lora_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | N
     from peft import PeftModel, get_peft_model_state_dict
 
     name, fields, options = found
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    configs: Mapping[str, object] = getattr(model, "peft_config", {})
     if others := sorted(set(configs) - {name}):
         warnings.warn(
             f"of {len(configs)} PEFT adapters in this model {name!r} is saved, which is at work; not saved: {', '.join(others)}.",
@@ -85,7 +89,7 @@ def lora_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | N
     return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
 
 
-def checked_lora(model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
+def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, object]] | None:
     """The name of a model's LoRA, its settings, and of these the supported ones; None when it has no LoRA.
 
     Raises:
@@ -102,18 +106,18 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Any]]
     return name, fields, checked_options(fields, "the LoRA of this model")
 
 
-def _active_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
+def _active_adapter(layers: Iterable[BaseTunerLayer], configs: Mapping[str, object]) -> str:
     """The one adapter that is at work; a file holds one."""
-    names = sorted({name for layer in layers for name in layer.active_adapters})
+    names: list[str] = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) != 1 or names[0] not in configs:
         raise CheckpointError(
             f"{len(names)} of PEFT's adapters are at work in this model ({', '.join(names)}), and a file holds one: choose it with "
             "model.set_adapter(...)."
         )
-    return cast("str", names[0])
+    return names[0]
 
 
-def _biases(state: Mapping[str, Tensor], bias: str) -> dict[str, Tensor]:
+def _biases(state: Mapping[str, Tensor], bias: object) -> dict[str, Tensor]:
     """The base model's biases that train, of which PEFT's releases save some or all."""
     return {
         key: value
@@ -193,17 +197,19 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
 
 
 @contextlib.contextmanager
-def lora_disabled(model: Any) -> Iterator[None]:
+def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Within it a model computes what it did before LoRA came in, also where its own biases or embeddings were trained along.
 
     Raises:
         CheckpointError: LoRA was trained here with biases of the base, whose values before that are not known.
     """
-    if not hasattr(model, "disable_adapter"):
+    disable_adapter = getattr(model, "disable_adapter", None)
+    if disable_adapter is None:
         yield
         return
     values = vars(model).get(BASE_VALUES)
-    biased = [config.bias for config in model.peft_config.values() if getattr(config, "bias", "none") != "none"]
+    configs: Mapping[str, PeftConfig] = getattr(model, "peft_config", {})
+    biased = [bias for config in configs.values() if (bias := getattr(config, "bias", "none")) != "none"]
     if biased and values is None:
         raise CheckpointError(
             f"the base can't be had from a model whose biases were trained (bias={biased[0]!r}); load the base anew."
@@ -212,7 +218,7 @@ def lora_disabled(model: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
-            stack.enter_context(model.disable_adapter())
+            stack.enter_context(disable_adapter())
         for parameter, now, value in trained:
             stack.callback(parameter.data.copy_, now)
             parameter.data.copy_(value)

@@ -5,10 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sta_adapter.adapter.run_file import RUN_FILE, read_about, read_results, read_run_file, read_settings, read_stage
+from sta_adapter.adapter.format import Description
+from sta_adapter.adapter.run_file import (
+    RUN_FILE,
+    VARIANTS,
+    Run,
+    Stage,
+    Variant,
+    read_about,
+    read_frames,
+    read_results,
+    read_run_file,
+    read_settings,
+    read_stage,
+)
+from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 __all__ = ["CardFacts", "make_card", "read_run"]
 
@@ -61,11 +78,11 @@ class CardFacts:
     datasets: Sequence[str] = ()
     parameters: int = 0
     lora: bool = False
-    run: Mapping[str, Any] = field(default_factory=dict)
+    run: Run = field(default_factory=Run)
 
 
-def read_run(folder: Path, results: Path | None = None) -> dict[str, Any]:
-    """What training and evaluation have left in a folder: `settings`, `stages` by name, `results`; each may be missing.
+def read_run(folder: Path, results: Path | None = None) -> Run:
+    """What training and evaluation have left in a folder: `settings`, `stages` by name, `results`; each may be empty.
 
     Args:
         folder: the output of `sta-adapter train`, or any other.
@@ -80,20 +97,19 @@ def read_run(folder: Path, results: Path | None = None) -> dict[str, Any]:
         if not results.exists():
             raise CheckpointError(f"there are no results of an evaluation in {str(results)!r}.")
     run, scores = folder / RUN_FILE, results or folder / RESULTS_FILE
-    found = {
+    stages = {name: _stage(folder / f"stage{name}" / RESULT_FILE) for name in ("1", "2")}
+    return {
         "settings": read_settings(read_run_file(run), RECIPE, run),
-        "stages": {name[5:]: _stage(folder / name / RESULT_FILE) for name in ("stage1", "stage2")},
+        "stages": {name: values for name, values in stages.items() if values},
         "results": read_results(read_run_file(scores), scores),
     }
-    found["stages"] = {name: values for name, values in found["stages"].items() if values}
-    return {name: values for name, values in found.items() if values}
 
 
-def _stage(file: Path) -> dict[str, Any]:
+def _stage(file: Path) -> Stage:
     return read_stage(read_run_file(file), file)
 
 
-def make_card(description: Mapping[str, Any], facts: CardFacts) -> str:
+def make_card(description: Description, facts: CardFacts) -> str:
     """The card as Markdown with its metadata in front.
 
     Args:
@@ -108,13 +124,10 @@ def make_card(description: Mapping[str, Any], facts: CardFacts) -> str:
     return str(ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n"))
 
 
-def _metadata(facts: CardFacts) -> Any:
+def _metadata(facts: CardFacts) -> ModelCardData:
     from huggingface_hub import EvalResult, ModelCardData
 
     scores = _scores(facts, "adapter")
-    base: dict[str, Any] = (
-        {"base_model": facts.base_model, "base_model_relation": "adapter"} if facts.base_model else {}
-    )
     measured = [
         EvalResult(
             task_type="video-text-to-text",
@@ -126,20 +139,21 @@ def _metadata(facts: CardFacts) -> Any:
         )
         for order, score in scores.items()
     ]
-    results: dict[str, Any] = {"model_name": facts.repo_id.split("/")[-1], "eval_results": measured} if measured else {}
     return ModelCardData(
         library_name="sta-adapter",
         pipeline_tag="video-text-to-text",
+        base_model=facts.base_model,
+        base_model_relation="adapter" if facts.base_model else None,
         license=facts.license,
         datasets=list(facts.datasets) or None,
         metrics=["accuracy"] if measured else None,
+        model_name=facts.repo_id.split("/")[-1] if measured else None,
+        eval_results=measured or None,
         tags=["sta-adapter", "stacked-temporal-attention", "video", *(["lora"] if facts.lora else [])],
-        **base,
-        **results,
     )
 
 
-def _title(description: Mapping[str, Any], facts: CardFacts) -> str:
+def _title(description: Description, facts: CardFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "its base model"
     beside = ", and LoRA weights that were trained with it" if facts.lora else ""
     return (
@@ -148,7 +162,7 @@ def _title(description: Mapping[str, Any], facts: CardFacts) -> str:
     )
 
 
-def _use(description: Mapping[str, Any], facts: CardFacts) -> str:
+def _use(description: Description, facts: CardFacts) -> str:
     base = f'"{facts.base_model or "path/to/the/base/model"}"'
     asks = description["backbone"] in ANSWERED
     remote = ", trust_remote_code=True" if description["backbone"] in REMOTE_CODE else ""
@@ -166,7 +180,7 @@ def _use(description: Mapping[str, Any], facts: CardFacts) -> str:
     return "\n\n".join([use, *_serving(description, facts)])
 
 
-def _serving(description: Mapping[str, Any], facts: CardFacts) -> list[str]:
+def _serving(description: Description, facts: CardFacts) -> list[str]:
     """How vLLM serves it, where it does; with LoRA weights beside STA, that takes an export first."""
     if description["backbone"] not in SERVED:
         return []
@@ -180,8 +194,8 @@ def _serving(description: Mapping[str, Any], facts: CardFacts) -> list[str]:
     return ["## Serve", "`pip install 'sta-adapter[vllm]'`, then\n\n```bash\n" + "\n".join(lines) + "\n```"]
 
 
-def _question(description: Mapping[str, Any], base: str) -> str:
-    frames = description.get("frames") or {}
+def _question(description: Description, base: str) -> str:
+    frames = read_frames(description.get("frames") or {}, Path("sta_config.json"))
     known = {"fps": frames.get("fps"), "num_frames": frames.get("nframes")}
     if known["num_frames"] is not None:
         known = {"num_frames": known["num_frames"]}
@@ -199,11 +213,13 @@ print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_spe
 
 
 def _training(facts: CardFacts) -> str:
-    settings, stages = facts.run.get("settings", {}), facts.run.get("stages", {})
+    settings = facts.run.get("settings", {})
+    frames = settings.get("frames")
     rows = [(label, settings[name]) for name, label in RECIPE.items() if settings.get(name) is not None]
-    rows += [(f"frames: {name}", value) for name, value in settings.get("frames", {}).items() if value is not None]
-    for name, result in stages.items():
-        losses = [entry["loss"] for entry in result.get("history", []) if "loss" in entry]
+    if isinstance(frames, Mapping):
+        rows += [(f"frames: {name}", value) for name, value in frames.items() if value is not None]
+    for name, result in facts.run.get("stages", {}).items():
+        losses = [entry["loss"] for entry in result["history"]]
         loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
         rows.append(
             (f"stage {name}", f"{result['trainable_parameters']:,} parameters, {result['steps']} steps{loss}"),
@@ -213,21 +229,15 @@ def _training(facts: CardFacts) -> str:
     return f"## Training\n\n{_table(('setting', 'value'), rows)}" if rows else ""
 
 
-def _scores(facts: CardFacts, variant: str) -> dict[str, dict[str, Any]]:
-    """Overall scores of the base or the adapter by the order of frames, where the results have that form."""
-    orders = facts.run.get("results", {}).get(variant)
-    scores = {}
-    for order, run in orders.items() if isinstance(orders, Mapping) else ():
-        score = run.get("overall") if isinstance(run, Mapping) else None
-        if isinstance(score, Mapping) and {"accuracy", "low", "high", "total"} <= set(score):
-            scores[order] = dict(score)
-    return scores
+def _scores(facts: CardFacts, variant: Variant) -> dict[str, dict[str, float]]:
+    """Overall scores of the base or the adapter by the order of frames."""
+    return {order: run["overall"] for order, run in facts.run.get("results", {}).get(variant, {}).items()}
 
 
 def _evaluation(facts: CardFacts) -> str:
     rows = [
         (variant, order, f"{100 * s['accuracy']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]", s["total"])
-        for variant in ("base", "adapter")
+        for variant in VARIANTS
         for order, s in _scores(facts, variant).items()
     ]
     if not rows:
@@ -235,19 +245,18 @@ def _evaluation(facts: CardFacts) -> str:
     results = facts.run["results"]
     on = f"On {results['benchmark']}.\n\n" if results.get("benchmark") else ""
     table = _table(("model", "frames", "right, % [95 % interval]", "questions"), rows)
-    reading = results.get("reading")
-    said = "".join(f"\n- {line}" for line in reading) if isinstance(reading, list) else ""
+    said = "".join(f"\n- {line}" for line in results.get("reading", []))
     return f"## Evaluation\n\n{on}{table}" + (f"\n{said}" if said else "")
 
 
-def _files(description: Mapping[str, Any], facts: CardFacts) -> str:
-    config, encoder = description["config"], description["encoder"]
-    layers = encoder["depth"] if config["layers"] == "all" else len(config["layers"])
-    rope = "none" if config["rope_theta"] is None else f"{config['rope_theta']:g}"
+def _files(description: Description, facts: CardFacts) -> str:
+    config, encoder = STAConfig.from_dict(description["config"]), description["encoder"]
+    layers = encoder["depth"] if config.layers == "all" else len(config.layers)
+    rope = "none" if config.rope_theta is None else f"{config.rope_theta:g}"
     rows = [
         ("blocks with STA", f"{layers} of {encoder['depth']}, {encoder['width']} wide"),
         ("heads of STA", f"{encoder['num_heads']} of {encoder['head_dim']}"),
-        ("order", config["order"]),
+        ("order", config.order),
         ("RoPE over frames", rope),
         ("parameters of STA", f"{facts.parameters:,}"),
         ("LoRA beside it", "yes" if facts.lora else "no"),
@@ -256,6 +265,6 @@ def _files(description: Mapping[str, Any], facts: CardFacts) -> str:
     return f"## The adapter\n\n{_table(('', ''), rows)}\n\nAll weights are safetensors; no file runs code."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)

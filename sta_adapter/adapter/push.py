@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sta_adapter.adapter.base_model import is_hub_id
-from sta_adapter.adapter.format import CONFIG
+from sta_adapter.adapter.base_model import is_hub_id, saved_base
+from sta_adapter.adapter.format import CONFIG, Description
 from sta_adapter.adapter.hub import MAIN, branch_contents, explain, prepare_branch
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
 from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.adapter.run_file import RECORDS_FIELD
 from sta_adapter.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 __all__ = ["Publication", "push_files", "push_folder"]
 
@@ -59,7 +63,7 @@ class Publication:
     notes: Sequence[str]
     card_text: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON; without the card's text."""
         return {name: value for name, value in asdict(self).items() if name != "card_text"}
 
@@ -68,21 +72,21 @@ class Publication:
 class _Adapter:
     """An adapter ready to travel: contents by file name."""
 
-    description: dict[str, Any]
+    description: Description
     files: dict[str, bytes]
     parameters: int
 
-    def published(self, base_model: str | None, run: Mapping[str, Any]) -> _Adapter:
+    def published(self, base_model: str | None, run: Mapping[str, object]) -> _Adapter:
         """With the base model's public name in the place of a path on this machine, and how clips were sampled."""
-        saved = self.description["base_model"]
-        name = base_model or _last(saved.get("id"))
-        revision = saved.get("revision") if name == saved.get("id") else None
-        description = {**self.description, "base_model": {"id": name, "revision": revision}}
-        sampling = {
-            key: value for key, value in run.get("frames", {}).items() if key != "backend"
-        }  # what decodes is no matter
-        description |= {"frames": sampling} if sampling else {}
-        description |= {RECORDS_FIELD: run[RECORDS_FIELD]} if RECORDS_FIELD in run else {}
+        saved = saved_base(self.description)
+        name = base_model or _last(saved["id"])
+        base = {"id": name, "revision": saved["revision"] if name == saved["id"] else None}
+        description: Description = {**self.description, "base_model": base}
+        frames = run.get("frames")
+        if isinstance(frames, Mapping) and (sampling := {k: v for k, v in frames.items() if k != "backend"}):
+            description["frames"] = sampling  # what decodes is no matter
+        if RECORDS_FIELD in run:
+            description[RECORDS_FIELD] = run[RECORDS_FIELD]
         files = {**self.files, CONFIG: _as_json(description)}
         if LORA_CONFIG in files:
             lora = json.loads(files[LORA_CONFIG])
@@ -104,10 +108,7 @@ def push_folder(folder: str | os.PathLike[str], repo_id: str, **options: Any) ->
     """
     path = Path(folder)
     description, count, contents = read_checked(path)
-    base = description.get("base_model")
-    description["base_model"] = base if isinstance(base, dict) and isinstance(base.get("id"), str) else {}
-    adapter = _Adapter(description, contents, count)
-    return _push(adapter, repo_id, **{"run_folder": path, **options})
+    return _push(_Adapter(description, contents, count), repo_id, **{"run_folder": path, **options})
 
 
 def push_files(files: Mapping[str, bytes], parameters: int, repo_id: str, **options: Any) -> Publication:
@@ -157,7 +158,7 @@ def _push(
 
 
 def _commit(
-    api: Any, adapter: _Adapter, facts: CardFacts, revision: str, message: str, create_pr: bool, dry_run: bool
+    api: HfApi, adapter: _Adapter, facts: CardFacts, revision: str, message: str, create_pr: bool, dry_run: bool
 ) -> Publication:
     """Upload all files in one commit, or only say what would be."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -166,15 +167,13 @@ def _commit(
     card = make_card(adapter.description, facts)
     files = {**adapter.files, **({} if CARD in there else {CARD: card.encode()})}
     removed = [name for name in (LORA_CONFIG, LORA_WEIGHTS) if name in there and name not in files]
-    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in removed]
     # a README that comes up meanwhile is not written over
     parent = head if CARD in files and len(head or "") == 40 else None
     done = None
     if not dry_run:
         done = api.create_commit(
             facts.repo_id,
-            operations,
+            [*itertools.starmap(CommitOperationAdd, files.items()), *map(CommitOperationDelete, removed)],
             commit_message=message,
             revision=revision,
             create_pr=create_pr or None,
@@ -199,12 +198,12 @@ def _checked_base(adapter: _Adapter, base_model: str | None) -> str | None:
     """The base model's id on the Hub, as given or as saved."""
     if base_model is not None and not is_hub_id(base_model):
         raise ConfigError(f"base_model is {base_model!r}, expected the id of a model on the Hub (user/name).")
-    saved = adapter.description["base_model"].get("id")
+    saved = saved_base(adapter.description)["id"]
     return base_model or (saved if is_hub_id(saved) else None)
 
 
 def _notes(adapter: _Adapter, facts: CardFacts) -> list[str]:
-    saved = adapter.description["base_model"]["id"]
+    saved = saved_base(adapter.description)["id"]
     found = f"the folder {saved!r}" if saved else "a model without a name"
     return [
         *([] if facts.base_model else [NO_BASE.format(found=found)]),
@@ -217,5 +216,5 @@ def _last(name: str | None) -> str | None:
     return None if name is None else os.path.basename(os.path.normpath(name.replace("\\", "/"))) or None
 
 
-def _as_json(values: Mapping[str, Any]) -> bytes:
+def _as_json(values: Mapping[str, object]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()

@@ -8,11 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, require_description, require_same_settings
+from sta_adapter.adapter.format import (
+    CONFIG,
+    WEIGHTS,
+    Description,
+    read_description,
+    require_description,
+    require_same_settings,
+)
 from sta_adapter.adapter.lora_keys import LoraFile
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
@@ -26,7 +32,7 @@ __all__ = ["read_checked"]
 STA_KEY = re.compile(r"blocks\.\d+\.(?:(?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)")
 
 
-def read_checked(folder: Path) -> tuple[dict[str, Any], int, dict[str, bytes]]:
+def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
     """The description of a folder's adapter, how many numbers its STA has, and the contents of its files by name.
 
     Raises:
@@ -71,7 +77,7 @@ def _contents(folder: Path, name: str) -> bytes:
         raise CheckpointError(f"{folder} holds no {name}{pickles}.") from error
 
 
-def _require_plain(description: Mapping[str, Any], path: Path) -> None:
+def _require_plain(description: Description, path: Path) -> None:
     """What the card says of the description are numbers and words."""
     texts = {"backbone": description["backbone"], "sta_adapter_version": description.get("sta_adapter_version", "")}
     wrong = [
@@ -83,7 +89,7 @@ def _require_plain(description: Mapping[str, Any], path: Path) -> None:
     read_frames(description.get("frames") or {}, path)
 
 
-def _require_sta(state: Mapping[str, Tensor], description: Mapping[str, Any], path: Path) -> None:
+def _require_sta(state: Mapping[str, Tensor], description: Description, path: Path) -> None:
     """Nothing but STA's tensors, as wide as the description says; an encoder is needed for more."""
     wrong = [key for key in state if not STA_KEY.fullmatch(key)]
     width = description["encoder"].get("width")

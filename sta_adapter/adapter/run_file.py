@@ -10,8 +10,9 @@ import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Final, Literal, TypedDict
 
+from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
@@ -20,17 +21,44 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["RUN_FILE", "read_about", "read_frames", "read_results", "read_run_file", "read_settings", "read_stage"]
 
 RUN_FILE = "run.json"
-RECORDS_FIELD = "frames_of_records"  # where `frames` are not those of every clip
+RECORDS_FIELD: Final = "frames_of_records"  # where `frames` are not those of every clip
 RECORDS = {
     "differ": "its records set how their clips are sampled themselves, each otherwise",
     "unknown": "its records, in tar shards, may have set how their clips are sampled themselves",
 }
 MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged
+SCORES = ("accuracy", "low", "high", "total")
+Variant = Literal["base", "adapter"]
+VARIANTS: tuple[Variant, ...] = ("base", "adapter")
 WORDS = re.compile(r"(?!.*www\.)[\w .,:()+-]{0,80}")
-SCORES = ("accuracy", "low", "high")
 
 
-def read_run_file(path: Path) -> dict[str, Any]:
+class Stage(TypedDict, total=False):
+    """A finished stage: numbers, but for `history`, whose entries have a `loss` each."""
+
+    trainable_parameters: float
+    steps: float
+    history: list[dict[str, float]]
+
+
+class Results(TypedDict, total=False):
+    """An evaluation: for each model by the order of the frames, the `overall` scores, which are numbers."""
+
+    base: dict[str, dict[str, dict[str, float]]]
+    adapter: dict[str, dict[str, dict[str, float]]]
+    benchmark: str | float
+    reading: list[str]
+
+
+class Run(TypedDict, total=False):
+    """What training and evaluation have left; the `settings` are numbers and words, but for those of `frames`."""
+
+    settings: dict[str, object]
+    stages: dict[str, Stage]
+    results: Results
+
+
+def read_run_file(path: Path) -> dict[str, object]:
     """The object in one of these files; empty where there is none.
 
     Raises:
@@ -39,7 +67,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     return read_json(path, MAX_BYTES) if path.exists() else {}
 
 
-def read_frames(found: Any, path: Path) -> dict[str, Any]:
+def read_frames(found: object, path: Path) -> dict[str, object]:
     """Settings of frames, those of them that are given and known.
 
     Raises:
@@ -55,13 +83,15 @@ def read_frames(found: Any, path: Path) -> dict[str, Any]:
     return known
 
 
-def read_settings(found: Mapping[str, Any], names: Mapping[str, str], path: Path) -> dict[str, Any]:
+def read_settings(found: Mapping[str, object], names: Mapping[str, str], path: Path) -> dict[str, object]:
     """The settings of a run with these names, and those of its frames.
 
     Raises:
         CheckpointError: one is neither a number nor a few words.
     """
-    settings = {name: _plain(found[name], name, path) for name in names if found.get(name) is not None}
+    settings: dict[str, object] = {
+        name: _plain(found[name], name, path) for name in names if found.get(name) is not None
+    }
     if found.get("frames"):
         settings["frames"] = read_frames(found["frames"], path)
     if str(found.get(RECORDS_FIELD)) in RECORDS:
@@ -69,7 +99,7 @@ def read_settings(found: Mapping[str, Any], names: Mapping[str, str], path: Path
     return settings
 
 
-def read_about(description: Mapping[str, Any]) -> dict[str, Any]:
+def read_about(description: Description) -> Description:
     """What a page shows of an adapter's `sta_config.json`: names of a few words, whole numbers, and the settings of STA.
 
     Raises:
@@ -86,10 +116,11 @@ def read_about(description: Mapping[str, Any]) -> dict[str, Any]:
         config = STAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return {**description, **names, "encoder": sizes, "config": config.to_dict()}
+    told: Description = {"backbone": str(names["backbone"]), "sta_adapter_version": names["sta_adapter_version"]}
+    return {**description, **told, "encoder": sizes, "config": config.to_dict()}
 
 
-def read_stage(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def read_stage(found: Mapping[str, object], path: Path) -> Stage:
     """Sizes and losses of a finished stage; empty where there is none.
 
     Raises:
@@ -100,34 +131,31 @@ def read_stage(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
     history = found.get("history", [])
     entries = history if isinstance(history, list) else [history]
     losses = [entry["loss"] if isinstance(entry, Mapping) else entry for entry in entries if not _lacks_loss(entry)]
-    numbers = [found.get("trainable_parameters"), found.get("steps"), *losses]
-    if not all(map(_is_number, numbers)):
-        raise CheckpointError(f"{path}: trainable_parameters, steps and losses must be numbers.")
+    where = f"{path}: trainable_parameters, steps and losses"
     return {
-        **{name: found[name] for name in ("trainable_parameters", "steps")},
-        "history": [{"loss": x} for x in losses],
+        "trainable_parameters": _number(found.get("trainable_parameters"), where),
+        "steps": _number(found.get("steps"), where),
+        "history": [{"loss": _number(loss, where)} for loss in losses],
     }
 
 
-def read_results(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def read_results(found: Mapping[str, object], path: Path) -> Results:
     """Scores of an evaluation and how they are to be read; only such parts as have that form.
 
     Raises:
         CheckpointError: a score is no number.
     """
-    results: dict[str, Any] = {}
-    for variant in ("base", "adapter"):
+    results: Results = {}
+    for variant in VARIANTS:
         runs = found.get(variant)
         for order, run in runs.items() if isinstance(runs, Mapping) else ():
             score = run.get("overall") if isinstance(run, Mapping) else None
-            if not isinstance(score, Mapping) or not {*SCORES, "total"} <= set(score):
+            if not isinstance(score, Mapping) or not set(SCORES) <= set(score):
                 continue
-            if not all(_is_number(score[name]) for name in (*SCORES, "total")):
-                raise CheckpointError(
-                    f"{path}: the scores of {variant}, {_plain(order, variant, path)}, must be numbers."
-                )
-            kept = {name: score[name] for name in (*SCORES, "total")}
-            results.setdefault(variant, {})[_plain(order, variant, path)] = {"overall": kept}
+            shown = str(_plain(order, variant, path))
+            where = f"{path}: the scores of {variant}, {shown},"
+            kept = {name: _number(score[name], where) for name in SCORES}
+            results.setdefault(variant, {})[shown] = {"overall": kept}
     if found.get("benchmark"):
         results["benchmark"] = _plain(found["benchmark"], "benchmark", path)
     reading = found.get("reading")
@@ -137,15 +165,17 @@ def read_results(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return results
 
 
-def _lacks_loss(entry: Any) -> bool:
+def _lacks_loss(entry: object) -> bool:
     return isinstance(entry, Mapping) and "loss" not in entry
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"{where} must be numbers.")
+    return value
 
 
-def _plain(value: Any, name: str, path: Path) -> Any:
+def _plain(value: object, name: str, path: Path) -> str | float:
     if isinstance(value, (int, float)) or (isinstance(value, str) and WORDS.fullmatch(value)):
         return value
     raise CheckpointError(f"{path}: {name} is {str(value)[:80]!r}, expected a number or a few words.")

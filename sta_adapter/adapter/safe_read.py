@@ -8,14 +8,17 @@ import math
 import re
 import stat
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sta_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 __all__ = [
     "compare_shapes",
@@ -49,7 +52,7 @@ MAX_DIFFERENCES = 20
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
     """The object in a JSON file of at most 1 MiB.
 
     Raises:
@@ -60,7 +63,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return parse_json(read_bytes(path, max_bytes), path)
 
 
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+def parse_json(content: bytes, path: Path) -> dict[str, object]:
     """The object in the contents of a JSON file; `path` is named in errors, which are those of `read_json`."""
     try:
         found = json.loads(content)
@@ -74,7 +77,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return found
 
 
-def _unusual(value: Any, depth: int = 0) -> str:
+def _unusual(value: object, depth: int = 0) -> str:
     """What in a JSON value no configuration needs, and later code might stumble over; empty if there is nothing."""
     if depth > MAX_JSON_DEPTH:
         return f"it is nested deeper than {MAX_JSON_DEPTH} levels"
@@ -135,7 +138,8 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
     """The metadata in the contents of a safetensors file that `parse_tensors` has taken."""
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], path)
-    return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
+    found = header.get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -151,7 +155,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[safe_open]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -175,7 +179,7 @@ def _require_weights(state: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message: not all of a long one, and of an integer of thousands of digits, which Python prints not, none."""
     try:
         return repr(str(value)[:80])
@@ -244,7 +248,7 @@ def require_plain_pattern(path: Path | str, pattern: str) -> int:
     return count
 
 
-def _repetitions(tree: Any, inside: bool = False) -> int:
+def _repetitions(tree: Iterable[tuple[object, Any]], inside: bool = False) -> int:
     """How many repetitions a parsed expression has; 100 for one that nests them."""
     count = 0
     for operation, argument in tree:

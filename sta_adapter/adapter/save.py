@@ -6,13 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
-from sta_adapter.adapter.format import CONFIG, FORMAT_VERSION, WEIGHTS, description_digest, read_description
+from sta_adapter.adapter.base_model import BaseModel
+from sta_adapter.adapter.format import (
+    CONFIG,
+    FORMAT_VERSION,
+    WEIGHTS,
+    Description,
+    description_digest,
+    read_description,
+)
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
@@ -27,7 +34,7 @@ ADDED = (("window", None),)
 def write_adapter(
     folder: str | os.PathLike[str],
     tensors: dict[str, Tensor],
-    description: Mapping[str, Any],
+    description: Description,
     others: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write an adapter's files.
@@ -58,7 +65,7 @@ def replace_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) ->
 
 
 def adapter_files(
-    tensors: dict[str, Tensor], description: Mapping[str, Any], others: Mapping[str, bytes] | None = None
+    tensors: dict[str, Tensor], description: Description, others: Mapping[str, bytes] | None = None
 ) -> dict[str, bytes]:
     """Contents of an adapter's files by name; arguments and errors as `write_adapter`."""
     from safetensors.torch import save
@@ -87,9 +94,9 @@ def make_description(
     backbone: str,
     encoder: Mapping[str, int],
     config: STAConfig,
-    base: Mapping[str, Any] | None = None,
+    base: BaseModel | None = None,
     positions: str | None = None,
-) -> dict[str, Any]:
+) -> Description:
     """The contents of `sta_config.json`.
 
     Args:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from sta_adapter.cli.options import Grouped, option
+from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def command(
     if prefix is not None:
         raise ConfigError("--prefix goes with --to-published; reading takes any prefix.")
     found = convert_published(source, out, overwrite=overwrite, **options)
-    encoder, config = found["encoder"], found["config"]
-    blocks = encoder["depth"] if config["layers"] == "all" else len(config["layers"])
+    encoder, config = found["encoder"], STAConfig.from_dict(found["config"])
+    blocks = encoder["depth"] if config.layers == "all" else len(config.layers)
     click.echo(
         f"wrote {out}: {found['backbone']}, {blocks} of {encoder['depth']} blocks, {encoder['num_heads']} heads of "
-        f"{encoder['head_dim']}, order={config['order']}, token_order={config['token_order']}"
+        f"{encoder['head_dim']}, order={config.order}, token_order={config.token_order}"
     )

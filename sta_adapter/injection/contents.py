@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sta_adapter.adapter.base_marks import require_same_base
 from sta_adapter.adapter.base_model import describe_base
+from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_weights import lora_files, lora_state
 from sta_adapter.adapter.push import Publication, push_files
 from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
@@ -46,7 +47,7 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
 
 def adapter_contents(
     handle: STAHandle, base_changed: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+) -> tuple[dict[str, Tensor], Description, dict[str, bytes]]:
     """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
     if not base_changed:
         lora = lora_state(handle.model)
@@ -77,7 +78,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
-def describe_adapter(handle: STAHandle) -> dict[str, Any]:
+def describe_adapter(handle: STAHandle) -> Description:
     """The contents of `sta_config.json`."""
     block = next(iter(handle.blocks.values()))
     encoder = {

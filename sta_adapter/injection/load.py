@@ -15,6 +15,7 @@ from sta_adapter.adapter.base_model import check_base
 from sta_adapter.adapter.format import (
     CONFIG,
     WEIGHTS,
+    Description,
     compare_tensors,
     read_description,
     read_weights,
@@ -88,7 +89,7 @@ def load_sta(
     return handle
 
 
-def _add_lora(handle: STAHandle, folder: Path, description: Mapping[str, Any], is_trainable: bool) -> STAHandle:
+def _add_lora(handle: STAHandle, folder: Path, description: Description, is_trainable: bool) -> STAHandle:
     """The handle of the PeftModel around the handle's model; where there can be none, STA goes out again."""
     try:
         loaded = get_sta(load_lora(handle.model, folder, is_trainable))
@@ -105,7 +106,7 @@ def _add_lora(handle: STAHandle, folder: Path, description: Mapping[str, Any], i
     return loaded
 
 
-def _describe(folder: Path) -> tuple[dict[str, Any], Path, Callable[[], dict[str, Tensor]]]:
+def _describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Tensor]]]:
     """STA's description in a folder, and what holds and reads its tensors: an adapter's files, or those that PEFT itself saved."""
     if (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists():
         lora = read_lora(folder)
@@ -132,7 +133,7 @@ def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) ->
             module.requires_grad_(is_trainable)
 
 
-def _saved_config(folder: Path, description: Mapping[str, Any]) -> STAConfig:
+def _saved_config(folder: Path, description: Description) -> STAConfig:
     try:
         return STAConfig.from_dict(description["config"])
     except ConfigError as error:

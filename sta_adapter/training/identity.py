@@ -89,7 +89,7 @@ def claim(folder: Path, identity: Mapping[str, object], overwrite: bool) -> None
         file.unlink(missing_ok=True)
     if file.exists():
         found = read_run_file(file)
-        found |= {name: _of_weights(found[name]) for name in ("stage1", "stage2") if isinstance(found.get(name), dict)}
+        found |= {name: _of_weights(run) for name in ("stage1", "stage2") if isinstance(run := found.get(name), dict)}
         differ = [
             key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key) and key not in HARMLESS
         ]

@@ -9,12 +9,21 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
+from sta_adapter.adapter.base_model import BaseModel
+from sta_adapter.adapter.format import (
+    CONFIG,
+    WEIGHTS,
+    Description,
+    compare_tensors,
+    read_description,
+    read_weights,
+    require_description,
+)
 from sta_adapter.adapter.lora_options import MAX_LAYER
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import parse_json, shown
@@ -40,7 +49,7 @@ class Described(TypedDict):
 
     backbone: str
     encoder: dict[str, int]
-    config: dict[str, object]
+    config: Mapping[str, object]
 
 
 def convert_published(
@@ -52,7 +61,7 @@ def convert_published(
     config: str | os.PathLike[str] | None = None,
     heads: int | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Description:
     """Turn a checkpoint of the published STAVEQ2 code into an adapter folder.
 
     Only STA's tensors are read, never the base model's or LoRA's. The weights tell the branch's heads and the layers;
@@ -92,8 +101,9 @@ def convert_published(
     settings = _settings(spec, state, facts, known, order)
     encoder = {"width": facts["width"], "depth": facts["depth"], **_branch_facts(state, facts)}
     compare_tensors(Path(os.fspath(source)), state, _expected(spec, encoder, settings, state))
-    base = {"id": checkpoint.config.get("_name_or_path")}
-    description = {**make_description(spec.name, encoder, settings, base), "converted": True}
+    name = checkpoint.config.get("_name_or_path")
+    base: BaseModel = {"id": name if isinstance(name, str) else None}
+    description: Description = {**make_description(spec.name, encoder, settings, base), "converted": True}
     write_adapter(out, state, description)
     for name in ADAPTER[2:]:  # of the adapter before
         left = Path(out) / name
@@ -160,11 +170,13 @@ def _described(checkpoint: Source) -> Described | None:
     if HEADER not in checkpoint.metadata:
         return None
     try:
-        found = parse_json(checkpoint.metadata[HEADER].encode(), checkpoint.folder)
-        encoder = {k: int(found["encoder"][k]) for k in ("width", "depth", "num_heads", "head_dim")}
+        found = require_description(
+            parse_json(checkpoint.metadata[HEADER].encode(), checkpoint.folder), checkpoint.folder
+        )
+        encoder = {k: int(str(found["encoder"][k])) for k in ("width", "depth", "num_heads", "head_dim")}
         _require_sizes(encoder, checkpoint.folder)
-        return {"backbone": str(found["backbone"]), "encoder": encoder, "config": found["config"]}
-    except (ValueError, KeyError, TypeError) as error:
+        return {"backbone": found["backbone"], "encoder": encoder, "config": found["config"]}
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"the header field {HEADER!r} in {checkpoint.folder} is damaged: {error}") from error
 
 

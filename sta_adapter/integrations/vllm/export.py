@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sta_adapter.adapter.base_model import MERGED_LORA
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights
 from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import read_json, read_tensors
 from sta_adapter.adapter.save import replace_files, write_adapter
@@ -49,7 +50,8 @@ def export_adapter(
     has_lora = (folder / LORA_CONFIG).exists()
     if has_lora:
         fields = read_json(folder / LORA_CONFIG)
-        others = sorted(set(fields.get("modules_to_save") or ()) - {CHILD})
+        saved = LoraOptions.read(fields, folder / LORA_CONFIG).get("modules_to_save", list[str]())
+        others = sorted(set(saved) - {CHILD})
         if others:
             raise CheckpointError(
                 f"{folder / LORA_CONFIG} trains {', '.join(others)} whole, which vLLM takes from no LoRA: merge the weights "
@@ -114,7 +116,7 @@ def export_merged(
     write_adapter(out / STA, state, {**description, **_frames(folder), MERGED_LORA: digest})
 
 
-def _frames(folder: Path) -> dict[str, object]:
+def _frames(folder: Path) -> Description:
     """How the adapter's run sampled its clips, which in the run's own folder a file of its own says."""
     from sta_adapter.loading import saved_frame_settings
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sta_adapter.adapter.base_model import MERGED_LORA
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, read_description, read_weights
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
@@ -44,7 +43,7 @@ class ServedAdapter:
     """
 
     folder: Path
-    description: Mapping[str, Any]
+    description: Description
     digest: str
     any_base: bool
 

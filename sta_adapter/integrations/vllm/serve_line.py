@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from sta_adapter.adapter.format import read_description
 from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.data.clip_reader import ClipReader
@@ -65,7 +65,7 @@ def serve_line(
             raise ConfigError(f"{name} is set by this command; run vllm serve yourself to set it otherwise.")
     line = ["vllm", "serve", model, *(word for pair in options.items() for word in pair)]
     if (folder / LORA_CONFIG).exists():
-        rank = _largest_rank(read_json(folder / LORA_CONFIG))
+        rank = _largest_rank(LoraOptions.read(read_json(folder / LORA_CONFIG), folder / LORA_CONFIG))
         line += ["--enable-lora", "--enable-tower-connector-lora", "--max-lora-rank", str(rank)]
         line += ["--lora-modules", f"{LORA_NAME}={named}"]
     return [*line, *extra]
@@ -97,7 +97,7 @@ def check_plugins(allowed: str | None) -> None:
         )
 
 
-def _largest_rank(fields: dict[str, Any]) -> int:
+def _largest_rank(options: LoraOptions) -> int:
     """VLLM takes one of a few values; the smallest that holds every rank."""
-    ranks = [int(fields.get("r") or 8), *map(int, (fields.get("rank_pattern") or {}).values())]
+    ranks = [options.get("r", 8), *options.get("rank_pattern", dict[str, int]()).values()]
     return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks)), max(ranks))
