@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.chat_template import grown, render
 from sta_adapter.data.message import Message
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded, join, process, require_placeholders, sized, temporal_patch
 from sta_adapter.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt"]
 
@@ -38,12 +42,12 @@ class Prompt:
 
     tokens: list[int]
     visuals: list[Visual]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     temporal_patch: int = 1
     placeholders: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Prompt:
+    def of(cls, processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Prompt:
         """The prompt of a conversation; arguments as for `encode_prompt`."""
         flat = _flat(visuals)
         clips = [visual for visual in flat if visual.kind == "video"]
@@ -54,9 +58,10 @@ class Prompt:
         return cls(tokens, shown, settings, temporal_patch(processor), _placeholders(processor))
 
 
-def _placeholders(processor: Any) -> frozenset[int]:
+def _placeholders(processor: Processor) -> frozenset[int]:
     words = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
-    return frozenset(processor.tokenizer.convert_tokens_to_ids(word) for word in words if isinstance(word, str))
+    ids = (processor.tokenizer.convert_tokens_to_ids(word) for word in words if isinstance(word, str))
+    return frozenset(number for number in ids if isinstance(number, int))
 
 
 class Turn(NamedTuple):
@@ -80,7 +85,7 @@ class Turn(NamedTuple):
         return self.after[len(self.before) :]
 
 
-def encode(processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
+def encode(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
     """Encode a conversation for training.
 
     Args:
@@ -112,21 +117,21 @@ def encode(processor: Any, messages: list[Message], visuals: list[list[Visual]])
     return {**join(pieces), "labels": torch.cat(labels)}
 
 
-def encode_prompt(processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
+def encode_prompt(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
     """Encode a conversation that waits for an answer; arguments and result as for `encode`, without labels."""
     return _piece(processor, Turn("", render(processor, messages, prompt=True), _flat(visuals)))
 
 
-def encode_answer(processor: Any, messages: list[Message], answer: str) -> torch.Tensor:
+def encode_answer(processor: Processor, messages: list[Message], answer: str) -> torch.Tensor:
     """Token ids `(L,)` of an answer to the conversation, its end of turn included."""
     before = render(processor, messages, prompt=True)
-    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    turn: Message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     after = grown(before, render(processor, [*messages, turn]))
     ids = _ended(processor.tokenizer, _piece(processor, Turn(before, after, [])))["input_ids"]
     return ids[_learned(processor.tokenizer, ids) != IGNORE]
 
 
-def _turns(processor: Any, messages: list[Message], visuals: list[list[Visual]]) -> Iterator[Turn]:
+def _turns(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Iterator[Turn]:
     """What leads to each answer and the answer itself, up to the last one."""
     done, first = "", 0
     for index, message in enumerate(messages):
@@ -142,11 +147,11 @@ def _flat(visuals: list[list[Visual]]) -> list[Visual]:
     return [visual for group in visuals for visual in group]
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
-def _piece(processor: Any, turn: Turn) -> Encoded:
+def _piece(processor: Processor, turn: Turn) -> Encoded:
     """Encode what a turn adds: each clip is processed once, in the turn that it stands in."""
     start, tokens = _tokens(processor.tokenizer, turn.before), _tokens(processor.tokenizer, turn.after)
     if tokens[: len(start)] != start:
@@ -165,7 +170,7 @@ def _piece(processor: Any, turn: Turn) -> Encoded:
     return process(processor, turn.text, turn.visuals)
 
 
-def _ended(tokenizer: Any, piece: Encoded) -> Encoded:
+def _ended(tokenizer: PreTrainedTokenizerBase, piece: Encoded) -> Encoded:
     """The last turn must end with a token to stop at: templates that leave it out get the end-of-text token."""
     ids = piece["input_ids"]
     if tokenizer.eos_token_id is None or _end(tokenizer, ids.tolist()) is not None:
@@ -173,7 +178,7 @@ def _ended(tokenizer: Any, piece: Encoded) -> Encoded:
     return {**piece, "input_ids": torch.cat([ids, ids.new_tensor([tokenizer.eos_token_id])])}
 
 
-def _learned(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
+def _learned(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
     """Labels of an answer: all of it up to and with its end-of-turn token, not the white space after that."""
     end = _end(tokenizer, ids.tolist())
     labels = ids.clone()
@@ -182,12 +187,12 @@ def _learned(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def _end(tokenizer: Any, ids: list[int]) -> int | None:
+def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None:
     """Index of the special token that nothing but white space follows."""
     special = set(tokenizer.all_special_ids)
     for index in range(len(ids) - 1, -1, -1):
         if ids[index] in special:
             return index
-        if tokenizer.decode(ids[index:]).strip():
+        if str(tokenizer.decode(ids[index:])).strip():
             return None
     return None

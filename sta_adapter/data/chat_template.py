@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.message import Message, Part
 from sta_adapter.errors import DataError
 
 __all__ = ["grown", "render"]
 
 
-def render(processor: Any, messages: list[Message], *, prompt: bool = False) -> str:
+def render(processor: Processor, messages: list[Message], *, prompt: bool = False) -> str:
     """The conversation as the chat template writes it, with one placeholder for each clip or image.
 
     Args:
@@ -54,5 +53,5 @@ def _require_unicode(messages: list[Message]) -> None:
             ) from error
 
 
-def _bare(part: Part) -> dict[str, Any]:
+def _bare(part: Part) -> Part:
     return {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.collator import Collator, Loaded
@@ -54,9 +55,9 @@ class DataReport:
     frames: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values: the problems, counts, and least, median and largest of each length."""
-        lengths: dict[str, list[Any]] = {
+        lengths: dict[str, Sequence[float]] = {
             "clip_seconds": self.seconds,
             "clip_frames": self.frames,
             "tokens": self.tokens,
@@ -73,7 +74,7 @@ class DataReport:
 def check_data(
     path: str | Path,
     *,
-    processor: Any = None,
+    processor: Processor | None = None,
     format: str | None = None,
     videos: str | Path | None = None,
     frames: FrameSettings | None = None,
@@ -105,7 +106,8 @@ def check_data(
     if processor is not None and limit is None and processor.tokenizer.model_max_length < ENDLESS:
         limit = processor.tokenizer.model_max_length
     good = [item for item in items if isinstance(item, Sample)]
-    dataset = VideoDataset(good, processor, frames=frames, decode_timeout=decode_timeout)
+    given = cast("Processor", processor)  # None decodes alone
+    dataset = VideoDataset(good, given, frames=frames, decode_timeout=decode_timeout)
     report = DataReport(
         problems=[
             _problem(item, "unreadable" if is_shards(item.source) else "record")
@@ -126,7 +128,9 @@ def check_data(
 def _findings(findings: _Findings, batch_size: int, num_workers: int, progress: bool) -> list[DataReport]:
     """What is found in each sample, in their order; they are mixed for it as training mixes them."""
     order = torch.randperm(len(findings), generator=torch.Generator().manual_seed(0)).tolist()
-    loader: Any = DataLoader(findings, batch_size, sampler=order, num_workers=num_workers, collate_fn=findings.batched)
+    loader: Iterable[list[DataReport]] = DataLoader(
+        findings, batch_size, sampler=order, num_workers=num_workers, collate_fn=findings.batched
+    )
     if progress:
         from tqdm.auto import tqdm
 
@@ -194,5 +198,5 @@ def _problem(bad: BadSample, kind: str) -> dict[str, str]:
     return {"source": bad.source, "kind": kind, "reason": bad.reason}
 
 
-def _spread(values: list[Any]) -> dict[str, Any]:
+def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"least": min(values), "median": statistics.median(values), "largest": max(values)}

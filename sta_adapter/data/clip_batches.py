@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 
-from sta_adapter.compatibility.processors import row_tokens
+from sta_adapter.compatibility.processors import Processor, row_tokens
 from sta_adapter.data.visual import Visual
 from sta_adapter.errors import DataError
 
@@ -42,18 +41,18 @@ def missing_frames(videos: torch.Tensor) -> torch.Tensor:
     return videos[:, :, 0, 0, 0].isnan()
 
 
-def takes_one_kind(processor: Any) -> bool:
+def takes_one_kind(processor: Processor) -> bool:
     """Whether the processor's model takes either pictures or clips in one forward."""
     return any(cls.__name__ in ONE_KIND for cls in type(processor).__mro__)
 
 
-def split_unequal(processor: Any, text: str, visuals: Sequence[Visual]) -> list[tuple[str, list[Visual]]]:
+def split_unequal(processor: Processor, text: str, visuals: Sequence[Visual]) -> list[tuple[str, list[Visual]]]:
     """The text in pieces of one clip each, where the processor stacks clips and these are of unequal lengths or sizes."""
     part = getattr(processor, "video_processor", None)
     shapes = {visual.pixels.shape for visual in visuals if visual.kind == "video"}
     if len(shapes) < 2 or part is None or hasattr(part, "merge_size"):
         return [(text, list(visuals))]
-    words = {processor.image_token: "image", processor.video_token: "video"}
+    words = {str(getattr(processor, f"{kind}_token")): kind for kind in ("image", "video")}
     places = [(found.start(), words[found[0]]) for found in re.finditer("|".join(map(re.escape, words)), text)]
     starts = [index for index, (_, kind) in enumerate(places) if kind == "video"][1:]
     bounds = list(zip([0, *starts], [*starts, len(places)], strict=True))
@@ -76,13 +75,15 @@ def split_unequal(processor: Any, text: str, visuals: Sequence[Visual]) -> list[
     return pieces
 
 
-def gives_rows(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]) -> bool:
+def gives_rows(processor: Processor, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]) -> bool:
     """Whether pictures are tiles of one size that a number of placeholders stands for, or clips came out among them."""
     clips = any(visual.kind == "video" for visual in visuals)
     return hasattr(processor, "image_seq_length") or (clips and PIXELS[0] not in encoded)
 
 
-def row_lengths(processor: Any, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]) -> dict[str, torch.Tensor]:
+def row_lengths(
+    processor: Processor, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]
+) -> dict[str, torch.Tensor]:
     """`clip_lengths`, for models that get the frames of clips and the tiles of pictures as rows of one `pixel_values`.
 
     The rows' placeholders tell which is which: each frame has a run of its own, a picture one run for all its tiles.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from sta_adapter.compatibility.processors import Sizes, visual_part
+from sta_adapter.compatibility.processors import Processor, Sizes, visual_part
 from sta_adapter.data.bad_sample import reason_of
 from sta_adapter.data.message import Part
 from sta_adapter.data.visual import Visual
@@ -49,7 +50,9 @@ class ClipReader:
     segments: bool = False
 
     @classmethod
-    def of(cls, processor: Any, settings: FrameSettings, frame_order: str = "ordered", seed: int = 0) -> ClipReader:
+    def of(
+        cls, processor: Processor | None, settings: FrameSettings, frame_order: str = "ordered", seed: int = 0
+    ) -> ClipReader:
         """The reader for a model's processor; None for reading without one."""
         part = None if processor is None else visual_part(processor)
         sizes = Sizes(1, 1, False) if part is None else Sizes.of(part)
@@ -101,15 +104,22 @@ class ClipReader:
     def _clip(self, part: Part, resize: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None) -> Clip:
         settings = self._own_settings(part)
         least = min(settings.min_frames, settings.max_frames)
-        rate: dict[str, Any] = {"fps": settings.fps, "min_frames": least, "max_frames": settings.max_frames}
-        if settings.nframes is not None:
-            rate = {"num_frames": settings.nframes, "segments": self.segments}
-        start, end = part.get("video_start"), part.get("video_end")
-        if "folder_fps" in part:
-            return read_folder(part["video"], part["folder_fps"], start=start, end=end, resize=resize, **rate)
+        by_time = settings.nframes is None
         threads = None if get_worker_info() is None else 1  # workers are processes enough
-        how: dict[str, Any] = {"backend": settings.backend, "threads": threads, "resize": resize}
-        return read_clip(part["video"], start=start, end=end, **how, **rate)
+        read: Callable[..., Clip] = partial(read_clip, backend=settings.backend, threads=threads)
+        if "folder_fps" in part:
+            read = partial(read_folder, rate=part["folder_fps"])
+        return read(
+            part["video"],
+            fps=settings.fps if by_time else None,
+            num_frames=settings.nframes,
+            min_frames=least,
+            max_frames=settings.max_frames,
+            start=part.get("video_start"),
+            end=part.get("video_end"),
+            resize=resize,
+            segments=self.segments and not by_time,
+        )
 
     def settings_of(self, parts: Iterable[Part]) -> FrameSettings:
         """The settings in force for clips, where all of them set their own alike; else those of the reader."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
+
+from sta_adapter.video.reader import ClipTimes
 
 __all__ = ["step_seconds", "told_seconds"]
 
@@ -21,7 +22,7 @@ NAMES = ("second_per_grid_ts", "video_second_per_grid")
 """What processors call the seconds from one temporal step of a clip to the next."""
 
 
-def step_seconds(metadata: Mapping[str, Any], frames: int) -> float:
+def step_seconds(metadata: ClipTimes, frames: int) -> float:
     """Seconds from one temporal step of a clip to the next, on average; 1 where there is but one frame.
 
     Args:

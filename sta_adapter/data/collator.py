@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE, Prompt
 from sta_adapter.data.clip_batches import PIXELS, put_together, takes_one_kind
@@ -51,13 +51,13 @@ class Collator:
         self.one_kind = one_kind
 
     @classmethod
-    def of(cls, processor: Any, *, side: str = "right", on_bad_sample: str = "skip") -> Collator:
+    def of(cls, processor: Processor, *, side: str = "right", on_bad_sample: str = "skip") -> Collator:
         """The collator for a processor's padding token."""
         tokenizer = processor.tokenizer
         pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(pad_id, side=side, on_bad_sample=on_bad_sample, one_kind=takes_one_kind(processor))
 
-    def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, object]:
         """Batch of `(B, L)` token tensors with `attention_mask`, and the clips' tensors one after the other.
 
         Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
@@ -107,8 +107,8 @@ class Collator:
             return False
         return True
 
-    def _batch(self, items: Sequence[Encoded]) -> dict[str, Any]:
-        batch: dict[str, Any] = {}
+    def _batch(self, items: Sequence[Encoded]) -> Encoded:
+        batch: Encoded = {}
         fill = {**PER_TOKEN, "input_ids": self.pad_id}
         length = max(len(item["input_ids"]) for item in items)
         for key in dict.fromkeys(key for item in items for key in item):
@@ -120,10 +120,12 @@ class Collator:
             else:
                 batch[key] = put_together(key, [value for value in values if value is not None])
         ones = [torch.ones_like(item["input_ids"]) for item in items]
-        batch["attention_mask"] = torch.stack([self._pad(one, 0, one, length) for one in ones])
+        batch["attention_mask"] = torch.stack(
+            [self._pad(one, 0, item, length) for one, item in zip(ones, items, strict=True)]
+        )
         return batch
 
-    def _pad(self, value: torch.Tensor | None, fill: int, item: Any, length: int) -> torch.Tensor:
+    def _pad(self, value: torch.Tensor | None, fill: int, item: Encoded, length: int) -> torch.Tensor:
         if value is None:
             value = torch.zeros_like(item["input_ids"])
         missing = length - len(value)

@@ -11,7 +11,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
@@ -56,7 +55,7 @@ class Sample:
     source: str = "sample"
     category: str | None = None
     options: list[str] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Record = field(default_factory=dict)
     problem: str | None = None
 
     @property
@@ -139,10 +138,12 @@ def _text(turn: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _llava(turn: Any) -> Any:
+def _llava(turn: object) -> object:
     """A turn of LLaVA's, where <image> may stand for the record's 'video'."""
-    key = "content" if isinstance(turn, dict) and "content" in turn else "value"
-    return {**turn, key: turn[key].replace("<image>", "<video>")} if "<image>" in _text(turn) else turn
+    text = _text(turn)
+    if not isinstance(turn, dict) or "<image>" not in text:
+        return turn
+    return {**turn, "content" if "content" in turn else "value": text.replace("<image>", "<video>")}
 
 
 def _options(record: Record, messages: list[Message]) -> list[str] | None:
@@ -180,7 +181,7 @@ def _system(record: Record, raw: list[object]) -> list[Message]:
     return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
-def _message(message: Any, index: int, folder: Path, paths: dict[str, list[object]]) -> Message:
+def _message(message: object, index: int, folder: Path, paths: dict[str, list[object]]) -> Message:
     where = f"message {index}"
     if not isinstance(message, dict):
         raise DataError(f"{where} is {kind_of(message)}, expected an object with 'role' and 'content'.")
@@ -205,11 +206,12 @@ def _message(message: Any, index: int, folder: Path, paths: dict[str, list[objec
     checked = [_part(part, f"{where}, part {number}", folder) for number, part in enumerate(parts)]
     if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
         raise DataError(f"{where} is an empty answer; expected words to learn.")
-    return {"role": role, "content": checked, **_loss(message, where)}
+    made: Message = {"role": role, "content": checked}
+    return made if _learned(message, where) else {**made, "loss": False}
 
 
-def _loss(message: Message, where: str) -> dict[str, bool]:
-    """`{"loss": False}` of an answer that is part of the conversation, and not learned."""
+def _learned(message: Record, where: str) -> bool:
+    """Whether an answer is to be learned, and not only part of the conversation."""
     if message.get("loss_scale") not in (None, 1):
         raise DataError(
             f"{where} has the loss_scale {shown(message['loss_scale'])}; an answer counts fully or, with 'loss': false, not."
@@ -217,7 +219,7 @@ def _loss(message: Message, where: str) -> dict[str, bool]:
     loss = message.get("loss")
     if loss is not None and not isinstance(loss, bool):
         raise DataError(f"{where}: 'loss' is {shown(loss)}, expected true or false.")
-    return {"loss": False} if loss is False else {}
+    return loss is not False
 
 
 def _split(text: str, where: str, paths: dict[str, list[object]]) -> list[Part]:
@@ -238,9 +240,9 @@ def _split(text: str, where: str, paths: dict[str, list[object]]) -> list[Part]:
     return parts
 
 
-def _part(part: Any, where: str, folder: Path) -> Part:
+def _part(part: object, where: str, folder: Path) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in _PART_KEYS:
+    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _PART_KEYS:
         found = shown(kind) if isinstance(part, dict) else kind_of(part)
         raise DataError(f"{where} is {found}, expected an object whose 'type' is text, image or video.")
     given = {key: value for key, value in part.items() if value is not None}

@@ -11,13 +11,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_samples
+from sta_adapter.data.message import Record
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
 from sta_adapter.data.samples import given_samples, open_samples
 from sta_adapter.data.visual_processing import Encoded
@@ -50,8 +51,8 @@ class VideoDataset(Dataset[Encoded | BadSample]):
 
     def __init__(
         self,
-        samples: str | Path | Sequence[Sample | dict[str, Any]],
-        processor: Any,
+        samples: str | Path | Sequence[Sample | Record],
+        processor: Processor,
         *,
         frames: FrameSettings | None = None,
         prompts: bool = False,

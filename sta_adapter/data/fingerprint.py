@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from sta_adapter.compatibility.processors import fingerprint_parts
+from sta_adapter.compatibility.processors import Processor, fingerprint_parts
 from sta_adapter.data.message import Message, Part
 
 __all__ = [
@@ -105,7 +104,7 @@ def fingerprint_file(path: Path, start: int = 0, size: int | None = None) -> str
     return found.hexdigest()
 
 
-def fingerprint_processor(processor: Any) -> str:
+def fingerprint_processor(processor: Processor) -> str:
     """Of what a processor makes of a conversation: its template, vocabulary and sizes."""
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)

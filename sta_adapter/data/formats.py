@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sta_adapter._validate import shown
 from sta_adapter.data.message import Record
@@ -177,19 +176,21 @@ def _options_in_columns(record: Record) -> Record:
     return {}
 
 
-def _options(given: Any) -> list[str]:
+def _options(given: object) -> list[str]:
     """The options' texts, without letters of their own."""
     if isinstance(given, dict):
         if [str(key).upper() for key in given] != list(_LETTERS[: len(given)]):
             raise DataError(f"'options' has the keys {', '.join(map(str, given))}, expected A, B, ... in order.")
         given = list(given.values())
-    fits = isinstance(given, list) and 2 <= len(given) <= len(_LETTERS)
-    if not fits or not all(isinstance(option, str) and option.strip() for option in given):
+    texts = (
+        [option for option in given if isinstance(option, str) and option.strip()] if isinstance(given, list) else []
+    )
+    if not isinstance(given, list) or len(texts) < len(given) or not 2 <= len(texts) <= len(_LETTERS):
         raise DataError(f"'options' is {shown(given)}, expected a list of 2 to {len(_LETTERS)} texts.")
-    own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(_LETTERS, given, strict=False)]
+    own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(_LETTERS, texts, strict=False)]
     if all(own):
-        return [text[match.end() :].strip() for text, match in zip(given, own, strict=True) if match]
-    return [text.strip() for text in given]
+        return [text[match.end() :].strip() for text, match in zip(texts, own, strict=True) if match]
+    return [text.strip() for text in texts]
 
 
 def _answer_index(answer: object, options: list[str]) -> int:

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.samples import open_samples
@@ -34,7 +33,14 @@ def weighted(text: str | Path) -> tuple[str, float]:
     return match["path"], weight
 
 
-def mixed_samples(files: Sequence[str | Path], *, seed: int = 0, **how: Any) -> list[Sample]:
+def mixed_samples(
+    files: Sequence[str | Path],
+    *,
+    seed: int = 0,
+    format: str | None = None,
+    videos: str | Path | None = None,
+    on_bad_sample: str = "skip",
+) -> list[Sample]:
     """The samples of one pass over several files.
 
     Weight 2 has each sample of a file twice, 0.5 half of them, drawn by the seed: the same ones in each pass.
@@ -42,7 +48,9 @@ def mixed_samples(files: Sequence[str | Path], *, seed: int = 0, **how: Any) -> 
     Args:
         files: "PATH" or "PATH:WEIGHT".
         seed: of what is drawn.
-        how: as for `open_samples`.
+        format: as for `open_samples`.
+        videos: as for `open_samples`.
+        on_bad_sample: as for `open_samples`.
 
     Raises:
         DataError: a file can't be read.
@@ -55,7 +63,7 @@ def mixed_samples(files: Sequence[str | Path], *, seed: int = 0, **how: Any) -> 
                 f"{path!r} are tar shards, which are read as a stream and can't be mixed with other files or weighted; give them "
                 "alone, or write the mixture into the shards."
             )
-        samples = open_samples(path, **how)
+        samples = open_samples(path, format=format, videos=videos, on_bad_sample=on_bad_sample)
         whole, rest = divmod(weight, 1)
         drawn = sorted(
             random.Random(f"{seed} {Path(path).name}").sample(range(len(samples)), round(rest * len(samples)))

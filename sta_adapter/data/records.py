@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sta_adapter._validate import shown
 from sta_adapter.data.sample_keys import SETTINGS
@@ -42,7 +41,7 @@ def read_records(file: Path) -> Iterator[tuple[str, object]]:
             yield f"{file}, line {number}", _or_error(line)
 
 
-def load_json(text: str | bytes) -> Any:
+def load_json(text: str | bytes) -> object:
     """A JSON value.
 
     Raises:
@@ -88,8 +87,8 @@ def _whole(text: str, file: Path) -> list[object] | None:
     start = text.lstrip()
     if start.startswith("["):
         try:
-            entries: list[object] = load_json(text)
-            return entries
+            entries = load_json(text)
+            return entries if isinstance(entries, list) else [entries]
         except DataError as error:
             cause = error.__cause__
             if isinstance(cause, json.JSONDecodeError):

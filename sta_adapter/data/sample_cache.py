@@ -17,15 +17,15 @@ import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_clip, fingerprint_processor
-from sta_adapter.data.message import Message
+from sta_adapter.data.message import Message, Part
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError
 
@@ -53,7 +53,7 @@ class SampleCache:
         ConfigError: the folder can't be made.
     """
 
-    def __init__(self, folder: str | Path, processor: Any, reader: ClipReader) -> None:
+    def __init__(self, folder: str | Path, processor: Processor, reader: ClipReader) -> None:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class SampleCache:
         )
         self.writing = True
 
-    def key(self, messages: list[Message], *rest: Any) -> str | None:
+    def key(self, messages: list[Message], *rest: object) -> str | None:
         """The name of a sample's entry; None where one of its clips can't be found.
 
         Args:
@@ -131,7 +131,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _without_place(part: Mapping[str, Any]) -> dict[str, Any]:
+def _without_place(part: Part) -> Part:
     """A part as it is but for where its clip lies, whose contents the key has."""
     if part["type"] == "text":
         return dict(part)
@@ -151,7 +151,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def _packed(encoded: Encoded, key: str, scale: tuple[Any, ...]) -> bytes:
+def _packed(encoded: Encoded, key: str, scale: tuple[object, ...]) -> bytes:
     """A safetensors file with the names' order, and a checksum over names, shapes and values."""
     tensors: dict[str, torch.Tensor] = {}
     for name, value in encoded.items():
@@ -202,11 +202,13 @@ def _by_channel(value: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
-def _as_bytes(value: torch.Tensor, factor: Any, mean: Any, std: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _as_bytes(
+    value: torch.Tensor, factor: object, mean: object, std: object
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Pixel values as bytes of the same shape, with the shift and scale (2, 3) of channels; None where a bit would be lost."""
     found = _by_channel(value.contiguous()) if value.dtype == torch.float32 and value.dim() > 1 else None
     lists = isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == CHANNELS
-    if found is None or not lists or not factor:
+    if found is None or not lists or not isinstance(factor, (int, float)) or not factor:
         return None
     affine = torch.tensor([mean, std], dtype=torch.float32) * (1.0 / factor)  # as processors fuse them
     shift, scale = affine.view(2, 1, CHANNELS, 1)

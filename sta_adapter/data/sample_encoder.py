@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample, check_on_bad_sample
 from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.message import Message
+from sta_adapter.data.message import Message, Part
 from sta_adapter.data.sample_cache import SampleCache
 from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.visual import Visual
@@ -34,7 +34,7 @@ DECODE_TIMEOUT = 60.0
 class SampleEncoder:
     """Decodes and encodes one sample after the other; the attributes are explained at `VideoDataset`."""
 
-    processor: Any
+    processor: Processor
     frames: FrameSettings
     prompts: bool = False
     frame_order: str = "ordered"
@@ -45,7 +45,7 @@ class SampleEncoder:
     decode_timeout: float | None = DECODE_TIMEOUT
     cache: str | Path | None = None
     reader: ClipReader = field(init=False, compare=False)
-    isolated: Isolated | None = field(init=False, compare=False)
+    isolated: Isolated[list[Visual]] | None = field(init=False, compare=False)
     kept: SampleCache | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class SampleEncoder:
         """The decoded clips and images of each message: all of a sample in one go, in a worker within its time limit."""
         parts = [[part for part in message["content"] if part["type"] != "text"] for message in messages]
         flat = [part for group in parts for part in group]
-        read: Callable[..., list[Visual]] = self.reader.read
+        read: Callable[[Sequence[Part], int], list[Visual]] = self.reader.read
         if self.isolated is not None and flat and get_worker_info() is not None:
             read = self.isolated
         with unpacked(flat) as files:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.message import Part
@@ -57,7 +56,7 @@ class Packed:
 
     shard: Path
     source: str
-    record: Any
+    record: object
     files: dict[str, bytes | Span]
 
     def sample(self, format: str | None = None) -> Sample:
@@ -74,7 +73,7 @@ class Packed:
             sample, messages=[{**m, "content": [self._placed(part) for part in m["content"]]} for m in sample.messages]
         )
 
-    def _placed(self, part: Part) -> dict[str, Any]:
+    def _placed(self, part: Part) -> Part:
         """A part that says where its contents are; those outside of the shard are files as usual."""
         path = Path(part.get(part["type"], "")) if part["type"] != "text" else Path()
         if self.shard not in path.parents:
@@ -101,7 +100,7 @@ def unpacked(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
             raise type(error)(str(error).replace(f"{folder}/", "")) from error
 
 
-def _as_file(part: Part, folder: Path) -> dict[str, Any]:
+def _as_file(part: Part, folder: Path) -> Part:
     if "packed" not in part:
         return part
     kind, contents = part["type"], part["packed"]

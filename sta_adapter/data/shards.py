@@ -13,9 +13,9 @@ import io
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample
@@ -117,7 +117,7 @@ def scan_shards(pattern: str | Path, *, format: str | None = None) -> list[Sampl
     return found
 
 
-def _members(path: Path, lookup: bool, noted: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+def _members(path: Path, lookup: bool, noted: Callable[[Exception], bool]) -> Iterator[dict[str, str | bytes | Span]]:
     """A shard's files, as webdataset groups them, up to its end or its first damage."""
     try:
         with path.open("rb") as raw, gzip.open(raw) as inflated:
@@ -208,19 +208,19 @@ def _check_end(file: IO[bytes], end: int | None) -> None:
         raise tarfile.ReadError(f"what stands at byte {end} is no header")
 
 
-def _records(path: Path, group: dict[str, Any]) -> Iterator[Packed | BadSample]:
+def _records(path: Path, group: Mapping[str, str | bytes | Span]) -> Iterator[Packed | BadSample]:
     """The records of one group: a `.json` holds one or a list of them, a `.jsonl` one a line."""
-    key = group["__key__"]
+    key = str(group["__key__"])
     source, name = f"{path}, {key}", PurePosixPath(key).name
-    members = {suffix: value for suffix, value in group.items() if not suffix.startswith("__")}
+    members = {suffix: data for suffix, data in group.items() if not isinstance(data, str)}  # "__key__", "__url__"
     files = {f"{name}.{suffix}": data for suffix, data in members.items() if suffix not in ("json", "jsonl")}
     try:
-        records: list[Any] = []
-        if "json" in members:
-            found = load_json(members["json"])
+        records: list[object] = []
+        if isinstance(text := members.get("json"), bytes):
+            found = load_json(text)
             records += found if isinstance(found, list) else [found]
-        if "jsonl" in members:
-            records += [load_json(line) for line in members["jsonl"].splitlines() if line.strip()]
+        if isinstance(text := members.get("jsonl"), bytes):
+            records += [load_json(line) for line in text.splitlines() if line.strip()]
     except DataError as error:
         yield BadSample(source, f"its record is not JSON: {error.__cause__}")
         return

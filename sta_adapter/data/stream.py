@@ -11,14 +11,14 @@ import copy
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_file
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT, SampleEncoder
@@ -127,7 +127,7 @@ class StreamDataset(IterableDataset[Encoded | BadSample]):
     def __init__(
         self,
         shards: str | Path,
-        processor: Any,
+        processor: Processor,
         *,
         frames: FrameSettings | None = None,
         on_bad_sample: str = "skip",
@@ -212,7 +212,11 @@ class StreamDataset(IterableDataset[Encoded | BadSample]):
 
 
 def stream_loader(
-    dataset: StreamDataset, position: StreamPosition, collate: Callable[..., Any], *, pin_memory: bool = False
+    dataset: StreamDataset,
+    position: StreamPosition,
+    collate: Callable[[Sequence[Encoded | BadSample]], object],
+    *,
+    pin_memory: bool = False,
 ) -> DataLoader[Encoded | BadSample]:
     """Batches of a stream; its random numbers are its own, so that a run that goes on draws the same ones elsewhere."""
     return DataLoader(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sta_adapter.video.reader import ClipTimes
 
 __all__ = ["Visual"]
 
@@ -25,5 +26,5 @@ class Visual:
 
     kind: str
     pixels: NDArray[np.uint8]
-    metadata: dict[str, Any] | None = None
+    metadata: ClipTimes | None = None
     resized: bool = False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
 
 import torch
 
 from sta_adapter.compatibility import processors
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.data.clip_times import step_seconds, told_seconds
 from sta_adapter.data.visual import Visual
@@ -20,7 +20,7 @@ __all__ = ["Encoded", "join", "process", "require_placeholders", "sized", "tempo
 Encoded = dict[str, torch.Tensor]
 
 
-def process(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
+def process(processor: Processor, text: str, visuals: list[Visual]) -> Encoded:
     """The tensors of a text with its clips and images; several calls where the processor takes them only one by one."""
     pieces = [_process_once(processor, words, group) for words, group in split_unequal(processor, text, visuals)]
     return pieces[0] if len(pieces) == 1 else join(pieces)
@@ -48,7 +48,7 @@ def join(pieces: list[Encoded]) -> Encoded:
     return joined
 
 
-def require_placeholders(processor: Any, text: str, visuals: list[Visual]) -> None:
+def require_placeholders(processor: Processor, text: str, visuals: list[Visual]) -> None:
     """Refuse a text that has not one placeholder for each clip and image."""
     for kind in ("image", "video"):
         expected = sum(visual.kind == kind for visual in visuals)
@@ -60,7 +60,7 @@ def require_placeholders(processor: Any, text: str, visuals: list[Visual]) -> No
             )
 
 
-def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
+def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Encoded:
     clips = [visual for visual in visuals if visual.kind == "video"]
     images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
     if clips and images and takes_one_kind(processor):
@@ -76,7 +76,7 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     if any(clip.resized for clip in clips) and not sizes.packs:
         raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
     clips, settings = sized(processor, clips)
-    kwargs: dict[str, Any] = {"videos_kwargs": settings}
+    kwargs: dict[str, object] = {"videos_kwargs": settings}
     if sampled:
         settings["do_sample_frames"] = False
         if all(clip.metadata for clip in clips):
@@ -101,23 +101,23 @@ def _process_once(processor: Any, text: str, visuals: list[Visual]) -> Encoded:
     return {**encoded, **row_lengths(processor, encoded, visuals)}
 
 
-def sized(processor: Any, clips: list[Visual]) -> tuple[list[Visual], dict[str, Any]]:
+def sized(processor: Processor, clips: list[Visual]) -> tuple[list[Visual], dict[str, object]]:
     """Clips of which all or none have their final size, and the settings by which the video processor keeps it."""
-    part = processors.visual_part(processor)
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
-        clips = [clip if clip.resized else _resized_by(part, clip) for clip in clips]
+        clips = [clip if clip.resized else _resized_by(processor, clip) for clip in clips]
         settings["do_resize"] = False
     if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
         settings["cap_pixels_per_frame"] = False  # the same sizes whatever the default becomes
     return clips, settings
 
 
-def _resized_by(part: Any, clip: Visual) -> Visual:
+def _resized_by(processor: Processor, clip: Visual) -> Visual:
     """A clip in the size that the processor would give to it."""
+    part = processors.visual_part(processor)
     frames = clip.pixels[:1].repeat(processors.Sizes.of(part).frames, axis=0).transpose(0, 3, 1, 2)
     names = inspect.signature(part.preprocess).parameters
-    options: dict[str, Any] = {"images": None} if "images" in names else {}
+    options: dict[str, object] = {"images": None} if "images" in names else {}
     options |= {"do_sample_frames": False} if hasattr(part, "do_sample_frames") else {}
     found = part.preprocess(videos=[frames], return_tensors="pt", **options) if "videos" in names else {}
     if "video_grid_thw" not in found:
@@ -129,7 +129,7 @@ def _resized_by(part: Any, clip: Visual) -> Visual:
     return dataclasses.replace(clip, pixels=resize_frames(clip.pixels, height, width), resized=True)
 
 
-def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None:
+def _check_frames(processor: Processor, encoded: Encoded, clips: list[Visual]) -> None:
     """The model must see the frames that were decoded, no fewer."""
     grid = encoded.get("video_grid_thw")
     if grid is None:
@@ -140,6 +140,6 @@ def _check_frames(processor: Any, encoded: Encoded, clips: list[Visual]) -> None
         raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
 
 
-def temporal_patch(processor: Any) -> int:
+def temporal_patch(processor: Processor) -> int:
     """How many frames the model merges into one."""
     return processors.Sizes.of(processors.visual_part(processor)).frames

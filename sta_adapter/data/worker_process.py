@@ -22,13 +22,14 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any, cast
+from typing import Generic, TypeVar, cast
 
 from sta_adapter.data.worker_signals import die_with_parent
 from sta_adapter.errors import DataError, STAError, VideoError
 
 __all__ = ["Isolated", "POSSIBLE", "ProcessError", "worker_errors"]
 
+T = TypeVar("T")
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
 
@@ -40,7 +41,7 @@ class ProcessError(VideoError):
     """A call in a process of its own took too long, or killed that process."""
 
 
-class Isolated:
+class Isolated(Generic[T]):
     """A function, called in a process of its own.
 
     Args:
@@ -49,14 +50,14 @@ class Isolated:
         memory: bytes that the process may take beyond what it begins with; None for no limit.
     """
 
-    def __init__(self, function: Callable[..., Any], timeout: float, memory: int | None = None) -> None:
+    def __init__(self, function: Callable[..., T], timeout: float, memory: int | None = None) -> None:
         self.function = function
         self.timeout = timeout
         self.memory = memory
         self._pipe: Connection | None = None
         self._pid = self._owner = 0
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> T:
         """The function's result; what it raises is raised here.
 
         Raises:
@@ -74,10 +75,10 @@ class Isolated:
         if reply is None:
             self.close()
             raise ProcessError(f"not done after {self.timeout:g} s (decode_timeout), so its process was stopped.")
-        worked, value = reply
-        if not worked:
-            raise value
-        return value
+        result, failure = reply
+        if failure is not None:
+            raise failure
+        return cast("T", result)
 
     def close(self) -> None:
         """End the process, if this one began it."""
@@ -121,7 +122,7 @@ class Isolated:
         name = signal.Signals(os.WTERMSIG(status)).name
         return f"{name}, often for lack of memory" if name == "SIGKILL" else name
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Copies and pickles begin a process of their own."""
         return {**self.__dict__, "_pipe": None, "_pid": 0, "_owner": 0}
 
@@ -130,7 +131,7 @@ class Isolated:
             self.close()
 
 
-def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None:
+def _serve(function: Callable[..., object], pipe: Connection, limit: float) -> None:
     """Answer calls until the caller is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the caller's business, who kills
         signal.signal(number, signal.SIG_IGN)
@@ -147,10 +148,11 @@ def _serve(function: Callable[..., Any], pipe: Connection, limit: float) -> None
         except (EOFError, OSError):
             return
         signal.setitimer(signal.ITIMER_REAL, limit)
+        reply: tuple[object, Exception | None]
         try:
-            reply = (True, function(*args))
+            reply = (function(*args), None)
         except Exception as error:
-            reply = (False, _portable(error))
+            reply = (None, _portable(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(pipe, reply)
 
@@ -183,7 +185,7 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _send(pipe: Connection, value: Any) -> None:
+def _send(pipe: Connection, value: object) -> None:
     """Pixels go beside the pickle: through memory that both processes have, which spares copying them through the pipe."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
@@ -202,17 +204,19 @@ def _send(pipe: Connection, value: Any) -> None:
         send_handle(pipe, file.fileno(), os.getppid())
 
 
-def _receive(pipe: Connection) -> tuple[bool, Any]:
+def _receive(pipe: Connection) -> tuple[object, Exception | None]:
+    """What the function gave, or what it raised."""
     data, sizes, shared = pipe.recv()
+    buffers: list[memoryview | bytearray]
     if shared:
         memory = memoryview(_mapped(recv_handle(pipe), sum(sizes)))
         ends = list(itertools.accumulate(sizes))
-        parts = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        return cast(tuple[bool, Any], pickle.loads(data, buffers=parts))
-    buffers = [bytearray(size) for size in sizes]
-    for buffer in buffers:
-        pipe.recv_bytes_into(buffer)
-    return cast(tuple[bool, Any], pickle.loads(data, buffers=buffers))
+        buffers = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    else:
+        buffers = [bytearray(size) for size in sizes]
+        for buffer in buffers:
+            pipe.recv_bytes_into(buffer)
+    return cast("tuple[object, Exception | None]", pickle.loads(data, buffers=buffers))
 
 
 def _mapped(handle: int, size: int) -> mmap.mmap:

@@ -177,10 +177,10 @@ class Answerer:
 
     def batch(self, items: list[Encoded]) -> tuple[dict[str, torch.Tensor], contextlib.AbstractContextManager[None]]:
         """Arguments of the model, and a context in which STA is told the clips of what comes as rows of frames."""
-        batch = self.collate(items)
+        batch = {key: value for key, value in self.collate(items).items() if isinstance(value, torch.Tensor)}
         lengths, handle = batch.pop("clip_lengths", None), get_sta(self.model)
         told = contextlib.nullcontext() if lengths is None or handle is None else handle.clips(lengths.tolist())
-        return {key: value.to(self.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}, told
+        return {key: value.to(self.device) for key, value in batch.items()}, told
 
     def write(
         self, prompts: list[Encoded], said: Callable[[str], None] | None = None, options: Sequence[int] = ()

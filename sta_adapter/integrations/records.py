@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.message import Record
+from sta_adapter.data.message import Message, Record
 from sta_adapter.errors import DataError
 
 __all__ = ["TOOLS", "as_ours", "settings_lost", "to_record"]
@@ -136,7 +136,7 @@ def to_record(sample: Sample, tool: str) -> Record:
     return {**_WRITE[tool](sample), **{key: value for key, value in kept.items() if value is not None}}
 
 
-def _tagged(messages: list[Record]) -> tuple[list[Record], dict[str, list[str]]]:
+def _tagged(messages: list[Message]) -> tuple[list[Record], dict[str, list[str]]]:
     """Messages of plain text with <video> and <image> in it, and the paths that belong there."""
     paths: dict[str, list[str]] = {"videos": [], "images": []}
     turns = []
@@ -173,7 +173,7 @@ def _llamafactory(sample: Sample) -> Record:
     return {"messages": turns[:-1], **pair, **paths}
 
 
-def _typed(messages: list[Record]) -> list[Record]:
+def _typed(messages: list[Message]) -> list[Record]:
     """Every content a list of parts, as `datasets` refuses a column of texts and lists."""
     return [{**message, "content": [dict(part) for part in message["content"]]} for message in messages]
 

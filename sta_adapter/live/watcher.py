@@ -24,7 +24,7 @@ from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step
 from sta_adapter.live.source import LiveFrame, LiveSource, masked
 from sta_adapter.video.frame_settings import FrameSettings
-from sta_adapter.video.reader import TICKS
+from sta_adapter.video.reader import TICKS, ClipTimes
 from sta_adapter.video.resize import fit_frames
 
 __all__ = ["WatchSettings", "Watcher"]
@@ -179,7 +179,7 @@ class Watcher:
 
     def _prompt(self, pixels: NDArray[np.uint8], seconds: tuple[float, ...], question: str) -> Encoded:
         """The question behind a clip of these frames (T, H, W, 3)."""
-        metadata = {
+        metadata: ClipTimes = {
             "total_num_frames": round(seconds[-1] * TICKS) + 1,
             "fps": float(TICKS),
             "width": pixels.shape[2],

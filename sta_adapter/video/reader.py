@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,18 @@ __all__ = ["Clip", "ClipMetadata", "TICKS", "read_clip"]
 
 TICKS = 1_000_000
 """A second, counted as finely as any container's timestamps are worth."""
+
+
+class ClipTimes(TypedDict):
+    """The fields of transformers' `VideoMetadata`; frame i begins `frames_indices[i] / fps` seconds into the file."""
+
+    total_num_frames: int
+    fps: float
+    width: int
+    height: int
+    duration: float
+    video_backend: str
+    frames_indices: list[int]
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class ClipMetadata:
     indices: tuple[int, ...]  # of the clip's frames among the file's
     timestamps: tuple[float, ...]  # seconds at which the clip's frames begin
 
-    def for_transformers(self) -> dict[str, Any]:
+    def for_transformers(self) -> ClipTimes:
         """The fields of transformers' `VideoMetadata`: `VideoMetadata(**clip.metadata.for_transformers())`.
 
         transformers tells time by `frames_indices` over `fps`. Where the file's own numbers don't give the timestamps

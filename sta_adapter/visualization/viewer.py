@@ -19,7 +19,7 @@ from sta_adapter.compatibility.processors import Processor, visual_part
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
-from sta_adapter.data.message import Message
+from sta_adapter.data.message import Message, Part
 from sta_adapter.data.visual import Visual
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
@@ -167,8 +167,8 @@ class Viewer:
         file, settings = os.fspath(path), dataclasses.replace(self.settings, **(frames or {}))
         with self._decoding:
             visual = (self._decode if self._isolated is None else self._isolated)(file, settings)
-        content = [{"type": "video", "video": file}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
+        content: list[Part] = [{"type": "video", "video": file}, {"type": "text", "text": question}]
+        messages: list[Message] = [{"role": "user", "content": content}]
         encoded = encode_prompt(self.processor, messages, [[visual]])
         batch = Collator.of(self.processor, side="left")([encoded])
         device = next(self.handle.model.parameters()).device
@@ -237,8 +237,8 @@ def _check_length(file: str, longest: float) -> None:
 
 
 def _times(visual: Visual) -> np.ndarray | None:
-    found = visual.metadata or {}
-    if not found.get("fps") or not found.get("frames_indices"):
+    found = visual.metadata
+    if found is None or not found.get("fps") or not found.get("frames_indices"):
         return None
     return np.array(found["frames_indices"]) / found["fps"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.message import Message, Record
+from sta_adapter.data.message import Message, Part, Record
 from sta_adapter.errors import DataError
 
 __all__ = ["EvalSet", "LETTERS", "question"]
@@ -67,7 +67,11 @@ def question(
         extra: other fields to group by.
     """
     lead = [{"type": "text", "text": before}] if before else []
-    user = [*lead, {"type": "video", "video": str(clip), **(settings or {})}, {"type": "text", "text": text}]
+    user: list[Part] = [
+        *lead,
+        {"type": "video", "video": str(clip), **(settings or {})},
+        {"type": "text", "text": text},
+    ]
     messages: list[Message] = [
         {"role": "user", "content": user},
         {"role": "assistant", "content": [{"type": "text", "text": labels[right]}]},
