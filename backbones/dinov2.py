@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, pixel_positions
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
+from sta_adapter.injection.encoder_call import number_of
 
 
-def leading_tokens(encoder: Any) -> int:
+def leading_tokens(encoder: nn.Module) -> int:
     """The class token and the registers."""
-    return 1 + getattr(encoder.config, "num_register_tokens", 0)
+    return 1 + number_of(encoder.config, "num_register_tokens", default=0)
 
 
 # Versions of transformers and sizes of the model differ in their names: query or q_proj, fc1 or a gated MLP.

@@ -6,7 +6,6 @@ Of rows whose clips nobody has told, some backbones make one clip; others refuse
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from torch import nn
 from sta_adapter.attention.layout import EACH_ROW as EACH_ROW
 from sta_adapter.attention.layout import AllRows, ClipLayout, ClipLengths, EachRow
 from sta_adapter.errors import LayoutError, UnknownClipsError
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of, sizes_of
 
 
 def row_clips(
@@ -57,8 +56,8 @@ def unknown_clips(found: str) -> UnknownClipsError:
 
 def pixel_layout(
     *,
-    patch_size: Callable[[Any], int | tuple[int, int]] = lambda encoder: encoder.config.patch_size,
-    prefix: int | Callable[[Any], int] = 1,
+    patch_size: Callable[[nn.Module], int | tuple[int, ...]] = lambda encoder: sizes_of(encoder.config, "patch_size"),
+    prefix: int | Callable[[nn.Module], int] = 1,
     must_be_told: bool = True,
 ) -> Callable[[EncoderCall], ClipLayout]:
     """A layout function for encoders called with `pixel_values` (F, channels, H, W).
@@ -79,8 +78,8 @@ def pixel_layout(
         if must_be_told and rows > 1 and call.clip_lengths is None:
             raise unknown_clips(f"the {rows} rows of {type(call.encoder).__name__}'s pixel_values")
         size = patch_size(call.encoder)
-        down, across = (size, size) if isinstance(size, int) else size
-        positions = (height // down) * (width // across)
+        sides = (size,) if isinstance(size, int) else size
+        positions = (height // sides[0]) * (width // sides[-1])
         leading = prefix if isinstance(prefix, int) else prefix(call.encoder)
         return row_clips(rows, positions, call.clip_lengths, prefix=leading, must_be_told=False)
 
@@ -89,31 +88,27 @@ def pixel_layout(
 
 def pixel_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions of each clip, row by row; None where a frame takes several rows of the batch, or came without pixels."""
-    config: Any = call.encoder.config
     pixels = call.arguments.get("pixel_values")
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
         return [None] * len(layout.clips)
-    size = config.patch_size
-    down, across = (size, size) if isinstance(size, int) else size
-    grid = torch.arange((pixels.shape[2] // down) * (pixels.shape[3] // across)).view(pixels.shape[2] // down, -1)
+    sides = sizes_of(call.encoder.config, "patch_size")
+    rows, columns = pixels.shape[2] // sides[0], pixels.shape[3] // sides[-1]
+    grid = torch.arange(rows * columns).view(rows, columns)
     return [grid if positions == grid.numel() else None for _, positions in layout.clips]
 
 
 def attention_heads(encoder: nn.Module) -> int:
     """Attention heads, from the encoder's configuration."""
-    config: Any = encoder.config
-    return cast("int", config.num_attention_heads)
+    return number_of(encoder.config, "num_attention_heads")
 
 
-def picture_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def picture_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """One black picture, for encoders that must be told about several rows."""
     return pixel_dummy(encoder, 1)
 
 
-def pixel_dummy(encoder: nn.Module, frames: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def pixel_dummy(encoder: nn.Module, frames: int = 2) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A clip of black frames, of the size that the encoder's configuration names."""
-    config: Any = encoder.config
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    sides, channels = sizes_of(encoder.config, "image_size"), number_of(encoder.config, "num_channels", default=3)
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    return (), {"pixel_values": parameter.new_zeros(frames, getattr(config, "num_channels", 3), height, width)}
+    return (), {"pixel_values": parameter.new_zeros(frames, channels, sides[0], sides[-1])}

@@ -7,9 +7,8 @@ many pictures. The clips are read where they are still known, from the model's `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
 from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, ClipSource
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of
 
 
 def frame_grid_layout(call: EncoderCall) -> ClipLayout:
@@ -48,23 +47,23 @@ def frame_grid_layout(call: EncoderCall) -> ClipLayout:
 
 def frame_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions of each clip, from the grid of its first frame."""
-    config: Any = call.encoder.config
+    merge = number_of(call.encoder.config, "spatial_merge_size")
     frames = [(h, w) for t, h, w in grid_rows(call) for _ in range(t)]
     starts = accumulate((t for t, _ in layout.clips[:-1]), initial=0)
-    return [merged_positions(*frames[start], config.spatial_merge_size) for start in starts]
+    return [merged_positions(*frames[start], merge) for start in starts]
 
 
-def grid_frames(name: str) -> Any:
+def grid_frames(name: str) -> Callable[[nn.Module, Mapping[str, object]], ClipLengths | None]:
     """A function that reads the frames of each clip from the argument `name`, a grid (clips, 3)."""
 
-    def lengths(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    def lengths(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
         grid = arguments.get(name)
         return tuple(grid[:, 0].tolist()) if isinstance(grid, torch.Tensor) and len(grid) else None
 
     return lengths
 
 
-def frame_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def frame_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A black clip of one frame."""
     (pixels,), arguments = grid_dummy(encoder)
     grid = arguments["grid_thw"].clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of, sizes_of
 
 # language models of the InternVideo family: Mistral, Llama and Qwen2 (q_proj ...) and InternLM2 (wqkv ...)
 INTERN_LORA = LoRARecipe(
@@ -32,11 +32,11 @@ def video_layout(call: EncoderCall) -> ClipLayout:
     position that could be followed through the frames.
     """
     video, encoder = call.tensor("x"), call.encoder
-    kernel: Any = encoder.get_submodule("patch_embed.proj").kernel_size
+    kernel = sizes_of(encoder.get_submodule("patch_embed.proj"), "kernel_size")
     if video.dim() != 5 or any(size < least for size, least in zip(video.shape[2:], kernel, strict=True)):
         raise LayoutError(
             f"the video has the shape {tuple(video.shape)}; expected (clips, channels, frames, height, width), "
-            f"at least {tuple(kernel)} in the last three."
+            f"at least {kernel} in the last three."
         )
     clips = video.shape[0]
     frames, rows, columns = (size // step for size, step in zip(video.shape[2:], kernel, strict=True))
@@ -67,29 +67,28 @@ def _visible(mask: torch.Tensor | None, clips: int, frames: int, positions: int)
 
 def video_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions of each clip, row by row; None where a mask has dropped some."""
-    kernel: Any = call.encoder.get_submodule("patch_embed.proj").kernel_size
+    kernel = sizes_of(call.encoder.get_submodule("patch_embed.proj"), "kernel_size")
     _, rows, columns = (size // step for size, step in zip(call.tensor("x").shape[2:], kernel, strict=True))
     grid = torch.arange(rows * columns).view(rows, columns)
     return [grid if positions == grid.numel() else None for _, positions in layout.clips]
 
 
-def video_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def video_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A black clip of the size that the encoder was made for; some of its classes take no other."""
-    patches: Any = encoder.get_submodule("patch_embed")
-    frames, rows, columns = patches.grid_size
-    weight = patches.proj.weight
-    size = [grid * step for grid, step in zip((frames, rows, columns), patches.proj.kernel_size, strict=True)]
+    kernel = sizes_of(encoder.get_submodule("patch_embed.proj"), "kernel_size")
+    grid = sizes_of(encoder.get_submodule("patch_embed"), "grid_size")
+    weight = encoder.get_parameter("patch_embed.proj.weight")
+    size = [count * step for count, step in zip(grid, kernel, strict=True)]
     video = torch.zeros(1, weight.shape[1], *size, device=weight.device, dtype=weight.dtype)
     if not takes(encoder, "mask"):
         return (video,), {}
-    keep_all = torch.zeros(1, 1 + frames * rows * columns, device=weight.device, dtype=torch.bool)
+    keep_all = torch.zeros(1, 1 + math.prod(grid), device=weight.device, dtype=torch.bool)
     return (video,), {"mask": keep_all}
 
 
 def block_heads(encoder: nn.Module) -> int:
     """Attention heads, from the first block."""
-    attention: Any = encoder.get_submodule("blocks.0.attn")
-    return cast("int", attention.num_heads)
+    return number_of(encoder.get_submodule("blocks.0.attn"), "num_heads")
 
 
 BACKBONE = Backbone(

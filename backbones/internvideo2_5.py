@@ -15,8 +15,7 @@ InternVL 2.5, whose chat model has the same class, cuts a picture into rows: tel
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -38,13 +37,13 @@ def vit_layout(call: EncoderCall) -> ClipLayout:
     return pixel_layout(must_be_told=False)(call)  # type: ignore[no-any-return]
 
 
-def chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def chat_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of `chat`'s rows: from `num_patches_list` and the labels in the prompt."""
-    if arguments.get("pixel_values") is None or not arguments.get("num_patches_list"):
+    counts, history = arguments.get("num_patches_list") or None, arguments.get("history") or ()
+    if arguments.get("pixel_values") is None or not isinstance(counts, Iterable) or not isinstance(history, Iterable):
         return None
-    rows = [int(n) for n in arguments["num_patches_list"]]
-    turns = [*(text for turn in arguments.get("history") or () for text in turn), arguments["question"]]
-    labels = PLACEHOLDER.findall("\n".join(turns))
+    rows = [int(n) for n in counts]
+    labels = PLACEHOLDER.findall("\n".join([*(text for turn in history for text in turn), str(arguments["question"])]))
     if len(labels) == len(rows) and all(labels):
         return _labelled_clips(rows, [int(label) for label in labels])
     if len(rows) == 1 or (not labels and set(rows) == {1}):
@@ -66,18 +65,19 @@ def _labelled_clips(rows: Sequence[int], numbers: Sequence[int]) -> ClipLengths:
     return tuple((len(clip), clip[0]) for clip in clips)
 
 
-def batch_chat_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def batch_chat_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of `batch_chat`'s rows: one a question."""
     rows = arguments.get("num_patches_list") or arguments.get("image_counts")
-    if arguments.get("pixel_values") is None or not rows:
+    if arguments.get("pixel_values") is None or not rows or not isinstance(rows, Iterable):
         return None
     return tuple(int(n) for n in rows if n)
 
 
-def sample_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def sample_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of the rows of `forward` or `generate`: one a sample, by the image tokens in `input_ids` (B, L)."""
     pixels, ids = arguments.get("pixel_values"), arguments.get("input_ids")
-    if pixels is None or ids is None or len(pixels) == 1 or arguments.get("visual_features") is not None:
+    encoded = arguments.get("visual_features") is not None
+    if not isinstance(pixels, torch.Tensor) or not isinstance(ids, torch.Tensor) or len(pixels) == 1 or encoded:
         return None
     flags = arguments.get("image_flags")
     if isinstance(flags, torch.Tensor) and not flags.any():

@@ -7,7 +7,7 @@ rows as one clip.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from torch import nn
@@ -25,9 +25,10 @@ from sta_adapter.injection.backbone import Backbone, ClipSource, LoRARecipe
 from sta_adapter.injection.vllm_tower import VLLMTower
 
 
-def feature_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def feature_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of `get_image_features(pixel_values)`: one row is a picture, more must be told."""
-    rows = len(arguments["pixel_values"])
+    pixels = arguments["pixel_values"]
+    rows = len(pixels) if isinstance(pixels, Sized) else 1
     if rows > 1:
         raise unknown_clips(f"the {rows} rows of {type(model).__name__}'s pixel_values")
     return (1,)

@@ -33,7 +33,7 @@ def is_within_llava(model: nn.Module, encoder: nn.Module) -> bool:
     )
 
 
-def video_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def video_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of videos (clips, frames, 3, H, W)."""
     videos = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
     if not isinstance(videos, torch.Tensor) or videos.dim() != 5:
@@ -73,12 +73,12 @@ def packed_videos(model: Any, method: Callable[..., Any], args: tuple[Any, ...],
     return output
 
 
-def picture_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def picture_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Pictures: each tile is a clip of one frame."""
     return EACH_ROW
 
 
-def forward_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def forward_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of a whole forward, where the model has no methods for pictures and videos."""
     pictures, videos = arguments.get("pixel_values"), arguments.get("pixel_values_videos")
     if hasattr(model, "get_video_features") or (pictures is None and videos is None):
@@ -88,7 +88,7 @@ def forward_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths
             "this release of transformers encodes pictures and videos in one forward, and STA can't tell them apart. "
             "Use transformers 4.50 or newer, or pictures and videos in calls of their own."
         )
-    if videos is not None and missing_frames(videos).any():
+    if isinstance(videos, torch.Tensor) and missing_frames(videos).any():
         raise LayoutError(
             "this release of transformers takes no clips of unequal lengths in one forward. Use transformers 4.57 or newer, "
             "one nframes for all clips, or one sample at a time."

@@ -20,7 +20,7 @@ def video_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths |
     return tuple(len(clip) for clip in arguments["inputs"]["pixel_values_videos"])
 
 
-def picture_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def picture_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Pictures, of which each tile is a clip of one frame."""
     return cast("ClipLengths | None", EACH_ROW)
 

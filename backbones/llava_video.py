@@ -8,8 +8,7 @@ all others are pictures or tiles of them, which is how the model itself takes th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -19,14 +18,14 @@ from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.injection.backbone import ClipSource
 
 
-def multimodal_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+def multimodal_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of `images`: a list or tensor of (rows, 3, H, W) or (3, H, W), or one batch (rows, 3, H, W) of pictures."""
     images, modalities = arguments.get("images"), arguments.get("modalities", ["image"])
-    if images is None:
+    if not isinstance(images, Iterable):
         return None
     if isinstance(images, torch.Tensor) and images.dim() == 4:
         return EACH_ROW
-    kinds = [modalities] if isinstance(modalities, str) else list(modalities)
+    kinds = list(modalities) if isinstance(modalities, (list, tuple)) else [modalities]
     lengths: list[int] = []
     for index, item in enumerate(images):
         rows = item.shape[0] if item.dim() == 4 else 1

@@ -8,7 +8,6 @@ clip, also where windows don't divide the grid: row n of a frame's tokens is the
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from sta_adapter.backbones.qwen2_vl import (
 )
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of
 
 # The vision MLP has the names of the language model: gate_proj, up_proj and down_proj. Omni keeps q, k and v apart,
 # so that its vision attention takes part by attn.proj alone.
@@ -39,12 +38,12 @@ GATED_LORA = dataclasses.replace(
 
 def window_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions in the order of the windows; an order that the caller has passed itself is not known."""
-    config: Any = call.encoder.config
     if call.arguments.get("window_index") is not None:
         return [None] * len(layout.clips)
-    merge = config.spatial_merge_size
-    window = config.window_size // merge // config.patch_size
-    return [merged_positions(h, w, merge, window) for _, h, w in grid_rows(call)]
+    merge, window, patch = (
+        number_of(call.encoder.config, name) for name in ("spatial_merge_size", "window_size", "patch_size")
+    )
+    return [merged_positions(h, w, merge, window // merge // patch) for _, h, w in grid_rows(call)]
 
 
 BACKBONE = Backbone(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import nn
 
@@ -11,7 +9,7 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of
 from sta_adapter.injection.vllm_tower import VLLMTower
 
 QWEN_LORA = LoRARecipe(
@@ -57,23 +55,21 @@ def merged_positions(rows: int, columns: int, merge: int, window: int = 0) -> to
 
 def grid_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions of each clip of `grid_thw`."""
-    config: Any = call.encoder.config
-    return [merged_positions(h, w, config.spatial_merge_size) for _, h, w in grid_rows(call)]
+    merge = number_of(call.encoder.config, "spatial_merge_size")
+    return [merged_positions(h, w, merge) for _, h, w in grid_rows(call)]
 
 
 def config_heads(encoder: nn.Module) -> int:
     """Attention heads, from the encoder's configuration."""
-    config: Any = encoder.config
-    return cast("int", config.num_heads)
+    return number_of(encoder.config, "num_heads")
 
 
-def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def grid_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A black clip of two frames, 2x2 patches after merging one by one."""
-    config: Any = encoder.config
-    merge = config.spatial_merge_size
+    merge = number_of(encoder.config, "spatial_merge_size")
     grid = torch.tensor([[2, merge, merge]], device=next(encoder.parameters()).device)
-    channels = getattr(config, "in_channels", getattr(config, "in_chans", 3))
-    size = channels * config.temporal_patch_size * config.patch_size**2
+    size = number_of(encoder.config, "in_channels", "in_chans", default=3)
+    size *= number_of(encoder.config, "temporal_patch_size") * number_of(encoder.config, "patch_size") ** 2
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
     pixels = torch.zeros(2 * merge * merge, size, device=parameter.device, dtype=parameter.dtype)
     return (pixels,), {"grid_thw": grid}
@@ -81,14 +77,12 @@ def grid_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def tower_heads(encoder: nn.Module) -> int:
     """Attention heads of vLLM's towers, which keep no configuration."""
-    tower: Any = encoder
-    return cast("int", tower.num_heads)
+    return number_of(encoder, "num_heads")
 
 
-def tower_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def tower_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor], dict[str, list[list[int]]]]:
     """The clip of `grid_dummy` for vLLM's towers."""
-    tower: Any = encoder
-    merge, weight = tower.spatial_merge_size, tower.patch_embed.proj.weight
+    merge, weight = number_of(encoder, "spatial_merge_size"), encoder.get_parameter("patch_embed.proj.weight")
     pixels = torch.zeros(2 * merge * merge, weight[0].numel(), device=weight.device, dtype=weight.dtype)
     return (pixels,), {"grid_thw": [[2, merge, merge]]}
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.errors import InjectionError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FAMILIES = ("Qwen2VLModel", "Qwen2_5_VLModel")
 
 
-def find_owner(model: nn.Module, kinds: tuple[str, ...] = FAMILIES) -> Any:
+def find_owner(model: nn.Module, kinds: tuple[str, ...] = FAMILIES) -> nn.Module:
     """The module that computes positions: the one around tower and language model.
 
     Args:
@@ -40,6 +43,7 @@ def find_owner(model: nn.Module, kinds: tuple[str, ...] = FAMILIES) -> Any:
     )
 
 
-def tokens_per_second(owner: Any) -> float | None:
+def tokens_per_second(owner: PreTrainedModel) -> float | None:
     """Positions on the temporal axis for a second in Qwen2.5-VL; None for Qwen2-VL, which counts steps."""
-    return None if "Qwen2VL" in type(owner).__name__ else owner.config.vision_config.tokens_per_second
+    rate: float | None = None if "Qwen2VL" in type(owner).__name__ else owner.config.vision_config.tokens_per_second
+    return rate

@@ -19,7 +19,9 @@ FORWARD = "Qwen2VLModel.forward"
 class FillPositions:
     """Forward pre-hook of Qwen2VLModel: the positions that were not passed, in a prompt and after it."""
 
-    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[()], dict[str, object]] | None:
         """Return the arguments with `position_ids`, or None when they have them."""
         if kwargs.get("position_ids") is not None:
             return None
@@ -56,7 +58,7 @@ class GenerationPositions:
     def __init__(self, head: nn.Module) -> None:
         self.head = head
 
-    def __call__(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    def __call__(self, inputs_tensor: Tensor, model_kwargs: dict[str, Tensor]) -> Tensor:
         """Positions (4, batch, tokens), text first, or (1, batch, tokens) when a cached text goes on."""
         head: Any = self.head
         ids = model_kwargs.get("input_ids", inputs_tensor)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sta_adapter.backbones.qwen2_vl_position_rules import PositionRule
 from sta_adapter.errors import LayoutError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class RopeIndex:
@@ -22,12 +25,12 @@ class RopeIndex:
         names: the method's arguments, in order.
     """
 
-    def __init__(self, rule: PositionRule, config: Any, names: Sequence[str]) -> None:
+    def __init__(self, rule: PositionRule, config: PretrainedConfig, names: Sequence[str]) -> None:
         self.rule = rule
         self.config = config
         self.names = tuple(names)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Positions (3, batch, tokens), and what to add to a later token's index for its position: (batch, 1).
 
         Padding has position 1.
@@ -81,27 +84,32 @@ class RopeIndex:
                 left -= size
         return torch.cat(parts, dim=1), start
 
-    def _seconds(self, seconds: Tensor | Sequence[float] | None) -> Iterator[float]:
+    def _seconds(self, seconds: object) -> Iterator[float]:
         """Seconds of a temporal step, for each video of the batch."""
         return iter(() if seconds is None else torch.as_tensor(seconds).flatten().tolist())
 
-    def _grids(self, grid: Tensor | None) -> Iterator[list[int]]:
+    def _grids(self, grid: object) -> Iterator[list[int]]:
         """(frames, rows, columns) of each clip in merged tokens."""
         merge = self.config.vision_config.spatial_merge_size
-        return iter([] if grid is None else [[t, h // merge, w // merge] for t, h, w in grid.tolist()])
+        return iter([] if grid is None else [[t, h // merge, w // merge] for t, h, w in torch.as_tensor(grid).tolist()])
 
-    def _token_ids(self, given: dict[str, Any]) -> Tensor:
+    def _token_ids(self, given: dict[str, object]) -> Tensor:
         """(batch, tokens), also where only embeddings were passed: then text is -1."""
         ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
-        if ids is not None:
-            return cast("Tensor", ids)
-        if types is not None:
+        if isinstance(ids, Tensor):
+            return ids
+        if isinstance(types, Tensor):
             ids = torch.full_like(types, -1)
             return ids.masked_fill(types == 1, self.config.image_token_id).masked_fill(
                 types == 2, self.config.video_token_id
             )
-        shape = given.get("attention_mask") if given.get("inputs_embeds") is None else given["inputs_embeds"][..., 0]
-        if shape is None or given.get("image_grid_thw") is not None or given.get("video_grid_thw") is not None:
+        mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
+        shape = embeds[..., 0] if isinstance(embeds, Tensor) else mask
+        if (
+            not isinstance(shape, Tensor)
+            or given.get("image_grid_thw") is not None
+            or given.get("video_grid_thw") is not None
+        ):
             raise LayoutError(
                 "the places of images and clips can't be known without input_ids; pass them or position_ids."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions
+from sta_adapter.injection.encoder_call import number_of
 
 # before transformers 4.52, the head computes positions itself
 HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
@@ -71,7 +72,7 @@ def use_rule(model: nn.Module, name: str | None) -> None:
         install(model, RULES[name](tokens_per_second(find_owner(model))))
 
 
-def _computing(model: nn.Module) -> Any:
+def _computing(model: nn.Module) -> nn.Module | None:
     """The module whose `get_rope_index` counts, or None."""
     for kinds in (FAMILIES, HEADS):
         for module in model.modules():
@@ -81,7 +82,7 @@ def _computing(model: nn.Module) -> Any:
     return None
 
 
-def _native_rule(owner: Any) -> str:
+def _native_rule(owner: nn.Module) -> str:
     """Which rule the installed transformers has, by what it answers for one clip."""
     with torch.device("cpu"):
         try:
@@ -96,18 +97,17 @@ def _native_rule(owner: Any) -> str:
     return UNKNOWN
 
 
-def _ask(owner: Any) -> Tensor:
+def _ask(owner: nn.Module) -> Tensor:
     """The positions (3, tokens) that transformers' own method gives to a clip between two tokens of text each."""
-    config = owner.config
-    merge = config.vision_config.spatial_merge_size
-    tokens = [0, config.vision_start_token_id, *[config.video_token_id] * FRAMES, config.vision_end_token_id, 0]
-    ids = torch.tensor([tokens])
+    merge = number_of(getattr(owner.config, "vision_config", None), "spatial_merge_size")
+    start, video, end = (number_of(owner.config, f"{x}_token_id") for x in ("vision_start", "video", "vision_end"))
+    ids = torch.tensor([[0, start, *[video] * FRAMES, end, 0]])
     known: dict[str, Tensor] = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "video_grid_thw": torch.tensor([[FRAMES, merge, merge]]),
         "second_per_grid_ts": torch.tensor([SECONDS]),
-        "mm_token_type_ids": 2 * (ids == config.video_token_id).int(),
+        "mm_token_type_ids": 2 * (ids == video).int(),
     }
     method = getattr(type(owner), ROPE_INDEX)
     names = parameter_names(method, f"{type(owner).__name__}.{ROPE_INDEX}")

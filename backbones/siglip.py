@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from sta_adapter.backbones.frames import (
 )
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of
 
 VISION_QKV = r"encoder\.layers\.\d+\.self_attn\.[qkv]_proj"
 SIGLIP_LORA = LoRARecipe(
@@ -69,13 +69,12 @@ def siglip_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor
     return found
 
 
-def siglip_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def siglip_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """One black picture."""
-    config: Any = encoder.config
-    if not hasattr(config, "num_patches"):
-        return cast("tuple[tuple[Any, ...], dict[str, Any]]", picture_dummy(encoder))
+    if not hasattr(encoder.config, "num_patches"):
+        return cast("tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]", picture_dummy(encoder))
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    shape = (1, 1, config.num_channels * config.patch_size**2)
+    shape = (1, 1, number_of(encoder.config, "num_channels") * number_of(encoder.config, "patch_size") ** 2)
     pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
     sizes = torch.ones(1, 2, dtype=torch.long, device=parameter.device)
     return (pixels, sizes[:, :1], sizes), {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -12,14 +10,13 @@ from sta_adapter.backbones.frames import attention_heads
 from sta_adapter.backbones.qwen2_vl import grid_layout, grid_rows, merged_positions
 from sta_adapter.backbones.siglip import SIGLIP_LORA
 from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.encoder_call import EncoderCall, number_of
 
 
-def merged_dummy(encoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def merged_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A black clip of two frames of 2x2 patches."""
-    config: Any = encoder.config
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    shape = (8, config.num_channels * config.patch_size**2)
+    shape = (8, number_of(encoder.config, "num_channels") * number_of(encoder.config, "patch_size") ** 2)
     pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
     grid = torch.tensor([[2, 2, 2]], device=parameter.device)
     return (), {"pixel_values": pixels, "grid_thw": grid, "merge_sizes": grid.new_tensor([2])}

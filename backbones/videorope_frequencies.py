@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ class InterleavedFrequencies:
     def __init__(self, sections: Sequence[int]) -> None:
         self.spatial = sum(sections) - sections[0]
 
-    def __call__(self, *call: Any) -> Any:
+    def __call__(self, *call: object) -> Tensor | tuple[Tensor, ...]:
         """With (3, batch, tokens, pairs): its mix (batch, tokens, 2 * pairs); with (module, args, output): the output mixed."""
-        if len(call) == 1:
-            return self.mix(call[0])
-        cos, sin = call[2]
+        given = call[-1]
+        if isinstance(given, Tensor):
+            return self.mix(given)
+        cos, sin = cast("tuple[Tensor, Tensor]", given)
         if cos.dim() != 4:
             raise incompatible(
                 "transformers",

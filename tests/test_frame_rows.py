@@ -9,7 +9,8 @@ from torch import nn
 from sta_adapter.attention.layout import ALL_ROWS
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.backbones.frames import EACH_ROW, pixel_dummy, pixel_layout, pixel_positions, row_clips
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import CompatibilityError, LayoutError
+from sta_adapter.injection.encoder_call import number_of
 
 
 def encoder(**config):
@@ -60,6 +61,20 @@ def test_layout_and_positions_from_pixels(size):
     assert pixel_layout(prefix=lambda encoder: 5)(call).prefix == 5
     assert pixel_layout(patch_size=lambda encoder: 2)(call).clips == ((2, 32),)
     assert [p.tolist() for p in pixel_positions(call, layout)] == [torch.arange(2 * columns).view(2, columns).tolist()]
+
+
+@pytest.mark.parametrize("size", [None, "4", [], [4, 2.0]], ids=str)
+def test_a_size_that_is_none_is_named(size):
+    with pytest.raises(CompatibilityError, match=r"SimpleNamespace has no size patch_size, but"):
+        pixel_layout()(EncoderCall(encoder(patch_size=size), {"pixel_values": torch.zeros(1, 3, 8, 8)}))
+
+
+@pytest.mark.parametrize("config", [{}, {"num_heads": None}, {"heads": 4.0}], ids=str)
+def test_a_number_that_is_none_is_named(config):
+    with pytest.raises(CompatibilityError, match="SimpleNamespace has no whole number num_heads or heads"):
+        number_of(encoder(**config).config, "num_heads", "heads")
+    assert number_of(encoder(**config).config, "num_heads", "heads", default=2) == 2
+    assert number_of(encoder(heads=4, num_heads=8).config, "num_heads", "heads", default=2) == 8
 
 
 @pytest.mark.parametrize("arguments", [{}, {"pixel_values": None}, {"pixel_values": torch.zeros(2, 9, 48)}])

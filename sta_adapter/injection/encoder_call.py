@@ -10,8 +10,34 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLengths
+from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.errors import LayoutError
+
+
+def number_of(owner: object, *names: str, default: int | None = None) -> int:
+    """A whole number of a configuration or a module: the first of these names that it has.
+
+    Raises:
+        CompatibilityError: it has none of them, and there is no default.
+    """
+    found = next((value for name in names if isinstance(value := getattr(owner, name, None), int)), default)
+    if found is None:
+        raise incompatible("transformers", f"{type(owner).__name__} has no whole number {' or '.join(names)}")
+    return found
+
+
+def sizes_of(owner: object, name: str) -> tuple[int, ...]:
+    """A size of a configuration or a module, side by side; one number where all sides are alike.
+
+    Raises:
+        CompatibilityError: it has none of this name.
+    """
+    found = getattr(owner, name, None)
+    sizes = tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        raise incompatible("transformers", f"{type(owner).__name__} has no size {name}, but {found!r}")
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)
