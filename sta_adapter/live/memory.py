@@ -22,7 +22,7 @@ class Step:
     """
 
     seconds: tuple[float, ...]
-    output: Any
+    output: object
     tokens: int
 
 
@@ -59,7 +59,7 @@ class FrameMemory:
         """Forget all steps."""
         self.steps.clear()
 
-    def output(self) -> Any:
+    def output(self) -> object:
         """The encoder's output for all steps, as if they were encoded in one call."""
         return joined([step.output for step in self.steps])
 

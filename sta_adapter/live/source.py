@@ -7,13 +7,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video import VideoNotFoundError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
 
 __all__ = ["LiveFrame", "LiveSource", "masked"]
 
@@ -94,7 +99,7 @@ class LiveSource:
                     clock.wait_for(seconds, stopped)
                 yield LiveFrame(seconds, _upright(frame))
 
-    def _open(self, av: Any) -> Any:
+    def _open(self, av: ModuleType) -> InputContainer:
         options = {} if self.is_camera else {"protocol_whitelist": "file"}
         if self.is_remote:
             options = {"protocol_whitelist": REMOTE_PROTOCOLS}
@@ -107,13 +112,16 @@ class LiveSource:
                 "(pip install av --no-binary av, with FFmpeg's libraries on the machine), or serve the camera over RTSP."
             )
         try:
-            return av.open(self.name, format=kind, options=options, timeout=(self.timeout, self.timeout))
+            found: InputContainer = av.open(
+                self.name, format=kind, options=options, timeout=(self.timeout, self.timeout)
+            )
+            return found
         except av.error.ExitError as error:
             raise VideoError(f"{_shown(self.name)} did not answer within {self.timeout:g} seconds.") from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{_shown(self.name)} can't be opened as a video: {error}.") from error
 
-    def _decoded(self, av: Any, container: Any) -> Iterator[Any]:
+    def _decoded(self, av: ModuleType, container: InputContainer) -> Iterator[VideoFrame]:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO" if self.fast else "SLICE"  # threads by frame give frames late
         broke = ""
@@ -164,8 +172,8 @@ class _Clock:
             time.sleep(min(left, 0.1))
 
 
-def _upright(frame: Any) -> NDArray[np.uint8]:
-    pixels = frame.to_ndarray(format="rgb24")
+def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
+    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 

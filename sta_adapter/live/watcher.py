@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.visual import Visual
@@ -29,7 +29,7 @@ from sta_adapter.video.resize import fit_frames
 
 __all__ = ["WatchSettings", "Watcher"]
 
-Event = dict[str, Any]
+Event = dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Watcher:
         ConfigError: the adapter can't be streamed.
     """
 
-    def __init__(self, handle: STAHandle, processor: Any, frames: FrameSettings, settings: WatchSettings) -> None:
+    def __init__(self, handle: STAHandle, processor: Processor, frames: FrameSettings, settings: WatchSettings) -> None:
         self.handle = handle
         self.settings = settings
         self.frames = frames
@@ -193,11 +193,11 @@ class Watcher:
         visual = Visual("video", pixels, metadata, resized)
         return encode_prompt(self._processor, [{"role": "user", "content": content}], [[visual]])
 
-    def _encode(self, prompt: Encoded) -> Any:
+    def _encode(self, prompt: Encoded) -> object:
         """The encoder's output for a prompt's frames; the language model doesn't run."""
-        found: list[Any] = []
+        found: list[object] = []
 
-        def take(module: nn.Module, args: Any, output: Any) -> None:
+        def take(module: nn.Module, args: object, output: object) -> None:
             found.append(output)
             raise _EncodedError
 
@@ -236,7 +236,7 @@ class _EncodedError(Exception):
 
 
 @contextlib.contextmanager
-def _gives(module: nn.Module, output: Any) -> Iterator[None]:
+def _gives(module: nn.Module, output: object) -> Iterator[None]:
     """A module that gives an output without computing."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *args, **kwargs: output

@@ -6,7 +6,7 @@ return something else than PyAV, so that the same call gives the same pixels whe
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
 from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, video_stream
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 __all__ = ["Resize", "check_backend", "check_threads", "decode"]
 
@@ -58,7 +63,7 @@ def _check_size(picture: Pixels, table: FrameTable) -> None:
         )
 
 
-def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tuple[int, Any]]:
+def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tuple[int, "VideoFrame"]]:
     """Yield (index, frame) of wanted frames, jumping to the key frames in front of them."""
     from av.video.frame import PictureType
 
@@ -90,10 +95,10 @@ def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[
                     break
 
 
-def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tuple[int, Any]]:
+def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tuple[int, "VideoFrame"]]:
     """Yield (index, frame) of wanted frames, decoding from the beginning up to the last of them."""
     left = set(wanted)
-    index_of = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
+    index_of: dict[int | None, int] = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
     with open_video(table.path) as container:
         stream = video_stream(container)
         stream.codec_context.thread_count = threads
@@ -108,7 +113,7 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
                 return
 
 
-def _frames_of(packet: Any) -> Iterable[Any]:
+def _frames_of(packet: "Packet[VideoStream]") -> Iterable["VideoFrame"]:
     return () if packet.is_corrupt else packet.decode()
 
 
@@ -121,7 +126,9 @@ def _decline_unlike_pyav(table: FrameTable) -> None:
         raise DeclinedError("frames refer across its key frames, or it has no index: seeking in it is not exact")
 
 
-def _compare_times(table: FrameTable, indices: NDArray[np.int64], count: int, times: NDArray[Any]) -> None:
+def _compare_times(
+    table: FrameTable, indices: NDArray[np.int64], count: int, times: NDArray[np.float32 | np.float64]
+) -> None:
     """Decline where another backend counts the file's frames in another way. `times` (T,) are its own timestamps."""
     if count != len(table.times):
         raise DeclinedError(f"it lists {count} frames where the packets are {len(table.times)}")

@@ -8,7 +8,8 @@ import stat
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from sta_adapter.video.truncation import cut_off
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.sidedata.sidedata import SideData
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -101,7 +103,7 @@ class FrameTable:
         return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def import_av() -> Any:
+def import_av() -> ModuleType:
     """PyAV, imported late: `import sta_adapter` must not load FFmpeg."""
     try:
         import av
@@ -150,7 +152,7 @@ def _probing(path: Path) -> dict[str, str]:
 
 def video_stream(container: "InputContainer") -> "VideoStream":
     """The stream with the pictures; the largest moving one where there are several (a cover image, say)."""
-    stream: Any = container.streams.best("video")
+    stream = cast("VideoStream | None", container.streams.best("video"))
     if stream is None:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
         raise VideoError(f"{container.name} has no video stream (streams: {kinds}); expected a file with pictures.")
@@ -158,8 +160,7 @@ def video_stream(container: "InputContainer") -> "VideoStream":
         raise VideoError(f"{container.name} has pictures of a kind that FFmpeg has no decoder for; convert it.")
     if int(getattr(stream.disposition, "value", stream.disposition)) & ATTACHED:  # a flag that is no int before PyAV 18
         raise VideoError(f"{container.name} has no video stream, only an attached cover picture; expected a video.")
-    found: VideoStream = stream
-    return found
+    return stream
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
@@ -183,7 +184,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
     try:
-        data: Any = frame.side_data.get("DISPLAYMATRIX")
+        data = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
     except ValueError as error:  # PyAV gives up at side data that it doesn't know, such as a camera's EXIF
         if frame.rotation:
             raise VideoError("its pictures are to be turned in a way that PyAV doesn't tell; convert it.") from error

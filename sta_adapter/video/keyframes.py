@@ -1,7 +1,11 @@
 """Whether decoding can begin at a key frame and give exact pictures, told from packets without decoding them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.stream import VideoStream
 
 __all__ = ["PacketRow", "begins_afresh", "keys_are_fresh"]
 
@@ -20,7 +24,7 @@ class PacketRow(NamedTuple):
     fresh: bool | None
 
 
-def begins_afresh(codec: str, extradata: bytes | None, packet: Any) -> bool | None:
+def begins_afresh(codec: str, extradata: bytes | None, packet: "Packet[VideoStream]") -> bool | None:
     """Whether an H.264 or HEVC key packet is an IDR picture; None for other codecs.
 
     Other key frames (open groups of pictures, recovery points of an intra refresh) are followed by frames that refer

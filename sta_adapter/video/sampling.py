@@ -3,7 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,14 @@ MOST_TARGETS = 1_000_000
 
 
 def _check_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     bound = f"at least {above:g}" if inclusive else f"above {above:g}"
-    if not is_number or not _is_finite(value) or value < above or (value == above and not inclusive):  # type: ignore[operator]
+    if not _is_finite(value) or value < above or (value == above and not inclusive):
         raise ConfigError(f"{name} is {value!r}; expected a finite number {bound}. Change {name} or leave it out.")
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond what a float holds

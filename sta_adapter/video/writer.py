@@ -5,7 +5,7 @@ import os
 import uuid
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,7 @@ def _checked_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _encode(av: Any, path: Path, frames: NDArray[np.uint8], rate: Fraction) -> None:
+def _encode(av: ModuleType, path: Path, frames: NDArray[np.uint8], rate: Fraction) -> None:
     encoder = next(name for name in ENCODERS if name in av.codecs_available)
     with av.open(str(path.absolute()), "w") as container:
         stream = container.add_stream(encoder, rate=rate, options=dict(ENCODERS[encoder]))
