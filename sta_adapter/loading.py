@@ -7,7 +7,8 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,12 +18,17 @@ from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
+from sta_adapter.compatibility.processors import Processor
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.injection.load import load_sta
 from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.files import published_config
 from sta_adapter.requirements import require_device
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 __all__ = ["load_adapter", "load_model", "load_processor"]
 
@@ -69,9 +75,9 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
     require_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted: Any = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
+    wanted: object = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     narrow = (
@@ -97,7 +103,7 @@ def load_model(
     return found
 
 
-def _quantization(kind: str, dtype: Any) -> Any:
+def _quantization(kind: str, dtype: object) -> BitsAndBytesConfig:
     """The settings for bitsandbytes, which computes in `dtype`; "auto" means bfloat16."""
     if kind not in QUANTIZED:
         raise ConfigError(f"quantize is {kind!r}, expected one of {', '.join(QUANTIZED)}.")
@@ -116,19 +122,19 @@ def _quantization(kind: str, dtype: Any) -> Any:
     )
 
 
-def auto_class(transformers: Any, config: Any) -> Any:
+def auto_class(transformers: ModuleType, config: PretrainedConfig) -> type[_BaseAutoModelClass]:
     """The auto class that has an entry for this config, from the most to the least special."""
     remote = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
-        loader = getattr(transformers, name, None)
-        if loader is not None and (name in remote or type(config) in loader._model_mapping):
+        loader: type[_BaseAutoModelClass] | None = getattr(transformers, name, None)
+        if loader is not None and (name in remote or type(config) in (loader._model_mapping or ())):
             return loader
     raise ValueError(f"transformers {transformers.__version__} knows no model class for {type(config).__name__}")
 
 
 def load_processor(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
+) -> Processor:
     """Load a model's processor.
 
     Raises:
@@ -140,7 +146,9 @@ def load_processor(
     if (builder := builder_of(published)) is not None:
         return builder.load_processor(name, published, revision)
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        processor: Processor = AutoProcessor.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except ImportError as error:  # transformers names packages, and not what brings them
         packages = ", ".join(name for name in ("torchvision", "PIL") if name in str(error)) or str(error).split("\n")[0]
         raise MissingExtraError(

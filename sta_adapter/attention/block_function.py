@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,16 @@ class Call(NamedTuple):
     config: STAConfig
     recompute: bool
     dtype: torch.dtype
+
+
+class _Context(Protocol):
+    """What is used of autograd's context."""
+
+    call: Call
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class Needs(NamedTuple):
@@ -132,7 +142,7 @@ def block_branch(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) 
         return _finish(mix_frames(qkv, layout, call.heads, call.config), weights, call).view(tokens.shape)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
@@ -171,8 +181,8 @@ class _Branch(torch.autograd.Function):
     """Inputs: the call, the tokens (..., C), and `Weights` one by one."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, tokens: Tensor, *parameters: Tensor | None) -> Tensor:
-        weights = Weights(*cast("Any", parameters))
+    def forward(ctx: _Context, call: Call, tokens: Tensor, *parameters: Tensor | None) -> Tensor:
+        weights = Weights._make(parameters)
         with _without_autocast(tokens.device.type):
             qkv = _project(tokens, weights, call)
             heads = mix_frames(qkv, call.layout, call.heads, call.config)
@@ -188,12 +198,12 @@ class _Branch(torch.autograd.Function):
         return out.view(tokens.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         with _without_autocast(grad.device.type):
             return None, *_gradients(ctx, grad)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     """Of the tokens and of each parameter that needs one."""
     tokens, qkv, heads, *parameters = ctx.saved_tensors
     needs, call, weights = Needs(*ctx.needs_input_grad), ctx.call, Weights(*parameters)
@@ -201,7 +211,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         return _differentiable_gradients(needs, call, weights, tokens, heads, grad)
     if call.recompute:
         qkv = _project(tokens, weights, call)
-        heads = mix_frames(qkv, call.layout, call.heads, call.config) if needs.heads else None
+        if needs.heads:
+            heads = mix_frames(qkv, call.layout, call.heads, call.config)
     grad = grad.reshape(call.layout.num_tokens, -1)
     if (mask := _pictures(call, grad.device)) is not None:
         grad = grad.masked_fill(mask, 0)
@@ -224,19 +235,23 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     return _projection_gradients(needs, call, weights, tokens, to_qkv) + to_end
 
 
+def _leaf(tensor: Tensor, need: bool, leaves: list[Tensor]) -> Tensor:
+    """The tensor; where a gradient is needed a leaf of its own, put behind `leaves`."""
+    if need:
+        leaves.append(tensor.detach().requires_grad_())
+    return leaves[-1] if need else tensor
+
+
 def _projection_gradients(needs: Needs, call: Call, w: Weights, tokens: Tensor, grad: Tensor) -> list[Tensor | None]:
     """Of the tokens, the norm's parameters and those of `to_qkv`, from q's, k's and v's (tokens, 3 * heads * head size)."""
     through = needs.tokens or needs.norm or needs.norm_bias
-    inputs: list[Any] = [tokens.to(w.norm.dtype), w.norm, w.norm_bias]
     leaves: list[Tensor] = []
-    for index, need in enumerate((needs.tokens, needs.norm, needs.norm_bias)):
-        if need:
-            inputs[index] = inputs[index].detach().requires_grad_()
-            leaves.append(inputs[index])
+    inputs, scale = _leaf(tokens.to(w.norm.dtype), needs.tokens, leaves), _leaf(w.norm, needs.norm, leaves)
+    shift = None if w.norm_bias is None else _leaf(w.norm_bias, needs.norm_bias, leaves)
     to_weight, found = None, iter(leaves)
     if through or needs.to_qkv:
         with torch.set_grad_enabled(through):
-            normed = _normalize(inputs[0], inputs[1], inputs[2], call.eps)
+            normed = _normalize(inputs, scale, shift, call.eps)
         if needs.to_qkv:
             to_weight = (grad.t() @ normed.detach().flatten(0, -2).to(call.dtype)).to(w.to_qkv.dtype)
         if through:

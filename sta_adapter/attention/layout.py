@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from sta_adapter.errors import LayoutError
+
+if TYPE_CHECKING:
+    from sta_adapter.attention.explain import KernelCall
+    from sta_adapter.attention.module import TemporalAttention
 
 ClipLengths = tuple[int | tuple[int, int], ...]  # of each clip, its frames or (frames, rows of each frame)
 
@@ -28,10 +32,10 @@ EACH_ROW: ClipLengths = EachRow((1,))
 class Past(Protocol):
     """What a layout's clips go on from, when they are the next frames of streams; see `sta_adapter.live`."""
 
-    def prepare(self, branch: Any, like: Tensor) -> tuple[Any, ...]:
+    def prepare(self, branch: TemporalAttention, like: Tensor) -> tuple[KernelCall, ...]:
         """As `TemporalAttention.prepare`; `like` has the dtype, device, heads and head size of the queries."""
 
-    def mix_frames(self, branch: Any, qkv: Tensor) -> Tensor:
+    def mix_frames(self, branch: TemporalAttention, qkv: Tensor) -> Tensor:
         """As `frame_attention.mix_frames`, over the frames before these as well."""
 
     def commit(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,15 @@ class TemporalAttention(nn.Module):
         super().__init__()
         if config.rope_theta is not None and head_dim % 2:
             raise ConfigError(f"RoPE needs an even head size, this encoder's is {head_dim}; set rope_theta=None.")
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.config = config
         self.recompute = False
-        self.norm = (nn.RMSNorm if norm == "rmsnorm" else nn.LayerNorm)(width, eps=norm_eps, **at)
-        self.to_qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=qkv_bias, **at)
-        self.to_out = nn.Linear(num_heads * head_dim, width, **at)
-        self.gamma = None if config.gamma_init is None else nn.Parameter(torch.empty(width, **at))
+        self.norm = (nn.RMSNorm if norm == "rmsnorm" else nn.LayerNorm)(width, eps=norm_eps, device=device, dtype=dtype)
+        self.to_qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.to_out = nn.Linear(num_heads * head_dim, width, device=device, dtype=dtype)
+        gamma = None if config.gamma_init is None else torch.empty(width, device=device, dtype=dtype)
+        self.gamma = None if gamma is None else nn.Parameter(gamma)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class TemporalAttention(nn.Module):
         return calls_of(layout, like, self.config.attention)
 
 
-def _recomputed(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
+def _recomputed(function: Callable[..., Tensor], tensor: Tensor, *args: object) -> Tensor:
     """`function(tensor, *args)`, of which the backward keeps only `tensor`.
 
     Nothing is done without gradients, or inside `torch.compile`, which chooses by itself what to keep.

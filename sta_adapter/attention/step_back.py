@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ def step_back(output: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> list[Te
         leaves: tensors without a history.
         grad: shaped as `output`.
     """
-    node: Any = output.grad_fn
-    if node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction):
+    if callable(node := output.grad_fn) and not isinstance(node, torch.autograd.function.BackwardCFunction):
         reached = [function for function, _ in node.next_functions]
         variables = [getattr(function, "variable", None) for function in reached]
         places = [next((i for i, x in enumerate(variables) if x is leaf), -1) for leaf in leaves]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-def causal_bias(q: Tensor, k: Tensor, window: int | None) -> Any:
+def causal_bias(q: Tensor, k: Tensor, window: int | None) -> object:
     """The mask for xformers in which queries (P, T, H, D), the last of the keys' (P, S, H, D) tokens, see `window` tokens."""
     from xformers.ops.fmha import attn_bias
 

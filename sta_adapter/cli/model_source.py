@@ -67,8 +67,7 @@ class ModelSource:
         """The base's processor."""
         from sta_adapter.loading import load_processor
 
-        found: Processor = load_processor(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        return found
+        return load_processor(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: str | None, is_trainable: bool = False) -> nn.Module:
         """The base with its text positions and, if there is one, its adapter."""

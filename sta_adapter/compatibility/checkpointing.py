@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class Checkpointing(NamedTuple):
     disable: Callable[[], None]
 
 
-def checkpointing_methods(model: Any) -> Checkpointing:
+def checkpointing_methods(model: object) -> Checkpointing:
     """The model's methods, under the name that its release has for them ("activation" since transformers 5.24).
 
     Raises:

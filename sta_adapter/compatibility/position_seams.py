@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rot
 ROPE_INDEX = "get_rope_index"
 
 
-def cached_tokens(function: Callable[..., Any], what: str, given: Mapping[str, Any]) -> int:
+def cached_tokens(function: Callable[..., object], what: str, given: Mapping[str, object]) -> int:
     """How many tokens the cache holds that a forward was given; 0 without one.
 
     Args:
@@ -46,7 +45,7 @@ def cached_tokens(function: Callable[..., Any], what: str, given: Mapping[str, A
     return lengths.pop()
 
 
-def _length(cache: Any, what: str) -> int:
+def _length(cache: object, what: str) -> int:
     measure: Callable[[], int] | None = getattr(cache, "get_seq_length", None)
     if measure is None:
         raise incompatible(

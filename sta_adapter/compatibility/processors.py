@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sta_adapter.compatibility.seams import incompatible
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
 __all__ = ["Processor", "Sizes", "fingerprint_parts", "placeholder", "row_tokens", "visual_part"]
@@ -30,20 +33,32 @@ class Processor(Protocol):
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """A conversation as text."""
 
+    def save_pretrained(self, folder: Path, /) -> object:
+        """Write its files."""
 
-def visual_part(processor: object) -> Any:
+
+class VisualPart(Protocol):
+    """What is used of transformers' image and video processors."""
+
+    preprocess: Callable[..., BatchFeature]
+    patch_size: int  # of those that pack patches
+
+
+def visual_part(processor: object) -> VisualPart:
     """What processes clips: the video processor; before transformers 4.52 the image processor.
 
     Raises:
         CompatibilityError: it has neither.
     """
-    part = next((found for name in PARTS if (found := getattr(processor, name, None)) is not None), None)
+    part: VisualPart | None = next(
+        (found for name in PARTS if (found := getattr(processor, name, None)) is not None), None
+    )
     if part is None:
         raise incompatible("transformers", f"{type(processor).__name__} has neither {' nor '.join(PARTS)}")
     return part
 
 
-def takes_clips(processor: Any) -> bool:
+def takes_clips(processor: Processor) -> bool:
     """Whether clips have a processor of their own, which is told not to sample; before 4.52 the image processor took them.
 
     Raises:
@@ -76,7 +91,7 @@ class Sizes(NamedTuple):
     packs: bool
 
     @classmethod
-    def of(cls, part: Any) -> Sizes:
+    def of(cls, part: object) -> Sizes:
         """Of what `visual_part` gives.
 
         Raises:
@@ -84,11 +99,9 @@ class Sizes(NamedTuple):
         """
         if not any(name.endswith(GRID) for name in _outputs(part)):
             return cls(1, getattr(part, "merged_frames", 1), False)
-        found: dict[str, Any] = {
-            name: getattr(part, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")
-        }
-        wrong = [name for name, size in found.items() if not isinstance(size, int) or size < 1]
-        if wrong:
+        names = ("patch_size", "merge_size", "temporal_patch_size")
+        found = {name: size for name in names if isinstance(size := getattr(part, name, None), int) and size > 0}
+        if wrong := [name for name in names if name not in found]:
             raise incompatible(
                 "transformers",
                 f"{type(part).__name__} has no whole number called {' or '.join(wrong)}, of a patch's size",
@@ -96,7 +109,7 @@ class Sizes(NamedTuple):
         return cls(found["patch_size"] * found["merge_size"], found["temporal_patch_size"], True)
 
 
-def _outputs(part: Any) -> list[str]:
+def _outputs(part: object) -> list[str]:
     """What a part calls its outputs, which is how models and trainers know them."""
     names = getattr(part, "model_input_names", None)
     if not isinstance(names, (list, tuple)):
@@ -104,7 +117,7 @@ def _outputs(part: Any) -> list[str]:
     return list(names)
 
 
-def placeholder(processor: Any, kind: str, *, required: bool = False) -> str | None:
+def placeholder(processor: Processor, kind: str, *, required: bool = False) -> str | None:
     """The token that stands for a clip ("video") or picture ("image") in the text; None where the tokenizer has none.
 
     A processor of ours with `text_placeholders` puts tokens in the place of words, which need be none of the
@@ -126,26 +139,26 @@ def placeholder(processor: Any, kind: str, *, required: bool = False) -> str | N
     return None
 
 
-def _is_token(tokenizer: Any, token: str) -> bool:
+def _is_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
 
 
-def row_tokens(processor: Any) -> tuple[int, int]:
+def row_tokens(processor: object) -> tuple[int, int]:
     """(tokens of a row, the id of their placeholder) of a processor that gives frames and tiles as rows of one tensor.
 
     Raises:
         CompatibilityError: they stand under other names.
     """
-    found: list[Any] = [getattr(processor, name, None) for name in ("image_seq_length", "image_token_id")]
-    if not all(isinstance(number, int) for number in found):
+    row, token = (getattr(processor, name, None) for name in ("image_seq_length", "image_token_id"))
+    if not isinstance(row, int) or not isinstance(token, int):
         raise incompatible(
             "transformers",
             f"{type(processor).__name__} has no numbers image_seq_length and image_token_id, so its rows can't be told",
         )
-    return found[0], found[1]
+    return row, token
 
 
-def fingerprint_parts(processor: Any) -> list[dict[str, Any]]:
+def fingerprint_parts(processor: object) -> list[dict[str, object]]:
     """The settings of all that processes clips and pictures.
 
     Raises:

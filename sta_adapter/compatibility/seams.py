@@ -10,12 +10,17 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from sta_adapter.errors import CompatibilityError
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+    from torch.nn.parallel import DistributedDataParallel
 
 TESTED = {
     "torch": "2.14.1",
@@ -34,7 +39,7 @@ LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
-Function = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def version(package: str) -> str:
@@ -55,7 +60,7 @@ def incompatible(package: str, found: str) -> CompatibilityError:
     )
 
 
-def parameter_names(function: Callable[..., Any], what: str, package: str = "transformers") -> tuple[str, ...]:
+def parameter_names(function: Callable[..., object], what: str, package: str = "transformers") -> tuple[str, ...]:
     """Names of a function's parameters, in order, without * and **.
 
     Raises:
@@ -69,7 +74,7 @@ def parameter_names(function: Callable[..., Any], what: str, package: str = "tra
 
 
 def known_parameters(
-    function: Callable[..., Any], what: str, needed: Collection[str], known: Collection[str] = ()
+    function: Callable[..., object], what: str, needed: Collection[str], known: Collection[str] = ()
 ) -> tuple[str, ...]:
     """Names of a function's parameters, all of which we know, with those in `needed` among them.
 
@@ -85,8 +90,8 @@ def known_parameters(
 
 
 def given_arguments(
-    function: Callable[..., Any], what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+    function: Callable[..., object], what: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
     """Arguments of a call by name, those passed by position too.
 
     Raises:
@@ -114,7 +119,7 @@ def graph_task() -> int:
     return function()
 
 
-def active_ddp() -> Any:
+def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward runs; None outside of one.
 
     Raises:
@@ -125,7 +130,7 @@ def active_ddp() -> Any:
     function = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
     if function is None:
         raise incompatible("torch", "DistributedDataParallel has no _get_active_ddp_module")
-    ddp = function()
+    ddp: DistributedDataParallel | None = function()
     missing = [name for name in DDP_ATTRIBUTES if ddp is not None and not hasattr(ddp, name)]
     if missing:
         raise incompatible("torch", f"{type(ddp).__name__} has no {' and no '.join(missing)}")
@@ -159,7 +164,7 @@ def has_adapter(model: nn.Module) -> bool:
     return found
 
 
-def hook_table(module: nn.Module, name: str) -> dict[int, Any]:
+def hook_table(module: nn.Module, name: str) -> dict[int, object]:
     """A module's hooks by their numbers; `name` is one of `HOOK_TABLES` or `HOOK_OPTIONS`.
 
     Raises:
@@ -188,7 +193,7 @@ def add_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     raise incompatible("torch", f"{type(module).__name__} has no register_load_state_dict_pre_hook")
 
 
-def remove_load_hooks(module: nn.Module, chosen: Callable[[Any], bool]) -> None:
+def remove_load_hooks(module: nn.Module, chosen: Callable[[object], bool]) -> None:
     """Take the hooks of `add_load_hook` off a module that are chosen.
 
     Raises:
@@ -238,7 +243,7 @@ def operations_are_watched() -> bool:
         raise incompatible("torch", f"it no longer tells who looks at its operations ({error})") from error
 
 
-def peft_parts() -> tuple[type[Any], type[Any]]:
+def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:
     """PEFT's classes of a layer that an adapter wraps, and of a module that is trained as a copy.
 
     Raises:

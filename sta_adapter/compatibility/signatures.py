@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 
-def class_method(module: nn.Module, name: str = "forward") -> Callable[..., Any]:
+def class_method(module: nn.Module, name: str = "forward") -> Callable[..., object]:
     """The method as the module's class has it, for its signature."""
-    method: Any = getattr(type(module), name, None)
-    found: Callable[..., Any] = method.__get__(module) if hasattr(method, "__get__") else getattr(module, name)
+    method: object = getattr(type(module), name, None)
+    found: Callable[..., object] = method.__get__(module) if hasattr(method, "__get__") else getattr(module, name)
     return found
 
 
 def bound_arguments(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "forward", *, partial: bool = True
-) -> dict[str, Any]:
+    module: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    name: str = "forward",
+    *,
+    partial: bool = True,
+) -> dict[str, object]:
     """Arguments of `module.name(*args, **kwargs)` by name, with those that went into a `**` among them.
 
     Args:
@@ -56,8 +60,8 @@ def _signatures(module: nn.Module, name: str) -> Iterator[inspect.Signature]:
 
 
 def _named(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], partial: bool
-) -> dict[str, Any]:
+    signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object], partial: bool
+) -> dict[str, object]:
     bind = signature.bind_partial if partial else signature.bind
     arguments = bind(*args, **kwargs).arguments
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
