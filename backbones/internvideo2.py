@@ -45,7 +45,7 @@ def video_layout(call: EncoderCall) -> ClipLayout:
             f"clip lengths {list(call.clip_lengths)} were told, but this encoder sees them itself: "
             f"{clips} clips of {frames} frames. Leave them out."
         )
-    positions = _visible(call.arguments.get("mask"), clips, frames, rows * columns)
+    positions = _visible(cast("torch.Tensor | None", call.arguments.get("mask")), clips, frames, rows * columns)
     return ClipLayout([(frames, positions)] * clips, prefix=1)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
 
 
 def lazy(
     package: str, names: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """A package's `__getattr__` and `__dir__`.
 
     Args:
@@ -20,7 +19,7 @@ def lazy(
     """
     places = {name: module for module, shown in names.items() for name in shown}
 
-    def attribute(name: str) -> Any:
+    def attribute(name: str) -> object:
         if name in modules:
             return import_module(f"{package}.{name}")
         if name not in places:

@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Literal, TypeVar, cast
 
 from sta_adapter.errors import ConfigError
 
+T = TypeVar("T")
 CHOICES: dict[str, tuple[str, ...]] = {
     "order": ("after_spatial", "before_spatial"),
     "init": ("zero", "normal"),
@@ -28,8 +29,8 @@ class _Default:
         return repr(self.value)
 
 
-def _default(value: object) -> Any:
-    return dataclasses.field(default=_Default(value))
+def _default(value: T) -> T:
+    return dataclasses.field(default=cast("T", _Default(value)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +91,18 @@ class STAConfig:
         """Names of the fields that were passed; the others may take a backbone's default."""
         return cast("frozenset[str]", self.__dict__["_given"])
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> STAConfig:
+    def with_defaults(self, defaults: Mapping[str, object]) -> STAConfig:
         """This configuration, with `defaults` in the place of every field that was not given."""
         values = {**self.to_dict(), **{k: v for k, v in defaults.items() if k not in self.given}}
         return STAConfig.from_dict(values)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All fields as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> STAConfig:
+    def from_dict(cls, values: object) -> STAConfig:
         """The inverse of `to_dict`.
 
         Raises:
@@ -118,7 +119,7 @@ class STAConfig:
         return cls(**values)
 
 
-def _checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: object) -> object:
     """Value of one field, in its normal form."""
     if name in CHOICES:
         if not isinstance(value, str) or value not in CHOICES[name]:
@@ -145,7 +146,7 @@ def _checked(name: str, value: Any) -> Any:
     return float(value)
 
 
-def checked_window(value: Any) -> int:
+def checked_window(value: object) -> int:
     """A window, in frames.
 
     Raises:
@@ -158,7 +159,7 @@ def checked_window(value: Any) -> int:
     return value
 
 
-def _checked_layers(value: Any) -> tuple[int, ...]:
+def _checked_layers(value: object) -> tuple[int, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ConfigError(f"layers={value!r}: expected 'all' or a sequence of block indices.")
     layers = list(value)

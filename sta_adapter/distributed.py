@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
 from sta_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
 __all__ = [
     "agree",
@@ -38,9 +41,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign(parameter: Any, value: Tensor) -> None:
+def assign(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter a full value, of which a sharded one keeps this process's part; called on all processes."""
-    if hasattr(parameter, "full_tensor"):
+    if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device, parameter.dtype)
@@ -68,7 +71,7 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 class Group(NamedTuple):
     """Processes that communicate with each other, and the device on which they do; None for all processes."""
 
-    processes: Any
+    processes: distributed.ProcessGroup | None
     device: torch.device
 
 
@@ -107,13 +110,13 @@ def average(numbers: Sequence[float], device: torch.device) -> list[float]:
     return found
 
 
-def is_fsdp1(module: Any) -> bool:
+def is_fsdp1(module: nn.Module) -> TypeGuard[FullyShardedDataParallel]:
     """Whether a module is FSDP's first version around another, `module.module`."""
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
 
 
-def _fsdp1_group(module: Any) -> Group:
-    return Group(module.process_group, module.compute_device)
+def _fsdp1_group(module: FullyShardedDataParallel) -> Group:
+    return Group(module.process_group, cast("torch.device", module.compute_device))
 
 
 def is_parallel() -> bool:
@@ -161,7 +164,7 @@ def on_rank_zero(write: Callable[[], None]) -> None:
         raise CheckpointError(f"process 0 could not save: {report[0]}")
 
 
-def execution_device(module: Any) -> torch.device | None:
+def execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate runs a module, or a part of it, whose weights it keeps elsewhere; None where it has no hand in it."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)

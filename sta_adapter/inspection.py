@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.stream import check_streaming
 from sta_adapter.internvideo import builder_of
 from sta_adapter.loading import auto_class
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 FORMULA = (
@@ -69,7 +72,13 @@ class ClipSize:
 class _WithoutWeights(TorchFunctionMode):
     """Makes new parameters on the meta device; small tables of numbers stay real, as some models read them."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         if func in MAKERS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -122,7 +131,7 @@ def empty_model(
         ) from error
 
 
-def _make(config: Any, trust_remote_code: bool) -> nn.Module:
+def _make(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     import transformers
 
     for name in getattr(config, "architectures", None) or ():

@@ -33,7 +33,7 @@ def model_and_adapter(
     return TINY_BASE, TINY_ADAPTER if adapter is None else adapter
 
 
-def usual_frames(model: str | os.PathLike[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def usual_frames(model: str | os.PathLike[str], given: Mapping[str, object] | None = None) -> dict[str, Any]:
     """Fields of `FrameSettings`: those that are given, over those that a model was made for, known of the tiny base alone."""
     usual = TINY_BASE_FRAMES if is_tiny_base(model) else {}
     given = given or {}

@@ -301,7 +301,7 @@ def _settings(
         head_scale=branch["num_heads"] / facts["heads"],
         order="after_spatial" if order is None else order,
         layers="all" if layers == list(range(facts["depth"])) else tuple(layers),
-        gamma_init=spec.defaults.get("gamma_init") or 1e-5 if gamma else None,
+        gamma_init=STAConfig().with_defaults(spec.defaults).gamma_init or 1e-5 if gamma else None,
         token_order="published" if spec.published_token_order else "clip",
     )
     return given.with_defaults(spec.defaults)
