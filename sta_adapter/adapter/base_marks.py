@@ -6,7 +6,7 @@ A few numbers of each tensor are kept, of which training and merging leave none 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["mark_base", "require_same_base"]
+__all__ = ["BaseMarks", "mark_base", "require_same_base"]
 
+BaseMarks = dict[str, tuple[tuple[int, ...], Tensor]]
 SAMPLED = 16  # numbers of each tensor
 AROUND = re.compile(
     r"^(?:(?:base_model\.model|module|_orig_mod)\.)+|(?:base_layer|original_module|_fsdp_wrapped_module|_orig_mod)\."
@@ -23,14 +24,12 @@ AROUND = re.compile(
 ROUNDED = (torch.bfloat16, torch.float16)
 
 
-def mark_base(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+def mark_base(model: nn.Module) -> BaseMarks:
     """Shape and some numbers of each of the model's tensors, by its name in the bare model."""
     return {name: (tuple(tensor.shape), _sample(tensor)) for name, tensor in _tensors(model)}
 
 
-def require_same_base(
-    model: nn.Module, marks: Mapping[str, tuple[tuple[int, ...], Tensor]], saved: Collection[str] = ()
-) -> None:
+def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:
     """Refuse a model of which other tensors were trained than an adapter holds, or that LoRA was merged into.
 
     Args:

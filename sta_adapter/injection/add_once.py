@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from sta_adapter.compatibility.uncompiled import uncompiled
@@ -26,7 +24,7 @@ class AddOnce(Hook):
         self.handle = embedding.register_forward_hook(self)
 
     @uncompiled
-    def __call__(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(self, embedding: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
         """Add it, unless this is another thread's run."""
         if self.injection.thread.to_embed is not self:
             return output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,8 @@ from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.errors import InjectionError, UnknownClipsError
 from sta_adapter.injection.encoder_call import EncoderCall
 from sta_adapter.injection.vllm_tower import VLLMTower
+
+DummyInputs = Callable[[nn.Module], tuple[tuple[object, ...], Mapping[str, object]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class ClipSource:
     """
 
     model_classes: tuple[str, ...]
-    methods: Mapping[str, Callable[[nn.Module, Mapping[str, Any]], ClipLengths | None]]
-    runs: Mapping[str, Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = (
+    methods: Mapping[str, Callable[[nn.Module, Mapping[str, object]], ClipLengths | None]]
+    runs: Mapping[str, Callable[[nn.Module, Callable[..., object], tuple[object, ...], dict[str, object]], object]] = (
         dataclasses.field(default_factory=dict)
     )
 
@@ -102,12 +103,12 @@ class Backbone:
     norm: str = "norm2"
     accepts: Callable[[nn.Module, nn.Module], bool] | None = None
     priority: int = 0
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
     separate_frames: bool = False
     qkv_bias: bool = True
     clip_source: ClipSource | None = None
     lora: LoRARecipe | None = None
-    dummy_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    dummy_inputs: DummyInputs | None = None
     positions: Callable[[EncoderCall, ClipLayout], list[torch.Tensor | None]] | None = None
     text_positions: TextPositions | None = None
     published_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -123,7 +124,7 @@ class Backbone:
         except UnknownClipsError:
             return self.layout(dataclasses.replace(call, clip_lengths=ALL_ROWS))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+    def __deepcopy__(self, memo: dict[int, object]) -> Backbone:
         return self
 
     def find_encoder(self, model: nn.Module) -> nn.Module | None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sta_adapter.injection.hooks import RESIDUAL
-from sta_adapter.injection.nested import iterate_tensors, map_tensors
+from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
 
-__all__ = ["BlockCall", "BlockRun", "run_block"]
-
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["BlockRun", "run_block"]
 
 
 @dataclass
@@ -29,10 +26,10 @@ class BlockRun:
     """
 
     tokens: Tensor
-    inputs: list[Any] = field(default_factory=list)
+    inputs: list[Tensor | None] = field(default_factory=list)
     normed: list[Tensor] = field(default_factory=list)
     shares_input: bool = False
-    result: Any = None
+    result: object = None
 
     def output(self, like: Tensor) -> Tensor:
         """The block's output; where it returns the branch and the residual apart (fused norms), their sum."""
@@ -41,7 +38,7 @@ class BlockRun:
 
 
 def run_block(
-    block: nn.Module, norm: nn.Module, call: BlockCall, delta: Tensor | None = None, normed: Tensor | None = None
+    block: nn.Module, norm: nn.Module, call: Arguments, delta: Tensor | None = None, normed: Tensor | None = None
 ) -> BlockRun:
     """Run a block, whose arguments stay as they are.
 
@@ -52,23 +49,25 @@ def run_block(
         delta: added in place to what the norm gets.
         normed: put in the place of what the norm gives.
     """
-    args, kwargs = map_tensors(Tensor.clone, call)  # they may be changed in place
+    args = tuple(map_tensors(Tensor.clone, value) for value in call[0])  # they may be changed in place
+    kwargs = {name: map_tensors(Tensor.clone, value) for name, value in call[1].items()}
     run = BlockRun(next(iterate_tensors((args, kwargs))))
 
-    def before(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = isinstance(kwargs.get(RESIDUAL), Tensor)
-        stream = kwargs[RESIDUAL] if named else args[0] if args and isinstance(args[0], Tensor) else None
-        run.inputs.append(stream if stream is None else stream.clone())
-        if stream is None:
+    def before(norm: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
+        residual = kwargs.get(RESIDUAL)
+        stream = residual if isinstance(residual, Tensor) else args[0] if args else None
+        if not isinstance(stream, Tensor):
+            run.inputs.append(None)
             return None
-        if named:
+        run.inputs.append(stream.clone())
+        if stream is residual:
             return args, {**kwargs, RESIDUAL: stream if delta is None else stream + delta}
         run.shares_input |= stream.untyped_storage().data_ptr() == run.tokens.untyped_storage().data_ptr()
         if delta is not None:
             stream.add_(delta)
         return None
 
-    def after(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(norm: nn.Module, args: tuple[object, ...], output: Tensor | tuple[object, ...]) -> object:
         first = output if isinstance(output, Tensor) else next(iterate_tensors(output))
         run.normed.append(first.clone())
         if normed is None:

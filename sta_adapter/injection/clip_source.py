@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -17,6 +16,7 @@ from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import UnknownClipsError
 from sta_adapter.injection.hooks import Hook, take_clip_lengths
+from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.target import InjectionTarget
 
@@ -25,7 +25,7 @@ class ModelPreHook(Hook):
     """Forward pre-hook of the full model: takes `clip_lengths` away and notes the clips."""
 
     @uncompiled
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
         self.injection.thread.told = told
@@ -36,7 +36,7 @@ class ModelPostHook(Hook):
     """Forward hook of the full model, called also after an exception: forgets the clips."""
 
     @uncompiled
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `ModelPreHook` began."""
         self.injection.thread.told = None
 
@@ -48,10 +48,10 @@ class TellingMethod:
         self.injection = injection
         self.model = model
         self.name = name
-        self.before: Callable[..., Any] | None = model.__dict__.get(name)
+        self.before: Callable[..., object] | None = model.__dict__.get(name)
 
     @property
-    def method(self) -> Callable[..., Any]:
+    def method(self) -> Callable[..., object]:
         """The model's own method."""
         return self.before or getattr(type(self.model), self.name).__get__(self.model)
 
@@ -59,7 +59,7 @@ class TellingMethod:
     def __signature__(self) -> inspect.Signature:  # generate() picks a method's arguments by it
         return inspect.signature(self.method)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the method with the same arguments, without `clip_lengths`."""
         source = self.injection.spec.clip_source
         run = None if source is None else source.runs.get(self.name)
@@ -67,7 +67,7 @@ class TellingMethod:
             return self._call(*args, **kwargs)
         return run(self.model, self._call, args, kwargs)
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, *args: object, **kwargs: object) -> object:
         kwargs, told = _tell(self.injection, self.model, self.name, args, kwargs)
         with self.injection.clips(told):
             return self.method(*args, **kwargs)
@@ -103,9 +103,9 @@ def _tell(
     injection: Injection,
     model: nn.Module,
     name: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[dict[str, Any], ClipLengths | None]:
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[dict[str, object], ClipLengths | None]:
     """(keywords for the method, clips): what the user told, else what the backbone reads from the arguments."""
     kwargs, told = take_clip_lengths(model, kwargs, name)
     told = told or injection.clip_lengths
@@ -113,7 +113,7 @@ def _tell(
     if told is not None or source is None or name not in source.methods or not injection.is_enabled:
         return kwargs, told
     try:
-        arguments: Mapping[str, Any] = bound_arguments(model, args, kwargs, name, partial=False)
+        arguments: Mapping[str, object] = bound_arguments(model, args, kwargs, name, partial=False)
     except TypeError:  # the method itself says best what is wrong with its arguments
         return kwargs, None
     try:

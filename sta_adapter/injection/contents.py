@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -91,7 +91,7 @@ def describe_adapter(handle: STAHandle) -> Description:
     return make_description(handle.backbone, encoder, handle.config, base, positions)
 
 
-def push_adapter(handle: STAHandle, repo_id: str, **options: Any) -> Publication | None:
+def push_adapter(handle: STAHandle, repo_id: str, **options: object) -> Publication | None:
     """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
     files = adapter_files(*adapter_contents(handle))
     count = sum(math.prod(full_shape(parameter)) for parameter in handle.parameters())

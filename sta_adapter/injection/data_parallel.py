@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.add_once import AddOnce
+from sta_adapter.injection.backbone import DummyInputs
 from sta_adapter.injection.hooks import Hook
-from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.nested import Arguments, iterate_tensors
 from sta_adapter.injection.state import Injection
 
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")  # methods of transformers' models; text needs these too
@@ -49,7 +50,7 @@ class Agreement:
         self.language_model = language_model
         self.groups: list[Group] = []
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "model": _no_model, "groups": []}  # what is neither copied nor pickled
 
     def look(self, model: nn.Module) -> None:
@@ -73,7 +74,7 @@ class Agreement:
         """The module with which the language model embeds tokens by itself."""
         for module in (self.language_model, self.model()):
             try:
-                found: Any = module.get_input_embeddings()  # type: ignore[union-attr, operator]
+                found: object = module.get_input_embeddings()  # type: ignore[union-attr, operator]
             except (AttributeError, NotImplementedError):  # a method of transformers' models, not all of which have one
                 continue
             if isinstance(found, nn.Module) and any(part is found for part in self.language_model.modules()):
@@ -82,7 +83,7 @@ class Agreement:
 
     def between(self) -> list[nn.Module]:
         """The modules outside of encoder and language model that may run with pictures and clips alone."""
-        model: Any = self.model()
+        model = self.model()
         if model is None:
             return []
         apart = [self.encoder, self.language_model]
@@ -125,13 +126,13 @@ class FirstInLine(AgreeingHook):
     """
 
     @uncompiled
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
         self.injection.thread.outputs = [] if is_parallel() else None
         self.agreement.look(model)
         if self.agreement.groups:
             for module in (self.agreement.encoder, self.agreement.language_model):
-                hooks = cast("OrderedDict[int, Any]", hook_table(module, "_forward_pre_hooks"))
+                hooks = cast("OrderedDict[int, object]", hook_table(module, "_forward_pre_hooks"))
                 ours = [k for k, h in hooks.items() if isinstance(h, AgreeingHook) and h.injection is self.injection]
                 for key in ours:
                     hooks.move_to_end(key, last=False)
@@ -141,7 +142,7 @@ class LastInLine(Hook):
     """Forward hook of the full model, called also after an exception: keeps no output any longer."""
 
     @uncompiled
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `FirstInLine` began.
 
         Raises:
@@ -165,7 +166,7 @@ class EncoderAgree(AgreeingHook):
     """Forward pre-hook of an encoder: where it is sharded, the other processes are told that it runs here."""
 
     @uncompiled
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, encoder: nn.Module, args: tuple[object, ...]) -> None:
         """Wait for the others; a run on a dummy clip has been agreed upon already."""
         if self.agreement.groups and not self.injection.thread.in_dummy:
             self.agree(True, ABLE, self.agreement.groups)
@@ -175,7 +176,7 @@ class EncoderOutput(Hook):
     """Forward hook of an encoder: keeps all outputs for `LanguageModelBegin`, also those that the model doesn't take."""
 
     @uncompiled
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, encoder: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Change nothing."""
         if self.injection.thread.outputs is not None:
             self.injection.thread.outputs += [t for t in iterate_tensors(output) if t.requires_grad]
@@ -192,13 +193,13 @@ class LanguageModelBegin(AgreeingHook):
     """
 
     @uncompiled
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Add zero times the encoder's outputs to `inputs_embeds`, or to what the model's own embedding gives."""
         injection, groups = self.injection, self.agreement.groups
         training = module.training and torch.is_grad_enabled() and injection.is_enabled and is_parallel()
         wants = not injection.pop_ran() and training
         args, kwargs = _by_name(module, args, kwargs) if training or groups else (args, kwargs)
-        embeddings = kwargs.get("inputs_embeds")
+        embeddings = cast("Tensor | None", kwargs.get("inputs_embeds"))
         dummies = 0
         if groups:
             obstacle = self._obstacle(embeddings)
@@ -238,7 +239,7 @@ class LanguageModelBegin(AgreeingHook):
 
     def _run_dummy(self) -> None:
         """Run the encoder on its backbone's dummy clip; `EncoderOutput` keeps what comes out."""
-        dummy_inputs = cast("Callable[[nn.Module], Any]", self.injection.spec.dummy_inputs)
+        dummy_inputs = cast("DummyInputs", self.injection.spec.dummy_inputs)
         encoder = self.agreement.encoder
         args, kwargs = dummy_inputs(encoder)
         with self.injection.dummy():
@@ -252,9 +253,7 @@ class LanguageModelBegin(AgreeingHook):
         return [p for p in self._parameters_between() if p.requires_grad and not is_sharded([p])]
 
 
-def _by_name(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
     """Arguments of a language model's call, by name where `inputs_embeds` may be among those by position."""
     if not args:
         return args, kwargs
@@ -282,7 +281,7 @@ def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | Non
 
     It may hold the encoder as well, where it is the text model itself, with the embeddings of its tokens.
     """
-    get_decoder: Any = getattr(model, "get_decoder", None)
+    get_decoder: object = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     for candidate in (decoder, getattr(model, "language_model", None), getattr(model, "lm", None)):
         if not isinstance(candidate, nn.Module) or candidate is model:

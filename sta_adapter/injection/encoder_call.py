@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,12 +51,12 @@ class EncoderCall:
     """
 
     encoder: nn.Module
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
     clip_lengths: ClipLengths | None = None
 
     @classmethod
     def bind(
-        cls, encoder: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], clip_lengths: ClipLengths | None
+        cls, encoder: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], clip_lengths: ClipLengths | None
     ) -> EncoderCall:
         """Name the arguments of `encoder(*args, **kwargs)`."""
         return cls(encoder, bound_arguments(encoder, args, kwargs), clip_lengths)
@@ -69,8 +68,8 @@ class EncoderCall:
             LayoutError: when there is none.
         """
         for name in names:
-            if isinstance(self.arguments.get(name), torch.Tensor):
-                return cast("torch.Tensor", self.arguments[name])
+            if isinstance(found := self.arguments.get(name), torch.Tensor):
+                return found
         raise LayoutError(
             f"{type(self.encoder).__name__} was called without {' or '.join(names)}, which tells STA where the clips are; "
             f"found the arguments {', '.join(self.arguments) or 'none'}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +55,17 @@ def fingerprint_start(model: nn.Module) -> dict[str, str]:
     return {"base": fingerprint(_base(model, base), _positions(model)), "start": start}
 
 
-def _split(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of the base, by the names that they have in it, and those that PEFT has added."""
-    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     added = _added_by_peft(model)
     lora = {name: value for name, value in state.items() if name.startswith(added)} if added else {}
     base = {_base_name(name): value for name, value in state.items() if not _is_sta(name) and name not in lora}
     return base, {name: value for name, value in lora.items() if not _is_sta(name)}
 
 
-def _base(model: nn.Module, base: Mapping[str, Any]) -> str:
-    about: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+def _base(model: nn.Module, base: Mapping[str, object]) -> str:
+    about: list[object] = [getattr(model, name, None) for name in ("config", "generation_config")]
     return fingerprint([without_names(part.to_dict()) for part in about if hasattr(part, "to_dict")], _weights(base))
 
 
@@ -79,9 +78,9 @@ def _sta(model: nn.Module) -> str:
     return fingerprint(handle.backbone, handle.config.to_dict(), _weights(blocks))
 
 
-def _weights(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _weights(state: Mapping[str, object]) -> list[tuple[str, str]]:
     """Name and contents of each tensor."""
-    tensors = {name: state[name] for name in sorted(state) if isinstance(state[name], Tensor)}
+    tensors = {name: value for name in sorted(state) if isinstance(value := state[name], Tensor)}
     absent = [name for name, value in tensors.items() if value.is_meta]
     if absent:
         raise ConfigError(
@@ -121,7 +120,7 @@ def _added_by_peft(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _lora_at_work(model: nn.Module) -> list[Any]:
+def _lora_at_work(model: nn.Module) -> list[object]:
     """Scales of the LoRA layers that are switched on."""
     return [
         (
@@ -136,11 +135,11 @@ def _lora_at_work(model: nn.Module) -> list[Any]:
     ]
 
 
-def _positions(model: nn.Module) -> list[Any]:
+def _positions(model: nn.Module) -> list[object]:
     """What tells a language model's positions: rules put into it, VideoRoPE's own setting, and transformers' generation."""
     import transformers
 
-    rules: Iterable[Any] = (
+    rules: Iterable[object] = (
         (name, repr(method.rule))
         for name, module in model.named_modules()
         for method in vars(module).values()

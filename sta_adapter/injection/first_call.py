@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
 
 from torch import nn
 
@@ -31,7 +30,7 @@ class FirstCallPreHook(Hook):
         self.done = False
 
     @uncompiled
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Change nothing.
 
         Raises:
@@ -56,7 +55,7 @@ class FirstCallPreHook(Hook):
                 return
             self.done = self._check(encoder, args, kwargs)
 
-    def _check(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _check(self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         self.injection.thread.in_check = True
         try:
             with self.injection.disabled():

@@ -6,7 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -96,7 +96,7 @@ class STAHandle:
             parameter.requires_grad_(True)
         return self
 
-    def lora_config(self, **overrides: Any) -> LoraConfig:
+    def lora_config(self, **overrides: object) -> LoraConfig:
         """Stage two: a `peft.LoraConfig` with the published recipe, which leaves STA's layers alone and trains them.
 
         `get_peft_model(handle.model, handle.lora_config())` then trains LoRA on language model and vision encoder, and
@@ -232,7 +232,7 @@ class STAHandle:
         create_pr: bool = False,
         license: str | None = None,
         base_model: str | None = None,
-        **more: Any,
+        **more: object,
     ) -> Publication | None:
         """Publish STA, and LoRA weights if the model has them, on the Hugging Face Hub, in one commit.
 

@@ -6,7 +6,8 @@ All hooks are objects of module-level classes, so that a copied or unpickled mod
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
 from sta_adapter.injection.target import sta_modules
@@ -38,7 +40,7 @@ class EncoderPreHook(Hook):
     """Forward pre-hook of the encoder: the forward begins, with its layout."""
 
     @uncompiled
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Take `clip_lengths` away; with re-entrant checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
         injection.end()
@@ -51,7 +53,7 @@ class EncoderPreHook(Hook):
         return args, kwargs
 
     def _layout(
-        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], told: ClipLengths | None
+        self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], told: ClipLengths | None
     ) -> ClipLayout:
         """The layout of this call, with all that the blocks need of it made ready."""
         injection = self.injection
@@ -74,7 +76,7 @@ class EncoderPostHook(Hook):
     """Forward hook of the encoder, called also after an exception: the forward is over."""
 
     @uncompiled
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, encoder: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Follow the outputs into the backward, and end the forward; streams go on, if it has not failed."""
         try:
             layout = None if output is None else self.injection.layout()
@@ -88,7 +90,7 @@ class EncoderPostHook(Hook):
 class BlockPreHook(Hook):
     """Forward pre-hook of a block: follows its input; with order="before_spatial" adds the branch to it."""
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
         """Return new arguments, or None to leave them; the block's input is never changed in place."""
         injection = self.injection
         name, tokens = _block_input(args, kwargs)
@@ -100,7 +102,7 @@ class BlockPreHook(Hook):
         if layout is None:
             return None
         out = tokens.clone()
-        stream = tokens + kwargs[RESIDUAL] if isinstance(kwargs.get(RESIDUAL), Tensor) else tokens
+        stream = tokens + residual if isinstance(residual := kwargs.get(RESIDUAL), Tensor) else tokens
         branch = getattr(block, CHILD)(layout.patches(stream), layout)
         layout.patches(out).add_(branch)
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
@@ -109,7 +111,7 @@ class BlockPreHook(Hook):
 class BlockPostHook(Hook):
     """Forward hook of a block: notes its output, which a model may take as it is, past the end of the encoder."""
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, block: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Change nothing."""
         if not torch.compiler.is_compiling():
             self.injection.set_output(output)
@@ -129,7 +131,7 @@ class NormPreHook(Hook):
         super().__init__(injection)
         self.block = block
 
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Arguments | None:
         """Add the branch to the first argument (..., C).
 
         A fused norm takes the residual as a second argument (..., C) and adds the two itself; the stream is their sum.
@@ -140,8 +142,8 @@ class NormPreHook(Hook):
             return None
         summand = args[0]
         sta = getattr(self.block, CHILD)
-        if isinstance(kwargs.get(RESIDUAL), Tensor):
-            summand, stream = kwargs[RESIDUAL].clone(), args[0] + kwargs[RESIDUAL]
+        if isinstance(residual := kwargs.get(RESIDUAL), Tensor):
+            summand, stream = residual.clone(), summand + residual
             layout.patches(summand).add_(sta(layout.patches(stream), layout))
             return args, {**kwargs, RESIDUAL: summand}
         if len(args) > 1 and isinstance(args[1], Tensor):
@@ -154,10 +156,10 @@ class NormPreHook(Hook):
         layout.patches(summand).add_(branch)
         return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NormPreHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> NormPreHook:
         if id(self.block) not in memo:
             return NormPreHook(self.injection, self.block)
-        return NormPreHook(copy.deepcopy(self.injection, memo), memo[id(self.block)])
+        return NormPreHook(copy.deepcopy(self.injection, memo), copy.deepcopy(self.block, memo))
 
 
 class LoadStatePreHook(Hook):
@@ -167,8 +169,10 @@ class LoadStatePreHook(Hook):
     stay as it is, silently.
     """
 
-    def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `args`)."""
+    def __call__(
+        self, model: nn.Module, state: dict[str, object], prefix: str, metadata: object, strict: bool, *names: list[str]
+    ) -> None:
+        """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `names`)."""
         own = {
             f"{prefix}{name}.{key}"
             for name, module in model.named_modules()
@@ -186,7 +190,7 @@ class LoadStatePreHook(Hook):
             elif place not in state:
                 state[place] = state.pop(key)
         if unplaced:
-            args[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
+            names[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
 
 
 def remove_hooks(module: nn.Module, injection: Injection) -> None:
@@ -212,18 +216,18 @@ def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
 
 
 def take_clip_lengths(
-    module: nn.Module, kwargs: dict[str, Any], name: str = "forward"
-) -> tuple[dict[str, Any], ClipLengths | None]:
+    module: nn.Module, kwargs: dict[str, object], name: str = "forward"
+) -> tuple[dict[str, object], ClipLengths | None]:
     """(the keywords without `clip_lengths`, its checked value); a method with a parameter of that name keeps it."""
     lengths = kwargs.get("clip_lengths")
     if "clip_lengths" in kwargs and not takes(module, "clip_lengths", name):
         kwargs = {k: v for k, v in kwargs.items() if k != "clip_lengths"}
     if isinstance(lengths, Tensor):  # as collators batch it
         lengths = lengths.tolist()
-    return kwargs, None if lengths is None else checked_lengths(lengths)
+    return kwargs, None if lengths is None else checked_lengths(cast("Sequence[int]", lengths))
 
 
-def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor]:
+def _block_input(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[str, Tensor]:
     """(keyword, or "" when it is the first positional argument; tensor) of a block's tokens."""
     if args and isinstance(args[0], Tensor):
         return "", args[0]
@@ -233,10 +237,10 @@ def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Te
     raise LayoutError("a block was called without a floating-point tensor; STA can't tell its tokens.")
 
 
-def _require_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _require_grad(args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
     """The same arguments, the floating-point tensors as leaves that require a gradient."""
 
-    def convert(value: Any) -> Any:
+    def convert(value: object) -> object:
         if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
             return value.detach().requires_grad_()
         return value

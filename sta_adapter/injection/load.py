@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def load_sta(
     revision: str | None = None,
     is_trainable: bool = False,
     base_model: str | None = None,
-    **hub_options: Any,
+    **hub_options: object,
 ) -> STAHandle:
     """Put a saved adapter into a model; LoRA weights in the same folder come back too.
 

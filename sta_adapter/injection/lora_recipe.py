@@ -33,15 +33,15 @@ def require_recipe(backbone: Backbone) -> LoRARecipe:
 class STALoraConfig(LoraConfig):
     """A `peft.LoraConfig` that knows the STA beside it, so that a folder which PEFT itself saves can be loaded as what it is."""
 
-    sta: Mapping[str, Any] | None = None  # contents of `sta_config.json`
+    sta: Mapping[str, object] | None = None  # contents of `sta_config.json`
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As PEFT has it, with the description of STA."""
         fields = super().to_dict()  # type: ignore[no-untyped-call]
         return {**fields, **({OURS: dict(self.sta)} if self.sta else {})}
 
 
-def recipe_config(handle: STAHandle, overrides: Mapping[str, Any]) -> LoraConfig:
+def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraConfig:
     """See `STAHandle.lora_config`."""
     recipe = handle._injection.spec.lora
     if recipe is None and "target_modules" not in overrides:
@@ -85,8 +85,7 @@ def _require_linear(model: nn.Module, options: LoraOptions) -> None:
 
 def _linear_layers(model: nn.Module) -> list[str]:
     """Names of the model's linear layers but the output layer, as PEFT's "all-linear" has it, and but STA's own."""
-    output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = output_layer()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     skipped = {
         id(part) for module in model.modules() if isinstance(module, TemporalAttention) for part in module.modules()
     }

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor
 
-__all__ = ["iterate_tensors", "map_tensors"]
+__all__ = ["Arguments", "iterate_tensors", "map_tensors"]
+
+Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a module's call
 
 
-def iterate_tensors(value: Any) -> Iterator[Tensor]:
+def iterate_tensors(value: object) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists, mappings and data classes."""
     if isinstance(value, Tensor):
         yield value
@@ -26,7 +27,7 @@ def iterate_tensors(value: Any) -> Iterator[Tensor]:
         yield from iterate_tensors(vars(value))
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
     """The same nested tuples, lists and plain dicts, each tensor in them replaced."""
     if isinstance(value, Tensor):
         return function(value)

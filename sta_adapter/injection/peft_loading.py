@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def watch_peft(load_sta: Callable[..., STAHandle]) -> None:
         return
 
     @functools.wraps(load)
-    def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
         folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs.get("revision"))
         if folder is None:
             return load(cls, model, model_id, *args, **kwargs)
@@ -55,7 +56,7 @@ def watch_peft(load_sta: Callable[..., STAHandle]) -> None:
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
-def _folder_with_sta(name: Any, revision: str | None) -> Path | None:
+def _folder_with_sta(name: str | os.PathLike[str], revision: str | None) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
     try:
         folder = resolve_adapter(name, revision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +55,7 @@ class Plan:
         return max(1, round(self.config.head_scale * self.target.heads))
 
     @property
-    def encoder(self) -> dict[str, Any]:
+    def encoder(self) -> dict[str, object]:
         """What an adapter's description says of the encoder, and its backbone."""
         target = self.target
         return {
@@ -176,7 +175,7 @@ def _placement(block: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _compute_dtypes(block: nn.Module) -> Iterator[tuple[torch.dtype, int]]:
     for module in block.modules():
-        compute: Any = getattr(module, "compute_dtype", None)
+        compute: object = getattr(module, "compute_dtype", None)
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in PLAIN_DTYPES:
                 yield parameter.dtype, parameter.numel()

@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
 
 from torch import nn
 
@@ -65,12 +64,12 @@ def register_backbone(spec: Backbone) -> None:
     _register(spec)
 
 
-def _register(spec: Backbone) -> None:
-    _check_name(spec)
-    _REGISTRY[spec.name] = spec
+def _register(spec: object) -> None:
+    found = _checked(spec)
+    _REGISTRY[found.name] = found
 
 
-def _check_name(spec: Backbone) -> None:
+def _checked(spec: object) -> Backbone:
     if not isinstance(spec, Backbone):
         raise ConfigError(f"register_backbone takes a Backbone, not {type(spec).__name__}.")
     other = _REGISTRY.get(spec.name)
@@ -79,6 +78,7 @@ def _check_name(spec: Backbone) -> None:
             f"a backbone named {spec.name!r} is registered already: by {other.layout.__module__}, now by "
             f"{spec.layout.__module__}. Give one of them another name."
         )
+    return spec
 
 
 def unregister_backbone(name: str) -> None:
@@ -144,8 +144,7 @@ def get_backbone(name: str) -> Backbone:
 def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
     _load_entry_points()
     if isinstance(backbone, Backbone):  # used without registering it
-        _check_name(backbone)
-        return [backbone]
+        return [_checked(backbone)]
     if backbone is not None:
         return [get_backbone(backbone)]
     return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name))
@@ -173,7 +172,7 @@ def _load_entry_points() -> None:
         _THREAD.loads = False
 
 
-def _load(entry: metadata.EntryPoint) -> Any:
+def _load(entry: metadata.EntryPoint) -> object:
     """What an entry point names, or the error in its place."""
     try:
         return entry.load()
@@ -183,7 +182,7 @@ def _load(entry: metadata.EntryPoint) -> Any:
         return error
 
 
-def _register_loaded(loaded: Sequence[tuple[metadata.EntryPoint, Any]]) -> None:
+def _register_loaded(loaded: Sequence[tuple[metadata.EntryPoint, object]]) -> None:
     names = [spec.name for spec in {id(s): s for _, s in loaded if isinstance(s, Backbone)}.values()]
     for entry, spec in loaded:
         try:

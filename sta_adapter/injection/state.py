@@ -15,12 +15,12 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.base_marks import mark_base
+from sta_adapter.adapter.base_marks import BaseMarks, mark_base
 from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
@@ -54,7 +54,7 @@ class EncoderForward:
     with_grad: bool
     blocks: int = 0
     checkpointed: bool = False
-    output: Any = None
+    output: object = None
 
 
 @dataclasses.dataclass
@@ -107,14 +107,14 @@ class Injection:
         self.config = config
         self.spec = spec
         self.enabled = True
-        self.base_marks: dict[str, Any] = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
+        self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
         self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
         self._threads = _PerThread()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_handle", "_model")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _threads=_PerThread())
 
     @property
@@ -218,12 +218,12 @@ class Injection:
             self.restore_on_backward(tokens, forward.layout)
         forward.blocks += 1
 
-    def set_output(self, output: Any) -> None:
+    def set_output(self, output: object) -> None:
         """A block of the encoder forward of this thread gave this output; nothing is kept when it runs again."""
         if self.thread.forward is not None:
             self.thread.forward.output = output
 
-    def follow_outputs(self, output: Any) -> None:
+    def follow_outputs(self, output: object) -> None:
         """Put the layout back before the last block runs again: when the gradient of what came out has been computed.
 
         A model may take the last block's output as it is, past the end of the encoder; it is followed as well.

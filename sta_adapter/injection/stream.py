@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +16,7 @@ from sta_adapter.config import STAConfig, checked_window
 from sta_adapter.errors import ConfigError, LayoutError, StreamError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.encoder_call import EncoderCall
-from sta_adapter.injection.stream_file import restored, saved
+from sta_adapter.injection.stream_file import SavedStream, restored, saved
 from sta_adapter.injection.stream_state import Chunk, FrameShape, StreamCall, StreamState
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Stream:
         with self.held():
             self._state = StreamState(self.window)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SavedStream:
         """All that the stream knows, as numbers and tensors of its own, for `torch.save`.
 
         Raises:
@@ -78,7 +79,7 @@ class Stream:
         with self.held():
             return saved(self._state, self.injection.backbone)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: SavedStream) -> None:
         """Go on where a stream was when `state_dict` was called, with the same adapter.
 
         Raises:
@@ -95,8 +96,10 @@ class Stream:
         self._contexts.append(context)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._contexts.pop().__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._contexts.pop().__exit__(kind, error, trace)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +12,24 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.stream_state import StreamState
 
-__all__ = ["restored", "saved"]
+__all__ = ["SavedStream", "restored", "saved"]
 
 FORMAT = 1
 
 
-def saved(state: StreamState, backbone: str) -> dict[str, Any]:
+class SavedStream(TypedDict):
+    """What `Stream.state_dict` gives; `positions` of a frame, and `grid`, its rows and columns, are None where unknown."""
+
+    format: int
+    backbone: str
+    window: int
+    frames: int
+    positions: int | None
+    grid: list[int] | None
+    blocks: dict[int, Tensor]
+
+
+def saved(state: StreamState, backbone: str) -> SavedStream:
     """Numbers, and copies of the tensors: of each block the keys and values that the next frame sees, oldest first."""
     return {
         "format": FORMAT,
@@ -30,9 +42,7 @@ def saved(state: StreamState, backbone: str) -> dict[str, Any]:
     }
 
 
-def restored(
-    found: Mapping[str, Any], window: int, backbone: str, modules: Mapping[int, TemporalAttention]
-) -> StreamState:
+def restored(found: SavedStream, window: int, backbone: str, modules: Mapping[int, TemporalAttention]) -> StreamState:
     """The inverse of `saved`, on the devices of the blocks.
 
     Raises:
@@ -44,7 +54,7 @@ def restored(
     state = StreamState(window, found["frames"])
     if not state.frames:
         return state
-    state.shape = (found["positions"], None if found["grid"] is None else tuple(found["grid"]))
+    state.shape = (cast("int", found["positions"]), None if found["grid"] is None else tuple(found["grid"]))
     for index, recent in found["blocks"].items():
         device = modules[index].to_qkv.weight.device
         cache = torch.zeros((*recent.shape[:2], window, *recent.shape[3:]), dtype=recent.dtype, device=device)
@@ -53,7 +63,7 @@ def restored(
     return state
 
 
-def _problems(found: Any, window: int, backbone: str, modules: Mapping[int, TemporalAttention]) -> list[str]:
+def _problems(found: object, window: int, backbone: str, modules: Mapping[int, TemporalAttention]) -> list[str]:
     if not isinstance(found, Mapping):
         return [f"it is a {type(found).__name__}, not the mapping that state_dict() gives"]
     keys = {"format", "backbone", "window", "frames", "positions", "grid", "blocks"}
@@ -83,7 +93,7 @@ def _problems(found: Any, window: int, backbone: str, modules: Mapping[int, Temp
     return problems
 
 
-def _tensor_problems(index: int, tensor: Any, shape: tuple[int, ...]) -> list[str]:
+def _tensor_problems(index: int, tensor: object, shape: tuple[int, ...]) -> list[str]:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return [f"block {index} has no floating-point tensor"]
     if tuple(tensor.shape) != shape:
@@ -91,5 +101,5 @@ def _tensor_problems(index: int, tensor: Any, shape: tuple[int, ...]) -> list[st
     return [] if tensor.isfinite().all() else [f"block {index} holds NaN or infinity"]
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -60,8 +60,8 @@ def _active_module(module: nn.Module) -> TemporalAttention:
     """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
     if isinstance(module, TemporalAttention):
         return module
-    copies: Any = getattr(module, "modules_to_save", {})
-    name: Any = getattr(module, "active_adapter", None)
+    copies: nn.ModuleDict | dict[str, nn.Module] = getattr(module, "modules_to_save", {})
+    name: object = getattr(module, "active_adapter", None)
     name = name[0] if isinstance(name, (list, tuple)) and name else name
     if isinstance(name, str) and name in copies:
         return cast("TemporalAttention", copies[name])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
 
 from torch import nn
 
@@ -103,7 +102,7 @@ def _rules(model: nn.Module) -> TextPositions | None:
 def _first_level_outside() -> int:
     """How many frames up the caller of this package stands, for `warnings.warn`."""
     level, frame = 1, sys._getframe(1)
-    inside: Any = __name__.partition(".")[0]
+    inside = __name__.partition(".")[0]
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == inside:
         level, frame = level + 1, frame.f_back
     return level

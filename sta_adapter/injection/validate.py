@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.block_run import BlockCall, run_block
+from sta_adapter.injection.backbone import Backbone, DummyInputs
+from sta_adapter.injection.block_run import run_block
 from sta_adapter.injection.encoder_call import EncoderCall
-from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.nested import Arguments, iterate_tensors
 from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def validate_target(target: InjectionTarget) -> None:
     _refuse(target, problems)
 
 
-def validate_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def validate_call(target: InjectionTarget, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     """As `validate_target`, with the arguments of a real call; False when the encoder fails on them, as it will say itself.
 
     Raises:
@@ -121,7 +120,7 @@ def _undisturbed(encoder: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], BlockCall]) -> list[str]:
+def _find_problems(target: InjectionTarget, dummy_inputs: DummyInputs) -> list[str]:
     spec = target.backbone
     try:
         args, kwargs = dummy_inputs(target.encoder)
@@ -140,7 +139,7 @@ def _find_problems(target: InjectionTarget, dummy_inputs: Callable[[nn.Module], 
         return problems + _unable(spec, "block 0 can't run", error)
 
 
-def _problems_of_blocks(target: InjectionTarget, call: BlockCall, tokens: Tensor | None) -> list[str]:
+def _problems_of_blocks(target: InjectionTarget, call: Arguments, tokens: Tensor | None) -> list[str]:
     """What is wrong with the first block and the last, when they get what the first is called with."""
     spec = target.backbone
     if tokens is None or tokens.dim() not in (2, 3) or not tokens.is_floating_point():
@@ -165,16 +164,18 @@ def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
     return [f"{text}"]
 
 
-def _first_block_call(target: InjectionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall | None:
+def _first_block_call(
+    target: InjectionTarget, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Arguments | None:
     """What the encoder calls its first block with; None when it does not call it.
 
     Blocks that vLLM may compile have a `__call__` that goes past their hooks, straight to `forward`.
     """
-    found: list[BlockCall] = []
+    found: list[Arguments] = []
     first = target.blocks[0]
     own = {name: value for name, value in vars(first).items() if name == "forward"}
 
-    def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def capture(block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         found.append((args, kwargs))
         raise _Reached
 
@@ -207,7 +208,7 @@ def _layout_problems(target: InjectionTarget, call: EncoderCall, tokens: Tensor)
     return []
 
 
-def _fewer_tokens(call: BlockCall, tokens: Tensor) -> BlockCall:
+def _fewer_tokens(call: Arguments, tokens: Tensor) -> Arguments:
     """The call with few of its tokens, where nothing else in it depends on their number."""
     if sum(1 for _ in iterate_tensors(call)) > 1 or tokens.shape[-2] <= FEW_TOKENS:
         return call
@@ -216,7 +217,7 @@ def _fewer_tokens(call: BlockCall, tokens: Tensor) -> BlockCall:
     return tuple(few if a is tokens else a for a in args), {k: few if v is tokens else v for k, v in kwargs.items()}
 
 
-def _block_problems(target: InjectionTarget, index: int, call: BlockCall) -> list[str]:
+def _block_problems(target: InjectionTarget, index: int, call: Arguments) -> list[str]:
     """What is wrong with a block's norm, from two runs of the block."""
     name = f"{target.backbone.norm!r} of block {index}"
     block, norm = target.blocks[index], target.norms[index]
