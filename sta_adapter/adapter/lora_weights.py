@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -264,8 +264,7 @@ def _unwrap(model: nn.Module) -> None:
     """Put the original modules back in the place of what PEFT has wrapped around them."""
     layer, wrapper = peft_parts()
     for parent in list(model.modules()):
-        children: list[tuple[str, Any]] = list(parent.named_children())
-        for name, child in children:
+        for name, child in list(parent.named_children()):
             if isinstance(child, layer):
                 parent.add_module(name, child.get_base_layer())
             elif isinstance(child, wrapper):

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class InternVideo2_5Processor(ChatProcessor):
         return BatchFeature(inputs)
 
     def _tokens(
-        self, texts: list[str], special: bool | None, padding: bool | str, options: Mapping[str, Any]
+        self, texts: list[str], special: bool | None, padding: bool | str, options: Mapping[str, object]
     ) -> BatchEncoding:
         bos = self.tokenizer.bos_token
         if special is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sized
-from typing import Any
 
 from lmms_eval.models.chat.vllm_generate import VLLMGenerate
 
@@ -44,7 +43,7 @@ class Chat(VLLMGenerate):
         own = {ADAPTER: sta, **({REVISION: sta_revision} if sta_revision is not None else {})}
         super().__init__(hf_overrides={**given, **own}, **arguments)
 
-    def make_one_request(self, request: object) -> tuple[dict[str, Any], dict[str, object]]:
+    def make_one_request(self, request: object) -> tuple[dict[str, object], dict[str, object]]:
         """The prompt, and how to sample; with the times of frames, which lmms-eval leaves out for most models."""
         made, how = super().make_one_request(request)
         clips = made["multi_modal_data"].get("video") or []
