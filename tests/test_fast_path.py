@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
-from sta_adapter.attention.block_function import refusal
+from sta_adapter.attention.block_function import Weights, weights_or_reason
 from sta_adapter.attention.explain import calls_of
 from sta_adapter.attention.step_back import step_back
 
@@ -167,7 +167,7 @@ def test_the_function_gives_what_the_layers_do(config, clips, recompute, norm):
     results = []
     for plain in (False, True):
         hook = module.to_out.register_forward_hook(lambda *_: None) if plain else None
-        assert (refusal(module, rows, layout) is not None) == plain
+        assert isinstance(weights_or_reason(module, rows, layout), str) == plain
         out = module(layout.patches(rows), layout)
         (out * weight).sum().backward()
         results.append([out.detach(), *(x.grad for x in (rows, *module.parameters()))])
@@ -217,19 +217,19 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED)
 def test_layers_that_the_function_cannot_stand_for(change, reason):
     module, layout, tokens = branch(), ClipLayout([(3, 2)]), torch.randn(6, 24)
-    assert refusal(module, tokens, layout) is None
+    assert isinstance(weights_or_reason(module, tokens, layout), Weights)
     change(module)
-    assert reason in refusal(module, tokens, layout)
+    assert reason in weights_or_reason(module, tokens, layout)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is for tensors of one shape
 def test_calls_that_the_function_cannot_stand_for():
     module, layout, tokens = branch(attention="eager"), ClipLayout([(3, 2)]), torch.randn(6, 24)
-    assert "class" in refusal(module, tokens.as_subclass(OtherTensor), layout)
-    assert "earlier frames" in refusal(module, tokens, ClipLayout([]))
-    assert "earlier frames" in refusal(module, tokens, ClipLayout([(3, 2)], past=object()))
+    assert "class" in weights_or_reason(module, tokens.as_subclass(OtherTensor), layout)
+    assert "earlier frames" in weights_or_reason(module, tokens, ClipLayout([]))
+    assert "earlier frames" in weights_or_reason(module, tokens, ClipLayout([(3, 2)], past=object()))
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert "all modules" in refusal(module, tokens, layout)
+    assert "all modules" in weights_or_reason(module, tokens, layout)
     hook.remove()
     found, tangent = torch.func.jvp(lambda x: module(x, layout), (tokens,), (tokens,))
     assert torch.allclose(found, module(tokens, layout), atol=1e-6)

@@ -25,7 +25,7 @@ from sta_adapter.config import STAConfig
 if TYPE_CHECKING:
     from sta_adapter.attention.module import TemporalAttention
 
-__all__ = ["block_branch", "refusal"]
+__all__ = ["Weights", "block_branch", "weights_or_reason"]
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the last ones have shapes and no values, for `sta-adapter plan`
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -98,13 +98,13 @@ class Needs(NamedTuple):
         return self.to_out or self.gamma
 
 
-def refusal(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) -> str | None:
-    """Why the layers have to be called one by one; None where `block_branch` gives what they would."""
+def weights_or_reason(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) -> Weights | str:
+    """The parameters for `block_branch`; where it would not give what the layers give, why they have to be called one by one."""
     if torch.compiler.is_compiling() or operations_are_watched():
         return "a compiler, a tracer, a transform of torch.func or a forward-mode derivative looks at the operations"
     if layout.past is not None or not layout.clips:
         return "the clips go on from earlier frames, or there are none"
-    layers = norm, to_qkv, to_out = branch.norm, branch.to_qkv, branch.to_out
+    norm, to_qkv, to_out = layers = layers_of(branch)
     if type(norm) not in NORMS or type(to_qkv) is not nn.Linear or type(to_out) is not nn.Linear:
         return "a layer is of another class, such as LoRA's"
     if calls_are_watched():
@@ -114,32 +114,38 @@ def refusal(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) -> st
             return "a layer has hooks, or a forward of its own"
     if type(tokens) not in PLAIN:
         return "the tokens are of a class that decides itself how it computes"
-    dtype = to_qkv.weight.dtype
-    for parameter in weights_of(branch):
+    found = [_own(layer, name) for layer in layers for name in ("weight", "bias")]
+    weights = Weights._make([*found, _own(branch, "gamma")])
+    dtype = weights.to_qkv.dtype
+    for parameter in weights:
         if parameter is not None and (type(parameter) not in PLAIN or parameter.dtype != dtype):
             return "a parameter is of a class that decides itself how it computes, or of another dtype than the others"
-    return None
+    return weights
 
 
-def weights_of(branch: TemporalAttention) -> Weights:
-    """The parameters, in the order of `Weights`."""
-    norm, to_qkv, to_out = branch.norm, branch.to_qkv, branch.to_out
-    bias = norm.bias if type(norm) is nn.LayerNorm else None
-    return Weights(norm.weight, bias, to_qkv.weight, to_qkv.bias, to_out.weight, to_out.bias, branch.gamma)
+def layers_of(branch: TemporalAttention) -> list[nn.Module]:
+    """Norm, `to_qkv` and `to_out`."""
+    children = branch._modules
+    return [cast("nn.Module", children[name]) for name in ("norm", "to_qkv", "to_out")]
 
 
-def block_branch(branch: TemporalAttention, tokens: Tensor, layout: ClipLayout) -> Tensor:
-    """As `TemporalAttention.forward`, where `refusal` is None."""
-    weights = weights_of(branch)
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """`getattr(module, name)` of a parameter, without the detour that costs as much as an operator."""
+    return cast("Tensor | None", module.__dict__.get(name, module._parameters.get(name)))
+
+
+def block_branch(branch: TemporalAttention, weights: Weights, tokens: Tensor, layout: ClipLayout) -> Tensor:
+    """As `TemporalAttention.forward`, with what `weights_or_reason` gave."""
     dtype, device = weights.to_qkv.dtype, tokens.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if (autocast := torch.is_autocast_enabled(device)) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    call = Call(layout, branch.norm.eps, branch.num_heads, branch.config, branch.recompute, dtype)
+    norm = cast("nn.LayerNorm", branch._modules["norm"])
+    call = Call(layout, norm.eps, branch.num_heads, branch.config, branch.recompute, dtype)
     if torch.is_grad_enabled():
         return cast("Tensor", _Branch.apply(call, tokens, *weights))
-    with _without_autocast(device):
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         qkv = _project(tokens, weights, call)
-        return _finish(mix_frames(qkv, layout, call.heads, call.config), weights, call).view(tokens.shape)
+        return _finish(mix_frames(qkv, layout, call.heads, call.config), weights, call).view_as(tokens)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
@@ -149,16 +155,19 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
 def _normalize(tokens: Tensor, scale: Tensor, shift: Tensor | None, eps: float | None) -> Tensor:
     if shift is None:
         return F.rms_norm(tokens, scale.shape, scale, eps)
-    return F.layer_norm(tokens, scale.shape, scale, shift, cast("float", eps))
+    return torch.layer_norm(tokens, scale.shape, scale, shift, cast("float", eps))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return F.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
 
 
 def _project(tokens: Tensor, w: Weights, call: Call) -> Tensor:
     """Norm and `to_qkv`: (..., C) -> (tokens, 3 * heads * head size)."""
-    normed = _normalize(tokens.to(w.norm.dtype), w.norm, w.norm_bias, call.eps)
+    tokens = tokens if tokens.dtype == w.norm.dtype else tokens.to(w.norm.dtype)
+    normed = _normalize(tokens, w.norm, w.norm_bias, call.eps)
     return _linear(normed.flatten(0, -2), w.to_qkv, w.qkv_bias, call.dtype)
 
 
@@ -195,7 +204,7 @@ class _Branch(torch.autograd.Function):
             heads if needs.heads and not call.recompute else None,
             *parameters,
         )
-        return out.view(tokens.shape)
+        return out.view_as(tokens)
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -64,8 +64,7 @@ def mix_frames_gradient(grad: Tensor, qkv: Tensor, layout: ClipLayout, heads: in
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding by half-rotation; x is (..., D), `rotary_tables` fit it by broadcasting, such as (T, 1, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([right, left], dim=-1).mul_(sin).addcmul_(x, cos)
+    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
 
 
 def _sizes(layout: ClipLayout) -> list[int]:
@@ -88,7 +87,7 @@ def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, con
         q, k, v = _queries_keys_values(fold, _tables(fold, clip[0], layout, config), heads)
         out = attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
         out = out.view(-1, positions, frames, heads, out.shape[-1])
-    return out.transpose(1, 2).reshape(len(qkv), -1)  # b n t h d -> (b t n) (h d)
+    return out.transpose(1, 2).reshape(qkv.shape[0], -1)  # b n t h d -> (b t n) (h d)
 
 
 def _mix_gradient(
@@ -118,8 +117,7 @@ def _mix_gradient(
         into.copy_(both)
     else:  # the rotation's transpose, which is the one back
         cos, sin = tables
-        left, right = both.chunk(2, dim=-1)
-        other = torch.cat([right, left], dim=-1)
+        other = both.roll(both.shape[-1] // 2, -1)
         torch.addcmul(both.mul_(cos), other, sin, value=-1, out=into)
     to_qkv[..., 2 * heads :, :] = to_v.view(*shape, heads, -1)
 
@@ -136,8 +134,8 @@ def _queries_keys_values(
     fold: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Q and k, rotated, and v: b n t (k h) d -> three of (b n) t h d."""
-    both, v = torch.split(fold, [2 * heads, heads], dim=3)
+    both, v = fold.split_with_sizes([2 * heads, heads], 3)
     if tables is not None:
         both = apply_rotary(both, *tables)
-    q, k = torch.split(both.flatten(0, 1), heads, dim=2)
+    q, k = both.flatten(0, 1).chunk(2, 2)
     return q, k, v.flatten(0, 1)

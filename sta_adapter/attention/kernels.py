@@ -187,11 +187,12 @@ def _widens(device: str, dtype: torch.dtype) -> bool:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
     dtype = q.dtype
-    if _widens(q.device.type, dtype):
+    if wide := _widens(q.device.type, dtype):
         q, k, v = q.float(), k.float(), v.float()
-    mask, causal = _sdpa_mask(q, k, causal, window)
+    mask, causal = _sdpa_mask(q, k, causal, window) if causal else (None, False)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).to(dtype).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+    return out.to(dtype) if wide else out
 
 
 def _sdpa_mask(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[Tensor | None, bool]:

@@ -102,7 +102,8 @@ class ClipLayout:
             LayoutError: when the number of tokens is not that of the layout.
         """
         found = tokens[..., self.prefix :, :] if self.prefix else tokens
-        if found.shape[:-1].numel() != self.num_tokens:
+        count = found.shape[0] if found.dim() == 2 else found.shape[:-1].numel()
+        if count != self.num_tokens:
             raise LayoutError(
                 f"the encoder's tokens have the shape {tuple(tokens.shape)}, but the clips of this forward, "
                 f"(frames, positions) = {list(self.clips)} with {self.prefix} class tokens a row, have {self.num_tokens} tokens. "
@@ -168,11 +169,11 @@ def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> t
     come in the dtype and on the device of `like`.
     """
     device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-    indices = torch.arange(frames.start, frames.stop, dtype=torch.float64, device=device)
-    angles = torch.outer(indices, theta**-exponents)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(like), torch.cat([-sin, sin], dim=-1).to(like)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / -head_dim
+    frequencies = theta**exponents
+    indices = torch.arange(frames.start, frames.stop, dtype=torch.float64, device=device).view(-1, 1, 1)
+    angles = indices * torch.cat([-frequencies, frequencies])  # cos is even and sin is odd, to the last bit
+    return angles.cos().to(like), angles.sin().to(like)
 
 
 def checked_lengths(lengths: Sequence[int]) -> ClipLengths:

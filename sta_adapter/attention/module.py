@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sta_adapter.attention.block_function import block_branch, refusal
+from sta_adapter.attention.block_function import block_branch, weights_or_reason
 from sta_adapter.attention.explain import KernelCall, calls_of
 from sta_adapter.attention.frame_attention import mix_frames
 from sta_adapter.attention.layout import ClipLayout
@@ -95,8 +95,9 @@ class TemporalAttention(nn.Module):
         Returns:
             (..., C), shaped as `tokens`, in the module's dtype (or autocast's).
         """
-        if refusal(self, tokens, layout) is None:
-            return block_branch(self, tokens, layout)
+        weights = weights_or_reason(self, tokens, layout)
+        if not isinstance(weights, str):
+            return block_branch(self, weights, tokens, layout)
         return _recomputed(self._branch, tokens, layout) if self.recompute else self._branch(tokens, layout)
 
     def _branch(self, tokens: Tensor, layout: ClipLayout) -> Tensor:

@@ -6,8 +6,10 @@ them without the first. The class's method does.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
 
 from torch import nn
 
@@ -55,8 +57,20 @@ def takes(module: nn.Module, parameter: str, name: str = "forward") -> bool:
 
 def _signatures(module: nn.Module, name: str) -> Iterator[inspect.Signature]:
     if name in vars(module):
-        yield inspect.signature(class_method(module, name))
-    yield inspect.signature(getattr(module, name))
+        yield _signature(class_method(module, name))
+    yield _signature(getattr(module, name))
+
+
+def _signature(method: Callable[..., object]) -> inspect.Signature:
+    if isinstance(method, MethodType):
+        return _bound_signature(method.__func__)
+    return inspect.signature(method)
+
+
+@functools.lru_cache(maxsize=64)
+def _bound_signature(function: Callable[..., object]) -> inspect.Signature:
+    """Of a method with this function, without its first parameter: it takes longer than a block's arithmetic may."""
+    return inspect.signature(MethodType(function, object()))
 
 
 def _named(

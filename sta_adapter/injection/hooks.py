@@ -146,14 +146,12 @@ class NormPreHook(Hook):
             summand, stream = residual.clone(), summand + residual
             layout.patches(summand).add_(sta(layout.patches(stream), layout))
             return args, {**kwargs, RESIDUAL: summand}
+        stream = patches = layout.patches(summand)
         if len(args) > 1 and isinstance(args[1], Tensor):
-            stream = summand + args[1]
+            stream = layout.patches(summand + args[1])
         elif torch.is_grad_enabled() and (summand.requires_grad or any(p.requires_grad for p in sta.parameters())):
-            stream = summand.clone()
-        else:
-            stream = summand
-        branch = sta(layout.patches(stream), layout)
-        layout.patches(summand).add_(branch)
+            stream = patches.clone()
+        patches.add_(sta(stream, layout))
         return None
 
     def __deepcopy__(self, memo: dict[int, object]) -> NormPreHook:

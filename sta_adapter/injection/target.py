@@ -52,8 +52,8 @@ def resolve_target(spec: Backbone, encoder: nn.Module) -> InjectionTarget:
 
 def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttention]:
     """The STA module at work in each block of an injected encoder, by the block's index."""
-    blocks = enumerate(encoder.get_submodule(spec.blocks).children())
-    return {index: _active_module(getattr(block, CHILD)) for index, block in blocks if hasattr(block, CHILD)}
+    children = (getattr(block, CHILD, None) for block in encoder.get_submodule(spec.blocks).children())
+    return {index: _active_module(child) for index, child in enumerate(children) if child is not None}
 
 
 def _active_module(module: nn.Module) -> TemporalAttention:
