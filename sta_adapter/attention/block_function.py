@@ -158,16 +158,18 @@ def _normalize(tokens: Tensor, scale: Tensor, shift: Tensor | None, eps: float |
     return torch.layer_norm(tokens, scale.shape, scale, shift, cast("float", eps))
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes as long as an operator where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if weight.dtype != dtype:
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return F.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
+    return F.linear(_as(x, dtype), _as(weight, dtype), None if bias is None else _as(bias, dtype))
 
 
 def _project(tokens: Tensor, w: Weights, call: Call) -> Tensor:
     """Norm and `to_qkv`: (..., C) -> (tokens, 3 * heads * head size)."""
-    tokens = tokens if tokens.dtype == w.norm.dtype else tokens.to(w.norm.dtype)
-    normed = _normalize(tokens, w.norm, w.norm_bias, call.eps)
+    normed = _normalize(_as(tokens, w.norm.dtype), w.norm, w.norm_bias, call.eps)
     return _linear(normed.flatten(0, -2), w.to_qkv, w.qkv_bias, call.dtype)
 
 
@@ -229,17 +231,17 @@ def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     if weights.gamma is not None:
         if needs.gamma:
             branch = _linear(heads, weights.to_out, weights.out_bias, call.dtype)
-            to_gamma = (grad * branch).sum(0).to(weights.gamma.dtype)
+            to_gamma = _as((grad * branch).sum(0), weights.gamma.dtype)
         grad = grad * weights.gamma
-    grad = grad.to(call.dtype)
+    grad = _as(grad, call.dtype)
     to_end = [
-        (grad.t() @ heads).to(weights.to_out.dtype) if needs.to_out else None,
-        grad.sum(0).to(weights.to_out.dtype) if needs.out_bias else None,
+        _as(grad.t() @ heads, weights.to_out.dtype) if needs.to_out else None,
+        _as(grad.sum(0), weights.to_out.dtype) if needs.out_bias else None,
         to_gamma,
     ]
     if not needs.qkv:
         return [None] * 5 + to_end
-    to_heads = grad @ weights.to_out.to(call.dtype)
+    to_heads = grad @ _as(weights.to_out, call.dtype)
     to_qkv = mix_frames_gradient(to_heads, qkv, call.layout, call.heads, call.config)
     return _projection_gradients(needs, call, weights, tokens, to_qkv) + to_end
 
@@ -255,23 +257,23 @@ def _projection_gradients(needs: Needs, call: Call, w: Weights, tokens: Tensor, 
     """Of the tokens, the norm's parameters and those of `to_qkv`, from q's, k's and v's (tokens, 3 * heads * head size)."""
     through = needs.tokens or needs.norm or needs.norm_bias
     leaves: list[Tensor] = []
-    inputs, scale = _leaf(tokens.to(w.norm.dtype), needs.tokens, leaves), _leaf(w.norm, needs.norm, leaves)
+    inputs, scale = _leaf(_as(tokens, w.norm.dtype), needs.tokens, leaves), _leaf(w.norm, needs.norm, leaves)
     shift = None if w.norm_bias is None else _leaf(w.norm_bias, needs.norm_bias, leaves)
     to_weight, found = None, iter(leaves)
     if through or needs.to_qkv:
         with torch.set_grad_enabled(through):
             normed = _normalize(inputs, scale, shift, call.eps)
         if needs.to_qkv:
-            to_weight = (grad.t() @ normed.detach().flatten(0, -2).to(call.dtype)).to(w.to_qkv.dtype)
+            to_weight = _as(grad.t() @ _as(normed.detach().flatten(0, -2), call.dtype), w.to_qkv.dtype)
         if through:
-            to_normed = (grad @ w.to_qkv.to(call.dtype)).to(normed.dtype).view(normed.shape)
+            to_normed = _as(grad @ _as(w.to_qkv, call.dtype), normed.dtype).view_as(normed)
             found = iter(step_back(normed, leaves, to_normed))
     return [
-        next(found).to(tokens.dtype) if needs.tokens else None,
+        _as(next(found), tokens.dtype) if needs.tokens else None,
         next(found) if needs.norm else None,
         next(found) if needs.norm_bias else None,
         to_weight,
-        grad.sum(0).to(w.to_qkv.dtype) if needs.qkv_bias else None,
+        _as(grad.sum(0), w.to_qkv.dtype) if needs.qkv_bias else None,
     ]
 
 

@@ -68,15 +68,19 @@ def checkpoints_reentrantly(encoder: nn.Module) -> bool:
 
 def _modules_that_checkpoint(encoder: nn.Module) -> Iterator[nn.Module]:
     """Modules whose own or whose class's flag is set, in the order of `modules()`; asked at every forward, and so in few steps."""
+    set_by_class: dict[type, set[str]] = {}
     waiting = [encoder]
     while waiting:
         module = waiting.pop()
         own, kind = vars(module), type(module)
-        for flag in FLAGS:
-            if (own[flag] if flag in own else getattr(kind, flag, None)) is True:
-                yield module
-                break
-        waiting.extend([child for child in reversed(own["_modules"].values()) if child is not None])
+        if kind not in set_by_class:
+            set_by_class[kind] = {flag for flag in FLAGS if getattr(kind, flag, None) is True}
+        flags = set_by_class[kind]
+        said = flags or not own.keys().isdisjoint(FLAGS)
+        if said and any(own.get(flag, flag in flags) is True for flag in FLAGS):
+            yield module
+        if children := own["_modules"]:
+            waiting.extend([child for child in reversed(children.values()) if child is not None])
 
 
 def _says_that_it_checkpoints(encoder: nn.Module) -> bool:
