@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ def multimodal_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipL
         return None
     if isinstance(images, torch.Tensor) and images.dim() == 4:
         return EACH_ROW
-    kinds = list(modalities) if isinstance(modalities, (list, tuple)) else [modalities]
+    one = isinstance(modalities, str) or not isinstance(modalities, Iterable)
+    kinds = [modalities] if one else list(cast("Iterable[object]", modalities))
     lengths: list[int] = []
     for index, item in enumerate(images):
         rows = item.shape[0] if item.dim() == 4 else 1

@@ -134,6 +134,11 @@ def first_of(run: dict[str, Any]) -> str:
     return "the words" if run["settings"].get("word_steps") else ""
 
 
+def in_validation(group: list[dict[str, Any]]) -> float:
+    """The runs' accuracy on validation clips at their end, together."""
+    return sum(run["curve"][-1]["val"] for run in group) / len(group)
+
+
 def verdict(runs: list[dict[str, Any]]) -> str:
     """Whether, on every seed that both have, STA's error is at most half of LoRA's, and the intervals are apart."""
     best: dict[tuple[str, float, int, int], dict[str, dict[str, Any]]] = {}
@@ -141,7 +146,7 @@ def verdict(runs: list[dict[str, Any]]) -> str:
         what = run["run"]
         arms = best.setdefault((order_of(run), what["reader_lr"], what["steps"], what["seed"]), {})
         other = arms.get(run["run"]["arm"])
-        if other is None or run["curve"][-1]["val"] > other["curve"][-1]["val"]:
+        if other is None or in_validation([run]) > in_validation([other]):
             arms[run["run"]["arm"]] = run  # of several, the one that is best on validation clips
     lines: list[str] = []
     met: dict[str, list[bool]] = {}
@@ -183,8 +188,8 @@ def made_with(runs: list[dict[str, Any]]) -> str:
 
 def figure(runs: list[dict[str, Any]]) -> str:
     """Curves of the three arms on the validation clips, and each seed's accuracy on the test's with its interval."""
-    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # of each arm and order most seeds, then most steps
-    for group in sorted(groups(runs), key=lambda group: (len(group), group[0]["run"]["steps"])):
+    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # most seeds, then most steps, then best in validation
+    for group in sorted(groups(runs), key=lambda group: (len(group), group[0]["run"]["steps"], in_validation(group))):
         what = group[0]["run"]
         if what["share"] == 1 and what["arm"] in COLOURS:
             shown[what["arm"], order_of(group[0])] = group
