@@ -170,19 +170,19 @@ def test_the_page_and_the_figure_are_those_of_the_committed_runs(parts):
 
 
 def test_the_goal_is_judged_by_seed(parts):
-    def run(arm, seed, correct, val=0.5, lr=1.0, order="told"):
+    def run(arm, seed, correct, val=0.5, lr=1.0, order="told", test=True):
         what = {
             "arm": arm,
             "seed": seed,
-            "test": True,
+            "test": test,
             "share": 1.0,
             "steps": 1,
             "lr": lr,
             "reader_lr": 1.0,
             "order": order,
         }
-        test = {"correct": correct, "total": 600, "accuracy": correct / 600}
-        return {"run": what, "ordered": test, "curve": [{"step": 1, "val": val}]}
+        measured = {"correct": correct, "total": 600, "accuracy": correct / 600}
+        return {"run": what, "ordered": measured, "curve": [{"step": 1, "val": val}]}
 
     verdict = parts["table"].verdict
     met = [run("sta", 0, 500), run("lora", 0, 300)]
@@ -191,6 +191,10 @@ def test_the_goal_is_judged_by_seed(parts):
     assert "**not met** (no pair of runs)." in verdict(met[:1])
     assert "*told* **not met** (0 of 1)." in verdict([*met, run("lora", 0, 550, val=0.9, lr=2.0)])
     assert "*told* **met" in verdict([*met, run("lora", 0, 550, val=0.1, lr=2.0)])
+    grid = [run("lora", 0, 0, val=val, lr=lr, test=False) for val, lr in ((0.8, 1.0), (0.6, 2.0))]
+    assert "*told* **met" in verdict(
+        [*met, run("lora", 0, 550, val=0.9, lr=2.0), *grid]
+    )  # the grid's rate for all seeds
     causal = [run("sta", 0, 400, order="causal"), run("lora", 0, 300, order="causal")]
     assert "*told* **met in every pair of runs** (1 of 1); " in verdict([*met, *causal])
     assert "*causal* **not met** (0 of 1)." in verdict([*met, *causal])

@@ -30,7 +30,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "reader": Arm("reader alone"),
     "lora": Arm("LoRA", lora=1.0, lr=5e-4),
-    "sta": Arm("STA as in the paper", sta={}),
+    "sta": Arm("STA as in the paper", sta={}, lr=1e-3),
     "sta_before": Arm("STA before the spatial attention", sta={"order": "before_spatial"}),
     "sta_lora": Arm("STA with half the heads, and LoRA", sta={"head_scale": 0.125}, lora=0.5),
     "sta_causal": Arm("STA, causal", sta={"causal": True}),

@@ -134,20 +134,29 @@ def first_of(run: dict[str, Any]) -> str:
     return "the words" if run["settings"].get("word_steps") else ""
 
 
-def in_validation(group: list[dict[str, Any]]) -> float:
-    """The runs' accuracy on validation clips at their end, together."""
-    return sum(run["curve"][-1]["val"] for run in group) / len(group)
+def in_validation(run: dict[str, Any]) -> float:
+    """The run's accuracy on validation clips at its end."""
+    return run["curve"][-1]["val"]
+
+
+def chosen_rates(runs: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Of each (order, arm) with a grid on validation clips alone, its best rate."""
+    searched = sorted((run for run in runs if not run["run"]["test"]), key=in_validation)
+    return {(order_of(run), run["run"]["arm"]): run["run"]["lr"] for run in searched}  # the last of each stays
 
 
 def verdict(runs: list[dict[str, Any]]) -> str:
     """Whether, on every seed that both have, STA's error is at most half of LoRA's, and the intervals are apart."""
     best: dict[tuple[str, float, int, int], dict[str, dict[str, Any]]] = {}
+    rates = chosen_rates(runs)
     for run in (run for group in groups(runs) for run in group if run["run"]["share"] == 1):
         what = run["run"]
         arms = best.setdefault((order_of(run), what["reader_lr"], what["steps"], what["seed"]), {})
-        other = arms.get(run["run"]["arm"])
-        if other is None or in_validation([run]) > in_validation([other]):
-            arms[run["run"]["arm"]] = run  # of several, the one that is best on validation clips
+        other = arms.get(what["arm"])
+        if rates.get((order_of(run), what["arm"]), what["lr"]) != what["lr"]:
+            continue
+        if other is None or in_validation(run) > in_validation(other):
+            arms[what["arm"]] = run  # where no grid was run, of several rates the one that is best on validation clips
     lines: list[str] = []
     met: dict[str, list[bool]] = {}
     for (order, reader_lr, steps, seed), arms in sorted(best.items()):
@@ -188,10 +197,12 @@ def made_with(runs: list[dict[str, Any]]) -> str:
 
 def figure(runs: list[dict[str, Any]]) -> str:
     """Curves of the three arms on the validation clips, and each seed's accuracy on the test's with its interval."""
-    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # most seeds, then most steps, then best in validation
-    for group in sorted(groups(runs), key=lambda group: (len(group), group[0]["run"]["steps"], in_validation(group))):
+    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # of each arm and order most seeds, then most steps
+    rates = chosen_rates(runs)
+    for group in sorted(groups(runs), key=lambda group: (len(group), group[0]["run"]["steps"])):
         what = group[0]["run"]
-        if what["share"] == 1 and what["arm"] in COLOURS:
+        rate = rates.get((order_of(group[0]), what["arm"]), what["lr"])
+        if what["share"] == 1 and what["arm"] in COLOURS and what["lr"] == rate:
             shown[what["arm"], order_of(group[0])] = group
     orders = [order for order in DASHES if any(key[1] == order for key in shown)]
     right, bottom = LEFT + CURVES, HEIGHT - 46
