@@ -1,18 +1,28 @@
 """The whole demo, in its quick size: clips on disk, three methods, saved adapter, new process, report."""
 
+import dataclasses
+import html
 import json
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from cases import randomize
 from click.testing import CliRunner
 
-from sta_adapter import load_sta
+from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.cli import cli
+from sta_adapter.demo import report
 from sta_adapter.demo.clips import LABELS, PAIRS
 from sta_adapter.demo.methods import METHODS, DemoSettings, equal_rank
 from sta_adapter.demo.model import attend_frames_at_once, tiny_model
+from sta_adapter.demo.run import answer_inputs
+from sta_adapter.evaluation import EvaluationResult, Prediction, wilson
 from sta_adapter.loading import load_model
+from sta_adapter.visualization import temporal_attention
 
 pytest.importorskip("matplotlib")
 
@@ -149,6 +159,147 @@ def test_seconds_of_a_row_are_those_of_one_seed():
     assert row["ordered"]["total"] == 4
 
 
+def test_what_a_run_scored_is_counted_over_both_of_its_stages(monkeypatch):
+    from sta_adapter.demo import scores
+
+    said = {
+        "ordered": ["left", " right\n", "up", "left", "nothing"],  # of the right pair are the first four, and right two
+        "shuffled": ["right", "left", "down", "up", "nothing"],
+    }
+    answers, asked = ["left", "left", "up", "right", "up"], []
+
+    def evaluate(model, test, *, frame_order, **how):
+        asked.append((model, test, how["max_new_tokens"]))
+        pairs = zip(said[frame_order], answers, strict=True)
+        return EvaluationResult(
+            [Prediction(i, "", "pair", answer, word, word == answer) for i, (word, answer) in enumerate(pairs)]
+        )
+
+    monkeypatch.setattr(scores, "evaluate", evaluate)
+    history = [{"step": 4, "eval_accuracy": 0.2}, {"step": 5, "loss": 1.0}]
+    stages = {
+        "1": {"history": history, "steps": 10, "seconds": 1.26, "trainable_parameters": 5},
+        "2": {"history": history, "steps": 20, "seconds": 2.5, "trainable_parameters": 7},
+    }
+    found = scores.measure(SimpleNamespace(model="model", stages=stages), "test")
+    assert asked == [("model", "test", 4)] * 2
+    assert [found[order]["overall"]["correct"] for order in ("ordered", "shuffled")] == [2, 1]
+    assert "predictions" not in found["ordered"] | found["shuffled"]
+    assert found["answers"] == said["ordered"]
+    assert found["curve"] == [(4, 0.2), (14, 0.2)]
+    assert (found["trainable_parameters"], found["seconds"], found["within_pair"]) == (7, 3.8, 0.5)
+    assert scores.within_pair([Prediction(0, "", None, "left", "up", False)]) is None
+
+
+def score(correct, total):
+    low, high = wilson(correct, total)
+    return {"correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high}
+
+
+@pytest.fixture
+def two_seeds():
+    """Made-up results of two seeds."""
+    runs = [
+        {
+            "method": method,
+            "seed": seed,
+            "ordered": {
+                "overall": score(9 - place, 10),
+                "categories": {"left/right": score(3 - place, 4), "up/down": score(6, 6)},
+            },
+            "shuffled": {"overall": score(1 + place, 10)},
+            "answers": [f"{method} {seed} said {clip}" for clip in range(2)],
+            "curve": [(100, 0.25), (200, (seed + place) / 10)],
+            "trainable_parameters": 1000 + place,
+            "seconds": 10.0 * seed,
+        }
+        for seed in (3, 4)
+        for place, method in enumerate(METHODS)
+    ]
+    about = {"settings": dataclasses.asdict(DemoSettings()), "versions": {"torch": "2.0"}, "seeds": [3, 4]}
+    return {**about, "runs": runs, "reloaded": {"clips": 2, "bit_equal": True, "logits": [2, 5]}, "seconds": 12.6}
+
+
+def test_the_table_adds_up_the_seeds(two_seeds, capsys):
+    heads, rows = report.table(two_seeds)
+    assert heads == [
+        "",
+        "accuracy %",
+        "left/right %",
+        "up/down %",
+        "shuffled frames %",
+        "parameters",
+        "training s",
+    ]
+    low, high = (100 * bound for bound in wilson(18, 20))
+    shuffled = [100 * bound for bound in wilson(2, 20)]
+    assert rows[0] == [
+        "STA + LoRA",
+        f"90.0\n{low:.1f} to {high:.1f}",
+        "75.0",
+        "100.0",
+        f"10.0\n{shuffled[0]:.1f} to {shuffled[1]:.1f}",
+        "1,000",
+        "35",
+    ]
+    assert [row[0] for row in rows] == ["STA + LoRA", "LoRA, both", "LoRA, language"]
+    report.print_table(two_seeds)
+    printed = capsys.readouterr().out
+    assert "clips never trained on, 2 seed(s)" in printed
+    assert all(cell in printed for row in rows for cell in row[2:4] + row[5:])
+    assert "proves nothing" not in printed
+    report.print_table({**two_seeds, "settings": dataclasses.asdict(DemoSettings.quick())})
+    assert "proves nothing" in capsys.readouterr().out
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that the report has written and closed."""
+    from matplotlib import pyplot as plt
+
+    found = []
+    monkeypatch.setattr(plt, "close", found.append)
+    yield found
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_the_reports_page_and_pictures_hold_the_results(made, two_seeds, drawn):
+    folder, (_, test, _) = made
+    handle = inject_sta(tiny_model(), STAConfig(head_scale=1.0))
+    for index, module in enumerate(handle.blocks.values()):
+        randomize(module, seed=index, std=0.1)
+    page = html.unescape(report.write_report(folder, two_seeds, handle, test).read_text(encoding="utf-8"))
+    assert [path.read_bytes()[:4] for path in (folder / "curves.png", folder / "attention.png")] == [b"\x89PNG"] * 2
+    assert "same logits bit for bit on 2 clips" in page
+    assert "took 13 seconds" in page
+    assert "Seeds: 3, 4." in page
+    assert "Versions: torch 2.0." in page
+    assert "quick run" not in page
+    for clip, sample in enumerate(test.samples):
+        assert f"<b>{sample.answer}</b><br>STA + LoRA: sta 3 said {clip}" in page  # of the first seed
+        source = sample.messages[0]["content"][0]["video"]
+        assert f'src="{Path(source).relative_to(folder).as_posix()}"' in page
+    curves, attention = drawn
+    lines = {line.get_label(): line.get_xydata() for line in curves.axes[0].lines}
+    np.testing.assert_allclose(lines["LoRA, both"], [[100, 25], [200, 45]])
+    np.testing.assert_allclose(lines["chance"][:, 1], 10)
+    assert (
+        len(lines) == 3 * 3 + 1 + 1
+    )  # of each method both seeds and their mean; chance; where the second stage begins
+    assert curves.axes[0].get_ylim() == (0, 100)
+    squares = [axes for axes in attention.axes if axes.images]
+    for place, axes in enumerate(squares):
+        weights = temporal_attention(handle, answer_inputs(test, place // 4))[place % 4]
+        even = np.log2(weights.shape[-1] * weights.mean((0, 1)))
+        np.testing.assert_allclose(axes.images[0].get_array(), even, rtol=1e-4, atol=1e-5)
+        assert axes.get_title() == f"block {place % 4}"
+        assert sum(axes.images[0].get_clim()) == 0  # even spread is in the middle of the colours
+    assert [axes.get_ylabel() for axes in squares[::4]] == [
+        f"{sample.answer!r}\nframe that looks" for sample in test.samples
+    ]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_of_each_method(monkeypatch, tmp_path, method):
     """STA and LoRA are trained for as many steps, with the ranks that make them comparable."""
@@ -173,8 +324,6 @@ def test_settings_of_each_method(monkeypatch, tmp_path, method):
 
 
 def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     from sta_adapter.demo import run as demo_run
 
     monkeypatch.setattr(demo_run, "make_clips", lambda folder, settings, seed: ("data", f"test {seed}", "curve"))
@@ -192,8 +341,6 @@ def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with the clips of a comparison of the smallest size, and what was read of them."""
-    import dataclasses
-
     from sta_adapter.demo.run import make_clips
 
     out = tmp_path_factory.mktemp("made")
@@ -211,7 +358,6 @@ def test_clips_are_read_as_they_are_trained_on(made):
 
 
 def test_an_adapter_reloaded_elsewhere_answers_alike_or_the_demo_ends(made, monkeypatch):
-    from sta_adapter import inject_sta
     from sta_adapter.demo import reload, run
     from sta_adapter.errors import STAError
 

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.errors import CheckpointError, ConfigError, DataError
 from sta_adapter.evaluation import EvaluationResult, Prediction, as_text, evaluate, wilson
+from sta_adapter.evaluation.eval_mode import eval_mode, without_adapter
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -285,6 +287,32 @@ def test_the_model_stays_in_the_mode_that_it_was_in(taught, dataset, training):
         assert part.training is not training
     finally:
         model.eval()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_eval_mode_there_is_no_dropout_and_no_gradient(fails):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+    model[1].eval()
+    with contextlib.suppress(ZeroDivisionError), eval_mode(model):
+        assert not model(torch.ones(1, 2)).requires_grad
+        assert not any(module.training for module in model.modules())
+        if fails:
+            1 / 0
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert model(torch.ones(1, 2)).requires_grad
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sta_is_switched_off_without_the_adapter_and_on_again(processor, fails):
+    model = make_model(processor.tokenizer)
+    handle = inject_sta(model)
+    with contextlib.suppress(ZeroDivisionError), without_adapter(model):
+        assert not handle._injection.is_enabled
+        if fails:
+            1 / 0
+    assert handle._injection.is_enabled
+    with without_adapter(torch.nn.Linear(1, 1)) as nothing:  # which has none
+        assert nothing is None
 
 
 def test_a_file_needs_a_processor(taught, folder):

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import re
 
@@ -17,7 +18,7 @@ from sta_adapter.demo.clips import render
 from sta_adapter.video import write_clip
 from sta_adapter.visualization import Observation, observe, temporal_attention
 from sta_adapter.visualization import report as look_page
-from sta_adapter.visualization.explorer import explorer_data
+from sta_adapter.visualization.explorer import _sampled, explorer_data
 from sta_adapter.visualization.patch_attention import (
     EVEN,
     HIDDEN,
@@ -170,6 +171,37 @@ def test_without_a_picture_there_are_whole_frames_alone():
     assert data["patches"] is None
     assert data["sprite"] is None
     assert data["means"]
+
+
+def test_colours_of_many_patches_are_found_from_a_part_of_them():
+    codes = np.tile(np.array([EVEN, 254, HIDDEN, 254], np.uint8), (1 << 16, 12))  # 3 << 20; each third is looked at
+    found = _sampled(codes)
+    assert found.size == 3 << 18  # of a million, but for a quarter that is hidden
+    np.testing.assert_allclose(np.unique(found), [1, codes.shape[-1]], rtol=1e-5)
+    assert _sampled(codes[:4]).size == 4 * 36
+
+
+@pytest.mark.parametrize(
+    ("frames", "picture", "shown", "across"),
+    [
+        (2, (448, 300), (224, 150), 2),
+        (2, (300, 448), (150, 224), 2),
+        (16, (20, 30), (20, 30), 16),
+        (17, (20, 224), (10, 112), 16),
+        (101, (2, 112), (1, 56), 16),
+    ],
+    ids=["high", "wide", "small", "more-than-a-row", "many"],
+)
+def test_frames_are_made_smaller_the_more_there_are(frames, picture, shown, across):
+    from PIL import Image
+
+    seen, *_ = known(blocks=1, heads=1, frames=frames)
+    clip = np.random.default_rng(0).integers(0, 255, (frames, *picture, 3), np.uint8)
+    sprite = explorer_data(seen, clip, None, 1)["sprite"]
+    assert (sprite["height"], sprite["width"], sprite["across"]) == (*shown, across)
+    for name in ("source", "grey"):
+        image = Image.open(io.BytesIO(base64.b64decode(sprite[name].partition(",")[2])))
+        assert image.size == (across * shown[1], -(-frames // across) * shown[0])
 
 
 def test_blocks_that_dont_fit_are_left_out_and_said():

@@ -12,7 +12,7 @@ from toy import TOY, ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.errors import ConfigError, LayoutError
-from sta_adapter.visualization import branch_sizes, crossing_map, observe, temporal_attention
+from sta_adapter.visualization import Observation, branch_sizes, crossing_map, observe, temporal_attention
 
 CLIPS = ((4, 2), (1, 3), (5, 1))
 
@@ -120,6 +120,24 @@ def test_attention_that_is_even_crosses_as_told(toy, causal):  # noqa: F811
     seen = observe(handle, toy_inputs(), clip=2)
     np.testing.assert_allclose(seen.crossing, np.broadcast_to(seen.even[:, None], (3, 5, 1)), atol=1e-6)
     np.testing.assert_allclose(seen.even, [0, 1 / 2, 2 / 3, 3 / 4, 4 / 5] if causal else [0.8] * 5, atol=1e-6)
+
+
+def test_what_crosses_is_told_against_even_spread():
+    """Also where a frame may look at itself alone, as the first one under causal attention; by it nothing is divided."""
+    seen = Observation(
+        blocks=(0,),
+        attention=np.array([[[[1, 0], [0.25, 0.75]]]], np.float32),
+        crossing=np.array([[[0, 0, 0], [0.25, 0.5, 0.75]]], np.float32),
+        branch=np.zeros((1, 2, 3), np.float32),
+        change=np.zeros((2, 3), np.float32),
+        even=np.array([0, 0.5], np.float32),
+        positions=None,
+        no_picture="unknown",
+        lands_elsewhere=False,
+    )
+    with np.errstate(all="raise"):
+        np.testing.assert_array_equal(seen.relative_crossing, [[[1, 1, 1], [0.5, 1, 1.5]]])
+        np.testing.assert_array_equal(seen.relative, [[[[1, np.nan], [0.5, 1.5]]]])
 
 
 def test_untrained_sta_adds_and_changes_nothing(toy):  # noqa: F811

@@ -213,6 +213,42 @@ def test_the_first_frame_of_a_square_is_at_the_top_left():
     assert low > high  # downwards, as the page says: down the frame that looks
 
 
+@pytest.mark.parametrize(
+    ("frames", "numbered"),
+    [
+        (5, [0, 1, 2, 3, 4]),
+        (6, [0, 2, 4]),
+        (20, [0, 4, 8, 12, 16]),
+        (25, [0, 5, 10, 15, 20]),
+        (40, [0, 8, 16, 24, 32]),
+        (41, [0, 10, 20, 30, 40]),
+        (64, [0, 16, 32, 48]),
+        (256, [0, 64, 128, 192]),
+    ],
+)
+def test_a_squares_frames_are_numbered_five_times_at_most(frames, numbered):
+    texts = [
+        text for text in pictures.draw_attention(observation(1, 1, frames)).axes[0].texts if text.get_ha() != "left"
+    ]
+    assert [int(text.get_text()) for text in texts if text.get_ha() == "right"] == numbered
+    assert [int(text.get_text()) for text in texts if text.get_ha() == "center"] == numbered
+    for text in texts:  # in the middle of its row or column of the square
+        place = text.get_position()[text.get_ha() == "right"]
+        assert place == pytest.approx(int(text.get_text()) + 0.5)
+
+
+def test_moving_pictures_are_written_as_a_video_and_as_a_gif(tmp_path):
+    from PIL import Image
+
+    drawn = np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), np.uint8)
+    video, gif = pictures.write_moving(tmp_path, "moving", drawn, fps=4.0)
+    assert (video, gif) == (tmp_path / "moving.mp4", tmp_path / "moving.gif")
+    assert read_clip(video, num_frames=100).frames.shape == drawn.shape
+    with Image.open(gif) as image:
+        assert (image.n_frames, image.size) == (3, (48, 32))
+        assert (image.info["duration"], image.info["loop"]) == (250, 0)  # milliseconds; without an end
+
+
 def test_the_bars_are_the_median_and_the_middle_eighty_percent():
     seen = observation(2, 1, 4)
     seen.branch[:] = np.linspace(0, 1, seen.branch.size, dtype=np.float32).reshape(seen.branch.shape)
