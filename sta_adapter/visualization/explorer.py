@@ -113,7 +113,7 @@ def explorer_data(
 
 
 def _sampled(codes: np.ndarray) -> np.ndarray:
-    """Multiples of even spread of at most a million codes."""
+    """Multiples of even spread of at most two million codes."""
     flat = codes.reshape(-1)[:: max(1, codes.size >> 20)]
     flat = flat[flat != HIDDEN].astype(np.float32)
     return np.power(np.float32(max(2, codes.shape[-1])), (flat - EVEN) / EVEN)
