@@ -373,6 +373,7 @@ def test_what_is_published_shows_no_folders(tmp_path):
     (tmp_path / "my model").mkdir()
     assert public_name(tmp_path / "my model") == "my model"
     assert public_name("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert public_name("runs/today/best") == "best"  # no Hub id, whether it is there or not
     assert subject("org/base", "/home/ann/runs/adapter/") == "org/base, adapter"
     text = (
         "/home/ann/d.jsonl, line 2: no such video file '/mnt/x y/clips/0.mp4'; 1 / 2, and/or, https://example.org/a/b"
