@@ -239,6 +239,38 @@ def test_calls_that_the_function_cannot_stand_for():
     assert torch.allclose(traced(2 * tokens), module(2 * tokens, layout), atol=1e-6)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def as_attribute(layer, name):
+    """A plain tensor in a parameter's place, as FSDP with `use_orig_params` puts it there for a forward."""
+    value = 2 * layer._parameters.pop(name).detach()
+    setattr(layer, name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: torch.nn.utils.parametrize.register_parametrization(m, "gamma", Doubled()),
+        lambda m: torch.nn.utils.parametrize.register_parametrization(m.to_out, "weight", Doubled()),
+        lambda m: as_attribute(m, "gamma"),
+        lambda m: as_attribute(m.to_qkv, "weight"),
+        lambda m: as_attribute(m.norm, "bias"),
+    ],
+    ids=["gamma by a parametrization", "layer by a parametrization", "gamma", "weight", "bias"],
+)
+def test_parameters_are_those_that_the_layers_use(change):
+    module, layout, tokens = branch(gamma_init=0.5), ClipLayout([(3, 2)]), torch.randn(6, 24)
+    before = module(tokens, layout)
+    change(module)
+    found = module(tokens, layout)
+    module.to_out.register_forward_hook(lambda *_: None)
+    assert torch.allclose(found, module(tokens, layout), atol=1e-6)
+    assert not torch.allclose(found, before, atol=1e-4)
+
+
 def test_what_trains_alone_keeps_no_more_than_it_needs():
     module, layout = branch().requires_grad_(False), ClipLayout([(8, 3)])
     module.to_out.requires_grad_(True)

@@ -115,7 +115,7 @@ def weights_or_reason(branch: TemporalAttention, tokens: Tensor, layout: ClipLay
     if type(tokens) not in PLAIN:
         return "the tokens are of a class that decides itself how it computes"
     found = [_own(layer, name) for layer in layers for name in ("weight", "bias")]
-    weights = Weights._make([*found, _own(branch, "gamma")])
+    weights = Weights._make([*found, branch.gamma])
     dtype = weights.to_qkv.dtype
     for parameter in weights:
         if parameter is not None and (type(parameter) not in PLAIN or parameter.dtype != dtype):
@@ -130,7 +130,7 @@ def layers_of(branch: TemporalAttention) -> list[nn.Module]:
 
 
 def _own(module: nn.Module, name: str) -> Tensor | None:
-    """`getattr(module, name)` of a parameter, without the detour that costs as much as an operator."""
+    """`getattr(module, name)` of a plain layer's parameter, without the detour that costs as much as an operator."""
     return cast("Tensor | None", module.__dict__.get(name, module._parameters.get(name)))
 
 
