@@ -117,6 +117,14 @@ def test_a_run_may_be_longer_and_nothing_else(tmp_path, was, now, taken_up):
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.parametrize("change", [{"max_steps": "9"}, {"epochs": None}, {"stage1": ["x"]}, "max_steps", "epochs"])
+def test_a_file_that_no_run_wrote_is_another_run(tmp_path, change):
+    wrote = {k: v for k, v in RUN.items() if k != change} if isinstance(change, str) else {**RUN, **change}
+    (tmp_path / "run.json").write_text(json.dumps(wrote))
+    with pytest.raises(ConfigError, match=r"holds a run that differs in .*max_steps.*overwrite"):
+        claim(tmp_path, {**RUN, "max_steps": 10}, overwrite=False)
+
+
 # ---- the trainer's arguments
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -107,7 +108,11 @@ def _is_longer(found: Mapping[str, Any], identity: Mapping[str, Any], differ: li
     if not set(differ) <= {*LENGTH, "stage1", "stage2"}:
         return False
     for name in ("stage1", "stage2"):
+        if not isinstance(found.get(name, {}), dict):
+            return False
         was, now = ({**run, **run.get(name, {})} for run in (found, identity))
+        if not isinstance(was.get("epochs"), (int, float)) or not isinstance(was.get("max_steps", ""), (int, NoneType)):
+            return False  # not as a run writes them
         rest = (
             {key: value for key, value in run.get(name, {}).items() if key not in LENGTH} for run in (found, identity)
         )
