@@ -1,7 +1,9 @@
 """Arguments by name, whatever a tool has put in the place of a module's forward."""
 
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -99,3 +101,13 @@ def test_arguments_behind_two_stars_are_among_the_rest():
     assert "third" not in found
     with pytest.raises(TypeError, match="missing a required argument: 'first'"):
         bound_arguments(Model(), (), {}, partial=False)
+
+
+def test_what_is_remembered_of_a_method_keeps_no_model():
+    encoder = ToyEncoder()
+    bound_method(encoder)
+    assert not takes(encoder, "another")  # looks at all of its signatures
+    gone = weakref.ref(encoder)
+    del encoder
+    gc.collect()
+    assert gone() is None

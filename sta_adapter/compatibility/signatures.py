@@ -6,12 +6,14 @@ them without the first. The class's method does.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MethodType
+from types import FunctionType, MethodType
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+_SIGNATURES: WeakKeyDictionary[FunctionType, inspect.Signature] = WeakKeyDictionary()  # a function may hold its model
 
 
 def class_method(module: nn.Module, name: str = "forward") -> Callable[..., object]:
@@ -62,15 +64,12 @@ def _signatures(module: nn.Module, name: str) -> Iterator[inspect.Signature]:
 
 
 def _signature(method: Callable[..., object]) -> inspect.Signature:
-    if isinstance(method, MethodType):
-        return _bound_signature(method.__func__)
-    return inspect.signature(method)
-
-
-@functools.lru_cache(maxsize=64)
-def _bound_signature(function: Callable[..., object]) -> inspect.Signature:
-    """Of a method with this function, without its first parameter: it takes longer than a block's arithmetic may."""
-    return inspect.signature(MethodType(function, object()))
+    """A method's signature is found once: that takes longer than a block's arithmetic may."""
+    if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
+        return inspect.signature(method)
+    if (found := _SIGNATURES.get(method.__func__)) is None:
+        found = _SIGNATURES[method.__func__] = inspect.signature(method)
+    return found
 
 
 def _named(
