@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sta_adapter.attention.kernels import attend, attend_gradient
+from sta_adapter.attention.kernels import attend_by_head, attend_by_head_gradient
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.config import STAConfig
 
@@ -63,7 +63,7 @@ def mix_frames_gradient(grad: Tensor, qkv: Tensor, layout: ClipLayout, heads: in
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding by half-rotation; x is (..., D), `rotary_tables` fit it by broadcasting, such as (T, 1, D)."""
+    """Rotary embedding by half-rotation; x is (..., D), `rotary_tables` fit it by broadcasting, (T, D)."""
     return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
 
 
@@ -72,9 +72,9 @@ def _sizes(layout: ClipLayout) -> list[int]:
 
 
 def _fold(x: Tensor, clip: tuple[int, int], rows: int) -> Tensor:
-    """(b t n) (r d) -> b n t r d, a view: rows are heads, or heads of q, k and v."""
+    """(b t n) (r d) -> b n r t d, a view: rows are heads, or heads of q, k and v."""
     frames, positions = clip
-    return x.view(-1, frames, positions, rows, x.shape[-1] // rows).transpose(1, 2)
+    return x.view(-1, frames, positions, rows, x.shape[-1] // rows).permute(0, 2, 3, 1, 4)
 
 
 def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
@@ -82,12 +82,12 @@ def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, con
     frames, positions = clip
     fold = _fold(qkv, clip, 3 * heads)
     if frames == 1:
-        out = fold[..., 2 * heads :, :]  # v: a softmax over one frame is 1
+        out = fold[:, :, 2 * heads :]  # v: a softmax over one frame is 1
     else:
-        q, k, v = _queries_keys_values(fold, _tables(fold, clip[0], layout, config), heads)
-        out = attend(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
-        out = out.view(-1, positions, frames, heads, out.shape[-1])
-    return out.transpose(1, 2).reshape(qkv.shape[0], -1)  # b n t h d -> (b t n) (h d)
+        q, k, v = _queries_keys_values(fold, _tables(fold, frames, layout, config), heads)
+        out = attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
+        out = out.view(-1, positions, heads, frames, out.shape[-1])
+    return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)  # b n h t d -> (b t n) (h d)
 
 
 def _mix_gradient(
@@ -102,28 +102,27 @@ def _mix_gradient(
     """Write the gradient of `_mix` at `qkv` into `found`, which is shaped as it is."""
     fold, to_out, to_qkv = _fold(qkv, clip, 3 * heads), _fold(grad, clip, heads), _fold(found, clip, 3 * heads)
     if clip[0] == 1:
-        to_qkv[..., : 2 * heads, :] = 0
-        to_qkv[..., 2 * heads :, :] = to_out
+        to_qkv[:, :, : 2 * heads] = 0
+        to_qkv[:, :, 2 * heads :] = to_out
         return
     tables = _tables(fold, clip[0], layout, config)
     q, k, v = _queries_keys_values(fold, tables, heads)
-    to_q, to_k, to_v = attend_gradient(
+    to_q, to_k, to_v = attend_by_head_gradient(
         to_out.flatten(0, 1), q, k, v, causal=config.causal, window=config.window, backend=config.attention
     )
-    shape = to_qkv.shape[:3]
-    both = torch.cat([to_q, to_k], dim=2).view(*shape, 2 * heads, -1)
-    into = to_qkv[..., : 2 * heads, :]
+    into, into_v = to_qkv.split_with_sizes([2 * heads, heads], 2)
+    both = torch.cat([to_q, to_k], dim=1).view(into.shape)
     if tables is None:
         into.copy_(both)
     else:  # the rotation's transpose, which is the one back
         cos, sin = tables
         other = both.roll(both.shape[-1] // 2, -1)
         torch.addcmul(both.mul_(cos), other, sin, value=-1, out=into)
-    to_qkv[..., 2 * heads :, :] = to_v.view(*shape, heads, -1)
+    into_v.copy_(to_v.view(into_v.shape))
 
 
 def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) -> tuple[Tensor, Tensor] | None:
-    """Cos and sin (frames, 1, D) for tokens (b, n, frames, r, D); None without a rotation."""
+    """Cos and sin (frames, D) for tokens (b, n, r, frames, D); None without a rotation."""
     if config.rope_theta is None:
         return None
     cos, sin = layout.rotary_tables(fold.shape[-1], config.rope_theta, fold)
@@ -133,9 +132,9 @@ def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) ->
 def _queries_keys_values(
     fold: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q and k, rotated, and v: b n t (k h) d -> three of (b n) t h d."""
-    both, v = fold.split_with_sizes([2 * heads, heads], 3)
+    """Q and k, rotated, and v: b n (k h) t d -> three of (b n) h t d."""
+    both, v = fold.split_with_sizes([2 * heads, heads], 2)
     if tables is not None:
         both = apply_rotary(both, *tables)
-    q, k = both.flatten(0, 1).chunk(2, 2)
+    q, k = both.flatten(0, 1).chunk(2, 1)
     return q, k, v.flatten(0, 1)

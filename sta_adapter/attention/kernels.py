@@ -46,11 +46,20 @@ def attend(
         BackendError: when the backend asked for can't take these tensors; the message has the reason.
     """
     _check(q, k, v, causal, window)
-    queries, keys = q.shape[1], k.shape[1]
-    if window is not None and keys >= queries + window:  # no query sees the first of them
-        k, v = k[:, 1 - queries - window :], v[:, 1 - queries - window :]
-        keys = k.shape[1]
-    causal, window = _bounds(queries, keys, causal, window)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return attend_by_head(q, k, v, causal=causal, window=window, backend=backend).transpose(1, 2)
+
+
+def attend_by_head(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """`attend` of (P, H, T, D), the order of torch's SDPA, without its checks."""
+    if causal:
+        queries, keys = q.shape[2], k.shape[2]
+        if window is not None and keys >= queries + window:  # no query sees the first of them
+            k, v = k[:, :, 1 - queries - window :], v[:, :, 1 - queries - window :]
+            keys = k.shape[2]
+        causal, window = _bounds(queries, keys, window)
     kernel = _KERNELS[_name(q, backend)]
     if _is_split(q):
         parts = zip(*(torch.split(x, CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
@@ -58,14 +67,14 @@ def attend(
     return kernel(q, k, v, causal, window)
 
 
-def _bounds(queries: int, keys: int, causal: bool, window: int | None) -> tuple[bool, int | None]:
-    """(causal, window), where they leave anything out."""
+def _bounds(queries: int, keys: int, window: int | None) -> tuple[bool, int | None]:
+    """(causal, window) of a causal call, where they leave anything out."""
     if queries == 1:  # sees all that is left
         return False, None
-    return causal, None if window is not None and window >= keys else window
+    return True, None if window is not None and window >= keys else window
 
 
-def attend_gradient(
+def attend_by_head_gradient(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -75,11 +84,11 @@ def attend_gradient(
     window: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend` at q, k and v, whose attention is computed again.
+    """Gradients of `attend_by_head` at q, k and v, whose attention is computed again.
 
     Args:
-        grad: at the output (P, T, H, D), in q's dtype.
-        q: as `attend` got it, (P, T, H, D).
+        grad: at the output (P, H, T, D), in q's dtype.
+        q: as `attend_by_head` got it, (P, H, T, D).
         k: the same, of as many tokens.
         v: the same.
         causal: as for `attend`.
@@ -88,20 +97,19 @@ def attend_gradient(
     """
     plain = _name(q, backend) == "sdpa" and not _is_split(q)
     wide = plain and _widens(q.device.type, q.dtype)
-    leaves = [x.float() if wide else x for x in (q, k, v)]
-    if plain:
-        leaves, grad = [x.transpose(1, 2) for x in leaves], grad.to(leaves[0].dtype).transpose(1, 2)
-    leaves = [x.detach().requires_grad_() for x in leaves]
+    leaves = [(x.float() if wide else x).detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         if plain:
-            causal, window = _bounds(q.shape[1], q.shape[1], causal, window)
-            mask, causal = _sdpa_mask(q, k, causal, window)
+            mask = None
+            if causal:
+                causal, window = _bounds(q.shape[2], q.shape[2], window)
+                mask, causal = _sdpa_mask(q, k, causal, window)
             out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=causal)
         else:
-            out = attend(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
-    found = step_back(out, leaves, grad)
-    if plain:
-        found = [x.transpose(1, 2).to(q.dtype) for x in found]
+            out = attend_by_head(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
+    found = step_back(out, leaves, grad.float() if wide else grad)
+    if wide:
+        found = [x.to(q.dtype) for x in found]
     return found[0], found[1], found[2]
 
 
@@ -176,13 +184,14 @@ def xformers_refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | No
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     bias = xformers_kernels.causal_bias(q, k, window) if causal else None
-    return cast("Tensor", memory_efficient_attention(q, k, v, attn_bias=bias))
+    return cast("Tensor", memory_efficient_attention(q, k, v, attn_bias=bias)).transpose(1, 2)
 
 
 def _widens(device: str, dtype: torch.dtype) -> bool:
     """Whether SDPA gets float32 copies: its 16-bit CPU kernel takes up to ten times as long (benchmarks/kernels.py)."""
-    return device == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return dtype in (torch.bfloat16, torch.float16) and device == "cpu"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
@@ -190,24 +199,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> 
     if wide := _widens(q.device.type, dtype):
         q, k, v = q.float(), k.float(), v.float()
     mask, causal = _sdpa_mask(q, k, causal, window) if causal else (None, False)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.to(dtype) if wide else out
 
 
 def _sdpa_mask(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[Tensor | None, bool]:
     """SDPA's `attn_mask` and `is_causal`."""
-    if causal and (window is not None or q.shape[1] != k.shape[1]):
-        return visible_keys(q.shape[1], k.shape[1], window, q.device), False
+    if causal and (window is not None or q.shape[2] != k.shape[2]):
+        return visible_keys(q.shape[2], k.shape[2], window, q.device), False
     return None, causal
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
-    weights = attention_weights(q, k, causal=causal, window=window)
-    return (weights @ v.to(weights.dtype).transpose(1, 2)).to(q.dtype).transpose(1, 2)
+    weights = attention_weights(q.transpose(1, 2), k.transpose(1, 2), causal=causal, window=window)
+    return (weights @ v.to(weights.dtype)).to(q.dtype)
 
 
-_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool, int | None], Tensor]] = {
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool, int | None], Tensor]] = {  # of (P, H, T, D)
     "xformers": _xformers,
     "sdpa": _sdpa,
     "eager": _eager,

@@ -162,7 +162,7 @@ class ClipLayout:
 
 
 def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and signed sin, each (frames, 1, head_dim), of the rotary embedding on the frame index.
+    """Cos and signed sin, each (frames, head_dim), of the rotary embedding on the frame index.
 
     Half-rotation over the whole head size, as in the paper's 1-d RoPE: each half times cos, and the other one times sin,
     which is negative for the first. The angles are in float64, as float32 is off by 0.004 at frame 100,000; the tables
@@ -171,7 +171,7 @@ def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> t
     device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / -head_dim
     frequencies = theta**exponents
-    indices = torch.arange(frames.start, frames.stop, dtype=torch.float64, device=device).view(-1, 1, 1)
+    indices = torch.arange(frames.start, frames.stop, dtype=torch.float64, device=device).view(-1, 1)
     angles = indices * torch.cat([-frequencies, frequencies])  # cos is even and sin is odd, to the last bit
     return angles.cos().to(like), angles.sin().to(like)
 

@@ -76,7 +76,8 @@ class Chunk:
         key = (branch.head_dim, theta, like.device, like.dtype)
         if key not in self._tables:
             start = self.state.frames
-            self._tables[key] = rotary_tables(range(start, start + self.frames), branch.head_dim, theta, like)
+            cos, sin = rotary_tables(range(start, start + self.frames), branch.head_dim, theta, like)
+            self._tables[key] = cos[:, None], sin[:, None]
         return self._tables[key]
 
     def mix(self, index: int, branch: TemporalAttention, qkv: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def _weights(module: TemporalAttention, part: Tensor, layout: ClipLayout, clip: 
     frames = layout.clips[clip][0]
     q, k, _ = rearrange(part, "(t n) (k h d) -> k n t h d", t=frames, k=3, h=module.num_heads)
     if module.config.rope_theta is not None:
-        cos, sin = (x[:frames] for x in layout.rotary_tables(module.head_dim, module.config.rope_theta, q))
+        cos, sin = (x[:frames, None] for x in layout.rotary_tables(module.head_dim, module.config.rope_theta, q))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     config = module.config
     return attention_weights(q, k, causal=config.causal, window=config.window).transpose(0, 1)
