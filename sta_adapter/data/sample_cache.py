@@ -223,4 +223,4 @@ def _from_bytes(codes: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
     if found is None:
         raise ValueError("its bytes are of another shape")
     shift, scale = affine.view(2, 1, CHANNELS, 1)
-    return torch.sub(found, shift).div_(scale).view(codes.shape)
+    return found.float().sub_(shift).div_(scale).view(codes.shape)  # torch.sub of bytes and floats takes twice as long
