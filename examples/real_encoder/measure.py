@@ -13,6 +13,7 @@ import peft
 import torch
 import transformers
 from arms import Watcher
+from cache import arithmetic
 from clips import LABELS, PAIRS
 from prepare import Data
 
@@ -36,7 +37,7 @@ def measure(watcher: Watcher, data: Data, batch: int, *, shuffled: bool = False)
         tokens = data.tokens[indices]
         if shuffled:
             tokens = torch.stack([clip[torch.randperm(len(clip), generator=generator)] for clip in tokens])
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             logits = watcher(tokens, data.answers(watcher.reader, indices))
         said += [watcher.reader.words[i] for i in logits[:, -1].argmax(-1).tolist()]
     for clip, word in zip(data.clips, said, strict=True):
@@ -56,10 +57,12 @@ def measure(watcher: Watcher, data: Data, batch: int, *, shuffled: bool = False)
 
 def made_by() -> dict[str, Any]:
     """When, where and with what."""
+    with arithmetic():
+        dtype = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
     packages = {"sta-adapter": sta_adapter, "torch": torch, "transformers": transformers, "peft": peft}
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, {dtype}",
         "versions": {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}},
         "command": " ".join(["python", "train.py", *sys.argv[1:]]),
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from arms import ARMS, Watcher
+from cache import arithmetic
 from clips import FRAMES, LABELS, SIZE
 from encoder import load_encoder
 from prepare import Data, Settings
@@ -63,7 +64,7 @@ def read_step(
     """One step on a frame, `which` of each of the chosen clips; the loss."""
     reader = watcher.reader
     states = [data.clips[i]["states"][t] for i, t in zip(chosen, which.tolist(), strict=True)]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), arithmetic():
         features = watcher.features(data.tokens[chosen, which].unsqueeze(1))
     loss = torch.zeros(())
     for question in questions:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, ORDERS, Watcher
+from cache import arithmetic
 from encoder import load_encoder
 from measure import made_by, measure
 from prepare import Data, Settings, prepare
@@ -146,7 +147,7 @@ def keep(state: Path, watcher: Watcher, optimizer: torch.optim.Optimizer, record
 
 def train_step(watcher: Watcher, optimizer: torch.optim.Optimizer, tokens: Tensor, answer: Tensor) -> float:
     """One step on clips; the loss."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with arithmetic():
         loss = loss_of(watcher(tokens, answer), answer)
     return update(loss, optimizer)
 
