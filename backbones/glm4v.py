@@ -18,8 +18,7 @@ from sta_adapter.backbones.frames import unknown_clips
 from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
 from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, ClipSource
-from sta_adapter.injection.encoder_call import EncoderCall, number_of
+from sta_adapter.injection.backbone import Backbone, ClipSource, EncoderCall, number_of
 
 
 def frame_grid_layout(call: EncoderCall) -> ClipLayout:

@@ -18,8 +18,7 @@ from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, un
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.backbone import TextPositions
-from sta_adapter.injection.encoder_call import number_of
+from sta_adapter.injection.backbone import TextPositions, number_of
 
 # before transformers 4.52, the head computes positions itself
 HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")

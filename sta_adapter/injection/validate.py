@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import Backbone, DummyInputs
+from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
 from sta_adapter.injection.block_run import run_block
-from sta_adapter.injection.encoder_call import EncoderCall
 from sta_adapter.injection.nested import Arguments, iterate_tensors
 from sta_adapter.injection.target import InjectionTarget
 
