@@ -7,14 +7,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.backbones.qwen2_vl_owner import FAMILIES, find_owner, tokens_per_second
 from sta_adapter.backbones.qwen2_vl_position_rules import (
     OriginalPositions,
     RowsAndColumns,
     WholeSeconds,
     WholeSecondsRowsAndColumns,
+    tokens_per_second,
 )
-from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, uninstall
+from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import ConfigError
