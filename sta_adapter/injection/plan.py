@@ -30,7 +30,7 @@ from sta_adapter.injection.hooks import (
 )
 from sta_adapter.injection.registry import locate
 from sta_adapter.injection.state import Injection
-from sta_adapter.injection.target import InjectionTarget
+from sta_adapter.injection.target import InjectionTarget, find_language_model
 from sta_adapter.injection.validate import validate_target
 
 WRAPPERS = {
@@ -116,7 +116,8 @@ class Plan:
             target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
             add_load_hook(self.model, LoadStatePreHook(injection))
             attach_clip_source(self.model, target, injection)
-            attach_agreement(self.model, target.encoder, injection)
+            if (language_model := find_language_model(self.model, target.encoder)) is not None:
+                attach_agreement(self.model, target.encoder, language_model, injection)
         except BaseException:
             for index in modules:
                 target.blocks[index]._modules.pop(CHILD, None)
