@@ -31,7 +31,7 @@ def grid_rows(call: EncoderCall) -> list[list[int]]:
 
 def grid_layout(call: EncoderCall) -> ClipLayout:
     """Layout from `grid_thw` (clips, 3): t frames of h * w patches each, clip after clip."""
-    return ClipLayout((t, h * w) for t, h, w in grid_rows(call))
+    return ClipLayout([(t, h * w) for t, h, w in grid_rows(call)])
 
 
 def merged_positions(rows: int, columns: int, merge: int, window: int = 0) -> torch.Tensor:

@@ -115,7 +115,8 @@ class Plan:
             target.encoder.register_forward_pre_hook(EncoderPreHook(injection), with_kwargs=True)
             target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
             add_load_hook(self.model, LoadStatePreHook(injection))
-            attach_clip_source(self.model, target, injection)
+            if (source := target.backbone.clip_source) is not None:
+                attach_clip_source(self.model, target.encoder, source, injection)
             if (language_model := find_language_model(self.model, target.encoder)) is not None:
                 attach_agreement(self.model, target.encoder, language_model, injection)
         except BaseException:
