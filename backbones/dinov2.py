@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout, pixel_positions
-from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import number_of
+from sta_adapter.injection.backbone import Backbone, LoRARecipe, number_of
 
 
 def leading_tokens(encoder: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from sta_adapter.attention.layout import EACH_ROW as EACH_ROW
 from sta_adapter.attention.layout import AllRows, ClipLayout, ClipLengths, EachRow
 from sta_adapter.errors import LayoutError, UnknownClipsError
-from sta_adapter.injection.encoder_call import EncoderCall, number_of, sizes_of
+from sta_adapter.injection.backbone import EncoderCall, number_of, sizes_of
 
 
 def row_clips(

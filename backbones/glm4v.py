@@ -18,8 +18,7 @@ from sta_adapter.backbones.frames import unknown_clips
 from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
 from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, ClipSource
-from sta_adapter.injection.encoder_call import EncoderCall, number_of
+from sta_adapter.injection.backbone import Backbone, ClipSource, EncoderCall, number_of
 
 
 def frame_grid_layout(call: EncoderCall) -> ClipLayout:
@@ -29,7 +28,7 @@ def frame_grid_layout(call: EncoderCall) -> ClipLayout:
     if call.clip_lengths is None:
         if sum(t == 1 for t, _, _ in rows) > 1:
             raise unknown_clips(f"the {len(rows)} rows {rows} of {type(call.encoder).__name__}'s grid_thw")
-        return ClipLayout((t, h * w) for t, h, w in rows)
+        return ClipLayout([(t, h * w) for t, h, w in rows])
     lengths = [n if isinstance(n, int) else n[0] for n in call.clip_lengths]
     if isinstance(call.clip_lengths, AllRows):
         lengths = [len(frames)]
@@ -42,7 +41,7 @@ def frame_grid_layout(call: EncoderCall) -> ClipLayout:
     for clip in clips:
         if len(set(clip)) > 1:
             raise LayoutError(f"the frames of a clip have {clip} rows and columns; expected the same in each frame.")
-    return ClipLayout((len(clip), clip[0][0] * clip[0][1]) for clip in clips)
+    return ClipLayout([(len(clip), clip[0][0] * clip[0][1]) for clip in clips])
 
 
 def frame_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:

@@ -11,8 +11,7 @@ from torch import nn
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import EncoderCall, number_of, sizes_of
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, number_of, sizes_of
 
 # language models of the InternVideo family: Mistral, Llama and Qwen2 (q_proj ...) and InternLM2 (wqkv ...)
 INTERN_LORA = LoRARecipe(

@@ -24,8 +24,7 @@ from sta_adapter.attention.layout import ClipLayout, ClipLengths
 from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.backbones.internvideo2 import INTERN_LORA
 from sta_adapter.errors import LayoutError, UnknownClipsError
-from sta_adapter.injection.backbone import Backbone, ClipSource
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.backbone import Backbone, ClipSource, EncoderCall
 
 PLACEHOLDER = re.compile(r"(?:\bframe[\s_-]*(\d+)\s*:?\s*)?<image>", re.IGNORECASE)
 

@@ -21,8 +21,7 @@ from sta_adapter.backbones.frames import (
     pixel_positions,
     unknown_clips,
 )
-from sta_adapter.injection.backbone import Backbone, ClipSource, LoRARecipe
-from sta_adapter.injection.vllm_tower import VLLMTower
+from sta_adapter.injection.backbone import Backbone, ClipSource, LoRARecipe, VLLMTower
 
 
 def feature_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:

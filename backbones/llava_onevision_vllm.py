@@ -9,8 +9,7 @@ from torch import nn
 
 from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.backbones.frames import EACH_ROW
-from sta_adapter.injection.backbone import ClipSource
-from sta_adapter.injection.vllm_tower import VLLMTower
+from sta_adapter.injection.backbone import ClipSource, VLLMTower
 
 MODEL = "LlavaOnevisionForConditionalGeneration"
 

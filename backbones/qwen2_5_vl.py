@@ -22,8 +22,7 @@ from sta_adapter.backbones.qwen2_vl import (
     vllm_tower,
 )
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
-from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.encoder_call import EncoderCall, number_of
+from sta_adapter.injection.backbone import Backbone, EncoderCall, number_of
 
 # The vision MLP has the names of the language model: gate_proj, up_proj and down_proj. Omni keeps q, k and v apart,
 # so that its vision attention takes part by attn.proj alone.

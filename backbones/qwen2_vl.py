@@ -8,9 +8,7 @@ from torch import nn
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import EncoderCall, number_of
-from sta_adapter.injection.vllm_tower import VLLMTower
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, VLLMTower, number_of
 
 QWEN_LORA = LoRARecipe(
     target_modules=(
@@ -33,7 +31,7 @@ def grid_rows(call: EncoderCall) -> list[list[int]]:
 
 def grid_layout(call: EncoderCall) -> ClipLayout:
     """Layout from `grid_thw` (clips, 3): t frames of h * w patches each, clip after clip."""
-    return ClipLayout((t, h * w) for t, h, w in grid_rows(call))
+    return ClipLayout([(t, h * w) for t, h, w in grid_rows(call)])
 
 
 def merged_positions(rows: int, columns: int, merge: int, window: int = 0) -> torch.Tensor:

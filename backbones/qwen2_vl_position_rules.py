@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from sta_adapter.errors import LayoutError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PositionRule(Protocol):
@@ -97,21 +100,7 @@ class WholeSecondsRowsAndColumns(RowsAndColumns, WholeSeconds):
     name = "whole-seconds-rows-and-columns"
 
 
-@dataclasses.dataclass(frozen=True)
-class VideoRopePositions:
-    """Frames `scale_factor` apart on the temporal axis, rows and columns around their frame's position."""
-
-    scale_factor: float
-    name = "videorope"
-    dtype = torch.float32
-
-    def clip(
-        self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
-    ) -> tuple[Tensor, float]:
-        """See `PositionRule`; the text goes on behind the last frame."""
-        frame = torch.arange(frames, dtype=self.dtype) * self.scale_factor + start
-        row = frame[:, None] + torch.arange(rows) - (rows - 1) // 2
-        column = frame[:, None] + torch.arange(columns) - (columns - 1) // 2
-        shape = (frames, rows, columns)
-        axes = [frame[:, None, None], row[:, :, None], column[:, None, :]]
-        return torch.stack([axis.expand(shape) for axis in axes]).flatten(1), frame[-1].item() + 1
+def tokens_per_second(owner: PreTrainedModel) -> float | None:
+    """Positions on the temporal axis for a second in Qwen2.5-VL; None for Qwen2-VL, which counts steps."""
+    rate: float | None = None if "Qwen2VL" in type(owner).__name__ else owner.config.vision_config.tokens_per_second
+    return rate

@@ -8,17 +8,18 @@ that knows at most modules of that model, so that copied and unpickled models ke
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from sta_adapter.backbones.qwen2_vl_owner import find_owner, tokens_per_second
-from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions
-from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
+from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions, drop_hooks
+from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule, tokens_per_second
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.compatibility.position_seams import GENERATION_METHOD as PREPARE
 from sta_adapter.compatibility.position_seams import ROPE_INDEX, has_generation_method, rope_index_parameters
-from sta_adapter.compatibility.seams import hook_table
 from sta_adapter.errors import InjectionError
+
+FAMILIES = ("Qwen2VLModel", "Qwen2_5_VLModel")
 
 
 def restore_original_positions(model: nn.Module) -> nn.Module:
@@ -49,7 +50,7 @@ def undo_original_positions(model: nn.Module) -> nn.Module:
 
 def install(model: nn.Module, rule: PositionRule) -> None:
     """Let the Qwen2-VL or Qwen2.5-VL in `model` compute its positions by `rule`; raises what `restore_original_positions` raises."""
-    owner = find_owner(model)
+    owner: Any = find_owner(model)
     if installed_rule(owner) is not None:
         raise InjectionError(
             f"this model's positions follow {installed_rule(owner)} already. Take that back first: remove_videorope(model) "
@@ -65,7 +66,7 @@ def install(model: nn.Module, rule: PositionRule) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install`; nothing happens where there is no rule."""
-    owner = find_owner(model)
+    owner: Any = find_owner(model)
     if installed_rule(owner) is None:
         return
     vars(owner).pop(ROPE_INDEX)
@@ -75,19 +76,38 @@ def uninstall(model: nn.Module) -> None:
         vars(head).pop(PREPARE, None)
 
 
+def find_owner(model: nn.Module, kinds: tuple[str, ...] = FAMILIES) -> nn.Module:
+    """The module that computes positions: the one around tower and language model.
+
+    Args:
+        model: the whole model.
+        kinds: class names that count.
+
+    Raises:
+        InjectionError: when there is none, or several.
+    """
+    named = [m for m in model.modules() if any(cls.__name__ in kinds for cls in type(m).__mro__)]
+    found = [m for m in named if hasattr(m, "language_model") and hasattr(m, ROPE_INDEX)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InjectionError(f"{type(model).__name__} holds {len(found)} Qwen2-VL models; pass one of them.")
+    if named:
+        import transformers
+
+        raise InjectionError(
+            f"Qwen2-VL of transformers {transformers.__version__} can't be given another position rule; 4.52 to 5 can "
+            "(tested: 4.57.6, 5.20 and 5.24). For VideoRoPE on 4.45.2, use its authors' model file."
+        )
+    raise InjectionError(
+        f"{type(model).__name__} is no Qwen2-VL and holds none; expected a {' or '.join(kinds)} in it."
+    )
+
+
 def installed_rule(owner: nn.Module) -> PositionRule | None:
     """The rule that `install` gave to this module, or None."""
     method = vars(owner).get(ROPE_INDEX)
     return method.rule if isinstance(method, RopeIndex) else None
-
-
-def drop_hooks(module: nn.Module, kind: type) -> None:
-    """Take all hooks of a class off a module."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = hook_table(module, name)
-        for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key]
-            hook_table(module, name + "_with_kwargs").pop(key, None)
 
 
 def _generating(model: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:

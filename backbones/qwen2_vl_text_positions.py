@@ -7,19 +7,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.backbones.qwen2_vl_owner import FAMILIES, find_owner, tokens_per_second
 from sta_adapter.backbones.qwen2_vl_position_rules import (
     OriginalPositions,
     RowsAndColumns,
     WholeSeconds,
     WholeSecondsRowsAndColumns,
+    tokens_per_second,
 )
-from sta_adapter.backbones.qwen2_vl_positions import install, installed_rule, uninstall
+from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.backbone import TextPositions
-from sta_adapter.injection.encoder_call import number_of
+from sta_adapter.injection.backbone import TextPositions, number_of
 
 # before transformers 4.52, the head computes positions itself
 HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")

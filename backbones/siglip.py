@@ -17,8 +17,7 @@ from sta_adapter.backbones.frames import (
     unknown_clips,
 )
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, LoRARecipe
-from sta_adapter.injection.encoder_call import EncoderCall, number_of
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, number_of
 
 VISION_QKV = r"encoder\.layers\.\d+\.self_attn\.[qkv]_proj"
 SIGLIP_LORA = LoRARecipe(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sta_adapter.backbones.qwen2_vl import BACKBONE as QWEN2_VL
-from sta_adapter.backbones.qwen2_vl_position_rules import VideoRopePositions
-from sta_adapter.backbones.qwen2_vl_positions import drop_hooks, find_owner, install, installed_rule, uninstall
+from sta_adapter.backbones.qwen2_vl_position_hooks import drop_hooks
+from sta_adapter.backbones.qwen2_vl_positions import find_owner, install, installed_rule, uninstall
 from sta_adapter.backbones.videorope_frequencies import InterleavedFrequencies
 from sta_adapter.compatibility.position_seams import FREQUENCY_METHOD, has_frequency_method
 from sta_adapter.errors import ConfigError
@@ -21,6 +22,26 @@ from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.hooks import find_injections
 
 QWEN2_VL_MODEL = ("Qwen2VLModel",)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRopePositions:
+    """Frames `scale_factor` apart on the temporal axis, rows and columns around their frame's position."""
+
+    scale_factor: float
+    name = "videorope"
+    dtype = torch.float32
+
+    def clip(
+        self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
+    ) -> tuple[Tensor, float]:
+        """See `PositionRule`; the text goes on behind the last frame."""
+        frame = torch.arange(frames, dtype=self.dtype) * self.scale_factor + start
+        row = frame[:, None] + torch.arange(rows) - (rows - 1) // 2
+        column = frame[:, None] + torch.arange(columns) - (columns - 1) // 2
+        shape = (frames, rows, columns)
+        axes = [frame[:, None, None], row[:, :, None], column[:, None, :]]
+        return torch.stack([axis.expand(shape) for axis in axes]).flatten(1), frame[-1].item() + 1
 
 
 def apply_videorope(model: nn.Module, scale_factor: float = 2.0) -> nn.Module:

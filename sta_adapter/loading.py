@@ -20,8 +20,7 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
-from sta_adapter.injection.load import load_sta
-from sta_adapter.injection.peft_loading import watch_peft
+from sta_adapter.injection.load import load_sta, watch_peft
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.files import published_config
 from sta_adapter.requirements import require_device
@@ -70,7 +69,7 @@ def load_model(
     """
     import transformers
 
-    watch_peft(load_sta)
+    watch_peft()
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
     require_device(device)

@@ -10,7 +10,7 @@ from sta_adapter.attention.layout import ALL_ROWS
 from sta_adapter.backbone import EncoderCall
 from sta_adapter.backbones.frames import EACH_ROW, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.errors import CompatibilityError, LayoutError
-from sta_adapter.injection.encoder_call import number_of
+from sta_adapter.injection.backbone import number_of
 
 
 def encoder(**config):

@@ -15,8 +15,7 @@ from qwen2_vl_prompts import END, START, VIDEO, is_transformers_5, needs_seams
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter import inject_sta, load_sta
-from sta_adapter.backbones.qwen2_vl_owner import find_owner
-from sta_adapter.backbones.qwen2_vl_positions import restore_original_positions
+from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.qwen2_vl_text_positions import RULES, rule_of_training
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import cli

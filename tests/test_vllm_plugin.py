@@ -18,8 +18,8 @@ from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbones.frames import EachRow
 from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
+from sta_adapter.injection.backbone import VLLMTower
 from sta_adapter.injection.registry import get_backbone, in_vllm, list_backbones
-from sta_adapter.injection.vllm_tower import VLLMTower
 from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -103,12 +103,15 @@ def evaluate(
         processes = stack.enter_context(contextlib.closing(Processes.joined() if shared else Processes()))
         if isinstance(model, nn.Module):
             stack.enter_context(eval_mode(model))
+        log: PredictionLog
 
-        def opened() -> PredictionLog:
-            log = _prediction_log(predictions_file, settings, model, dataset, overwrite, processes)
-            return stack.enter_context(log)
+        def read_log() -> dict[int, Kept]:
+            nonlocal log
+            log = stack.enter_context(_prediction_log(predictions_file, settings, model, dataset, overwrite, processes))
+            return log.done
 
-        log = _open(opened, processes)
+        first, *_ = processes.gather(read_log)
+        log.open(first)  # all of them go on from what the first one has read
         answerer = _answerer(model, dataset.processor, max_new_tokens, batch_size, choose, stop_at_letter)
         _answer_missing(answerer, dataset, log, processes, batch_size, num_workers, progress)
         predictions = [Prediction(**known) for known in log.done.values()]
@@ -186,19 +189,6 @@ def _check_idle(
                 f"{name} has no effect on a VideoDataset, which was made with another; leave it out, or make the data set "
                 "with it."
             )
-
-
-def _open(opened: Callable[[], PredictionLog], processes: Processes) -> PredictionLog:
-    """This process's log, with the predictions that the first one has read."""
-    logs: list[PredictionLog] = []
-
-    def known() -> dict[int, Kept]:
-        logs.append(opened())
-        return logs[0].done
-
-    found = processes.gather(known)
-    logs[0].open(found[0])
-    return logs[0]
 
 
 def _answerer(

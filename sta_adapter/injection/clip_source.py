@@ -15,10 +15,10 @@ from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import UnknownClipsError
+from sta_adapter.injection.backbone import ClipSource
 from sta_adapter.injection.hooks import Hook, take_clip_lengths
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
-from sta_adapter.injection.target import InjectionTarget
 
 
 class ModelPreHook(Hook):
@@ -73,15 +73,12 @@ class TellingMethod:
             return self.method(*args, **kwargs)
 
 
-def attach_clip_source(model: nn.Module, target: InjectionTarget, injection: Injection) -> None:
+def attach_clip_source(model: nn.Module, encoder: nn.Module, source: ClipSource, injection: Injection) -> None:
     """Follow the calls of each module around the encoder that the backbone's `ClipSource` names."""
-    source = target.backbone.clip_source
-    if source is None:
-        return
     for module in model.modules():
         if not any(cls.__name__ in source.model_classes for cls in type(module).__mro__):
             continue
-        if all(inner is not target.encoder for inner in module.modules()):
+        if all(inner is not encoder for inner in module.modules()):
             continue
         module.register_forward_pre_hook(ModelPreHook(injection), with_kwargs=True)
         module.register_forward_hook(ModelPostHook(injection), always_call=True)

@@ -18,7 +18,6 @@ from sta_adapter.compatibility.seams import active_ddp, given_arguments, hook_ta
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.add_once import AddOnce
 from sta_adapter.injection.backbone import DummyInputs
 from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.nested import Arguments, iterate_tensors
@@ -253,6 +252,30 @@ class LanguageModelBegin(AgreeingHook):
         return [p for p in self._parameters_between() if p.requires_grad and not is_sharded([p])]
 
 
+class AddOnce(Hook):
+    """Forward hook of the embedding of tokens, for one run in one thread: adds a scalar to what comes out.
+
+    Args:
+        injection: whose thread it is.
+        embedding: gets the hook.
+        scalar: zero, with the graph of what must be reached.
+    """
+
+    def __init__(self, injection: Injection, embedding: nn.Module, scalar: Tensor) -> None:
+        super().__init__(injection)
+        self.scalar = scalar
+        self.handle = embedding.register_forward_hook(self)
+
+    @uncompiled
+    def __call__(self, embedding: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
+        """Add it, unless this is another thread's run."""
+        if self.injection.thread.to_embed is not self:
+            return output
+        self.injection.thread.to_embed = None
+        self.handle.remove()
+        return output + self.scalar.to(output.device, output.dtype)
+
+
 def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
     """Arguments of a language model's call, by name where `inputs_embeds` may be among those by position."""
     if not args:
@@ -263,29 +286,11 @@ def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, obje
     return (), given_arguments(module.forward, what, args, kwargs)
 
 
-def attach_agreement(model: nn.Module, encoder: nn.Module, injection: Injection) -> None:
+def attach_agreement(model: nn.Module, encoder: nn.Module, language_model: nn.Module, injection: Injection) -> None:
     """Put the hooks into a model that has a language model behind its encoder."""
-    language_model = find_language_model(model, encoder)
-    if language_model is None:
-        return
     agreement = Agreement(model, encoder, language_model)
     encoder.register_forward_pre_hook(EncoderAgree(injection, agreement))
     encoder.register_forward_hook(EncoderOutput(injection))
     language_model.register_forward_pre_hook(LanguageModelBegin(injection, agreement), with_kwargs=True)
     model.register_forward_pre_hook(FirstInLine(injection, agreement))
     model.register_forward_hook(LastInLine(injection), always_call=True)
-
-
-def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
-    """The module that takes `inputs_embeds` once the encoder's output is among them; None for a bare encoder.
-
-    It may hold the encoder as well, where it is the text model itself, with the embeddings of its tokens.
-    """
-    get_decoder: object = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    for candidate in (decoder, getattr(model, "language_model", None), getattr(model, "lm", None)):
-        if not isinstance(candidate, nn.Module) or candidate is model:
-            continue
-        if "embed_tokens" in candidate._modules or all(module is not encoder for module in candidate.modules()):
-            return candidate
-    return None

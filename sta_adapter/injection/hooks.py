@@ -20,7 +20,7 @@ from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_loa
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.backbone import EncoderCall
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams

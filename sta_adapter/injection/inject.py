@@ -7,8 +7,7 @@ from torch import nn
 from sta_adapter.config import STAConfig
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.load import load_sta
-from sta_adapter.injection.peft_loading import watch_peft
+from sta_adapter.injection.load import watch_peft
 from sta_adapter.injection.plan import plan_injection
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
@@ -40,7 +39,7 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
     Warns:
         STAWarning: the model numbers text by another rule than the one it was trained with; says how to mend it.
     """
-    watch_peft(load_sta)
+    watch_peft()
     plan = plan_injection(model, cfg, backbone)
     warn_of_other_rule(model)
     return plan.attach(plan.build())

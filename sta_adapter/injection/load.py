@@ -1,10 +1,15 @@
-"""load_sta: put a saved adapter into a model, STA and the LoRA weights beside it."""
+"""load_sta: put a saved adapter into a model, STA and the LoRA weights beside it; also when PEFT's own loader is asked."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +26,20 @@ from sta_adapter.adapter.format import (
     require_description,
 )
 from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.compatibility.seams import version
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle, get_sta
-from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.injection.plan import plan_injection
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
-__all__ = ["load_sta"]
+__all__ = ["load_sta", "watch_peft"]
+
+PASSED_ON = {"is_trainable", "revision"}  # arguments of PEFT's loader
+WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
 
 
 def load_sta(
@@ -69,7 +77,7 @@ def load_sta(
     folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
     description, file, read = _describe(folder)
     config = _saved_config(folder, description)
-    watch_peft(load_sta)
+    watch_peft()
     plan = plan_injection(model, config)
     check_base(folder, description, model, plan.encoder, base_model)
     modules = plan.build("meta")  # nothing is initialised that the file replaces
@@ -86,6 +94,36 @@ def load_sta(
         handle = _add_lora(handle, folder, description, is_trainable)
         _fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
     return handle
+
+
+def watch_peft() -> None:
+    """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, if PEFT is imported; again and again is fine.
+
+    PEFT alone would load its LoRA without the STA. Where this package isn't imported, the entry "sta_adapter" in
+    adapter_config.json makes PEFT warn of it, or refuse it (before 0.14).
+    """
+    peft = sys.modules.get("peft")
+    wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
+    load = getattr(wrapped, "__func__", None)
+    if peft is None or load is None or getattr(load, "brings_sta", False):
+        return
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
+        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs.get("revision"))
+        if folder is None:
+            return load(cls, model, model_id, *args, **kwargs)
+        if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
+            return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
+        warnings.warn(
+            f"{model_id} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",
+            STAWarning,
+            stacklevel=2,
+        )
+        return load(cls, model, model_id, *args, **kwargs)
+
+    from_pretrained.brings_sta = True  # type: ignore[attr-defined]
+    peft.PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
 def _add_lora(handle: STAHandle, folder: Path, description: Description, is_trainable: bool) -> STAHandle:
@@ -137,3 +175,13 @@ def _saved_config(folder: Path, description: Description) -> STAConfig:
         return STAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+
+
+def _folder_with_sta(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+    """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
+    try:
+        folder = resolve_adapter(name, revision)
+        known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
+    except (STAError, OSError, ValueError, TypeError):
+        return None
+    return folder if known else None

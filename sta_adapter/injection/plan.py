@@ -30,9 +30,17 @@ from sta_adapter.injection.hooks import (
 )
 from sta_adapter.injection.registry import locate
 from sta_adapter.injection.state import Injection
-from sta_adapter.injection.target import InjectionTarget
-from sta_adapter.injection.validate import refuse_wrapped, validate_target
+from sta_adapter.injection.target import InjectionTarget, find_language_model
+from sta_adapter.injection.validate import validate_target
 
+WRAPPERS = {
+    "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
+    "DataParallel": "and train with DistributedDataParallel, which nn.DataParallel's copies of modules don't replace",
+    "FullyShardedDataParallel": "before wrapping the model in FullyShardedDataParallel",
+    "FSDPModule": "before fully_shard(model)",
+    "DeepSpeedEngine": "before deepspeed.initialize",
+    "OptimizedModule": "into the original model, then torch.compile it",
+}
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -107,8 +115,10 @@ class Plan:
             target.encoder.register_forward_pre_hook(EncoderPreHook(injection), with_kwargs=True)
             target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
             add_load_hook(self.model, LoadStatePreHook(injection))
-            attach_clip_source(self.model, target, injection)
-            attach_agreement(self.model, target.encoder, injection)
+            if (source := target.backbone.clip_source) is not None:
+                attach_clip_source(self.model, target.encoder, source, injection)
+            if (language_model := find_language_model(self.model, target.encoder)) is not None:
+                attach_agreement(self.model, target.encoder, language_model, injection)
         except BaseException:
             for index in modules:
                 target.blocks[index]._modules.pop(CHILD, None)
@@ -134,7 +144,7 @@ def plan_injection(
         raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
     if cfg is not None and not isinstance(cfg, STAConfig):
         raise ConfigError(f"cfg is a {type(cfg).__name__}; expected an STAConfig, or None for the backbone's defaults.")
-    refuse_wrapped(model)
+    _refuse_wrapped(model)
     if find_injections(model) or any(isinstance(m, TemporalAttention) for m in model.modules()):
         raise InjectionError(
             "this model has STA already. Use get_sta(model) for its handle, or handle.remove() before injecting again."
@@ -156,6 +166,23 @@ def plan_injection(
     if run_blocks:
         validate_target(target)
     return Plan(model, target, config)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse models whose wrapper would not see parameters that come later.
+
+    Raises:
+        InjectionError: naming the wrapper, and what to do instead.
+    """
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in WRAPPERS and not cls.__module__.startswith("sta_adapter"):
+                raise InjectionError(
+                    f"the model is wrapped in {cls.__name__} already, which would not synchronise, shard or compile STA's "
+                    f"parameters. Inject {WRAPPERS[cls.__name__]}."
+                )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise InjectionError(f"{type(module).__name__} is compiled already. Inject first, then call compile().")
 
 
 def _placement(block: nn.Module) -> tuple[torch.device, torch.dtype]:

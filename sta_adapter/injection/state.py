@@ -32,7 +32,7 @@ from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
 
 if TYPE_CHECKING:
-    from sta_adapter.injection.add_once import AddOnce
+    from sta_adapter.injection.data_parallel import AddOnce
     from sta_adapter.injection.stream import Stream
 
 CALLS_KEPT = 256

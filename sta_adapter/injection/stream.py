@@ -14,8 +14,7 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig, checked_window
 from sta_adapter.errors import ConfigError, LayoutError, StreamError
-from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.stream_file import SavedStream, restored, saved
 from sta_adapter.injection.stream_state import Chunk, FrameShape, StreamCall, StreamState
 

@@ -1,4 +1,4 @@
-"""The places in one model that a backbone names, found and compared with what it declares."""
+"""The places in one model: those that a backbone names, compared with what it declares, and the language model behind them."""
 
 from __future__ import annotations
 
@@ -66,6 +66,21 @@ def _active_module(module: nn.Module) -> TemporalAttention:
     if isinstance(name, str) and name in copies:
         return cast("TemporalAttention", copies[name])
     return cast("TemporalAttention", module.original_module)
+
+
+def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
+    """The module that takes `inputs_embeds` once the encoder's output is among them; None for a bare encoder.
+
+    It may hold the encoder as well, where it is the text model itself, with the embeddings of its tokens.
+    """
+    get_decoder: object = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    for candidate in (decoder, getattr(model, "language_model", None), getattr(model, "lm", None)):
+        if not isinstance(candidate, nn.Module) or candidate is model:
+            continue
+        if "embed_tokens" in candidate._modules or all(module is not encoder for module in candidate.modules()):
+            return candidate
+    return None
 
 
 def _blocks(spec: Backbone, encoder: nn.Module, problems: list[str]) -> tuple[nn.Module, ...]:

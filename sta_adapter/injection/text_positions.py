@@ -23,8 +23,8 @@ CHOICES = (TRAINED, TRANSFORMERS)
 
 def rule_in_use(model: nn.Module) -> str | None:
     """The name of the rule that a model computes now; None where there is one rule only, or no language model."""
-    rules = _rules(model)
-    return None if rules is None else rules.in_use(model)
+    found = _family(model)
+    return None if found is None else found[1]
 
 
 def use_positions(model: nn.Module, rule: str = TRAINED) -> nn.Module:
@@ -44,8 +44,9 @@ def use_positions(model: nn.Module, rule: str = TRAINED) -> nn.Module:
     """
     if not isinstance(rule, str):
         raise ConfigError(f"rule is {rule!r}; expected {' or '.join(map(repr, CHOICES))}, or a rule's name.")
-    rules = _rules(model)
-    if rules is not None:
+    found = _family(model)
+    if found is not None:
+        rules, _ = found
         rules.use(model, {TRAINED: rules.of_training(model), TRANSFORMERS: None}.get(rule, rule))
     return model
 
@@ -73,17 +74,18 @@ def warn_of_other_rule(model: nn.Module, saved: object = None) -> None:
         model: the model at hand.
         saved: what the adapter's description says under `positions`; None in adapters from before it was written.
     """
-    rules = _rules(model)
-    if rules is None:
+    found = _family(model)
+    if found is None:
         return
-    found, expected = rules.in_use(model), saved if isinstance(saved, str) else rules.of_training(model)
-    if found == expected:
+    rules, computed = found
+    expected = saved if isinstance(saved, str) else rules.of_training(model)
+    if computed == expected:
         return
     import transformers
 
     what = "this adapter" if isinstance(saved, str) else f"the base of {type(model).__name__}"
     warnings.warn(
-        f"text positions: this model numbers the text after a clip by the rule {found!r} (transformers "
+        f"text positions: this model numbers the text after a clip by the rule {computed!r} (transformers "
         f"{transformers.__version__}), and {what} was trained with {expected!r}, so that its answers differ. To use that: "
         f"from sta_adapter.text_positions import use_positions; use_positions(model, {expected!r})",
         STAWarning,
@@ -91,11 +93,11 @@ def warn_of_other_rule(model: nn.Module, saved: object = None) -> None:
     )
 
 
-def _rules(model: nn.Module) -> TextPositions | None:
-    """The rules of the family that a model belongs to."""
+def _family(model: nn.Module) -> tuple[TextPositions, str] | None:
+    """The rules of the family that a model belongs to, and the one that it computes now, for which it is asked."""
     for rules in {get_backbone(name).text_positions for name in list_backbones()}:
-        if rules is not None and rules.in_use(model) is not None:
-            return rules
+        if rules is not None and (computed := rules.in_use(model)) is not None:
+            return rules, computed
     return None
 
 

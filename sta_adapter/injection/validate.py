@@ -1,6 +1,4 @@
-"""Whether a model can be injected into: nothing wraps it yet, and its blocks are what its backbone declares.
-
-The blocks are looked at in a run of the backbone's dummy clip.
+"""Whether the blocks of an encoder are what its backbone declares, looked at in a run of the backbone's dummy clip.
 
 The hook of STA adds to the input of the norm in front of the MLP. That is right exactly if this input is the block's
 residual stream: the norm's output kept as it was, what is added must come out of the block, unchanged and once. The
@@ -12,45 +10,20 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.backbone import Backbone, DummyInputs
-from sta_adapter.injection.block_run import run_block
-from sta_adapter.injection.encoder_call import EncoderCall
-from sta_adapter.injection.nested import Arguments, iterate_tensors
+from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
+from sta_adapter.injection.hooks import RESIDUAL
+from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
 from sta_adapter.injection.target import InjectionTarget
 
 logger = logging.getLogger(__name__)
-WRAPPERS = {
-    "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
-    "DataParallel": "and train with DistributedDataParallel, which nn.DataParallel's copies of modules don't replace",
-    "FullyShardedDataParallel": "before wrapping the model in FullyShardedDataParallel",
-    "FSDPModule": "before fully_shard(model)",
-    "DeepSpeedEngine": "before deepspeed.initialize",
-    "OptimizedModule": "into the original model, then torch.compile it",
-}
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse models whose wrapper would not see parameters that come later.
-
-    Raises:
-        InjectionError: naming the wrapper, and what to do instead.
-    """
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in WRAPPERS and not cls.__module__.startswith("sta_adapter"):
-                raise InjectionError(
-                    f"the model is wrapped in {cls.__name__} already, which would not synchronise, shard or compile STA's "
-                    f"parameters. Inject {WRAPPERS[cls.__name__]}."
-                )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise InjectionError(f"{type(module).__name__} is compiled already. Inject first, then call compile().")
 
 
 class _Reached(Exception):
@@ -221,7 +194,7 @@ def _block_problems(target: InjectionTarget, index: int, call: Arguments) -> lis
     """What is wrong with a block's norm, from two runs of the block."""
     name = f"{target.backbone.norm!r} of block {index}"
     block, norm = target.blocks[index], target.norms[index]
-    first = run_block(block, norm, call)
+    first = _run_block(block, norm, call)
     if len(first.inputs) != 1:
         return [
             f"{name} is called {len(first.inputs)} times in the block's forward; expected once, in front of the MLP"
@@ -238,7 +211,7 @@ def _block_problems(target: InjectionTarget, index: int, call: Arguments) -> lis
     scale = before.abs().max().clamp(min=1, max=1000 if stream.dtype == torch.float16 else None)
     delta = (torch.arange(stream.numel(), device=stream.device) * 0.7).cos().view(stream.shape) * scale
     delta = delta.to(stream.dtype)
-    change = run_block(block, norm, call, delta, normed).output(stream) - before
+    change = _run_block(block, norm, call, delta, normed).output(stream) - before
     if not change.isfinite().all():
         logger.info("backbone %r is not checked: block %d gives NaN or infinity", target.backbone.name, index)
         return []
@@ -254,3 +227,73 @@ def _block_problems(target: InjectionTarget, index: int, call: Arguments) -> lis
         f"what is added to the input of {name} comes out of the block changed: it is not the last norm in front of the "
         "MLP, or the block is not pre-norm"
     ]
+
+
+@dataclass
+class _BlockRun:
+    """What a run has shown.
+
+    Attributes:
+        tokens: the block's input.
+        inputs: what its norm got, once for each call; None for a call without a tensor.
+        normed: what its norm gave.
+        shares_input: whether the norm got the block's own input, not a fresh sum.
+        result: what the block gave.
+    """
+
+    tokens: Tensor
+    inputs: list[Tensor | None] = field(default_factory=list)
+    normed: list[Tensor] = field(default_factory=list)
+    shares_input: bool = False
+    result: object = None
+
+    def output(self, like: Tensor) -> Tensor:
+        """The block's output; where it returns the branch and the residual apart (fused norms), their sum."""
+        parts = [t.float() for t in iterate_tensors(self.result) if t.shape == like.shape and t.is_floating_point()]
+        return torch.stack(parts).sum(0) if parts else torch.zeros_like(like, dtype=torch.float32)
+
+
+def _run_block(
+    block: nn.Module, norm: nn.Module, call: Arguments, delta: Tensor | None = None, normed: Tensor | None = None
+) -> _BlockRun:
+    """Run a block, whose arguments stay as they are.
+
+    Args:
+        block: the block.
+        norm: its norm in front of the MLP.
+        call: the block's arguments.
+        delta: added in place to what the norm gets.
+        normed: put in the place of what the norm gives.
+    """
+    args = tuple(map_tensors(Tensor.clone, value) for value in call[0])  # they may be changed in place
+    kwargs = {name: map_tensors(Tensor.clone, value) for name, value in call[1].items()}
+    run = _BlockRun(next(iterate_tensors((args, kwargs))))
+
+    def before(norm: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
+        residual = kwargs.get(RESIDUAL)
+        stream = residual if isinstance(residual, Tensor) else args[0] if args else None
+        if not isinstance(stream, Tensor):
+            run.inputs.append(None)
+            return None
+        run.inputs.append(stream.clone())
+        if stream is residual:
+            return args, {**kwargs, RESIDUAL: stream if delta is None else stream + delta}
+        run.shares_input |= stream.untyped_storage().data_ptr() == run.tokens.untyped_storage().data_ptr()
+        if delta is not None:
+            stream.add_(delta)
+        return None
+
+    def after(norm: nn.Module, args: tuple[object, ...], output: Tensor | tuple[object, ...]) -> object:
+        first = output if isinstance(output, Tensor) else next(iterate_tensors(output))
+        run.normed.append(first.clone())
+        if normed is None:
+            return None
+        return normed if isinstance(output, Tensor) else (normed, *output[1:])
+
+    hooks = [norm.register_forward_pre_hook(before, with_kwargs=True), norm.register_forward_hook(after)]
+    try:
+        run.result = block(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return run

@@ -19,8 +19,7 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.attention.weights import attention_weights
 from sta_adapter.errors import StreamError
-from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.encoder_call import EncoderCall
+from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import take_clip_lengths
 from sta_adapter.injection.nested import iterate_tensors
