@@ -64,8 +64,7 @@ class EncoderPreHook(Hook):
             layout = continue_streams(injection.thread.streams, call, layout, modules)
         prepared = set()  # blocks of one kind need the same tables and make the same calls; a stream tells blocks apart
         for module in modules.values():
-            weight = module.to_qkv.weight
-            kind = module.num_heads, module.head_dim, id(module.config), weight.dtype, weight.device
+            kind = module.num_heads, module.head_dim, id(module.config), module.placement
             if layout.past is not None or kind not in prepared:
                 prepared.add(kind)
                 injection.record_calls(module.prepare(layout))
