@@ -140,6 +140,14 @@ def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
     assert all(p.requires_grad is options.get("is_trainable", False) for p in get_sta(loaded).parameters())
 
 
+@pytest.mark.parametrize("options", [{"subfolder": "inner"}, {"revision": "main", "subfolder": "inner"}], ids=str)
+def test_pefts_own_loader_finds_sta_in_a_subfolder(options, tmp_path):
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path / "inner")
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, **options)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_pefts_loader_with_other_options_brings_lora_alone_and_says_so(tmp_path):
     get_sta(trained(r=2)).save_pretrained(tmp_path)
     refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it

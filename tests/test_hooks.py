@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import InjectionError, LayoutError
 from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.state import Injection
 
@@ -210,6 +210,15 @@ def test_recomputation_in_the_state_of_its_forward_when_switched_since(toy, styl
     both().backward()
     for parameter, wanted in zip(base, expected, strict=True):
         assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@orders
+def test_a_copy_of_data_parallel_is_an_error(toy, order):  # noqa: F811
+    """transformers' Trainer wraps a model in nn.DataParallel by itself; the copies share the hooks of the original."""
+    injected(toy, order=order)
+    with pytest.raises(InjectionError, match=r"a copy of nn\.DataParallel.*start it by torchrun"):
+        toy._replicate_for_data_parallel()(toy_pixels(A), A)
+    toy(toy_pixels(A), A)
 
 
 @orders

@@ -305,7 +305,7 @@ def test_peft_goes_on_with_sta_whatever_it_is_given_beside_the_folder(
 
 def test_sta_is_looked_for_at_the_revision_of_its_lora(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(hook, "resolve_adapter", lambda *where: asked.append(where) or tmp_path)
+    monkeypatch.setattr(hook, "resolve_adapter", lambda *where, subfolder: asked.append(where) or tmp_path)
     for name in ("user/adapter", str(tmp_path)):
         hook._adapter_folder(name, {"revision": "v1"})
     assert asked == [("user/adapter", "v1"), (str(tmp_path), None)]

@@ -19,7 +19,7 @@ from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import InjectionError, LayoutError
 from sta_adapter.injection.encoder_call import EncoderCall
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
@@ -44,6 +44,11 @@ class EncoderPreHook(Hook):
         """Take `clip_lengths` away; with re-entrant checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
         injection.end()
+        if vars(encoder).get("_is_replica", False):
+            raise InjectionError(
+                "this is a copy of nn.DataParallel's, which STA's weights don't follow to its device. transformers' Trainer wraps models so "
+                "where one process sees several GPUs: start it by torchrun (one process a GPU), or set CUDA_VISIBLE_DEVICES to one."
+            )
         kwargs, told = take_clip_lengths(encoder, kwargs)
         injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
         if injection.is_enabled and encoder.training and torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -11,6 +11,7 @@ from torch import nn
 
 from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
 from sta_adapter.attention.module import CHILD, TemporalAttention
+from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
 from sta_adapter.injection.contents import describe_adapter
@@ -61,20 +62,21 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
             "LoRA's settings sets target_parameters, which PEFT sets by itself where a model has experts."
         )
     options = checked_options({"peft_type": "LORA", **fields}, "LoRA's settings", ConfigError)
+    model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # PEFT's names are of what is in a PeftModel
     fields["modules_to_save"] = sorted({CHILD, *(fields.get("modules_to_save") or ())})
     if isinstance(fields["target_modules"], str):
         if fields["target_modules"].lower() == ALL_LINEAR:
-            fields["target_modules"] = _linear_layers(handle.model)
+            fields["target_modules"] = _linear_layers(model)
         elif "exclude_modules" in known:
             fields.setdefault("exclude_modules", rf".*\.{CHILD}(\..*)?")
-    _require_linear(handle.model, LoraOptions({**options, **fields}))
+    _require_linear(model, LoraOptions({**options, **fields}))
     config = STALoraConfig(**fields)
     config.sta = describe_adapter(handle)
     return config
 
 
 def _require_linear(model: nn.Module, options: LoraOptions) -> None:
-    targets = {name: module for name, module in model.named_modules() if options.targets(name)}
+    targets = {name: module for name, module in _layers(model) if options.targets(name)}
     other = next((name for name, module in targets.items() if not isinstance(module, nn.Linear)), None)
     if other is not None:
         kind = type(targets[other]).__name__
@@ -91,6 +93,16 @@ def _linear_layers(model: nn.Module) -> list[str]:
     }
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in _layers(model)
         if isinstance(module, nn.Linear) and module is not head and id(module) not in skipped
     ]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules, without what PEFT has put in: a second LoRA lies beside the first, not upon it."""
+    kinds = peft_parts()
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    inside = {id(part) for _, module in wrappers for part in module.modules() if part is not module}
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            yield name, module.get_base_layer() if isinstance(module, kinds[0]) else module

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sta_adapter.injection.handle import STAHandle, get_sta
 
 __all__ = ["watch_peft"]
 
-PASSED_ON = {"is_trainable", "revision"}
+PASSED_ON = {"is_trainable", "revision", "subfolder"}
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
 
 
@@ -40,7 +40,7 @@ def watch_peft(load_sta: Callable[..., STAHandle]) -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs.get("revision"))
+        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs)
         if folder is None:
             return load(cls, model, model_id, *args, **kwargs)
         if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
@@ -56,10 +56,11 @@ def watch_peft(load_sta: Callable[..., STAHandle]) -> None:
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
-def _folder_with_sta(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+def _folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
+    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision)
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"))
         known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
     except (STAError, OSError, ValueError, TypeError):
         return None

@@ -143,7 +143,7 @@ def _adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) ->
     """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
     revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision) / (options.get("subfolder") or "")
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"))
     except CheckpointError as error:
         logger.warning("whether STA belongs to the LoRA of %s can't be seen: %s", os.fspath(name), error)
         return None
