@@ -17,7 +17,7 @@ from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError, STAWarning
-from sta_adapter.loading import load_adapter
+from sta_adapter.loading import load_adapter, load_model
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
 
@@ -117,6 +117,25 @@ def test_sta_without_its_settings_is_an_error(tmp_path):
     for load in (load_adapter, load_sta):
         with pytest.raises(CheckpointError, match=r"STA's settings|has no format_version"):
             load(seeded(make_qwen2_vl), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [("visual.blocks.0.sta.norm.weight", "load_sta, --adapter"), ("visual.blocks.0.temp_attn.qkv.bias", "sta-adapter convert")],
+    ids=["ours", "the published code's"],
+)  # fmt: skip
+def test_sta_among_a_whole_models_weights_is_told_of(key, remedy, tmp_path):
+    """As transformers' trainer saves a model, and the published code its own."""
+    seeded(make_qwen2_vl).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        base = load_model(tmp_path, device="cpu")
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), key: torch.ones(32)}, file, {"format": "pt"})
+    with pytest.warns(STAWarning, match=f"hold STA .*loaded without it: give its adapter as .*{remedy}"):
+        model = load_model(tmp_path, device="cpu")
+    assert get_sta(model) is None
+    assert torch.equal(logits(model), logits(base))
 
 
 def test_pefts_own_loader_brings_sta_back(tmp_path):

@@ -40,7 +40,11 @@ T = TypeVar("T")
 
 
 def resolve_adapter(
-    folder_or_repo_id: str | os.PathLike[str], revision: str | None = None, *, subfolder: str | None = None, **options: Any
+    folder_or_repo_id: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    subfolder: str | None = None,
+    **options: Any,
 ) -> Path:
     """A local folder with the adapter's files, downloaded when it isn't one already; no other file is fetched.
 

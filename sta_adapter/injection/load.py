@@ -39,6 +39,7 @@ def load_sta(
     folder_or_repo_id: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     is_trainable: bool = False,
     base_model: str | None = None,
     **hub_options: object,
@@ -50,6 +51,7 @@ def load_sta(
             PeftModel yet. `handle.model` is the model to go on with.
         folder_or_repo_id: a folder, or the id of a repository on the Hub.
         revision: branch, tag or commit on the Hub.
+        subfolder: of the folder or the repository, in which the adapter lies.
         is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
         base_model: "any" takes every model whose vision encoder fits, such as a renamed or fine-tuned copy; by default
             another language model, or another Hub id, is refused (see `sta_adapter.adapter.base_model`).
@@ -66,7 +68,7 @@ def load_sta(
     Warns:
         STAWarning: the model numbers text by another rule than the one that the adapter was trained with.
     """
-    folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
+    folder = resolve_adapter(folder_or_repo_id, revision, subfolder=subfolder, **hub_options)
     description, file, read = _describe(folder)
     config = _saved_config(folder, description)
     watch_peft(load_sta)

@@ -62,7 +62,7 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
             "LoRA's settings sets target_parameters, which PEFT sets by itself where a model has experts."
         )
     options = checked_options({"peft_type": "LORA", **fields}, "LoRA's settings", ConfigError)
-    model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # PEFT's names are of what is in a PeftModel
+    model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # whose names PEFT takes
     fields["modules_to_save"] = sorted({CHILD, *(fields.get("modules_to_save") or ())})
     if isinstance(fields["target_modules"], str):
         if fields["target_modules"].lower() == ALL_LINEAR:
@@ -101,8 +101,7 @@ def _linear_layers(model: nn.Module) -> list[str]:
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules, without what PEFT has put in: a second LoRA lies beside the first, not upon it."""
     kinds = peft_parts()
-    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-    inside = {id(part) for _, module in wrappers for part in module.modules() if part is not module}
+    wrappers = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, module in model.named_modules():
-        if id(module) not in inside:
+        if not any(name[:end] in wrappers for end, letter in enumerate(name) if letter == "."):
             yield name, module.get_base_layer() if isinstance(module, kinds[0]) else module
