@@ -17,7 +17,8 @@ from sta_adapter.adapter.push import Publication, push_files
 from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.distributed import full_shape, full_tensor, is_sharded, on_rank_zero
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, InjectionError
+from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.text_positions import rule_in_use
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ def adapter_contents(
     handle: STAHandle, base_changed: bool = False
 ) -> tuple[dict[str, Tensor], Description, dict[str, bytes]]:
     """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
+    if all(module is not handle.encoder for module in active_modules(handle.model)):
+        raise InjectionError(
+            "PEFT keeps this handle's vision encoder as it was, and trains a copy of it (modules_to_save): go on with get_sta(peft_model)."
+        )
     if not base_changed:
         lora = lora_state(handle.model)
         require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])

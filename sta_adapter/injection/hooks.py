@@ -6,7 +6,7 @@ All hooks are objects of module-level classes, so that a copied or unpickled mod
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -207,11 +207,11 @@ def remove_hooks(module: nn.Module, injection: Injection) -> None:
     remove_load_hooks(module, lambda hook: isinstance(hook, Hook) and hook.injection is injection)
 
 
-def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
-    """(encoder, injection) of every injected encoder in a model."""
+def find_injections(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Injection]]:
+    """(encoder, injection) of every injected encoder among modules."""
     return [
         (module, hook.injection)
-        for module in model.modules()
+        for module in modules
         for hook in hook_table(module, "_forward_pre_hooks").values()
         if isinstance(hook, EncoderPreHook)
     ]

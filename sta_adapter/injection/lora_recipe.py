@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -17,7 +17,7 @@ from sta_adapter.injection.backbone import Backbone, LoRARecipe
 from sta_adapter.injection.contents import describe_adapter
 from sta_adapter.injection.handle import STAHandle
 
-__all__ = ["STALoraConfig", "recipe_config", "require_recipe"]
+__all__ = ["STALoraConfig", "recipe_config", "require_recipe", "saved_with_sta"]
 
 
 def require_recipe(backbone: Backbone) -> LoRARecipe:
@@ -63,7 +63,7 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
         )
     options = checked_options({"peft_type": "LORA", **fields}, "LoRA's settings", ConfigError)
     model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # whose names PEFT takes
-    fields["modules_to_save"] = sorted({CHILD, *(fields.get("modules_to_save") or ())})
+    fields["modules_to_save"] = saved_with_sta(handle, model, fields.get("modules_to_save"))
     if isinstance(fields["target_modules"], str):
         if fields["target_modules"].lower() == ALL_LINEAR:
             fields["target_modules"] = _linear_layers(model)
@@ -73,6 +73,24 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
     config = STALoraConfig(**fields)
     config.sta = describe_adapter(handle)
     return config
+
+
+def saved_with_sta(handle: STAHandle, model: nn.Module, names: Collection[str] | None) -> list[str]:
+    """LoRA's `modules_to_save` with STA, which is among them already where the vision encoder is trained whole.
+
+    Raises:
+        ConfigError: a part of the encoder is.
+    """
+    others = {*(names or ())} - {CHILD}
+    options = LoraOptions({"modules_to_save": [*others]})
+    whole = [module for name, module in model.named_modules() if options.is_saved(name)]
+    inside = {id(part) for module in whole for part in module.modules()}
+    covered = [index for index, block in handle.blocks.items() if id(block) in inside]
+    if 0 < len(covered) < len(handle.blocks):
+        raise ConfigError(
+            f"LoRA's settings: modules_to_save names what holds STA of the blocks {covered} alone; name the whole encoder, or no block."
+        )
+    return sorted(others if covered else {CHILD, *others})
 
 
 def _require_linear(model: nn.Module, options: LoraOptions) -> None:
