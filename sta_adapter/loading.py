@@ -120,7 +120,7 @@ def _load(loader: type[_BaseAutoModelClass], name: str | os.PathLike[str], optio
 def _warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:
     """STA is among a model's weights where a trainer saved it whole, or it is of the published code."""
     published = {spec.published_names.get("to_qkv") for spec in map(get_backbone, list_backbones())} - {None}
-    for key in unexpected:
+    for key in sorted(unexpected):
         ours = STA_TENSOR.search(key)
         if not ours and not any(f".{part}." in key for part in published):
             continue
