@@ -33,6 +33,11 @@ def feature_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLeng
     return (1,)
 
 
+def generate_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
+    """Clips of `generate`, which takes `clip_lengths` as the forward does; untold, it is there that they are asked for."""
+    return None
+
+
 def vllm_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
     """Clips of vLLM's `_process_vision_input(image_input)`, which says whether its rows are frames or tiles."""
     given = arguments["image_input"]
@@ -60,7 +65,7 @@ BACKBONE = Backbone(
     norm="layernorm_after",
     clip_source=ClipSource(
         model_classes=("InternVLModel", "InternVLForConditionalGeneration"),
-        methods={"get_image_features": feature_clips},
+        methods={"get_image_features": feature_clips, "generate": generate_clips},
     ),
     lora=INTERNVL_LORA,
     dummy_inputs=pixel_dummy,

@@ -28,7 +28,16 @@ __all__ = [
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor's full value. Where it is sharded, all processes must call this, in the same order."""
+    """A tensor's full value. Where it is sharded, all processes must call this, in the same order.
+
+    Raises:
+        CheckpointError: it has none, on the meta device.
+    """
+    if tensor.is_meta:
+        raise CheckpointError(
+            "weights to save are on the meta device, where they have no values. If accelerate offloads them, bring them back first: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
     if hasattr(tensor, "full_tensor"):  # FSDP2
         found: Tensor = tensor.full_tensor()
         return found

@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 
+import peft
 import pytest
 import torch
 from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
@@ -16,8 +17,8 @@ from test_lora_options import logits, trained
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.errors import CheckpointError, STAWarning
-from sta_adapter.loading import load_adapter
+from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAWarning
+from sta_adapter.loading import load_adapter, load_model
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
 
@@ -119,6 +120,25 @@ def test_sta_without_its_settings_is_an_error(tmp_path):
             load(seeded(make_qwen2_vl), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [("visual.blocks.0.sta.norm.weight", "load_sta, --adapter"), ("visual.blocks.0.temp_attn.qkv.bias", "sta-adapter convert")],
+    ids=["ours", "the published code's"],
+)  # fmt: skip
+def test_sta_among_a_whole_models_weights_is_told_of(key, remedy, tmp_path):
+    """As transformers' trainer saves a model, and the published code its own."""
+    seeded(make_qwen2_vl).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        base = load_model(tmp_path, device="cpu")
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), key: torch.ones(32)}, file, {"format": "pt"})
+    with pytest.warns(STAWarning, match=f"hold STA .*loaded without it: give its adapter as .*{remedy}"):
+        model = load_model(tmp_path, device="cpu")
+    assert get_sta(model) is None
+    assert torch.equal(logits(model), logits(base))
+
+
 def test_pefts_own_loader_brings_sta_back(tmp_path):
     model = trained(r=2)
     get_sta(model).save_pretrained(tmp_path)
@@ -140,6 +160,14 @@ def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
     assert all(p.requires_grad is options.get("is_trainable", False) for p in get_sta(loaded).parameters())
 
 
+@pytest.mark.parametrize("options", [{"subfolder": "inner"}, {"revision": "main", "subfolder": "inner"}], ids=str)
+def test_pefts_own_loader_finds_sta_in_a_subfolder(options, tmp_path):
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path / "inner")
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, **options)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_pefts_loader_with_other_options_brings_lora_alone_and_says_so(tmp_path):
     get_sta(trained(r=2)).save_pretrained(tmp_path)
     refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
@@ -150,6 +178,57 @@ def test_pefts_loader_with_other_options_brings_lora_alone_and_says_so(tmp_path)
 def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
     get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)) is None
+
+
+WHOLE = {
+    "STA first": lambda model: (
+        inject_sta(model, OTHER)
+        and get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["visual"]))
+    ),
+    "our LoRA": lambda model: get_peft_model(model, inject_sta(model, OTHER).lora_config(modules_to_save=["visual"])),
+    "STA second": lambda model: (
+        inject_sta(
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["visual"])), OTHER
+        ).model
+    ),
+}
+
+
+@pytest.mark.skipif(
+    not hasattr(peft.utils.other, "AuxiliaryTrainingWrapper"),
+    reason="this PEFT hides the attributes of what it trains whole, which Qwen2-VL asks its encoder for, with STA or without",
+)
+@pytest.mark.parametrize("wrap", WHOLE.values(), ids=WHOLE)
+def test_a_vision_encoder_that_peft_trains_whole(wrap, tmp_path):
+    model = wrap(seeded(make_qwen2_vl))
+    handle = get_sta(model)
+    handle.freeze_base()
+    assert all(parameter.requires_grad for parameter in handle.parameters())
+    assert not any(".original_module." in name for name, p in model.named_parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name or ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    handle.save_pretrained(tmp_path)
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path, is_trainable=True)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(logits(loaded.model), logits(model))
+    loaded.remove()
+    assert not any(".sta." in name for name in loaded.model.state_dict())
+    with loaded.model.disable_adapter():
+        assert torch.equal(logits(loaded.model), logits(seeded(make_qwen2_vl)))
+
+
+def test_the_handle_of_an_encoder_that_peft_has_copied_is_not_saved(tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    get_peft_model(handle.model, LoraConfig(target_modules=["q_proj"], modules_to_save=["visual"]))
+    with pytest.raises(InjectionError, match=r"trains a copy of it.*go on with get_sta\(peft_model\)"):
+        handle.save_pretrained(tmp_path)
+
+
+def test_a_vision_encoder_that_peft_trains_in_part():
+    handle = inject_sta(seeded(make_qwen2_vl))
+    with pytest.raises(ConfigError, match=r"names what holds STA of the blocks \[1\] alone; name the whole encoder"):
+        handle.lora_config(modules_to_save=["blocks.1"])
 
 
 @pytest.mark.parametrize("trains_sta", [False, True], ids=["frozen", "trained"])

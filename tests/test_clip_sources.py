@@ -181,10 +181,22 @@ def test_internvl_refuses_rows_that_may_be_pictures_or_frames():
             model(**several, clip_lengths=[2, 2])  # what is told with a call counts, not what stands around it
             model(**several)
             model.generate(**several, max_new_tokens=2, do_sample=False)
+        model.generate(**several, max_new_tokens=2, do_sample=False, clip_lengths=torch.tensor([1, 3]))
         model.model.vision_tower(several["pixel_values"])
         with handle.disabled():
             model(**several)
-    assert seen == [[(1, 16)], [(3, 16), (1, 16)], [(2, 16), (2, 16)], [(4, 16)], [(4, 16)], [(4, 16)]]
+            model.generate(**several, max_new_tokens=2, clip_lengths=[4])
+    handle.remove()
+    assert "generate" not in vars(model)
+    assert seen == [
+        [(1, 16)],
+        [(3, 16), (1, 16)],
+        [(2, 16), (2, 16)],
+        [(4, 16)],
+        [(4, 16)],
+        [(1, 16), (3, 16)],
+        [(4, 16)],
+    ]
 
 
 @pytest.mark.parametrize("case_id", TOWERS)

@@ -239,6 +239,21 @@ def test_calls_that_the_function_cannot_stand_for():
     assert torch.allclose(traced(2 * tokens), module(2 * tokens, layout), atol=1e-6)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_gradients_by_torch_func(recompute):
+    module, layout, tokens = branch(dtype=torch.float64), ClipLayout([(3, 2)]), torch.randn(6, 24, dtype=torch.float64)
+    module.recompute = recompute
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(module, parameters, (tokens, layout)).pow(2).sum()
+
+    found = torch.func.grad(loss)({name: parameter.detach() for name, parameter in parameters.items()})
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for name, gradient in zip(parameters, expected, strict=True):
+        assert far(found[name], gradient) <= 1e-12
+
+
 class Doubled(torch.nn.Module):
     def forward(self, x):
         return 2 * x

@@ -1,11 +1,13 @@
 """The traps of hooks in somebody else's model, each on an encoder small enough to reason about."""
 
 import copy
+import io
+import pickle
 import threading
 
 import pytest
 import torch
-from cases import randomize
+from cases import make_qwen2_vl, randomize, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import InjectionError, LayoutError
+from sta_adapter.injection.data_parallel import EncoderAgree, LanguageModelBegin
 from sta_adapter.injection.hooks import Hook
+from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import Injection
 
 A, B = ((4, 2), (1, 3)), ((2, 5), (3, 1))
@@ -213,6 +217,15 @@ def test_recomputation_in_the_state_of_its_forward_when_switched_since(toy, styl
 
 
 @orders
+def test_a_copy_of_data_parallel_is_an_error(toy, order):  # noqa: F811
+    """transformers' Trainer wraps a model in nn.DataParallel by itself; the copies share the hooks of the original."""
+    injected(toy, order=order)
+    with pytest.raises(InjectionError, match=r"a copy of nn\.DataParallel.*start it by torchrun"):
+        toy._replicate_for_data_parallel()(toy_pixels(A), A)
+    toy(toy_pixels(A), A)
+
+
+@orders
 def test_a_block_outside_of_its_encoder_is_an_error(toy, order):  # noqa: F811
     handle = injected(toy, order=order)
     tokens = torch.zeros(8, 16)
@@ -326,6 +339,42 @@ def test_a_copied_block_never_runs_with_a_foreign_layout(toy):  # noqa: F811
     toy(toy_pixels(A), A)
     hook.remove()
     assert reached
+
+
+def parameters_within(thing):
+    """How many numbers a pickle of it holds as tensors."""
+    found = []
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, part):
+            if isinstance(part, torch.Tensor):
+                found.append(part.numel())
+                return str, ()
+            return NotImplemented
+
+    Pickler(io.BytesIO()).dump(thing)
+    return sum(found)
+
+
+def test_a_copied_encoder_drags_no_language_model_along():
+    model = seeded(make_qwen2_vl)
+    expected = parameters_within(encoder := get_backbone("qwen2_vl").find_encoder(model))
+    handle = inject_sta(model)
+    expected += handle.num_parameters()
+    expected += sum(sample.numel() for _, sample in handle._injection.base_marks.values())
+    assert parameters_within(encoder) == expected
+    assert parameters_within(copy.deepcopy(encoder)) == expected
+    whole = get_sta(copy.deepcopy(model))
+    (begin,) = (
+        hook
+        for module in whole.model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, LanguageModelBegin)
+    )
+    (agree,) = (hook for hook in whole.encoder._forward_pre_hooks.values() if isinstance(hook, EncoderAgree))
+    assert begin.agreement.encoder is whole.encoder
+    assert any(module is begin.agreement.language_model for module in whole.model.modules())
+    assert agree.groups is begin.agreement.groups
 
 
 def test_a_copied_encoder_keeps_its_own_layout(toy):  # noqa: F811

@@ -59,6 +59,13 @@ def test_one_line(hub, adapter_files):
     assert all(torch.equal(found[key], saved[key]) for key in saved)
 
 
+def test_a_subfolder(hub, adapter_files):
+    hub.upload("user/several", {f"one/two/{name}": content for name, content in adapter_files.items()})
+    refused("holds no sta_config.json", "user/several")
+    assert load("user/several", subfolder="one/two").backbone == "qwen2_vl"
+    assert load("user/several", subfolder="one/two/").backbone == "qwen2_vl"
+
+
 def test_branches_tags_and_commits(hub, adapter_files):
     first = hub.repos[NAME].resolve("main")
     hub.upload(NAME, {CONFIG: b"{}"})

@@ -4,7 +4,7 @@ import pytest
 from cases import all_cases
 from torch import nn
 
-from sta_adapter import inject_sta
+from sta_adapter import get_sta, inject_sta
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.registry import get_backbone
 
@@ -57,6 +57,25 @@ def test_all_linear_is_every_linear_layer_but_the_output_and_stas_own():
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = inject_sta(model).lora_config(target_modules="all-linear")
     assert found.target_modules == linear - {"lm_head"}
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", r"model\.visual\..*attn\.qkv|visual\..*attn\.qkv"], ids=str)
+def test_a_second_lora_lies_beside_the_first(targets):
+    peft = pytest.importorskip("peft")
+    from cases import make_qwen2_vl
+
+    asked = {} if targets is None else {"target_modules": targets}
+    handle = inject_sta(make_qwen2_vl())
+    expected = handle.lora_config(**asked).target_modules
+    model = peft.get_peft_model(handle.model, handle.lora_config())
+    config = get_sta(model).lora_config(**asked)
+    assert config.target_modules == expected
+    model.add_adapter("second", config)
+    layers = [module for module in model.modules() if "second" in getattr(module, "lora_A", {})]
+    assert layers
+    assert all(isinstance(layer.base_layer, nn.Linear) for layer in layers)
+    model.set_adapter("second")
+    assert all(parameter.requires_grad for parameter in get_sta(model).parameters())
 
 
 def test_the_recipe_s_numbers_are_those_of_the_settings():

@@ -303,9 +303,20 @@ def test_peft_goes_on_with_sta_whatever_it_is_given_beside_the_folder(
     assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
 
 
+@pytest.mark.parametrize("names", [["visual"], ["sta", "visual"]], ids=str)
+def test_an_encoder_trained_whole_holds_its_sta(model, tmp_path, data, processor, installed, names):
+    installed(Settings(config=STAConfig(init="normal")))
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=names))
+    assert trained.peft_config["default"].modules_to_save == ["visual"]
+    assert all(parameter.requires_grad for parameter in get_sta(trained).parameters())
+    trained.save_pretrained(str(tmp_path))
+    again = load_sta(make_model(processor.tokenizer), tmp_path).model
+    assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
+
+
 def test_sta_is_looked_for_at_the_revision_of_its_lora(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(hook, "resolve_adapter", lambda *where: asked.append(where) or tmp_path)
+    monkeypatch.setattr(hook, "resolve_adapter", lambda *where, subfolder: asked.append(where) or tmp_path)
     for name in ("user/adapter", str(tmp_path)):
         hook._adapter_folder(name, {"revision": "v1"})
     assert asked == [("user/adapter", "v1"), (str(tmp_path), None)]

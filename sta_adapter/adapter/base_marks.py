@@ -63,12 +63,13 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base's floating-point tensors that are here, whole, with their names in the bare model."""
+    """The base's floating-point tensors that are here, whole and not quantised, with their names in the bare model."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
             continue
         if (
-            parameter.is_floating_point()
+            type(parameter) is nn.Parameter
+            and parameter.is_floating_point()
             and parameter.device.type != "meta"
             and parameter.numel()
             and not is_sharded([parameter])

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
@@ -39,7 +39,13 @@ OFFLINE = (
 T = TypeVar("T")
 
 
-def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
+def resolve_adapter(
+    folder_or_repo_id: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    subfolder: str | None = None,
+    **options: Any,
+) -> Path:
     """A local folder with the adapter's files, downloaded when it isn't one already; no other file is fetched.
 
     A folder of that name goes before a repository. What is in the Hub's cache is not fetched again; with
@@ -48,6 +54,7 @@ def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | N
     Args:
         folder_or_repo_id: a folder, or a repository's id on the Hub.
         revision: branch, tag or commit on the Hub; not for a folder.
+        subfolder: in which the files lie, if not at the top.
         options: further arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -57,15 +64,17 @@ def resolve_adapter(folder_or_repo_id: str | os.PathLike[str], revision: str | N
     if os.path.isdir(text):
         if revision is not None:
             raise CheckpointError(f"{text!r} is a folder, which has no revision {revision!r}.")
-        return Path(text)
+        return Path(text, subfolder or "")
     if os.path.exists(text):
         raise CheckpointError(f"{text!r} is a file; expected the folder that holds it, or a repository id on the Hub.")
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no folder {text!r}, and it is no repository id on the Hub (user/name).")
     from huggingface_hub import snapshot_download
 
+    files = [(PurePosixPath(subfolder or "") / name).as_posix() for name in ADAPTER_FILES]
+
     def download() -> Path:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=ADAPTER_FILES, **options))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=files, **options), subfolder or "")
 
     try:
         return patiently(download)

@@ -25,7 +25,7 @@ from sta_adapter.config import STAConfig
 if TYPE_CHECKING:
     from sta_adapter.attention.module import TemporalAttention
 
-__all__ = ["Weights", "block_branch", "weights_or_reason"]
+__all__ = ["Weights", "block_branch", "is_autocast", "weights_or_reason"]
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the last ones have shapes and no values, for `sta-adapter plan`
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -137,7 +137,7 @@ def _own(module: nn.Module, name: str) -> Tensor | None:
 def block_branch(branch: TemporalAttention, weights: Weights, tokens: Tensor, layout: ClipLayout) -> Tensor:
     """As `TemporalAttention.forward`, with what `weights_or_reason` gave."""
     dtype, device = weights.to_qkv.dtype, tokens.device.type
-    if (autocast := torch.is_autocast_enabled(device)) and dtype != torch.float64:
+    if (autocast := is_autocast(device)) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     norm = cast("nn.LayerNorm", branch._modules["norm"])
     call = Call(layout, norm.eps, branch.num_heads, branch.config, branch.recompute, dtype)
@@ -148,8 +148,13 @@ def block_branch(branch: TemporalAttention, weights: Weights, tokens: Tensor, la
         return _finish(mix_frames(qkv, layout, call.heads, call.config), weights, call).view_as(tokens)
 
 
+def is_autocast(device: str) -> bool:
+    """Whether autocast is at work on a kind of device; on the meta device there is none to ask."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if is_autocast(device) else contextlib.nullcontext()
 
 
 def _normalize(tokens: Tensor, scale: Tensor, shift: Tensor | None, eps: float | None) -> Tensor:

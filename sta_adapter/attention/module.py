@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sta_adapter.attention.block_function import block_branch, weights_or_reason
+from sta_adapter.attention.block_function import block_branch, is_autocast, weights_or_reason
 from sta_adapter.attention.explain import KernelCall, calls_of
 from sta_adapter.attention.frame_attention import mix_frames
 from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.compatibility.seams import operations_are_watched
 from sta_adapter.config import STAConfig
+from sta_adapter.distributed import execution_device
 from sta_adapter.errors import ConfigError
 
 CHILD = "sta"  # the name of the STA module in its block
@@ -102,7 +104,7 @@ class TemporalAttention(nn.Module):
 
     def _branch(self, tokens: Tensor, layout: ClipLayout) -> Tensor:
         """`forward`, layer by layer."""
-        qkv = self.to_qkv(self.norm(tokens.to(self.to_qkv.weight.dtype))).reshape(layout.num_tokens, -1)
+        qkv = self.to_qkv(self.norm(tokens.to(self.placement[1]))).reshape(layout.num_tokens, -1)
         heads = self._mix_frames(qkv, layout) if self.recompute else _recomputed(self._mix_frames, qkv, layout)
         branch = self.to_out(heads)
         if self.gamma is not None:
@@ -116,6 +118,17 @@ class TemporalAttention(nn.Module):
             return layout.past.mix_frames(self, qkv)
         return mix_frames(qkv, layout, self.num_heads, self.config)
 
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the branch computes, and in which dtype."""
+        weight: object = self.to_qkv.weight
+        if not isinstance(weight, Tensor):  # a method, of torch's quantised layers, which compute as the norm does
+            weight = self.norm.weight
+        device = weight.device
+        if device.type == "meta":  # accelerate brings the weights when they are needed
+            device = execution_device(self) or device
+        return device, weight.dtype
+
     def prepare(self, layout: ClipLayout) -> tuple[KernelCall, ...]:
         """Make the tables and the choices that `forward` needs ahead of it, where `torch.compile` does not look.
 
@@ -125,11 +138,10 @@ class TemporalAttention(nn.Module):
         Raises:
             BackendError: the attention kernel asked for by name can't be used.
         """
-        weight = self.to_qkv.weight
-        device = weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        like = weight.new_empty((1, 1, self.num_heads, self.head_dim), dtype=dtype)
+        device, dtype = self.placement
+        if is_autocast(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        like = torch.empty((1, 1, self.num_heads, self.head_dim), device=device, dtype=dtype)
         if layout.past is not None:
             return layout.past.prepare(self, like)
         if not layout.is_uniform:
@@ -147,8 +159,9 @@ class TemporalAttention(nn.Module):
 def _recomputed(function: Callable[..., Tensor], tensor: Tensor, *args: object) -> Tensor:
     """`function(tensor, *args)`, of which the backward keeps only `tensor`.
 
-    Nothing is done without gradients, or inside `torch.compile`, which chooses by itself what to keep.
+    Nothing is done without gradients, inside `torch.compile`, which chooses by itself what to keep, or under a transform
+    of torch.func, which takes no checkpoint.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or operations_are_watched():
         return function(tensor, *args)
     return checkpoint(function, tensor, *args, use_reentrant=False, preserve_rng_state=False)

@@ -188,7 +188,7 @@ class Backbone:
         Raises:
             InjectionError: when there are several.
         """
-        found = [m for m in _active_modules(model) if self._is_encoder(m)]
+        found = [m for m in active_modules(model) if self._is_encoder(m)]
         if self.accepts is not None:
             found = [m for m in found if self.accepts(model, m)]
         if len(found) > 1:
@@ -226,7 +226,7 @@ def sizes_of(owner: object, name: str) -> tuple[int, ...]:
     return sizes
 
 
-def _active_modules(model: nn.Module) -> list[nn.Module]:
+def active_modules(model: nn.Module) -> list[nn.Module]:
     """All modules but the frozen originals that PEFT keeps beside a trained copy (`modules_to_save`)."""
     originals = [getattr(m, "original_module", None) for m in model.modules() if hasattr(m, "modules_to_save")]
     replaced = {id(inner) for original in originals if isinstance(original, nn.Module) for inner in original.modules()}

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sta_adapter.adapter.base_marks import require_same_base
 from sta_adapter.adapter.base_model import describe_base
@@ -14,8 +15,10 @@ from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_weights import lora_files, lora_state
 from sta_adapter.adapter.push import Publication, push_files
 from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.distributed import full_shape, full_tensor, is_sharded, on_rank_zero
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, InjectionError
+from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.text_positions import rule_in_use
 
 if TYPE_CHECKING:
@@ -49,6 +52,10 @@ def adapter_contents(
     handle: STAHandle, base_changed: bool = False
 ) -> tuple[dict[str, Tensor], Description, dict[str, bytes]]:
     """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
+    if all(module is not handle.encoder for module in active_modules(handle.model)):
+        raise InjectionError(
+            "PEFT keeps this handle's vision encoder as it was, and trains a copy of it (modules_to_save): go on with get_sta(peft_model)."
+        )
     if not base_changed:
         lora = lora_state(handle.model)
         require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
@@ -72,10 +79,30 @@ def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
     }
 
 
-def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """An STA module's own tensors by their own names, also where PEFT has put LoRA around its layers."""
-    state = module.state_dict(keep_vars=True)
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+def plain_state(module: TemporalAttention) -> dict[str, Tensor]:
+    """What an STA module's layers compute with, by its own names.
+
+    Also where PEFT has put LoRA around them, or `torch.nn.utils.parametrize` makes a weight of other tensors.
+
+    Raises:
+        CheckpointError: they are quantised, or made anew at each forward.
+    """
+    layers = {name: getattr(layer, "base_layer", layer) for name, layer in module.named_children()}
+    found = {f"{name}.{key}": _weight(layer, key) for name, layer in layers.items() for key in ("weight", "bias")}
+    return {name: value for name, value in {**found, "gamma": module.gamma}.items() if value is not None}
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor | None:
+    value: object = getattr(layer, name, None)
+    if value is None:
+        return None
+    lasts = name in layer._parameters or is_parametrized(layer, name)
+    if lasts and isinstance(value, Tensor) and (type(value) in (Tensor, nn.Parameter) or is_sharded([value])):
+        return value
+    raise CheckpointError(
+        f"STA can't be saved: the {name} of one of its layers, a {type(layer).__name__}, is quantised, or made anew at each forward. Save "
+        "it before it is quantised; torch.nn.utils.prune.remove and torch.nn.utils.remove_weight_norm give a weight back."
+    )
 
 
 def describe_adapter(handle: STAHandle) -> Description:

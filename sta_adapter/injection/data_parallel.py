@@ -34,6 +34,13 @@ OBSTACLES = {
 }
 
 
+class Groups(list[Group]):
+    """The groups of processes that gather an encoder's shards; none in a copy, which is not sharded."""
+
+    def __reduce__(self) -> tuple[type[Groups], tuple[()]]:
+        return Groups, ()
+
+
 class Agreement:
     """What the hooks below share: encoder and language model, and the processes that gather shards together.
 
@@ -47,10 +54,10 @@ class Agreement:
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)  # a copy of a part must not copy the whole
         self.encoder = encoder
         self.language_model = language_model
-        self.groups: list[Group] = []
+        self.groups = Groups()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "model": _no_model, "groups": []}  # what is neither copied nor pickled
+        return {**self.__dict__, "model": _no_model}  # a weak reference is neither copied nor pickled
 
     def look(self, model: nn.Module) -> None:
         """Find the groups; what is gathered at the moment looks unsharded, so they stay once found.
@@ -61,7 +68,7 @@ class Agreement:
         self.model = weakref.ref(model)
         if self.groups or not is_parallel():
             return
-        self.groups = shard_groups([*self.encoder.modules(), *self.between()])
+        self.groups.extend(shard_groups([*self.encoder.modules(), *self.between()]))
         for module in model.modules() if self.groups else ():
             if is_fsdp1(module) and module.module in (self.encoder, self.language_model):
                 raise InjectionError(
@@ -98,10 +105,6 @@ def _no_model() -> None:
 class AgreeingHook(Hook):
     """A hook that the processes of one agreement run together."""
 
-    def __init__(self, injection: Injection, agreement: Agreement) -> None:
-        super().__init__(injection)
-        self.agreement = agreement
-
     def agree(self, wants: bool, obstacle: int, groups: list[Group]) -> bool:
         """Whether any process wants a run of the encoder.
 
@@ -118,7 +121,15 @@ class AgreeingHook(Hook):
         return bool(wanted)
 
 
-class FirstInLine(AgreeingHook):
+class ModelHook(AgreeingHook):
+    """One that knows the whole agreement."""
+
+    def __init__(self, injection: Injection, agreement: Agreement) -> None:
+        super().__init__(injection)
+        self.agreement = agreement
+
+
+class FirstInLine(ModelHook):
     """Forward pre-hook of the full model: finds the shards, and lets processes agree before FSDP's own hooks gather any.
 
     `fully_shard` puts its hooks in front of those that it finds.
@@ -162,13 +173,20 @@ class LastInLine(Hook):
 
 
 class EncoderAgree(AgreeingHook):
-    """Forward pre-hook of an encoder: where it is sharded, the other processes are told that it runs here."""
+    """Forward pre-hook of an encoder: where it is sharded, the other processes are told that it runs here.
+
+    It knows the groups alone: a copied or pickled encoder must not take the language model along.
+    """
+
+    def __init__(self, injection: Injection, groups: Groups) -> None:
+        super().__init__(injection)
+        self.groups = groups
 
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[object, ...]) -> None:
         """Wait for the others; a run on a dummy clip has been agreed upon already."""
-        if self.agreement.groups and not self.injection.thread.in_dummy:
-            self.agree(True, ABLE, self.agreement.groups)
+        if self.groups and not self.injection.thread.in_dummy:
+            self.agree(True, ABLE, self.groups)
 
 
 class EncoderOutput(Hook):
@@ -181,7 +199,7 @@ class EncoderOutput(Hook):
             self.injection.thread.outputs += [t for t in iterate_tensors(output) if t.requires_grad]
 
 
-class LanguageModelBegin(AgreeingHook):
+class LanguageModelBegin(ModelHook):
     """Forward pre-hook of the language model: the encoder runs on dummy clips, as often as it ran elsewhere, at least once.
 
     The dummies run where the encoder would have run, just before the language model, so that all processes gather their
@@ -289,7 +307,7 @@ def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, obje
 def attach_agreement(model: nn.Module, encoder: nn.Module, language_model: nn.Module, injection: Injection) -> None:
     """Put the hooks into a model that has a language model behind its encoder."""
     agreement = Agreement(model, encoder, language_model)
-    encoder.register_forward_pre_hook(EncoderAgree(injection, agreement))
+    encoder.register_forward_pre_hook(EncoderAgree(injection, agreement.groups))
     encoder.register_forward_hook(EncoderOutput(injection))
     language_model.register_forward_pre_hook(LanguageModelBegin(injection, agreement), with_kwargs=True)
     model.register_forward_pre_hook(FirstInLine(injection, agreement))

@@ -94,6 +94,10 @@ def _weights(state: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def _tensor(value: Tensor) -> str:
+    if hasattr(value, "__tensor_flatten__"):  # one of several tensors, as torchao quantises weights
+        names, how = value.__tensor_flatten__()
+        parts = [(name, _tensor(getattr(value, name))) for name in names]
+        return fingerprint(type(value).__name__, repr(how), parts)
     content = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode() + content.tobytes()).hexdigest()
 

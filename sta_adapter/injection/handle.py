@@ -16,6 +16,7 @@ from sta_adapter.attention.layout import checked_lengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
+from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.clip_source import remove_methods
 from sta_adapter.injection.contents import push_adapter, save_adapter
 from sta_adapter.injection.hooks import find_injections, remove_hooks
@@ -199,9 +200,12 @@ class STAHandle:
         Returns:
             The model as it was before injection.
         """
-        for module in {id(m): m for root in (self.model, self._encoder) for m in root.modules()}.values():
-            remove_hooks(module, self._injection)
-            remove_methods(module, self._injection)
+        modules = {id(m): m for root in (self.model, self._encoder) for m in root.modules()}.values()
+        injections = {self._injection, *(found for _, found in find_injections(modules))}  # PEFT may keep an original
+        for module in modules:
+            for injection in injections:
+                remove_hooks(module, injection)
+                remove_methods(module, injection)
             if isinstance(module._modules.get(CHILD), nn.Module) and _is_sta(module._modules[CHILD]):
                 del module._modules[CHILD]
         return self.model
@@ -284,7 +288,7 @@ def get_sta(model: nn.Module) -> STAHandle | None:
     Raises:
         InjectionError: when several encoders in the model have STA.
     """
-    found = find_injections(model)
+    found = find_injections(active_modules(model))
     if not found:
         return None
     if len(found) > 1:

@@ -6,7 +6,7 @@ All hooks are objects of module-level classes, so that a copied or unpickled mod
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
-from sta_adapter.errors import LayoutError
+from sta_adapter.errors import InjectionError, LayoutError
 from sta_adapter.injection.backbone import EncoderCall
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
@@ -44,6 +44,11 @@ class EncoderPreHook(Hook):
         """Take `clip_lengths` away; with re-entrant checkpointing, see to it that gradients reach the blocks."""
         injection = self.injection
         injection.end()
+        if vars(encoder).get("_is_replica", False):
+            raise InjectionError(
+                "this is a copy of nn.DataParallel's, which STA's weights don't follow to its device. transformers' Trainer wraps models so "
+                "where one process sees several GPUs: start it by torchrun (one process a GPU), or set CUDA_VISIBLE_DEVICES to one."
+            )
         kwargs, told = take_clip_lengths(encoder, kwargs)
         injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
         if injection.is_enabled and encoder.training and torch.is_grad_enabled():
@@ -64,8 +69,7 @@ class EncoderPreHook(Hook):
             layout = continue_streams(injection.thread.streams, call, layout, modules)
         prepared = set()  # blocks of one kind need the same tables and make the same calls; a stream tells blocks apart
         for module in modules.values():
-            weight = module.to_qkv.weight
-            kind = module.num_heads, module.head_dim, id(module.config), weight.dtype, weight.device
+            kind = module.num_heads, module.head_dim, id(module.config), module.placement
             if layout.past is not None or kind not in prepared:
                 prepared.add(kind)
                 injection.record_calls(module.prepare(layout))
@@ -203,11 +207,11 @@ def remove_hooks(module: nn.Module, injection: Injection) -> None:
     remove_load_hooks(module, lambda hook: isinstance(hook, Hook) and hook.injection is injection)
 
 
-def find_injections(model: nn.Module) -> list[tuple[nn.Module, Injection]]:
-    """(encoder, injection) of every injected encoder in a model."""
+def find_injections(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Injection]]:
+    """(encoder, injection) of every injected encoder among modules."""
     return [
         (module, hook.injection)
-        for module in model.modules()
+        for module in modules
         for hook in hook_table(module, "_forward_pre_hooks").values()
         if isinstance(hook, EncoderPreHook)
     ]

@@ -38,7 +38,7 @@ from sta_adapter.injection.text_positions import warn_of_other_rule
 
 __all__ = ["load_sta", "watch_peft"]
 
-PASSED_ON = {"is_trainable", "revision"}  # arguments of PEFT's loader
+PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
 
 
@@ -47,6 +47,7 @@ def load_sta(
     folder_or_repo_id: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     is_trainable: bool = False,
     base_model: str | None = None,
     **hub_options: object,
@@ -58,6 +59,7 @@ def load_sta(
             PeftModel yet. `handle.model` is the model to go on with.
         folder_or_repo_id: a folder, or the id of a repository on the Hub.
         revision: branch, tag or commit on the Hub.
+        subfolder: of the folder or the repository, in which the adapter lies.
         is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
         base_model: "any" takes every model whose vision encoder fits, such as a renamed or fine-tuned copy; by default
             another language model, or another Hub id, is refused (see `sta_adapter.adapter.base_model`).
@@ -74,7 +76,7 @@ def load_sta(
     Warns:
         STAWarning: the model numbers text by another rule than the one that the adapter was trained with.
     """
-    folder = resolve_adapter(folder_or_repo_id, revision, **hub_options)
+    folder = resolve_adapter(folder_or_repo_id, revision, subfolder=subfolder, **hub_options)
     description, file, read = _describe(folder)
     config = _saved_config(folder, description)
     watch_peft()
@@ -110,7 +112,7 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs.get("revision"))
+        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs)
         if folder is None:
             return load(cls, model, model_id, *args, **kwargs)
         if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
@@ -177,10 +179,11 @@ def _saved_config(folder: Path, description: Description) -> STAConfig:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
-def _folder_with_sta(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+def _folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
+    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision)
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"))
         known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
     except (STAError, OSError, ValueError, TypeError):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -11,12 +11,13 @@ from torch import nn
 
 from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
 from sta_adapter.attention.module import CHILD, TemporalAttention
+from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
 from sta_adapter.injection.contents import describe_adapter
 from sta_adapter.injection.handle import STAHandle
 
-__all__ = ["STALoraConfig", "recipe_config", "require_recipe"]
+__all__ = ["STALoraConfig", "recipe_config", "require_recipe", "saved_with_sta"]
 
 
 def require_recipe(backbone: Backbone) -> LoRARecipe:
@@ -61,20 +62,39 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
             "LoRA's settings sets target_parameters, which PEFT sets by itself where a model has experts."
         )
     options = checked_options({"peft_type": "LORA", **fields}, "LoRA's settings", ConfigError)
-    fields["modules_to_save"] = sorted({CHILD, *(fields.get("modules_to_save") or ())})
+    model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # whose names PEFT takes
+    fields["modules_to_save"] = saved_with_sta(handle, model, fields.get("modules_to_save"))
     if isinstance(fields["target_modules"], str):
         if fields["target_modules"].lower() == ALL_LINEAR:
-            fields["target_modules"] = _linear_layers(handle.model)
+            fields["target_modules"] = _linear_layers(model)
         elif "exclude_modules" in known:
             fields.setdefault("exclude_modules", rf".*\.{CHILD}(\..*)?")
-    _require_linear(handle.model, LoraOptions({**options, **fields}))
+    _require_linear(model, LoraOptions({**options, **fields}))
     config = STALoraConfig(**fields)
     config.sta = describe_adapter(handle)
     return config
 
 
+def saved_with_sta(handle: STAHandle, model: nn.Module, names: Collection[str] | None) -> list[str]:
+    """LoRA's `modules_to_save` with STA, which is among them already where the vision encoder is trained whole.
+
+    Raises:
+        ConfigError: a part of the encoder is.
+    """
+    others = {*(names or ())} - {CHILD}
+    options = LoraOptions({"modules_to_save": [*others]})
+    whole = [module for name, module in model.named_modules() if options.is_saved(name)]
+    inside = {id(part) for module in whole for part in module.modules()}
+    covered = [index for index, block in handle.blocks.items() if id(block) in inside]
+    if 0 < len(covered) < len(handle.blocks):
+        raise ConfigError(
+            f"LoRA's settings: modules_to_save names what holds STA of the blocks {covered} alone; name the whole encoder, or no block."
+        )
+    return sorted(others if covered else {CHILD, *others})
+
+
 def _require_linear(model: nn.Module, options: LoraOptions) -> None:
-    targets = {name: module for name, module in model.named_modules() if options.targets(name)}
+    targets = {name: module for name, module in _layers(model) if options.targets(name)}
     other = next((name for name, module in targets.items() if not isinstance(module, nn.Linear)), None)
     if other is not None:
         kind = type(targets[other]).__name__
@@ -91,6 +111,15 @@ def _linear_layers(model: nn.Module) -> list[str]:
     }
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in _layers(model)
         if isinstance(module, nn.Linear) and module is not head and id(module) not in skipped
     ]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules, without what PEFT has put in: a second LoRA lies beside the first, not upon it."""
+    kinds = peft_parts()
+    wrappers = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    for name, module in model.named_modules():
+        if not any(name[:end] in wrappers for end, letter in enumerate(name) if letter == "."):
+            yield name, module.get_base_layer() if isinstance(module, kinds[0]) else module

@@ -145,7 +145,7 @@ def plan_injection(
     if cfg is not None and not isinstance(cfg, STAConfig):
         raise ConfigError(f"cfg is a {type(cfg).__name__}; expected an STAConfig, or None for the backbone's defaults.")
     _refuse_wrapped(model)
-    if find_injections(model) or any(isinstance(m, TemporalAttention) for m in model.modules()):
+    if find_injections(model.modules()) or any(isinstance(m, TemporalAttention) for m in model.modules()):
         raise InjectionError(
             "this model has STA already. Use get_sta(model) for its handle, or handle.remove() before injecting again."
         )

@@ -56,7 +56,7 @@ def restored(found: SavedStream, window: int, backbone: str, modules: Mapping[in
         return state
     state.shape = (cast("int", found["positions"]), None if found["grid"] is None else tuple(found["grid"]))
     for index, recent in found["blocks"].items():
-        device = modules[index].to_qkv.weight.device
+        device = modules[index].placement[0]
         cache = torch.zeros((*recent.shape[:2], window, *recent.shape[3:]), dtype=recent.dtype, device=device)
         slots = torch.arange(state.frames - recent.shape[2], state.frames, device=device) % window
         state.caches[index] = cache.index_copy_(2, slots, recent.detach().to(device))

@@ -20,7 +20,6 @@ from torch import nn
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
 from sta_adapter.adapter.hub import resolve_adapter
-from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import is_sharded
@@ -143,7 +142,7 @@ def _adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) ->
     """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
     revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision) / (options.get("subfolder") or "")
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"))
     except CheckpointError as error:
         logger.warning("whether STA belongs to the LoRA of %s can't be seen: %s", os.fspath(name), error)
         return None
@@ -155,6 +154,8 @@ def _adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) ->
 
 def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
     """STA in front of LoRA: fresh, or as the folder has it that LoRA is loaded from."""
+    from sta_adapter.injection.lora_recipe import saved_with_sta
+
     loading = _loading.get()
     if get_sta(model) is None:
         try:
@@ -167,7 +168,8 @@ def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
         except UnknownBackboneError:
             logger.info("no STA for %s: no backbone is known for it", type(model).__name__)
             return
-    config.modules_to_save = sorted({CHILD, *(config.modules_to_save or ())})
+    if (handle := get_sta(model)) is not None:
+        config.modules_to_save = saved_with_sta(handle, model, config.modules_to_save)
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
