@@ -35,6 +35,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
 _RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
 _PLACEHOLDER = re.compile(r"<(video|image)>")
+_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,20 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
             raise DataError(
                 f"'{key}' holds {len(left)} more than there are <{kind}> in the text, first {shown(left[0])}."
             )
+    _require_clips(messages)
     options = _options(record, messages)
     return Sample(messages, source, _category(record), options, extra_fields(record, _RECORD_KEYS))
+
+
+def _require_clips(messages: list[Message]) -> None:
+    """Refuse words among parts that were to become a clip where there is none: they would be learned as words."""
+    parts = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
+    for place in (_PLACEHOLDER.search(part["text"]) for part in parts if part["type"] == "text"):
+        if place and all(part["type"] != place[1] for part in parts):
+            raise DataError(
+                f"a text contains {place[0]} and no part is of type {place[1]}, expected one with the path. Or write the whole "
+                f"content as one text, with '{place[1]}s' beside the messages."
+            )
 
 
 def _text(turn: object) -> str:
@@ -253,6 +266,8 @@ def _part(part: object, where: str, folder: Path) -> Part:
     if not isinstance(value, str) or (kind != "text" and not value):
         raise DataError(f"{where}: {kind!r} is {kind_of(value)}, expected {'a text' if kind == 'text' else 'a path'}.")
     if kind != "text":
+        if _ADDRESS.match(value):
+            raise DataError(f"{where}: {shown(value)} is an address, expected a file; download it first.")
         _check_numbers(given, where)
         given[kind] = str(folder / value.removeprefix("file://"))
     return given
