@@ -138,6 +138,7 @@ def test_forms_that_name_nothing(said):
         ("B. 向右", "AB", ["向左", "向右"], 1),
         ("**It moves left.**", "AB", ["It moves left.", "It moves right."], 0),
         ("x", "AB", ["", ""], None),
+        ("⬆️", "AB", ["⬇️", "⬆️"], 1), ("It moves ↗.", "AB", ["↖", "↗"], 1), ("👍", "AB", ["👎", "👍"], 1), ("😀", "AB", ["👎", "👍"], None),
         ("left", "AB", ["left", "left"], None),
         ("B", [], [], None),
         ("B", "AB", [], 1),
@@ -166,6 +167,9 @@ def test_any_text_is_read_or_not(said):
         ("a_b c*d*", "a_b cd"),
         ("1. x\n\n2. y", "1. x\n2. y"),
         ("", ""),
+        ("👍", "👍"),
+        ("yes 👍", "yes"),
+        ("turn it by 90° ➡️", "turn it by 90° ➡"),
     ],
 )
 def test_final_answer(said, answer):

@@ -51,7 +51,7 @@ def final_answer(said: str) -> str:
     text = _HTML.sub(r"\2", text)
     for pattern, instead in _MARKUP:
         text = pattern.sub(instead, text)
-    text = "".join(map(_plain, text))
+    text = "".join(map(_plain, text)).strip() or text  # an answer may be a picture
     lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
@@ -61,7 +61,7 @@ def _plain(character: str) -> str:
     if (character.isascii() and character.isprintable()) or character.isspace() or character in _SAYING:
         return character
     kind = unicodedata.category(character)
-    if kind == "So" or character == "\u200b":
+    if (kind == "So" and "ARROW" not in unicodedata.name(character, "")) or character == "\u200b":
         return " "
     unseen = kind in _UNSEEN or "\ufe00" <= character <= "\ufe0f" or "\U0001f3fb" <= character <= "\U0001f3ff"
     return "" if unseen else character

@@ -39,7 +39,7 @@ CUE = re.compile(
     rf"(?:{_CHOICE}|\b(?:it|that|this) is\b|\b(?:it|that)['’]s\b"
     r"|\b(?:is|be|so|therefore|thus|hence|but|choose|chose|chosen|pick|picked|select|selected|go with|going with|say|guess|think"
     r"|definitely|certainly|clearly|obviously|surely|probably|likely"
-    r"|believe|elijo|choisis|wähle|scelgo|escolho)\b|[→>]|选择|選擇|故选|选|選|而是)"
+    r"|believe|elijo|choisis|wähle|scelgo|escolho)\b|[→➡>]|选择|選擇|故选|选|選|而是)"
     rf"{_FILLER}*\Z",
     re.IGNORECASE,
 )
