@@ -109,6 +109,16 @@ def test_an_index_in_a_table_of_numbered_options(tmp_path):
     assert "could mean several options" in doubtful.reason
 
 
+def test_a_clip_in_an_answer_that_is_not_learned():
+    shown = {
+        "role": "assistant",
+        "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Here."}],
+        "loss": False,
+    }
+    sample = parse_sample({"messages": [TALK["messages"][0], shown, *TALK["messages"]]}, folder="/v")
+    assert sample.messages[1]["content"][0] == {"type": "image", "image": "/v/a.png"}
+
+
 # ---- nothing without effect
 
 REFUSED = {
@@ -147,6 +157,8 @@ REFUSED = {
     "limits": ({**QUESTION, "min_pixels": 80, "max_pixels": 40}, "'min_pixels' is above 'max_pixels'"),
     "kinds": ({**ASKED, "videos": [{"type": "image", "image": "a.png"}]}, "a <video> for which 'videos' holds a part of type 'image'"),
     "place_alone": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>What is it?"}, {"type": "video", "video": "a.mp4"}]}, ANSWER]}, "a text contains <image> and no part is of type image, expected one with the path"),
+    "shown_in_an_answer": ({"messages": [*TALK["messages"][:1], {"role": "assistant", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "It falls."}]}]}, "message 1 is an answer with a video in it, expected words"),
+    "begins_with_an_answer": ({"messages": [ANSWER, *TALK["messages"]]}, "message 0 is an answer, expected a question before it"),
     "web": ({**QUESTION, "video": "https://example.org/a.mp4"}, "'https://example.org/a.mp4' is an address, expected a file"),
     "bytes": ({**QUESTION, "video": None, "image": "data:image/png;base64,iVBORw0KGgo="}, "is an address, expected a file"),
     "gap_in_options": ({**QUESTION, "answer": "A", "A": "left", "B": "right", "D": "up"}, "the options A, B are followed by D, expected C"),

@@ -122,7 +122,10 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
     paths = visuals(record)
     if "video" in record and not paths["image"]:
         raw = [_llava(turn) for turn in raw] if not any("<video>" in _text(turn) for turn in raw) else raw
-    messages = [*_system(record, raw), *(_message(turn, index, folder, paths) for index, turn in enumerate(raw))]
+    turns = [_message(turn, index, folder, paths) for index, turn in enumerate(raw)]
+    if turns[0]["role"] == "assistant":
+        raise DataError("message 0 is an answer, expected a question before it.")
+    messages = [*_system(record, raw), *turns]
     for kind, left in paths.items():
         if left:
             key = kind if kind in record else f"{kind}s"
@@ -140,8 +143,7 @@ def _require_clips(messages: list[Message]) -> None:
     for place in (_PLACEHOLDER.search(part["text"]) for part in parts if part["type"] == "text"):
         if place and all(part["type"] != place[1] for part in parts):
             raise DataError(
-                f"a text contains {place[0]} and no part is of type {place[1]}, expected one with the path. Or write the whole "
-                f"content as one text, with '{place[1]}s' beside the messages."
+                f"a text contains {place[0]} and no part is of type {place[1]}, expected one with the path."
             )
 
 
@@ -220,7 +222,12 @@ def _message(message: object, index: int, folder: Path, paths: dict[str, list[ob
     if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
         raise DataError(f"{where} is an empty answer; expected words to learn.")
     made: Message = {"role": role, "content": checked}
-    return made if _learned(message, where) else {**made, "loss": False}
+    if not _learned(message, where):
+        return {**made, "loss": False}
+    clips = [part["type"] for part in checked if role == "assistant" and part["type"] != "text"]
+    if clips:
+        raise DataError(f"{where} is an answer with a {clips[0]} in it, expected words to learn, or 'loss': false.")
+    return made
 
 
 def _learned(message: Record, where: str) -> bool:
