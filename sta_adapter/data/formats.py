@@ -68,9 +68,9 @@ def as_conversation(record: Record, format: str | None, classes: dict[str, int] 
 def read_classes(path: Path) -> dict[str, int] | None:
     """Something-Something v2's class names and numbers, from the labels.json beside a train.json or validation.json."""
     name, replaced = _SPLIT_NAME.subn("labels", path.name)
-    file = path.with_name(name)
-    if not replaced or not file.is_file():
+    if not replaced or not path.with_name(name).is_file():
         return None
+    file = path.with_name(name)
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
         return {str(label): int(number) for label, number in found.items()}
