@@ -77,6 +77,18 @@ def cut(path, share):
     return short
 
 
+def trim(path, first, count):
+    """Let an MP4's edit list show `count` frames from `first` on, as phones trim a video without writing it again."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        ticks = round(1 / (container.streams.video[0].time_base * container.streams.video[0].average_rate))
+        seconds = float(count / container.streams.video[0].average_rate)
+    at = data.index(b"elst") + 12  # of its only entry: how long in 1/1000 s, and from where in the track's own time
+    struct.pack_into(">Ii", data, at, round(1000 * seconds), struct.unpack_from(">i", data, at + 4)[0] + first * ticks)
+    path.write_bytes(data)
+    return path
+
+
 def decode_all(path):
     """Every frame in the order in which the decoder gives them, (F, H, W, 3) as stored, and their seconds (F,)."""
     with av.open(str(path)) as container:

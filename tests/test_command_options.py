@@ -271,6 +271,8 @@ def test_options_that_are_read_alike_everywhere():
         "a": {"b": 4, "c": 2},
         "d": {"e": 5},
     }
+    for command in ("evaluate", "demo"):
+        assert "-1 is not in the range x>=0" in CliRunner().invoke(cli, [command, "--seed", "-1"]).output
     done = CliRunner().invoke(cli, ["train", "--stage", "3"])
     assert done.exit_code == 2
     assert "'3' is not one of '1', '2', 'both'" in done.output

@@ -414,6 +414,14 @@ def test_files_that_are_no_data(tmp_path, content, error):
         read_samples(file)
 
 
+@pytest.mark.parametrize("folder", [".", "..", "/", "train.json"])
+def test_a_folder_is_no_file_of_samples(tmp_path, monkeypatch, folder):
+    (tmp_path / "train.json").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"can't read the data file .*: Is a directory"):
+        read_samples(folder)
+
+
 # ---- bad samples
 
 
@@ -477,8 +485,9 @@ def test_prompts_of_a_data_set_end_before_the_answer_and_are_made_once(processor
     [
         ({"frame_order": "backwards"}, "frame_order is 'backwards'"),
         ({"on_bad_sample": "ask"}, "on_bad_sample is 'ask'"),
+        ({"frame_order": "shuffled", "seed": -1}, "seed is -1, expected a number of at least 0"),
     ],
-    ids=["order", "bad"],
+    ids=["order", "bad", "seed"],
 )
 def test_wrong_options(processor, options, error):
     with pytest.raises(ConfigError, match=error):

@@ -191,6 +191,7 @@ def test_a_picture_alone():
         ({"answer": "1"}, "'answer' is '1', which is none of the options"),
         ({"options": ["B", "A"], "answer": "A"}, "'answer' is 'A', which could mean several options"),
         ({"options": ["up", "up"], "answer": "up"}, "'answer' is 'up', which could mean several options"),
+        ({"options": ["1", "2", "3"], "answer": 2}, r"'answer' is 2, which could mean several options \['1', '2', '3'\]"),
         ({"options": ["up"]}, "expected a list of 2 to 26 texts"),
         ({"options": ["up", 3]}, "expected a list of 2 to 26 texts"),
         ({"options": {"B": "up", "A": "down"}}, "'options' has the keys B, A, expected A, B, ... in order"),
@@ -198,11 +199,16 @@ def test_a_picture_alone():
         ({"videos": ["b.mp4"]}, "both 'video' and 'videos' are given"),
         ({"fps": 0}, "'fps' is 0, expected a positive number"),
     ],
-    ids=["other", "letter", "index", "none", "bool", "digit", "letters_as_options", "twice", "one", "number", "order", "question", "both", "fps"],
+    ids=["other", "letter", "index", "none", "bool", "digit", "letters_as_options", "twice", "index_or_text", "one", "number", "order", "question", "both", "fps"],
 )  # fmt: skip
 def test_choices_that_do_not_fit(change, error):
     with pytest.raises(DataError, match=error):
         parse_sample({**CHOICE, **change})
+
+
+def test_an_index_that_is_its_options_text_too():
+    record = {**CHOICE, "options": ["0", "1", "2"], "answer": 1}
+    assert parse_sample(record).answer == parse_sample({**record, "answer": "1"}).answer == "B"
 
 
 # ---- files

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from make_videos import cut, decode_all, pictures, write
+from make_videos import cut, decode_all, pictures, trim, write
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip
@@ -111,6 +111,7 @@ def test_where_decoding_may_begin():
     assert keys_are_fresh(rows(0, 1, 2, keys=(0, 1), fresh=None))
     assert not keys_are_fresh(rows(0, 1, 2, 3, keys=(0, 2), fresh=False))
     assert not keys_are_fresh(rows(0, 4, 3, 6, keys=(0, 1)))  # shown before the key frame that it follows
+    assert not keys_are_fresh(rows(0, 1, 2, keys=(2,)))  # an edit list left out the first
 
 
 def test_what_a_cut_off_file_surely_holds():
@@ -324,6 +325,17 @@ def test_frames_that_do_not_fit_into_memory(tmp_path, monkeypatch):
         read_clip(path, backend="pyav")
 
 
+@pytest.mark.parametrize("backend", ["pyav", "auto"])
+@pytest.mark.parametrize(("first", "count"), [(0, 7), (7, 33), (12, 6), (20, 20)])
+def test_what_an_edit_list_shows_is_the_whole_clip(tmp_path, first, count, backend):
+    how = {"count": 40, "options": {"g": "5"}}
+    whole = read_clip(write(tmp_path / "whole.mp4", **how), num_frames=40).frames
+    clip = read_clip(trim(write(tmp_path / "a.mp4", **how), first, count), num_frames=40, backend=backend)
+    assert np.array_equal(clip.frames, whole[first : first + count])
+    assert clip.timestamps.tolist() == pytest.approx(np.arange(count) / 10)
+    assert clip.metadata.duration == pytest.approx(count / 10)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 @pytest.mark.parametrize(
     ("name", "how"),
@@ -333,8 +345,9 @@ def test_frames_that_do_not_fit_into_memory(tmp_path, monkeypatch):
         ("cut.ts", {}),
         ("cut.mxf", {"codec": "mpeg2video", "rate": 25}),
         ("cut.wmv", {"codec": "wmv2"}),
+        ("cut.mp4", {"container_options": {"movflags": "faststart"}}),
     ],
-    ids=["gif", "ogv", "ts", "mxf", "wmv"],
+    ids=["gif", "ogv", "ts", "mxf", "wmv", "mp4"],
 )
 def test_files_that_end_early(tmp_path, name, how, share):
     whole = write(tmp_path / name, count=40, **how)

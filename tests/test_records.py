@@ -94,6 +94,31 @@ def test_other_names_of_the_options(columns):
     assert parse_sample(record) == parse_sample(CHOICE)
 
 
+def test_words_about_a_place_stay_words_beside_a_clip():
+    asked = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Is a <video> tag shown?"}]
+    assert (
+        parts(parse_sample({"messages": [{"role": "user", "content": asked}, ANSWER]}))[1][1]
+        == "Is a <video> tag shown?"
+    )
+
+
+def test_an_index_in_a_table_of_numbered_options(tmp_path):
+    rows = "video,question,answer,a0,a1,a2\na.mp4,Which?,2,left,right,up\na.mp4,How many?,1,0,1,2\na.mp4,How many?,1,1,2,3\n"
+    right, same, doubtful = scan_samples(write(tmp_path / "nextqa.csv", rows))
+    assert (right.answer, same.answer) == ("C", "B")
+    assert "could mean several options" in doubtful.reason
+
+
+def test_a_clip_in_an_answer_that_is_not_learned():
+    shown = {
+        "role": "assistant",
+        "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Here."}],
+        "loss": False,
+    }
+    sample = parse_sample({"messages": [TALK["messages"][0], shown, *TALK["messages"]]}, folder="/v")
+    assert sample.messages[1]["content"][0] == {"type": "image", "image": "/v/a.png"}
+
+
 # ---- nothing without effect
 
 REFUSED = {
@@ -131,6 +156,12 @@ REFUSED = {
     "idle_limit": ({**QUESTION, "nframes": 8, "max_frames": 4}, "gives 'nframes', beside which 'max_frames' has no effect"),
     "limits": ({**QUESTION, "min_pixels": 80, "max_pixels": 40}, "'min_pixels' is above 'max_pixels'"),
     "kinds": ({**ASKED, "videos": [{"type": "image", "image": "a.png"}]}, "a <video> for which 'videos' holds a part of type 'image'"),
+    "place_alone": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>What is it?"}, {"type": "video", "video": "a.mp4"}]}, ANSWER]}, "a text contains <image> and no part is of type image, expected one with the path"),
+    "shown_in_an_answer": ({"messages": [*TALK["messages"][:1], {"role": "assistant", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "It falls."}]}]}, "message 1 is an answer with a video in it, expected words"),
+    "begins_with_an_answer": ({"messages": [ANSWER, *TALK["messages"]]}, "message 0 is an answer, expected a question before it"),
+    "web": ({**QUESTION, "video": "https://example.org/a.mp4"}, "'https://example.org/a.mp4' is an address, expected a file"),
+    "bytes": ({**QUESTION, "video": None, "image": "data:image/png;base64,iVBORw0KGgo="}, "is an address, expected a file"),
+    "gap_in_options": ({**QUESTION, "answer": "A", "A": "left", "B": "right", "D": "up"}, "the options A, B are followed by D, expected C"),
     "option_texts": ({**TALK, "options": ["It falls.", "No."], "option_texts": ["a", 3]}, "'option_texts' is .*, expected a list"),
     "option_count": ({**TALK, "options": ["It falls.", "No."], "option_texts": ["a", "b", "c"]}, "'option_texts' holds 3 texts"),
 }  # fmt: skip

@@ -49,6 +49,17 @@ B = [
     "정답: B", "La respuesta es B.", "La respuesta correcta es la B.", "Opción B", "La réponse est B.", "« B »", "La bonne réponse est « B ».", "Die Antwort ist B.",
     "Antwort: B", "Die richtige Antwort ist „B“.", "B ist richtig.", "B, weil sie fällt", "A resposta é B.", "Letra B", "La risposta è B.", "Ответ: B", "الإجابة: B", "उत्तर: B",
     "Jawaban: B", "Đáp án: B", "Cevap: B", "Odpowiedź: B", "Svar: B",
+    # in quotes, and behind a hyphen
+    "The answer is 'B'.", "The correct option is 'B'", "I choose 'B' because it moves.", "{'answer': 'B'}", "answer='B'", "Answer:-B", "Ans: -B", "‘B’ is correct",
+    # with signs that nobody sees, or pictures
+    "B\u200b", "\ufeffB", "\u200eB\u200f", "B\x00", "\u200bThe answer is B.", "✅ B", "B ✅", "👉 B", "➡️ B. right", "B 😊", "▁B", "The answer is 👉🏽 B",
+    # each option judged
+    "A. left ❌\nB. right ✅\nC. up ❌\nD. down ❌", "A ✗ B ✓ C ✗", "A. left - incorrect\nB. right - correct\nC. up - incorrect", "A: no\nB: yes\nC: no\nD: no",
+    "(A) left: incorrect. (B) right: correct.", "A) left - False\nB) right - True", "A. left (incorrect)\nB. right (correct)", "A. left (wrong)\n**B. right (correct)**", "A. left\nB. right ✓\nC. up", "A. left\nB. right (correct)\nC. up", "Not A. Correct answer: B", "We have A and C. Correct is option B.", "A. left (correct?) No. The answer is B.",
+    "A and C are wrong, so B.", "A, C and D are incorrect. Option B.",
+    # other words in front or behind
+    "Definitely B.", "Clearly B", "Most likely B.", "Probably B, it goes right.", "Prediction: B", "Result: (B)", "ASSISTANT: B", "Conclusion: **B**", "B fits best.",
+    "B rather than A", "B instead of A", "B not A", "B appears to be correct",
     # in words
     "right", "Right.", "RIGHT", "It moves right", "The ball moves to the right.", "It moves right, not left.", "**right**", "It is not left. It is right.",
 ]  # fmt: skip
@@ -64,6 +75,7 @@ NONE = [
     # denied
     "Not B", "not B.", "It is not B.", "The answer is not B.", "I don't think it's B", "B is wrong.", "B is not correct.", "(B) is incorrect", "Option B is wrong.", "Neither A nor B",
     "It is not left.", "Neither left nor right", "It doesn't move right.", "Anything but not right", "不是B", "Nicht B", "B is not the answer.", "B? No.", "B isn't right.",
+    "A or possibly B", "A, or B", "A and C are wrong", "A, C and D can be ruled out", "A - incorrect", "B (wrong)", "Incorrect: B", "A: correct\nB: correct", "A ✅ B ✅",
     # nothing that is an option
     "E", "(E)", "Answer: F", "I don't know", "I cannot determine the answer from the video.", "None of the above", "All of the above", "N/A", "n/a", "Sorry, I can't help with that.",
     "The video shows a cat.", "A man walks", "A bird flies away.", "a ball", "I am not sure.", "Because it moves", "Bright", "B-roll footage", "Upwards", "downstairs", "the answer is a secret",
@@ -104,7 +116,7 @@ def test_forms_that_name_nothing(said):
         ("No, it is not moving.", ["yes", "no"], (), 1),
         (r"\boxed{\text{No}}", ["yes", "no"], (), 1),
         ("No idea.", ["yes", "no"], (), None),
-        ("Yes and no", ["yes", "no"], (), None),
+        ("Yes and no", ["yes", "no"], (), None), ("Yes, no question about it.", ["yes", "no"], (), 0), ("Yes, and no other.", ["yes", "no"], (), 0),
         ("yes/no", ["yes", "no"], (), None),
         ("Not sure", ["yes", "no"], (), None),
         ("nobody", ["yes", "no"], (), None),
@@ -113,6 +125,12 @@ def test_forms_that_name_nothing(said):
         ("option 1 or option 2", ["Option 1", "Option 2"], TEXTS[:2], None),
         ("1.5 seconds", ["Option 1", "Option 2"], TEXTS[:2], None),
         ("10", ["Option 1", "Option 2"], TEXTS[:2], None),
+        ("-2", ["Option 1", "Option 2"], TEXTS[:2], None),
+        ("2 times", "ABC", ["1", "2", "3"], 1), ("It is 2.", "ABC", ["1", "2", "3"], 1), ("2, not 3", "ABC", ["1", "2", "3"], 1),
+        ("2.5", "ABC", ["1", "2", "3"], None), ("-2", "ABC", ["1", "2", "3"], None), ("1,000", "ABC", ["1", "2", "3"], None), ("2:30", "ABC", ["1", "2", "3"], None),
+        ("1-3", "ABC", ["1", "2", "3"], None), ("2/3 of them", "ABC", ["1", "2", "3"], None),
+        ("B. False", "AB", ["True", "False"], 1), ("B: No", "AB", ["Yes", "No"], 1), ("B - no", "AB", (), 1), ("(B) Incorrect", "AB", ["Correct", "Incorrect"], 1),
+        ("B is not moving", "AB", ["is moving", "is not moving"], 1),
         ("The correct caption is Sentence A.", ["Sentence A", "Sentence B"], TEXTS[:2], 0),
         ("向左移动", "AB", ["向左", "向右"], 0),
         ("物体先向左，然后向右", "AB", ["向左", "向右"], None),
@@ -120,6 +138,7 @@ def test_forms_that_name_nothing(said):
         ("B. 向右", "AB", ["向左", "向右"], 1),
         ("**It moves left.**", "AB", ["It moves left.", "It moves right."], 0),
         ("x", "AB", ["", ""], None),
+        ("⬆️", "AB", ["⬇️", "⬆️"], 1), ("It moves ↗.", "AB", ["↖", "↗"], 1), ("👍", "AB", ["👎", "👍"], 1), ("😀", "AB", ["👎", "👍"], None),
         ("left", "AB", ["left", "left"], None),
         ("B", [], [], None),
         ("B", "AB", [], 1),
@@ -148,6 +167,9 @@ def test_any_text_is_read_or_not(said):
         ("a_b c*d*", "a_b cd"),
         ("1. x\n\n2. y", "1. x\n2. y"),
         ("", ""),
+        ("👍", "👍"),
+        ("yes 👍", "yes"),
+        ("turn it by 90° ➡️", "turn it by 90° ➡"),
     ],
 )
 def test_final_answer(said, answer):

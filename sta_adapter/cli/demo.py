@@ -26,7 +26,7 @@ writes a report. Takes minutes on a CPU.
         help="For the report, the adapter, the clips and the runs. [default: sta-demo]")  # fmt: skip
 @option("Run", "--overwrite", is_flag=True, help="Throw away the report and the adapter that are in FOLDER.")
 @option("Run", "--seeds", type=click.IntRange(1), default=1, metavar="N", help="How many seeds. [default: 1]")
-@option("Run", "--seed", type=int, default=0, metavar="N", help="The first of them. [default: 0]")
+@option("Run", "--seed", type=click.IntRange(0), default=0, metavar="N", help="The first of them. [default: 0]")
 @option("Run", "--quick", is_flag=True, help="A few steps on a few clips: shows every step, proves nothing.")
 def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> None:
     """Run the comparison and write its report."""

@@ -111,7 +111,9 @@ Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
 @option("How", "--cache", metavar="FOLDER", help="Keeps encoded samples for later runs.")
 @option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
 @option("How", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
-@option("How", "--seed", type=int, metavar="N", default=0, help="Of shuffling and intervals. [default: 0]")
+@option(
+    "How", "--seed", type=click.IntRange(0), metavar="N", default=0, help="Of shuffling and intervals. [default: 0]"
+)
 @option("How", "--on-bad-sample", type=BAD, metavar="WHAT", default="skip", help="skip or error. [default: skip]")
 @option(
     "How", "--engine", type=click.Choice(ENGINES), default="transformers", metavar="NAME", help="transformers or vllm."

@@ -35,6 +35,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
 _RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
 _PLACEHOLDER = re.compile(r"<(video|image)>")
+_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,29 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
     paths = visuals(record)
     if "video" in record and not paths["image"]:
         raw = [_llava(turn) for turn in raw] if not any("<video>" in _text(turn) for turn in raw) else raw
-    messages = [*_system(record, raw), *(_message(turn, index, folder, paths) for index, turn in enumerate(raw))]
+    turns = [_message(turn, index, folder, paths) for index, turn in enumerate(raw)]
+    if turns[0]["role"] == "assistant":
+        raise DataError("message 0 is an answer, expected a question before it.")
+    messages = [*_system(record, raw), *turns]
     for kind, left in paths.items():
         if left:
             key = kind if kind in record else f"{kind}s"
             raise DataError(
                 f"'{key}' holds {len(left)} more than there are <{kind}> in the text, first {shown(left[0])}."
             )
+    _require_clips(messages)
     options = _options(record, messages)
     return Sample(messages, source, _category(record), options, extra_fields(record, _RECORD_KEYS))
+
+
+def _require_clips(messages: list[Message]) -> None:
+    """Refuse words among parts that were to become a clip where there is none: they would be learned as words."""
+    parts = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
+    for place in (_PLACEHOLDER.search(part["text"]) for part in parts if part["type"] == "text"):
+        if place and all(part["type"] != place[1] for part in parts):
+            raise DataError(
+                f"a text contains {place[0]} and no part is of type {place[1]}, expected one with the path."
+            )
 
 
 def _text(turn: object) -> str:
@@ -207,7 +222,12 @@ def _message(message: object, index: int, folder: Path, paths: dict[str, list[ob
     if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
         raise DataError(f"{where} is an empty answer; expected words to learn.")
     made: Message = {"role": role, "content": checked}
-    return made if _learned(message, where) else {**made, "loss": False}
+    if not _learned(message, where):
+        return {**made, "loss": False}
+    clips = [part["type"] for part in checked if role == "assistant" and part["type"] != "text"]
+    if clips:
+        raise DataError(f"{where} is an answer with a {clips[0]} in it, expected words to learn, or 'loss': false.")
+    return made
 
 
 def _learned(message: Record, where: str) -> bool:
@@ -253,6 +273,8 @@ def _part(part: object, where: str, folder: Path) -> Part:
     if not isinstance(value, str) or (kind != "text" and not value):
         raise DataError(f"{where}: {kind!r} is {kind_of(value)}, expected {'a text' if kind == 'text' else 'a path'}.")
     if kind != "text":
+        if _ADDRESS.match(value):
+            raise DataError(f"{where}: {shown(value)} is an address, expected a file; download it first.")
         _check_numbers(given, where)
         given[kind] = str(folder / value.removeprefix("file://"))
     return given

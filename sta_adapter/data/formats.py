@@ -68,9 +68,9 @@ def as_conversation(record: Record, format: str | None, classes: dict[str, int] 
 def read_classes(path: Path) -> dict[str, int] | None:
     """Something-Something v2's class names and numbers, from the labels.json beside a train.json or validation.json."""
     name, replaced = _SPLIT_NAME.subn("labels", path.name)
-    file = path.with_name(name)
-    if not replaced or not file.is_file():
+    if not replaced or not path.with_name(name).is_file():
         return None
+    file = path.with_name(name)
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
         return {str(label): int(number) for label, number in found.items()}
@@ -135,8 +135,10 @@ def _from_choices(record: Record, classes: dict[str, int] | None) -> Record:
         raise DataError(f"{' and '.join(map(repr, keys))} are given, expected one of them.")
     columns = {} if keys else _options_in_columns(record)
     options = _options(record.get(keys[0]) if keys else list(columns.values()) or None)
-    letters = list(_LETTERS[: len(options)])
-    answer = letters[_answer_index(record.get("answer"), options)]
+    letters, right = list(_LETTERS[: len(options)]), record.get("answer")
+    if isinstance(right, str) and f"a{right}" in columns:
+        right = int(right)  # cells of a table are texts
+    answer = letters[_answer_index(right, options)]
     beside = visuals(record)
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
     return {
@@ -172,6 +174,12 @@ def _options_in_columns(record: Record) -> Record:
     for names in (list(_LETTERS), [f"a{number}" for number in range(len(_LETTERS))]):
         found = list(itertools.takewhile(record.__contains__, names))
         if len(found) > 1:
+            beyond = next((name for name in names[len(found) :] if name in record), None)
+            if beyond is not None:
+                missing = names[len(found)]
+                raise DataError(
+                    f"the options {', '.join(found)} are followed by {beyond}, expected {missing}: none may be empty."
+                )
             return {name: record[name] for name in found}
     return {}
 
@@ -196,17 +204,17 @@ def _options(given: object) -> list[str]:
 def _answer_index(answer: object, options: list[str]) -> int:
     """Which option is right: given as its text, its letter ("B", "(b)", "B."), both ("B. up") or its index, counted from 0."""
     expected = f"expected a letter up to {_LETTERS[len(options) - 1]}, an index from 0 to {len(options) - 1}, or an option's text"
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(options):
-            raise DataError(f"'answer' is {shown(answer)}, {expected}.")
-        return answer
-    if not isinstance(answer, str) or not answer.strip():
+    given = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options)
+    if not given and (not isinstance(answer, str) or not answer.strip()):
         raise DataError(f"'answer' is {shown(answer)}, {expected}.")
-    found = {index for index, option in enumerate(options) if option == answer.strip()}
-    if letter := re.fullmatch(r"\(?([A-Za-z])[.):]?", answer.strip()):
+    said = str(answer).strip()
+    found = {index for index, option in enumerate(options) if option == said}
+    if isinstance(answer, int):
+        found.add(answer)
+    if letter := re.fullmatch(r"\(?([A-Za-z])[.):]?", said):
         index = _LETTERS.index(letter[1].upper())
         found |= {index} if index < len(options) else set()
-    if both := re.fullmatch(r"\(?([A-Za-z])[.):]\s*(.+)", answer.strip()):
+    if both := re.fullmatch(r"\(?([A-Za-z])[.):]\s*(.+)", said):
         index = _LETTERS.index(both[1].upper())
         found |= {index} if options[index : index + 1] == [both[2]] else set()
     if len(found) != 1:

@@ -52,10 +52,13 @@ class SampleEncoder:
         """Check the choices.
 
         Raises:
-            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones, or `cache` is no folder.
+            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones, `seed` is negative, or `cache` is no
+                folder.
         """
         if self.frame_order not in FRAME_ORDERS:
             raise ConfigError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, expected a number of at least 0.")
         check_on_bad_sample(self.on_bad_sample)
         self.reader = ClipReader.of(self.processor, self.frames, self.frame_order, self.seed)
         self.isolated = Isolated(self.reader.read, self.decode_timeout) if self.decode_timeout and POSSIBLE else None

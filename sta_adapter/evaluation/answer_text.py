@@ -27,6 +27,8 @@ _MARKUP = (
     (re.compile(r"(?<![^\W_])_+|_+(?![^\W_])"), ""),
     (re.compile(r"^[ \t]*(?:[#>]+[ \t]*|[-+•·][ \t]+)+", re.MULTILINE), ""),
 )
+_SAYING = "°✅✓✔☑❌✗✘✖"  # the only pictures that say something
+_UNSEEN = ("Cc", "Cf")  # control characters, marks of direction, joiners: categories of Unicode
 
 
 def final_answer(said: str) -> str:
@@ -49,8 +51,20 @@ def final_answer(said: str) -> str:
     text = _HTML.sub(r"\2", text)
     for pattern, instead in _MARKUP:
         text = pattern.sub(instead, text)
+    text = "".join(map(_plain, text)).strip() or text  # an answer may be a picture
     lines = (" ".join(line.split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
+
+
+def _plain(character: str) -> str:
+    """A character as it reads: what can't be seen is dropped, and a picture stands between words as a space does."""
+    if (character.isascii() and character.isprintable()) or character.isspace() or character in _SAYING:
+        return character
+    kind = unicodedata.category(character)
+    if (kind == "So" and "ARROW" not in unicodedata.name(character, "")) or character == "\u200b":
+        return " "
+    unseen = kind in _UNSEEN or "\ufe00" <= character <= "\ufe0f" or "\U0001f3fb" <= character <= "\U0001f3ff"
+    return "" if unseen else character
 
 
 def _last_box(text: str) -> str:

@@ -7,9 +7,13 @@ import re
 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: a letter beside them stands alone
 WORD = rf"[^\W_{CJK}]"
-EDGES = " \t\n\"'“”‘’„«»「」『』【】[](){}<>.,;:!?。、"
+RIGHT_SIGNS, WRONG_SIGNS = "✅✓✔☑", "❌✗✘✖"
+EDGES = " \t\n\"'“”‘’„«»「」『』【】[](){}<>.,;:!?。、" + RIGHT_SIGNS
 DASHES = "-–—"
 TIED = "[-'’_]"  # ties a letter to a word
+NOT_NEGATIVE = r"(?!(?<=[-−])\d)"
+NUMBER_AFTER = rf"{NOT_NEGATIVE}(?!(?<=\d[.,:/])\d)"  # where a number is no part of a longer one: -2, 1.2, 1,200, 1:20
+NUMBER_BEFORE = r"(?!(?<=\d)[-−.,:/]\d)"
 _QUOTES = r"[\s\"'“”‘’„«»「」『』【】\[\](){}]*"
 _IS = r"(?:is|are|was|would be|must be|ist|es|est|é|è|jest|är)"
 
@@ -34,7 +38,8 @@ FINALLY = re.compile(rf"(?:\bfinal {_ANSWER}|最终答案|最終答案|最終的
 CUE = re.compile(
     rf"(?:{_CHOICE}|\b(?:it|that|this) is\b|\b(?:it|that)['’]s\b"
     r"|\b(?:is|be|so|therefore|thus|hence|but|choose|chose|chosen|pick|picked|select|selected|go with|going with|say|guess|think"
-    r"|believe|elijo|choisis|wähle|scelgo|escolho)\b|[→>]|选择|選擇|故选|选|選|而是)"
+    r"|definitely|certainly|clearly|obviously|surely|probably|likely"
+    r"|believe|elijo|choisis|wähle|scelgo|escolho)\b|[→➡>]|选择|選擇|故选|选|選|而是)"
     rf"{_FILLER}*\Z",
     re.IGNORECASE,
 )
@@ -54,16 +59,26 @@ CLAUSE = re.compile(r"[.,;:!?\n。、]|\b(?:but|sondern|sino|mais|ma)\b|而是",
 DENIED = re.compile(  # behind a label
     rf"{_QUOTES}(?:\b(?:{_IS}|seems|looks|can be)\b(?: \w+ly\b| also\b)? ?(?:not\b|wrong|incorrect|false|exclud|eliminat|ruled|out\b"
     r"|impossible|unlikely|nicht|falsch|pas\b|faux|fausse|errat)|(?:is|does|was|can|could)n['’]t\b"
-    r"|\b(?:cannot|can not|does not|did not|no es|non è|não é)\b|不|错|錯|は違|ではな|は間違)|[^\w\n]*\? *(?:no|not|wrong)\b",
+    r"|\b(?:cannot|can not|does not|did not|no es|non è|não é)\b|不|错|錯|は違|ではな|は間違)|[^\w\n]*\? *(?:no|not|wrong)\b"
+    rf"|[\s\])\"'”’]*[-–—:=(][\s(]*(?:wrong|incorrect)\b|[^\w\n{RIGHT_SIGNS}]*[{WRONG_SIGNS}]",
+    re.IGNORECASE,
+)
+DENIED_TOGETHER = re.compile(rf"{_QUOTES}\b(?:are|were|can|cannot|do|have)\b", re.IGNORECASE)  # "A and C are wrong"
+VERDICT = re.compile(  # behind an option, where each is judged: "A. left - incorrect"
+    r"(?:[\s\])\"'”’]*[-–—:=(|][\s(]*(?:(?P<right>correct|true|yes)|incorrect|wrong|false|no)"
+    r"(?=(?: answer| option| choice)?\s*(?:[.,;)\]|\n]|\Z))"
+    rf"|[^\w\n{RIGHT_SIGNS}{WRONG_SIGNS}]*(?:(?P<sign>[{RIGHT_SIGNS}])|[{WRONG_SIGNS}]))",
     re.IGNORECASE,
 )
 MARK = re.compile(  # what shows that a letter is no word of a sentence
     rf"{_QUOTES}(?:\Z|[.。](?!\d|{WORD}\.)|[:,;!?、|=–—→>\n)\]]|-[\s>]|[{CJK}]"
-    r"|(?:because|since|as|or|and|due|is|was|seems|which|would|given|matches|describes|shows|best|ist|es|est|é|è|weil|porque|car)\b)",
+    r"|(?:because|since|as|or|and|due|is|was|seems|which|would|given|matches|describes|shows|best|fits|appears|rather than|instead of|not (?-i:[A-Z]\b)"
+    r"|ist|es|est|é|è|weil|porque|car)\b)",
     re.IGNORECASE,
 )
 JOINED = re.compile(  # between two labels that are named together
-    r"[\s\"'“”‘’(){}\[\].:]*(?:[,;/&+、|]|\b(?:and|or|nor|und|oder|et|ou|y|o|e)\b|和|或|与|と|か)?"
+    r"[\s\"'“”‘’(){}\[\].:]*(?:[,;/&+、|]\s*)?(?:\b(?:and|or|nor|und|oder|et|ou|y|o|e)\b|和|或|与|と|か)?"
+    r"(?:\s*\b(?:possibly|maybe|perhaps|even|also)\b)?"
     rf"[\s\"'“”‘’(){{}}\[\]]*{_CHOICE}?[\s\"'“”‘’(){{}}\[\]]*",
     re.IGNORECASE,
 )

@@ -35,6 +35,7 @@ class _Mention:
         phrase: several words, which stand in no sentence by chance.
         own_text: whether its option's own text follows.
         capital: it can be no word of the sentence.
+        denied: whether it is said not to be the answer.
     """
 
     index: int
@@ -46,6 +47,7 @@ class _Mention:
     phrase: bool
     own_text: bool
     capital: bool
+    denied: bool
 
     @property
     def marked(self) -> bool:
@@ -73,15 +75,21 @@ class _Mention:
         before, newline, line = self.before.rpartition("\n")
         return bool(newline and before) and not (line + self.after).strip(words.EDGES)
 
+    @property
+    def closing(self) -> bool:
+        """What ends the answer, alone behind a colon: "Prediction: B"."""
+        line = self.before.rpartition("\n")[2].rstrip(words.EDGES.replace(":", ""))
+        return line.endswith(":") and not self.after.strip(words.EDGES) and words.NOT.search(line) is None
+
 
 def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) -> int | None:
     """The index of the option that an answer names, None where it names none or several.
 
     What is looked at is `final_answer(said)`. The first rule that finds an option decides: the answer is a label or a
-    text and nothing else; a label behind "final answer"; behind "the answer is", or before "is correct"; at the
-    beginning, with a mark or a reason behind it; behind "option", "so", "I choose", in brackets, with its own text, or
-    alone on the last line; the text of one option and of no other. A label or text that is denied ("not B", "B is
-    wrong") counts in none of them.
+    text and nothing else; the one that is judged to be right ("A: no. B: yes."); a label behind "final answer"; behind
+    "the answer is", or before "is correct"; at the beginning, with a mark or a reason behind it; behind "option", "so",
+    "I choose", in brackets, with its own text, alone on the last line, or at the end behind a colon; the text of one
+    option and of no other. A label or text that is denied ("not B", "B is wrong") counts in none of them.
 
     Args:
         said: what the model wrote.
@@ -93,11 +101,16 @@ def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) ->
     if len(whole) == 1:
         return whole.pop()
     mentions = _mentions(answer, labels, texts)
+    judged = [(m, verdict) for m in mentions if (verdict := words.VERDICT.match(answer[m.end :]))]
+    right = {m.index for m, verdict in judged if not m.denied and (verdict["right"] or verdict["sign"])}
+    if right or len(judged) > 1:
+        return right.pop() if len(right) == 1 else None
+    mentions = [m for m in mentions if not m.denied]
     rules = (
         [m for m in mentions if m.sure and words.FINALLY.search(m.before)],
         [m for m in mentions if (m.sure and words.ANSWER_IS.search(m.before)) or words.IS_RIGHT.match(m.after)],
         [m for m in mentions[:1] if m.first and m.marked],
-        [m for m in mentions if m.last_line or m.phrase or (m.short and _is_cued(m))],
+        [m for m in mentions if m.last_line or m.phrase or (m.short and (m.closing or _is_cued(m)))],
     )
     for found in rules:
         named = {m.index for m in (*found, *_joined(answer, mentions, found))}
@@ -111,24 +124,28 @@ def _is_cued(mention: _Mention) -> bool:
 
 
 def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[_Mention]:
-    """Where the options' labels stand in an answer, but for those that are denied."""
+    """Where the options' labels stand in an answer."""
     index = {name.casefold(): i for i, label in enumerate(labels) for name in _names(label)}
     if not index or words.NO_ANSWER.match(answer):
         return []
     names = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in sorted(index, key=len, reverse=True))
-    pattern = rf"(?<!{words.WORD})(?<!{words.TIED})(?<!\bn/)({names})(?!{words.WORD}|{words.TIED}{words.WORD})"
-    found = []
-    for match in re.finditer(pattern, answer, re.IGNORECASE):
+    tied = rf"(?<!{words.WORD})(?<!{words.WORD}{words.TIED})(?<!\bn/){words.NOT_NEGATIVE}"
+    pattern = rf"{tied}({names})(?!{words.WORD}|{words.TIED}{words.WORD})"
+    found: list[_Mention] = []
+    several = False  # whether what is said of the next one holds for all that are joined to it
+    for match in reversed(list(re.finditer(pattern, answer, re.IGNORECASE))):
         name = " ".join(match[1].split())
         i = index[name.casefold()]
         before, after = answer[max(match.start() - _NEAR, 0) : match.start()], answer[match.end() :]
         own = _own_text(after, texts[i] if i < len(texts) else "")
         end = match.end() + own
-        if _denied(before) or words.DENIED.match(after) or words.DENIED.match(answer[end:]):
-            continue
+        several = bool(several and words.JOINED.fullmatch(answer[end : found[0].start]))
+        denied = several or _denied(before) or words.DENIED.match(answer[end:]) is not None
+        several = several or (denied and words.DENIED_TOGETHER.match(answer[end:]) is not None)
         short = len(name) == 1
         capital = short and name == name.upper() and name not in _ONE_LETTER_WORDS
-        found.append(_Mention(i, match.start(), end, before, after, short, " " in name, own > 0, capital or not short))
+        sure = capital or not short
+        found.insert(0, _Mention(i, match.start(), end, before, after, short, " " in name, own > 0, sure, denied))
     return found
 
 
@@ -141,12 +158,13 @@ def _own_text(after: str, text: str) -> int:
 
 def _joined(answer: str, mentions: list[_Mention], found: list[_Mention]) -> list[_Mention]:
     """Labels that are named together with those found: "A or B", and lists of options."""
-    joined = []
+    joined, starts = [], {mention.start for mention in found}
     for first, second in itertools.pairwise(mentions):
-        if (first in found or first in joined) and (second.sure or not second.short):
+        if first.start in starts and (second.sure or not second.short):
             between = answer[first.end : second.start]
-            if words.JOINED.fullmatch(between):
+            if words.JOINED.fullmatch(between) and (second.short or "," not in between):  # "Yes, no other ball moves"
                 joined.append(second)
+                starts.add(second.start)
     return joined
 
 
@@ -161,7 +179,7 @@ def _by_text(answer: str, texts: Sequence[str]) -> int | None:
     said = _bare(answer)
     within = []
     for i, text in enumerate(texts):
-        pattern = rf"(?<!{words.WORD}){re.escape(_bare(text))}(?!{words.WORD})"
+        pattern = rf"(?<!{words.WORD}){words.NUMBER_AFTER}{re.escape(_bare(text))}{words.NUMBER_BEFORE}(?!{words.WORD})"
         found = re.finditer(pattern, said) if _bare(text) else ()
         if any(not _denied(said[max(match.start() - _NEAR, 0) : match.start()]) for match in found):
             within.append(i)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,38 +30,21 @@ CHOICES = {
     "lora_targets": ("all", "language"),
     "on_bad_sample": ("skip", "error"),
 }
-_AT_LEAST_ONE = (
-    "batch_size",
-    "device_batch_size",
-    "max_steps",
-    "save_steps",
-    "eval_steps",
-    "early_stopping",
-    "logging_steps",
-    "max_length",
-)
-_NOT_NEGATIVE = (
+_NOT_NEGATIVE = (  # all other numbers are at least 1
     "learning_rate",
     "sta_learning_rate",
     "weight_decay",
     "warmup",
+    "epochs",
     "max_grad_norm",
     "num_workers",
+    "seed",
     "shuffle_buffer",
     "lora_dropout",
     "decode_timeout",
     "save_minutes",
 )
-OPTIONAL = (  # None has a meaning
-    "device_batch_size",
-    "max_steps",
-    "eval_steps",
-    "max_length",
-    "sta_learning_rate",
-    "decode_timeout",
-    "save_minutes",
-    "early_stopping",
-)
+_AT_MOST = {"warmup": 1, "lora_dropout": 1, "seed": 2**32 - 1}  # shares; and what NumPy takes
 # of the whole run: both stages share model, STA and data
 OF_THE_RUN = ("sta", "sta_config", "frames", "on_bad_sample", "max_length", "shuffle_buffer", "decode_timeout", "stage1", "stage2")  # fmt: skip
 DEVICE_BATCH_SIZE = 4  # at most, where it isn't set
@@ -131,16 +114,8 @@ class TrainingConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}."
                 )
-        for name in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, "epochs", "lora_rank", "lora_qkv_rank", "keep_checkpoints"):
-            value, least = getattr(self, name), 0 if name in _NOT_NEGATIVE else 1
-            if value is None and name in OPTIONAL:
-                continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not (0 if name == "epochs" else least) <= value < math.inf
-            ):
-                raise ConfigError(f"{name} is {value!r}, expected a number of at least {least}.")
+        for entry in dataclasses.fields(self):
+            _check_type(entry.name, str(entry.type), getattr(self, entry.name))
         self.device_batches()
         self._check_idle()
         for stage in ("stage1", "stage2"):
@@ -271,6 +246,26 @@ def _check_names(values: Mapping[str, object], where: str = "the settings", know
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
             raise ConfigError(f"{where}: unknown setting {name!r}. {hint}")
+
+
+def _check_type(name: str, kind: str, value: object) -> None:
+    """Refuse a value that is not of a field's type, or a number out of its range."""
+    if value is None and kind.endswith("| None"):
+        return
+    if kind == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {shown(value)}, expected true or false.")
+    if kind.startswith("str") and not isinstance(value, str):
+        raise ConfigError(f"{name} is {shown(value)}, expected a text.")
+    if not kind.startswith(("int", "float")):
+        return
+    whole, least, most = kind.startswith("int"), 0 if name in _NOT_NEGATIVE else 1, _AT_MOST.get(name)
+    if (
+        not isinstance(value, int if whole else (int, float))
+        or isinstance(value, bool)
+        or not least <= value <= (sys.maxsize if most is None else most)
+    ):
+        bounds = f"of at least {least}" + (f", at most {most}" if most is not None else "")
+        raise ConfigError(f"{name} is {shown(value)}, expected a number {bounds}{', a whole one' if whole else ''}.")
 
 
 def _check_effect(values: Mapping[str, object], stage: str) -> None:

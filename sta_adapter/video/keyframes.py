@@ -54,6 +54,6 @@ def keys_are_fresh(rows: Sequence[PacketRow]) -> bool:
             return False
         if row.key:
             latest_key = row.pts
-        elif row.pts is None or (latest_key is not None and row.pts < latest_key):
-            return False  # shown before the key frame that it follows: an open group of pictures
+        elif row.pts is None or latest_key is None or row.pts < latest_key:
+            return False  # shown before the key frame that it follows, or that one is left out by an edit list
     return True

@@ -51,7 +51,14 @@ def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketSc
         listed += packet.size > 0 or packet.dts is not None  # not what PyAV ends with; an empty packet repeats a frame
         if is_shown:
             rows.append(PacketRow(packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0, fresh))
-    return PacketScan(rows, listed >= stream.frames, first)
+    return PacketScan(rows, listed >= _announced(container, stream), first)
+
+
+def _announced(container: "InputContainer", stream: "VideoStream") -> int:
+    """How many packets the container lists. MP4 counts those that its edit list leaves out too; its index doesn't."""
+    if "mov" in container.format.name.split(","):
+        return len(getattr(stream, "index_entries", ()))  # which PyAV has from 17 on; its boxes are looked at as well
+    return stream.frames
 
 
 def _first_frame(stream: "VideoStream", packet: "Packet[VideoStream]", alone: bool) -> "VideoFrame | None":

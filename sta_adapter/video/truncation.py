@@ -18,6 +18,21 @@ def cut_off(path: Path, formats: set[str]) -> bool:
         return any(check(file, size) for name, check in CHECKS.items() if name in formats)
 
 
+def _mov(file: BinaryIO, size: int) -> bool:
+    """Boxes one after the other, each with its length in front (0: up to the end of the file)."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length < 8:
+            return False
+        at += length
+    return at > size
+
+
 def _matroska(file: BinaryIO, size: int) -> bool:
     """The segment says how long it is (live recordings leave it open)."""
     head = file.read(4096)
@@ -88,6 +103,7 @@ def _palette(flags: int) -> int:
 
 
 CHECKS: dict[str, Callable[[BinaryIO, int], bool]] = {
+    "mov": _mov,
     "matroska": _matroska,
     "asf": _asf,
     "ogg": _ogg,
