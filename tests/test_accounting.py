@@ -17,6 +17,7 @@ from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError, STAWarning
+from sta_adapter.injection.peft_loading import watch_peft
 from sta_adapter.loading import load_adapter
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
@@ -140,16 +141,31 @@ def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
     assert all(p.requires_grad is options.get("is_trainable", False) for p in get_sta(loaded).parameters())
 
 
+def trains(model):
+    """LoRA's names; the names of layers for what else trains, such as STA."""
+    return {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def test_pefts_loader_with_other_options_brings_lora_alone_and_says_so(tmp_path):
     get_sta(trained(r=2)).save_pretrained(tmp_path)
+    model = seeded(make_qwen2_vl)
     refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
     with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
-        assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, "second")) is None
+        assert trains(PeftModel.from_pretrained(model, tmp_path, "second", is_trainable=True)) == {"second"}
 
 
 def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
     get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)) is None
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, adapter_name="mine", is_trainable=True)
+    assert get_sta(loaded) is None
+    assert trains(loaded) == {"mine"}
+
+
+def test_pefts_loader_is_watched_once():
+    watch_peft(load_sta)
+    watched = vars(PeftModel)["from_pretrained"]
+    watch_peft(load_sta)
+    assert vars(PeftModel)["from_pretrained"] is watched
 
 
 @pytest.mark.parametrize("trains_sta", [False, True], ids=["frozen", "trained"])

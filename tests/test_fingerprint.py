@@ -191,6 +191,28 @@ def test_lora_at_work(model):
     assert differs(changed, fingerprint_model(net)) == {"lora"}
 
 
+def test_the_base_is_the_same_beneath_modules_that_peft_trains_as_copies(model):
+    import peft
+
+    before = fingerprint_model(model)
+    net = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    on = fingerprint_model(net)
+    assert differs(before, on) == {"lora"}
+    with torch.no_grad():
+        next(value for name, value in net.named_parameters() if ".modules_to_save." in name).neg_()
+    assert differs(on, fingerprint_model(net)) == {"lora"}
+
+
+def test_positions_are_those_of_a_major_release_of_transformers(model, monkeypatch):
+    import transformers
+
+    before = fingerprint_model(model)
+    monkeypatch.setattr(transformers, "__version__", transformers.__version__.split(".")[0] + ".999.0")
+    assert fingerprint_model(model) == before
+    monkeypatch.setattr(transformers, "__version__", "999.0.0")
+    assert differs(before, fingerprint_model(model)) == {"positions"}
+
+
 def test_positions(model):
     from sta_adapter.backbones.qwen2_vl_positions import restore_original_positions, undo_original_positions
     from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
