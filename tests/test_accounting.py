@@ -96,7 +96,15 @@ def test_names_of_nobody_are_an_error(tmp_path):
         load_sta(seeded(make_qwen2_vl), tmp_path)
 
 
-@pytest.mark.parametrize("load", [load_adapter, lambda model, folder: load_sta(model, folder).model])
+@pytest.mark.parametrize(
+    "load",
+    [
+        load_adapter,
+        lambda model, folder: load_sta(model, folder).model,
+        lambda model, folder: PeftModel.from_pretrained(model, folder),  # as it is then, see `watch_peft`
+    ],
+    ids=["load_adapter", "load_sta", "peft"],
+)
 def test_what_peft_itself_saved_is_loaded_as_what_it_is(load, tmp_path):
     handle = inject_sta(seeded(make_qwen2_vl), OTHER)
     model = randomize(get_peft_model(handle.model, handle.lora_config()))

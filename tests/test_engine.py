@@ -104,6 +104,11 @@ def test_a_files_clips_are_sampled_as_asked(processor, tmp_path):
     assert [len(visual.pixels) for prompt, _ in engine.asked for visual in prompt.visuals] == [2, 2]
 
 
+def test_the_bar_says_what_is_measured(dataset, processor, capsys):
+    evaluate(Rules(processor.tokenizer), dataset, progress="with the adapter")
+    assert "with the adapter" in capsys.readouterr().err
+
+
 def test_an_engine_is_not_told_where_answers_end(dataset, processor):
     with pytest.raises(ConfigError, match="stop_at_letter is for models"):
         evaluate(Rules(processor.tokenizer), dataset, choose="generate", stop_at_letter=True)

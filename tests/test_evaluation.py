@@ -279,10 +279,10 @@ def test_bad_samples_do_not_count(taught, processor, tmp_path):
         ("overwrite", True),
     ],
 )
-def test_arguments_that_others_leave_without_effect(taught, dataset, argument, value):
-    dataset = VideoDataset(dataset.samples[:1], dataset.processor)  # which skips bad samples
+def test_arguments_that_others_leave_without_effect(processor, dataset, argument, value):
+    model, dataset = make_model(processor.tokenizer), VideoDataset(dataset.samples[:1], processor)  # skips bad samples
     with pytest.raises(ConfigError, match=f"{argument} has no effect"):
-        evaluate(taught[0], dataset, **{argument: value})
+        evaluate(model, dataset, **{argument: value})
 
 
 @pytest.mark.parametrize("training", [True, False])

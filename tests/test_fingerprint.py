@@ -270,6 +270,17 @@ def test_a_start_that_adds_nothing_is_fresh_whatever_its_other_weights(model, pr
     assert differs(fingerprint_start(model), fingerprint_start(again)) == {"start"}
 
 
+def test_a_start_with_lora_is_fresh_until_it_is_trained(model):
+    import peft
+
+    handle = inject_sta(model)
+    net = peft.get_peft_model(handle.model, handle.lora_config())
+    assert fingerprint_start(net)["start"] == "fresh"
+    with torch.no_grad():
+        next(value for name, value in net.named_parameters() if "lora_B" in name).view(-1)[-1] = 1
+    assert fingerprint_start(net)["start"] != "fresh"
+
+
 def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tmp_path):
     data = VideoDataset(folder / "data.jsonl", processor, frames=AS_IS, cache=True)
     held = VideoDataset(folder / "data.jsonl", processor, frames=AS_IS, cache=True)

@@ -46,6 +46,7 @@ def test_a_recipe_is_what_the_backbone_declares_but_for_what_is_asked_for():
     assert found.rank_pattern == dict(recipe.rank_pattern)
     other = handle.lora_config(r=3, target_modules=["q_proj"])
     assert (other.r, other.lora_alpha, other.rank_pattern) == (3, recipe.lora_alpha, {})
+    assert handle.lora_config(r=3).rank_pattern == {}  # one rank for all
     with pytest.raises(ConfigError, match=r"LoraConfig has no field rank; known: .*lora_alpha"):
         handle.lora_config(rank=3)
 
@@ -57,6 +58,16 @@ def test_all_linear_is_every_linear_layer_but_the_output_and_stas_own():
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = inject_sta(model).lora_config(target_modules="all-linear")
     assert found.target_modules == linear - {"lm_head"}
+
+
+def test_lora_is_for_linear_layers_alone():
+    from cases import make_qwen2_vl
+
+    handle = inject_sta(make_qwen2_vl())
+    with pytest.raises(ConfigError, match=r"target_modules names '\S+norm1', a LayerNorm; expected linear layers"):
+        handle.lora_config(target_modules=["norm1"])
+    with pytest.raises(ConfigError, match="target_parameters"):
+        handle.lora_config(target_parameters=["experts.gate_up_proj"])
 
 
 def test_the_recipe_s_numbers_are_those_of_the_settings():
