@@ -443,7 +443,9 @@ CASES = [
         "dinov2_with_registers",
         "dinov2",
         tower(
-            "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **ROW_VISION, mlp_ratio=2, num_register_tokens=3
+            "Dinov2WithRegistersModel",
+            "Dinov2WithRegistersConfig",
+            **{**ROW_VISION, "mlp_ratio": 2, "num_register_tokens": 3, "use_swiglu_ffn": True},  # as the giant has
         ),
         4,
         "dinov2_with_registers",

@@ -18,6 +18,7 @@ from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAWarning
+from sta_adapter.injection.load import watch_peft
 from sta_adapter.loading import load_adapter, load_model
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
@@ -96,7 +97,15 @@ def test_names_of_nobody_are_an_error(tmp_path):
         load_sta(seeded(make_qwen2_vl), tmp_path)
 
 
-@pytest.mark.parametrize("load", [load_adapter, lambda model, folder: load_sta(model, folder).model])
+@pytest.mark.parametrize(
+    "load",
+    [
+        load_adapter,
+        lambda model, folder: load_sta(model, folder).model,
+        lambda model, folder: PeftModel.from_pretrained(model, folder),  # as it is then, see `watch_peft`
+    ],
+    ids=["load_adapter", "load_sta", "peft"],
+)
 def test_what_peft_itself_saved_is_loaded_as_what_it_is(load, tmp_path):
     handle = inject_sta(seeded(make_qwen2_vl), OTHER)
     model = randomize(get_peft_model(handle.model, handle.lora_config()))
@@ -168,16 +177,31 @@ def test_pefts_own_loader_finds_sta_in_a_subfolder(options, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def trains(model):
+    """LoRA's names; the names of layers for what else trains, such as STA."""
+    return {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def test_pefts_loader_with_other_options_brings_lora_alone_and_says_so(tmp_path):
     get_sta(trained(r=2)).save_pretrained(tmp_path)
+    model = seeded(make_qwen2_vl)
     refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
     with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
-        assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, "second")) is None
+        assert trains(PeftModel.from_pretrained(model, tmp_path, "second", is_trainable=True)) == {"second"}
 
 
 def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
     get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert get_sta(PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)) is None
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path, adapter_name="mine", is_trainable=True)
+    assert get_sta(loaded) is None
+    assert trains(loaded) == {"mine"}
+
+
+def test_pefts_loader_is_watched_once():
+    watch_peft()
+    watched = vars(PeftModel)["from_pretrained"]
+    watch_peft()
+    assert vars(PeftModel)["from_pretrained"] is watched
 
 
 WHOLE = {

@@ -129,6 +129,8 @@ def test_a_clip_that_is_too_long(viewer, tmp_path):
     path = write_clip(tmp_path / "long.mp4", render("left", 1), 0.25)
     with pytest.raises(VideoError, match=r"long\.mp4 is 32 s long, and at most 20 s are taken"):
         viewer.read(path)
+    as_long_as_allowed = Viewer(viewer.handle, viewer.processor, viewer.settings, longest=32)
+    assert as_long_as_allowed.read(path).frames.any()
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_windows_and_keys_of_earlier_frames_against_float64(queries, earlier, wi
     assert (found - expected).abs().max() <= TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_that_16_bits_do_not_hold_against_float64(dtype):
+    q, k, v = random_qkv((2, 6, 2, 16), dtype, scale=100.0)
+    expected = plain(q, k, v, causal=False)
+    found = attend(q, k, v, backend="eager")
+    assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 8])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (4, 7), (1, 7)])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import threading
 import warnings
 
 import pytest
@@ -391,6 +392,27 @@ def test_a_call_that_fails_by_itself_says_so_and_the_next_is_checked():
         model(torch.randn(2, PATCHES, 5))
     with pytest.raises(InjectionError, match="post-norm"):
         model(torch.randn(2, PATCHES, 4))
+
+
+def test_another_threads_first_call_waits_for_the_verdict(monkeypatch):
+    model, patches = toy(), torch.randn(2, PATCHES, 4)
+    undummied(model)
+    validate, checks, second = first_call.validate_call, [], threading.Event()
+
+    def checked(*given):
+        checks.append(given)
+        if len(checks) > 1:
+            second.set()
+        second.wait(0.3)  # whoever comes second comes now, unless it is kept out
+        return validate(*given)
+
+    monkeypatch.setattr(first_call, "validate_call", checked)
+    threads = [threading.Thread(target=model, args=(patches,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(checks) == 1
 
 
 def test_copies_and_pickles_are_checked_too():

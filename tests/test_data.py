@@ -193,6 +193,19 @@ def test_several_clips_turns_and_images(processor, tmp_path):
         assert item["mm_token_type_ids"].tolist() == [2 * (i == pads[0]) + (i == pads[1]) for i in ids]
 
 
+def test_later_clips_need_a_tokenizer_that_reads_their_turn_alike_on_its_own(tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    processor = make_processor(tmp_path)
+    processor.chat_template = TEMPLATES["no_end_token"]
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True, use_regex=False)
+    clip = {"type": "video", "video": str(write_video(tmp_path / "a.mp4", moving_square("left"))), "nframes": 4}
+    turns = sample([clip])["messages"]
+    assert learned(processor, VideoDataset([{"messages": turns}], processor, frames=AS_IS)[0])
+    with pytest.raises(DataError, match=r"the tokenizer reads 'user: .*' differently on its own"):
+        VideoDataset([{"messages": turns * 2}], processor, frames=AS_IS, on_bad_sample="error")[0]
+
+
 def test_a_list_of_records_is_read_as_a_file_of_them(processor, tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square("left"))
     record = sample([{"type": "video", "video": str(path), "nframes": 4}])

@@ -287,6 +287,8 @@ def test_the_reports_page_and_pictures_hold_the_results(made, two_seeds, drawn):
     assert (
         len(lines) == 3 * 3 + 1 + 1
     )  # of each method both seeds and their mean; chance; where the second stage begins
+    colours = [line.get_color() for line in curves.axes[0].lines[:9]]
+    assert colours == [report.COLOURS[method] for method in METHODS for _ in range(3)]
     assert curves.axes[0].get_ylim() == (0, 100)
     squares = [axes for axes in attention.axes if axes.images]
     for place, axes in enumerate(squares):

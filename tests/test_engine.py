@@ -11,7 +11,7 @@ from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter.cli import cli
 from sta_adapter.cli.engine import check_options, sentences
-from sta_adapter.data import VideoDataset
+from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.data.visual import Visual
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, InjectionError, MissingExtraError
@@ -95,6 +95,23 @@ def test_what_was_asked_already_belongs_to_the_engine(dataset, processor, tmp_pa
     engine.fingerprint = lambda: {"engine": "rules 2"}
     with pytest.raises(ConfigError, match="engine"):
         evaluate(engine, dataset, predictions_file=kept)
+
+
+def test_a_files_clips_are_sampled_as_asked(processor, tmp_path):
+    engine, file = Rules(processor.tokenizer), write_samples(tmp_path, 2)
+    file.write_text(file.read_text().replace(', "nframes": 4', ""))
+    evaluate(engine, file, processor=processor, frame_settings=FrameSettings(nframes=2))
+    assert [len(visual.pixels) for prompt, _ in engine.asked for visual in prompt.visuals] == [2, 2]
+
+
+def test_the_bar_says_what_is_measured(dataset, processor, capsys):
+    evaluate(Rules(processor.tokenizer), dataset, progress="with the adapter")
+    assert "with the adapter" in capsys.readouterr().err
+
+
+def test_an_engine_is_not_told_where_answers_end(dataset, processor):
+    with pytest.raises(ConfigError, match="stop_at_letter is for models"):
+        evaluate(Rules(processor.tokenizer), dataset, choose="generate", stop_at_letter=True)
 
 
 def test_prompts_without_room_are_bad_samples(dataset, processor):

@@ -147,6 +147,16 @@ def test_options_are_scored_as_complete_answers(taught, choices, processor):
         assert score == pytest.approx(total, abs=1e-4)
 
 
+def test_options_are_scored_without_the_logits_of_the_prompt(choices, processor):
+    """Those of a prompt with a clip, over the whole vocabulary, would take gigabytes."""
+    model = make_model(processor.tokenizer)
+    lengths = set()
+    model.register_forward_hook(lambda module, args, out: lengths.add(out.logits.shape[1]))
+    evaluate(model, choices)
+    sample = choices.samples[0]
+    assert lengths == {1 + max(len(encode_answer(processor, sample.prompt, option)) for option in sample.options)}
+
+
 @pytest.mark.parametrize(
     ("said", "right"),
     [
@@ -269,10 +279,10 @@ def test_bad_samples_do_not_count(taught, processor, tmp_path):
         ("overwrite", True),
     ],
 )
-def test_arguments_that_others_leave_without_effect(taught, dataset, argument, value):
-    dataset = VideoDataset(dataset.samples[:1], dataset.processor)  # which skips bad samples
+def test_arguments_that_others_leave_without_effect(processor, dataset, argument, value):
+    model, dataset = make_model(processor.tokenizer), VideoDataset(dataset.samples[:1], processor)  # skips bad samples
     with pytest.raises(ConfigError, match=f"{argument} has no effect"):
-        evaluate(taught[0], dataset, **{argument: value})
+        evaluate(model, dataset, **{argument: value})
 
 
 @pytest.mark.parametrize("training", [True, False])

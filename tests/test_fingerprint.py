@@ -191,6 +191,28 @@ def test_lora_at_work(model):
     assert differs(changed, fingerprint_model(net)) == {"lora"}
 
 
+def test_the_base_is_the_same_beneath_modules_that_peft_trains_as_copies(model):
+    import peft
+
+    before = fingerprint_model(model)
+    net = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    on = fingerprint_model(net)
+    assert differs(before, on) == {"lora"}
+    with torch.no_grad():
+        next(value for name, value in net.named_parameters() if ".modules_to_save." in name).neg_()
+    assert differs(on, fingerprint_model(net)) == {"lora"}
+
+
+def test_positions_are_those_of_a_major_release_of_transformers(model, monkeypatch):
+    import transformers
+
+    before = fingerprint_model(model)
+    monkeypatch.setattr(transformers, "__version__", transformers.__version__.split(".")[0] + ".999.0")
+    assert fingerprint_model(model) == before
+    monkeypatch.setattr(transformers, "__version__", "999.0.0")
+    assert differs(before, fingerprint_model(model)) == {"positions"}
+
+
 def test_positions(model):
     from sta_adapter.backbones.qwen2_vl_positions import restore_original_positions, undo_original_positions
     from sta_adapter.backbones.videorope import apply_videorope, remove_videorope
@@ -246,6 +268,17 @@ def test_a_start_that_adds_nothing_is_fresh_whatever_its_other_weights(model, pr
         for module in (handle.blocks[0], other.blocks[0]):
             module.to_out.weight.fill_(1)
     assert differs(fingerprint_start(model), fingerprint_start(again)) == {"start"}
+
+
+def test_a_start_with_lora_is_fresh_until_it_is_trained(model):
+    import peft
+
+    handle = inject_sta(model)
+    net = peft.get_peft_model(handle.model, handle.lora_config())
+    assert fingerprint_start(net)["start"] == "fresh"
+    with torch.no_grad():
+        next(value for name, value in net.named_parameters() if "lora_B" in name).view(-1)[-1] = 1
+    assert fingerprint_start(net)["start"] != "fresh"
 
 
 def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tmp_path):

@@ -46,6 +46,7 @@ def test_a_recipe_is_what_the_backbone_declares_but_for_what_is_asked_for():
     assert found.rank_pattern == dict(recipe.rank_pattern)
     other = handle.lora_config(r=3, target_modules=["q_proj"])
     assert (other.r, other.lora_alpha, other.rank_pattern) == (3, recipe.lora_alpha, {})
+    assert handle.lora_config(r=3).rank_pattern == {}  # one rank for all
     with pytest.raises(ConfigError, match=r"LoraConfig has no field rank; known: .*lora_alpha"):
         handle.lora_config(rank=3)
 
@@ -76,6 +77,16 @@ def test_a_second_lora_lies_beside_the_first(targets):
     assert all(isinstance(layer.base_layer, nn.Linear) for layer in layers)
     model.set_adapter("second")
     assert all(parameter.requires_grad for parameter in get_sta(model).parameters())
+
+
+def test_lora_is_for_linear_layers_alone():
+    from cases import make_qwen2_vl
+
+    handle = inject_sta(make_qwen2_vl())
+    with pytest.raises(ConfigError, match=r"target_modules names '\S+norm1', a LayerNorm; expected linear layers"):
+        handle.lora_config(target_modules=["norm1"])
+    with pytest.raises(ConfigError, match="target_parameters"):
+        handle.lora_config(target_parameters=["experts.gate_up_proj"])
 
 
 def test_the_recipe_s_numbers_are_those_of_the_settings():

@@ -6,6 +6,8 @@ from cases import lacks, randomize, seeded
 from cases_transformers import tiny
 
 from sta_adapter import inject_sta
+from sta_adapter.injection.backbone import EncoderCall
+from sta_adapter.injection.registry import get_backbone
 
 pytestmark = lacks("qwen2_5_vl")
 WINDOW = 3  # merged tokens on a window's side, in the tiny tower
@@ -107,3 +109,9 @@ def test_in_one_block_a_patch_reaches_the_other_frames_at_its_own_position_alone
         changed[source == patch] += 1.0
         moved = (sta(changed, seen[0]) - sta(tokens, seen[0])).abs().amax(1) > 1e-7
     assert sorted(source[moved].tolist()) == [frame * h * w + patch for frame in range(t)]
+
+
+def test_an_order_that_the_caller_has_passed_is_not_guessed():
+    tower, spec = tiny("qwen2_5_vl-tower"), get_backbone("qwen2_5_vl")
+    call = EncoderCall(tower, {"grid_thw": torch.tensor([(2, 4, 4), (1, 4, 4)]), "window_index": torch.arange(12)})
+    assert spec.positions(call, spec.layout(call)) == [None, None]

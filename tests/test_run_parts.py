@@ -266,6 +266,18 @@ def test_twenty_bad_samples_and_nothing_else_end_a_run():
         SampleCounts(0, lines).require_good_start()
     with pytest.raises(DataError, match="all 1 samples are bad, first line 0: torn"):
         SampleCounts(0, lines[:1]).require_used()
+    SampleCounts(1, lines).require_used()
+
+
+def test_of_each_bad_sample_there_is_one_warning(caplog):
+    counts = SampleCounts()
+    for lines in (["line 1: torn", "line 1: torn"], ["line 1: torn", "line 9: gone"]):
+        counts.add_bad(lines)
+    assert counts.of_all() == {"batches_used": 0, "bad_samples": ["line 1: torn", "line 9: gone"]}
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped a bad sample (1 so far): line 1: torn",
+        "skipped a bad sample (2 so far): line 9: gone",
+    ]
 
 
 def test_a_batch_with_nothing_to_learn_from():

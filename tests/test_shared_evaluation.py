@@ -14,7 +14,7 @@ from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import Sample
 from sta_adapter.errors import ConfigError, STAError
 from sta_adapter.evaluation import evaluate, processes
-from sta_adapter.evaluation.answering import AtLetter
+from sta_adapter.evaluation.answering import Answerer, AtLetter, Question
 from sta_adapter.evaluation.batches import batches, units
 from sta_adapter.evaluation.prediction_log import PredictionLog
 from sta_adapter.evaluation.processes import Processes
@@ -259,8 +259,6 @@ def test_an_answer_ends_at_its_letter(said, ended):
 
 
 def test_generation_stops_there(folder):
-    from sta_adapter.evaluation.answering import Answerer
-
     processor = make_processor(folder / "tokenizer")
     model, tokenizer = make_model(processor.tokenizer), processor.tokenizer
     script = tokenizer("B. left")["input_ids"]
@@ -274,11 +272,13 @@ def test_generation_stops_there(folder):
         return logits
 
     model.lm_head.forward = scripted
-    prompt = [{"input_ids": torch.tensor(tokenizer("Which?")["input_ids"])}]
-    for options, said in (([4], "B."), ([], "B. left")):
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "B"}]}
+    sample = Sample([answer], options=["A", "B"])
+    question = Question(0, sample, {"input_ids": torch.tensor(tokenizer("Which?")["input_ids"])}, [])
+    for stops, said in ((True, "B."), (False, "B. left")):
         steps.clear()
-        answerer = Answerer(model, processor, len(script), 2, "generate", stop_at_letter=bool(options))
-        assert answerer.write(prompt, options=options) == [said]
+        [found] = Answerer(model, processor, len(script), 2, "generate", stop_at_letter=stops).answer([question])
+        assert (found.prediction, found.correct) == (said, True)
 
 
 def test_sharded_models_are_not_shared(folder, monkeypatch):

@@ -1,9 +1,11 @@
 """Our entry points in training and evaluation tools, without the tools: what they take, refuse and hand on."""
 
 import importlib
+import re
 import runpy
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +201,17 @@ class Base:
 
 class Adapted(WithAdapter, Base):
     pass
+
+
+def test_lmms_eval_is_told_every_class_under_its_models_name(imported):
+    package = imported("sta_adapter.integrations.lmms_eval", lmms_eval__models__registry_v2={"ModelManifest": dict})
+    found = {made.pop("model_id"): made for made in package.manifests()}
+    assert set(found) == {"qwen2_vl_sta", "qwen2_5_vl_sta", "internvideo2_5_sta", "vllm_sta"}
+    assert {(kind, path) for paths in found.values() for kind, path in paths.items()} == {
+        (f"{name.lower()}_class_path", f"{package.__name__}.{file.stem}.{name}")
+        for file in Path(package.__file__).parent.glob("*.py")
+        for name in re.findall(r"^class (Simple|Chat)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
 
 
 def test_lmms_eval_puts_the_adapter_in(monkeypatch):

@@ -193,6 +193,13 @@ def test_clips_are_counted_over_calls_of_the_encoder(toy):  # noqa: F811
         observe(handle, {"pictures": pictures, "videos": toy_inputs()}, clip=4)
 
 
+def test_the_check_of_a_first_call_is_not_observed(variant):
+    handle = injected(ToyEncoder(), backbone=variant(dummy_inputs=None))
+    first, second = observe(handle, toy_inputs()), observe(handle, toy_inputs())
+    for name in ("attention", "crossing", "branch", "change"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
 def test_other_threads_are_not_seen(toy):  # noqa: F811
     handle = injected(toy)
     alone = observe(handle, toy_inputs())
