@@ -106,7 +106,7 @@ def main_table(runs: list[dict[str, Any]]) -> str:
 
 def search_table(runs: list[dict[str, Any]]) -> str:
     """A row a run on the validation clips alone."""
-    heads = ["on validation clips", "lr", "reader's lr", "reader first", "steps", "accuracy by step, %"]
+    heads = ["on validation clips", "lr", "reader's lr", "reader first", "in", "steps", "accuracy by step, %"]
     rows = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     searched = [run for run in runs if not run["run"]["test"]]
     if not searched:
@@ -120,6 +120,7 @@ def search_table(runs: list[dict[str, Any]]) -> str:
             lr,
             f"{what['reader_lr']:g}",
             first_of(run),
+            "float32" if run["machine"].endswith("float32") else "bfloat16",
             str(what["steps"]),
             curve,
         ]
