@@ -49,10 +49,10 @@ def adapter_contents(
     handle: STAHandle, base_changed: bool = False
 ) -> tuple[dict[str, Tensor], Description, dict[str, bytes]]:
     """What `write_adapter` and `adapter_files` take; sharded weights are gathered, which all processes must join."""
+    lora = lora_state(handle.model)
     if not base_changed:
-        lora = lora_state(handle.model)
         require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
-    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model)
+    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model, lora)
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
