@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "read_lora"]
+__all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "lora_state", "read_lora"]
+
+LoraState = tuple[dict[str, object], dict[str, Tensor]]
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
@@ -37,23 +39,23 @@ BASE_VALUES = "_sta_adapter_base_values"  # of a PeftModel: the tensors of the b
 WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 
 
-def lora_files(model: nn.Module) -> dict[str, bytes]:
+def lora_files(model: nn.Module, lora: LoraState | None) -> dict[str, bytes]:
     """Contents of LoRA's configuration and weights, by file name; nothing when the model has no LoRA.
 
     Sharded weights are gathered: then all processes must call this.
 
     Args:
         model: a PeftModel, or the model inside of one.
+        lora: its `lora_state`.
 
     Raises:
-        CheckpointError: what PEFT has added is not LoRA, with options that can be loaded again, or not finite.
+        CheckpointError: a weight is not finite.
     """
-    found = lora_state(model)
-    if found is None:
+    if lora is None:
         return {}
     from safetensors.torch import save
 
-    config, state = found
+    config, state = lora
     tensors = {key: full_tensor(value).detach().to("cpu").contiguous() for key, value in state.items()}
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -65,11 +67,11 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
     return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
 
 
-def lora_state(model: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]] | None:
+def lora_state(model: nn.Module) -> LoraState | None:
     """LoRA's settings and its tensors under PEFT's names, as they are in the model; None when it has no LoRA.
 
     Raises:
-        CheckpointError: as `lora_files`.
+        CheckpointError: what PEFT has added is not LoRA with options that can be loaded again.
     """
     found = checked_lora(model)
     if found is None:

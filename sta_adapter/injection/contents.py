@@ -56,10 +56,10 @@ def adapter_contents(
         raise InjectionError(
             "PEFT keeps this handle's vision encoder as it was, and trains a copy of it (modules_to_save): go on with get_sta(peft_model)."
         )
+    lora = lora_state(handle.model)
     if not base_changed:
-        lora = lora_state(handle.model)
         require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
-    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model)
+    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model, lora)
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:

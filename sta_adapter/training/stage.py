@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sta_adapter.adapter.lora_weights import lora_files
+from sta_adapter.adapter.lora_weights import lora_files, lora_state
 from sta_adapter.adapter.save import adapter_files
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.dataset import VideoDataset
@@ -268,7 +268,9 @@ class Stage:
                 callbacks=[watch, *callbacks, *([] if patience is None else [EarlyStopping(patience)])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
-                adapter_files=lambda: lora_files(model) if handle is None else adapter_files(*adapter_contents(handle)),
+                adapter_files=lambda: (
+                    lora_files(model, lora_state(model)) if handle is None else adapter_files(*adapter_contents(handle))
+                ),
                 watch=watch,
                 eval_fn=self.eval_fn,
             )
