@@ -112,7 +112,8 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, kwargs)
+        within = kwargs.get("revision"), kwargs.get("subfolder")
+        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, *within)
         if folder is None:
             return load(cls, model, model_id, *args, **kwargs)
         if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
@@ -179,11 +180,11 @@ def _saved_config(folder: Path, description: Description) -> STAConfig:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
-def _folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
+def _folder_with_sta(name: str | os.PathLike[str], revision: str | None, subfolder: str | None) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
-    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
+    revision = None if os.path.isdir(name) else revision  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"))
+        folder = resolve_adapter(name, revision, subfolder=subfolder)
         known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
     except (STAError, OSError, ValueError, TypeError):
         return None
