@@ -1,5 +1,6 @@
 """inject_sta, get_sta and the handle: what they refuse, and that a refusal changes nothing."""
 
+import dataclasses
 import gc
 import sys
 import weakref
@@ -10,7 +11,7 @@ import torch
 from cases import clips_of, make_qwen2_vl, make_qwen2_vl_tower, merged_tokens, qwen2_vl_arguments, randomize, seeded
 from test_hooks import Wrapped
 from torch import nn
-from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
+from toy import TOY, ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.errors import (
@@ -146,6 +147,12 @@ def test_the_branch_norms_as_the_block_does(toy):  # noqa: F811
     for block in toy.blocks:
         block.norm2 = nn.RMSNorm(16, eps=1e-4)
     assert {(type(m.norm), m.norm.eps) for m in inject_sta(toy).blocks.values()} == {(nn.RMSNorm, 1e-4)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_branch_has_a_bias_where_the_backbone_says_so(bias):
+    handle = inject_sta(ToyEncoder(), backbone=dataclasses.replace(TOY, name="other", qkv_bias=bias))
+    assert {module.to_qkv.bias is not None for module in handle.blocks.values()} == {bias}
 
 
 def test_modules_that_were_left_without_their_hooks(toy):  # noqa: F811

@@ -25,6 +25,7 @@ from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training import TrainingConfig, train
+from sta_adapter.training.two_stage import _opened
 
 pytest.importorskip("webdataset")
 
@@ -370,6 +371,15 @@ def test_bad_samples_are_counted(tmp_path, shards, processor):  # noqa: F811
     assert bad[0].startswith("/train-1.tar, a: no record")
     assert any(message.startswith("/train-2.tar: the shard is cut off or damaged") for message in bad)
     assert result.stages["1"]["steps"] == 6
+
+
+def test_shards_to_train_on_are_a_stream_and_those_to_measure_on_have_an_end(tmp_path, shards, processor):  # noqa: F811
+    config = TrainingConfig(**{**SETTINGS, "max_steps": 1, "save_steps": 1, "eval_steps": 1})
+    data, measured = shards / "train-0.tar", shards / "train-1.tar"
+    assert isinstance(_opened(data, processor, config), StreamDataset)
+    options = {"processor": processor, "config": config, "stage": "1", "progress": False}
+    result = train(make_model(processor.tokenizer), data, eval_data=measured, output_dir=tmp_path, **options)
+    assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [1]
 
 
 @pytest.mark.parametrize(
