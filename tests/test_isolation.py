@@ -284,6 +284,27 @@ def test_a_killed_worker_is_an_error(trouble, processor):
         load(Dying(trouble[0], processor, frames=AS_IS), processor)
 
 
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "reset by peer"), EOFError()], ids=["reset", "end"])
+def test_a_worker_that_dies_while_it_hands_a_tensor_over(broken):
+    """Its connection breaks before the signal of its death comes."""
+
+    def told(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    handler = signal.signal(signal.SIGALRM, told)
+    try:
+        with pytest.raises(DataError, match="a process that loads data died: .*killed by signal"), worker_errors():
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            raise broken
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_connections_that_break_without_a_death_are_told_as_they_are():
+    with pytest.raises(ConnectionResetError, match="by a server"), worker_errors():
+        raise ConnectionResetError("by a server")
+
+
 def test_a_worker_that_dies_late_is_no_fault_of_what_runs_by_then(monkeypatch):
     """On a loaded machine a killed process takes its time, and torch's handler of SIGCHLD would end the next run."""
     items = iter(DataLoader(range(100), num_workers=1))

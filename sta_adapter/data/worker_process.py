@@ -11,20 +11,21 @@ import ctypes
 import functools
 import itertools
 import mmap
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
-from sta_adapter.data.worker_signals import die_with_parent
+from sta_adapter.data.worker_signals import die_with_parent, end_workers
 from sta_adapter.errors import DataError, STAError, VideoError
 
 __all__ = ["Isolated", "POSSIBLE", "ProcessError", "worker_errors"]
@@ -33,6 +34,7 @@ T = TypeVar("T")
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
 
+DEATH_TOLD = 1.0  # seconds after which the signal of a process's death has come
 KEPT = {-1: 256 << 20, -3: 32 << 20}  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 SHARED = hasattr(os, "memfd_create")  # not in every build of Python
 
@@ -240,24 +242,30 @@ def _reap(pid: int) -> int | None:
     return None
 
 
-class worker_errors:
-    """Give errors of a DataLoader's workers in the words of their cause: `with worker_errors(): ...`.
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """A context that gives errors of a DataLoader's workers in the words of their cause.
 
     Raises:
         STAError: what a worker raised, without the trace that came along.
         DataError: a worker died.
     """
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Raise the plain error in the place of the worker's."""
-        plain = None if error is None else _cause(error)
-        if error is None or plain is None:
-            return
-        del trace
-        error.__traceback__ = None  # its frames hold the loader, which would go on complaining of the dead worker
+    others = multiprocessing.active_children()
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError):  # as from a worker that dies while it hands a tensor over
+            time.sleep(DEATH_TOLD)  # in which torch's handler of its death raises
+            raise
+    except BaseException as error:
+        plain = _cause(error)
+        if plain is None:
+            raise
+        end_workers(others)  # those left would end with the loader, and torch complain of the dead one once more
+        link: BaseException | None = error
+        while link is not None:
+            link.__traceback__ = None  # its frames hold the loader
+            link = link.__cause__ or link.__context__
         raise plain from error
 
 
