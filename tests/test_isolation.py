@@ -291,11 +291,14 @@ def test_a_worker_that_dies_while_it_hands_a_tensor_over(broken):
     def told(*_):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
 
+    def dies():
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        raise broken
+
     handler = signal.signal(signal.SIGALRM, told)
     try:
-        with pytest.raises(DataError, match="a process that loads data died: .*killed by signal"), worker_errors():
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-            raise broken
+        with pytest.raises(DataError, match=r"a process that loads data died: .*killed by signal"), worker_errors():
+            dies()
     finally:
         signal.signal(signal.SIGALRM, handler)
 
