@@ -77,11 +77,12 @@ def test_kernels_forward_and_backward_for_what_the_branch_makes(shape, dtype, ca
     width, heads, scale = shape
     calls = []
 
-    def record(q, k, v, **options):
-        calls.append(xformers_kernels.kernel_names(q, k, v, causal=options["causal"], window=options["window"]))
+    def record(q, k, v, *, causal, window, backend):
+        as_xformers_gets_them = (x.transpose(1, 2) for x in (q, k, v))
+        calls.append(xformers_kernels.kernel_names(*as_xformers_gets_them, causal=causal, window=window))
         return q
 
-    monkeypatch.setattr(frame_attention, "attend", record)
+    monkeypatch.setattr(frame_attention, "attend_by_head", record)
     config = STAConfig(head_scale=scale, rope_theta=rope, **causal)
     xformers_kernels.import_xformers()
     from xformers.ops.fmha import cutlass
