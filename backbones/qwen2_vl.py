@@ -35,14 +35,7 @@ def grid_layout(call: EncoderCall) -> ClipLayout:
 
 
 def merged_positions(rows: int, columns: int, merge: int, window: int = 0) -> torch.Tensor:
-    """Index (rows, columns) of each patch among the tokens of a frame, whose merge x merge neighbours lie together.
-
-    Args:
-        rows: of patches.
-        columns: of patches.
-        merge: patches along the edge of a merged token.
-        window: merged tokens along the edge of a window whose tokens lie together; 0 when there are no windows.
-    """
+    """Index (rows, columns) of each patch in a frame, whose merge x merge neighbours, and windows of these, lie together."""
     units = torch.arange(rows * columns).view(rows // merge, columns // merge, merge, merge)
     if window:
         bands = torch.split(torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge), window)

@@ -49,11 +49,7 @@ class FillPositions:
 
 
 class GenerationPositions:
-    """What transformers 5 asks for before it generates; here, `rope_deltas` count from a row's start, padding included.
-
-    Args:
-        head: the model that generates.
-    """
+    """What transformers 5 asks for before it generates; here, `rope_deltas` count from a row's start, padding included."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head

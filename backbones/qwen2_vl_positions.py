@@ -79,10 +79,6 @@ def uninstall(model: nn.Module) -> None:
 def find_owner(model: nn.Module, kinds: tuple[str, ...] = FAMILIES) -> nn.Module:
     """The module that computes positions: the one around tower and language model.
 
-    Args:
-        model: the whole model.
-        kinds: class names that count.
-
     Raises:
         InjectionError: when there is none, or several.
     """

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 class RopeIndex:
-    """`get_rope_index` by a rule: takes what the method of the installed transformers takes.
-
-    Args:
-        rule: the rule.
-        config: the model's.
-        names: the method's arguments, in order.
-    """
+    """`get_rope_index` by a rule: takes what the method of the installed transformers takes."""
 
     def __init__(self, rule: PositionRule, config: PretrainedConfig, names: Sequence[str]) -> None:
         self.rule = rule

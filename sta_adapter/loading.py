@@ -230,10 +230,6 @@ def load_adapter(
 def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
     """How clips were sampled when an adapter was trained; empty if it isn't known.
 
-    Args:
-        name: its folder, or its id on the Hub.
-        revision: branch, tag or commit on the Hub.
-
     Raises:
         CheckpointError: no adapter, or what it says of frames is out of range.
 
@@ -258,10 +254,6 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
 
 def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
     """The rule of text positions that an adapter was trained with; None if it isn't known, or there is one rule only.
-
-    Args:
-        name: its folder, or its id on the Hub.
-        revision: branch, tag or commit on the Hub.
 
     Raises:
         CheckpointError: no adapter.

@@ -44,11 +44,7 @@ class BaseModel(TypedDict, total=False):
 
 
 def describe_base(model: nn.Module) -> BaseModel:
-    """What an adapter keeps about its base model: `id`, `revision`, and the language model's sizes or None.
-
-    Args:
-        model: a full model, its vision encoder, or a PeftModel around either.
-    """
+    """What an adapter keeps about its base model: `id`, `revision`, and the language model's sizes or None."""
     config = getattr(model, "config", None)
     name, revision = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
     name = None if name is None else os.fspath(name)

@@ -45,11 +45,6 @@ def checked_options(
 ) -> dict[str, object]:
     """The supported options among LoRA's settings, in their normal form.
 
-    Args:
-        fields: of a `LoraConfig`, or of `adapter_config.json`.
-        where: what they are, for the message.
-        error: what is raised.
-
     Raises:
         STAError: an option is unknown or not supported and not off, or has another type or range.
     """

@@ -44,10 +44,6 @@ def lora_files(model: nn.Module, lora: LoraState | None) -> dict[str, bytes]:
 
     Sharded weights are gathered: then all processes must call this.
 
-    Args:
-        model: a PeftModel, or the model inside of one.
-        lora: its `lora_state`.
-
     Raises:
         CheckpointError: a weight is not finite.
     """

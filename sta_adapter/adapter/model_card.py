@@ -110,12 +110,7 @@ def _stage(file: Path) -> Stage:
 
 
 def make_card(description: Description, facts: CardFacts) -> str:
-    """The card as Markdown with its metadata in front.
-
-    Args:
-        description: contents of `sta_config.json`.
-        facts: what else there is to say.
-    """
+    """The card as Markdown with its metadata in front."""
     from huggingface_hub import ModelCard
 
     description = read_about(description)

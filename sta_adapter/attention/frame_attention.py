@@ -39,15 +39,7 @@ def mix_frames(qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -
 
 
 def mix_frames_gradient(grad: Tensor, qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
-    """The gradient at `qkv` of `mix_frames`, all of whose steps are computed again; itself without a gradient.
-
-    Args:
-        grad: at the output (tokens, heads * head size), in qkv's dtype.
-        qkv: as `mix_frames` got it.
-        layout: the same.
-        heads: the same.
-        config: the same.
-    """
+    """The gradient at `qkv` of `mix_frames`, all of whose steps are computed again; itself without a gradient."""
     if config.token_order == "published":
         grad = torch.empty_like(grad).index_copy_(0, layout.published_index(grad.device), grad)
     if layout.is_uniform:

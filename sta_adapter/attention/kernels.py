@@ -84,17 +84,7 @@ def attend_by_head_gradient(
     window: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_by_head` at q, k and v, whose attention is computed again.
-
-    Args:
-        grad: at the output (P, H, T, D), in q's dtype.
-        q: as `attend_by_head` got it, (P, H, T, D).
-        k: the same, of as many tokens.
-        v: the same.
-        causal: as for `attend`.
-        window: as for `attend`.
-        backend: as for `attend`.
-    """
+    """Gradients at q, k and v (P, H, T, D) of `attend_by_head`, from that at its output; the attention is computed again."""
     plain = _name(q, backend) == "sdpa" and not _is_split(q)
     wide = plain and _widens(q.device.type, q.dtype)
     leaves = [(x.float() if wide else x).detach().requires_grad_() for x in (q, k, v)]

@@ -93,10 +93,7 @@ class ClipLayout:
         return hash((self.clips, self.prefix))
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """View of the tokens that belong to frames.
-
-        Args:
-            tokens: (tokens, C) or (rows, tokens, C), with prefix tokens.
+        """View of those tokens (tokens, C) or (rows, tokens, C) that belong to frames, without the prefix ones.
 
         Raises:
             LayoutError: when the number of tokens is not that of the layout.

@@ -36,11 +36,7 @@ HUB = ("HfHubHTTPError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "HFV
 
 
 def in_one_line(error: BaseException) -> str:
-    """What happened, and what to do about it.
-
-    Args:
-        error: whatever ended a command.
-    """
+    """What happened in an error that ended a command, and what to do about it."""
     if isinstance(error, STAError):
         return str(error)
     for cause in _causes(error):

@@ -37,18 +37,7 @@ class Arguments(TypedDict):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The runs of an evaluation.
-
-    Attributes:
-        source: the base and its adapter.
-        dataset: the questions.
-        runs: "base", "adapter" or both.
-        orders: of frames, in which each run is asked.
-        device: of the model.
-        out: the folder that keeps predictions.
-        overwrite: throw away what it holds.
-        arguments: further ones of `sta_adapter.evaluation.evaluate`.
-    """
+    """The runs of an evaluation ("base", "adapter" or both), each asked in all orders of frames; `out` keeps predictions."""
 
     source: ModelSource
     dataset: VideoDataset

@@ -19,19 +19,7 @@ __all__ = ["ModelSource"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base and its adapter, of which nothing is loaded yet.
-
-    Attributes:
-        model: the base's Hub id or folder.
-        revision: its branch, tag or commit on the Hub.
-        trust_remote_code: run Python code that comes with it.
-        dtype: of its weights.
-        quantize: "4bit" or "8bit", or neither.
-        positions: the rule for text positions; None for the adapter's own.
-        attn_implementation: of transformers.
-        adapter: the adapter's folder, if there is one.
-        any_base: take a base that the adapter was not trained on.
-    """
+    """A base and its adapter, of which nothing is loaded yet: what `load_model` and `load_adapter` are to be given."""
 
     model: str
     revision: str | None = None

@@ -102,16 +102,7 @@ def plan_run(
     samples: int = 64,
     measure: bool = False,
 ) -> PlanReport:
-    """What a run of `sta-adapter train` would do and need.
-
-    Args:
-        run: options of the run.
-        settings: a `TrainingConfig`.
-        memory: GB of a GPU to plan for; None for this machine.
-        processes: GPUs.
-        samples: to look at.
-        measure: take a step also where there is no GPU.
-    """
+    """What a run of `sta-adapter train` would do and need; the arguments are the command's options."""
     import torch
 
     from sta_adapter.inspection import empty_model

@@ -31,14 +31,7 @@ def bound_arguments(
     *,
     partial: bool = True,
 ) -> dict[str, object]:
-    """Arguments of `module.name(*args, **kwargs)` by name, with those that went into a `**` among them.
-
-    Args:
-        module: the module that is called.
-        args: what it gets by position.
-        kwargs: what it gets by keyword.
-        name: of the method.
-        partial: whether some of the required arguments may be missing.
+    """Arguments of `module.name(*args, **kwargs)` by name, those in a `**` among them; if `partial`, some may be missing.
 
     Raises:
         TypeError: neither the class's method nor what stands in its place takes them.

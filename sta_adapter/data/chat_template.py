@@ -10,13 +10,7 @@ __all__ = ["grown", "render"]
 
 
 def render(processor: Processor, messages: list[Message], *, prompt: bool = False) -> str:
-    """The conversation as the chat template writes it, with one placeholder for each clip or image.
-
-    Args:
-        processor: has the chat template.
-        messages: the conversation.
-        prompt: end with the words that ask for the assistant's answer.
-    """
+    """The conversation, with a placeholder for each clip or image; a `prompt` ends with words that ask for the answer."""
     _require_unicode(messages)
     bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
     try:

@@ -23,12 +23,7 @@ NAMES = ("second_per_grid_ts", "video_second_per_grid")
 
 
 def step_seconds(metadata: ClipTimes, frames: int) -> float:
-    """Seconds from one temporal step of a clip to the next, on average; 1 where there is but one frame.
-
-    Args:
-        metadata: when the clip's frames begin, see `ClipMetadata.for_transformers`.
-        frames: how many frames are merged into one step.
-    """
+    """Seconds from one temporal step of so many frames to the next, on average; 1 where there is but one frame."""
     times = np.array(metadata["frames_indices"]) / metadata["fps"]
     begins = times[::frames]
     if len(begins) > 1:

@@ -33,11 +33,7 @@ def fingerprint(*values: object) -> str:
 
 
 def fingerprint_samples(asked: Sequence[tuple[list[Message], object]]) -> list[str]:
-    """One for each sample, of its messages whole and of its clips' contents, wherever these lie.
-
-    Args:
-        asked: messages, and whatever else a sample's outcome depends on.
-    """
+    """One for each sample: of its messages, its clips' contents wherever these lie, and what else its outcome depends on."""
     parts = [part for messages, _ in asked for message in messages for part in message["content"]]
     clips = {_place(part): part for part in parts if part["type"] != "text"}
     with ThreadPoolExecutor(THREADS) as pool:

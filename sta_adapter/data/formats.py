@@ -52,12 +52,7 @@ def recognise(record: Record) -> str:
 
 
 def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Record:
-    """A record of any format as one with 'messages'.
-
-    Args:
-        record: the object of one sample.
-        format: one of `FORMATS`; None to recognise it.
-        classes: of Something-Something v2, by name, where the list is at hand.
+    """A record of a format, None for that which its keys tell, as one with 'messages'.
 
     Raises:
         DataError: the record is not of that format.

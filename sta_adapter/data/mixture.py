@@ -41,16 +41,9 @@ def mixed_samples(
     videos: str | Path | None = None,
     on_bad_sample: str = "skip",
 ) -> list[Sample]:
-    """The samples of one pass over several files.
+    """The samples of one pass over several files, each "PATH" or "PATH:WEIGHT"; further arguments as for `open_samples`.
 
     Weight 2 has each sample of a file twice, 0.5 half of them, drawn by the seed: the same ones in each pass.
-
-    Args:
-        files: "PATH" or "PATH:WEIGHT".
-        seed: of what is drawn.
-        format: as for `open_samples`.
-        videos: as for `open_samples`.
-        on_bad_sample: as for `open_samples`.
 
     Raises:
         DataError: a file can't be read.

@@ -42,12 +42,7 @@ DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError,
 
 
 class SampleCache:
-    """A folder of encoded samples that processes share.
-
-    Args:
-        folder: made where it is missing. It may be thrown away at any time.
-        processor: whose settings, vocabulary and template the samples depend on.
-        reader: whose sampling and sizes of frames they depend on.
+    """A folder of encoded samples that processes share; it may be thrown away at any time.
 
     Raises:
         ConfigError: the folder can't be made.
@@ -74,12 +69,7 @@ class SampleCache:
         self.writing = True
 
     def key(self, messages: list[Message], *rest: object) -> str | None:
-        """The name of a sample's entry; None where one of its clips can't be found.
-
-        Args:
-            messages: the sample's.
-            rest: whatever else the outcome depends on.
-        """
+        """The name of an entry, for a sample and the rest that it depends on; None where a clip can't be found."""
         clips = [
             fingerprint_clip(part) for message in messages for part in message["content"] if part["type"] != "text"
         ]

@@ -62,9 +62,6 @@ class Packed:
     def sample(self, format: str | None = None) -> Sample:
         """The record as a sample.
 
-        Args:
-            format: of the record; None recognises it by its keys.
-
         Raises:
             DataError: it is none.
         """

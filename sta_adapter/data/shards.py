@@ -100,10 +100,6 @@ def read_shard(path: Path, *, lookup: bool = False) -> Iterator[Packed | BadSamp
 def scan_shards(pattern: str | Path, *, format: str | None = None) -> list[Sample | BadSample]:
     """Every sample of shards, in order; clips are read from where they lie when they are asked for.
 
-    Args:
-        pattern: see `find_shards`.
-        format: of the records; None recognises each by its keys.
-
     Raises:
         DataError: a shard is not there, or compressed.
     """

@@ -62,11 +62,7 @@ def in_main_thread() -> bool:
 
 
 def end_workers(others: Iterable[BaseProcess] = ()) -> None:
-    """Kill this process's workers, whatever they are decoding; torch would wait five seconds for each.
-
-    Args:
-        others: children that stay (`multiprocessing.active_children()` of before).
-    """
+    """Kill this process's workers but for others, whatever they are decoding; torch would wait five seconds for each."""
     stay = {child.pid for child in others}
     ours = [child for child in multiprocessing.active_children() if child.daemon and child.pid not in stay]
     if not ours:

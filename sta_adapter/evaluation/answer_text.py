@@ -34,9 +34,6 @@ _UNSEEN = ("Cc", "Cf")  # control characters, marks of direction, joiners: categ
 def final_answer(said: str) -> str:
     """The answer alone, in compatibility-normalised Unicode: what an answer tag or a box holds, else all but the reasoning.
 
-    Args:
-        said: what a model wrote.
-
     Returns:
         Its lines, none of them empty; "" where it never came to an answer.
     """

@@ -42,13 +42,7 @@ class Groups(list[Group]):
 
 
 class Agreement:
-    """What the hooks below share: encoder and language model, and the processes that gather shards together.
-
-    Args:
-        model: the model around both.
-        encoder: the vision encoder.
-        language_model: the module behind it.
-    """
+    """What the hooks below share: encoder and language model, and the processes that gather shards together."""
 
     def __init__(self, model: nn.Module, encoder: nn.Module, language_model: nn.Module) -> None:
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)  # a copy of a part must not copy the whole
@@ -271,13 +265,7 @@ class LanguageModelBegin(ModelHook):
 
 
 class AddOnce(Hook):
-    """Forward hook of the embedding of tokens, for one run in one thread: adds a scalar to what comes out.
-
-    Args:
-        injection: whose thread it is.
-        embedding: gets the hook.
-        scalar: zero, with the graph of what must be reached.
-    """
+    """Forward hook of an embedding, for one run in one thread: adds a zero with the graph of what must be reached."""
 
     def __init__(self, injection: Injection, embedding: nn.Module, scalar: Tensor) -> None:
         super().__init__(injection)

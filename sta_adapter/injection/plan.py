@@ -132,14 +132,7 @@ class Plan:
 def plan_injection(
     model: nn.Module, cfg: STAConfig | None = None, backbone: str | Backbone | None = None, *, run_blocks: bool = True
 ) -> Plan:
-    """Everything that `inject_sta` checks, without changing the model; raises what it raises.
-
-    Args:
-        model: as for `inject_sta`.
-        cfg: as for `inject_sta`.
-        backbone: as for `inject_sta`.
-        run_blocks: whether to check the blocks in a run (`validate_target`), which needs the model's weights.
-    """
+    """Everything that `inject_sta` checks, with its arguments and errors; only to `run_blocks` needs the model's weights."""
     if not isinstance(model, nn.Module):
         raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
     if cfg is not None and not isinstance(cfg, STAConfig):

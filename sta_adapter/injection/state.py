@@ -96,12 +96,7 @@ class _PerThread(threading.local):
 
 
 class Injection:
-    """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work.
-
-    Args:
-        config: the configuration in force.
-        spec: the backbone.
-    """
+    """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work."""
 
     def __init__(self, config: STAConfig, spec: Backbone) -> None:
         self.config = config

@@ -131,12 +131,7 @@ def entered(streams: Sequence[Stream]) -> Iterator[None]:
 
 
 def check_streaming(config: STAConfig, spec: Backbone, window: int | None) -> int:
-    """The window of a stream.
-
-    Args:
-        config: settings of the adapter.
-        spec: its backbone.
-        window: asked for; None for that of the adapter.
+    """The window of a stream, by default that of the adapter.
 
     Raises:
         ConfigError: the adapter or its encoder can't go on frame by frame, or the window doesn't fit.

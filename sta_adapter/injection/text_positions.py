@@ -68,12 +68,7 @@ def use_positions_of(model: nn.Module, choice: str | None, saved: object = None)
 
 
 def warn_of_other_rule(model: nn.Module, saved: object = None) -> None:
-    """Warn where a model computes another rule than the one it, or its adapter, was trained with.
-
-    Args:
-        model: the model at hand.
-        saved: what the adapter's description says under `positions`; None in adapters from before it was written.
-    """
+    """Warn where a model computes another rule than the one it was trained with, or that its adapter has `saved`."""
     found = _family(model)
     if found is None:
         return

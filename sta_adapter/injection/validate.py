@@ -256,15 +256,7 @@ class _BlockRun:
 def _run_block(
     block: nn.Module, norm: nn.Module, call: Arguments, delta: Tensor | None = None, normed: Tensor | None = None
 ) -> _BlockRun:
-    """Run a block, whose arguments stay as they are.
-
-    Args:
-        block: the block.
-        norm: its norm in front of the MLP.
-        call: the block's arguments.
-        delta: added in place to what the norm gets.
-        normed: put in the place of what the norm gives.
-    """
+    """Run a block on a copy of its arguments, with `delta` added to what its norm gets, or `normed` in place of its result."""
     args = tuple(map_tensors(Tensor.clone, value) for value in call[0])  # they may be changed in place
     kwargs = {name: map_tensors(Tensor.clone, value) for name, value in call[1].items()}
     run = _BlockRun(next(iterate_tensors((args, kwargs))))

@@ -177,11 +177,7 @@ class RequireGradient(TrainerCallback):
 
 
 class ReportBadClips(TrainerCallback):
-    """Says how many samples were left out since their clips can't be read, and ends a run that has no other.
-
-    Args:
-        count: gives the bad and the good samples so far, such as `VideoCollator.counts`.
-    """
+    """Says how many samples were left out since their clips can't be read, of (bad, good); ends a run of no other."""
 
     def __init__(self, count: Callable[[], tuple[int, int]]) -> None:
         self.count = count

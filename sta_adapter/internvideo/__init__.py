@@ -58,11 +58,7 @@ class Builder(Protocol):
 
 
 def builder_of(config: Mapping[str, object]) -> Builder | None:
-    """What makes the model that a `config.json` describes; None where transformers does so itself.
-
-    Args:
-        config: contents of the file.
-    """
+    """What makes the model that a `config.json` describes; None where transformers does so itself."""
     remote = config.get("auto_map")
     named = [str(value).split("--")[-1].split(".")[0] for value in remote.values()] if isinstance(remote, dict) else []
     for name in (config.get("model_type"), *named):

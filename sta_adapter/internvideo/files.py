@@ -18,12 +18,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "generation_co
 
 
 def published_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, object]:
-    """Contents of a model's `config.json`; empty where there is none, which is left to transformers to tell.
-
-    Args:
-        name: Hub id or folder.
-        revision: branch, tag or commit on the Hub.
-    """
+    """Contents of a model's `config.json`; empty where there is none, which is left to transformers to tell."""
     from transformers import PretrainedConfig
 
     try:

@@ -62,10 +62,6 @@ class InternVideo2_5ImageProcessor:
     ) -> dict[str, Tensor]:
         """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them.
 
-        Args:
-            images: a list of pictures, see `picture`.
-            videos: a list of clips, see `clip`.
-
         Raises:
             DataError: there is none, or one is neither.
         """

@@ -121,10 +121,6 @@ def convert(weights: Weights, config: LlamaConfig) -> Iterator[tuple[str, Tensor
     """Published names and tensors to those of the model.
 
     InternLM2 keeps, for each head of keys, its group of query heads, then the keys, then the values, in one projection.
-
-    Args:
-        weights: as published.
-        config: of the language model.
     """
     keys = int(config.num_key_value_heads or config.num_attention_heads)
     group, head = config.num_attention_heads // keys, config.hidden_size // config.num_attention_heads

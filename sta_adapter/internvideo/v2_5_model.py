@@ -199,16 +199,6 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
     ) -> GenerateOutput | Tensor:
         """Token ids (B, L + new), the prompt in front, as transformers' models give them; the published code leaves it out.
 
-        Args:
-            pixel_values: as for `forward`.
-            input_ids: (B, L), filled up on the left.
-            attention_mask: (B, L).
-            visual_features: as for `forward`.
-            generation_config: instead of the model's own.
-            clip_lengths: as for `forward`.
-            image_flags: as for `forward`.
-            options: of transformers' `generate`: beams, sampling, a streamer, any of them.
-
         Raises:
             LayoutError: as for `forward`.
         """

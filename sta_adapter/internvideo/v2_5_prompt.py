@@ -17,12 +17,7 @@ SEPARATORS = {"internvl2_5": f"{END}\n", "internlm2-chat": END}
 
 
 def chat_template(name: str, bos: str) -> str:
-    """The Jinja template of a published form; clips and pictures are parts of type "video" and "image".
-
-    Args:
-        name: one of `SYSTEM_MESSAGES`.
-        bos: the token in front of every conversation.
-    """
+    """The Jinja template of one of `SYSTEM_MESSAGES`; clips and pictures are parts of type "video" and "image"."""
     end, system = SEPARATORS[name].replace("\n", "\\n"), SYSTEM_MESSAGES[name]
     return (
         "{{ '" + bos + "' }}"
@@ -39,14 +34,7 @@ def chat_template(name: str, bos: str) -> str:
 
 
 def conversation(name: str, turns: list[tuple[str, str]], question: str, system: str | None = None) -> str:
-    """A conversation that waits for an answer, as `chat` writes it, without the token in front.
-
-    Args:
-        name: one of `SYSTEM_MESSAGES`.
-        turns: earlier questions and their answers.
-        question: the last one.
-        system: instead of the form's own system message.
-    """
+    """A conversation that waits for an answer, as `chat` writes it, without the token in front."""
     end = SEPARATORS[name]
     said = [("system", SYSTEM_MESSAGES[name] if system is None else system)]
     said += [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]

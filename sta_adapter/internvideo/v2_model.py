@@ -28,11 +28,7 @@ LAYER_NORM_EPS = 1e-12
 
 
 class InternVideo2Chat(ChatMixin, PreTrainedModel):
-    """A language model that reads each clip and each picture as as many tokens as the Q-Former has queries.
-
-    Args:
-        config: its sizes.
-    """
+    """A language model that reads each clip and each picture as as many tokens as the Q-Former has queries."""
 
     config_class = InternVideo2ChatConfig
     base_model_prefix = "model"
@@ -183,18 +179,7 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         qformer_attention_mask: Tensor | None = None,
         **options: object,
     ) -> GenerateOutput | Tensor:
-        """What the language model writes: `input_ids` and the new tokens (B, L + new), of `inputs_embeds` the new ones alone.
-
-        Args:
-            input_ids: as for `forward`, likewise the others.
-            attention_mask: (B, L).
-            pixel_values_videos: clips.
-            pixel_values: pictures.
-            inputs_embeds: (B, L, C) instead of `input_ids` and pixels.
-            qformer_input_ids: an instruction for the Q-Former.
-            qformer_attention_mask: of that.
-            options: of transformers' `generate`.
-        """
+        """What the language model writes: `input_ids` and the new tokens (B, L + new), of `inputs_embeds` the new ones alone."""
         if inputs_embeds is None:
             text = (qformer_input_ids, qformer_attention_mask)
             inputs_embeds = self.embed(input_ids, pixel_values_videos, pixel_values, text)

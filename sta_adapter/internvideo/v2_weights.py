@@ -30,11 +30,7 @@ LORA = re.compile(r"^(.*)\.lora_(A|B)\.default\.weight$")
 
 
 def model_weights(weights: Weights, lora_scale: float | None) -> Iterator[tuple[str, Tensor]]:
-    """Weights by our model's names.
-
-    Args:
-        weights: by the published names, or by ours.
-        lora_scale: by how much the product of LoRA's matrices is scaled; None where there is no LoRA.
+    """Weights by our model's names; LoRA's product, where there is one, is merged with its scale.
 
     Raises:
         CheckpointError: LoRA is expected and missing for a layer, or the other way round.

@@ -31,9 +31,6 @@ SHOWN = 4
 def weight_files(source: Path) -> list[Path]:
     """The files with a checkpoint's weights: those of its index, else the one of the usual name, else the only one there is.
 
-    Args:
-        source: the checkpoint's folder, or one file of weights.
-
     Raises:
         CheckpointError: there is none, several could be meant, or one that the index names is missing.
     """

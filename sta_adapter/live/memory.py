@@ -31,9 +31,6 @@ class FrameMemory:
 
     The rule: while there are more tokens than the budget, the step goes whose neighbours are closest to each other, as
     measured by how long ago it was. The first and the last stay.
-
-    Args:
-        budget: tokens.
     """
 
     def __init__(self, budget: int) -> None:

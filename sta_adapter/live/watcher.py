@@ -66,12 +66,6 @@ class WatchSettings:
 class Watcher:
     """Watches one source with one model; what it saw stays when the source breaks.
 
-    Args:
-        handle: of the model, with causal STA.
-        processor: the model's.
-        frames: sizes of frames.
-        settings: how to watch.
-
     Raises:
         ConfigError: the adapter can't be streamed.
     """

@@ -74,10 +74,6 @@ def require_effect(backbone: Backbone, config: TrainingConfig) -> None:
 def require_same_lora(model: PeftModel, config: TrainingConfig) -> None:
     """Refuse settings of LoRA that a model which brings its own leaves without effect.
 
-    Args:
-        model: a PeftModel.
-        config: the settings, of which those count that are not the defaults.
-
     Raises:
         ConfigError: one is another than that of the model's LoRA.
     """

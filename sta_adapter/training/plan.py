@@ -271,14 +271,7 @@ def _divisors(share: int) -> list[int]:
 
 
 def measure_step(stage: Stage, model: nn.Module, sample: Encoded, device: torch.device) -> dict[str, float]:
-    """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample.
-
-    Args:
-        stage: with the settings.
-        model: the base with its weights; STA, and LoRA in stage two, are added.
-        sample: encoded.
-        device: where to.
-    """
+    """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample."""
     config = stage.config
     size, _ = config.device_batches()
     handle = get_sta(model) or (inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None)

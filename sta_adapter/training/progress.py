@@ -26,15 +26,7 @@ RECENT = 20  # steps over which speed is measured
 
 
 class Progress(TrainerCallback):
-    """Step, loss of training, learning rate, clips a second, memory, time left, and what the latest evaluation measured.
-
-    Args:
-        label: of the stage.
-        watch: knows each step's loss.
-        clips: of a step.
-        measured: what an evaluation measures, in words.
-        clock: gives seconds.
-    """
+    """Step, loss of training, learning rate, clips a second, memory, time left, and what the latest evaluation measured."""
 
     def __init__(
         self,

@@ -24,13 +24,7 @@ WHAT = {"1": "STA", "2": "STA and LoRA"}
 
 
 def describe(stage: Stage, model: nn.Module, checkpoint: Path | None) -> list[str]:
-    """Lines for a terminal.
-
-    Args:
-        stage: what will run.
-        model: with what trains in it marked.
-        checkpoint: that it goes on from.
-    """
+    """Lines for a terminal about a stage, with what trains marked, and the checkpoint that it goes on from."""
     config, processes = stage.config, join_processes().num_processes
     counts = [(torch.Size(full_shape(p)).numel(), p.requires_grad) for p in model.parameters()]
     trained, whole = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)

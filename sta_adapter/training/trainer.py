@@ -234,12 +234,7 @@ class AdapterTrainer(Trainer):
         return {name: getattr(self.config, name) for name in LENGTH}
 
     def ended_in(self, checkpoint: Path, steps: int) -> bool:
-        """Whether a checkpoint is that of the last step; then it is loaded, as the base class would train a step too many.
-
-        Args:
-            checkpoint: its folder.
-            steps: how many there are to be, if the settings say another length than when it was saved.
-        """
+        """Whether a checkpoint is of the last step; then it is loaded, as the base class would train a step too many."""
         saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         patience, args = self.config.early_stopping, self.args
@@ -271,13 +266,7 @@ def placeholder(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, Any]]:
-    """Optimizer groups: STA or not, with or without weight decay (matrices have it, vectors never).
-
-    Args:
-        model: its parameters that require a gradient are grouped.
-        sta: ids of STA's parameters.
-        config: the rates.
-    """
+    """Optimizer groups: STA or not, with or without weight decay (matrices have it, vectors never)."""
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -15,11 +15,7 @@ _ABSOLUTE = re.compile(r"(?:(?<![\w/.:~])~?/(?=[^\s/])|\b[A-Za-z]:[\\/]|\\\\)(?:
 
 
 def public_name(name: str | os.PathLike[str]) -> str:
-    """A Hub id as it is; of a file or a folder, its own name.
-
-    Args:
-        name: what the user gave.
-    """
+    """A Hub id as it is; of a file or a folder, its own name."""
     text = os.fspath(name)
     local = os.path.exists(text) or text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1
     return Path(text.replace("\\", "/")).expanduser().resolve().name if local else text

@@ -62,12 +62,7 @@ class AnswerLimit:
 
 
 def trusted_hosts(host: str | None, share: bool) -> list[str]:
-    """The names under which a page answers; a page of another name that resolves to this machine is none of them.
-
-    Args:
-        host: that the page listens on; None for GRADIO_SERVER_NAME's, else this machine alone.
-        share: whether Gradio's servers pass it on.
-    """
+    """The names under which a page answers; a page of another name that resolves to this machine is none of them."""
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOCAL[0]
     if host in EVERY_ADDRESS or "SPACE_ID" in os.environ:  # by which names others reach this machine can't be known
         return ["*"]

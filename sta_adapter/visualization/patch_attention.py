@@ -54,13 +54,6 @@ def choose_pooling(
 ) -> Pooling | None:
     """The finest that fits: patches are pooled before blocks are left out, and heads are averaged last.
 
-    Args:
-        blocks: how many there are.
-        heads: in each of them.
-        picture: (rows, columns) of patches.
-        frames: T.
-        budget: bytes.
-
     Returns:
         None where nothing fits.
     """
@@ -89,13 +82,7 @@ def may_see(even: np.ndarray) -> np.ndarray:
 
 
 def pool(weights: Tensor, positions: Tensor, pooling: Pooling) -> Tensor:
-    """Weights (heads, N, T, T) of patches as those of cells (heads or 1, rows, columns, T, T), means of their patches.
-
-    Args:
-        weights: of one block.
-        positions: (rows, columns), which of the N stands there.
-        pooling: how.
-    """
+    """Weights (heads, N, T, T) of patches as those of cells (heads or 1, rows, columns, T, T), means of their patches."""
     laid = weights[:, positions.to(weights.device)]  # heads, rows, columns, T, T
     if not pooling.by_head:
         laid = laid.mean(0, keepdim=True)
@@ -129,9 +116,6 @@ def scale_of(relative: np.ndarray) -> float:
     """Where the colours end: the multiple of even spread that nearly all values stay below, and its inverse at the other end.
 
     What is above even decides: below it there is no end, and little difference between hardly and not at all.
-
-    Args:
-        relative: multiples of even spread, NaN where there is none.
     """
     seen = relative[np.isfinite(relative)]
     wanted = float(np.quantile(seen, 0.995)) if seen.size else 1.0

@@ -155,11 +155,6 @@ class Viewer:
     ) -> LoadedClip:
         """Read a video file and put a question to it.
 
-        Args:
-            path: of the file.
-            question: to the model.
-            frames: fields of `FrameSettings` that this clip is sampled with in the place of the viewer's own.
-
         Raises:
             VideoError: it can't be read, or is too long.
             ConfigError: the fields don't fit together.

@@ -60,11 +60,7 @@ class Source:
 
 
 def open_source(source: str | Path, config: str | Path | None = None) -> Source:
-    """List a checkpoint's tensors.
-
-    Args:
-        source: a folder with safetensors files, in one piece or sharded, or one such file.
-        config: its `config.json`; by default the one in the folder.
+    """List the tensors of a checkpoint: a folder, in one piece or sharded, or one file; its `config` may lie elsewhere.
 
     Raises:
         CheckpointError: there is no safetensors file, or one is missing or damaged, or the configuration is.

@@ -54,16 +54,7 @@ def check_encoder_settings(adapter: ServedAdapter, vllm_config: object) -> None:
 
 
 def check_positions(folder: Path, description: Mapping[str, object], backbone: Backbone) -> None:
-    """Refuse an adapter that was trained with text positions which vLLM doesn't have.
-
-    Args:
-        folder: the adapter's, for the message.
-        description: its `sta_config.json`.
-        backbone: the one that it names.
-
-    Raises:
-        CheckpointError: as said.
-    """
+    """Refuse an adapter that was trained with text positions which vLLM doesn't have."""
     trained, served = description.get("positions"), getattr(backbone.vllm, "text_positions", None)
     if isinstance(trained, str) and served is not None and trained != served:
         raise CheckpointError(

@@ -48,15 +48,7 @@ def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
 
 
 class ServedSTA:
-    """The STA of one engine's model.
-
-    Args:
-        model: vLLM's model.
-        hf_config: the base's configuration, in which the adapter is pinned.
-        plan: the injection.
-        handle: what it gave.
-        adapter: the adapter.
-    """
+    """The STA of one engine's model."""
 
     def __init__(
         self, model: nn.Module, hf_config: PretrainedConfig, plan: Plan, handle: STAHandle, adapter: ServedAdapter
