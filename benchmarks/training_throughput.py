@@ -30,7 +30,7 @@ from torch import nn  # noqa: E402
 from sta_adapter import get_sta, inject_sta  # noqa: E402
 from sta_adapter.data import Collator  # noqa: E402
 from sta_adapter.data.chat_encoding import encode  # noqa: E402
-from sta_adapter.data.visual import Visual  # noqa: E402
+from sta_adapter.data.message import Visual  # noqa: E402
 from sta_adapter.training import TrainingConfig  # noqa: E402
 from sta_adapter.training.lora import lora_config, lora_parameters  # noqa: E402
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_videos import write
 
-from sta_adapter.data import FrameSettings, VideoDataset, clip_times
-from sta_adapter.data.clip_times import step_seconds, told_seconds
+from sta_adapter.data import FrameSettings, VideoDataset, visual_processing
 from sta_adapter.data.conversation import parse_sample
+from sta_adapter.data.visual_processing import step_seconds, told_seconds
 from sta_adapter.video import ClipMetadata, read_clip
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -88,7 +88,7 @@ def test_seconds_of_a_step_in_numbers(indices, frames, expected):
 @pytest.mark.parametrize(("release", "told"), [("4.57.6", 1), ("5.24.0", 0)])
 def test_steps_that_transformers_4_rounds_are_told_of_once(monkeypatch, caplog, release, told):
     monkeypatch.setattr("transformers.__version__", release)
-    clip_times._say_if_rounded.cache_clear()
+    visual_processing._say_if_rounded.cache_clear()
     encoded = {"second_per_grid_ts": torch.zeros(1), "input_ids": torch.zeros(1)}
     told_seconds(encoded, [2.0])
     told_seconds({}, [0.5])
@@ -96,7 +96,7 @@ def test_steps_that_transformers_4_rounds_are_told_of_once(monkeypatch, caplog, 
     for _ in range(2):
         found = told_seconds(encoded, [0.5, 2.0])
         assert {name: value.tolist() for name, value in found.items()} == {"second_per_grid_ts": [0.5, 2.0]}
-    clip_times._say_if_rounded.cache_clear()
+    visual_processing._say_if_rounded.cache_clear()
     assert [f"transformers {release} rounds the seconds" in record.message for record in caplog.records] == [
         True
     ] * told

@@ -9,7 +9,7 @@ import torch
 from sta_adapter.data import BadSample, Collator
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.clip_batches import missing_frames, put_together, row_lengths, split_unequal
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 
 LONG = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([IGNORE, 6, 7])}
 SHORT = {"input_ids": torch.tensor([8]), "labels": torch.tensor([8]), "token_type_ids": torch.tensor([1])}

@@ -28,7 +28,7 @@ from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
 from sta_adapter.data.fingerprint import fingerprint_processor
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 from sta_adapter.data.visual_processing import temporal_patch
 from sta_adapter.errors import CompatibilityError
 from sta_adapter.injection import data_parallel

@@ -13,7 +13,7 @@ from sta_adapter.cli import cli
 from sta_adapter.cli.engine import check_options, sentences
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import Prompt
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, InjectionError, MissingExtraError
 from sta_adapter.evaluation import EvaluationResult, Prediction, evaluate
 from sta_adapter.evaluation.engine import agreement

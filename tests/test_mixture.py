@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_qwen import make_model, make_processor, write_samples
 
-from sta_adapter.data.mixture import mixed_samples, weighted
+from sta_adapter.data.samples import mixed_samples, weighted
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training import TrainingConfig, open_data, train
 

@@ -10,7 +10,7 @@ from cases import Clip, case_parameters, clips_of
 from sta_adapter import get_sta, inject_sta
 from sta_adapter.backbones.qwen2_vl import merged_positions
 from sta_adapter.data.chat_encoding import encode_prompt
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.loading import load_processor
 from sta_adapter.visualization import observe

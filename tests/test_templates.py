@@ -4,8 +4,7 @@ import pytest
 from tiny_qwen import make_model, make_processor, moving_square, write_video
 
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
-from sta_adapter.data.chat_encoding import IGNORE
-from sta_adapter.data.chat_template import grown
+from sta_adapter.data.chat_encoding import IGNORE, grown
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import DataError
 

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.data.chat_template import grown, render
-from sta_adapter.data.message import Message
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Message, Part, Visual
 from sta_adapter.data.visual_processing import Encoded, join, process, require_placeholders, sized, temporal_patch
 from sta_adapter.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt"]
+__all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt", "render"]
 
 IGNORE = -100
 
@@ -196,3 +194,45 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None:
         if str(tokenizer.decode(ids[index:])).strip():
             return None
     return None
+
+
+def render(processor: Processor, messages: list[Message], *, prompt: bool = False) -> str:
+    """The conversation, with a placeholder for each clip or image; a `prompt` ends with words that ask for the answer."""
+    _require_unicode(messages)
+    bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
+    try:
+        found: str = processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
+        return found
+    except Exception as error:
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        raise DataError(
+            f"the chat template can't render the roles ({roles}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def grown(shorter: str, longer: str) -> str:
+    """`longer`, if it begins with `shorter`."""
+    if longer.startswith(shorter):
+        return longer
+    same = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    raise DataError(
+        f"the chat template rewrites earlier turns when a turn is added: {shorter[same : same + 40]!r} became "
+        f"{longer[same : same + 40]!r}; expected it only to append. Use a template without that (pass another chat template)."
+    )
+
+
+def _require_unicode(messages: list[Message]) -> None:
+    """Half a character, as a text that was cut within an emoji has it, is none that a tokenizer takes."""
+    for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(text[error.start : error.end])
+            raise DataError(
+                f"the text holds {found} at character {error.start}, which is half a character (a surrogate without its other "
+                "half); expected whole ones. Whatever wrote the file cut a text within an emoji: mend the text."
+            ) from error
+
+
+def _bare(part: Part) -> Part:
+    return {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}

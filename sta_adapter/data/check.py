@@ -21,10 +21,10 @@ from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.message import Visual
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.data.samples import scan_samples
 from sta_adapter.data.shards import is_shards
-from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import DataError

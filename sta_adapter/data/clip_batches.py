@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from sta_adapter.compatibility.processors import Processor, row_tokens
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 from sta_adapter.errors import DataError
 
 __all__ = ["PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]

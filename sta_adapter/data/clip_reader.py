@@ -17,8 +17,7 @@ from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor, Sizes, visual_part
 from sta_adapter.data.bad_sample import reason_of
-from sta_adapter.data.message import Part
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Part, Visual
 from sta_adapter.errors import DataError, STAError
 from sta_adapter.video import Clip, read_clip, read_folder
 from sta_adapter.video.budget import KEPT_PIXELS

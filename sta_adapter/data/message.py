@@ -1,13 +1,18 @@
-"""What a conversation is made of, as chat templates take it, and the record that it came from."""
+"""What a conversation is made of, as chat templates and processors take it, and the record that it came from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from typing_extensions import NotRequired
 
-__all__ = ["Message", "Part", "Record"]
+    from sta_adapter.video.reader import ClipTimes
+
+__all__ = ["Message", "Part", "Record", "Visual"]
 
 Part = dict[str, Any]
 """Of a message's content: `{"type": "text" | "image" | "video", ...}`, with the clip's own settings."""
@@ -19,6 +24,24 @@ class Message(TypedDict):
     role: str
     content: list[Part]
     loss: NotRequired[bool]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A decoded clip or image.
+
+    Attributes:
+        kind: "video" or "image".
+        pixels: `(T, H, W, 3)` uint8, of one frame for an image.
+        metadata: when frames begin, as transformers tells it: fps, frames_indices (over fps: seconds),
+            total_num_frames, duration.
+        resized: whether the pixels have their final size, so that the processor must not resize them.
+    """
+
+    kind: str
+    pixels: NDArray[np.uint8]
+    metadata: ClipTimes | None = None
+    resized: bool = False
 
 
 Record = dict[str, Any]

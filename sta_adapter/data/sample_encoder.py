@@ -14,10 +14,9 @@ from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.message import Message, Part
+from sta_adapter.data.message import Message, Part, Visual
 from sta_adapter.data.sample_cache import SampleCache
 from sta_adapter.data.shard_clips import unpacked
-from sta_adapter.data.visual import Visual
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError, keep_memory
 from sta_adapter.data.worker_signals import ready_worker

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
+from collections.abc import Mapping
+from functools import cache
 
+import numpy as np
 import torch
 
 from sta_adapter.compatibility import processors
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
-from sta_adapter.data.clip_times import step_seconds, told_seconds
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 from sta_adapter.errors import DataError
+from sta_adapter.video.reader import ClipTimes
 from sta_adapter.video.resize import resize_frames
 
-__all__ = ["Encoded", "join", "process", "require_placeholders", "sized", "temporal_patch"]
+__all__ = [
+    "Encoded",
+    "join",
+    "process",
+    "require_placeholders",
+    "sized",
+    "step_seconds",
+    "temporal_patch",
+    "told_seconds",
+]
 
 Encoded = dict[str, torch.Tensor]
 
@@ -143,3 +156,40 @@ def _check_frames(processor: Processor, encoded: Encoded, clips: list[Visual]) -
 def temporal_patch(processor: Processor) -> int:
     """How many frames the model merges into one."""
     return processors.Sizes.of(processors.visual_part(processor)).frames
+
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("second_per_grid_ts", "video_second_per_grid")
+"""What processors call the seconds from one temporal step of a clip to the next."""
+
+
+def step_seconds(metadata: ClipTimes, frames: int) -> float:
+    """Seconds from one temporal step of so many frames to the next, on average; 1 where there is but one frame."""
+    times = np.array(metadata["frames_indices"]) / metadata["fps"]
+    begins = times[::frames]
+    if len(begins) > 1:
+        return float(begins[-1] - begins[0]) / (len(begins) - 1)
+    return float(times[-1] - times[0]) / (len(times) - 1) * frames if times[-1] > times[0] else 1.0
+
+
+def told_seconds(encoded: Mapping[str, torch.Tensor], steps: list[float]) -> dict[str, torch.Tensor]:
+    """The tensors of a processor that tell seconds of temporal steps, with the right ones: `steps`, one a clip."""
+    names = [name for name in NAMES if name in encoded]
+    if names and any(step != round(step) for step in steps):
+        _say_if_rounded()
+    return {name: torch.tensor(steps, dtype=torch.float32) for name in names}
+
+
+@cache
+def _say_if_rounded() -> None:
+    """Once: models of transformers 4 cut the seconds of a step down to a whole number."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        logger.warning(
+            "transformers %s rounds the seconds of a temporal step down to whole ones in Qwen2.5-VL's positions, so that "
+            "steps of less than a second fall together, unless the model numbers text as it was trained: the commands do so, "
+            "in Python sta_adapter.text_positions.use_positions(model) does. Or use transformers 5.",
+            transformers.__version__,
+        )

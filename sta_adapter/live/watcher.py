@@ -15,7 +15,7 @@ from torch import nn
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
 from sta_adapter.data.visual_processing import Encoded, temporal_patch
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.evaluation.answering import Answerer

@@ -20,8 +20,7 @@ from sta_adapter.adapter.save import replace_files
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
-from sta_adapter.data.mixture import mixed_samples
-from sta_adapter.data.samples import open_samples, require_usable
+from sta_adapter.data.samples import mixed_samples, open_samples, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import is_rank_zero, on_rank_zero

@@ -19,8 +19,7 @@ from sta_adapter.compatibility.processors import Processor, visual_part
 from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
-from sta_adapter.data.message import Message, Part
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Message, Part, Visual
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.evaluation.answering import Answerer

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.data.clip_reader import ClipReader
-from sta_adapter.data.clip_times import step_seconds
-from sta_adapter.data.visual import Visual
+from sta_adapter.data.message import Visual
+from sta_adapter.data.visual_processing import step_seconds
 from sta_adapter.errors import ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
 
