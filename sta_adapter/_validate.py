@@ -1,10 +1,10 @@
-"""What checks of given values share: the nearest known name, and a value as an error shows it."""
+"""What errors share: the nearest known name, a value as an error shows it, and what an error was raised from."""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -23,3 +23,10 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 def shown(value: object) -> str:
     """A value for an error's text: its repr, cut where it is long or deep."""
     return _SHORT.repr(value)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from; not what was handled before it, which may have nothing to do with it."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import finish_write
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_tensors
-from sta_adapter.errors import CheckpointError
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import CheckpointError, ConfigError
 
 WEIGHTS = "sta_adapter.safetensors"
 CONFIG = "sta_config.json"
@@ -36,6 +37,18 @@ class Description(TypedDict, total=False):
     sta_merged_lora: object
     frames: object
     frames_of_records: object
+
+
+def saved_config(description: Description, path: Path) -> STAConfig:
+    """STA's settings in a description.
+
+    Raises:
+        CheckpointError: they are none, naming the file.
+    """
+    try:
+        return STAConfig.from_dict(description["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_description(folder: Path) -> Description:

@@ -9,10 +9,11 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sta_adapter._validate import causes
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError
@@ -142,7 +143,7 @@ def explain(error: BaseException, endpoint: str | None = None) -> str:
     from huggingface_hub import constants
     from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    chain = list(_causes(error))
+    chain = list(causes(error))
     if constants.HF_HUB_OFFLINE or any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
         meaning = "HF_HUB_OFFLINE=1 is set; unset it to push" if endpoint else OFFLINE
     elif any(isinstance(cause, GatedRepoError) for cause in chain):
@@ -173,15 +174,9 @@ def _status_meaning(status: int, text: str, *, pushing: bool) -> str:
     return f"the Hub answered with status {status}"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, if a server has answered."""
-    for cause in _causes(error):
+    for cause in causes(error):
         response = getattr(cause, "response", None)
         if response is not None:
             return int(response.status_code)
@@ -190,7 +185,7 @@ def status_of(error: BaseException) -> int | None:
 
 def _may_pass(error: BaseException) -> bool:
     status = status_of(error)
-    return any(map(_is_connection_trouble, _causes(error))) if status is None else status in PASSING
+    return any(map(_is_connection_trouble, causes(error))) if status is None else status in PASSING
 
 
 def _is_connection_trouble(error: BaseException) -> bool:

@@ -18,14 +18,14 @@ from sta_adapter.adapter.format import (
     read_description,
     require_description,
     require_same_settings,
+    saved_config,
 )
 from sta_adapter.adapter.lora_keys import LoraFile
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
-from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.errors import CheckpointError
 
 __all__ = ["read_checked"]
 
@@ -43,10 +43,7 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
     contents = {CONFIG: _contents(folder, CONFIG), WEIGHTS: _contents(folder, WEIGHTS)}
     description = require_description(parse_json(contents[CONFIG], folder / CONFIG), folder / CONFIG)
     _require_plain(description, folder / CONFIG)
-    try:
-        STAConfig.from_dict(description["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    saved_config(description, folder / CONFIG)
     state = parse_tensors(contents[WEIGHTS], folder / WEIGHTS)
     _require_sta(state, description, folder / WEIGHTS)
     require_same_settings(folder, description, parse_metadata(contents[WEIGHTS], folder / WEIGHTS))

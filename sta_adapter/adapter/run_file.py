@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, TypedDict
 
-from sta_adapter.adapter.format import Description
+from sta_adapter.adapter.format import Description, saved_config
 from sta_adapter.adapter.safe_read import read_json
-from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -112,10 +111,7 @@ def read_about(description: Description) -> Description:
     if wrong:
         raise CheckpointError(f"{path}: {', '.join(wrong)} of the encoder must be whole numbers.")
     names = {name: _plain(description.get(name) or "", name, path) for name in ("backbone", "sta_adapter_version")}
-    try:
-        config = STAConfig.from_dict(description["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    config = saved_config(description, path)
     told: Description = {"backbone": str(names["backbone"]), "sta_adapter_version": names["sta_adapter_version"]}
     return {**description, **told, "encoder": sizes, "config": config.to_dict()}
 

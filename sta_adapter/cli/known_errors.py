@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 
+from sta_adapter._validate import causes
 from sta_adapter.errors import STAError
 
 __all__ = ["in_one_line"]
@@ -39,7 +39,7 @@ def in_one_line(error: BaseException) -> str:
     """What happened in an error that ended a command, and what to do about it."""
     if isinstance(error, STAError):
         return str(error)
-    for cause in _causes(error):
+    for cause in causes(error):
         known = _known(cause)
         if known:
             return known
@@ -84,14 +84,6 @@ def _missing(error: ImportError) -> str:
         extra = next((EXTRAS[name] for name in EXTRAS if name.casefold() in str(error).casefold()), None)
     hint = f"pip install 'sta-adapter[{extra}]'" if extra else f"pip install {module}" if module else "install it"
     return f"a package is missing or can't be imported ({_line(error)}): {hint}"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from; not what was handled before it, which may have nothing to do with it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
 
 
 def _line(error: BaseException) -> str:

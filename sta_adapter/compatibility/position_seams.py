@@ -60,15 +60,7 @@ def has_generation_method(head: type) -> bool:
     Raises:
         CompatibilityError: transformers 5 has no such method, or one with other parameters.
     """
-    if not hasattr(head, "generate"):
-        return False
-    method = getattr(head, GENERATION_METHOD, None)
-    if method is None:
-        if _transformers_major() >= 5:
-            raise incompatible("transformers", f"{head.__name__} has no {GENERATION_METHOD}")
-        return False
-    known_parameters(method, f"{head.__name__}.{GENERATION_METHOD}", ("self", "inputs_tensor", "model_kwargs"))
-    return True
+    return hasattr(head, "generate") and _has_method(head, GENERATION_METHOD, ("self", "inputs_tensor", "model_kwargs"))
 
 
 def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
@@ -90,16 +82,16 @@ def has_frequency_method(rotary: type) -> bool:
     Raises:
         CompatibilityError: transformers 5 has no such method, or one with other parameters.
     """
-    method = getattr(rotary, FREQUENCY_METHOD, None)
-    if method is None:
-        if _transformers_major() >= 5:
-            raise incompatible("transformers", f"{rotary.__name__} has no {FREQUENCY_METHOD}")
-        return False
-    known_parameters(method, f"{rotary.__name__}.{FREQUENCY_METHOD}", ("self", "freq"))
-    return True
+    return _has_method(rotary, FREQUENCY_METHOD, ("self", "freq"))
 
 
-def _transformers_major() -> int:
+def _has_method(owner: type, name: str, parameters: tuple[str, ...]) -> bool:
+    """Whether a class has a method of transformers 5, with the parameters that we know."""
     import transformers
 
-    return int(transformers.__version__.split(".")[0])
+    method = getattr(owner, name, None)
+    if method is not None:
+        known_parameters(method, f"{owner.__name__}.{name}", parameters)
+    elif int(transformers.__version__.split(".")[0]) >= 5:
+        raise incompatible("transformers", f"{owner.__name__} has no {name}")
+    return method is not None

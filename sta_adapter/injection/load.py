@@ -24,13 +24,13 @@ from sta_adapter.adapter.format import (
     read_description,
     read_weights,
     require_description,
+    saved_config,
 )
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.compatibility.seams import version
-from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
+from sta_adapter.errors import CheckpointError, STAError, STAWarning
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
@@ -78,7 +78,7 @@ def load_sta(
     """
     folder = resolve_adapter(folder_or_repo_id, revision, subfolder=subfolder, **hub_options)
     description, file, read = _describe(folder)
-    config = _saved_config(folder, description)
+    config = saved_config(description, folder / CONFIG)
     watch_peft()
     plan = plan_injection(model, config)
     check_base(folder, description, model, plan.encoder, base_model)
@@ -171,13 +171,6 @@ def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) ->
             tensor.copy_(state[f"blocks.{index}.{name}"])
         if len(own) == len(module.state_dict()):
             module.requires_grad_(is_trainable)
-
-
-def _saved_config(folder: Path, description: Description) -> STAConfig:
-    try:
-        return STAConfig.from_dict(description["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def _folder_with_sta(name: str | os.PathLike[str], revision: str | None, subfolder: str | None) -> Path | None:

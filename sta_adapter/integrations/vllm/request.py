@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sta_adapter.adapter.base_model import MERGED_LORA
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights, saved_config
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
@@ -55,10 +55,7 @@ class ServedAdapter:
     @property
     def config(self) -> STAConfig:
         """STA's settings."""
-        try:
-            return STAConfig.from_dict(self.description["config"])
-        except ConfigError as error:
-            raise CheckpointError(f"{self.folder / CONFIG}: {error}") from error
+        return saved_config(self.description, self.folder / CONFIG)
 
 
 def asks_for_sta(hf_config: PretrainedConfig) -> bool:
