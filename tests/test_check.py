@@ -14,7 +14,7 @@ from torch import nn
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.backbones.frames import row_clips
 from sta_adapter.errors import InjectionError, STAWarning, UnknownBackboneError, UnknownClipsError
-from sta_adapter.injection import first_call
+from sta_adapter.injection import plan
 from sta_adapter.injection.target import resolve_target
 from sta_adapter.injection.validate import FEW_TOKENS, validate_target
 
@@ -397,7 +397,7 @@ def test_a_call_that_fails_by_itself_says_so_and_the_next_is_checked():
 def test_another_threads_first_call_waits_for_the_verdict(monkeypatch):
     model, patches = toy(), torch.randn(2, PATCHES, 4)
     undummied(model)
-    validate, checks, second = first_call.validate_call, [], threading.Event()
+    validate, checks, second = plan.validate_call, [], threading.Event()
 
     def checked(*given):
         checks.append(given)
@@ -406,7 +406,7 @@ def test_another_threads_first_call_waits_for_the_verdict(monkeypatch):
         second.wait(0.3)  # whoever comes second comes now, unless it is kept out
         return validate(*given)
 
-    monkeypatch.setattr(first_call, "validate_call", checked)
+    monkeypatch.setattr(plan, "validate_call", checked)
     threads = [threading.Thread(target=model, args=(patches,)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -425,7 +425,7 @@ def test_copies_and_pickles_are_checked_too():
 def test_a_sharded_encoder_says_that_it_is_unverified(monkeypatch):
     model, patches = toy(), torch.randn(2, PATCHES, 4)
     undummied(model)
-    monkeypatch.setattr(first_call, "is_sharded", lambda tensors: True)
+    monkeypatch.setattr(plan, "is_sharded", lambda tensors: True)
     with pytest.warns(STAWarning, match="the encoder is sharded, so whether its norm is .* is unverified"):
         model(patches)
     with warnings.catch_warnings():

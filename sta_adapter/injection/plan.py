@@ -1,8 +1,10 @@
-"""Plan: an injection, checked before anything is changed, and carried out."""
+"""Plan: an injection, checked before anything is changed, or at the first call, and carried out."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -10,19 +12,20 @@ from torch import nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import add_load_hook
+from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.config import STAConfig
-from sta_adapter.distributed import execution_device
-from sta_adapter.errors import ConfigError, InjectionError
+from sta_adapter.distributed import execution_device, is_sharded
+from sta_adapter.errors import ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
 from sta_adapter.injection.data_parallel import attach_agreement
-from sta_adapter.injection.first_call import FirstCallPreHook
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import (
     BlockPostHook,
     BlockPreHook,
     EncoderPostHook,
     EncoderPreHook,
+    Hook,
     LoadStatePreHook,
     NormPreHook,
     find_injections,
@@ -30,8 +33,8 @@ from sta_adapter.injection.hooks import (
 )
 from sta_adapter.injection.registry import locate
 from sta_adapter.injection.state import Injection
-from sta_adapter.injection.target import InjectionTarget, find_language_model
-from sta_adapter.injection.validate import validate_target
+from sta_adapter.injection.target import InjectionTarget, find_language_model, resolve_target
+from sta_adapter.injection.validate import validate_call, validate_target
 
 WRAPPERS = {
     "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
@@ -41,6 +44,7 @@ WRAPPERS = {
     "DeepSpeedEngine": "before deepspeed.initialize",
     "OptimizedModule": "into the original model, then torch.compile it",
 }
+_LOCK = threading.RLock()  # another thread's first forward waits for the verdict of a check
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -201,3 +205,49 @@ def _compute_dtypes(block: nn.Module) -> Iterator[tuple[torch.dtype, int]]:
                 yield parameter.dtype, parameter.numel()
             elif isinstance(compute, torch.dtype):
                 yield compute, parameter.numel()
+
+
+class FirstCallPreHook(Hook):
+    """Forward pre-hook of the encoder: before its first forward the blocks are checked, once.
+
+    The encoder runs as far as its first block, and the first and last block by themselves, without STA and without
+    gradients; modes and random states stay as they are.
+    """
+
+    def __init__(self, injection: Injection) -> None:
+        super().__init__(injection)
+        self.done = False
+
+    @uncompiled
+    def __call__(self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Change nothing.
+
+        Raises:
+            InjectionError: the blocks are not as the backbone declares; at every call, until STA is removed.
+
+        Warns:
+            STAWarning: the encoder is sharded, so that its blocks can't be run by themselves.
+        """
+        if self.done or not self.injection.is_enabled:
+            return
+        with _LOCK:
+            if self.done:
+                return
+            if is_sharded(encoder.parameters()):
+                warnings.warn(
+                    f"backbone {self.injection.backbone!r} has no dummy_inputs and the encoder is sharded, so whether its norm "
+                    "is the one in front of the MLP is unverified. Add dummy_inputs, or run the encoder once before sharding.",
+                    STAWarning,
+                    stacklevel=2,
+                )
+                self.done = True
+                return
+            self.done = self._check(encoder, args, kwargs)
+
+    def _check(self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+        self.injection.thread.in_check = True
+        try:
+            with self.injection.disabled():
+                return validate_call(resolve_target(self.injection.spec, encoder), args, kwargs)
+        finally:
+            self.injection.thread.in_check = False
