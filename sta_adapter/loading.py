@@ -24,7 +24,7 @@ from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, 
 from sta_adapter.injection.load import load_sta, watch_peft
 from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.internvideo import builder_of
-from sta_adapter.internvideo.files import published_config
+from sta_adapter.internvideo.weights import published_config
 from sta_adapter.requirements import require_device
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from sta_adapter import inject_sta
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.v2_5_loading import configuration, convert
 from sta_adapter.internvideo.v2_config import LORA_TARGETS
-from sta_adapter.internvideo.v2_weights import model_weights
+from sta_adapter.internvideo.v2_loading import model_weights
 from sta_adapter.loading import load_model
 
 SHARD = 2 * 2**30  # bytes of a file of weights

@@ -406,7 +406,7 @@ def test_an_unknown_revision_is_told(monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import RevisionNotFoundError
 
-    from sta_adapter.internvideo import files
+    from sta_adapter.internvideo import weights
 
     def refuse(*args, **kwargs):
         raise RevisionNotFoundError.__new__(RevisionNotFoundError)
@@ -414,13 +414,13 @@ def test_an_unknown_revision_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"'user/model' at revision 'v9' can't be had: it has no such branch"):
-        files.fetch_folder("user/model", "v9", ())
+        weights.fetch_folder("user/model", "v9", ())
 
 
 def test_all_files_of_a_published_model_are_asked_for_and_no_code(monkeypatch):
     import huggingface_hub
 
-    from sta_adapter.internvideo import files
+    from sta_adapter.internvideo import weights
 
     asked = []
 
@@ -429,7 +429,7 @@ def test_all_files_of_a_published_model_are_asked_for_and_no_code(monkeypatch):
         return "there"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", note)
-    files.fetch_folder("user/model", None, (*files.WEIGHT_FILES, *files.TOKENIZER_FILES))
+    weights.fetch_folder("user/model", None, (*weights.WEIGHT_FILES, *weights.TOKENIZER_FILES))
     needed = [
         *("config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00004.safetensors"),
         *("pytorch_model.bin", "stage2.pt", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json"),

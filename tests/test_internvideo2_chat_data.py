@@ -344,7 +344,7 @@ def test_published_weights_are_quantized_only_after_saving(base):
 
 def test_lora_is_merged_whatever_order_its_parts_come_in():
     """LoRA is merged a layer at a time, whatever order files have; layers that wait are few."""
-    from sta_adapter.internvideo.v2_weights import model_weights
+    from sta_adapter.internvideo.v2_loading import model_weights
 
     layer = "lm.base_model.model.model.layers.0.mlp.up_proj"
     parts = {f"{layer}.weight": value("w", (6, 5)), f"{layer}.lora_A.default.weight": value("a", (2, 5))}

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from sta_adapter.errors import CheckpointError, MissingExtraError
-from sta_adapter.internvideo.files import added_tokens, read_json
+from sta_adapter.internvideo.weights import added_tokens, read_json
 
 __all__ = ["load_tokenizer"]
 

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.internvideo.files import TOKENIZER_FILES, WEIGHT_FILES, added_tokens, fetch_folder
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
-from sta_adapter.internvideo.weights import Weights, dtype_of_weights, fill, iterate_weights, weight_files
+from sta_adapter.internvideo.weights import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    Weights,
+    added_tokens,
+    dtype_of_weights,
+    fetch_folder,
+    fill,
+    iterate_weights,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

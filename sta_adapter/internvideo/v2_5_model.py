@@ -17,10 +17,9 @@ from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sta_adapter.errors import LayoutError
-from sta_adapter.internvideo.token_merging import merge_tokens
 from sta_adapter.internvideo.v2_5_chat import ChatMethods
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config
-from sta_adapter.internvideo.v2_5_vision import InternVisionModel
+from sta_adapter.internvideo.v2_5_vision import InternVisionModel, merge_tokens
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

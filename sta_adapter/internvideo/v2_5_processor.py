@@ -14,12 +14,12 @@ from transformers import BatchFeature
 
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
-from sta_adapter.internvideo.files import read_json
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
 from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, chat_template, frames_prefix, image_tokens
 from sta_adapter.internvideo.visuals import Frames, Picture
+from sta_adapter.internvideo.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

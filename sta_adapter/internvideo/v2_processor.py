@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, BatchFeature, MistralConfig, PreTrainedT
 
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
-from sta_adapter.internvideo.files import read_json
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
 from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
 from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, prompt_tokens
 from sta_adapter.internvideo.visuals import Frames, Picture
+from sta_adapter.internvideo.weights import read_json
 
 __all__ = ["InternVideo2ChatProcessor"]
 
