@@ -96,8 +96,8 @@ def test_the_summary_before_the_first_step(tmp_path, monkeypatch):
     from torch import nn
 
     from sta_adapter.training import TrainingConfig
+    from sta_adapter.training.progress import describe
     from sta_adapter.training.stage import Stage
-    from sta_adapter.training.summary import describe
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = TrainingConfig(batch_size=8, epochs=2)

@@ -22,9 +22,9 @@ from sta_adapter.training.arguments import training_arguments
 from sta_adapter.training.identity import claim
 from sta_adapter.training.idle_settings import check_idle
 from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, step_peak, without_values
+from sta_adapter.training.progress import describe
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.stage import Stage
-from sta_adapter.training.summary import describe
 from sta_adapter.training.trainer import placeholder
 from sta_adapter.training.two_stage import _opened, _publish
 

@@ -1,28 +1,39 @@
-"""What training shows: a bar in a terminal, plain lines elsewhere."""
+"""What training shows: what a stage is about to do, then a bar in a terminal, or plain lines elsewhere."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sized
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.stream import StreamDataset
+from sta_adapter.distributed import full_shape
+from sta_adapter.requirements import reporters
+from sta_adapter.training.arguments import join_processes, precision_of
 from sta_adapter.training.watch import Watch
 
 if TYPE_CHECKING:
     from tqdm.std import tqdm
 
-__all__ = ["Progress"]
+    from sta_adapter.training.stage import Stage
+
+__all__ = ["Progress", "describe"]
 
 HIDDEN = ("_runtime", "_score", "_per_second", "_time")
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 RECENT = 20  # steps over which speed is measured
+WHAT = {"1": "STA", "2": "STA and LoRA"}
 
 
 class Progress(TrainerCallback):
@@ -163,3 +174,54 @@ def _bar(total: int, initial: int, text: str, form: str | None, leave: bool = Tr
     from tqdm.auto import tqdm
 
     return tqdm(total=total, initial=initial, desc=text, bar_format=form, dynamic_ncols=True, leave=leave)
+
+
+def describe(stage: Stage, model: nn.Module, checkpoint: Path | None) -> list[str]:
+    """Lines for a terminal about a stage, with what trains marked, and the checkpoint that it goes on from."""
+    config, processes = stage.config, join_processes().num_processes
+    counts = [(torch.Size(full_shape(p)).numel(), p.requires_grad) for p in model.parameters()]
+    trained, whole = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+    device_batch, times = config.device_batches(processes)
+    steps = stage.steps()
+    what = WHAT[stage.name] if config.sta else "LoRA"
+    batch = f"{device_batch} on a device at a time" + (f", {times} times" if times > 1 else "")
+    saved = [f"{config.save_steps} steps"] if stage.saves_by_steps() else ["evaluation"]
+    saved += [f"{config.save_minutes:g} minutes"] if config.save_minutes is not None else []
+    lines = {
+        "trains": f"{what}: {_millions(trained)} of {_millions(whole)} parameters",
+        "data": f"{_amount(stage.dataset)}, {steps} steps of {config.batch_size} clips ({batch})",
+        "rate": f"{config.learning_rate:g}, {config.schedule}, rising for {config.warmup:.0%} of the steps",
+        "computes": f"in {precision_of(config.precision)} on {_device()}{_shared(processes)}, gradient checkpointing "
+        f"{'on' if config.gradient_checkpointing else 'off'}",
+        "saves": f"into {shlex.quote(str(stage.folder))}, every {' or '.join(saved)}",
+    }
+    if stage.evaluates():
+        lines["measures"] = stage.measured() + (
+            f" every {config.eval_steps} steps" if config.eval_steps else " each epoch"
+        )
+    if "tensorboard" in reporters(config.report_to):
+        lines["shows"] = f"tensorboard --logdir {shlex.quote(str(stage.folder))}"
+    if checkpoint is not None:
+        lines["goes on"] = f"from {checkpoint.name}"
+    return [f"stage {stage.name}", *(f"  {name:<9} {text}" for name, text in lines.items())]
+
+
+def _amount(dataset: VideoDataset | StreamDataset) -> str:
+    if isinstance(dataset, StreamDataset):
+        return f"{len(dataset.shards)} shards"
+    return f"{len(dataset):,} samples"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "the CPU"
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name} ({found.total_memory / 1e9:.0f} GB)"
+
+
+def _shared(processes: int) -> str:
+    return f" and {processes - 1} more processes" if processes > 1 else ""

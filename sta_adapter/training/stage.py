@@ -41,8 +41,7 @@ from sta_adapter.training.config import LENGTH, TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized
 from sta_adapter.training.identity import write_json
 from sta_adapter.training.lora import lora_config, lora_parameters, require_same_lora
-from sta_adapter.training.progress import Progress
-from sta_adapter.training.summary import describe
+from sta_adapter.training.progress import Progress, describe
 from sta_adapter.training.trainer import AdapterTrainer
 from sta_adapter.training.watch import EarlyStopping, Signals, Watch
 
