@@ -21,7 +21,7 @@ from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError,
 from sta_adapter.injection.backbone import VLLMTower
 from sta_adapter.injection.registry import get_backbone, in_vllm, list_backbones
 from sta_adapter.integrations.vllm import models, register, registry
-from sta_adapter.integrations.vllm.identifiers import add_digest
+from sta_adapter.integrations.vllm.models import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings
 from sta_adapter.integrations.vllm.request import requested
 

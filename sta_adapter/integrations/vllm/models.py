@@ -1,11 +1,14 @@
 """vLLM's own model classes, with the STA of an adapter in their vision tower.
 
 The attributes of this module are made when they are asked for: `models.Qwen2VLForConditionalGeneration` is a subclass
-of vLLM's class of that name.
+of vLLM's class of that name. The identifiers of pictures and videos, which key vLLM's caches of encoder outputs and of
+prefixes, are made of the base's name and the content, or come with the request: they get the adapter's digest, so that
+another adapter's features are never taken for this one's where engines share a cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Iterable
@@ -14,9 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from sta_adapter.compatibility.seams import incompatible, parameter_names
-from sta_adapter.integrations.vllm.identifiers import with_digest
 from sta_adapter.integrations.vllm.registry import architectures
+from sta_adapter.integrations.vllm.request import DIGEST
 from sta_adapter.integrations.vllm.serving import ServedSTA, put_sta
+
+FACTORIES = "_processor_factory"
+HASHES = "_get_mm_hashes"
 
 
 def __getattr__(name: str) -> type:
@@ -68,3 +74,45 @@ def serving_class(path: str) -> type:
     Serving.__name__ = Serving.__qualname__ = name
     Serving.__module__ = __name__
     return Serving
+
+
+def with_digest(model_class: type) -> object:
+    """The processor factories of vLLM's class, whose processors put the digest behind each identifier.
+
+    Raises:
+        CompatibilityError: the class has no such factories.
+    """
+    factories: Any = getattr(model_class, FACTORIES, None)
+    is_known = dataclasses.is_dataclass(factories) and callable(getattr(factories, "processor", None))
+    if not is_known:
+        raise incompatible("vllm", f"{model_class.__name__} has no {FACTORIES} with a processor")
+    build = factories.processor
+
+    def processor(info: Any, *args: object, **kwargs: object) -> object:
+        made = build(info, *args, **kwargs)
+        digest = getattr(info.ctx.model_config.hf_config, DIGEST, None)
+        if digest is not None:
+            add_digest(made, digest)
+        return made
+
+    return dataclasses.replace(factories, processor=processor)
+
+
+def add_digest(processor: object, digest: str) -> None:
+    """Put the digest behind each identifier that a processor makes.
+
+    Raises:
+        CompatibilityError: it makes them otherwise.
+    """
+    original = getattr(processor, HASHES, None)
+    if not callable(original):
+        raise incompatible("vllm", f"{type(processor).__name__} has no {HASHES}")
+
+    def hashes(inputs: object) -> dict[str, list[str]]:
+        found = original(inputs)
+        try:
+            return {kind: [f"{name}-sta-{digest}" for name in names] for kind, names in found.items()}
+        except (AttributeError, TypeError) as error:
+            raise incompatible("vllm", f"{HASHES} gave a {type(found).__name__} ({error})") from error
+
+    setattr(processor, HASHES, hashes)
