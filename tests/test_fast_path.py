@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
 from sta_adapter.attention.block_function import Weights, weights_or_reason
 from sta_adapter.attention.explain import calls_of
-from sta_adapter.attention.step_back import step_back
+from sta_adapter.attention.kernels import step_back
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 layouts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4) | st.builds(

@@ -7,23 +7,35 @@ What counts as the same model:
 - two different Hub ids are two models. A folder or a model made without a name is taken as it is, since a folder may
   hold anything under any name; so is the name that stood in a converted checkpoint, which is unverified.
 
-`base_model="any"` waives the second and third, for a renamed or fine-tuned copy.
+`base_model="any"` waives the second and third, for a renamed or fine-tuned copy. Whether the base is also as it was when STA went in is told
+by a few numbers of each tensor, of which training and merging leave none as they are.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sta_adapter.adapter.format import Description
+from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["ANY", "check_base", "describe_base", "is_hub_id", "saved_base"]
+__all__ = [
+    "ANY",
+    "BaseMarks",
+    "check_base",
+    "describe_base",
+    "is_hub_id",
+    "mark_base",
+    "require_same_base",
+    "saved_base",
+]
 
 ANY = "any"
 MERGED_LORA: Final = (
@@ -33,6 +45,11 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with one of these is a language model's too
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
+SAMPLED = 16  # numbers of each tensor
+AROUND = re.compile(
+    r"^(?:(?:base_model\.model|module|_orig_mod)\.)+|(?:base_layer|original_module|_fsdp_wrapped_module|_orig_mod)\."
+)
+ROUNDED = (torch.bfloat16, torch.float16)
 
 
 class BaseModel(TypedDict, total=False):
@@ -153,3 +170,72 @@ def _language_sizes(config: object) -> dict[str, object] | None:
 
 def _get(config: object, name: str) -> object:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+BaseMarks = dict[str, tuple[tuple[int, ...], Tensor]]
+
+
+def mark_base(model: nn.Module) -> BaseMarks:
+    """Shape and some numbers of each of the model's tensors, by its name in the bare model."""
+    return {name: (tuple(tensor.shape), _sample(tensor)) for name, tensor in _tensors(model)}
+
+
+def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:
+    """Refuse a model of which other tensors were trained than an adapter holds, or that LoRA was merged into.
+
+    Args:
+        model: with STA, and with LoRA or without.
+        marks: what `mark_base` gave before.
+        saved: names of the base's tensors that are saved with LoRA; these may be others.
+
+    Raises:
+        CheckpointError: as said, with how many tensors and which.
+    """
+    held = {AROUND.sub("", name) for name in saved}
+    merged = (name for name, module in model.named_modules() if getattr(module, "merged", False) is True)
+    held |= {
+        AROUND.sub("", f"{name}.base_layer.{part}") for name in merged for part in ("weight", "bias")
+    }  # and can be unmerged
+    changed = [
+        name
+        for name, tensor in _tensors(model)
+        if name in marks
+        and name not in held
+        and marks[name][0] == tuple(tensor.shape)
+        and not _same(marks[name][1], tensor)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{len(changed)} of the base model's tensors are other than when STA went in, the first is {changed[0]}: they were "
+            "trained, or LoRA was merged into them, and an adapter holds neither, so that on the base model it would compute something else. "
+            "Freeze the base (handle.freeze_base(), or LoRA with handle.lora_config(modules_to_save=[...])) and save before merging. To "
+            "save it for the changed model, which you keep yourself (model.save_pretrained), pass base_changed=True."
+        )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's floating-point tensors that are here, whole and not quantised, with their names in the bare model."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if (
+            type(parameter) is nn.Parameter
+            and parameter.is_floating_point()
+            and parameter.device.type != "meta"
+            and parameter.numel()
+            and not is_sharded([parameter])
+        ):
+            yield AROUND.sub("", name), parameter
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to("cpu", copy=True)
+
+
+def _same(before: Tensor, tensor: Tensor) -> bool:
+    """Whether it has the same numbers, or those that another dtype leaves of them."""
+    now = _sample(tensor)
+    if before.dtype != now.dtype and torch.equal(now.to(before.dtype), before):
+        return True
+    return any(torch.equal(before.to(dtype).to(now.dtype), now) for dtype in (before.dtype, *ROUNDED))

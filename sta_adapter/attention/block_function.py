@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sta_adapter.attention.frame_attention import mix_frames, mix_frames_gradient
+from sta_adapter.attention.kernels import step_back
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.attention.step_back import step_back
 from sta_adapter.compatibility.seams import calls_are_watched, is_hooked, operations_are_watched
 from sta_adapter.config import STAConfig
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sta_adapter.attention import xformers_kernels
-from sta_adapter.attention.step_back import step_back
 from sta_adapter.attention.weights import attention_weights, visible_keys
 from sta_adapter.errors import BackendError, ConfigError
 
@@ -210,3 +209,26 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, bool, int | None], Tensor]
     "sdpa": _sdpa,
     "eager": _eager,
 }
+
+
+def step_back(output: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Gradients of `output` at leaves that require one.
+
+    Where one operation of torch lies between them its backward is called as it is: inside of a backward, a run of the
+    engine takes several times as long.
+
+    Args:
+        output: computed from the leaves, with gradients.
+        leaves: tensors without a history.
+        grad: shaped as `output`.
+    """
+    if callable(node := output.grad_fn) and not isinstance(node, torch.autograd.function.BackwardCFunction):
+        reached = [function for function, _ in node.next_functions]
+        variables = [getattr(function, "variable", None) for function in reached]
+        places = [next((i for i, x in enumerate(variables) if x is leaf), -1) for leaf in leaves]
+        if -1 not in places and sum(function is not None for function in reached) == len(leaves):
+            found = node(grad)
+            found = found if isinstance(found, tuple) else (found,)
+            if all(found[place] is not None for place in places):  # None: within `torch.autograd.grad(..., inputs)`
+                return [found[place] for place in places]
+    return list(torch.autograd.grad(output, leaves, grad))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from sta_adapter.adapter.base_marks import require_same_base
-from sta_adapter.adapter.base_model import describe_base
+from sta_adapter.adapter.base_model import describe_base, require_same_base
 from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_weights import lora_files, lora_state
 from sta_adapter.adapter.push import Publication, push_files

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.base_marks import BaseMarks, mark_base
+from sta_adapter.adapter.base_model import BaseMarks, mark_base
 from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
@@ -102,7 +102,7 @@ class Injection:
         self.config = config
         self.spec = spec
         self.enabled = True
-        self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
+        self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_model
         self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
         self._threads = _PerThread()
 

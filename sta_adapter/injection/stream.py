@@ -15,8 +15,7 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig, checked_window
 from sta_adapter.errors import ConfigError, LayoutError, StreamError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
-from sta_adapter.injection.stream_file import SavedStream, restored, saved
-from sta_adapter.injection.stream_state import Chunk, FrameShape, StreamCall, StreamState
+from sta_adapter.injection.stream_state import Chunk, FrameShape, SavedStream, StreamCall, StreamState, restored, saved
 
 if TYPE_CHECKING:
     from sta_adapter.injection.state import Injection
