@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from sta_adapter.errors import DataError, MissingExtraError
-from sta_adapter.internvideo.visuals import Frames, Picture
+from sta_adapter.internvideo.visuals import MEAN, STD, Frames, Picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's colours."""
 
 
 class InternVideo2_5ImageProcessor:

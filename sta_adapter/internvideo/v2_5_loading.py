@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
-from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
 from sta_adapter.internvideo.weights import (
+    DTYPE,
     TOKENIZER_FILES,
     WEIGHT_FILES,
     Weights,
@@ -25,6 +26,7 @@ from sta_adapter.internvideo.weights import (
     fetch_folder,
     fill,
     iterate_weights,
+    refuse_quantization,
     weight_files,
 )
 
@@ -66,10 +68,7 @@ def load_model(
             options |= {"quantization_config": quantization_config, "device_map": {"": device}}
         model = InternVideo2_5ForConditionalGeneration.from_pretrained(folder, **options)
     elif quantization_config is not None:
-        raise ConfigError(
-            f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are converted. "
-            "Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load FOLDER."
-        )
+        refuse_quantization(name)
     else:
         model = _published(folder, config, dtype, device)
     model.config._name_or_path = os.fspath(name)
@@ -151,7 +150,3 @@ def convert(weights: Weights, config: LlamaConfig) -> Iterator[tuple[str, Tensor
         parts = tensor.unflatten(0, rows)
         for letter, part in zip("qkv", (parts[:, :group], parts[:, group], parts[:, group + 1]), strict=True):
             yield found.replace(".attention.wqkv.", f".self_attn.{letter}_proj."), part.reshape(-1, *tensor.shape[1:])
-
-
-DTYPE = "dtype" if hasattr(LlamaConfig(), "dtype") else "torch_dtype"
-"""What this release of transformers calls it."""

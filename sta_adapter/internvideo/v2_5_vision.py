@@ -1,7 +1,8 @@
 """InternViT, the vision encoder of InternVL and InternVideo2.5: frames or tiles as its batch, under the published names.
 
-The same arithmetic as the published file (its plain attention), so that adapters and weights go from one to the other. Behind it, HiCo's merging of
-visual tokens (InternVideo2.5, arXiv 2501.12386, section 3), by ToMe (arXiv 2210.09461, section 3).
+The same arithmetic as the published file (its plain attention), so that adapters and weights go from one to the other.
+Behind it, HiCo's merging of visual tokens (InternVideo2.5, arXiv 2501.12386, section 3), by ToMe (arXiv 2210.09461,
+section 3).
 """
 
 from __future__ import annotations
@@ -15,27 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sta_adapter.errors import LayoutError
 from sta_adapter.internvideo.v2_5_config import InternVisionConfig
 
-
-class InternRMSNorm(nn.Module):
-    """Root mean square norm, computed in float32 and weighted in the input's type."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.variance_epsilon = eps
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., C) to the same."""
-        wide = states.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(states.dtype)
-
-
-NORMS: dict[str, type[nn.Module]] = {"rms_norm": InternRMSNorm, "layer_norm": nn.LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": LlamaRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class DropPath(nn.Module):
@@ -88,8 +74,8 @@ class InternAttention(nn.Module):
         self.proj_drop = nn.Dropout(config.dropout)
         self.qk_normalization = config.qk_normalization
         if config.qk_normalization:
-            self.q_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps)
-            self.k_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps)
+            self.q_norm = LlamaRMSNorm(config.hidden_size, config.layer_norm_eps)
+            self.k_norm = LlamaRMSNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, states: Tensor) -> Tensor:
         """(F, 1 + N, C) to the same."""

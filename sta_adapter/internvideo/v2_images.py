@@ -12,12 +12,9 @@ from torch import Tensor
 
 from sta_adapter.data.clip_batches import put_together
 from sta_adapter.errors import DataError
-from sta_adapter.internvideo.visuals import Frames, Picture
+from sta_adapter.internvideo.visuals import MEAN, STD, Frames, Picture
 
 __all__ = ["InternVideo2ImageProcessor"]
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's colours."""
 
 
 class InternVideo2ImageProcessor:

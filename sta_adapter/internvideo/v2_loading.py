@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig
 
-from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_config import LORA_TARGETS, MODEL_TYPE, read_config
 from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.weights import (
+    DTYPE,
     TOKENIZER_FILES,
     WEIGHT_FILES,
     Weights,
@@ -24,6 +25,7 @@ from sta_adapter.internvideo.weights import (
     fetch_folder,
     fill,
     iterate_weights,
+    refuse_quantization,
     weight_files,
 )
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["empty_model", "load_model", "load_processor", "model_weights"]
 
-DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # what transformers calls it
 OTHER_FILES = ("*/config.json", "bert/*", "bert-base-uncased/*")
 """A language model's configuration and the Q-Former's tokenizer, where a folder has them."""
 NAMES = (
@@ -64,11 +65,7 @@ def load_model(
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES, *OTHER_FILES))
     if quantization_config is not None:
         if config.get("model_type") != MODEL_TYPE:
-            raise ConfigError(
-                f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are "
-                "converted. Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load "
-                "FOLDER."
-            )
+            refuse_quantization(name)
         options: dict[str, Any] = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
         quantized: InternVideo2Chat = InternVideo2Chat.from_pretrained(folder, **options)
         quantized.config._name_or_path = os.fspath(name)

@@ -1,4 +1,4 @@
-"""What both chat models take for a picture, and for the frames of a clip."""
+"""What both chat models take for a picture and for the frames of a clip, and how they scale colours."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-__all__ = ["Frames", "Picture"]
+__all__ = ["MEAN", "STD", "Frames", "Picture"]
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's colours."""
 Picture: TypeAlias = "Image | NDArray[np.uint8] | Tensor"
 """Pillow's, or (H, W, 3) or (3, H, W) uint8."""
 Frames: TypeAlias = "NDArray[np.uint8] | Tensor | Sequence[Picture]"

@@ -11,13 +11,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from sta_adapter.adapter.hub import explain, patiently
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, ConfigError
 
 __all__ = [
     "added_tokens",
@@ -31,13 +32,13 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt", "chat_template*", "preprocessor_config.json")
+Weights = Iterable[tuple[str, Tensor]]
+DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # what this release of transformers calls it
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "generation_config.json")
 
 
 def published_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, object]:
     """Contents of a model's `config.json`; empty where there is none, which is left to transformers to tell."""
-    from transformers import PretrainedConfig
-
     try:
         return PretrainedConfig.get_config_dict(name, revision=revision)[0]
     except (OSError, ValueError):
@@ -61,6 +62,18 @@ def fetch_folder(name: str | os.PathLike[str], revision: str | None, patterns: S
     except Exception as error:  # whatever the client's releases raise
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(f"the files of {text!r}{at} can't be had: {explain(error)}") from error
+
+
+def refuse_quantization(name: str | os.PathLike[str]) -> NoReturn:
+    """Published weights are other tensors until they are converted.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are converted. "
+        "Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load FOLDER."
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -89,8 +102,6 @@ def added_tokens(folder: Path) -> dict[str, int]:
     )
     return {**found, **{text: int(number) for text, number in read_json(folder / "added_tokens.json").items()}}
 
-
-Weights = Iterable[tuple[str, Tensor]]
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
 PICKLES = (".bin", ".pt", ".pth")
