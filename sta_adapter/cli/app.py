@@ -51,12 +51,7 @@ options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
 """
 
 
-@click.command(
-    cls=Grouped,
-    needs={"app": ("gradio", "matplotlib", "PIL", "torchvision")},
-    help=HELP,
-    short_help="Ask base and adapter about a video in the browser.",
-)
+@click.command(cls=Grouped, needs={"app": ("gradio", "matplotlib", "PIL", "torchvision")}, help=HELP)
 @shown_model_options
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Page", "--host", metavar="ADDRESS", help="0.0.0.0 for all. [default: 127.0.0.1]")

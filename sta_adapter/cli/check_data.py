@@ -32,12 +32,7 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 """
 
 
-@click.command(
-    cls=Grouped,
-    needs={"train": ("PIL", "tqdm", "yaml")},
-    help=HELP,
-    short_help="Look for bad samples in your data before training.",
-)
+@click.command(cls=Grouped, needs={"train": ("PIL", "tqdm", "yaml")}, help=HELP)
 @click.argument("file")
 @data_options
 @option("Run", "--model", metavar="ID", help="Also count tokens, with this model's processor.")

@@ -38,7 +38,7 @@ model's and LoRA's stay where they are.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Turn a published STAVEQ2 checkpoint into an adapter, or back.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("source", type=click.Path())
 @click.argument("out", type=click.Path())
 @option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Where the branch stands, which weights don't tell. [default: after_spatial]")  # fmt: skip

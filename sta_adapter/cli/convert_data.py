@@ -20,7 +20,7 @@ For LLaMA-Factory, dataset_info.json beside OUT gets an entry.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Write samples as another training tool reads them, or back.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("file")
 @click.argument("out", type=click.Path(dir_okay=False))
 @option("Run", "--to", type=click.Choice(TOOLS), metavar="TOOL", required=True, help=f"{', '.join(TOOLS)}.")

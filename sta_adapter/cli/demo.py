@@ -21,7 +21,7 @@ writes a report. Takes minutes on a CPU.
 """
 
 
-@click.command(cls=Grouped, needs=NEEDS, help=HELP, short_help="Train and compare STA on made clips.")
+@click.command(cls=Grouped, needs=NEEDS, help=HELP)
 @option("Run", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("sta-demo"), metavar="FOLDER",
         help="For the report, the adapter, the clips and the runs. [default: sta-demo]")  # fmt: skip
 @option("Run", "--overwrite", is_flag=True, help="Throw away the report and the adapter that are in FOLDER.")

@@ -20,7 +20,7 @@ Paste it into a bug report.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Show versions, devices and kernels, for bug reports.")
+@click.command(cls=Grouped, help=HELP)
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """Print it."""

@@ -87,12 +87,7 @@ Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
 """
 
 
-@click.command(
-    cls=Grouped,
-    needs={"train": ("torchvision", "PIL", "tqdm")},
-    help=HELP,
-    short_help="Measure a model with and without its adapter.",
-)
+@click.command(cls=Grouped, needs={"train": ("torchvision", "PIL", "tqdm")}, help=HELP)
 @option("Run", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", help="Adapter on the Hub, or its folder.")
 @option("Run", "--base", is_flag=True, help="Also measure the model without the adapter.")

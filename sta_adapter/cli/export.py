@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import click
 
-from sta_adapter.cli.options import Grouped, option
+from sta_adapter.cli.options import DTYPE, Grouped, option
 from sta_adapter.errors import ConfigError
 
 __all__ = ["command"]
 
-DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
 HELP = """\b
 Example: sta-adapter export my-adapter served \\
              --merge-lora Qwen/Qwen2-VL-2B-Instruct
@@ -20,7 +19,7 @@ as vLLM takes them.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Write an adapter as vLLM takes it.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("adapter")
 @click.argument("out", type=click.Path())
 @option("What", "--merge-lora", "base", metavar="BASE", help="Base to merge LoRA into.")

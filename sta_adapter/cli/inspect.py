@@ -30,7 +30,7 @@ id, a folder or a config.json. Weights are neither downloaded nor loaded.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Show where STA would go in a model, and what it costs.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("model")
 @option("What", "--head-scale", type=float, help="Share of the encoder's heads. [default: the backbone's]")
 @option("What", "--layers", metavar="LIST", help="Blocks, such as 0-3,8 or all. [default: all]")

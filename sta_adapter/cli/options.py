@@ -14,6 +14,11 @@ from sta_adapter.requirements import require_packages
 from sta_adapter.tiny_base import usual_frames
 
 POSITIONS = "trained or transformers. [default: as trained]"
+SHOWN_ADAPTER = "Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]"
+STAGES = "1 (STA), 2 (STA and LoRA) or both. [default: both]"
+DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
+BITS = click.Choice(["4bit", "8bit"])
+STAGE = click.Choice(["1", "2", "both"])
 RULES = ("trained", "transformers")  # those of sta_adapter.injection.text_positions, which imports torch
 # modules that training, and a plan of it, can't do without
 TRAINING = {"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")}
@@ -64,40 +69,39 @@ def option(group: str, *names: str, **settings: Any) -> Callable[[Decorated], De
     return click.option(*names, cls=_GroupedOption, group=group, **settings)
 
 
-def model_options(command: Decorated) -> Decorated:
-    """How the model is loaded."""
-    choice = click.Choice(["auto", "bf16", "fp16", "fp32"])
-    for decorate in (
-        option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
-        option("Model", "--dtype", type=choice, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32."),
-        option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub."),
-        option("Model", "--positions", type=click.Choice(RULES), metavar="RULE", help=POSITIONS),
-    ):
-        command = decorate(command)
-    return command
+def together(*options: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
+    """Several options as one decorator; the last of them comes first in the help."""
+
+    def decorate(command: Decorated) -> Decorated:
+        for add in options:
+            command = add(command)
+        return command
+
+    return decorate
 
 
-def adapter_options(command: Decorated) -> Decorated:
-    """How an adapter is had and put on the model; what `find_adapter` and `base_model_of` read."""
-    for decorate in (
-        option("Model", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits."),
-        option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit."),
-    ):
-        command = decorate(command)
-    return command
+# How the model is loaded.
+model_options = together(
+    option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+    option("Model", "--dtype", type=DTYPE, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32."),
+    option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub."),
+    option("Model", "--positions", type=click.Choice(RULES), metavar="RULE", help=POSITIONS),
+)
 
+# How an adapter is had and put on the model; what `find_adapter` and `base_model_of` read.
+adapter_options = together(
+    option("Model", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits."),
+    option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit."),
+)
 
-def shown_model_options(command: Decorated) -> Decorated:
-    """Which model and adapter to look at, without any of them the demo's."""
-    shown = "Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]"
-    for decorate in (
-        option("What", "--adapter", metavar="ID", help=shown),
-        option(
-            "What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]"
-        ),
-    ):
-        command = decorate(command)
-    return command
+# Which model and adapter to look at, without any of them the demo's.
+shown_model_options = together(
+    option("What", "--adapter", metavar="ID", help=SHOWN_ADAPTER),
+    option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]"),
+)
+
+quantize_option = option("Model", "--quantize", type=BITS, metavar="BITS", help="The base in 4bit (QLoRA) or 8bit.")
+stage_option = option("Run", "--stage", type=STAGE, metavar="STAGE", help=STAGES)
 
 
 def viewer_settings(options: ModelOptions) -> ViewerSettings:
@@ -148,12 +152,6 @@ def given_words() -> list[str]:
     return list(click.get_current_context().find_root().meta.get(WORDS, ()))
 
 
-def quantize_option(command: Decorated) -> Decorated:
-    """Whether the base's weights are narrowed."""
-    choice = click.Choice(["4bit", "8bit"])
-    return option("Model", "--quantize", type=choice, metavar="BITS", help="The base in 4bit (QLoRA) or 8bit.")(command)
-
-
 def base_model_of(any_base: bool) -> str | None:
     """The `base_model` of `load_sta` that stands for the option."""
     return "any" if any_base else None
@@ -164,12 +162,10 @@ def data_options(command: Decorated) -> Decorated:
     from sta_adapter.data.formats import FORMATS
 
     choice = click.Choice(list(FORMATS))
-    for decorate in (
+    return together(
         option("Run", "--format", type=choice, metavar="NAME", help=f"{', '.join(FORMATS)}. [default: by keys]"),
         option("Run", "--videos", metavar="FOLDER", help="Where relative paths start. [default: FILE's]"),
-    ):
-        command = decorate(command)
-    return command
+    )(command)
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
@@ -198,14 +194,6 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
             place = below
         place[last] = value
     return values
-
-
-def stage_option(command: Decorated) -> Decorated:
-    """Which stages of training."""
-    choice = click.Choice(["1", "2", "both"])
-    return option(
-        "Run", "--stage", type=choice, metavar="STAGE", help="1 (STA), 2 (STA and LoRA) or both. [default: both]"
-    )(command)
 
 
 def read_run(

@@ -21,7 +21,7 @@ swift sft --external_plugins "$(sta-adapter path ms-swift)" \\
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Print the path of the plug-in file for another tool.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("tool", type=click.Choice(list(FILES)))
 def command(tool: str) -> None:
     """Print it."""

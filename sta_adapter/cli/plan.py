@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 import click
 
-from sta_adapter.cli.options import TRAINING, Grouped, data_options, option, read_run, stage_option
+from sta_adapter.cli.options import BITS, DTYPE, TRAINING, Grouped, data_options, option, read_run, stage_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,12 +53,7 @@ class PlanReport(TypedDict):
     stages: dict[str, StagePlan]
 
 
-@click.command(
-    cls=Grouped,
-    needs=TRAINING,
-    help=HELP,
-    short_help="Show whether a training fits, and how long it takes.",
-)
+@click.command(cls=Grouped, needs=TRAINING, help=HELP)
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
 @option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples to train on, as for train.")
 @data_options
@@ -70,8 +65,8 @@ class PlanReport(TypedDict):
 @option("Machine", "--samples", type=click.IntRange(1), metavar="N", default=64, help="To look at. [default: 64]")
 @option("Machine", "--measure", is_flag=True, help="Load the model and take a step; also without a GPU.")
 @option("Machine", "--json", "as_json", is_flag=True, help="Print JSON, memory in bytes.")
-@option("Model", "--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), metavar="TYPE", help="Of the base.")
-@option("Model", "--quantize", type=click.Choice(["4bit", "8bit"]), metavar="BITS", help="The base in 4bit or 8bit.")
+@option("Model", "--dtype", type=DTYPE, metavar="TYPE", help="Of the base.")
+@option("Model", "--quantize", type=BITS, metavar="BITS", help="The base in 4bit or 8bit.")
 @option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def command(

@@ -41,7 +41,7 @@ write access: HF_TOKEN, or a login.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Publish an adapter on the Hugging Face Hub.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("folder")
 @click.argument("repo_id")
 @option("Repository", "--private", is_flag=True, help="A new repository is private.")

@@ -23,7 +23,7 @@ the adapter was trained with. What follows -- goes to vLLM.
 """
 
 
-@click.command(cls=Grouped, help=HELP, short_help="Serve an adapter over HTTP, by vLLM.")
+@click.command(cls=Grouped, help=HELP)
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @option("Run", "--model", metavar="ID", required=True, help="Base on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", required=True, help="Adapter on the Hub, or its folder.")

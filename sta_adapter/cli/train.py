@@ -57,12 +57,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 """
 
 
-@click.command(
-    cls=Grouped,
-    needs=TRAINING,
-    help=HELP,
-    short_help="Train STA, and LoRA beside it, on your clips.",
-)
+@click.command(cls=Grouped, needs=TRAINING, help=HELP)
 @option("Run", "--model", metavar="ID", help="Model on the Hub, or its folder.")
 @option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples or tar shards; several files mix.")
 @data_options

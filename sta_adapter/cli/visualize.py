@@ -60,12 +60,7 @@ one file, to click in), PNG, MP4, GIF, arrays.npz and numbers.json.
 """
 
 
-@click.command(
-    cls=Grouped,
-    needs={"train": ("torchvision", "PIL"), "viz": ("matplotlib",)},
-    help=HELP,
-    short_help="Draw what STA does with a clip.",
-)
+@click.command(cls=Grouped, needs={"train": ("torchvision", "PIL"), "viz": ("matplotlib",)}, help=HELP)
 @click.argument("clip", type=click.Path())
 @option("What", "--out", metavar="FOLDER", required=True, help="Gets the page and the pictures.")
 @option("What", "--overwrite", is_flag=True, help="Replace the page and the pictures that are in FOLDER.")

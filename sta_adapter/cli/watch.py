@@ -54,12 +54,7 @@ such as /dev/video0. The adapter is one trained with causal=True.
 """
 
 
-@click.command(
-    cls=Grouped,
-    needs={"train": ("torchvision", "PIL")},
-    help=HELP,
-    short_help="Watch a live video, and answer about it.",
-)
+@click.command(cls=Grouped, needs={"train": ("torchvision", "PIL")}, help=HELP)
 @click.argument("source")
 @option("What", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
 @option("What", "--adapter", metavar="ID", required=True, help="Causal adapter on the Hub, or its folder.")
