@@ -7,8 +7,8 @@ What counts as the same model:
 - two different Hub ids are two models. A folder or a model made without a name is taken as it is, since a folder may
   hold anything under any name; so is the name that stood in a converted checkpoint, which is unverified.
 
-`base_model="any"` waives the second and third, for a renamed or fine-tuned copy. Whether the base is also as it was when STA went in is told
-by a few numbers of each tensor, of which training and merging leave none as they are.
+`base_model="any"` waives the second and third, for a renamed or fine-tuned copy. Whether the base is also as it was when
+STA went in is told by a few numbers of each tensor, of which training and merging leave none as they are.
 """
 
 from __future__ import annotations

@@ -28,34 +28,21 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the tensors of a file go.
+    """Where the tensors of a file go."""
 
-    Attributes:
-        keys: from the file's names to those of the model, both with PEFT's prefix.
-        targets: the modules with LoRA, from the model's names to those that the options have for them.
-        renamed: whether the file has other names than the model.
-    """
-
-    keys: Mapping[str, str]
-    targets: Mapping[str, str]
-    renamed: bool
+    keys: Mapping[str, str]  # from the file's names to those of the model, both with PEFT's prefix
+    targets: Mapping[str, str]  # the modules with LoRA, from the model's names to those that the options have for them
+    renamed: bool  # whether the file has other names than the model
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file of LoRA weights, by its header.
+    """A file of LoRA weights, by its header."""
 
-    Attributes:
-        path: of the file.
-        options: LoRA's options that belong to it.
-        shapes: of its tensors.
-        sta: the description of the STA that was trained with it, where PEFT saved both.
-    """
-
-    path: Path
-    options: LoraOptions
-    shapes: Mapping[str, Shape]
-    sta: dict[str, object] | None = None
+    path: Path  # of the file
+    options: LoraOptions  # LoRA's options that belong to it
+    shapes: Mapping[str, Shape]  # of its tensors
+    sta: dict[str, object] | None = None  # the description of the STA that was trained with it, where PEFT saved both
 
     @property
     def holds_sta(self) -> bool:

@@ -60,25 +60,15 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells beyond the adapter's own configuration.
+    """What a card tells beyond the adapter's own configuration."""
 
-    Attributes:
-        repo_id: where it is published.
-        base_model: Hub id of the base model; None where it has none.
-        license: identifier such as "apache-2.0".
-        datasets: Hub ids of what it was trained on.
-        parameters: how many numbers STA adds.
-        lora: whether LoRA weights lie beside.
-        run: what `read_run` found.
-    """
-
-    repo_id: str
-    base_model: str | None = None
-    license: str | None = None
-    datasets: Sequence[str] = ()
-    parameters: int = 0
-    lora: bool = False
-    run: Run = field(default_factory=Run)
+    repo_id: str  # where it is published
+    base_model: str | None = None  # Hub id of the base model; None where it has none
+    license: str | None = None  # identifier such as "apache-2.0"
+    datasets: Sequence[str] = ()  # Hub ids of what it was trained on
+    parameters: int = 0  # how many numbers STA adds
+    lora: bool = False  # whether LoRA weights lie beside
+    run: Run = field(default_factory=Run)  # what `read_run` found
 
 
 def read_run(folder: Path, results: Path | None = None) -> Run:

@@ -28,21 +28,13 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as an engine takes it that processes clips by itself.
+    """A prompt as an engine takes it that processes clips by itself."""
 
-    Attributes:
-        tokens: the rendered conversation, with one placeholder for each clip or image.
-        visuals: these, in their final size where `settings` say so.
-        settings: of the video processor.
-        temporal_patch: how many frames the model merges into one.
-        placeholders: the token ids that stand for what the encoder sees.
-    """
-
-    tokens: list[int]
-    visuals: list[Visual]
-    settings: dict[str, object]
-    temporal_patch: int = 1
-    placeholders: frozenset[int] = frozenset()
+    tokens: list[int]  # the rendered conversation, with one placeholder for each clip or image
+    visuals: list[Visual]  # these, in their final size where `settings` say so
+    settings: dict[str, object]  # of the video processor
+    temporal_patch: int = 1  # how many frames the model merges into one
+    placeholders: frozenset[int] = frozenset()  # the token ids that stand for what the encoder sees
 
     @classmethod
     def of(cls, processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Prompt:
@@ -63,19 +55,12 @@ def _placeholders(processor: Processor) -> frozenset[int]:
 
 
 class Turn(NamedTuple):
-    """A stretch of a rendered conversation, which ends where an answer begins or ends.
+    """A stretch of a rendered conversation, which ends where an answer begins or ends."""
 
-    Attributes:
-        before: the text in front of it.
-        after: the text up to its end.
-        visuals: the clips and images within it.
-        learned: whether it is an answer to learn.
-    """
-
-    before: str
-    after: str
-    visuals: list[Visual]
-    learned: bool = False
+    before: str  # the text in front of it
+    after: str  # the text up to its end
+    visuals: list[Visual]  # the clips and images within it
+    learned: bool = False  # whether it is an answer to learn
 
     @property
     def text(self) -> str:

@@ -30,23 +30,14 @@ __all__ = ["ClipReader"]
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Decodes the visual parts of a sample.
+    """Decodes the visual parts of a sample."""
 
-    Attributes:
-        settings: how clips are sampled.
-        factor: edge length of a visual token in pixels; 1 where it isn't known.
-        temporal_patch: how many frames the model merges into one; clips are filled up to a multiple of it.
-        frame_order: "ordered", "shuffled" or "reversed".
-        seed: of the shuffling.
-        segments: whether a number of frames means the middles of as many segments, see `read_clip`.
-    """
-
-    settings: FrameSettings
-    factor: int = 1
-    temporal_patch: int = 1
-    frame_order: str = "ordered"
-    seed: int = 0
-    segments: bool = False
+    settings: FrameSettings  # how clips are sampled
+    factor: int = 1  # edge length of a visual token in pixels; 1 where it isn't known
+    temporal_patch: int = 1  # how many frames the model merges into one; clips are filled up to a multiple of it
+    frame_order: str = "ordered"  # "ordered", "shuffled" or "reversed"
+    seed: int = 0  # of the shuffling
+    segments: bool = False  # whether a number of frames means the middles of as many segments, see `read_clip`
 
     @classmethod
     def of(

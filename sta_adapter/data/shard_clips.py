@@ -45,19 +45,12 @@ class Missing:
 
 @dataclass(frozen=True)
 class Packed:
-    """One record of a shard and the files beside it.
+    """One record of a shard and the files beside it."""
 
-    Attributes:
-        shard: the tar file.
-        source: where it stands in it, "train-000003.tar, 000123".
-        record: as in a line of a file of samples.
-        files: contents, or where they lie, by the names that the record calls them by.
-    """
-
-    shard: Path
-    source: str
-    record: object
-    files: dict[str, bytes | Span]
+    shard: Path  # the tar file
+    source: str  # where it stands in it, "train-000003.tar, 000123"
+    record: object  # as in a line of a file of samples
+    files: dict[str, bytes | Span]  # contents, or where they lie, by the names that the record calls them by
 
     def sample(self, format: str | None = None) -> Sample:
         """The record as a sample.

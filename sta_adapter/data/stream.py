@@ -40,40 +40,24 @@ _SHARING = {"processes": "world_size", "workers": "workers", "batch_size": "batc
 
 @dataclass(frozen=True)
 class WorkerShare:
-    """What one worker reads of a stream.
+    """What one worker reads of a stream."""
 
-    Attributes:
-        reader: its number among all workers of all ranks.
-        readers: how many there are.
-        skip: samples of its own that were taken before.
-    """
-
-    reader: int
-    readers: int
-    skip: int
+    reader: int  # its number among all workers of all ranks
+    readers: int  # how many there are
+    skip: int  # samples of its own that were taken before
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a rank stands in a stream.
+    """Where a rank stands in a stream."""
 
-    Attributes:
-        rank: of this process.
-        world_size: how many ranks there are.
-        workers: that load for each of them.
-        batch_size: clips that a worker hands over at a time.
-        seed: of the order.
-        since: the run's step at which this order began.
-        skip: batches that earlier runs have taken from it.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    workers: int = 0
-    batch_size: int = 1
-    seed: int = 0
-    since: int = 0
-    skip: int = 0
+    rank: int = 0  # of this process
+    world_size: int = 1  # how many ranks there are
+    workers: int = 0  # that load for each of them
+    batch_size: int = 1  # clips that a worker hands over at a time
+    seed: int = 0  # of the order
+    since: int = 0  # the run's step at which this order began
+    skip: int = 0  # batches that earlier runs have taken from it
 
     def share(self, worker: int, workers: int) -> WorkerShare:
         """What one of a rank's workers reads: they hand over batches in turn, and the one whose turn it was begins."""

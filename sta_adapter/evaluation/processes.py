@@ -20,17 +20,11 @@ PATIENCE = timedelta(days=7)  # for the slowest; a process that dies is noticed 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the work; one of one, where none have found each other.
+    """This process among those that share the work; one of one, where none have found each other."""
 
-    Attributes:
-        rank: this one's number.
-        size: how many there are.
-        group: through which they talk, on the CPU.
-    """
-
-    rank: int = 0
-    size: int = 1
-    group: distributed.ProcessGroup | None = None
+    rank: int = 0  # this one's number
+    size: int = 1  # how many there are
+    group: distributed.ProcessGroup | None = None  # through which they talk, on the CPU
 
     @classmethod
     def joined(cls) -> Processes:

@@ -40,21 +40,13 @@ CALLS_KEPT = 256
 
 @dataclasses.dataclass
 class EncoderForward:
-    """One forward of the encoder.
+    """One forward of the encoder."""
 
-    Attributes:
-        layout: of its tokens; None where the branch is switched off.
-        with_grad: whether it began with gradients.
-        blocks: how many blocks' hooks have run; none do inside of a compiled graph.
-        checkpointed: whether the branch of one of these blocks will be computed again in the backward.
-        output: of the block that ran last.
-    """
-
-    layout: ClipLayout | None
-    with_grad: bool
-    blocks: int = 0
-    checkpointed: bool = False
-    output: object = None
+    layout: ClipLayout | None  # of its tokens; None where the branch is switched off
+    with_grad: bool  # whether it began with gradients
+    blocks: int = 0  # how many blocks' hooks have run; none do inside of a compiled graph
+    checkpointed: bool = False  # whether the branch of one of these blocks will be computed again in the backward
+    output: object = None  # of the block that ran last
 
 
 @dataclasses.dataclass

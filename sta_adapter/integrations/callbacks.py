@@ -191,12 +191,7 @@ class ReportBadClips(TrainerCallback):
             logger.warning("left out %d bad samples so far, beside %d good ones", bad, good)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Tell the final number."""
         self.on_log(args, state, control)

@@ -13,17 +13,11 @@ __all__ = ["FrameMemory", "Step"]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call's frames, encoded.
+    """One call's frames, encoded."""
 
-    Attributes:
-        seconds: when each of its frames began.
-        output: of the encoder.
-        tokens: how many the language model sees of it.
-    """
-
-    seconds: tuple[float, ...]
-    output: object
-    tokens: int
+    seconds: tuple[float, ...]  # when each of its frames began
+    output: object  # of the encoder
+    tokens: int  # how many the language model sees of it
 
 
 class FrameMemory:

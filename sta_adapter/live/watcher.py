@@ -34,23 +34,14 @@ Event = dict[str, object]
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings:
-    """How to watch.
+    """How to watch."""
 
-    Attributes:
-        question: to ask.
-        every: seconds of video between answers; 0 for at the end, and when asked, alone.
-        window: of the stream; None for the adapter's, or 64.
-        budget: visual tokens that the language model keeps.
-        max_new_tokens: longest answer.
-        waiting: frames that may wait to be encoded.
-    """
-
-    question: str = "What happens in the video?"
-    every: float = 10.0
-    window: int | None = None
-    budget: int = 4096
-    max_new_tokens: int = 64
-    waiting: int = 16
+    question: str = "What happens in the video?"  # to ask
+    every: float = 10.0  # seconds of video between answers; 0 for at the end, and when asked, alone
+    window: int | None = None  # of the stream; None for the adapter's, or 64
+    budget: int = 4096  # visual tokens that the language model keeps
+    max_new_tokens: int = 64  # longest answer
+    waiting: int = 16  # frames that may wait to be encoded
 
     def __post_init__(self) -> None:
         """Check every value.

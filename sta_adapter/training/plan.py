@@ -46,23 +46,14 @@ QUANTIZED = {"4bit": 0.52, "8bit": 1.0}  # bytes of a weight, with the scales
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for.
+    """What a run is planned for."""
 
-    Attributes:
-        memory: bytes of one GPU, or of the machine.
-        cuda: whether it is a GPU.
-        precision: "bf16", "fp16" or "fp32".
-        dtype: of the base's weights.
-        processes: that share a batch.
-        quantize: None, "4bit" or "8bit".
-    """
-
-    memory: float
-    cuda: bool
-    precision: str
-    dtype: torch.dtype
-    processes: int = 1
-    quantize: str | None = None
+    memory: float  # bytes of one GPU, or of the machine
+    cuda: bool  # whether it is a GPU
+    precision: str  # "bf16", "fp16" or "fp32"
+    dtype: torch.dtype  # of the base's weights
+    processes: int = 1  # that share a batch
+    quantize: str | None = None  # None, "4bit" or "8bit"
 
     def needs(self, parts: dict[str, float]) -> float:
         """Bytes in all for a step's parts."""
@@ -107,17 +98,11 @@ class StagePlan(TypedDict):
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long samples are.
+    """How long samples are."""
 
-    Attributes:
-        tokens: of each sample that was looked at.
-        longest: the longest of them, encoded.
-        samples: how many there are in all.
-    """
-
-    tokens: list[int]
-    longest: Encoded
-    samples: int
+    tokens: list[int]  # of each sample that was looked at
+    longest: Encoded  # the longest of them, encoded
+    samples: int  # how many there are in all
 
     def to_dict(self) -> LengthsReport:
         """Plain values."""

@@ -65,27 +65,16 @@ class StageResult(TypedDict):
 
 @dataclass
 class Stage:
-    """One stage of a run.
+    """One stage of a run."""
 
-    Attributes:
-        name: "1" or "2".
-        config: the settings in force in it.
-        folder: for its checkpoints and its result.
-        dataset: what it trains on.
-        eval_dataset: what the loss is measured on.
-        eval_fn: what is measured instead.
-        signals: that end the run.
-        extends: whether a finished stage goes on, when it is to be longer now.
-    """
-
-    name: str
-    config: TrainingConfig
-    folder: Path
-    dataset: VideoDataset | StreamDataset
-    eval_dataset: VideoDataset | StreamDataset | None = None
-    eval_fn: Callable[[nn.Module], dict[str, float]] | None = None
-    signals: Signals = field(default_factory=Signals)
-    extends: bool = True
+    name: str  # "1" or "2"
+    config: TrainingConfig  # the settings in force in it
+    folder: Path  # for its checkpoints and its result
+    dataset: VideoDataset | StreamDataset  # what it trains on
+    eval_dataset: VideoDataset | StreamDataset | None = None  # what the loss is measured on
+    eval_fn: Callable[[nn.Module], dict[str, float]] | None = None  # what is measured instead
+    signals: Signals = field(default_factory=Signals)  # that end the run
+    extends: bool = True  # whether a finished stage goes on, when it is to be longer now
 
     def prepare(self, model: nn.Module, handle: STAHandle | None) -> tuple[nn.Module, STAHandle | None]:
         """Decide what trains. PEFT copies the STA modules, so what counts afterwards is the handle that comes back."""

@@ -78,17 +78,11 @@ def keys_are_fresh(rows: Sequence[PacketRow]) -> bool:
 
 
 class PacketScan(NamedTuple):
-    """What the walk has found.
+    """What the walk has found."""
 
-    Attributes:
-        rows: the packets of frames that are shown, in the order of the file.
-        complete: whether no packet is damaged, and there are as many as the container announces.
-        first: the first frame that decodes.
-    """
-
-    rows: list[PacketRow]
-    complete: bool
-    first: "VideoFrame | None"
+    rows: list[PacketRow]  # the packets of frames that are shown, in the order of the file
+    complete: bool  # whether no packet is damaged, and there are as many as the container announces
+    first: "VideoFrame | None"  # the first frame that decodes
 
 
 def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketScan:

@@ -36,17 +36,11 @@ SCALES = (1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True)
 class Pooling:
-    """How much of the patches' attention is kept.
+    """How much of the patches' attention is kept."""
 
-    Attributes:
-        edge: a cell is the mean of edge x edge patches.
-        by_head: each head by itself; else their mean.
-        blocks: how many blocks fit.
-    """
-
-    edge: int
-    by_head: bool
-    blocks: int
+    edge: int  # a cell is the mean of edge x edge patches
+    by_head: bool  # each head by itself; else their mean
+    blocks: int  # how many blocks fit
 
 
 def choose_pooling(

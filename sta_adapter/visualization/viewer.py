@@ -44,25 +44,15 @@ QUESTION = "Describe the video."
 
 @dataclasses.dataclass(frozen=True)
 class LoadedClip:
-    """A clip and a question, as a model takes them.
+    """A clip and a question, as a model takes them."""
 
-    Attributes:
-        frames: (F, height, width, 3) uint8, what the processor got.
-        times: (F,) seconds from the file's start; None if not known.
-        messages: the question as a conversation.
-        encoded: what the processor made of one such conversation.
-        inputs: keyword arguments of the model, a batch of one.
-        rows_are_frames: whether the model gets the frames as a batch of pictures, so that STA must be told the clip.
-        cropped: whether the processor cuts something off the frames, or adds to them.
-    """
-
-    frames: np.ndarray
-    times: np.ndarray | None
-    messages: list[Message]
-    encoded: dict[str, Tensor]
-    inputs: dict[str, Tensor]
-    rows_are_frames: bool
-    cropped: bool
+    frames: np.ndarray  # (F, height, width, 3) uint8, what the processor got
+    times: np.ndarray | None  # (F,) seconds from the file's start; None if not known
+    messages: list[Message]  # the question as a conversation
+    encoded: dict[str, Tensor]  # what the processor made of one such conversation
+    inputs: dict[str, Tensor]  # keyword arguments of the model, a batch of one
+    rows_are_frames: bool  # whether the model gets the frames as a batch of pictures, so that STA must be told the clip
+    cropped: bool  # whether the processor cuts something off the frames, or adds to them
 
     def step_frames(self, seen: Observation) -> tuple[np.ndarray, np.ndarray | None, str]:
         """The frame that begins each temporal step: (T, height, width, 3), times (T,), and why there is no overlay."""

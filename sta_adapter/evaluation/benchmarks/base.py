@@ -17,15 +17,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass
 class EvalSet:
-    """Questions, and what was left out of them.
+    """Questions, and what was left out of them."""
 
-    Attributes:
-        samples: in the order of the annotation files.
-        notes: sentences for the reader of the results.
-    """
-
-    samples: list[Sample] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)  # in the order of the annotation files
+    notes: list[str] = field(default_factory=list)  # sentences for the reader of the results
 
     def add(self, file: Path, rows: Iterable[Record], make: Callable[[Record, str], Sample]) -> None:
         """Make a sample of each record of a file, from it and where it stands; those that don't add up become a note."""

@@ -27,19 +27,12 @@ WRAPPED = r"(?:\.modules_to_save(?:\.[^.]+?)?)?"  # as PEFT names the copy that 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A published checkpoint: its configuration, and which file holds which tensor; no tensor is read.
+    """A published checkpoint: its configuration, and which file holds which tensor; no tensor is read."""
 
-    Attributes:
-        folder: where the files are.
-        files: the file of each key.
-        config: contents of `config.json`; empty without one.
-        metadata: header fields of the first file.
-    """
-
-    folder: Path
-    files: Mapping[str, Path]
-    config: Mapping[str, object]
-    metadata: Mapping[str, str]
+    folder: Path  # where the files are
+    files: Mapping[str, Path]  # the file of each key
+    config: Mapping[str, object]  # contents of `config.json`; empty without one
+    metadata: Mapping[str, str]  # header fields of the first file
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
         """These tensors, and no other, on the CPU.

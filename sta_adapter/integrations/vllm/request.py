@@ -33,19 +33,12 @@ SETTINGS = {ADAPTER: str, REVISION: str, ANY_BASE: bool}
 
 @dataclasses.dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter that an engine was asked for.
+    """An adapter that an engine was asked for."""
 
-    Attributes:
-        folder: where its files are on this machine.
-        description: contents of its `sta_config.json`.
-        digest: of its files.
-        any_base: whether another base than the adapter names is taken, if it fits.
-    """
-
-    folder: Path
-    description: Description
-    digest: str
-    any_base: bool
+    folder: Path  # where its files are on this machine
+    description: Description  # contents of its `sta_config.json`
+    digest: str  # of its files
+    any_base: bool  # whether another base than the adapter names is taken, if it fits
 
     @property
     def backbone(self) -> Backbone:
