@@ -43,12 +43,9 @@ class PositionRule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OriginalPositions:
-    """The models' own rule, as in their published training code: the text after a clip goes on behind its largest position.
+    """The models' own rule, as in their published training code: the text after a clip goes on behind its largest position."""
 
-    Attributes:
-        tokens_per_second: Qwen2.5-VL's positions on the temporal axis for a second; None counts steps, as Qwen2-VL does.
-    """
-
+    # Qwen2.5-VL's positions on the temporal axis for a second; None counts steps, as Qwen2-VL does
     tokens_per_second: float | None = dataclasses.field(default=None, repr=False)
     name = "original"
     dtype = torch.long

@@ -44,23 +44,15 @@ class Weights(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call of a branch needs beside tensors.
+    """What a call of a branch needs beside tensors."""
 
-    Attributes:
-        layout: where each token stands.
-        eps: of the norm.
-        heads: their number.
-        config: the settings in force.
-        recompute: whether the tokens alone are kept.
-        dtype: of the layers' arithmetic, autocast's where that is at work. All casts are written out, as a backward runs
-            outside of autocast.
-    """
-
-    layout: ClipLayout
-    eps: float | None
-    heads: int
-    config: STAConfig
-    recompute: bool
+    layout: ClipLayout  # where each token stands
+    eps: float | None  # of the norm
+    heads: int  # their number
+    config: STAConfig  # the settings in force
+    recompute: bool  # whether the tokens alone are kept
+    # of the layers' arithmetic, autocast's where that is at work. All casts are written out, as a backward runs outside
+    # of autocast
     dtype: torch.dtype
 
 

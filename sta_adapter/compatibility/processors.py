@@ -77,18 +77,12 @@ def takes_clips(processor: Processor) -> bool:
 
 
 class Sizes(NamedTuple):
-    """Edge lengths that a processor cuts clips by; 1 where it brings all frames to one size.
+    """Edge lengths that a processor cuts clips by; 1 where it brings all frames to one size."""
 
-    Attributes:
-        factor: of a visual token, in pixels.
-        frames: of a temporal step, in frames; those that tokens are merged over, where a processor of ours has
-            `merged_frames`.
-        packs: whether it cuts at all.
-    """
-
-    factor: int
+    factor: int  # of a visual token, in pixels
+    # of a temporal step, in frames; those that tokens are merged over, where a processor of ours has `merged_frames`
     frames: int
-    packs: bool
+    packs: bool  # whether it cuts at all
 
     @classmethod
     def of(cls, part: object) -> Sizes:

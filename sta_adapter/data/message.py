@@ -28,20 +28,13 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Visual:
-    """A decoded clip or image.
+    """A decoded clip or image."""
 
-    Attributes:
-        kind: "video" or "image".
-        pixels: `(T, H, W, 3)` uint8, of one frame for an image.
-        metadata: when frames begin, as transformers tells it: fps, frames_indices (over fps: seconds),
-            total_num_frames, duration.
-        resized: whether the pixels have their final size, so that the processor must not resize them.
-    """
-
-    kind: str
-    pixels: NDArray[np.uint8]
+    kind: str  # "video" or "image"
+    pixels: NDArray[np.uint8]  # `(T, H, W, 3)` uint8, of one frame for an image
+    # when frames begin, as transformers tells it: fps, frames_indices (over fps: seconds), total_num_frames, duration
     metadata: ClipTimes | None = None
-    resized: bool = False
+    resized: bool = False  # whether the pixels have their final size, so that the processor must not resize them
 
 
 Record = dict[str, Any]

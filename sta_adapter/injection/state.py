@@ -51,33 +51,21 @@ class EncoderForward:
 
 @dataclasses.dataclass
 class ThreadState:
-    """What one thread knows of an injection.
+    """What one thread knows of an injection."""
 
-    Attributes:
-        disabled: open contexts of `disabled()`.
-        clip_lengths: frames of each clip, as the user told them by `clips(...)`.
-        told: the same, as the full model's call told them.
-        streams: whose next frames the forwards bring.
-        forward: the encoder forward at work.
-        backward: (the backward at work, the layout of the blocks that it runs again).
-        outputs: what the encoder gave in the full model's forward, where that must reach all of it.
-        to_embed: the hook that adds something where the language model embeds its tokens.
-        in_dummy: whether the encoder forward is one of a dummy clip.
-        in_check: whether the encoder and its blocks are run to be looked at, before their first forward.
-        ran: whether an encoder forward with gradients began since `pop_ran`.
-    """
-
-    disabled: int = 0
-    clip_lengths: ClipLengths | None = None
-    told: ClipLengths | None = None
-    streams: Sequence[Stream] = ()
-    forward: EncoderForward | None = None
+    disabled: int = 0  # open contexts of `disabled()`
+    clip_lengths: ClipLengths | None = None  # frames of each clip, as the user told them by `clips(...)`
+    told: ClipLengths | None = None  # the same, as the full model's call told them
+    streams: Sequence[Stream] = ()  # whose next frames the forwards bring
+    forward: EncoderForward | None = None  # the encoder forward at work
+    # (the backward at work, the layout of the blocks that it runs again)
     backward: tuple[int, ClipLayout | None] = (-1, None)
+    # what the encoder gave in the full model's forward, where that must reach all of it
     outputs: list[Tensor] | None = None
-    to_embed: AddOnce | None = None
-    in_dummy: bool = False
-    in_check: bool = False
-    ran: bool = False
+    to_embed: AddOnce | None = None  # the hook that adds something where the language model embeds its tokens
+    in_dummy: bool = False  # whether the encoder forward is one of a dummy clip
+    in_check: bool = False  # whether the encoder and its blocks are run to be looked at, before their first forward
+    ran: bool = False  # whether an encoder forward with gradients began since `pop_ran`
 
 
 class _PerThread(threading.local):

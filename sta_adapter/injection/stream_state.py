@@ -30,18 +30,12 @@ FORMAT = 1
 
 @dataclasses.dataclass
 class StreamState:
-    """The frames that a stream has seen, as far as later ones look back.
+    """The frames that a stream has seen, as far as later ones look back."""
 
-    Attributes:
-        window: frames that a frame attends to, itself among them.
-        frames: how many were seen.
-        shape: of each of them; None before the first.
-        caches: by the block's index its keys and values (2, positions, window, heads, head size); frame f is at f % window.
-    """
-
-    window: int
-    frames: int = 0
-    shape: FrameShape | None = None
+    window: int  # frames that a frame attends to, itself among them
+    frames: int = 0  # how many were seen
+    shape: FrameShape | None = None  # of each of them; None before the first
+    # by the block's index its keys and values (2, positions, window, heads, head size); frame f is at f % window
     caches: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     @property

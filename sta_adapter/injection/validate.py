@@ -231,21 +231,14 @@ def _block_problems(target: InjectionTarget, index: int, call: Arguments) -> lis
 
 @dataclass
 class _BlockRun:
-    """What a run has shown.
+    """What a run has shown."""
 
-    Attributes:
-        tokens: the block's input.
-        inputs: what its norm got, once for each call; None for a call without a tensor.
-        normed: what its norm gave.
-        shares_input: whether the norm got the block's own input, not a fresh sum.
-        result: what the block gave.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # the block's input
+    # what its norm got, once for each call; None for a call without a tensor
     inputs: list[Tensor | None] = field(default_factory=list)
-    normed: list[Tensor] = field(default_factory=list)
-    shares_input: bool = False
-    result: object = None
+    normed: list[Tensor] = field(default_factory=list)  # what its norm gave
+    shares_input: bool = False  # whether the norm got the block's own input, not a fresh sum
+    result: object = None  # what the block gave
 
     def output(self, like: Tensor) -> Tensor:
         """The block's output; where it returns the branch and the residual apart (fused norms), their sum."""

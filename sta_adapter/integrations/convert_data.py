@@ -29,18 +29,12 @@ INFO = "dataset_info.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: of the file.
-        samples: how many.
-        clips: how many videos and images they name.
-        left_out: settings that the tool's records have no place for, and how many samples had them.
-    """
-
-    path: Path
-    samples: int
-    clips: int
+    path: Path  # of the file
+    samples: int  # how many
+    clips: int  # how many videos and images they name
+    # settings that the tool's records have no place for, and how many samples had them
     left_out: dict[str, int] = field(default_factory=dict)
 
 

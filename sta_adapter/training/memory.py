@@ -29,12 +29,9 @@ SMALL = 1 << 16  # numbers; tables up to this size are real, as some models read
 
 @dataclass(frozen=True)
 class Peak:
-    """What is alive at the moment of a step at which most is.
+    """What is alive at the moment of a step at which most is."""
 
-    Attributes:
-        parts: bytes by what they are for: weights, gradients, optimizer, activations, logits.
-    """
-
+    # bytes by what they are for: weights, gradients, optimizer, activations, logits
     parts: dict[str, int] = field(default_factory=dict)
 
     @property

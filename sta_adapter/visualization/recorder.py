@@ -32,21 +32,16 @@ Kept = TypeVar("Kept")
 
 @dataclass
 class Recording(Generic[Kept]):
-    """What STA did with the clip, by block; tensors are on the CPU.
+    """What STA did with the clip, by block; tensors are on the CPU."""
 
-    Attributes:
-        clip: (frames, positions).
-        attention: what `AttentionRecorder.reduce` made of the weights (heads, positions, T, T).
-        branch: (T, N), length of the branch relative to the stream that it is added to.
-        positions: (rows, columns), index of the position that stands there on the picture; None if not known.
-        no_picture: why there are no positions, else "".
-    """
-
-    clip: tuple[int, int] = (0, 0)
+    clip: tuple[int, int] = (0, 0)  # (frames, positions)
+    # what `AttentionRecorder.reduce` made of the weights (heads, positions, T, T)
     attention: dict[int, Kept] = field(default_factory=dict)
+    # (T, N), length of the branch relative to the stream that it is added to
     branch: dict[int, Tensor] = field(default_factory=dict)
+    # (rows, columns), index of the position that stands there on the picture; None if not known
     positions: Tensor | None = None
-    no_picture: str = ""
+    no_picture: str = ""  # why there are no positions, else ""
 
 
 class AttentionRecorder(Generic[Kept]):
