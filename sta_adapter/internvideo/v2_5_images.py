@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,35 +21,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@dataclass(eq=False)
 class InternVideo2_5ImageProcessor:
-    """Makes rows (3, size, size) of frames and pictures.
-
-    Attributes:
-        image_size: side of a row in pixels.
-        min_tiles: tiles that a picture is cut into at least.
-        max_tiles: and at most, but for the whole picture that comes with several.
-        use_thumbnail: whether it does.
-        merged_frames: rows whose tokens are merged together; clips and pictures are filled up to a multiple of it.
-        frame_segments: whether N frames of a file are the middles of N segments, as in training.
-    """
+    """Makes rows (3, size, size) of frames and pictures."""
 
     model_input_names = ("pixel_values", "clip_lengths")
 
-    def __init__(
-        self,
-        image_size: int = 448,
-        min_tiles: int = 1,
-        max_tiles: int = 6,
-        use_thumbnail: bool = True,
-        merged_frames: int = 4,
-        frame_segments: bool = True,
-    ) -> None:
-        self.image_size = image_size
-        self.min_tiles = min_tiles
-        self.max_tiles = max_tiles
-        self.use_thumbnail = use_thumbnail
-        self.merged_frames = merged_frames
-        self.frame_segments = frame_segments
+    image_size: int = 448  # side of a row in pixels
+    min_tiles: int = 1  # tiles that a picture is cut into at least
+    max_tiles: int = 6  # and at most, but for the whole picture that comes with several
+    use_thumbnail: bool = True  # whether it does
+    merged_frames: int = (
+        4  # rows whose tokens are merged together; clips and pictures are filled up to a multiple of it
+    )
+    frame_segments: bool = True  # whether N frames of a file are the middles of N segments, as in training
 
     def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
