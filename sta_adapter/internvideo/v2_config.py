@@ -16,8 +16,6 @@ from sta_adapter.internvideo.v2_encoder import EncoderConfig
 __all__ = ["InternVideo2ChatConfig", "read_config"]
 
 MODEL_TYPE = "internvideo2_chat"
-PUBLISHED = "modeling_videochat2"
-"""The module that the published `auto_map` names."""
 
 MISTRAL = {
     **{"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},

@@ -21,7 +21,6 @@ __all__ = [
     "HIDDEN",
     "Pooling",
     "choose_pooling",
-    "decode",
     "encode",
     "may_see",
     "pool",
@@ -97,13 +96,6 @@ def encode(weights: Tensor | np.ndarray, sees: np.ndarray) -> np.ndarray:
     codes = EVEN * (1 + relative.clamp_min(1e-12).log() / math.log(frames))
     codes = codes.round().clamp(0, HIDDEN - 1).to(torch.uint8)
     return torch.where(allowed, codes, HIDDEN).to(torch.uint8).cpu().numpy()
-
-
-def decode(codes: np.ndarray) -> np.ndarray:
-    """Codes (..., T, T) as float32, relative to even spread; NaN where a frame may not look."""
-    frames = max(2, codes.shape[-1])
-    relative = np.power(np.float32(frames), (codes.astype(np.float32) - EVEN) / EVEN)
-    return np.where(codes == HIDDEN, np.float32("nan"), relative)
 
 
 def scale_of(relative: np.ndarray) -> float:
