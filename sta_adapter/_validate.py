@@ -30,3 +30,9 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and beginning of an error's text, without line breaks."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}" if text else type(error).__name__

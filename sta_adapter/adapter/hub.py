@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sta_adapter._validate import causes
+from sta_adapter._validate import causes, one_line
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError
@@ -158,8 +158,8 @@ def explain(error: BaseException, endpoint: str | None = None) -> str:
         there = endpoint or f"{constants.ENDPOINT} (HF_ENDPOINT), and no complete copy in the cache"
         meaning = f"no connection to {there}"
     else:
-        return _line(error)
-    return f"{meaning} ({_line(error)})"
+        return one_line(error)
+    return f"{meaning} ({one_line(error)})"
 
 
 def _status_meaning(status: int, text: str, *, pushing: bool) -> str:
@@ -194,9 +194,3 @@ def _is_connection_trouble(error: BaseException) -> bool:
     if isinstance(error, (ConnectionError, TimeoutError)) or "Consistency check failed" in str(error):
         return True
     return type(error).__module__.split(".")[0] in CLIENTS and not isinstance(error, ValueError)
-
-
-def _line(error: BaseException) -> str:
-    """Kind and text of an error on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from sta_adapter._validate import causes
+from sta_adapter._validate import causes, one_line
 from sta_adapter.errors import STAError
 
 __all__ = ["in_one_line"]
@@ -87,7 +87,6 @@ def _missing(error: ImportError) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """Kind and beginning of an error's text, without line breaks."""
-    text = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}" if text else type(error).__name__
+    """The error as a sentence."""
+    text = one_line(error)
     return text if text.endswith((".", "!", "?")) else f"{text}."

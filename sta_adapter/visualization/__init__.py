@@ -15,15 +15,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Observation", "branch_sizes", "crossing_map", "observe", "temporal_attention"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "sta_adapter.visualization.observation": [
-            "Observation",
-            "branch_sizes",
-            "crossing_map",
-            "observe",
-            "temporal_attention",
-        ],
-    },
-)
+__getattr__, __dir__ = lazy(__name__, {"sta_adapter.visualization.observation": __all__})
