@@ -13,8 +13,15 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
-from sta_adapter.evaluation.benchmarks.base import EvalSet, question
+from sta_adapter.evaluation.benchmarks.base import (
+    EvalSet,
+    clip_file,
+    field,
+    find,
+    first_folder,
+    question,
+    read_annotations,
+)
 
 __all__ = ["CLASSES"]
 
