@@ -228,7 +228,7 @@ def load_adapter(
 
 
 def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
-    """How clips were sampled when an adapter was trained; empty if it isn't known.
+    """How clips were sampled when an adapter (its folder, or its Hub id) was trained; empty if it isn't known.
 
     Raises:
         CheckpointError: no adapter, or what it says of frames is out of range.
@@ -253,7 +253,7 @@ def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None =
 
 
 def saved_positions(name: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
-    """The rule of text positions that an adapter was trained with; None if it isn't known, or there is one rule only.
+    """The rule of text positions that an adapter (as above) was trained with; None if it isn't known, or there is one rule only.
 
     Raises:
         CheckpointError: no adapter.

@@ -177,7 +177,7 @@ class RequireGradient(TrainerCallback):
 
 
 class ReportBadClips(TrainerCallback):
-    """Says how many samples were left out since their clips can't be read, of (bad, good); ends a run of no other."""
+    """Says how many samples were left out since their clips can't be read (`count`: bad, good), and ends a run of no other."""
 
     def __init__(self, count: Callable[[], tuple[int, int]]) -> None:
         self.count = count

@@ -198,6 +198,8 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
     ) -> GenerateOutput | Tensor:
         """Token ids (B, L + new), the prompt in front, as transformers' models give them; the published code leaves it out.
 
+        Arguments as for `forward`, prompts filled up on the left, and those of transformers' `generate`.
+
         Raises:
             LayoutError: as for `forward`.
         """

@@ -179,7 +179,10 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         qformer_attention_mask: Tensor | None = None,
         **options: object,
     ) -> GenerateOutput | Tensor:
-        """What the language model writes: `input_ids` and the new tokens (B, L + new), of `inputs_embeds` the new ones alone."""
+        """What the language model writes: `input_ids` and the new tokens (B, L + new), of `inputs_embeds` the new ones alone.
+
+        Arguments as for `forward`, and those of transformers' `generate`.
+        """
         if inputs_embeds is None:
             text = (qformer_input_ids, qformer_attention_mask)
             inputs_embeds = self.embed(input_ids, pixel_values_videos, pixel_values, text)
