@@ -60,11 +60,13 @@ def decode_pyav(table: FrameTable, indices: NDArray[np.int64], threads: int) -> 
 
 def _rgb(frame: "VideoFrame", converter: "VideoReformatter") -> Pixels:
     """A frame's pixels, on white where it is transparent, as pictures are."""
-    if not has_alpha(frame):
-        return converter.reformat(frame, format="rgb24").to_ndarray()
+    alpha = has_alpha(frame)
+    picture = np.asarray(converter.reformat(frame, format="rgba" if alpha else "rgb24").to_ndarray(), np.uint8)
+    if not alpha:
+        return picture
     from PIL import Image
 
-    return np.asarray(on_white(Image.fromarray(converter.reformat(frame, format="rgba").to_ndarray())))
+    return np.asarray(on_white(Image.fromarray(picture)))
 
 
 def _check_size(picture: Pixels, table: FrameTable) -> None:
