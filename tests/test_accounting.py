@@ -215,6 +215,11 @@ WHOLE = {
             get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["visual"])), OTHER
         ).model
     ),
+    "STA second, named first": lambda model: (
+        inject_sta(
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["sta", "visual"])), OTHER
+        ).model
+    ),
 }
 
 
@@ -240,6 +245,13 @@ def test_a_vision_encoder_that_peft_trains_whole(wrap, tmp_path):
     assert not any(".sta." in name for name in loaded.model.state_dict())
     with loaded.model.disable_adapter():
         assert torch.equal(logits(loaded.model), logits(seeded(make_qwen2_vl)))
+
+
+def test_sta_that_went_in_after_peft_had_looked_for_it(tmp_path):
+    """PEFT trains it by no copy then; the file must not say that it does."""
+    model = get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"], modules_to_save=["sta"]))
+    inject_sta(model, OTHER).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model))
 
 
 def test_the_handle_of_an_encoder_that_peft_has_copied_is_not_saved(tmp_path):
