@@ -85,13 +85,10 @@ def lora_state(model: nn.Module) -> LoraState | None:
             f"of {len(configs)} PEFT adapters in this model {name!r} is saved, which is at work; not saved: {', '.join(others)}.",
             stacklevel=3,
         )
-    if names := fields.get(
-        "modules_to_save"
-    ):  # but for those that PEFT found nothing of, such as STA that went in later
+    if names := LoraOptions(options).get("modules_to_save", list[str]()):
         wrapped = [name for name, module in model.named_modules() if isinstance(module, peft_parts()[1])]
-        fields["modules_to_save"] = [
-            n for n in names if any(map(LoraOptions({"modules_to_save": [n]}).is_saved, wrapped))
-        ]
+        # but for those of which PEFT found nothing, such as STA that went in later
+        fields["modules_to_save"] = [n for n in names if any(map(LoraOptions(modules_to_save=[n]).is_saved, wrapped))]
     kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
     state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
     start = "" if isinstance(model, PeftModel) else PREFIX
