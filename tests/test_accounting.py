@@ -197,6 +197,24 @@ def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
     assert trains(loaded) == {"mine"}
 
 
+@pytest.mark.parametrize(
+    "save", [lambda m, f: get_sta(m).save_pretrained(f), lambda m, f: m.save_pretrained(f)], ids=["ours", "PEFT's"]
+)
+def test_pefts_loader_takes_no_sta_of_other_settings_than_the_models(save, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True, init="normal"))
+    model = randomize(get_peft_model(handle.model, handle.lora_config(r=2)))
+    save(model, tmp_path)
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    other = inject_sta(seeded(make_qwen2_vl)).model
+    with pytest.raises(
+        CheckpointError, match="trained with other settings than the model's: causal True, in the model False"
+    ):
+        PeftModel.from_pretrained(other, tmp_path)
+    alike = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True, attention="eager")).model
+    with refusing:
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(alike, tmp_path)), logits(model))
+
+
 def test_pefts_loader_is_watched_once():
     watch_peft()
     watched = vars(PeftModel)["from_pretrained"]
