@@ -93,7 +93,9 @@ class LiveSource:
                     return
                 self.heard = time.monotonic()
                 told = None if self.is_camera else frame.time
-                if told is None and not (self.is_camera or self.is_remote):  # a bare stream of H.264, as some cameras write
+                if told is None and not (
+                    self.is_camera or self.is_remote
+                ):  # a bare stream of H.264, as some cameras write
                     told = float(index / rate)
                 seconds = clock.seconds(told)
                 if seconds < due - 1e-6:

@@ -169,6 +169,19 @@ def test_lora_beside_sta(folders, tmp_path):
         compare(engine, Reference(base, folders["lora"]), meta=False, lora_request=request)
 
 
+def test_lora_without_its_sta_is_refused(folders, tmp_path):
+    """Also by an engine that serves no STA; in vLLM itself it answers without."""
+    from vllm.lora.request import LoRARequest
+
+    export_adapter(folders["lora"], tmp_path / "out")
+    request = LoRARequest("adapted", 1, str(tmp_path / "out"))
+    with (
+        running(folders["Qwen2VL"]["base"], enable_lora=True, max_lora_rank=32) as engine,
+        pytest.raises(CheckpointError, match="were trained with STA, and this engine serves none"),
+    ):
+        engine.ask([clip_prompt(clips()[0])], lora_request=request)
+
+
 def test_a_merged_base(folders, tmp_path):
     base = folders["Qwen2VL"]["base"]
     export_merged(folders["lora"], tmp_path, str(base), dtype="fp32", device="cpu")
