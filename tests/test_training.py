@@ -482,9 +482,14 @@ def test_nothing_usable_is_an_error(tmp_path, model, processor, spoilt):
     [
         ({"stage": "3"}, "stage is '3', expected one of '1', '2', 'both'"),
         ({"config": TrainingConfig(sta=False)}, "nothing to train in stage one; use stage '2'"),
+        ({"config": TrainingConfig(sta_learning_rate=0)}, "sta_learning_rate 0 trains nothing in stage one"),
+        (
+            {"config": TrainingConfig(stage1={"sta_learning_rate": 0})},
+            "sta_learning_rate 0 trains nothing in stage one",
+        ),
         ({"data": "data.jsonl"}, "pass processor="),
     ],
-    ids=["stage", "baseline", "no_processor"],
+    ids=["stage", "baseline", "no_rate", "no_rate_of_the_stage", "no_processor"],
 )
 def test_arguments_that_do_not_fit(tmp_path, model, dataset, options, error):
     arguments = {"data": dataset, "output_dir": tmp_path, **options}

@@ -24,7 +24,10 @@ _KNOWN = (
     *("messages", "conversations", "system", "question", "answer", "options", "candidates", "choices", "category"),
     *sorted(VISUAL_KEYS),
 )
-_NOT_READ = ("audio", "audios", "tools", "objects", "kto_tag", "history")  # what other tools do something with
+_NOT_READ = (  # what other tools do something with
+    *("audio", "audios", "tools", "objects", "history"),
+    *("kto_tag", "chosen", "rejected_response", "rejected_messages", "rejected_images"),
+)
 _MEANT = {
     "nframes": re.compile(r"(video_)?n(um|_|um_)?frames?", re.IGNORECASE),
     "video_start": re.compile(r"(video|clip)?_?(start|begin)(_?(time|s|secs?|seconds?))?", re.IGNORECASE),
@@ -81,8 +84,8 @@ def extra_fields(record: Record, used: Iterable[str]) -> Record:
         DataError: a key among them was certainly meant to be read.
     """
     extra = {key: value for key, value in record.items() if key not in used}
-    for key in extra:
-        if key in _NOT_READ:
+    for key, value in extra.items():
+        if key in _NOT_READ or (key == "label" and isinstance(value, bool)):  # whether the answer is a good one
             raise DataError(f"{key!r} is not read, so the sample would not be what it says; leave it out.")
         if key in _KNOWN:
             raise DataError(f"{key!r} has no effect in a record of this format; leave it out, or write it another way.")

@@ -112,9 +112,10 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        within = kwargs.get("revision"), kwargs.get("subfolder")
-        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, *within)
-        if folder is None:
+        folder, handle = _folder_with_sta(model_id, kwargs.get("revision"), kwargs.get("subfolder")), get_sta(model)
+        if folder is not None and handle is not None:
+            _require_settings(folder, handle)
+        if folder is None or handle is not None:
             return load(cls, model, model_id, *args, **kwargs)
         if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
             return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
@@ -171,6 +172,21 @@ def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) ->
             tensor.copy_(state[f"blocks.{index}.{name}"])
         if len(own) == len(module.state_dict()):
             module.requires_grad_(is_trainable)
+
+
+def _require_settings(folder: Path, handle: STAHandle) -> None:
+    """Refuse to have STA's tensors, which fit whatever the settings, loaded into STA that computes something else with them."""
+    saved, here = saved_config(_describe(folder)[0], folder / CONFIG), handle.config
+    differ = [
+        f"{name} {getattr(saved, name)!r}, in the model {getattr(here, name)!r}"
+        for name in ("head_scale", "order", "rope_theta", "single_frames", "causal", "window", "token_order")
+        if getattr(saved, name) != getattr(here, name)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"STA of {folder} was trained with other settings than the model's: {'; '.join(differ)}. Take the model's out "
+            "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
+        )
 
 
 def _folder_with_sta(name: str | os.PathLike[str], revision: str | None, subfolder: str | None) -> Path | None:
