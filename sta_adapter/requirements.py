@@ -33,11 +33,7 @@ def require_packages(what: str, extras: Mapping[str, Sequence[str]]) -> None:
 
 
 def require_device(name: str | None) -> None:
-    """Refuse a device that there is not.
-
-    Raises:
-        ConfigError: torch knows no such device, or can't use it here, and why.
-    """
+    """Refuse a device that there is not."""
     import torch
 
     if name is None:

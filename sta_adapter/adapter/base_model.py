@@ -209,11 +209,7 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
 
 
 def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:
-    """Refuse a model that is about to train tensors which no adapter will hold; arguments as `require_same_base`.
-
-    Raises:
-        ConfigError: as said, with how many tensors and which.
-    """
+    """Refuse a model that is about to train tensors which no adapter will hold; arguments as `require_same_base`."""
     trained = [name for name, tensor in _unsaved(model, marks, saved) if tensor.requires_grad]
     if trained:
         raise ConfigError(

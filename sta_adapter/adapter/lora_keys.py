@@ -50,11 +50,7 @@ class LoraFile:
         return any(STA_TENSOR.search(key) for key in self.shapes)
 
     def require_names(self) -> None:
-        """Refuse a file with other tensors than LoRA's and those that are saved along, as far as their names tell.
-
-        Raises:
-            CheckpointError: a name is none of them.
-        """
+        """Refuse a file with other tensors than LoRA's and those that are saved along, as far as their names tell."""
         for key in self.shapes:
             name = key.removeprefix(PREFIX)
             module, last = _module(name), name.rpartition(".")[2]
@@ -65,11 +61,7 @@ class LoraFile:
                 )
 
     def require_ranks(self) -> None:
-        """Refuse a file whose ranks are not those of the options, as far as can be told without a model.
-
-        Raises:
-            CheckpointError: as said.
-        """
+        """Refuse a file whose ranks are not those of the options, as far as can be told without a model."""
         experts = self.options.get("target_parameters", list[str]())
         for key, shape in self.shapes.items():
             rank = self.options.rank(_module(key.removeprefix(PREFIX)))

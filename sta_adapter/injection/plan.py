@@ -166,11 +166,7 @@ def plan_injection(
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    """Refuse models whose wrapper would not see parameters that come later.
-
-    Raises:
-        InjectionError: naming the wrapper, and what to do instead.
-    """
+    """Refuse models whose wrapper would not see parameters that come later."""
     for module in model.modules():
         for cls in type(module).__mro__:
             if cls.__name__ in WRAPPERS and not cls.__module__.startswith("sta_adapter"):

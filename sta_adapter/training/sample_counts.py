@@ -40,22 +40,14 @@ class SampleCounts:
                 logger.warning("skipped a bad sample (%d so far): %s", len(self.bad_samples), message)
 
     def require_good_start(self) -> None:
-        """Refuse to go on with data of which nothing was of use so far.
-
-        Raises:
-            DataError: names the first bad sample.
-        """
+        """Refuse to go on with data of which nothing was of use so far."""
         if not self.batches_used and len(self.bad_samples) >= BAD_AT_START:
             raise DataError(
                 f"the first {len(self.bad_samples)} samples are all bad, first {next(iter(self.bad_samples))}"
             )
 
     def require_used(self) -> None:
-        """Refuse to call a run finished that had nothing to learn from; called on all processes.
-
-        Raises:
-            DataError: names the first bad sample.
-        """
+        """Refuse to call a run finished that had nothing to learn from; called on all processes."""
         counts = self.of_all()
         if not counts["batches_used"] and counts["bad_samples"]:
             raise DataError(f"all {len(counts['bad_samples'])} samples are bad, first {counts['bad_samples'][0]}")

@@ -58,11 +58,7 @@ def lora_reader() -> Any:
 
 
 def check_lora(folder: Path) -> None:
-    """Refuse LoRA weights whose STA no engine of this process serves.
-
-    Raises:
-        CheckpointError: as said.
-    """
+    """Refuse LoRA weights whose STA no engine of this process serves."""
     served = {sta.adapter.digest for sta in SERVED}
     if (folder / CONFIG).is_file():
         fits = adapter_digest(folder) in served

@@ -87,11 +87,7 @@ def trained_reader(
 
 
 def check_plugins(allowed: str | None) -> None:
-    """Refuse an environment whose `VLLM_PLUGINS` leaves STA's plug-in out, which vLLM would do silently.
-
-    Raises:
-        ConfigError: as said.
-    """
+    """Refuse an environment whose `VLLM_PLUGINS` leaves STA's plug-in out, which vLLM would do silently."""
     if allowed is not None and PLUGIN not in allowed.split(","):
         raise ConfigError(
             f"VLLM_PLUGINS is {allowed!r}, so that vLLM would serve the base without STA: add {PLUGIN}, or unset it."
