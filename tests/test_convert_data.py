@@ -122,6 +122,22 @@ def test_pairs(tmp_path):
         convert_data(source, tmp_path / "trl.jsonl", to="trl")
 
 
+def test_pairs_of_whole_conversations(tmp_path):
+    """As ms-swift also takes them: what is said before the answers stands in both."""
+    worse, talk = {"role": "assistant", "content": "down"}, {"messages": [ask(), SAID]}
+    source = write(tmp_path / "in.jsonl", {**talk, "rejected_messages": [ask(), worse]})
+    done = convert_data(source, tmp_path / "out.jsonl", to="sta-adapter")
+    assert json.loads(done.path.read_text())["rejected"] == "down"
+    for record, message in (
+        ({"rejected_messages": [ask(), SAID, ask(), worse]}, "differs from 'messages' in more than the last answer"),
+        ({"rejected_messages": []}, "differs from 'messages' in more than the last answer"),
+        ({"rejected": "down", "rejected_videos": ["b.mp4"]}, "gives the worse answer clips of its own"),
+    ):
+        write(source, {**talk, **record})
+        with pytest.raises(DataError, match=message):
+            convert_data(source, tmp_path / "out.jsonl", to="sta-adapter")
+
+
 def test_what_would_be_lost_is_an_error(tmp_path):
     source = write(tmp_path / "in.jsonl", {"messages": [ask(nframes=4), {**SAID, "loss": False}, ask(nframes=4), SAID]})
     with pytest.raises(

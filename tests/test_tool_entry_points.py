@@ -59,8 +59,9 @@ def axolotl(imported):
         ({"sample_packing": True}, "set sample_packing: false"),
         ({"eval_sample_packing": True}, "set eval_sample_packing: false"),
         ({"batch_flattening": "auto"}, "set batch_flattening: false"),
+        ({"merge_lora": True}, "axolotl merge-lora writes the base model with LoRA in its weights"),
     ],
-    ids=["stage", "adapter", "rl", "packing", "eval", "flattening"],
+    ids=["stage", "adapter", "rl", "packing", "eval", "flattening", "merging"],
 )
 def test_axolotl_is_told_before_anything_is_loaded(axolotl, values, message):
     plugin = axolotl.STAPlugin()
@@ -86,7 +87,7 @@ def launch_of_theirs():
 def test_llamafactory_is_launched_with_our_file(monkeypatch):
     launched, installed = [], []
     launcher = SimpleNamespace(launch=launch_of_theirs)
-    tuner = SimpleNamespace(run_exp="own")
+    tuner = SimpleNamespace(run_exp="own", export_model="own")
     package = types.ModuleType("llamafactory")
     package.launcher = launcher
     monkeypatch.setitem(sys.modules, "llamafactory", package)
@@ -111,6 +112,22 @@ def test_llamafactory_is_launched_with_our_file(monkeypatch):
     assert sys.argv == ["x", "run.yaml"]
     assert asked[0][:2] == (None, None)
     assert not launched
+
+
+def test_llamafactory_exports_no_adapter_with_sta(monkeypatch, tmp_path):
+    (tmp_path / "sta").mkdir()
+    (tmp_path / "sta/sta_config.json").touch()
+    (tmp_path / "lora").mkdir()
+    settings = SimpleNamespace(adapter_name_or_path=None, adapter_folder=None, model_revision="main")
+    hparams = SimpleNamespace(get_infer_args=lambda args: (settings,))
+    monkeypatch.setitem(sys.modules, "llamafactory", types.ModuleType("llamafactory"))
+    monkeypatch.setitem(sys.modules, "llamafactory.hparams", hparams)
+    llamafactory.refuse_merging()
+    settings.adapter_name_or_path = [str(tmp_path / "lora")]
+    llamafactory.refuse_merging()
+    settings.adapter_name_or_path.append(str(tmp_path / "sta"))
+    with pytest.raises(ConfigError, match="llamafactory-cli export writes the base model with LoRA in its weights"):
+        llamafactory.refuse_merging()
 
 
 def test_llamafactorys_settings():
@@ -149,6 +166,7 @@ def ms_swift(imported):
         "sta_adapter.integrations.ms_swift",
         swift__callbacks={"callbacks_map": {}},
         swift__tuner_plugin={"Tuner": object, "tuners_map": {}},
+        swift__tuners={"Swift": type("Swift", (), {"merge_and_unload": staticmethod(lambda model: f"{model} LoRA")})},
     )
 
 
@@ -170,6 +188,14 @@ def test_ms_swift_puts_lora_in_if_there_is_any(ms_swift, monkeypatch):
     assert args.callbacks == ["sta_save", "sta_gradient"]
     with pytest.raises(ConfigError, match="set --use_vllm false"):
         ms_swift.STATuner.prepare_model(SimpleNamespace(use_vllm=True), "base")
+
+
+def test_ms_swift_merges_no_adapter_with_sta(ms_swift, monkeypatch):
+    merge = sys.modules["swift.tuners"].Swift.merge_and_unload
+    monkeypatch.setattr(ms_swift, "get_sta", lambda model: "handle" if model == "with" else None)
+    assert merge("without") == "without LoRA"
+    with pytest.raises(ConfigError, match="--merge_lora true writes the base model with LoRA in its weights"):
+        merge("with")
 
 
 @pytest.mark.parametrize("sharded", [False, True])

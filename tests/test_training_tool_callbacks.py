@@ -228,6 +228,22 @@ def test_fsdp_of_version_one_is_refused(model):
         SaveAdapter().on_train_begin(None, None, None, model=handle.model)
 
 
+def test_what_could_not_be_saved_is_refused_before_it_trains(model, data, processor, tmp_path):
+    handle = inject_sta(model)
+    with pytest.raises(ConfigError, match=r"\d+ of the base model's tensors would be trained, the first is"):
+        train(model, data, collate(processor), tmp_path)
+    once = get_peft_model(handle.model, handle.lora_config())
+    with torch.no_grad():
+        for name, parameter in once.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1)
+    handle = get_sta(once.merge_and_unload())
+    again = get_peft_model(handle.model, handle.lora_config())
+    with pytest.raises(CheckpointError, match="LoRA was merged into them"):
+        train(again, data, collate(processor), tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_bad_clips_are_told_once_each_time_there_are_more(caplog):
     counts = [1, 5]
     callback = ReportBadClips(lambda: tuple(counts))
@@ -318,7 +334,7 @@ def test_sta_is_looked_for_at_the_revision_of_its_lora(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(hook, "resolve_adapter", lambda *where, subfolder: asked.append(where) or tmp_path)
     for name in ("user/adapter", str(tmp_path)):
-        hook._adapter_folder(name, {"revision": "v1"})
+        hook.adapter_folder(name, {"revision": "v1"})
     assert asked == [("user/adapter", "v1"), (str(tmp_path), None)]
 
 

@@ -186,6 +186,21 @@ def test_the_serve_line_carries_the_run_of_the_adapter(base, plain, adapted, tmp
         serve_line("base", str(plain), extra=["--hf-overrides={}"])
 
 
+@pytest.mark.parametrize(
+    ("reader", "sized"),
+    [
+        (ClipReader(FrameSettings(), factor=28), True),
+        (ClipReader(FrameSettings(min_tokens=None, max_tokens=None), factor=28), False),
+        (ClipReader(FrameSettings()), False),
+    ],
+    ids=["sized as trained", "by the processor", "a processor of one size"],
+)
+def test_the_processor_resizes_in_the_server_where_it_did_in_training(plain, reader, sized):
+    words = serve_line("base", str(plain), reader=reader)
+    assert "--media-io-kwargs" in words
+    assert ("--mm-processor-kwargs" in words) == sized
+
+
 def test_an_adapter_of_other_text_positions_is_refused_before_the_server_starts(base, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "a")
     description = json.loads((tmp_path / "a" / "sta_config.json").read_text())

@@ -14,6 +14,8 @@ from standins.fake_vllm import DEPTH, HEADS, MODULE, NAME, WIDTH, engine_config
 
 from sta_adapter import STAConfig
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.adapter.lora_options import OURS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbones.frames import EachRow
@@ -24,6 +26,7 @@ from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.identifiers import add_digest
 from sta_adapter.integrations.vllm.refusals import check_encoder_settings
 from sta_adapter.integrations.vllm.request import requested
+from sta_adapter.integrations.vllm.serving import SERVED
 
 GRID = [[3, 2, 2], [2, 2, 4]]
 
@@ -139,6 +142,21 @@ def test_two_engines_and_reloads_keep_their_own_adapter(vllm, tmp_path):
         one.load_weights([])
         assert torch.equal(one.visual(pixels(), grid_thw=GRID), first)
         assert torch.equal(two.visual(pixels(), grid_thw=GRID), second)
+
+
+def test_sta_comes_from_the_adapter_alone(vllm, tmp_path):
+    """A base may hold tensors of STA; sent to a running engine, as a trainer does it, they would be without effect."""
+    register()
+    config = engine_config(sta_adapter=str(write(tmp_path / "a")))
+    model = start(config)
+    sent = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    again = models.__getattr__(NAME)(vllm_config=config)
+    again.load_weights(list(sent.items()))
+    found = dict(again.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter if ".sta." in name else sent[name])
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.sta\.\S+ was sent to an engine that runs"):
+        model.load_weights(list(sent.items()))
 
 
 def test_a_reload_of_other_files_is_refused(vllm, tmp_path):
@@ -295,6 +313,30 @@ def lora_files(modules_to_save=None, targets=("q_proj",)):
     keys = [f"base_model.model.model.{t}.lora_A.weight" for t in targets]
     weights = save({key: torch.zeros(1, 1) for key in keys})
     return {"adapter_config.json": json.dumps(fields).encode(), "adapter_model.safetensors": weights}
+
+
+def test_lora_is_read_beside_its_own_sta_alone(vllm, tmp_path):
+    register()
+    register()
+    SERVED.clear()  # of engines of other tests
+    read = sys.modules["vllm.lora.peft_helper"].PEFTHelper.from_local_dir
+    mine, other = (write(tmp_path / name, seed, lora=lora_files()) for seed, name in enumerate(("mine", "other")))
+    fields = (mine / LORA_CONFIG).read_bytes()
+    bare = tmp_path / "bare"  # LoRA's files alone, without the STA that they belong to
+    bare.mkdir()
+    (bare / LORA_CONFIG).write_bytes(json.dumps({**json.loads(fields), OURS: "in sta_adapter.safetensors"}).encode())
+    for folder in (mine, bare):
+        with pytest.raises(CheckpointError, match="were trained with STA, and this engine serves none"):
+            read(str(folder), 512)
+    lora = types.SimpleNamespace(enable_tower_connector_lora=True)
+    model = start(engine_config(sta_adapter=str(mine), lora_config=lora))
+    assert (read(str(mine), 512), read(str(bare), longest=512)) == (str(mine), str(bare))
+    with pytest.raises(CheckpointError, match="serves another one: start it with hf_overrides"):
+        read(str(other), 512)
+    (bare / LORA_CONFIG).write_bytes(fields)
+    assert list(SERVED) == [model.sta_served]
+    assert read(str(bare), 512) == str(bare)  # LoRA that knows nothing of STA
+    assert read(str(tmp_path / "none"), 512) == str(tmp_path / "none")  # of which vLLM says that it is missing
 
 
 def test_lora_weights_that_nobody_serves_are_refused(vllm, tmp_path, monkeypatch):

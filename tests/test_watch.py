@@ -25,6 +25,7 @@ from sta_adapter.live.feed import Feed, chunks
 from sta_adapter.live.memory import FrameMemory, Step, joined
 from sta_adapter.live.source import LiveFrame, LiveSource, _Clock, masked
 from sta_adapter.live.watcher import Watcher, WatchSettings
+from sta_adapter.video import read_clip
 from sta_adapter.video.frame_settings import FrameSettings
 
 pytest.importorskip("transformers", minversion="5")
@@ -98,6 +99,21 @@ def test_the_answer_is_that_of_the_whole_clip(base, window):
             outputs[1],
             atol=1e-3,
         )
+
+
+def test_a_bare_stream_without_times_is_as_long_as_it_is(tmp_path):
+    """H.264 as some cameras write it: its frames have no times, and come by the rate that `read_clip` reads them with."""
+    import av
+
+    file = tmp_path / "clip.h264"
+    with av.open(str(file), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        for picture in moving_square("left", size=64, count=100):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    found = [frame.seconds for frame in LiveSource(str(file), fps=1, fast=True).frames()]
+    assert found == list(read_clip(file, fps=1).metadata.timestamps) == [0, 1, 2, 3]
 
 
 def follow(found, source, events):

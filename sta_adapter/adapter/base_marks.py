@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.distributed import is_sharded
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["BaseMarks", "mark_base", "require_same_base"]
+__all__ = ["BaseMarks", "mark_base", "require_frozen_base", "require_same_base"]
 
 BaseMarks = dict[str, tuple[tuple[int, ...], Tensor]]
 SAMPLED = 16  # numbers of each tensor
@@ -40,18 +40,12 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
     Raises:
         CheckpointError: as said, with how many tensors and which.
     """
-    held = {AROUND.sub("", name) for name in saved}
-    merged = (name for name, module in model.named_modules() if getattr(module, "merged", False) is True)
-    held |= {
-        AROUND.sub("", f"{name}.base_layer.{part}") for name in merged for part in ("weight", "bias")
-    }  # and can be unmerged
+    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
+    unmergeable = [f"{name}.base_layer.{part}" for name in merged for part in ("weight", "bias")]
     changed = [
         name
-        for name, tensor in _tensors(model)
-        if name in marks
-        and name not in held
-        and marks[name][0] == tuple(tensor.shape)
-        and not _same(marks[name][1], tensor)
+        for name, tensor in _unsaved(model, marks, [*saved, *unmergeable])
+        if marks[name][0] == tuple(tensor.shape) and not _same(marks[name][1], tensor)
     ]
     if changed:
         raise CheckpointError(
@@ -60,6 +54,27 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
             "Freeze the base (handle.freeze_base(), or LoRA with handle.lora_config(modules_to_save=[...])) and save before merging. To "
             "save it for the changed model, which you keep yourself (model.save_pretrained), pass base_changed=True."
         )
+
+
+def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:
+    """Refuse a model that is about to train tensors which no adapter will hold; arguments as `require_same_base`.
+
+    Raises:
+        ConfigError: as said, with how many tensors and which.
+    """
+    trained = [name for name, tensor in _unsaved(model, marks, saved) if tensor.requires_grad]
+    if trained:
+        raise ConfigError(
+            f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter holds none of "
+            "them, so that it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
+            "handle.lora_config(modules_to_save=[...]))."
+        )
+
+
+def _unsaved(model: nn.Module, marks: BaseMarks, saved: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """The base's tensors that an adapter doesn't hold."""
+    held = {AROUND.sub("", name) for name in saved}
+    return ((name, tensor) for name, tensor in _tensors(model) if name in marks and name not in held)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

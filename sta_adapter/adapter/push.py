@@ -137,6 +137,7 @@ def _push(
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
+    endpoint = _readable(endpoint)
     base = _checked_base(adapter, base_model)
     run = read_run(Path(run_folder or os.devnull), None if results is None else Path(results))
     adapter = adapter.published(base, run.get("settings", {}))
@@ -155,6 +156,19 @@ def _push(
             f"the adapter can't be pushed to {repo_id!r} on {api.endpoint}: {explain(error, api.endpoint)}. A push is one "
             "commit: the repository holds this adapter or what it held before, never a part. Push again when it works."
         ) from error
+
+
+def _readable(endpoint: str | None) -> str | None:
+    """The Hub's address; refused where a commit would be made there, and reading its address then be an error."""
+    from huggingface_hub import __version__, constants
+
+    endpoint = endpoint and endpoint.rstrip("/")
+    if endpoint not in (None, constants.ENDPOINT) and int(__version__.split(".")[0]) < 1:
+        raise ConfigError(
+            f"endpoint is {endpoint!r}, and huggingface_hub {__version__} reads a commit's address by HF_ENDPOINT "
+            f"({constants.ENDPOINT}) alone: set HF_ENDPOINT before Python starts, or install huggingface_hub 1 or newer."
+        )
+    return endpoint
 
 
 def _commit(

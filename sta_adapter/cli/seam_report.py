@@ -33,6 +33,7 @@ from sta_adapter.compatibility.seams import (
     version,
 )
 from sta_adapter.errors import STAError
+from sta_adapter.integrations.vllm.lora_requests import lora_reader
 from sta_adapter.integrations.vllm.registry import model_registry
 
 __all__ = ["Seam", "seams"]
@@ -100,6 +101,7 @@ def _look_at_xformers() -> None:
 
 def _look_at_vllm() -> None:
     model_registry()
+    lora_reader()
 
 
 _LOOKS: dict[str, tuple[str, Callable[[], object]]] = {

@@ -59,6 +59,11 @@ class ClipReader:
         segments = bool(getattr(part, "frame_segments", False))
         return cls(settings, sizes.factor, sizes.frames, frame_order, seed, segments)
 
+    @property
+    def sizes_frames(self) -> bool:
+        """Whether clips without limits of their own get their final size here, and not from the processor."""
+        return any(limit is not None for limit in self._pixel_limits({}))
+
     def read(self, parts: Sequence[Part], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
         visuals: list[Visual] = []

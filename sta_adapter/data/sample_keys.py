@@ -84,8 +84,8 @@ def extra_fields(record: Record, used: Iterable[str]) -> Record:
         DataError: a key among them was certainly meant to be read.
     """
     extra = {key: value for key, value in record.items() if key not in used}
-    for key in extra:
-        if key in _NOT_READ or (key == "label" and isinstance(extra[key], bool)):  # whether an answer is a good one
+    for key, value in extra.items():
+        if key in _NOT_READ or (key == "label" and isinstance(value, bool)):  # whether the answer is a good one
             raise DataError(f"{key!r} is not read, so the sample would not be what it says; leave it out.")
         if key in _KNOWN:
             raise DataError(f"{key!r} has no effect in a record of this format; leave it out, or write it another way.")

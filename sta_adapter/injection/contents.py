@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from sta_adapter.adapter.base_marks import require_same_base
+from sta_adapter.adapter.base_marks import require_frozen_base, require_same_base
 from sta_adapter.adapter.base_model import describe_base
 from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_weights import lora_files, lora_state
@@ -24,7 +24,7 @@ from sta_adapter.injection.text_positions import rule_in_use
 if TYPE_CHECKING:
     from sta_adapter.injection.handle import STAHandle
 
-__all__ = ["adapter_contents", "describe_adapter", "plain_state", "push_adapter", "save_adapter"]
+__all__ = ["adapter_contents", "describe_adapter", "plain_state", "push_adapter", "require_savable", "save_adapter"]
 
 
 def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed: bool = False) -> None:
@@ -46,6 +46,18 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
         on_rank_zero(lambda: write_adapter(folder, *contents))
     else:
         write_adapter(folder, *contents)
+
+
+def require_savable(handle: STAHandle) -> None:
+    """Refuse, before a training, a model that could not be saved after it; with sharded weights all processes must call this.
+
+    Raises:
+        CheckpointError: as `save_adapter`.
+        ConfigError: the base model would be trained as well.
+    """
+    adapter_contents(handle)
+    lora = lora_state(handle.model)
+    require_frozen_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
 
 
 def adapter_contents(

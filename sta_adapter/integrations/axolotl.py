@@ -19,7 +19,7 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.integrations.callbacks import sta_callbacks
-from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.integrations.settings import Settings, merging_loses_sta, prepare_model
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -39,8 +39,10 @@ class STAPlugin(BasePlugin):
     """Puts STA into the model before LoRA, has LoRA train and save it, and the run watched."""
 
     def register(self, cfg: DictDefault) -> None:
-        """Refuse what can't be trained, before anything is loaded."""
+        """Refuse what can't be trained, or merged, before anything is loaded."""
         take_settings(cfg)
+        if cfg.get("merge_lora"):
+            raise merging_loses_sta("axolotl merge-lora")
 
     def get_input_args(self) -> str | None:
         """Where axolotl finds the YAML's further fields."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor, distributed, nn
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sta_adapter.compatibility.seams import peft_parts, version
 from sta_adapter.distributed import is_parallel, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
+from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.integrations.settings import Settings
 
@@ -49,6 +51,8 @@ class SaveAdapter(TrainerCallback):
             raise ConfigError(
                 "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
             )
+        with _without_word_of_references():
+            require_savable(handle)
         self._handle = handle
         SAVED.add(handle)
 
@@ -236,10 +240,17 @@ def _trained(model: nn.Module | None) -> tuple[nn.Module, STAHandle]:
     return model, handle
 
 
+@contextlib.contextmanager
+def _without_word_of_references() -> Iterator[None]:
+    """Of several PEFT adapters the others are a reference, as DPO's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"of \d+ PEFT adapters")
+        yield
+
+
 def _save(model: nn.Module | None, folder: Path) -> None:
     _, handle = _trained(model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"of \d+ PEFT adapters")  # the others are a reference, as DPO's
+    with _without_word_of_references():
         if is_sharded(handle.model.parameters()):
             handle.save_pretrained(folder)
         else:

@@ -31,7 +31,7 @@ from sta_adapter.integrations.settings import Settings, prepare_model
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["install", "uninstall"]
+__all__ = ["adapter_folder", "install", "uninstall"]
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []
@@ -113,7 +113,7 @@ def _bringing_sta(load: Callable[..., Model]) -> Callable[..., Model]:
     def from_pretrained(
         cls: type, model: nn.Module, model_id: str | os.PathLike[str], *args: object, **kwargs: object
     ) -> Model:
-        had, folder = get_sta(model) is not None, _adapter_folder(model_id, kwargs)
+        had, folder = get_sta(model) is not None, adapter_folder(model_id, kwargs)
         with _from(folder):
             loaded = load(cls, model, model_id, *args, **kwargs)
         if not had and folder is not None and get_sta(loaded) is not None:
@@ -138,7 +138,7 @@ def _from(folder: Path | None) -> Iterator[None]:
         _loading.reset(token)
 
 
-def _adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
+def adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
     revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:

@@ -34,11 +34,19 @@ def as_ours(record: Mapping[str, object]) -> Record:
         given = {k: v for k, v in found["chat_template_kwargs"].items() if k in CLIP_SETTINGS and v is not None}
         paths = found.get(f"{key}s") or []
         found[f"{key}s"] = [{key: path, **_meant_for(key, given)} for path in paths if isinstance(path, str)] or paths
+    if others := [key for key in ("rejected_videos", "rejected_images") if found.get(key)]:
+        raise DataError(
+            f"{others[0]!r} gives the worse answer clips of its own, and a pair is two answers to the same ones."
+        )
     turns = found.get("messages", found.get("conversations"))
     if not isinstance(turns, list):
         return found
     better, worse = found.pop("chosen", None), found.pop("rejected_response", found.pop("rejected", None))
     turns = [_plain_turn(turn) for turn in turns]
+    if "rejected_messages" in found:  # ms-swift's, a whole conversation again
+        *before, worse = [_plain_turn(turn) for turn in found.pop("rejected_messages") or [None]]
+        if before != turns[:-1]:
+            raise DataError("'rejected_messages' differs from 'messages' in more than the last answer.")
     if better is not None:
         turns.append({"role": "assistant", "content": _text(better, "chosen")})
     if worse is not None:

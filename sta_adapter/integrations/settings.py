@@ -23,7 +23,7 @@ from sta_adapter.injection.load import load_sta
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Settings", "prepare_model"]
+__all__ = ["Settings", "merging_loses_sta", "prepare_model"]
 
 VARIABLE = "STA_SETTINGS"
 
@@ -95,6 +95,14 @@ class Settings:
             return cls.from_mapping(yaml.safe_load(text) if text else None)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
             raise ConfigError(f"{VARIABLE}={os.environ.get(VARIABLE)!r}: {error}") from error
+
+
+def merging_loses_sta(command: str) -> ConfigError:
+    """The error for a tool's command that writes a base with LoRA merged in: no base's own class has a place for STA."""
+    return ConfigError(
+        f"{command} writes the base model with LoRA in its weights, of which whoever loads it leaves STA out. Write both: sta-adapter "
+        "export ADAPTER OUT --merge-lora BASE; then OUT/base is the model, and OUT/sta its adapter."
+    )
 
 
 def prepare_model(model: nn.Module, settings: Settings, **lora: object) -> tuple[STAHandle, LoraConfig | None]:

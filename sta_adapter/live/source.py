@@ -87,11 +87,17 @@ class LiveSource:
         with container:
             if not container.streams.video:
                 raise VideoError(f"{_shown(self.name)} has no video in it.")
-            for frame in self._decoded(av, container):
+            rate = container.streams.video[0].average_rate or 25  # as `read_clip` has it
+            for index, frame in enumerate(self._decoded(av, container)):
                 if stopped():
                     return
                 self.heard = time.monotonic()
-                seconds = clock.seconds(None if self.is_camera else frame.time)
+                told = None if self.is_camera else frame.time
+                if told is None and not (
+                    self.is_camera or self.is_remote
+                ):  # a bare stream of H.264, as some cameras write
+                    told = float(index / rate)
+                seconds = clock.seconds(told)
                 if seconds < due - 1e-6:
                     continue
                 due = max(due + 1 / self.fps, seconds)

@@ -188,9 +188,8 @@ class Watcher:
             "video_backend": "pyav",
             "frames_indices": [round(moment * TICKS) for moment in seconds],
         }
-        resized = self._reader.factor > 1 and (self.frames.min_tokens is not None or self.frames.max_tokens is not None)
         content = [{"type": "video", "video": "live"}, {"type": "text", "text": question}]
-        visual = Visual("video", pixels, metadata, resized)
+        visual = Visual("video", pixels, metadata, self._reader.sizes_frames)
         return encode_prompt(self._processor, [{"role": "user", "content": content}], [[visual]])
 
     def _encode(self, prompt: Encoded) -> object:

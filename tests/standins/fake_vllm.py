@@ -83,9 +83,11 @@ class Model(nn.Module):
         self.visual = Qwen2_5_VisionTransformer()
 
     def load_weights(self, weights):
+        loaded = set()
         for name, values in weights:
             self.get_parameter(name).data.copy_(values)
-        return {name for name, _ in weights}
+            loaded.add(name)
+        return loaded
 
 
 class Registry:
@@ -113,7 +115,10 @@ def install(monkeypatch):
         found={}, register=lambda name: lambda cls: video.VIDEO_LOADER_REGISTRY.found.__setitem__(name, cls)
     )
     monkeypatch.setitem(sys.modules, "vllm.multimodal.video", video)
-    for parent in ("vllm.multimodal", "vllm.model_executor", "vllm.model_executor.models"):
+    lora = types.ModuleType("vllm.lora.peft_helper")
+    lora.PEFTHelper = type("PEFTHelper", (), {"from_local_dir": classmethod(lambda cls, path, longest: path)})
+    monkeypatch.setitem(sys.modules, "vllm.lora.peft_helper", lora)
+    for parent in ("vllm.multimodal", "vllm.lora", "vllm.model_executor", "vllm.model_executor.models"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
     return registry
 

@@ -169,6 +169,19 @@ def test_lora_beside_sta(folders, tmp_path):
         compare(engine, Reference(base, folders["lora"]), meta=False, lora_request=request)
 
 
+def test_lora_without_its_sta_is_refused(folders, tmp_path):
+    """Also by an engine that serves no STA; in vLLM itself it answers without."""
+    from vllm.lora.request import LoRARequest
+
+    export_adapter(folders["lora"], tmp_path / "out")
+    request = LoRARequest("adapted", 1, str(tmp_path / "out"))
+    with (
+        running(folders["Qwen2VL"]["base"], enable_lora=True, max_lora_rank=32) as engine,
+        pytest.raises(CheckpointError, match="were trained with STA, and this engine serves none"),
+    ):
+        engine.ask([clip_prompt(clips()[0])], lora_request=request)
+
+
 def test_a_merged_base(folders, tmp_path):
     base = folders["Qwen2VL"]["base"]
     export_merged(folders["lora"], tmp_path, str(base), dtype="fp32", device="cpu")
@@ -184,13 +197,31 @@ def test_bfloat16(folders):
         assert difference(engine.embeddings[0], reference.embeddings(clips()[0])) < 0.05
 
 
+def int8_layers(model):
+    """Of each linear layer in 8 bits: whether the processor has what vLLM's own kernel needs (AMX), the dtype of the
+    weights that vLLM keeps, and whether oneDNN keeps them instead."""
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+
+    layers = [layer for layer in model.modules() if hasattr(getattr(layer, "scheme", None), "kernel")]
+    return [
+        (
+            check_cpu_sgl_kernel(layer.output_size_per_partition, layer.input_size_per_partition, torch.int8),
+            getattr(layer.weight, "dtype", None),
+            hasattr(layer.scheme.kernel, "dnnl_handler"),
+        )
+        for layer in layers
+    ]
+
+
 def test_a_quantized_base(folders, tmp_path):
     """A language model in 8 bits, as vLLM runs it on a CPU as well; STA and the encoder are not touched by it."""
     base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
     reference, frames = Reference(base, adapter), clips()[0]
     with running(quantize_base(base, tmp_path / "int8"), adapter, dtype="bfloat16") as engine:
+        [kept] = engine.llm.apply_model(int8_layers)
+        assert len(kept) == 8  # qkv, o, gate_up and down, in two layers
+        assert set(kept) <= {(True, torch.int8, False), (False, None, True)}
         [kinds] = engine.llm.apply_model(lambda model: {n: p.dtype for n, p in model.named_parameters()})
-        assert torch.int8 in kinds.values()
         assert {kind for name, kind in kinds.items() if ".sta." in name} == {torch.bfloat16}
         [(tokens, _)] = engine.ask([clip_prompt(frames)])
         assert len(tokens) == NEW_TOKENS

@@ -18,7 +18,7 @@ from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.integrations import peft
 from sta_adapter.integrations.callbacks import sta_callbacks
-from sta_adapter.integrations.settings import Settings
+from sta_adapter.integrations.settings import Settings, merging_loses_sta
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -35,12 +35,16 @@ def main() -> None:
         from llamafactory.train import tuner
     except ImportError as error:
         raise MissingExtraError(f"LLaMA-Factory can't be imported ({error}): pip install llamafactory") from error
-    own_run_exp = tuner.run_exp
+    own_run_exp, own_export = tuner.run_exp, tuner.export_model
+
+    def export(args: object = None) -> None:
+        refuse_merging(args)
+        own_export(args)
 
     def run(args: object = None, callbacks: Sequence[TrainerCallback] | None = None) -> None:
         run_exp(args, callbacks, own_run_exp)
 
-    tuner.run_exp = run
+    tuner.run_exp, tuner.export_model = run, export
     if "LOCAL_RANK" in os.environ:  # a process that torchrun has started
         if sys.argv[1:2] == ["train"]:
             del sys.argv[1]
@@ -80,6 +84,23 @@ def run_exp(
         own(values, [*sta_callbacks(settings), *(callbacks or [])])
     finally:
         peft.uninstall()
+
+
+def refuse_merging(args: object = None) -> None:
+    """Refuse to export an adapter with STA; LoRA alone may go into the base.
+
+    Args:
+        args: as LLaMA-Factory's `export_model` takes them.
+
+    Raises:
+        ConfigError: as said.
+    """
+    from llamafactory.hparams import get_infer_args
+
+    model = get_infer_args(args)[0]
+    within = {"subfolder": model.adapter_folder, "revision": model.model_revision}
+    if any(peft.adapter_folder(name, within) for name in model.adapter_name_or_path or ()):
+        raise merging_loses_sta("llamafactory-cli export")
 
 
 def take_settings(values: object) -> Settings:

@@ -5,13 +5,16 @@ Settings come from STA_SETTINGS, or from ms-swift's own `--model_kwargs '{"sta_s
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import get_peft_model
 from swift.callbacks import callbacks_map
 from swift.tuner_plugin import Tuner, tuners_map
+from swift.tuners import Swift
 from torch import nn
 
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
@@ -20,7 +23,7 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import load_sta
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
-from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.integrations.settings import Settings, merging_loses_sta, prepare_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,6 +85,18 @@ class STATuner(Tuner):
         return load_sta(model, model_id, is_trainable=is_trainable).model
 
 
+def _merging(own: Callable[..., object]) -> Callable[..., object]:
+    """ms-swift's function that merges LoRA into the model to be exported, which a model with STA can't be."""
+
+    @functools.wraps(own)
+    def merge_and_unload(model: nn.Module, **kwargs: object) -> object:
+        if get_sta(model) is not None:
+            raise merging_loses_sta("ms-swift's --merge_lora true")
+        return own(model, **kwargs)
+
+    return merge_and_unload
+
+
 def _given(args: object, name: str, default: object) -> bool:
     """Whether an option differs from ms-swift's default, whose LoRA is not the recipe's."""
     return getattr(args, name, default) not in (default, None)
@@ -101,8 +116,9 @@ def _watch(args: object) -> None:
 
 
 def register() -> None:
-    """Make the tuner and the callbacks known to ms-swift."""
+    """Make the tuner and the callbacks known to ms-swift, and its merging of LoRA know STA."""
     tuners_map[NAME] = STATuner
+    Swift.merge_and_unload = staticmethod(_merging(Swift.merge_and_unload))
     callbacks_map["sta_save"] = lambda args, trainer: SaveAdapter()
     callbacks_map["sta_gradient"] = lambda args, trainer: RequireGradient(Settings.from_environment().patience)
 

@@ -51,6 +51,8 @@ def serving_class(path: str) -> type:
             self.sta_served = put_sta(self, vllm_config)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
+            if self.sta_served is not None:
+                weights = self.sta_served.of_the_base(weights)
             loaded: set[str] | None = super().load_weights(weights)
             if self.sta_served is None:
                 return loaded

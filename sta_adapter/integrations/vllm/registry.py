@@ -10,6 +10,7 @@ from sta_adapter.compatibility.seams import incompatible, parameter_names
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.integrations.vllm.frames import register_loader
+from sta_adapter.integrations.vllm.lora_requests import check_lora_requests
 from sta_adapter.integrations.vllm.request import asks_for_sta, check_architecture, requested
 
 MODELS = "sta_adapter.integrations.vllm.models"
@@ -42,6 +43,7 @@ def register_models() -> None:
     for name in architectures():
         registry.register_model(name, f"{MODELS}:{name}")
     register_loader()
+    check_lora_requests()
     if not isinstance(registry.inspect_model_cls, _Inspecting):
         registry.inspect_model_cls = _Inspecting(registry, registry.inspect_model_cls)
 

@@ -59,6 +59,7 @@ def serve_line(
     options = {"--hf-overrides": json.dumps(overrides)}
     if reader is not None:
         options["--media-io-kwargs"] = json.dumps(media_io_kwargs(reader))
+    if reader is not None and reader.sizes_frames:
         options["--mm-processor-kwargs"] = json.dumps({"videos_kwargs": {"do_resize": False}})
     for name in options:
         if any(word.split("=")[0] == name for word in extra):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from sta_adapter.adapter.base_model import ANY, check_base
 from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
+from sta_adapter.attention.module import CHILD
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.plan import Plan, plan_injection
@@ -69,6 +72,22 @@ class ServedSTA:
         self.is_loaded = False
         self.is_checked = False
         plan.target.encoder.register_forward_pre_hook(self._before_first_call, prepend=True)
+        SERVED.add(self)
+
+    def of_the_base(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Weights without STA's, which come from the adapter alone; a base that was saved as a whole may hold some.
+
+        Raises:
+            CheckpointError: STA is sent to a running engine, as trainers send what they have trained.
+        """
+        for name, values in weights:
+            if CHILD not in name.split("."):
+                yield name, values
+            elif self.is_loaded:
+                raise CheckpointError(
+                    f"{name} was sent to an engine that runs, and its STA is that of the adapter's files, by which its caches are "
+                    "keyed: save the adapter that was trained, and start a new engine with it."
+                )
 
     def load(self) -> set[str]:
         """Fill STA from the adapter's files, at the start and at each reload of the base.
@@ -118,3 +137,6 @@ class ServedSTA:
         """Forward pre-hook of the tower, in front of STA's own: nothing is encoded unchecked."""
         if not self.is_checked:
             self.check()
+
+
+SERVED: weakref.WeakSet[ServedSTA] = weakref.WeakSet()  # of this process
