@@ -35,7 +35,9 @@ def as_ours(record: Mapping[str, object]) -> Record:
         paths = found.get(f"{key}s") or []
         found[f"{key}s"] = [{key: path, **_meant_for(key, given)} for path in paths if isinstance(path, str)] or paths
     if others := [key for key in ("rejected_videos", "rejected_images") if found.get(key)]:
-        raise DataError(f"{others[0]!r} gives the worse answer clips of its own, and a pair is two answers to the same ones.")
+        raise DataError(
+            f"{others[0]!r} gives the worse answer clips of its own, and a pair is two answers to the same ones."
+        )
     turns = found.get("messages", found.get("conversations"))
     if not isinstance(turns, list):
         return found
