@@ -116,7 +116,9 @@ def watch_peft() -> None:
         folder = None if get_sta(model) is not None else _folder_with_sta(model_id, *within)
         if folder is None:
             return load(cls, model, model_id, *args, **kwargs)
-        if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
+        first = kwargs.get("adapter_name") in (None, "default")
+        known = PASSED_ON | WITHOUT_EFFECT | ({"adapter_name"} if first else set())
+        if not args and set(kwargs) <= known and not hasattr(model, "peft_config"):
             return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
         warnings.warn(
             f"{model_id} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",
