@@ -60,7 +60,7 @@ class DataError(STAError, ValueError):
 
 
 class DivergenceError(STAError, ArithmeticError):
-    """A training's loss is no finite number any more, or has grown a hundredfold."""
+    """A training's loss is no finite number any more, or has grown a hundredfold; or a model's outputs are no numbers."""
 
 
 class TrainingStopped(STAError, RuntimeError):

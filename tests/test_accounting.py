@@ -199,6 +199,24 @@ def test_pefts_loader_leaves_lora_alone_as_it_was(tmp_path):
     assert trains(loaded) == {"mine"}
 
 
+@pytest.mark.parametrize(
+    "save", [lambda m, f: get_sta(m).save_pretrained(f), lambda m, f: m.save_pretrained(f)], ids=["ours", "PEFT's"]
+)
+def test_pefts_loader_takes_no_sta_of_other_settings_than_the_models(save, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True, init="normal"))
+    model = randomize(get_peft_model(handle.model, handle.lora_config(r=2)))
+    save(model, tmp_path)
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    other = inject_sta(seeded(make_qwen2_vl)).model
+    with pytest.raises(
+        CheckpointError, match="trained with other settings than the model's: causal True, in the model False"
+    ):
+        PeftModel.from_pretrained(other, tmp_path)
+    alike = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True, attention="eager")).model
+    with refusing:
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(alike, tmp_path)), logits(model))
+
+
 def test_pefts_loader_is_watched_once():
     watch_peft()
     watched = vars(PeftModel)["from_pretrained"]
@@ -215,6 +233,11 @@ WHOLE = {
     "STA second": lambda model: (
         inject_sta(
             get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["visual"])), OTHER
+        ).model
+    ),
+    "STA second, named first": lambda model: (
+        inject_sta(
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["sta", "visual"])), OTHER
         ).model
     ),
 }
@@ -242,6 +265,13 @@ def test_a_vision_encoder_that_peft_trains_whole(wrap, tmp_path):
     assert not any(".sta." in name for name in loaded.model.state_dict())
     with loaded.model.disable_adapter():
         assert torch.equal(logits(loaded.model), logits(seeded(make_qwen2_vl)))
+
+
+def test_sta_that_went_in_after_peft_had_looked_for_it(tmp_path):
+    """PEFT trains it by no copy then; the file must not say that it does."""
+    model = get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"], modules_to_save=["sta"]))
+    inject_sta(model, OTHER).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model))
 
 
 def test_the_handle_of_an_encoder_that_peft_has_copied_is_not_saved(tmp_path):

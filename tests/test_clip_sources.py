@@ -1,6 +1,7 @@
 """Where full models of transformers tell their clips, and what is refused where they can't."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,24 @@ def test_clips_are_read_beneath_peft_and_in_copies(case_id):
         twin(**batch)
     get_sta(twin).remove()
     assert not any(type(v).__name__ == "TellingMethod" for m in twin.modules() for v in vars(m).values())
+
+
+@INTERNVL
+@pytest.mark.parametrize("case_id", ["llava_onevision", "internvl"])
+def test_clips_are_told_to_an_encoder_that_peft_trains_whole(case_id):
+    """PEFT copies it out of the model whose calls tell its clips."""
+    peft = pytest.importorskip("peft")
+    if case_id == "internvl" and "x" in inspect.signature(peft.utils.other.AuxiliaryTrainingWrapper.forward).parameters:
+        pytest.skip("this PEFT takes no keywords for what it trains whole, by which InternVL calls its encoder")
+    model, handle, seen = injected(case_id)
+    batch, clips = two_videos(case_id) if case_id == "llava_onevision" else (picture_prompt(4), [(3, 16), (1, 16)])
+    more = {} if case_id == "llava_onevision" else {"clip_lengths": [3, 1]}
+    with torch.no_grad():
+        expected = model(**batch, **more).logits
+        wrapped = peft.get_peft_model(model, handle.lora_config(modules_to_save=["vision_tower"])).eval()
+        assert torch.equal(wrapped(**batch, **more).logits, expected)
+    assert seen == [clips, clips]
+    assert get_sta(wrapped).encoder is not handle.encoder
 
 
 @pytest.mark.parametrize("case_id", [LLAVA, GLM])

@@ -293,13 +293,18 @@ def test_limits_of_a_picture(processor, tmp_path, limit, grid):
 
 
 def test_limits_of_one_clip_leave_the_others_to_the_processor(processor, tmp_path):
-    """Each clip of a sample is encoded as it is alone, whichever of them sets its own limits."""
+    """Each clip of a sample is encoded as it is alone, whichever of them sets its own limits.
+
+    Before transformers 4.52 processors resize by Pillow, which rounds a few pixels to the level beside torch's.
+    """
     path = write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 255, (4, 96, 128, 3), np.uint8))
     parts = [
         {"type": "video", "video": str(path), "nframes": 4},
         {"type": "video", "video": str(path), "nframes": 4, "max_pixels": 1024},
     ]
     settings = FrameSettings(min_tokens=None, max_tokens=None)
+    part = processor.image_processor
+    level = 0 if hasattr(processor, "video_processor") else 1.001 * part.rescale_factor / min(part.image_std)
 
     def encoded(*chosen):
         file = jsonl(tmp_path / "data.jsonl", sample([*chosen, {"type": "text", "text": "which?"}]))
@@ -309,7 +314,8 @@ def test_limits_of_one_clip_leave_the_others_to_the_processor(processor, tmp_pat
     for order in ((0, 1), (1, 0)):
         both = encoded(*(parts[index] for index in order))
         assert torch.equal(both["video_grid_thw"], torch.cat([alone[i]["video_grid_thw"] for i in order]))
-        assert torch.equal(both["pixel_values_videos"], torch.cat([alone[i]["pixel_values_videos"] for i in order]))
+        difference = both["pixel_values_videos"] - torch.cat([alone[i]["pixel_values_videos"] for i in order])
+        assert difference.abs().max() <= level
     assert not torch.equal(alone[0]["video_grid_thw"], alone[1]["video_grid_thw"])
 
 

@@ -173,6 +173,17 @@ def test_the_reference_has_every_public_name():
         assert hasattr(importlib.import_module(module), name), path
 
 
+def test_the_sums_of_the_mutants_are_those_of_their_table():
+    page = PAGES["reliability.md"]
+    rows = re.findall(r"^\| `([\w/]+)` \| \d+ \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    modules = {module for module, _, _ in rows}
+    assert len(modules) == len(rows)
+    gone = [m for m in modules if not any((ROOT / place / f"{m}.py").exists() for place in ("", "sta_adapter"))]
+    assert not gone
+    drawn, killed = (sum(int(row[place]) for row in rows) for place in (1, 2))
+    assert f"Of {drawn:,} mutants in {len(rows)} modules {killed:,} ({killed / drawn:.0%})".replace("%", " %") in page
+
+
 def holds(text, parts):
     """Whether all parts stand in a text, one after the other."""
     place = 0

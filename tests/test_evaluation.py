@@ -17,7 +17,7 @@ from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import encode_answer
-from sta_adapter.errors import CheckpointError, ConfigError, DataError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from sta_adapter.evaluation import EvaluationResult, Prediction, as_text, evaluate, wilson
 from sta_adapter.evaluation.eval_mode import eval_mode, without_adapter
 from sta_adapter.training import TrainingConfig, train
@@ -145,6 +145,15 @@ def test_options_are_scored_as_complete_answers(taught, choices, processor):
             if "mm_token_type_ids" in inputs:
                 inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 1))
         assert score == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("choose", ["loglikelihood", "generate"])
+def test_a_model_whose_outputs_are_no_numbers_has_no_answer(choices, processor, choose):
+    """As fp16 makes them where it overflows; the first option would be the answer, or the first word."""
+    model = make_model(processor.tokenizer)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(DivergenceError, match=r"the model's outputs are no numbers \(NaN\).*--dtype"):
+        evaluate(model, choices, choose=choose, num_workers=0)
 
 
 def test_options_are_scored_without_the_logits_of_the_prompt(choices, processor):

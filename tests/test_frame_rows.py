@@ -63,13 +63,13 @@ def test_layout_and_positions_from_pixels(size):
     assert [p.tolist() for p in pixel_positions(call, layout)] == [torch.arange(2 * columns).view(2, columns).tolist()]
 
 
-@pytest.mark.parametrize("size", [None, "4", [], [4, 2.0]], ids=str)
+@pytest.mark.parametrize("size", [None, "4", [], [4, 2.0], True], ids=str)
 def test_a_size_that_is_none_is_named(size):
     with pytest.raises(CompatibilityError, match=r"SimpleNamespace has no size patch_size, but"):
         pixel_layout()(EncoderCall(encoder(patch_size=size), {"pixel_values": torch.zeros(1, 3, 8, 8)}))
 
 
-@pytest.mark.parametrize("config", [{}, {"num_heads": None}, {"heads": 4.0}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"num_heads": None}, {"heads": 4.0}, {"num_heads": True}], ids=str)
 def test_a_number_that_is_none_is_named(config):
     with pytest.raises(CompatibilityError, match="SimpleNamespace has no whole number num_heads or heads"):
         number_of(encoder(**config).config, "num_heads", "heads")

@@ -146,12 +146,12 @@ def test_the_clips_told_last_count_and_those_before_come_back(injection):
     assert injection.clip_lengths is None
     with contextlib.suppress(ZeroDivisionError), injection.clips((4,)):
         assert injection.clip_lengths == (4,)
-        injection.thread.told = (2, 2)
+        injection.told.by_model = (2, 2)
         assert injection.clip_lengths == (2, 2)
         with injection.clips((3,)):
             assert injection.clip_lengths == (3,)
         assert injection.clip_lengths == (2, 2)
-        injection.thread.told = None
+        injection.told.by_model = None
         assert injection.clip_lengths == (4,)
         raise ZeroDivisionError
     assert injection.clip_lengths is None

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import make_qwen2_vl, seeded
+from cases import case_parameters, make_qwen2_vl, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -102,6 +102,58 @@ def test_embeddings_that_peft_saved_along_are_taken(saved, tmp_path, part):
     spoil(saved, tmp_path, lambda state: state.update({f"base_model.model.{name}.weight": weight}))
     loaded = load_sta(model, tmp_path)
     assert torch.equal(getattr(loaded.model, embeddings)().weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["nothing"], "modules_to_save": None}, "target_modules name no module of this model"),
+        (
+            {"target_parameters": ["norm1.bias"]},
+            r"target_parameters name '\S+norm1\.bias', which has the shape \(32,\)",
+        ),
+    ],
+)
+def test_lora_that_names_nothing_or_what_it_is_not_for(saved, tmp_path, settings, message):
+    spoil(saved, tmp_path, dict.clear)
+    fields = json.loads((tmp_path / LORA_CONFIG).read_text())
+    (tmp_path / LORA_CONFIG).write_text(json.dumps({**fields, **settings}))
+    with pytest.raises(CheckpointError, match=message):
+        load_sta(seeded(make_qwen2_vl), tmp_path)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("experts", [["experts.down_proj"], ["experts.gate_up_proj", "experts.down_proj"]])
+@pytest.mark.parametrize("case", case_parameters(lambda case: case.id == "qwen3_vl_moe"))
+def test_lora_on_experts_weights_that_are_stacked(case, experts, transposed, tmp_path):
+    """Before 0.19 PEFT takes them for (experts, in, out), and since then where a module says that it is transposed."""
+    import peft
+
+    if "target_parameters" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip("this release of PEFT has no LoRA on parameters")
+    arguments = {key: value for key, value in case.generate(4).items() if key != "max_new_tokens"}
+
+    def make():
+        model = seeded(case.make)
+        module = next(module for name, module in model.named_modules() if name.endswith(".experts"))
+        if transposed and hasattr(module, "is_transposed"):
+            module.is_transposed = True
+            for name, weight in list(module.named_parameters()):
+                setattr(module, name, torch.nn.Parameter(weight.detach().transpose(1, 2).contiguous()))
+        return model
+
+    handle = inject_sta(make())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)
+    model = peft.get_peft_model(handle.model, config)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
+    get_sta(model).save_pretrained(tmp_path)
+    assert sum("experts" in key for key in load_file(tmp_path / LORA_WEIGHTS)) == 2 * len(experts)
+    loaded = load_sta(make(), tmp_path).model
+    with torch.no_grad():
+        expected, plain = model.eval()(**arguments).logits, make()(**arguments).logits
+        assert torch.equal(loaded(**arguments).logits, expected)
+    assert not torch.allclose(plain, expected, atol=1e-3)
 
 
 def test_the_hub_is_not_asked_about_embeddings(saved, tmp_path, monkeypatch):

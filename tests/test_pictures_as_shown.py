@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from PIL import Image
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter.data import BadSample, VideoDataset
-from sta_adapter.errors import DataError, VideoError
+from sta_adapter.errors import BackendError, DataError, VideoError
 from sta_adapter.video import read_clip, read_folder
 from sta_adapter.video.image import MOST_PIXELS, natural_order, read_image
 
@@ -64,6 +65,35 @@ def test_what_is_transparent_lies_on_white(tmp_path, mode):
     expected = np.full((16, 16, 3), 255, np.uint8)
     expected[4:12, 4:12] = 0
     np.testing.assert_array_equal(found, expected)
+
+
+def a_square_that_goes(path):
+    """Three frames in RGBA, a black square on black that nobody sees."""
+    frames = [np.zeros((16, 32, 4), np.uint8) for _ in range(3)]
+    for number, frame in enumerate(frames):
+        frame[4:12, 8 * number : 8 * number + 8, 3] = 255
+    if path.suffix == ".apng":
+        first, *rest = map(Image.fromarray, frames)
+        first.save(path, format="PNG", save_all=True, append_images=rest, duration=100, disposal=1)
+        return frames
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "rgba"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        container.mux(stream.encode(None))
+    return frames
+
+
+@pytest.mark.parametrize("name", ["a.apng", "a.mov"])
+def test_frames_that_are_transparent_lie_on_white(tmp_path, name):
+    frames = a_square_that_goes(tmp_path / name)
+    clip = read_clip(tmp_path / name)
+    np.testing.assert_array_equal(clip.frames, np.stack([255 - frame[..., 3:].repeat(3, -1) for frame in frames]))
+    assert clip.metadata.backend == "pyav"
+    pytest.importorskip("decord")
+    with pytest.raises(BackendError, match=r"would not be put on white|its codec"):
+        read_clip(tmp_path / name, backend="decord")
 
 
 def test_half_transparent_is_mixed_with_white(tmp_path):

@@ -285,6 +285,7 @@ def test_a_batch_with_nothing_to_learn_from():
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[1, 1]], "attention_mask": [[1, 1]], "labels": [[IGNORE, IGNORE]],
     }  # fmt: skip
+    assert {value.dtype for value in batch.values()} == {torch.long}
 
 
 def test_one_of_several_processes_without_an_answer_has_a_loss_of_zero(monkeypatch):

@@ -295,6 +295,25 @@ def test_best_checkpoint_is_kept(tmp_path, model, processor, dataset, batch):
     assert torch.equal(logits(again.model, batch), seen[1])
 
 
+@pytest.mark.parametrize(("keep_best", "evaluation"), [(True, 1), (False, 2)], ids=["best", "last"])
+def test_a_run_that_died_after_its_last_step_ends_as_it_would_have(
+    tmp_path, model, processor, dataset, batch, keep_best, evaluation
+):
+    scores, seen = iter([0.2, 0.9, 0.4]), []
+
+    def measure(net):
+        seen.append(logits(net, batch))
+        return {"accuracy": next(scores)}
+
+    config = TrainingConfig(**{**FAST, "save_steps": 2}, eval_steps=2, keep_best=keep_best)
+    settings = {"output_dir": tmp_path, "stage": "1", "config": config, "eval_fn": measure, "progress": False}
+    train(model, dataset, **settings)
+    (tmp_path / "stage1" / "result.json").unlink()
+    again = train(make_model(processor.tokenizer), dataset, **settings)
+    assert len(seen) == 3  # nothing was trained or measured again
+    assert torch.equal(logits(again.model, batch), seen[evaluation])
+
+
 def test_loss_on_other_data_is_measured(tmp_path, model, dataset):
     config = TrainingConfig(**FAST, eval_steps=3)
     result = train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_data=dataset, progress=False)
@@ -463,9 +482,14 @@ def test_nothing_usable_is_an_error(tmp_path, model, processor, spoilt):
     [
         ({"stage": "3"}, "stage is '3', expected one of '1', '2', 'both'"),
         ({"config": TrainingConfig(sta=False)}, "nothing to train in stage one; use stage '2'"),
+        ({"config": TrainingConfig(sta_learning_rate=0)}, "sta_learning_rate 0 trains nothing in stage one"),
+        (
+            {"config": TrainingConfig(stage1={"sta_learning_rate": 0})},
+            "sta_learning_rate 0 trains nothing in stage one",
+        ),
         ({"data": "data.jsonl"}, "pass processor="),
     ],
-    ids=["stage", "baseline", "no_processor"],
+    ids=["stage", "baseline", "no_rate", "no_rate_of_the_stage", "no_processor"],
 )
 def test_arguments_that_do_not_fit(tmp_path, model, dataset, options, error):
     arguments = {"data": dataset, "output_dir": tmp_path, **options}

@@ -142,6 +142,10 @@ def test_forms_that_name_nothing(said):
         ("left", "AB", ["left", "left"], None),
         ("B", [], [], None),
         ("B", "AB", [], 1),
+        *((said, ["A. up", "B. down"], (), 1) for said in ("B", "B.", "b", "(B)", "B. down", "**B**: down", "down", "It goes down.", "The answer is B.", "B, because it falls")),
+        *((said, ["(A) up", "(B) down"], (), 1) for said in ("B", "(B)", "B. down", "down")),
+        ("A or B", ["A. up", "B. down"], (), None), ("C", ["A. up", "B. down"], (), None),
+        ("A", ["A. up", "A. down"], (), None), ("A. down", ["A. up", "A. down"], (), 1), ("A", ["A. up", "down"], (), None),
     ],
 )  # fmt: skip
 def test_other_options(said, labels, texts, index):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.safe_read import compare_shapes, read_tensors
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
-from sta_adapter.compatibility.seams import version
+from sta_adapter.compatibility.seams import experts_are_out_in, version
 from sta_adapter.errors import CheckpointError
 
 __all__ = ["LoraFile"]
@@ -177,12 +177,15 @@ class LoraFile:
         own = [(key, shape) for key, shape in own if self.options.targets_parameter(f"{name}.{key}")]
         shapes: dict[str, Shape] = {}
         for depth, (key, shape) in enumerate(reversed(own)):
+            if len(shape) not in (2, 3):
+                raise CheckpointError(
+                    f"{self.path.parent}: LoRA's target_parameters name '{name}.{key}', which has the shape {shape} in this "
+                    "model; expected matrices, or a stack of them."
+                )
             rank = self.options.rank(f"{name}.{key}") * math.prod(shape[:-2])
+            out, width = shape[-2:] if len(shape) == 2 or experts_are_out_in(module) else reversed(shape[-2:])
             start = f"{name}.{'base_layer.' * depth}"
-            shapes |= {
-                f"{start}lora_A.weight": (rank, shape[-1]),
-                f"{start}lora_B.weight": (math.prod(shape[-2:-1]), rank),
-            }
+            shapes |= {f"{start}lora_A.weight": (rank, width), f"{start}lora_B.weight": (out, rank)}
         return shapes
 
     def _hint(self, found: Iterable[str], modules: Mapping[str, nn.Module]) -> str:

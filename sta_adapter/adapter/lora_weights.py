@@ -85,10 +85,18 @@ def lora_state(model: nn.Module) -> LoraState | None:
             f"of {len(configs)} PEFT adapters in this model {name!r} is saved, which is at work; not saved: {', '.join(others)}.",
             stacklevel=3,
         )
+    fields["modules_to_save"] = _saved_whole(model, options) or None
     kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
     state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
     start = "" if isinstance(model, PeftModel) else PREFIX
     return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
+
+
+def _saved_whole(model: nn.Module, options: Mapping[str, object]) -> list[str]:
+    """LoRA's `modules_to_save`, but for names of which PEFT found nothing, such as STA that went in later."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, peft_parts()[1])]
+    names = LoraOptions(options).get("modules_to_save", list[str]())
+    return [name for name in names if any(map(LoraOptions({"modules_to_save": [name]}).is_saved, wrapped))]
 
 
 def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, object]] | None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sta_adapter.attention.kernels import attend_by_head, attend_by_head_gradient
 from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.attention.rotary import apply_rotary, rotary_gradient
 from sta_adapter.config import STAConfig
 
-__all__ = ["apply_rotary", "mix_frames", "mix_frames_gradient"]
+__all__ = ["mix_frames", "mix_frames_gradient"]
 
 
 def mix_frames(qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
@@ -62,11 +63,6 @@ def mix_frames_gradient(grad: Tensor, qkv: Tensor, layout: ClipLayout, heads: in
     return found.index_select(0, layout.scatter_index(qkv.device))
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding by half-rotation; x is (..., D), `rotary_tables` fit it by broadcasting, (T, D)."""
-    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
-
-
 def _sizes(layout: ClipLayout) -> list[int]:
     return [frames * positions for frames, positions in layout.groups]
 
@@ -114,10 +110,8 @@ def _mix_gradient(
     both = torch.cat([to_q, to_k], dim=1).view(into.shape)
     if tables is None:
         into.copy_(both)
-    else:  # the rotation's transpose, which is the one back
-        cos, sin = tables
-        other = both.roll(both.shape[-1] // 2, -1)
-        torch.addcmul(both.mul_(cos), other, sin, value=-1, out=into)
+    else:
+        rotary_gradient(both, *tables, out=into)
     into_v.copy_(to_v.view(into_v.shape))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from sta_adapter.attention.rotary import rotary_tables
 from sta_adapter.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -159,21 +160,6 @@ class ClipLayout:
         if (kind, device) not in self._tables:
             self._tables[kind, device] = (make().to(device),)
         return self._tables[kind, device][0]
-
-
-def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and signed sin, each (frames, head_dim), of the rotary embedding on the frame index.
-
-    Half-rotation over the whole head size, as in the paper's 1-d RoPE: each half times cos, and the other one times sin,
-    which is negative for the first. The angles are in float64, as float32 is off by 0.004 at frame 100,000; the tables
-    come in the dtype and on the device of `like`.
-    """
-    device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / -head_dim
-    frequencies = theta**exponents
-    indices = torch.arange(frames.start, frames.stop, dtype=torch.float64, device=device).view(-1, 1)
-    angles = indices * torch.cat([-frequencies, frequencies])  # cos is even and sin is odd, to the last bit
-    return angles.cos().to(like), angles.sin().to(like)
 
 
 def checked_lengths(lengths: Sequence[int]) -> ClipLengths:

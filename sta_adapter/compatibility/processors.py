@@ -100,7 +100,7 @@ class Sizes(NamedTuple):
         if not any(name.endswith(GRID) for name in _outputs(part)):
             return cls(1, getattr(part, "merged_frames", 1), False)
         names = ("patch_size", "merge_size", "temporal_patch_size")
-        found = {name: size for name in names if isinstance(size := getattr(part, name, None), int) and size > 0}
+        found = {name: size for name in names if type(size := getattr(part, name, None)) is int and size > 0}
         if wrong := [name for name in names if name not in found]:
             raise incompatible(
                 "transformers",

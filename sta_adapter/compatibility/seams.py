@@ -259,6 +259,22 @@ def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:
     return BaseTunerLayer, ModulesToSaveWrapper
 
 
+def experts_are_out_in(module: nn.Module) -> bool:
+    """Whether PEFT takes a module's stacked weights of three axes for (experts, out, in), else for (experts, in, out).
+
+    It does since 0.19, but where the module says that it `is_transposed`.
+
+    Raises:
+        CompatibilityError: PEFT has no LoRA on parameters, or keeps it elsewhere.
+    """
+    from peft.tuners.lora import layer
+
+    wrapper = getattr(layer, "ParamWrapper", None)
+    if wrapper is None:
+        raise incompatible("peft", "its LoRA has no ParamWrapper, which target_parameters needs (PEFT 0.17)")
+    return hasattr(wrapper, "_get_in_out_features") and not getattr(module, "is_transposed", False)
+
+
 def peft_hook() -> Callable[..., None]:
     """PEFT's own hook that runs on a model just before LoRA is put into it.
 

@@ -17,7 +17,9 @@ def render(processor: Processor, messages: list[Message], *, prompt: bool = Fals
         messages: the conversation.
         prompt: end with the words that ask for the assistant's answer.
     """
-    _require_unicode(messages)
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    _require_unicode(texts)
+    _require_no_end(texts, processor.tokenizer.eos_token)
     bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
     try:
         found: str = processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
@@ -40,9 +42,18 @@ def grown(shorter: str, longer: str) -> str:
     )
 
 
-def _require_unicode(messages: list[Message]) -> None:
+def _require_no_end(texts: list[str], end: object) -> None:
+    """The template ends each turn by itself; a second end, as texts that were rendered already have it, would be learned."""
+    if isinstance(end, str) and end and any(end in text for text in texts):
+        raise DataError(
+            f"a text contains {end}, which ends a turn, and which the chat template writes by itself. Take it out, and give "
+            "turns as messages of their own."
+        )
+
+
+def _require_unicode(texts: list[str]) -> None:
     """Half a character, as a text that was cut within an emoji has it, is none that a tokenizer takes."""
-    for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
+    for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -7,6 +7,7 @@ Two ways of writing a conversation are understood: visual parts inside the messa
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
 _RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
 _PLACEHOLDER = re.compile(r"<(video|image)>")
+_MEANT_AS_ONE = re.compile(  # also as Qwen-VL and VideoChat write it
+    r"(?P<image><image(here)?>|<img>[^<>]+</img>)|(?P<video><video(here)?>)", re.IGNORECASE
+)
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)
 
 
@@ -140,10 +144,12 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
 def _require_clips(messages: list[Message]) -> None:
     """Refuse words among parts that were to become a clip where there is none: they would be learned as words."""
     parts = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
-    for place in (_PLACEHOLDER.search(part["text"]) for part in parts if part["type"] == "text"):
-        if place and all(part["type"] != place[1] for part in parts):
+    texts = (part["text"] for part in parts if part["type"] == "text")
+    for place in itertools.chain.from_iterable(map(_MEANT_AS_ONE.finditer, texts)):
+        kind = str(place.lastgroup)
+        if all(part["type"] != kind for part in parts):
             raise DataError(
-                f"a text contains {place[0]} and no part is of type {place[1]}, expected one with the path."
+                f"a text contains {place[0][:80]} and no part is of type {kind}, expected one with the path."
             )
 
 

@@ -24,7 +24,10 @@ _KNOWN = (
     *("messages", "conversations", "system", "question", "answer", "options", "candidates", "choices", "category"),
     *sorted(VISUAL_KEYS),
 )
-_NOT_READ = ("audio", "audios", "tools", "objects", "kto_tag", "history")  # what other tools do something with
+_NOT_READ = (  # what other tools do something with
+    *("audio", "audios", "tools", "objects", "history"),
+    *("kto_tag", "chosen", "rejected_response", "rejected_messages", "rejected_images"),
+)
 _MEANT = {
     "nframes": re.compile(r"(video_)?n(um|_|um_)?frames?", re.IGNORECASE),
     "video_start": re.compile(r"(video|clip)?_?(start|begin)(_?(time|s|secs?|seconds?))?", re.IGNORECASE),

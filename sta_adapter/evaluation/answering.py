@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.signatures import takes
@@ -19,12 +27,18 @@ from sta_adapter.data.clip_batches import PIXELS, missing_frames
 from sta_adapter.data.collator import Collator, kind_of
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.visual_processing import Encoded
-from sta_adapter.errors import DataError
+from sta_adapter.errors import DataError, DivergenceError
 from sta_adapter.evaluation.answer_text import final_answer
 from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.injection.handle import get_sta
 
 __all__ = ["Answerer", "Prediction", "Question", "judge", "most_likely", "option_tokens"]
+
+
+NO_NUMBERS = (
+    "the model's outputs are no numbers (NaN), so that nothing is its answer. If it computes in fp16, take bf16 or fp32 (--dtype); else look "
+    "at its weights."
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,13 @@ def judge(index: int, sample: Sample, said: str, scores: list[float] | None = No
 
 
 def most_likely(index: int, sample: Sample, scores: list[float]) -> Prediction:
-    """The option of the highest log-likelihood as the answer."""
+    """The option of the highest log-likelihood as the answer.
+
+    Raises:
+        DivergenceError: one of them is no number, and the first option would be the answer.
+    """
+    if any(map(math.isnan, scores)):
+        raise DivergenceError(f"{sample.source}: {NO_NUMBERS}")
     options = sample.options or []
     return judge(index, sample, options[max(range(len(options)), key=scores.__getitem__)], scores)
 
@@ -88,6 +108,16 @@ def option_tokens(processor: Processor, sample: Sample, choose: str) -> list[tor
     """
     options = sample.options if sample.options is not None and choose == "loglikelihood" else []
     return [encode_answer(processor, sample.prompt, option) for option in options]
+
+
+class Numbers(LogitsProcessor):
+    """Leaves logits as they are, and refuses such as are no numbers, in which generation would find some word."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, words) the same scores."""
+        if scores.isnan().any():
+            raise DivergenceError(NO_NUMBERS)
+        return scores
 
 
 class AtLetter(StoppingCriteria):
@@ -201,6 +231,7 @@ class Answerer:
             out = self.model.generate(
                 **batch,
                 **stop,
+                logits_processor=LogitsProcessorList([Numbers()]),
                 do_sample=False,
                 num_beams=1,
                 temperature=None,

@@ -18,6 +18,7 @@ from sta_adapter.evaluation.answer_text import final_answer
 __all__ = ["named_option"]
 
 _ONE_LETTER_WORDS = "AEIOUY"  # of some language
+_LETTERED = re.compile(r"\s*\(?(?P<letter>[A-Z])[.):]\s*(?P<text>\S.*)", re.DOTALL)
 _NEAR = 90  # characters before a label in which its lead-in stands
 
 
@@ -94,9 +95,10 @@ def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) ->
     Args:
         said: what the model wrote.
         labels: what the options are called: "A", "Option 1", "yes".
-        texts: what they say, for answers in words.
+        texts: what they say, for answers in words; without them labels such as "A. up" are taken apart.
     """
     answer = final_answer(said)
+    labels, texts = (labels, texts) if texts else _taken_apart(labels)
     whole = {i for given in (labels, texts) for i, name in enumerate(given) if _bare(name) == _bare(answer) != ""}
     if len(whole) == 1:
         return whole.pop()
@@ -117,6 +119,15 @@ def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) ->
         if named:
             return named.pop() if len(named) == 1 else None
     return _by_text(answer, texts)
+
+
+def _taken_apart(options: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Labels and texts of options that begin with letters of their own, "A. up" or "(A) up"; others are labels as they are."""
+    found = [match for option in options if (match := _LETTERED.fullmatch(option))]
+    letters = [match["letter"] for match in found]
+    if len(set(letters)) < len(options):
+        return options, ()
+    return letters, [match["text"] for match in found]
 
 
 def _is_cued(mention: _Mention) -> bool:

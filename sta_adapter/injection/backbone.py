@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -207,7 +207,7 @@ def number_of(owner: object, *names: str, default: int | None = None) -> int:
     Raises:
         CompatibilityError: it has none of them, and there is no default.
     """
-    found = next((value for name in names if isinstance(value := getattr(owner, name, None), int)), default)
+    found = next((value for name in names if _is_whole(value := getattr(owner, name, None))), default)
     if found is None:
         raise incompatible("transformers", f"{type(owner).__name__} has no whole number {' or '.join(names)}")
     return found
@@ -221,9 +221,13 @@ def sizes_of(owner: object, name: str) -> tuple[int, ...]:
     """
     found = getattr(owner, name, None)
     sizes = tuple(found) if isinstance(found, (list, tuple)) else (found,)
-    if not sizes or not all(isinstance(size, int) for size in sizes):
+    if not sizes or not all(map(_is_whole, sizes)):
         raise incompatible("transformers", f"{type(owner).__name__} has no size {name}, but {found!r}")
     return sizes
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def active_modules(model: nn.Module) -> list[nn.Module]:

@@ -28,7 +28,7 @@ class ModelPreHook(Hook):
     def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
-        self.injection.thread.told = told
+        self.injection.told.by_model = told
         return args, kwargs
 
 
@@ -38,7 +38,7 @@ class ModelPostHook(Hook):
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `ModelPreHook` began."""
-        self.injection.thread.told = None
+        self.injection.told.by_model = None
 
 
 class TellingMethod:

@@ -112,9 +112,10 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        within = kwargs.get("revision"), kwargs.get("subfolder")
-        folder = None if get_sta(model) is not None else _folder_with_sta(model_id, *within)
-        if folder is None:
+        folder, handle = _folder_with_sta(model_id, kwargs.get("revision"), kwargs.get("subfolder")), get_sta(model)
+        if folder is not None and handle is not None:
+            _require_settings(folder, handle)
+        if folder is None or handle is not None:
             return load(cls, model, model_id, *args, **kwargs)
         first = kwargs.get("adapter_name") in (None, "default")
         known = PASSED_ON | WITHOUT_EFFECT | ({"adapter_name"} if first else set())
@@ -180,6 +181,21 @@ def _saved_config(folder: Path, description: Description) -> STAConfig:
         return STAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+
+
+def _require_settings(folder: Path, handle: STAHandle) -> None:
+    """Refuse to have STA's tensors, which fit whatever the settings, loaded into STA that computes something else with them."""
+    saved, here = _saved_config(folder, _describe(folder)[0]), handle.config
+    differ = [
+        f"{name} {getattr(saved, name)!r}, in the model {getattr(here, name)!r}"
+        for name in ("head_scale", "order", "rope_theta", "single_frames", "causal", "window", "token_order")
+        if getattr(saved, name) != getattr(here, name)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"STA of {folder} was trained with other settings than the model's: {'; '.join(differ)}. Take the model's out "
+            "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
+        )
 
 
 def _folder_with_sta(name: str | os.PathLike[str], revision: str | None, subfolder: str | None) -> Path | None:

@@ -63,8 +63,6 @@ class ThreadState:
 
     Attributes:
         disabled: open contexts of `disabled()`.
-        clip_lengths: frames of each clip, as the user told them by `clips(...)`.
-        told: the same, as the full model's call told them.
         streams: whose next frames the forwards bring.
         forward: the encoder forward at work.
         backward: (the backward at work, the layout of the blocks that it runs again).
@@ -76,8 +74,6 @@ class ThreadState:
     """
 
     disabled: int = 0
-    clip_lengths: ClipLengths | None = None
-    told: ClipLengths | None = None
     streams: Sequence[Stream] = ()
     forward: EncoderForward | None = None
     backward: tuple[int, ClipLayout | None] = (-1, None)
@@ -95,6 +91,26 @@ class _PerThread(threading.local):
         self.state = ThreadState()
 
 
+class Told(threading.local):
+    """Frames of each clip, as this thread was told them.
+
+    A copy shares it: PEFT's `modules_to_save` copies the encoder out of the model whose calls tell its clips.
+
+    Attributes:
+        by_user: by `clips(...)`.
+        by_model: by the full model's call.
+    """
+
+    by_user: ClipLengths | None = None
+    by_model: ClipLengths | None = None
+
+    def __deepcopy__(self, memo: object) -> Told:
+        return self
+
+    def __reduce__(self) -> tuple[type[Told], tuple[()]]:
+        return Told, ()
+
+
 class Injection:
     """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work.
 
@@ -109,6 +125,7 @@ class Injection:
         self.enabled = True
         self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
         self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
+        self.told = Told()
         self._threads = _PerThread()
 
     def __getstate__(self) -> dict[str, object]:
@@ -144,18 +161,18 @@ class Injection:
     @property
     def clip_lengths(self) -> ClipLengths | None:
         """Frames of each clip, as the user or the full model's call told them for this thread."""
-        return self.thread.told or self.thread.clip_lengths
+        return self.told.by_model or self.told.by_user
 
     @contextlib.contextmanager
     def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
         """Tell the frames of each clip for the forwards in this thread."""
-        thread = self.thread
-        before = thread.clip_lengths, thread.told
-        thread.clip_lengths, thread.told = lengths, None
+        told = self.told
+        before = told.by_user, told.by_model
+        told.by_user, told.by_model = lengths, None
         try:
             yield
         finally:
-            thread.clip_lengths, thread.told = before
+            told.by_user, told.by_model = before
 
     def watch(self, model: nn.Module) -> None:
         """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""

@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 from sta_adapter.attention.explain import KernelCall, calls_of
-from sta_adapter.attention.frame_attention import apply_rotary
 from sta_adapter.attention.kernels import attend
-from sta_adapter.attention.layout import ClipLayout, rotary_tables
+from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.attention.rotary import apply_rotary, rotary_tables
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
 

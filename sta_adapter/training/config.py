@@ -30,12 +30,11 @@ CHOICES = {
     "lora_targets": ("all", "language"),
     "on_bad_sample": ("skip", "error"),
 }
+_ABOVE_ZERO = ("learning_rate", "epochs")  # at 0 nothing would be trained
 _NOT_NEGATIVE = (  # all other numbers are at least 1
-    "learning_rate",
     "sta_learning_rate",
     "weight_decay",
     "warmup",
-    "epochs",
     "max_grad_norm",
     "num_workers",
     "seed",
@@ -258,13 +257,15 @@ def _check_type(name: str, kind: str, value: object) -> None:
         raise ConfigError(f"{name} is {shown(value)}, expected a text.")
     if not kind.startswith(("int", "float")):
         return
-    whole, least, most = kind.startswith("int"), 0 if name in _NOT_NEGATIVE else 1, _AT_MOST.get(name)
+    above = name in _ABOVE_ZERO
+    whole, least, most = kind.startswith("int"), 0 if above or name in _NOT_NEGATIVE else 1, _AT_MOST.get(name)
     if (
         not isinstance(value, int if whole else (int, float))
         or isinstance(value, bool)
         or not least <= value <= (sys.maxsize if most is None else most)
+        or (above and value == 0)
     ):
-        bounds = f"of at least {least}" + (f", at most {most}" if most is not None else "")
+        bounds = f"{'above' if above else 'of at least'} {least}" + (f", at most {most}" if most is not None else "")
         raise ConfigError(f"{name} is {shown(value)}, expected a number {bounds}{', a whole one' if whole else ''}.")
 
 

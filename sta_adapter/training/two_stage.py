@@ -181,6 +181,8 @@ def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
         raise ConfigError(f"stage is {stage!r}, expected one of {', '.join(map(repr, STAGES))}.")
     if not config.sta and stage != "2":
         raise ConfigError("without STA (sta: false) there is nothing to train in stage one; use stage '2'.")
+    if stage != "2" and config.for_stage("1").sta_learning_rate == 0:
+        raise ConfigError("sta_learning_rate 0 trains nothing in stage one; give it one above 0, or use stage '2'.")
     return STAGES[stage]
 
 

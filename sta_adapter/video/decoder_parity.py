@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = ["seeks_exactly", "why_unlike"]
+__all__ = ["has_alpha", "seeks_exactly", "why_unlike"]
 
 CONTAINERS = frozenset({"mov", "matroska", "avi"})  # seeking in others ends up at other frames
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg", "ffv1", "huffyuv", "png"})
@@ -31,6 +31,8 @@ def why_unlike(container: "InputContainer", stream: "VideoStream", first: "Video
         return "PyAV before 18 doesn't tell whether its pictures are interlaced"
     if first.interlaced_frame or fields not in _PROGRESSIVE:
         return "its pictures are interlaced"
+    if has_alpha(first):
+        return "its pictures may be transparent, and would not be put on white"
     if blends_colour(first):
         return (
             "its colour (more than 8 bits, 4:2:0 with an odd height, 4:4:0, 4:1:0 or a palette) would be turned into "
@@ -44,6 +46,11 @@ def why_unlike(container: "InputContainer", stream: "VideoStream", first: "Video
 def seeks_exactly(container: "InputContainer") -> bool:
     """Whether the kind of container has an index that every release follows to the frame."""
     return bool(CONTAINERS & set(container.format.name.split(",")))
+
+
+def has_alpha(frame: "VideoFrame") -> bool:
+    """Whether the frame can be transparent, also in the colours of its palette."""
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
 def blends_colour(frame: "VideoFrame") -> bool:

@@ -13,7 +13,7 @@ from sta_adapter.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MOST_PIXELS", "natural_order", "read_image"]
+__all__ = ["MOST_PIXELS", "natural_order", "on_white", "read_image"]
 
 MOST_PIXELS = 2**26
 """Area of a picture that is decoded at most: 8192x8192."""
@@ -86,5 +86,11 @@ def _shown(image: "Image", kind: str | None) -> "Image":
         )
     if image.mode not in _TRANSPARENT and "transparency" not in image.info:
         return image.convert("RGB")
-    above = image.convert("RGBA")
+    return on_white(image.convert("RGBA"))
+
+
+def on_white(above: "Image") -> "Image":
+    """A picture in RGBA as it looks on white, in RGB."""
+    from PIL import Image
+
     return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")

@@ -99,7 +99,7 @@ def read_clip(
     within [start, end) are taken, and none twice, so a file (or range) with fewer frames than asked for gives fewer:
     a one-frame file gives one. The choice depends on the file's timestamps alone, so every backend returns the same
     frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV, or that are not
-    known to be read alike (colour of more than 8 bits, 4:2:0 with an odd height, interlaced pictures, several video
+    known to be read alike (colour of more than 8 bits, transparency, 4:2:0 with an odd height, interlaced pictures, several video
     streams, rare codecs and containers; decord also turned pictures, very narrow ones, and key frames that later
     frames refer across). "auto" then takes PyAV, and `metadata.reason` says why.
 

@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sta_adapter.attention.frame_attention import apply_rotary
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.attention.rotary import apply_rotary
 from sta_adapter.attention.weights import attention_weights
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
