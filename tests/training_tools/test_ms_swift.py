@@ -246,3 +246,13 @@ def test_answers(trained, base, data, tmp_path):
     base_alone, checkpoint, adapter_alone = said
     assert len(checkpoint) == 8
     assert adapter_alone == checkpoint != base_alone
+
+
+def test_merging_is_refused(trained, base, data, tmp_path):
+    out, _ = trained
+    words = [BIN / "swift", "export", "--model", base, "--model_type", "qwen2_vl", "--template", "qwen2_vl"]
+    words += ["--external_plugins", plug_in(data.parent), TINY, "--adapters", out / "checkpoint-4"]
+    words += ["--merge_lora", "true", "--torch_dtype", "float32", "--output_dir", tmp_path / "merged"]
+    said = run(words, data.parent, expect=1)
+    assert "ms-swift's --merge_lora true writes the base model with LoRA in its weights" in said
+    assert not (tmp_path / "merged").exists()
