@@ -159,7 +159,9 @@ def test_pefts_own_loader_brings_sta_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}], ids=str
+    "options",
+    [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}, {"adapter_name": "default"}],
+    ids=str,
 )
 def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
     get_sta(trained(r=2)).save_pretrained(tmp_path)
