@@ -159,7 +159,9 @@ def test_pefts_own_loader_brings_sta_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}], ids=str
+    "options",
+    [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}, {"adapter_name": "default"}],
+    ids=str,
 )
 def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
     get_sta(trained(r=2)).save_pretrained(tmp_path)
@@ -381,8 +383,9 @@ def test_one_of_two_adapters(tmp_path):
             "peft_type is 'IA3'",
         ),
         (lambda: LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), "init_lora_weights is 'olora'"),
+        (lambda: LoraConfig(target_modules=["q_proj", "embed_tokens"]), "LoRA is on a layer of class Embedding"),
     ],
-    ids=["another method", "another start"],
+    ids=["another method", "another start", "another layer"],
 )
 def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message, tmp_path):
     handle = inject_sta(seeded(make_qwen2_vl))

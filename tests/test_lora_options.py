@@ -96,6 +96,13 @@ def test_a_supported_option(option, tmp_path):
     assert torch.allclose(logits(handle.model.merge_and_unload()), expected, atol=1e-4)
 
 
+def test_lora_on_the_output_layer(tmp_path):
+    """PEFT saves that layer's own weight along."""
+    model = trained(target_modules=["q_proj", "lm_head"])
+    get_sta(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model))
+
+
 def test_a_base_that_cant_be_had_is_not_guessed():
     """Where the biases were trained in this process, nobody has kept what they were."""
     with (

@@ -37,7 +37,7 @@ def test_without_word_of_interlacing_other_decoders_are_not_asked(tmp_path):
     with open_video(write(tmp_path / "a.mp4")) as container:
         stream = video_stream(container)
         first = next(container.decode(stream))
-        told = types.SimpleNamespace(codec_context=types.SimpleNamespace(name="h264"), average_rate=10)
+        told = types.SimpleNamespace(codec_context=types.SimpleNamespace(name="h264"), average_rate=10, frames=0)
         assert why_unlike(container, stream, first, 2.0) == ""
         assert "doesn't tell whether" in why_unlike(container, told, first, 2.0)
         assert "its times announce 1e+10 frames" in why_unlike(container, stream, first, 1e9)
@@ -184,6 +184,19 @@ def in_pairs(path):
             packet.pts, packet.dts = number // 2 * 2, number - 20
             container.mux(packet)
     return made
+
+
+def test_a_header_that_counts_frames_without_end_is_left_to_pyav(tmp_path):
+    """Decord would reserve 50 GB and, where there are none, end the process."""
+    path = write(tmp_path / "a.mov", codec="mpeg4")
+    data, claimed = bytearray(path.read_bytes()), (2**31 - 1).to_bytes(4, "big")
+    count = data.index(b"stts") + 12
+    data[count : count + 4] = claimed
+    path.write_bytes(data)
+    clip = read_clip(path, num_frames=4)
+    assert clip.metadata.backend == "pyav"
+    assert "its header announces 2.15e+09 frames" in clip.metadata.reason
+    np.testing.assert_array_equal(clip.frames, decode_all(path)[0][list(clip.metadata.indices)])
 
 
 @pytest.mark.parametrize(

@@ -474,6 +474,16 @@ def test_nothing_usable_is_an_error(tmp_path, model, processor, spoilt):
         train(model, file, processor=processor, output_dir=tmp_path / "out", config=config, progress=False)
 
 
+def test_words_alone_teach_sta_nothing(tmp_path, model, processor):
+    words = {"messages": [{"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "left"}]}
+    data = VideoDataset([words, words], processor)
+    with pytest.raises(
+        DataError, match=r"none of the 2 samples has a clip or a picture.*train LoRA alone \(sta: false\)"
+    ):
+        train(model, data, output_dir=tmp_path / "out", config=TrainingConfig(**FAST), progress=False)
+    assert get_sta(model) is None
+
+
 # ---- arguments
 
 

@@ -1,5 +1,6 @@
 """Video files: the same frames from every backend, chosen by time; a clear error for whatever can't be read."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,7 +146,10 @@ def test_any_number_of_threads_gives_the_same_frames(video, name, backend):
 
 
 def test_av1_goes_to_pyav(tmp_path, capfd):
+    policy = getattr(os, "sched_getscheduler", lambda process: None)
+    before = policy(0)
     path = write(tmp_path / "av1.mp4", codec="libsvtav1", options={"svtav1-params": "lp=1"})
+    assert policy(0) == before  # which the encoder changes
     capfd.readouterr()
     clip = read_clip(path, num_frames=4)
     assert clip.metadata.backend == "pyav"

@@ -116,6 +116,7 @@ def test_forms_that_name_nothing(said):
         ("No, it is not moving.", ["yes", "no"], (), 1),
         (r"\boxed{\text{No}}", ["yes", "no"], (), 1),
         ("No idea.", ["yes", "no"], (), None),
+        ("No doubt, yes.", ["yes", "no"], (), 0), ("No. Without doubt.", ["yes", "no"], (), 1),
         ("Yes and no", ["yes", "no"], (), None), ("Yes, no question about it.", ["yes", "no"], (), 0), ("Yes, and no other.", ["yes", "no"], (), 0),
         ("yes/no", ["yes", "no"], (), None),
         ("Not sure", ["yes", "no"], (), None),

@@ -133,7 +133,7 @@ class LoraFile:
                 if biased and "bias" in key:
                     expected[inner + key] = tuple(tensor.shape)
                 elif (start + key).endswith(EMBEDDINGS):
-                    possible[start + key] = tuple(tensor.shape)
+                    possible[inner + key] = tuple(tensor.shape)
         return expected, possible
 
     def _lora_shapes(self, name: str, theirs: str, module: nn.Module) -> dict[str, Shape]:

@@ -36,6 +36,7 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 # an entry that PEFT doesn't know, so that it warns where it loads LoRA alone
 STA_BESIDE = "sta_config.json beside this file"
 BASE_VALUES = "_sta_adapter_base_values"  # of a PeftModel: the tensors of the base that its file replaced, with their values before
+NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that PEFT's LoRA takes as well
 WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 
 
@@ -107,6 +108,12 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, ob
     layers = [module for module in model.modules() if isinstance(module, peft_parts()[0])]
     if not layers:
         return None  # merged or unloaded
+    other = next((base for layer in layers if isinstance(base := layer.get_base_layer(), NOT_LINEAR)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"LoRA is on a layer of class {type(other).__name__}, and only that on linear layers can be loaded again; leave it out of "
+            "target_modules, or train it whole (modules_to_save)."
+        )
     name = _active_adapter(layers, configs)
     fields = configs[name].to_dict()
     return name, fields, checked_options(fields, "the LoRA of this model")

@@ -262,6 +262,8 @@ def _repetitions(tree: Iterable[tuple[object, Any]], inside: bool = False) -> in
             count += 100 if inside else sum(_repetitions(branch, inside) for branch in argument[1])
         elif name == "SUBPATTERN":
             count += _repetitions(argument[-1], inside)
-        elif name in ("ASSERT", "ASSERT_NOT", "GROUPREF", "GROUPREF_EXISTS", "ATOMIC_GROUP"):
+        elif name in ("ASSERT", "ASSERT_NOT"):  # a look ahead or behind, as ms-swift's patterns have it
+            count += _repetitions(argument[1], inside)
+        elif name in ("GROUPREF", "GROUPREF_EXISTS", "ATOMIC_GROUP"):
             return 100
     return count

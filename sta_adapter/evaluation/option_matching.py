@@ -63,7 +63,7 @@ class _Mention:
     @property
     def first(self) -> bool:
         """Whether nothing but marks stands before it."""
-        return not self.before.strip(words.EDGES)
+        return not words.NO_DOUBT.sub("", self.before).strip(words.EDGES)
 
     @property
     def in_brackets(self) -> bool:
@@ -145,6 +145,8 @@ def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[
     found: list[_Mention] = []
     several = False  # whether what is said of the next one holds for all that are joined to it
     for match in reversed(list(re.finditer(pattern, answer, re.IGNORECASE))):
+        if words.NO_DOUBT.match(answer, match.start()):
+            continue
         name = " ".join(match[1].split())
         i = index[name.casefold()]
         before, after = answer[max(match.start() - _NEAR, 0) : match.start()], answer[match.end() :]

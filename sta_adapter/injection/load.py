@@ -117,7 +117,9 @@ def watch_peft() -> None:
             _require_settings(folder, handle)
         if folder is None or handle is not None:
             return load(cls, model, model_id, *args, **kwargs)
-        if not args and set(kwargs) <= PASSED_ON | WITHOUT_EFFECT and not hasattr(model, "peft_config"):
+        first = kwargs.get("adapter_name") in (None, "default")
+        known = PASSED_ON | WITHOUT_EFFECT | ({"adapter_name"} if first else set())
+        if not args and set(kwargs) <= known and not hasattr(model, "peft_config"):
             return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
         warnings.warn(
             f"{model_id} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",

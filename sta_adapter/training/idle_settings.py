@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -32,6 +32,7 @@ def check_idle(
 
     Raises:
         ConfigError: a setting has no effect, which is named with what to do.
+        DataError: STA would be trained on texts alone.
     """
     if eval_fn is not None and eval_dataset is not None:
         raise ConfigError("eval_data has no effect beside eval_fn, which is measured instead; leave one of them out.")
@@ -39,6 +40,11 @@ def check_idle(
         _check_evaluation(stage, evaluated=eval_fn is not None or eval_dataset is not None)
     if not isinstance(dataset, StreamDataset) and config.shuffle_buffer != DEFAULTS["shuffle_buffer"]:
         raise ConfigError("shuffle_buffer is of tar shards, and has no effect on a file of samples; leave it out.")
+    if config.sta and isinstance(dataset, VideoDataset) and not _has_visuals(dataset):
+        raise DataError(
+            f"none of the {len(dataset)} samples has a clip or a picture, so that STA, which is in the vision encoder, would learn nothing: "
+            "give each its 'video', or train LoRA alone (sta: false)."
+        )
     encoder = dataset.encoder
     made_with = {"frames": dataset.frames, "max_length": encoder.max_length, "decode_timeout": encoder.decode_timeout}
     for name, found in made_with.items():
@@ -48,6 +54,11 @@ def check_idle(
                 f"{name} is {asked!r}, but the data set was made with {found!r}, which holds; make it with that, or leave "
                 f"{name} out."
             )
+
+
+def _has_visuals(dataset: VideoDataset) -> bool:
+    messages = (message for sample in dataset.samples for message in sample.messages)
+    return any(part["type"] != "text" for message in messages for part in message["content"])
 
 
 def _check_evaluation(stage: TrainingConfig, *, evaluated: bool) -> None:

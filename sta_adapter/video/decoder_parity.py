@@ -14,14 +14,15 @@ __all__ = ["has_alpha", "seeks_exactly", "why_unlike"]
 
 CONTAINERS = frozenset({"mov", "matroska", "avi"})  # seeking in others ends up at other frames
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg", "ffv1", "huffyuv", "png"})
-FRAMES = 10_000_000  # decord reserves memory for as many frames as the times announce, and aborts if it gets none
+FRAMES = 10_000_000  # decord reserves memory for as many frames as times or header announce, and aborts if it gets none
 _PROGRESSIVE = (0, 1)  # FFmpeg's field orders: unknown, progressive
 
 
 def why_unlike(container: "InputContainer", stream: "VideoStream", first: "VideoFrame", end: float) -> str:
     """Why another FFmpeg may read the file differently; "" where none does. `end` is its last timestamp in seconds."""
     codec, moving = stream.codec_context.name, len(container.streams.video)
-    announced = max(end, (container.duration or 0) / 1e6) * float(stream.average_rate or 25)
+    timed = max(end, (container.duration or 0) / 1e6) * float(stream.average_rate or 25)
+    announced = max(timed, stream.frames)
     if codec not in CODECS:
         return f"its codec ({codec}) isn't one that is known to give the same pixels everywhere"
     if moving > 1:
@@ -39,7 +40,7 @@ def why_unlike(container: "InputContainer", stream: "VideoStream", first: "Video
             "other pixels than PyAV's"
         )
     if not announced < FRAMES:
-        return f"its times announce {announced:.3g} frames"
+        return f"its {'times announce' if announced == timed else 'header announces'} {announced:.3g} frames"
     return ""
 
 

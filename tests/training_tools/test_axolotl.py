@@ -91,8 +91,9 @@ def test_bf16_and_checkpointing(base, data, clips, tmp_path):
         ({"adapter": None}, "set adapter: lora"),
         ({"sample_packing": True}, "set sample_packing: false"),
         ({"rl": "dpo"}, "hands no clips to the model"),
+        ({"merge_lora": True}, "sta-adapter export ADAPTER OUT --merge-lora BASE"),
     ],
-    ids=["stage 1", "no LoRA", "packing", "preferences"],
+    ids=["stage 1", "no LoRA", "packing", "preferences", "merging"],
 )
 def test_what_would_not_train_is_refused(changed, message):
     from axolotl.utils.dict import DictDefault

@@ -111,6 +111,18 @@ def test_packing(base, data, tmp_path):
         take_settings({**two, "packing": True})
 
 
+def test_exporting_is_refused(trained, base, tmp_path):
+    settings = {
+        "model_name_or_path": str(base), "adapter_name_or_path": str(trained), "template": "qwen2_vl",
+        "finetuning_type": "lora", "export_dir": str(tmp_path / "merged"), "export_device": "cpu",
+    }  # fmt: skip
+    (tmp_path / "export.yaml").write_text(yaml.safe_dump(settings))
+    words = [sys.executable, "-m", "sta_adapter.integrations.llamafactory", "export", tmp_path / "export.yaml"]
+    said = run(words, tmp_path, expect=1, DISABLE_VERSION_CHECK="1")
+    assert "error: llamafactory-cli export writes the base model with LoRA in its weights" in said
+    assert not (tmp_path / "merged").exists()
+
+
 def test_wrong_settings(base, data, tmp_path):
     said = factory(base, data, tmp_path / "out", expect=1, sta={"head_scal": 1})
     assert "error: unknown setting 'head_scal' (did you mean 'head_scale'?)" in said

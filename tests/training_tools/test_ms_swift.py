@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from runs import BIN, KILLED, Page, check_adapter, run, same_weights
 
+from sta_adapter.adapter.hub import ADAPTER_FILES
 from sta_adapter.errors import ConfigError
 from sta_adapter.integrations.convert_data import convert_data
 from sta_adapter.loading import load_model
@@ -213,29 +215,44 @@ def test_padding_free_batches_have_the_same_clips(base, data, monkeypatch):
 
 
 def test_answers(trained, base, data, tmp_path):
+    """By the checkpoint, and by its adapter alone, of which ms-swift doesn't know the tuner."""
     out, _ = trained
-    words = [
-        BIN / "swift",
-        "infer",
-        "--model",
-        base,
-        "--model_type",
-        "qwen2_vl",
-        "--template",
-        "qwen2_vl",
-        "--adapters",
-        out / "checkpoint-4",
-    ]
-    words += [
-        "--external_plugins",
-        plug_in(data.parent),
-        TINY,
-        "--val_dataset",
-        data,
-        "--max_new_tokens",
-        4,
-        "--torch_dtype",
-        "float32",
-    ]
-    run([*words, "--result_path", tmp_path / "said.jsonl"], data.parent, **FRAMES)
-    assert len((tmp_path / "said.jsonl").read_text().splitlines()) == 8
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in ADAPTER_FILES:
+        shutil.copy(out / "checkpoint-4" / file, alone)
+    said = []
+    for name, adapter in (
+        ("base", ()),
+        ("checkpoint", ["--adapters", out / "checkpoint-4"]),
+        ("alone", ["--adapters", alone]),
+    ):
+        words = [
+            BIN / "swift",
+            "infer",
+            "--model",
+            base,
+            "--model_type",
+            "qwen2_vl",
+            "--template",
+            "qwen2_vl",
+            *adapter,
+        ]
+        words += ["--external_plugins", plug_in(data.parent), TINY, "--val_dataset", data, "--max_new_tokens", 4]
+        words += ["--torch_dtype", "float32", "--temperature", 0, "--result_path", tmp_path / f"{name}.jsonl"]
+        run(words, data.parent, **FRAMES)
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        said.append([json.loads(line)["response"] for line in lines])
+    base_alone, checkpoint, adapter_alone = said
+    assert len(checkpoint) == 8
+    assert adapter_alone == checkpoint != base_alone
+
+
+def test_merging_is_refused(trained, base, data, tmp_path):
+    out, _ = trained
+    words = [BIN / "swift", "export", "--model", base, "--model_type", "qwen2_vl", "--template", "qwen2_vl"]
+    words += ["--external_plugins", plug_in(data.parent), TINY, "--adapters", out / "checkpoint-4"]
+    words += ["--merge_lora", "true", "--torch_dtype", "float32", "--output_dir", tmp_path / "merged"]
+    said = run(words, data.parent, expect=1)
+    assert "ms-swift's --merge_lora true writes the base model with LoRA in its weights" in said
+    assert not (tmp_path / "merged").exists()

@@ -38,6 +38,7 @@ from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError
 from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 from sta_adapter.integrations.vllm.serve_line import trained_reader
+from sta_adapter.integrations.vllm.serving import SERVED
 
 KINDS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 
@@ -175,6 +176,7 @@ def test_lora_without_its_sta_is_refused(folders, tmp_path):
 
     export_adapter(folders["lora"], tmp_path / "out")
     request = LoRARequest("adapted", 1, str(tmp_path / "out"))
+    SERVED.clear()  # of engines that were closed in this process
     with (
         running(folders["Qwen2VL"]["base"], enable_lora=True, max_lora_rank=32) as engine,
         pytest.raises(CheckpointError, match="were trained with STA, and this engine serves none"),

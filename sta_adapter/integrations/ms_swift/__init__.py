@@ -21,7 +21,7 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import get_sta
-from sta_adapter.injection.load import load_sta
+from sta_adapter.injection.load import load_sta, watch_peft
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
 from sta_adapter.integrations.settings import Settings, merging_loses_sta, prepare_model
 
@@ -116,7 +116,8 @@ def _watch(args: object) -> None:
 
 
 def register() -> None:
-    """Make the tuner and the callbacks known to ms-swift, and its merging of LoRA know STA."""
+    """Make the tuner and the callbacks known to ms-swift, and STA to its loading and merging of LoRA."""
+    watch_peft()  # also an adapter that is loaded without --tuner_type sta brings its STA
     tuners_map[NAME] = STATuner
     Swift.merge_and_unload = staticmethod(_merging(Swift.merge_and_unload))
     callbacks_map["sta_save"] = lambda args, trainer: SaveAdapter()
