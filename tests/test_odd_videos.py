@@ -15,7 +15,8 @@ from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.video import Sampling, choose_frames, read_clip
 from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
 from sta_adapter.video.frame_table import VideoNotFoundError, _containers, open_video, video_stream
-from sta_adapter.video.packet_scan import PacketRow, begins_afresh, keys_are_fresh, scan_packets, without_gaps
+from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
+from sta_adapter.video.packet_scan import scan_packets, without_gaps
 
 
 class Attached(enum.Flag):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
-from sta_adapter.video.packet_scan import PacketRow, frames_in_order, keys_are_fresh, scan_packets, without_gaps
+from sta_adapter.video.keyframes import PacketRow, keys_are_fresh
+from sta_adapter.video.packet_scan import frames_in_order, scan_packets, without_gaps
 from sta_adapter.video.truncation import cut_off
 
 if TYPE_CHECKING:
