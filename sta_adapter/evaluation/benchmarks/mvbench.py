@@ -13,18 +13,16 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.base import (
-    LETTERS,
-    EvalSet,
+from sta_adapter.evaluation.benchmarks.annotations import (
     clip_file,
     field,
     find,
     first_folder,
     options_field,
-    question,
     read_annotations,
     seconds_field,
 )
+from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 STAR = ("star/Charades_v1_480", "star/Charades_segment")
 CLEVRER, PERCEPTION = ("clevrer/video_validation",), ("perception/videos",)

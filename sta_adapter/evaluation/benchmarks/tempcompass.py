@@ -15,15 +15,8 @@ from sta_adapter._validate import shown
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.base import (
-    EvalSet,
-    clip_file,
-    field,
-    find,
-    question,
-    read_annotations,
-    read_file,
-)
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations, read_file
+from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 BEST = "\nPlease directly give the best option:"
 REQUESTS = {"multi-choice": BEST, "yes_no": "\nPlease answer yes or no:", "caption_matching": BEST}

@@ -13,17 +13,15 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.base import (
-    LETTERS,
-    EvalSet,
+from sta_adapter.evaluation.benchmarks.annotations import (
     clip_file,
     field,
     find,
     first_folder,
     options_field,
-    question,
     read_annotations,
 )
+from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 REQUEST = (
     "Select the best answer to the following multiple-choice question based on the video. "

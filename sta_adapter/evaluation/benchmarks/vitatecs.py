@@ -14,7 +14,8 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.base import EvalSet, clip_file, field, find, question, read_annotations
+from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations
+from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
 ASPECTS = ("Direction", "Intensity", "Sequence", "Compositionality", "Localization", "Type")
 
