@@ -1,0 +1,60 @@
+"""`read_folder`: a folder of pictures in the place of a video file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sta_adapter.errors import VideoError
+from sta_adapter.video.budget import check_kept
+from sta_adapter.video.decoders import Resize
+from sta_adapter.video.frame_table import VideoNotFoundError
+from sta_adapter.video.image import natural_order, read_image
+from sta_adapter.video.reader import Clip, ClipMetadata
+from sta_adapter.video.sampling import Sampling, choose_frames
+
+__all__ = ["read_folder"]
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+
+
+def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | None = None, **sampling: Any) -> Clip:
+    """Frames of a clip that lies there as pictures, sampled by time as `read_clip` does.
+
+    Args:
+        path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). Hidden files don't
+            count.
+        rate: Pictures a second.
+        resize: As for `read_clip`.
+        sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.
+
+    Raises:
+        VideoError: No folder, no picture in it, pictures of several sizes, or none within the range.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise VideoNotFoundError(
+            f"{str(folder)!r} is no folder of pictures. Check the path, or the folder that it starts from."
+        )
+    files = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
+    files.sort(key=natural_order)
+    if not files:
+        raise VideoError(f"{str(folder)!r} holds no picture; expected {', '.join(ENDINGS)}.")
+    times, duration = np.arange(len(files)) / rate, len(files) / rate
+    indices = choose_frames(times, duration, Sampling(**sampling))
+    frames, sizes = [], set()
+    for index in indices:
+        picture = read_image(files[index])
+        sizes.add((picture.shape[2], picture.shape[1]))
+        if len(sizes) > 1:
+            told = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+            raise VideoError(f"{str(folder)!r} holds pictures of several sizes: {told}; expected one.")
+        frames.append(picture if resize is None else resize(picture))
+        check_kept(folder, len(indices), frames[0].shape[1] * frames[0].shape[2])
+    ((width, height),) = sizes
+    found, begins = tuple(indices.tolist()), tuple(times[indices].tolist())
+    metadata = ClipMetadata(
+        folder, len(files), rate, duration, width, height, 0, "pillow", "a folder of pictures", found, begins
+    )
+    return Clip(np.concatenate(frames), times[indices], metadata)
