@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from sta_adapter.adapter.format import CONFIG
 from sta_adapter.adapter.lora_options import OURS
@@ -34,7 +33,7 @@ def check_lora_requests() -> None:
         return
 
     @functools.wraps(read)
-    def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
+    def from_local_dir(cls: type, /, lora_path: str, *args: object, **kwargs: object) -> object:
         check_lora(Path(lora_path))
         return read(cls, lora_path, *args, **kwargs)
 
@@ -42,7 +41,7 @@ def check_lora_requests() -> None:
     setattr(helper, READ, classmethod(from_local_dir))
 
 
-def lora_reader() -> Any:
+def lora_reader() -> type:
     """VLLM's class that reads the settings of LoRA weights from their folder.
 
     Raises:
