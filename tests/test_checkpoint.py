@@ -15,7 +15,7 @@ import sta_adapter
 from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.adapter import format as adapter_format
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
-from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAError, UnknownBackboneError
+from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAError, STAWarning, UnknownBackboneError
 
 
 @pytest.fixture
@@ -238,6 +238,15 @@ def test_saving_over_an_adapter_is_all_or_nothing(adapter, monkeypatch):
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
     handle.save_pretrained(adapter)
     assert load_sta(seeded(make_qwen2_vl_tower), adapter).config.init == "normal"
+
+
+def test_saving_over_the_result_of_a_training(adapter):
+    """Whose settings the model card would tell of what was saved by hand."""
+    handle = load_sta(seeded(make_qwen2_vl_tower), adapter)
+    (adapter / "run.json").write_text("{}")
+    with pytest.warns(STAWarning, match=r"adapter/run\.json tells how the adapter that lay here was trained"):
+        handle.save_pretrained(adapter)
+    assert (adapter / "run.json").read_text() == "{}"
 
 
 def test_sharded_weights_are_written_by_one_process(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,10 +15,11 @@ from sta_adapter.adapter.base_model import describe_base, require_frozen_base, r
 from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_weights import lora_files, lora_state
 from sta_adapter.adapter.push import Publication, push_files
+from sta_adapter.adapter.run_file import RUN_FILE
 from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.distributed import full_shape, full_tensor, is_sharded, on_rank_zero
-from sta_adapter.errors import CheckpointError, InjectionError
+from sta_adapter.errors import CheckpointError, InjectionError, STAWarning
 from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.text_positions import rule_in_use
 
@@ -41,6 +44,13 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
             or the folder can't be written; what was there stays.
     """
     contents = adapter_contents(handle, base_changed)
+    if (run := Path(folder) / RUN_FILE).is_file():
+        warnings.warn(
+            f"{run} tells how the adapter that lay here was trained, and stays; a model card made of this folder would say it of the "
+            "one that is saved now. Save into another folder, or take that file away.",
+            STAWarning,
+            stacklevel=3,
+        )
     if is_sharded(handle.model.parameters()):
         on_rank_zero(lambda: write_adapter(folder, *contents))
     else:
