@@ -134,6 +134,21 @@ def test_clips_are_told_to_an_encoder_that_peft_trains_whole(case_id):
 
 
 @pytest.mark.parametrize("case_id", [LLAVA, GLM])
+def test_a_copy_of_the_model_is_not_told_the_original_s_clips(case_id):
+    """A reference model or an average of weights, called within `clips(...)` of the other."""
+    import copy
+
+    model, handle, _ = injected(case_id)
+    twin = copy.deepcopy(model)
+    with handle.clips([2, 2]):
+        for other in (twin, copy.deepcopy(twin)):
+            assert get_sta(other)._injection.clip_lengths is None
+            with get_sta(other).clips([4]):
+                assert handle._injection.clip_lengths == (2, 2)
+                assert get_sta(other)._injection.clip_lengths == (4,)
+
+
+@pytest.mark.parametrize("case_id", [LLAVA, GLM])
 def test_pictures_are_clips_of_one_frame(case_id):
     model, _, seen = injected(case_id)
     if case_id == "glm4v":

@@ -15,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +76,21 @@ class _PerThread(threading.local):
 class Told(threading.local):
     """Frames of each clip, as this thread was told them.
 
-    A copy shares it: PEFT's `modules_to_save` copies the encoder out of the model whose calls tell its clips.
+    A copy of the whole model is told its own. One of the encoder alone shares them: PEFT's `modules_to_save` copies it out
+    of the model whose calls tell its clips.
     """
 
     by_user: ClipLengths | None = None  # by `clips(...)`
     by_model: ClipLengths | None = None  # by the full model's call
 
-    def __deepcopy__(self, memo: object) -> Told:
-        return self
+    def __init__(self, model: weakref.ref[nn.Module] | None = None) -> None:
+        self.model = model  # that STA went into
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Told:
+        model = None if self.model is None else self.model()
+        if model is None:
+            return Told()
+        return Told(weakref.ref(cast("nn.Module", memo[id(model)]))) if id(model) in memo else self
 
     def __reduce__(self) -> tuple[type[Told], tuple[()]]:
         return Told, ()
@@ -151,6 +158,7 @@ class Injection:
         """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""
         self.base_marks = mark_base(model)
         self.__dict__["_model"] = weakref.ref(model)
+        self.told = Told(weakref.ref(model))
 
     def warn_of_training(self) -> None:
         """Say at the first forward of a training what of it an adapter can't hold, not when hours later it is saved."""
