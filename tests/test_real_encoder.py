@@ -11,7 +11,7 @@ import torch
 
 FOLDER = Path(__file__).parent.parent / "examples" / "real_encoder"
 NAMES = (
-    *("arms", "cache", "clips", "drawn", "encoder", "measure", "prepare", "pretrain_reader"),
+    *("arms", "cache", "clips", "debian", "drawn", "encoder", "measure", "prepare", "pretrain_reader"),
     *("reader", "steps", "table", "train"),
 )
 
@@ -76,6 +76,45 @@ def test_variants_of_an_object_stay_together_and_what_looks_alike_turned_is_left
         assert {stem.split("-")[0] + end for stem in stems for end in ("", "-a", "-b")} == stems
 
 
+def test_a_photograph_in_another_size_or_light_is_no_new_one(parts, tmp_path):
+    from PIL import Image
+
+    first, second = sorted(parts["drawn"].draw_photographs(tmp_path, 2).iterdir())
+    image = Image.open(first)
+    image.resize((80, 60)).save(tmp_path / "small.png")
+    image.point(lambda value: value // 2).save(tmp_path / "dark.png")
+    image.crop((8, 6, 312, 234)).save(tmp_path / "cut.jpg")
+    assert parts["clips"].distinct(sorted(tmp_path.iterdir())) == [first, second]
+
+
+def test_of_a_wallpaper_in_many_sizes_one_is_taken(parts, tmp_path, monkeypatch):
+    from PIL import Image
+
+    share, noise = tmp_path / "share", np.random.default_rng(0)
+    images = share / "wallpapers" / "Path" / "contents" / "images"
+    for folder in (images, share / "backgrounds" / "mate" / "nature"):
+        folder.mkdir(parents=True)
+    for width, height in ((64, 48), (640, 480), (480, 640)):
+        picture = Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        picture.save(images / f"{width}x{height}.png")
+    picture.save(share / "backgrounds" / "mate" / "nature" / "Dune.jpg")
+    (share / "wallpapers" / "Empty").mkdir()
+    own = parts["drawn"].draw_photographs(tmp_path / "own", 2)
+    monkeypatch.setattr(parts["debian"], "list_photographs", lambda folder: {"train": sorted(own.iterdir())})
+    taken = parts["debian"].collect(share, tmp_path / "taken")
+    assert {path.name for path in taken.iterdir()} == {"Dune.jpg", "Path.png", "00.png", "01.png"}
+    assert Image.open(taken / "Path.png").size == (640, 480)
+
+
+def test_a_picture_too_large_to_open_is_left_out(parts, tmp_path, monkeypatch):
+    from PIL import Image
+
+    path = next(parts["drawn"].draw_objects(tmp_path, 1).iterdir())
+    assert parts["clips"].usable(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    assert not parts["clips"].usable(path)
+
+
 @pytest.mark.parametrize("arm", ["sta", "reader"])
 def test_stored_tokens_give_the_features_of_the_whole_encoder(parts, work, arm):
     cache, clips, new_reader = parts["cache"], parts["clips"], parts["pretrain_reader"].new_reader
@@ -107,6 +146,28 @@ def test_tokens_stored_after_all_blocks_are_what_the_blocks_in_play_make_of_thos
     watchers = [arms.Watcher(encoder, new_reader(encoder), depth, arms.ARMS["reader"]) for depth in (2, 4)]
     found = [watcher.features(tokens) for watcher, tokens in zip(watchers, (before, after), strict=True)]
     torch.testing.assert_close(*found, atol=0.05, rtol=0.05)  # both were stored in bf16
+
+
+def test_what_the_reader_reads_is_counted_word_by_word(parts, work, monkeypatch):
+    prepared, arms, measuring = parts["prepare"], parts["arms"], parts["measure"]
+    encoder = parts["encoder"].load_encoder("tiny", work)
+    reader = parts["pretrain_reader"].new_reader(encoder)
+    watcher, data = arms.Watcher(encoder, reader, 4, arms.ARMS["reader"]), prepared.Data(work, "val", 4)
+
+    def always(features, question, answer, places):
+        said = torch.zeros(*answer.shape, len(reader.words))
+        said[..., reader.number("0")] = 1
+        said[:, 0] = torch.nn.functional.one_hot(torch.tensor(reader.number("yes")), len(reader.words))
+        return said
+
+    monkeypatch.setattr(reader, "forward", always)
+    frames = [(clip, clip["states"][t]) for clip in data.clips for t in (0, 4, 7)]
+    seen = [(clip, state) for clip, state in frames if state["visible"]]
+    turned = [round(state["angle"] / 45) % 8 == 0 for clip, state in seen if clip["label"].endswith("clockwise")]
+    found = measuring.read(watcher, data)
+    assert found["there"] == pytest.approx(len(seen) / len(frames), abs=1e-3)
+    assert found["angle"] == pytest.approx(sum(turned) / len(turned), abs=1e-3)
+    assert found["column"] == pytest.approx(sum(state["x"] < 0.1 for _, state in seen) / len(seen), abs=1e-3)
 
 
 def test_the_question_sees_every_frame_and_where_it_stands(parts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -30,6 +31,7 @@ FRAMES, SIZE, FPS = 8, 84, 8
 RASTER = 96  # pixels of an object's longer side, more than it ever has in a clip
 SPLITS = {"train": (0, 70), "val": (70, 80), "test": (80, 100)}  # percent of the objects
 TURNS, DIFFERENT = range(45, 360, 45), 0.4  # degrees; the least difference that counts as not looking alike
+ALIKE = 0.85  # correlation of two photographs, 16 x 16 pixels each, from which they count as one
 SKIN = re.compile("1F3F[B-F]")  # variants of one object, which would only fill the list
 DRAWN = (
     "grass",
@@ -156,7 +158,7 @@ def usable(path: Path) -> bool:
     """Whether an object fills its box fairly well and looks different when it is turned."""
     try:
         image = open_object(path)
-    except (ValueError, OSError, TypeError):
+    except (ValueError, OSError, TypeError, Image.DecompressionBombError):
         return False
     if max(image.size) / max(1, min(image.size)) > 2.2:
         return False
@@ -188,12 +190,32 @@ def list_objects(folder: Path | None, cache: Path) -> dict[str, list[Path]]:
     if not cache.exists():
         paths = sorted(p for p in folder.rglob("*") if p.suffix in (".svg", ".png") and not SKIN.search(p.stem))
         cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps([str(path) for path in paths if usable(path)]), encoding="utf-8")
+        with ProcessPoolExecutor() as processes:
+            which = processes.map(usable, paths, chunksize=16)
+            cache.write_text(
+                json.dumps([str(path) for path, good in zip(paths, which, strict=True) if good]), encoding="utf-8"
+            )
     splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in map(Path, json.loads(cache.read_text(encoding="utf-8"))):
         share = int(hashlib.sha256(path.stem.split("-")[0].encode()).hexdigest(), 16) % 100
         splits[next(split for split, (low, high) in SPLITS.items() if low <= share < high)].append(path)
     return splits
+
+
+def distinct(paths: list[Path]) -> list[Path]:
+    """Photographs of which none is another's copy: of another size, cut a little, darker or lighter; the first of each stays.
+
+    Packages of wallpapers hold a picture in a dozen sizes, and one of them in the test would be no new photograph.
+    """
+    kept: dict[Path, np.ndarray] = {}
+    for path in paths:
+        image = Image.open(path)
+        image.draft("L", (64, 64))
+        small = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
+        small = (small - small.mean()) / max(1e-6, float(np.linalg.norm(small - small.mean())))
+        if all(float((small * other).sum()) < ALIKE for other in kept.values()):
+            kept[path] = small
+    return list(kept)
 
 
 def list_photographs(folder: Path | None) -> dict[str, list[Path]]:
@@ -209,6 +231,6 @@ def list_photographs(folder: Path | None) -> dict[str, list[Path]]:
         test = [names[name] for name in FOR_TEST]
         train = [path for name, path in names.items() if name not in FOR_TEST]
     else:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        paths = distinct(sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")))
         test, train = paths[::4], [path for i, path in enumerate(paths) if i % 4]
     return {"train": train, "val": train, "test": test}

@@ -14,8 +14,9 @@ import torch
 import transformers
 from arms import Watcher
 from cache import arithmetic
-from clips import LABELS, PAIRS
+from clips import FRAMES, LABELS, PAIRS
 from prepare import Data
+from reader import DESCRIBE, IGNORED
 
 import sta_adapter
 
@@ -53,6 +54,30 @@ def measure(watcher: Watcher, data: Data, batch: int, *, shuffled: bool = False)
         "pairs": {pair: [right[pair], total[pair]] for pair in total},
         "said": said[: 2 * len(LABELS)],
     }
+
+
+@torch.no_grad()
+def read(watcher: Watcher, data: Data) -> dict[str, float]:
+    """What the reader reads of single frames: the share of each word of a description that is right, given those before it.
+
+    Args:
+        watcher: with nothing in the encoder.
+        data: a split; the first, a middle and the last frame of each clip are asked, and the angle of objects that turn.
+    """
+    right, total = Counter[str](), Counter[str]()
+    for clip, tokens in zip(data.clips, data.tokens, strict=True):
+        which = torch.tensor([[0], [FRAMES // 2], [FRAMES - 1]])
+        answer = watcher.reader.descriptions([clip["states"][t] for t in which.flatten().tolist()])
+        with arithmetic():
+            features = watcher.features(tokens[which])
+            said = watcher.reader(features, DESCRIBE, answer, which).argmax(-1)
+        for index, part in enumerate(("there", "column", "row", "size", "angle")):
+            if part == "angle" and clip["label"] not in ("clockwise", "counterclockwise"):
+                continue
+            asked = answer[:, index] != IGNORED
+            right[part] += int((said[:, index] == answer[:, index])[asked].sum())
+            total[part] += int(asked.sum())
+    return {part: round(right[part] / total[part], 3) for part in total}
 
 
 def made_by() -> dict[str, Any]:

@@ -62,6 +62,12 @@ class Data:
         return torch.tensor([[reader.number(self.clips[i]["label"])] for i in indices])
 
 
+def count_pictures(work: Path, split: str) -> dict[str, int]:
+    """How many objects and photographs a split's clips are made of."""
+    lines = (work / "clips" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {kind: len({json.loads(line)[kind] for line in lines}) for kind in ("object", "photograph")}
+
+
 def prepare(work: Path, settings: Settings, objects: Path | None = None, photographs: Path | None = None) -> None:
     """Write the clips and store what the frozen blocks make of them; what is there stays."""
     things, places = list_objects(objects, work / "objects.json"), list_photographs(photographs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,11 +10,14 @@ from arms import ARMS, Watcher
 from cache import arithmetic
 from clips import FRAMES, LABELS, SIZE
 from encoder import load_encoder
+from measure import read
 from prepare import Data, Settings
 from reader import DESCRIBE, MOVEMENT, Reader
 from steps import WEIGHT_DECAY, loss_of, picked, schedule, update
 from torch import Tensor
 from transformers import Dinov2Model
+
+READS = "reader.json"  # what the reader reads of single frames of validation clips
 
 
 def new_reader(encoder: Dinov2Model) -> Reader:
@@ -32,7 +36,7 @@ def read_frames(work: Path, settings: Settings) -> dict[str, Tensor]:
         (work / "reader-describes.pt", settings.reader_steps, settings.reader_rate, (DESCRIBE,)),
         (work / "reader.pt", settings.word_steps, settings.reader_rate / 2, (DESCRIBE, MOVEMENT)),
     )
-    if stages[-1][0].exists():
+    if stages[-1][0].exists() and (work / READS).exists():
         return torch.load(stages[-1][0], weights_only=True)
     encoder = load_encoder(settings.encoder, work)
     whole = len(encoder.encoder.layer)
@@ -50,6 +54,9 @@ def read_frames(work: Path, settings: Settings) -> dict[str, Tensor]:
             if step % 100 == 99:
                 print(f"{file.stem}: step {step + 1}, loss {loss:.3f}", flush=True)
         torch.save(watcher.reader.state_dict(), file)
+    reads = read(watcher, Data(work, "val", whole))
+    print(f"of single frames of validation clips the reader reads {reads}", flush=True)
+    (work / READS).write_text(json.dumps(reads), encoding="utf-8")
     return watcher.reader.state_dict()
 
 

@@ -27,6 +27,7 @@ KNOWN = {
     "causal": "it has the causal mask alone",
     "none": "it knows no order",
 }
+LARGER = "larger"  # folder of results/: the same with Debian's pictures
 EARLIER = ("even-attention", "two-blocks")  # set-ups before today's, folders of results/earlier
 WIDTH, HEIGHT, LEFT, TOP, CURVES = 760, 330, 58, 30, 400
 STYLE = """
@@ -186,6 +187,14 @@ def verdict(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*heads, *lines, "", f"{goal} {'; '.join(said) or '**not met** (no pair of runs)'}."])
 
 
+def made_of(runs: list[dict[str, Any]]) -> str:
+    """Of what the clips are made, and what the reader reads of single frames before any run."""
+    pictures, reads = runs[0]["pictures"], runs[0]["reader_reads"]
+    counts = "; ".join(f"{split} {has['object']} and {has['photograph']}" for split, has in pictures.items())
+    right = ", ".join(f"{part} {100 * share:.0f} %" for part, share in reads.items())
+    return f"Objects and photographs: {counts}. Words of a single frame's description that the reader gets right: {right}."
+
+
 def made_with(runs: list[dict[str, Any]]) -> str:
     """Dates, machine, versions, and a command of each kind."""
     measured = [run for run in runs if run["run"]["test"]]
@@ -266,6 +275,8 @@ def fill(page: str, name: str, text: str) -> str:
 def page(runs: list[dict[str, Any]], text: str) -> str:
     """docs/proof.md with today's tables."""
     parts = {"table": main_table(runs) + "\n\n" + made_with(runs), "goal": verdict(runs), "search": search_table(runs)}
+    larger = load(HERE / "results" / LARGER)
+    parts[LARGER] = "\n\n".join([verdict(larger), main_table(larger), made_of(larger), made_with(larger)])
     for name in EARLIER:
         earlier = load(HERE / "results" / "earlier" / name)
         parts[name] = "\n\n".join([main_table(earlier), search_table(earlier), made_with(earlier)])

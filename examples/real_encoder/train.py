@@ -19,8 +19,8 @@ from arms import ARMS, ORDERS, Watcher
 from cache import arithmetic
 from encoder import load_encoder
 from measure import made_by, measure
-from prepare import Data, Settings, prepare
-from pretrain_reader import new_reader, read_frames
+from prepare import Data, Settings, count_pictures, prepare
+from pretrain_reader import READS, new_reader, read_frames
 from steps import WEIGHT_DECAY, loss_of, picked, schedule, update
 from torch import Tensor
 
@@ -115,6 +115,8 @@ def conclude(
 ) -> None:
     """Ask the test's clips, keep the adapter, and write the result."""
     outcome: dict[str, Any] = {"run": asdict(what), "settings": asdict(settings), "curve": record["curve"]}
+    outcome["pictures"] = {split: count_pictures(work, split) for split in ("train", "val", "test")}
+    outcome["reader_reads"] = json.loads((work / READS).read_text(encoding="utf-8"))
     outcome |= {"parameters": sum(p.numel() for p in watcher.adapter()), "seconds": round(record["seconds"])}
     if what.test:
         test = Data(work, "test", depth)
