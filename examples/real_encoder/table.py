@@ -192,7 +192,9 @@ def made_of(runs: list[dict[str, Any]]) -> str:
     pictures, reads = runs[0]["pictures"], runs[0]["reader_reads"]
     counts = "; ".join(f"{split} {has['object']} and {has['photograph']}" for split, has in pictures.items())
     right = ", ".join(f"{part} {100 * share:.0f} %" for part, share in reads.items())
-    return f"Objects and photographs: {counts}. Words of a single frame's description that the reader gets right: {right}."
+    return (
+        f"Objects and photographs: {counts}. Words of a single frame's description that the reader gets right: {right}."
+    )
 
 
 def made_with(runs: list[dict[str, Any]]) -> str:
