@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
 
-# STA and LoRA on a real pretrained encoder: by its parts a quarter of an hour, never yet timed whole. With DEMO_ARGS=--quick it needs no network.
+# STA and LoRA on a real pretrained encoder: by its parts a quarter of an hour with AVX-512, three times as long without; never yet timed whole. With DEMO_ARGS=--quick it needs no network.
 demo-real: $(VENV)/$(if $(findstring --quick,$(DEMO_ARGS)),.ready,.ready-real)
 	$(BIN)/python examples/real_encoder/demo.py --out $(OUT)-real $(DEMO_ARGS)
 
