@@ -259,3 +259,13 @@ def test_the_goal_is_judged_by_seed(parts):
     causal = [run("sta", 0, 400, order="causal"), run("lora", 0, 300, order="causal")]
     assert "*told* **met in every pair of runs** (1 of 1); " in verdict([*met, *causal])
     assert "*causal* **not met** (0 of 1)." in verdict([*met, *causal])
+
+
+def test_a_run_s_result_goes_where_it_is_told(parts, monkeypatch, tmp_path, capsys):
+    """A run on other pictures has the same name, and one whose file is there is not run again."""
+    train = parts["train"]
+    monkeypatch.setattr(train, "run", lambda work, settings, what, results: results / f"{what.name}.json")
+    monkeypatch.setattr(train.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--results", str(tmp_path), "run", "sta", "--order", "causal"])
+    train.main()
+    assert capsys.readouterr().out.startswith(str(tmp_path / "sta-seed0"))

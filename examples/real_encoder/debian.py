@@ -54,7 +54,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     share = unpack(folder)
     photographs = collect(share, folder / "photographs")
-    print(f"python train.py prepare --objects {share / 'openclipart' / 'png'} --photographs {photographs}")
+    objects = share / "openclipart" / "png"
+    print(f"python train.py --work {folder / 'work'} prepare --objects {objects} --photographs {photographs}")
 
 
 if __name__ == "__main__":

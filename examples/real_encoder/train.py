@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("real-encoder"), help="folder for clips, tokens and checkpoints"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs' JSON files")
     parser.add_argument("--encoder", default="pip", help='Hub id or folder of a DINOv2, or "pip"')
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare", help="write the clips and store tokens")
@@ -190,7 +191,7 @@ def main() -> None:
             order=given.order,
             test=not given.search,
         )
-        print(run(given.work, settings, what))
+        print(run(given.work, settings, what, given.results))
 
 
 if __name__ == "__main__":
