@@ -43,7 +43,7 @@ def row_clips(
             f"the encoder got {rows} rows, one a frame, but the clips {list(lengths or ())} have {total}. "
             "Tell the frames of each clip with handle.clips([...]) or clip_lengths=[...]; they must add up."
         )
-    return ClipLayout([(frames, tiles * positions) for frames, tiles in clips], prefix=prefix)
+    return ClipLayout([(frames, tiles * positions) for frames, tiles in clips], prefix=prefix, rows=rows)
 
 
 def unknown_clips(found: str) -> UnknownClipsError:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.backbones.frames import row_clips
-from sta_adapter.errors import InjectionError, STAWarning, UnknownBackboneError, UnknownClipsError
+from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownBackboneError, UnknownClipsError
 from sta_adapter.injection import plan
 from sta_adapter.injection.target import resolve_target
 from sta_adapter.injection.validate import FEW_TOKENS, validate_target
@@ -314,6 +314,42 @@ def test_blocks_that_do_not_get_tokens_are_refused(change, shape):
     model.dropout.register_forward_hook(lambda module, args, output: change(output))
     with pytest.raises(InjectionError, match=f"its blocks' first tensor has the shape {shape}; expected tokens"):
         validate_target(resolve_target(SPEC, model))
+
+
+class TorchEncoder(nn.Module):
+    """Torch's own layers, by default or not."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.embed, self.batch_first = nn.Linear(4, WIDTH), batch_first
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, 0.0, batch_first=batch_first, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).layers
+
+    def forward(self, patches):
+        x = self.embed(patches)
+        x = x if self.batch_first else x.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_blocks_that_take_the_batch_second_are_refused(rows):
+    """As many tokens, in another order: each frame would have been taken for parts of all."""
+
+    def layout(call):
+        return row_clips(*call.tensor("patches").shape[:2], call.clip_lengths)
+
+    told = spec(
+        encoder_classes=("TorchEncoder",), layout=layout, dummy_inputs=lambda e: ((torch.ones(rows, 6, 4),), {})
+    )
+    assert_refused(
+        TorchEncoder(batch_first=False), told, rf"shape \(6, {rows}, 16\); expected \({rows} rows, tokens, C\)"
+    )
+    inject_sta(TorchEncoder(batch_first=True), backbone=told)
+    undummied(model := TorchEncoder(batch_first=False), encoder_classes=("TorchEncoder",), layout=layout)
+    with get_sta(model).clips([2]), pytest.raises(LayoutError, match=r"expected \(2 rows, tokens, C\)"):
+        model(torch.randn(2, 6, 4))
 
 
 def test_a_mended_spec_of_the_same_name_is_taken():

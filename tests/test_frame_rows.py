@@ -35,7 +35,7 @@ def encoder(**config):
 )
 def test_rows_of_the_batch(lengths, expected):
     layout = row_clips(4, 6, lengths)
-    assert (list(layout.clips), layout.prefix) == (expected, 0)
+    assert (list(layout.clips), layout.prefix, layout.rows) == (expected, 0, 4)
     assert row_clips(4, 6, lengths, prefix=2).prefix == 2
 
 

@@ -74,6 +74,14 @@ def test_wrong_number_of_tokens():
         ClipLayout([(2, 3)]).patches(torch.zeros(5, 3))
 
 
+def test_rows_that_do_not_come_first():
+    layout = ClipLayout([(2, 3), (2, 3)], rows=4)
+    assert layout.patches(torch.zeros(4, 3, 5)).shape == (4, 3, 5)
+    assert layout.patches(torch.zeros(12, 5)).shape == (12, 5)
+    with pytest.raises(LayoutError, match=r"shape \(3, 4, 5\); expected \(4 rows, tokens, C\).*batch_first=False"):
+        layout.patches(torch.zeros(3, 4, 5))
+
+
 @pytest.mark.parametrize("pair", [(0, 4), (3, 0), (-1, 2)])
 def test_empty_clips(pair):
     with pytest.raises(LayoutError, match=r"clip 1 has .* expected at least 1"):

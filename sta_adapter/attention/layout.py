@@ -53,6 +53,7 @@ class ClipLayout:
     Args:
         clips: (frames, positions) of each clip, in order.
         prefix: leading tokens of each row that belong to no frame position.
+        rows: of tokens (rows, tokens, C), where their number is known; tokens (tokens, rows, C) are refused then.
         past: what the clips go on from; None for clips that begin here.
 
     Attributes:
@@ -65,9 +66,12 @@ class ClipLayout:
         LayoutError: when a clip has no frame or no position.
     """
 
-    def __init__(self, clips: Iterable[tuple[int, int]], *, prefix: int = 0, past: Past | None = None) -> None:
+    def __init__(
+        self, clips: Iterable[tuple[int, int]], *, prefix: int = 0, rows: int | None = None, past: Past | None = None
+    ) -> None:
         self.clips = tuple((int(t), int(n)) for t, n in clips)
         self.prefix = prefix
+        self.rows = rows
         self.past = past
         for index, (frames, positions) in enumerate(self.clips):
             if frames < 1 or positions < 1:
@@ -93,12 +97,21 @@ class ClipLayout:
     def __hash__(self) -> int:
         return hash((self.clips, self.prefix))
 
+    def require_rows(self, tokens: Tensor) -> None:
+        """Raise a LayoutError for tokens of three axes whose first one is not the layout's rows."""
+        if self.rows is not None and tokens.dim() == 3 and tokens.shape[0] != self.rows:
+            raise LayoutError(
+                f"the blocks get tokens of the shape {tuple(tokens.shape)}; expected ({self.rows} rows, tokens, C). STA can't "
+                "serve blocks that take (tokens, rows, C), as torch's do with batch_first=False."
+            )
+
     def patches(self, tokens: Tensor) -> Tensor:
         """View of those tokens (tokens, C) or (rows, tokens, C) that belong to frames, without the prefix ones.
 
         Raises:
-            LayoutError: when the number of tokens is not that of the layout.
+            LayoutError: when the number of tokens or rows is not that of the layout.
         """
+        self.require_rows(tokens)
         found = tokens[..., self.prefix :, :] if self.prefix else tokens
         count = found.shape[0] if found.dim() == 2 else found.shape[:-1].numel()
         if count != self.num_tokens:

@@ -187,6 +187,5 @@ def continue_streams(
     for stream, (frames, positions), grid in zip(streams, layout.clips, grids, strict=True):
         shape: FrameShape = (positions, None if grid is None else tuple(grid.shape))
         chunks.append(Chunk(stream.name, stream._state, frames, shape))
-    return ClipLayout(
-        layout.clips, prefix=layout.prefix, past=StreamCall(chunks, {module: i for i, module in modules.items()})
-    )
+    past = StreamCall(chunks, {module: i for i, module in modules.items()})
+    return ClipLayout(layout.clips, prefix=layout.prefix, rows=layout.rows, past=past)

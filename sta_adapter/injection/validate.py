@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.errors import InjectionError
+from sta_adapter.errors import InjectionError, LayoutError
 from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
 from sta_adapter.injection.hooks import RESIDUAL
 from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
@@ -172,6 +172,10 @@ def _layout_problems(target: InjectionTarget, call: EncoderCall, tokens: Tensor)
         return _unable(target.backbone, "Backbone.layout fails on Backbone.dummy_inputs", error)
     if not isinstance(layout, ClipLayout):
         return [f"Backbone.layout returns a {type(layout).__name__}; expected a ClipLayout"]
+    try:
+        layout.require_rows(tokens)
+    except LayoutError as error:
+        return [str(error)]
     rows = tokens.shape[0] if tokens.dim() == 3 else 1
     if layout.num_tokens + rows * layout.prefix != tokens.shape[:-1].numel():
         return [
