@@ -233,6 +233,27 @@ def test_internvl_refuses_rows_that_may_be_pictures_or_frames():
     ]
 
 
+def test_clips_of_an_interrupted_call_are_forgotten():
+    """Torch calls no hook of a module that a KeyboardInterrupt leaves, and a notebook goes on after it."""
+    model, handle, seen = injected("llava_onevision")
+    video = llava_prompt(4)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    def generate(**prompt):
+        model.generate(**prompt, max_new_tokens=1)
+
+    for call, then in ((model, model), (model, generate), (model.model, model.model), (model.model, model)):
+        hook = handle.encoder.register_forward_pre_hook(interrupt)
+        with torch.no_grad():
+            with pytest.raises(KeyboardInterrupt):
+                call(**video, clip_lengths=[3, 1])
+            hook.remove()
+            then(**video)
+    assert seen == [[(4, 16)]] * 4
+
+
 @pytest.mark.parametrize("case_id", TOWERS)
 def test_plain_towers_take_one_picture_and_must_be_told_of_several_rows(case_id):
     case = next(case for case in all_cases() if case.id == case_id)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLengths
+from sta_adapter.compatibility.running import calling_frame
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import UnknownClipsError
@@ -28,7 +29,7 @@ class ModelPreHook(Hook):
     def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
         kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
-        self.injection.told.by_model = told
+        self.injection.told.tell(told, None if told is None else calling_frame())
         return args, kwargs
 
 
@@ -38,7 +39,7 @@ class ModelPostHook(Hook):
     @uncompiled
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `ModelPreHook` began."""
-        self.injection.told.by_model = None
+        self.injection.told.tell(None, None)
 
 
 class TellingMethod:

@@ -15,6 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,6 +26,7 @@ from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
+from sta_adapter.compatibility.running import is_running
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
@@ -82,9 +84,20 @@ class Told(threading.local):
 
     by_user: ClipLengths | None = None  # by `clips(...)`
     by_model: ClipLengths | None = None  # by the full model's call
+    call: FrameType | None = None  # that one; what it has told ends with it
 
     def __init__(self, model: weakref.ref[nn.Module] | None = None) -> None:
         self.model = model  # that STA went into
+
+    def tell(self, lengths: ClipLengths | None, call: FrameType | None) -> None:
+        """Note what a call of the full model tells, or that it is over."""
+        self.by_model, self.call = lengths, call
+
+    def lengths(self) -> ClipLengths | None:
+        """What holds now."""
+        if self.call is not None and not is_running(self.call):  # ended by an interrupt
+            self.tell(None, None)
+        return self.by_model or self.by_user
 
     def __deepcopy__(self, memo: dict[int, object]) -> Told:
         model = None if self.model is None else self.model()
@@ -141,18 +154,18 @@ class Injection:
     @property
     def clip_lengths(self) -> ClipLengths | None:
         """Frames of each clip, as the user or the full model's call told them for this thread."""
-        return self.told.by_model or self.told.by_user
+        return self.told.lengths()
 
     @contextlib.contextmanager
     def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
         """Tell the frames of each clip for the forwards in this thread."""
         told = self.told
-        before = told.by_user, told.by_model
-        told.by_user, told.by_model = lengths, None
+        before = told.by_user, told.by_model, told.call
+        told.by_user, told.by_model, told.call = lengths, None, None
         try:
             yield
         finally:
-            told.by_user, told.by_model = before
+            told.by_user, told.by_model, told.call = before
 
     def watch(self, model: nn.Module) -> None:
         """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""
