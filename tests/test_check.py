@@ -316,6 +316,70 @@ def test_blocks_that_do_not_get_tokens_are_refused(change, shape):
         validate_target(resolve_target(SPEC, model))
 
 
+def test_blocks_that_share_their_norm_are_refused():
+    """The norm would add the branch of each of them, whichever it runs in."""
+    model = toy(depth=3)
+    model.blocks[2].norm2 = model.blocks[0].norm2
+    assert_refused(model, SPEC, "blocks share one module as 'norm2'; STA needs a norm of its own in each")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_blocks_of_torchscript_are_refused():
+    model = Encoder(torch.jit.trace(Block(), torch.zeros(2, 4, WIDTH)), Block())
+    with pytest.raises(InjectionError, match=r"its blocks are compiled by torch.jit. Inject into the original model"):
+        inject_sta(model, backbone=SPEC)
+
+
+class PairBlock(Block):
+    """Takes the tokens and something else as one argument."""
+
+    def forward(self, pair):
+        return super().forward(pair[0]), pair[1]
+
+
+class PairEncoder(Encoder):
+    def forward(self, patches):
+        x = self.embed(patches), None
+        for block in self.blocks:
+            x = block(x)
+        return x[0]
+
+
+def test_blocks_that_take_their_tokens_within_something_are_refused():
+    layout = lambda call: ClipLayout([call.tensor("patches").shape[:2]])  # noqa: E731
+    match = "its blocks get their tokens within something else; expected a tensor, the first argument or by name"
+    assert_refused(PairEncoder(PairBlock()), spec(layout=layout), match)
+
+
+class SizedBlock(Block):
+    """Must be told how many tokens there are, as blocks with windows are."""
+
+    def forward(self, x, size):
+        return super().forward(x.view(len(x), size[0], WIDTH))
+
+
+class SizedEncoder(Encoder):
+    def forward(self, patches):
+        x = self.embed(patches)
+        for block in self.blocks:
+            x = block(x, (x.shape[1],))
+        return x
+
+
+@pytest.mark.parametrize("dummy", [lambda encoder: ((torch.ones(2, 40, 4),), {}), None], ids=["dummy", "first call"])
+def test_blocks_that_are_told_the_number_of_their_tokens_get_them_all(dummy):
+    changes = {"layout": lambda call: ClipLayout([call.tensor("patches").shape[:2]]), "dummy_inputs": dummy}
+
+    def use(norm):
+        model = SizedEncoder(SizedBlock(), SizedBlock())
+        inject_sta(model, backbone=spec(**changes, norm=norm))
+        return model(torch.randn(2, 40, 4))
+
+    assert use("norm2").shape == (2, 40, WIDTH)
+    with pytest.raises(InjectionError, match="own input"):
+        use("norm1")
+
+
 class TorchEncoder(nn.Module):
     """Torch's own layers, by default or not."""
 
@@ -449,6 +513,17 @@ def test_another_threads_first_call_waits_for_the_verdict(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(checks) == 1
+
+
+def test_a_traced_first_call_is_not_checked_and_the_next_is():
+    model, patches = toy(PostNormBlock), torch.randn(2, PATCHES, 4)
+    undummied(model)
+    with pytest.warns(STAWarning, match="a tracer or a transform looks at its operations, so whether its norm is"):
+        torch.export.export(model, (patches,), strict=False)
+    with pytest.warns(STAWarning, match="unverified"):
+        torch.func.vjp(model, patches)
+    with pytest.raises(InjectionError, match="post-norm"):
+        model(patches)
 
 
 def test_copies_and_pickles_are_checked_too():

@@ -13,7 +13,7 @@ from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
-from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, remove_hooks, take_clip_lengths
+from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, NormPreHook, remove_hooks, take_clip_lengths
 from sta_adapter.injection.nested import iterate_tensors, map_tensors
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import CALLS_KEPT, Injection
@@ -41,6 +41,19 @@ def test_the_branch_sees_the_stream_and_adds_to_the_tokens(injection, by_keyword
     assert found["other"] == 3
     assert torch.equal(seen[0], tokens if residual is None else tokens + residual)
     assert torch.equal(tokens, torch.arange(24.0).view(6, 4))
+
+
+@pytest.mark.parametrize("second", [torch.full((6, 4), 5.0), torch.full((4,), 5.0)], ids=["summand", "condition"])
+def test_a_norms_second_argument_is_a_summand_if_it_is_shaped_as_one(injection, second):
+    seen = []
+    block = SimpleNamespace(sta=nn.Module())
+    block.sta.forward = lambda stream, layout: seen.append(stream.clone()) or torch.ones_like(stream)
+    tokens = torch.arange(24.0).view(6, 4)
+    before = tokens.clone()
+    injection.begin(LAYOUT)
+    assert NormPreHook(injection, block)(nn.LayerNorm(4), (tokens, second), {}) is None
+    assert torch.equal(seen[0], before + second if second.dim() == 2 else before)
+    assert torch.equal(tokens, before + 1)
 
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "with_cp", "use_checkpoint"])

@@ -97,7 +97,7 @@ class BlockPreHook(Hook):
     def __call__(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
         """Return new arguments, or None to leave them; the block's input is never changed in place."""
         injection = self.injection
-        name, tokens = _block_input(args, kwargs)
+        name, tokens = block_input(args, kwargs)
         if not torch.compiler.is_compiling():
             injection.begin_block(tokens)
         if injection.config.order != "before_spatial":
@@ -138,7 +138,7 @@ class NormPreHook(Hook):
     def __call__(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Arguments | None:
         """Add the branch to the first argument (..., C).
 
-        A fused norm takes the residual as a second argument (..., C) and adds the two itself; the stream is their sum.
+        A fused norm takes the residual as a second argument of the same shape and adds the two itself; the stream is their sum.
         Where it comes by its name, either may be the block's own input: the branch is added to a copy (vLLM's norms).
         """
         layout = self.injection.layout()
@@ -151,7 +151,7 @@ class NormPreHook(Hook):
             layout.patches(summand).add_(sta(layout.patches(stream), layout))
             return args, {**kwargs, RESIDUAL: summand}
         stream = patches = layout.patches(summand)
-        if len(args) > 1 and isinstance(args[1], Tensor):
+        if len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == summand.shape:
             stream = layout.patches(summand + args[1])
         elif torch.is_grad_enabled() and (summand.requires_grad or any(p.requires_grad for p in sta.parameters())):
             stream = patches.clone()
@@ -229,8 +229,12 @@ def take_clip_lengths(
     return kwargs, None if lengths is None else checked_lengths(cast("Sequence[int]", lengths))
 
 
-def _block_input(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[str, Tensor]:
-    """(keyword, or "" when it is the first positional argument; tensor) of a block's tokens."""
+def block_input(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[str, Tensor]:
+    """(keyword, or "" when it is the first positional argument; tensor) of a block's tokens.
+
+    Raises:
+        LayoutError: there is none.
+    """
     if args and isinstance(args[0], Tensor):
         return "", args[0]
     for name, value in kwargs.items():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.compatibility.seams import add_load_hook
+from sta_adapter.compatibility.seams import add_load_hook, operations_are_watched
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import execution_device, is_sharded
@@ -222,23 +222,31 @@ class FirstCallPreHook(Hook):
             InjectionError: the blocks are not as the backbone declares; at every call, until STA is removed.
 
         Warns:
-            STAWarning: the encoder is sharded, so that its blocks can't be run by themselves.
+            STAWarning: its blocks can't be run by themselves: the encoder is sharded, or this call is traced.
         """
         if self.done or not self.injection.is_enabled:
+            return
+        if torch.compiler.is_compiling() or operations_are_watched():
+            self._warn(
+                "a tracer or a transform looks at its operations", "Add dummy_inputs, or run the encoder once before"
+            )
             return
         with _LOCK:
             if self.done:
                 return
             if is_sharded(encoder.parameters()):
-                warnings.warn(
-                    f"backbone {self.injection.backbone!r} has no dummy_inputs and the encoder is sharded, so whether its norm "
-                    "is the one in front of the MLP is unverified. Add dummy_inputs, or run the encoder once before sharding.",
-                    STAWarning,
-                    stacklevel=2,
-                )
+                self._warn("the encoder is sharded", "Add dummy_inputs, or run the encoder once before sharding")
                 self.done = True
                 return
             self.done = self._check(encoder, args, kwargs)
+
+    def _warn(self, reason: str, remedy: str) -> None:
+        warnings.warn(
+            f"backbone {self.injection.backbone!r} has no dummy_inputs and {reason}, so whether its norm is the one in front of "
+            f"the MLP is unverified. {remedy}.",
+            STAWarning,
+            stacklevel=3,
+        )
 
     def _check(self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         self.injection.thread.in_check = True

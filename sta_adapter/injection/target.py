@@ -91,6 +91,9 @@ def _blocks(spec: Backbone, encoder: nn.Module, problems: list[str]) -> tuple[nn
         return ()
     if not blocks:
         problems.append(f"Backbone.blocks={spec.blocks!r} holds no block")
+    if any(isinstance(block, torch.jit.ScriptModule) for block in blocks):
+        problems.append("its blocks are compiled by torch.jit. Inject into the original model, then script or trace it")
+        return ()
     return blocks
 
 
@@ -105,6 +108,8 @@ def _norms(spec: Backbone, blocks: tuple[nn.Module, ...], problems: list[str]) -
         which = f"block{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
         found = _children(blocks[missing[0]])
         problems.append(f"{which}: no norm {spec.norm!r} in front of the MLP; the children there are {found}")
+    if len({id(norm) for norm in norms}) < len(norms):
+        problems.append(f"blocks share one module as {spec.norm!r}; STA needs a norm of its own in each")
     return tuple(norms)
 
 

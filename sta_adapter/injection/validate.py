@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.errors import InjectionError, LayoutError
 from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
-from sta_adapter.injection.hooks import RESIDUAL
+from sta_adapter.injection.hooks import RESIDUAL, block_input
 from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
 from sta_adapter.injection.target import InjectionTarget
 
@@ -118,11 +118,18 @@ def _problems_of_blocks(target: InjectionTarget, call: Arguments, tokens: Tensor
     if tokens is None or tokens.dim() not in (2, 3) or not tokens.is_floating_point():
         shape = None if tokens is None else tuple(tokens.shape)
         return [f"its blocks' first tensor has the shape {shape}; expected tokens (tokens, C) or (rows, tokens, C)"]
-    call = _fewer_tokens(call, tokens)
-    problems = _block_problems(target, 0, call)
+    try:
+        block_input(*call)
+    except LayoutError:
+        return ["its blocks get their tokens within something else; expected a tensor, the first argument or by name"]
+    few = _fewer_tokens(call, tokens)
+    try:
+        problems = _block_problems(target, 0, few)
+    except Exception:  # a block with windows, for one, is told how many there are
+        few, problems = call, _block_problems(target, 0, call)
     if not problems and len(target.blocks) > 1:
         try:
-            problems += _block_problems(target, len(target.blocks) - 1, call)
+            problems += _block_problems(target, len(target.blocks) - 1, few)
         except Exception as error:
             logger.info("backbone %r: the last block is not checked: %s: %s", spec.name, type(error).__name__, error)
     return problems
