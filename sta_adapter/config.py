@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar, cast
 
@@ -135,7 +135,7 @@ def _checked(name: str, value: object) -> object:
         return None
     if name == "window":
         return checked_window(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{name}={value!r}: expected a finite number{'' if name == 'head_scale' else ' or None'}.")
     if name != "gamma_init" and value <= 0:
         raise ConfigError(f"{name}={value!r}: expected a number above 0.")

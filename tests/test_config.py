@@ -66,6 +66,7 @@ def test_what_is_not_given_takes_the_backbones_default():
         ("head_scale", -1.0, "above 0"),
         ("head_scale", float("nan"), "finite number"),
         ("head_scale", 17, "at most 16"),
+        pytest.param("rope_theta", 10**400, "finite number or None", id="a number without a float"),
         ("head_scale", None, r"finite number\.$"),
         ("head_scale", "0.25", "finite number"),
         ("head_scale", True, "finite number"),

@@ -121,7 +121,27 @@ def test_clip_lengths(lengths):
     assert checked_lengths(lengths) == tuple(int(n) for n in lengths)
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [2, -1], [1.5], "12", ["a"], [None], 3], ids=repr)
+BAD_LENGTHS = [
+    [],
+    [0],
+    [2, -1],
+    [1.5],
+    "12",
+    ["a"],
+    [None],
+    3,
+    [float("inf")],
+    [True, True],
+    torch.tensor([True]),
+    b"12",
+    {2: 1, 4: 1},
+    {2, 4},
+    torch.tensor(4),
+    torch.tensor([[2, 2]]),
+]
+
+
+@pytest.mark.parametrize("lengths", BAD_LENGTHS, ids=repr)
 def test_clip_lengths_that_are_none(lengths):
     with pytest.raises(LayoutError, match=f"clip lengths {re.escape(repr(lengths))}: expected the number of frames"):
         checked_lengths(lengths)

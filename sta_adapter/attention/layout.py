@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -179,11 +179,12 @@ def checked_lengths(lengths: Sequence[int]) -> ClipLengths:
         LayoutError: for anything else.
     """
     try:
-        found = tuple(int(n) for n in lengths)
-        exact = all(float(n) == float(m) for n, m in zip(found, lengths, strict=True))
-    except (TypeError, ValueError):
+        given = [n.item() if hasattr(n, "item") else n for n in lengths]
+        found = tuple(int(n) for n in given)
+        exact = list(found) == given and not any(isinstance(n, bool) for n in given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         found, exact = (), False
-    if isinstance(lengths, str) or not exact or not found or min(found) < 1:
+    if isinstance(lengths, (str, bytes, Mapping, Set)) or not exact or not found or min(found) < 1:
         raise LayoutError(
             f"clip lengths {lengths!r}: expected the number of frames of each clip, whole numbers above 0."
         )
