@@ -63,6 +63,19 @@ def test_round_trip(adapter):
     assert all(p.requires_grad for p in again.parameters())
 
 
+def test_an_argument_that_is_none(adapter):
+    """It would have no effect where nothing is downloaded."""
+    model = seeded(make_qwen2_vl_tower)
+    before = state(model)
+    for name, hint in (("trainable", r" \(did you mean 'is_trainable'\?\)"), ("backbone", "")):
+        with pytest.raises(
+            ConfigError, match=f"load_sta has no argument '{name}'{hint}; known: .*is_trainable.*cache_dir"
+        ):
+            load_sta(model, adapter, **{name: True})
+    assert_unchanged(model, before)
+    load_sta(model, adapter, token=False, is_trainable=True)
+
+
 def test_adapters_of_before_there_were_windows(adapter):
     """And files without a window are as then, so that older releases read them."""
     assert "window" not in json.loads((adapter / CONFIG).read_text())["config"]

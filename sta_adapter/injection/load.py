@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import json
 import os
 import sys
@@ -30,7 +32,7 @@ from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.compatibility.seams import version
-from sta_adapter.errors import CheckpointError, STAError, STAWarning
+from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
@@ -71,11 +73,14 @@ def load_sta(
     Raises:
         CheckpointError: files can't be had, are missing or damaged, or the adapter is for another base model; both are
             named, every difference is listed. The model is as before.
+        ConfigError: an argument is none of these.
         UnknownBackboneError, ConfigError, InjectionError: as `inject_sta`.
 
     Warns:
         STAWarning: the model numbers text by another rule than the one that the adapter was trained with.
     """
+    if hub_options:
+        _require_known(hub_options)
     folder = resolve_adapter(folder_or_repo_id, revision, subfolder=subfolder, **hub_options)
     description, file, read = _describe(folder)
     config = saved_config(description, folder / CONFIG)
@@ -96,6 +101,18 @@ def load_sta(
         handle = _add_lora(handle, folder, description, is_trainable)
         _fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
     return handle
+
+
+def _require_known(hub_options: Mapping[str, object]) -> None:
+    """Refuse arguments that `load_sta` has not, also where nothing is downloaded: a misspelt one would have no effect."""
+    from huggingface_hub import snapshot_download
+
+    known = ["subfolder", "is_trainable", "base_model", *inspect.signature(snapshot_download).parameters]
+    for name in hub_options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"load_sta has no argument {name!r}{hint}; known: {', '.join(known)}.")
 
 
 def watch_peft() -> None:
