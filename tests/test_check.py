@@ -13,8 +13,16 @@ from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
 from sta_adapter.backbones.frames import row_clips
-from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownBackboneError, UnknownClipsError
+from sta_adapter.errors import (
+    ConfigError,
+    InjectionError,
+    LayoutError,
+    STAWarning,
+    UnknownBackboneError,
+    UnknownClipsError,
+)
 from sta_adapter.injection import plan
+from sta_adapter.injection.backbone import ClipSource
 from sta_adapter.injection.target import resolve_target
 from sta_adapter.injection.validate import FEW_TOKENS, validate_target
 
@@ -240,6 +248,23 @@ def test_the_last_block_is_looked_at_too():
 )
 def test_a_spec_with_a_mistake_is_refused(changes, match):
     assert_refused(toy(), spec(**changes), match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"encoder_classes": "Encoder"}, r"encoder_classes='Encoder': expected a tuple of class names, \('Encoder',\)"),
+        ({"encoder_classes": ()}, r"encoder_classes=\(\): expected a tuple of class names"),
+        ({"name": None}, "name=None: expected text"),
+        ({"name": ""}, "name='': expected text"),
+    ],
+)
+def test_a_spec_that_names_nothing_is_refused_when_it_is_made(changes, match):
+    """A string is searched for each class's name within it: `Module` is in many."""
+    with pytest.raises(ConfigError, match=match):
+        spec(**changes)
+    with pytest.raises(ConfigError, match=r"model_classes='Model': expected a tuple"):
+        ClipSource(model_classes="Model", methods={})
 
 
 def test_several_mistakes_are_listed_together():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.compatibility.signatures import bound_arguments
-from sta_adapter.errors import InjectionError, LayoutError, UnknownClipsError
+from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownClipsError
 
 DummyInputs = Callable[[nn.Module], tuple[tuple[object, ...], Mapping[str, object]]]
 
@@ -74,6 +74,9 @@ class ClipSource:
     runs: Mapping[str, Callable[[nn.Module, Callable[..., object], tuple[object, ...], dict[str, object]], object]] = (
         dataclasses.field(default_factory=dict)
     )
+
+    def __post_init__(self) -> None:
+        _require_names("ClipSource.model_classes", self.model_classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +175,11 @@ class Backbone:
     vllm: VLLMTower | None = None
     is_variant: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"Backbone.name={self.name!r}: expected text, by which adapters name it.")
+        _require_names("Backbone.encoder_classes", self.encoder_classes)
+
     def dummy_layout(self, call: EncoderCall) -> ClipLayout:
         """The layout of `dummy_inputs`, which are one clip, also for encoders that must be told of clips."""
         try:
@@ -199,6 +207,13 @@ class Backbone:
 
     def _is_encoder(self, module: nn.Module) -> bool:
         return any(cls.__name__ in self.encoder_classes for cls in type(module).__mro__)
+
+
+def _require_names(field: str, value: object) -> None:
+    """Refuse a string above all, in which any part of a name would be found."""
+    if isinstance(value, str) or not isinstance(value, Collection) or not value:
+        example = f", ({value!r},)" if isinstance(value, str) else ""
+        raise ConfigError(f"{field}={value!r}: expected a tuple of class names{example}.")
 
 
 def number_of(owner: object, *names: str, default: int | None = None) -> int:
