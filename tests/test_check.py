@@ -551,6 +551,13 @@ def test_a_traced_first_call_is_not_checked_and_the_next_is():
         model(patches)
 
 
+@pytest.mark.parametrize("found", [None, [(2, PATCHES)]], ids=["nothing", "a list"])
+def test_a_layout_that_is_none_is_told_without_dummy_inputs_too(found):
+    undummied(model := toy(), layout=lambda call: found)
+    with pytest.raises(LayoutError, match=f"layout returns a {type(found).__name__}; expected a ClipLayout"):
+        model(torch.randn(2, PATCHES, 4))
+
+
 def test_copies_and_pickles_are_checked_too():
     model = toy(PostNormBlock)
     undummied(model)

@@ -262,6 +262,12 @@ def test_saving_over_the_result_of_a_training(adapter):
     assert (adapter / "run.json").read_text() == "{}"
 
 
+def test_a_folder_that_can_not_be(tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl_tower))
+    with pytest.raises(CheckpointError, match="can't write the adapter to"):
+        handle.save_pretrained(tmp_path / ("n" * 300))
+
+
 def test_sharded_weights_are_written_by_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr("sta_adapter.injection.contents.is_sharded", lambda parameters: True)
     inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(tmp_path)

@@ -121,6 +121,14 @@ def test_clip_lengths(lengths):
     assert checked_lengths(lengths) == tuple(int(n) for n in lengths)
 
 
+def test_tables_of_a_layout_that_is_kept_serve_a_training_too():
+    layout = ClipLayout([(2, 3), (1, 2)])
+    with torch.inference_mode():
+        tables = [*layout.rotary_tables(8, 100.0, torch.zeros(0)), layout.gather_index(cpu), layout.scatter_index(cpu)]
+        tables += [layout.published_index(cpu), layout.single_frame_mask(cpu)]
+    assert not any(table.is_inference() for table in tables)
+
+
 BAD_LENGTHS = [
     [],
     [0],

@@ -156,7 +156,8 @@ class ClipLayout:
         """`rotary_tables` of the frames 0, 1, ... of the longest clip, made once per forward and shared by its blocks."""
         key = ("rotary", head_dim, theta, like.device, like.dtype)
         if key not in self._tables:
-            self._tables[key] = rotary_tables(range(self.max_frames), head_dim, theta, like)
+            with torch.inference_mode(False):
+                self._tables[key] = rotary_tables(range(self.max_frames), head_dim, theta, like)
         cos, sin = self._tables[key]
         return cos, sin
 
@@ -168,7 +169,8 @@ class ClipLayout:
 
     def _index(self, kind: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         if (kind, device) not in self._tables:
-            self._tables[kind, device] = (make().to(device),)
+            with torch.inference_mode(False):  # the layout may be kept for a call that trains
+                self._tables[kind, device] = (make().to(device),)
         return self._tables[kind, device][0]
 
 

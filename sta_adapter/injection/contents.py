@@ -44,7 +44,7 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
             or the folder can't be written; what was there stays.
     """
     contents = adapter_contents(handle, base_changed)
-    if (run := Path(folder) / RUN_FILE).is_file():
+    if os.path.isfile(run := Path(folder) / RUN_FILE):  # False for a path that can't be, which writing tells better
         warnings.warn(
             f"{run} tells how the adapter that lay here was trained, and stays; a model card made of this folder would say it of the "
             "one that is saved now. Save into another folder, or take that file away.",

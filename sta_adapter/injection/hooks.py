@@ -64,6 +64,8 @@ class EncoderPreHook(Hook):
         injection = self.injection
         call = EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths or injection.default_lengths)
         layout = injection.spec.dummy_layout(call) if injection.thread.in_dummy else injection.spec.layout(call)
+        if not isinstance(layout, ClipLayout):
+            raise LayoutError(f"Backbone.layout returns a {type(layout).__name__}; expected a ClipLayout")
         modules = sta_modules(encoder, injection.spec)
         if injection.thread.streams:
             layout = continue_streams(injection.thread.streams, call, layout, modules)
