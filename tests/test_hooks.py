@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
-from sta_adapter.errors import InjectionError, LayoutError
+from sta_adapter.errors import InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.data_parallel import EncoderAgree, LanguageModelBegin
 from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.registry import get_backbone
@@ -223,6 +224,30 @@ def test_a_copy_of_data_parallel_is_an_error(toy, order):  # noqa: F811
     with pytest.raises(InjectionError, match=r"a copy of nn\.DataParallel.*start it by torchrun"):
         toy._replicate_for_data_parallel()(toy_pixels(A), A)
     toy(toy_pixels(A), A)
+
+
+class DirectEncoder(ToyEncoder):
+    """Calls its blocks' `forward`, past all hooks on the blocks."""
+
+    def forward(self, pixels, clips=((4, 2),)):
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block.forward(x)
+        return x
+
+
+def test_a_forward_without_sta_says_so(toy):  # noqa: F811
+    """It would train nothing, silently. Hooks on the norms don't depend on the blocks' call."""
+    handle = injected(DirectEncoder(), order="before_spatial")
+    with pytest.warns(
+        STAWarning, match="STA was not computed in this forward of DirectEncoder: it called none of its blocks"
+    ):
+        handle.model(toy_pixels(A), A)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with handle.disabled():
+            handle.model(toy_pixels(A), A)
+        injected(DirectEncoder()).model(toy_pixels(A), A)
 
 
 @orders

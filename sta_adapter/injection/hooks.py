@@ -6,6 +6,7 @@ All hooks are objects of module-level classes, so that a copied or unpickled mod
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -19,7 +20,7 @@ from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
-from sta_adapter.errors import InjectionError, LayoutError
+from sta_adapter.errors import InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import EncoderCall
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
@@ -83,14 +84,33 @@ class EncoderPostHook(Hook):
 
     @uncompiled
     def __call__(self, encoder: nn.Module, args: tuple[object, ...], output: object) -> None:
-        """Follow the outputs into the backward, and end the forward; streams go on, if it has not failed."""
+        """Follow the outputs into the backward, and end the forward; streams go on, if it has not failed.
+
+        Warns:
+            STAWarning: no branch was computed.
+        """
         try:
+            if output is not None:
+                self._warn_without_branch(encoder)
             layout = None if output is None else self.injection.layout()
             if layout is not None and layout.past is not None:
                 layout.past.commit()
             self.injection.follow_outputs(output)
         finally:
             self.injection.end()
+
+    def _warn_without_branch(self, encoder: nn.Module) -> None:
+        injection = self.injection
+        forward = injection.thread.forward
+        if forward is None or forward.layout is None or forward.reached:
+            return
+        where = "blocks" if injection.config.order == "before_spatial" else repr(injection.spec.norm)
+        warnings.warn(
+            f"STA was not computed in this forward of {type(encoder).__name__}: it called none of its {where} that have STA. "
+            "Hooks don't see block.forward(...) called directly, nor a block that is left out.",
+            STAWarning,
+            stacklevel=2,
+        )
 
 
 class BlockPreHook(Hook):

@@ -46,6 +46,7 @@ class EncoderForward:
 
     layout: ClipLayout | None  # of its tokens; None where the branch is switched off
     with_grad: bool  # whether it began with gradients
+    reached: bool = False  # whether a branch was asked for
     blocks: int = 0  # how many blocks' hooks have run; none do inside of a compiled graph
     checkpointed: bool = False  # whether the branch of one of these blocks will be computed again in the backward
     output: object = None  # of the block that ran last
@@ -263,6 +264,7 @@ class Injection:
         """
         thread = self.thread
         if (forward := thread.forward) is not None:
+            forward.reached = True
             if forward.with_grad and not forward.checkpointed and not torch.compiler.is_compiling():
                 forward.checkpointed = inside_checkpoint()
             return forward.layout
