@@ -6,6 +6,7 @@ import functools
 import threading
 from collections import OrderedDict
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_a_norms_second_argument_is_a_summand_if_it_is_shaped_as_one(injection, 
     assert torch.equal(tokens, before + 1)
 
 
-@pytest.mark.parametrize("flag", ["gradient_checkpointing", "with_cp", "use_checkpoint"])
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "grad_checkpointing", "with_cp", "use_checkpoint"])
 def test_re_entrant_checkpointing_is_told_by_its_flag_and_function(flag):
     encoder = nn.Sequential(nn.Linear(2, 2))
     assert not checkpoints_reentrantly(encoder)
@@ -85,6 +86,11 @@ class Output:
     more: object = None
 
 
+class Pair(NamedTuple):
+    tokens: torch.Tensor
+    other: int
+
+
 def test_tensors_in_containers_are_found_and_replaced_where_they_lie():
     one, two, three, four = (torch.tensor(float(number)) for number in range(1, 5))
     nested = (one, [two, "words", {"a": three, "b": None}], 7)
@@ -93,6 +99,7 @@ def test_tensors_in_containers_are_found_and_replaced_where_they_lie():
     assert list(iterate_tensors("words")) == []
     twice = map_tensors(lambda tensor: tensor * 2, nested)
     assert twice == (2.0, [4.0, "words", {"a": 6.0, "b": None}], 7)
+    assert map_tensors(lambda tensor: tensor * 2, Pair(two, 7)) == Pair(4.0, 7)
     own = OrderedDict(a=one)  # what is no plain dict stays as it is
     assert map_tensors(lambda tensor: tensor * 2, own) is own
 

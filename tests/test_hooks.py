@@ -1,6 +1,7 @@
 """The traps of hooks in somebody else's model, each on an encoder small enough to reason about."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import threading
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import ToyEncoder, toy, toy_pixels  # noqa: F401
+from toy import TOY, ToyEncoder, toy, toy_pixels  # noqa: F401
 
-from sta_adapter import STAConfig, TemporalAttention, get_sta, inject_sta
+from sta_adapter import ClipLayout, STAConfig, TemporalAttention, get_sta, inject_sta
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.data_parallel import EncoderAgree, LanguageModelBegin
 from sta_adapter.injection.hooks import Hook
@@ -224,6 +225,45 @@ def test_a_copy_of_data_parallel_is_an_error(toy, order):  # noqa: F811
     with pytest.raises(InjectionError, match=r"a copy of nn\.DataParallel.*start it by torchrun"):
         toy._replicate_for_data_parallel()(toy_pixels(A), A)
     toy(toy_pixels(A), A)
+
+
+class MappingEncoder(ToyEncoder):
+    """Takes all its arguments in one mapping."""
+
+    def forward(self, inputs):
+        return super().forward(**inputs)
+
+
+def mapping_of(call):
+    return ClipLayout(call.arguments["inputs"]["clips"])
+
+
+def test_re_entrant_checkpointing_of_a_frozen_encoder_that_takes_a_mapping(toy):  # noqa: F811
+    encoder = MappingEncoder()
+    encoder.checkpoint_with("call", True)
+    spec = dataclasses.replace(TOY, encoder_classes=("MappingEncoder",), layout=mapping_of, name="mapping")
+    handle = inject_sta(encoder, STAConfig(init="normal"), backbone=spec).freeze_base()
+    encoder({"pixels": toy_pixels(A), "clips": A}).sum().backward()
+    assert all(block.to_out.weight.grad is not None for block in handle.blocks.values())
+
+
+@styles
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+def test_a_forward_from_which_sta_gets_no_gradient_says_so(toy, style):  # noqa: F811
+    """Re-entrant checkpoints of which no flag tells; the loss may have a gradient by other ways."""
+    handle = injected(toy).freeze_base()
+    toy.checkpoint_with(style, True)
+    toy.gradient_checkpointing = False
+    with pytest.warns(STAWarning, match=r"STA gets no gradient from this forward of ToyEncoder.*use_reentrant=False"):
+        assert not toy(toy_pixels(A), A).requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        toy(toy_pixels(A).requires_grad_(), A)
+        toy.eval()(toy_pixels(A), A)
+        toy.train().requires_grad_(False)(toy_pixels(A), A)
+        handle.freeze_base()
+        with torch.no_grad():
+            toy(toy_pixels(A), A)
 
 
 class DirectEncoder(ToyEncoder):

@@ -14,7 +14,8 @@ from sta_adapter.compatibility.seams import incompatible, parameter_names
 
 __all__ = ["checkpointing_methods", "checkpoints_reentrantly", "inside_checkpoint"]
 
-FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint")  # transformers; code that models bring along
+# of transformers; of code that models bring along; of timm
+FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint", "grad_checkpointing")
 FUNCTION = "_gradient_checkpointing_func"
 PROPERTIES = ("is_activation_checkpointing", "is_gradient_checkpointing")  # since transformers 5.24, and before
 

@@ -22,7 +22,7 @@ from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import EncoderCall
-from sta_adapter.injection.nested import Arguments
+from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
 from sta_adapter.injection.target import sta_modules
@@ -87,11 +87,11 @@ class EncoderPostHook(Hook):
         """Follow the outputs into the backward, and end the forward; streams go on, if it has not failed.
 
         Warns:
-            STAWarning: no branch was computed.
+            STAWarning: no branch was computed, or none of those that train gets a gradient.
         """
         try:
             if output is not None:
-                self._warn_without_branch(encoder)
+                self._warn(encoder, output)
             layout = None if output is None else self.injection.layout()
             if layout is not None and layout.past is not None:
                 layout.past.commit()
@@ -99,18 +99,27 @@ class EncoderPostHook(Hook):
         finally:
             self.injection.end()
 
-    def _warn_without_branch(self, encoder: nn.Module) -> None:
+    def _warn(self, encoder: nn.Module, output: object) -> None:
         injection = self.injection
         forward = injection.thread.forward
-        if forward is None or forward.layout is None or forward.reached:
+        if forward is None or forward.layout is None:
             return
-        where = "blocks" if injection.config.order == "before_spatial" else repr(injection.spec.norm)
-        warnings.warn(
-            f"STA was not computed in this forward of {type(encoder).__name__}: it called none of its {where} that have STA. "
-            "Hooks don't see block.forward(...) called directly, nor a block that is left out.",
-            STAWarning,
-            stacklevel=2,
-        )
+        name, found = type(encoder).__name__, ""
+        if not forward.reached:
+            where = "blocks" if injection.config.order == "before_spatial" else repr(injection.spec.norm)
+            found = (
+                f"STA was not computed in this forward of {name}: it called none of its {where} that have STA. "
+                "Hooks don't see block.forward(...) called directly, nor a block that is left out."
+            )
+        elif encoder.training and forward.with_grad and torch.is_grad_enabled():
+            tensors = list(iterate_tensors(output))
+            if tensors and not any(t.requires_grad for t in tensors) and _trains(encoder, injection):
+                found = (
+                    f"STA gets no gradient from this forward of {name}, whose output needs none: its blocks run without gradients, "
+                    "or under re-entrant checkpointing of inputs that need none. Checkpoint with use_reentrant=False."
+                )
+        if found:
+            warnings.warn(found, STAWarning, stacklevel=3)
 
 
 class BlockPreHook(Hook):
@@ -265,12 +274,15 @@ def block_input(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[st
     raise LayoutError("a block was called without a floating-point tensor; STA can't tell its tokens.")
 
 
+def _trains(encoder: nn.Module, injection: Injection) -> bool:
+    modules = sta_modules(encoder, injection.spec).values()
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
 def _require_grad(args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
     """The same arguments, the floating-point tensors as leaves that require a gradient."""
 
-    def convert(value: object) -> object:
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
-            return value.detach().requires_grad_()
-        return value
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_() if tensor.is_floating_point() and not tensor.requires_grad else tensor
 
-    return tuple(convert(v) for v in args), {k: convert(v) for k, v in kwargs.items()}
+    return cast("Arguments", map_tensors(convert, (args, kwargs)))
