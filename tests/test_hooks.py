@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import TOY, ToyEncoder, toy, toy_pixels  # noqa: F401
+from toy import TOY, ToyEncoder, block_with_checkpointed_forward, toy, toy_pixels  # noqa: F401
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, get_sta, inject_sta
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning
@@ -195,6 +195,34 @@ def test_the_whole_encoder_checkpointed_by_the_user(toy, reentrant):  # noqa: F8
         assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm()
     with pytest.raises(LayoutError, match="outside of its encoder"):
         toy.blocks[0](torch.zeros(8, 16))
+
+
+class StagedEncoder(ToyEncoder):
+    """Checkpoints its blocks together as a stage, and within that each one, as Swin does in transformers."""
+
+    stage = inner = None
+
+    def run_blocks(self, x):
+        for block in self.blocks:
+            x = block(x) if self.inner is None else block_with_checkpointed_forward(block, x, self.inner)
+        return x
+
+    def forward(self, pixels, clips=((4, 2),)):
+        x = self.embed(pixels)
+        return self.run_blocks(x) if self.stage is None else checkpoint(self.run_blocks, x, use_reentrant=self.stage)
+
+
+@orders
+@pytest.mark.parametrize("stage", [True, False], ids=["re-entrant stage", "stage"])
+@pytest.mark.parametrize("inner", [True, False], ids=["re-entrant blocks", "blocks"])
+def test_checkpoints_of_blocks_within_one_of_their_stage(toy, order, stage, inner):  # noqa: F811
+    encoder = StagedEncoder()
+    encoder.gradient_checkpointing = True
+    handle = injected(encoder, order=order).freeze_base()
+    expected = gradients(handle, encoder, [A, B], "together")
+    encoder.stage, encoder.inner = stage, inner
+    for found, wanted in zip(gradients(handle, encoder, [A, B], "together"), expected, strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @styles

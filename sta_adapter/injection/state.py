@@ -231,9 +231,12 @@ class Injection:
         forward.blocks += 1
 
     def set_output(self, output: object) -> None:
-        """A block of the encoder forward of this thread gave this output; nothing is kept when it runs again."""
+        """A block gave this output. One that runs again within a larger checkpoint may be checkpointed itself: it is followed."""
         if self.thread.forward is not None:
             self.thread.forward.output = output
+            return
+        for tensor in iterate_tensors(output):
+            self.restore_on_backward(tensor, self.layout())
 
     def follow_outputs(self, output: object) -> None:
         """Put the layout back before the last block runs again: when the gradient of what came out has been computed.
