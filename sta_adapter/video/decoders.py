@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
 from sta_adapter.video.decoder_parity import has_alpha
-from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, video_stream
+from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, probing, video_stream
 from sta_adapter.video.image import on_white
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[
     for index in wanted:
         before = keys[keys <= index]
         groups.setdefault(int(before[-1]) if before.size else 0, []).append(index)
-    with open_video(table.path) as container:
+    with open_video(table.path, probing(table.path)) as container:
         stream = _ready(container, threads)
         # frames of H.264 that no other refers to, and that nobody wants, are passed over; in HEVC a layer above may refer to them
         spares = stream.codec_context.name == "h264" and not table.unlike
