@@ -134,7 +134,7 @@ def test_each_frame_alone_is_the_same_though_others_are_passed_over(video, name,
         frames = decoders.decode_pyav(table, np.array([index]), threads)
         np.testing.assert_array_equal(frames[0], expected[index])
     everything = sum(index - max(np.flatnonzero(table.keys[: index + 1])) + 1 for index in range(len(expected)))
-    assert len(decoded) < everything
+    assert (len(decoded) < everything) == (not table.unlike)  # PyAV before 18 tells too little of a file
 
 
 @pytest.mark.parametrize("name", FILES)

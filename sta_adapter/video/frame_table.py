@@ -124,9 +124,10 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
 
     `options` are those of the decoders by which FFmpeg finds out what the streams are.
     """
-    only = {"format_whitelist": _containers()}
-    found: InputContainer = import_av().open(
-        str(path.absolute()), metadata_errors="replace", container_options=only, options=options
+    av, only = import_av(), {"format_whitelist": _containers()}
+    old = int(av.__version__.split(".")[0]) < 19  # PyAV 19 has no such choice, and reads words in any encoding
+    found: InputContainer = av.open(
+        str(path.absolute()), container_options=only, options=options, **({"metadata_errors": "replace"} if old else {})
     )
     return found
 
