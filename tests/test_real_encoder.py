@@ -200,10 +200,12 @@ def test_a_reader_that_knows_no_order_answers_alike_whatever_the_order(parts, wo
     assert min(changes["told"], changes["causal"], changes["learned"]) > 1e-4
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path):
+@pytest.mark.parametrize("arm", ["sta", "sta_then_lora"])
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path, arm, stop_after):
     train, prepared = parts["train"], parts["prepare"]
-    what = train.Run("sta", steps=4, order="learned")  # with vectors of frames, which are resumed too
-    assert train.run(work, prepared.QUICK, what, tmp_path / "stopped", stop_after=2) is None
+    what = train.Run(arm, steps=4, order="learned")  # with vectors of frames, which are resumed too
+    assert train.run(work, prepared.QUICK, what, tmp_path / "stopped", stop_after=stop_after) is None
     assert (work / "runs" / f"{what.name}.pt").exists()
     files = [train.run(work, prepared.QUICK, what, tmp_path / name) for name in ("stopped", "whole")]
     stopped, whole = (json.loads(file.read_text()) for file in files)
@@ -211,6 +213,19 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, work, tmp_path):
         assert stopped[key] == whole[key], key
     assert [point["step"] for point in whole["curve"]] == [1, 2, 3, 4]
     assert whole["ordered"]["total"] == prepared.QUICK.test
+
+
+def test_lora_waits_until_sta_has_had_its_steps(parts, work, tmp_path):
+    train = parts["train"]
+    what = train.Run("sta_then_lora", steps=4)
+    moved = []
+    for stop_after in (2, 1):
+        train.run(work, parts["prepare"].QUICK, what, tmp_path, stop_after=stop_after)
+        trained = torch.load(work / "runs" / f"{what.name}.pt", weights_only=True)["trained"]
+        moved.append(
+            {kind: any(kind in name and p.any() for name, p in trained.items()) for kind in ("to_out", "lora_B")}
+        )
+    assert moved == [{"to_out": True, "lora_B": False}, {"to_out": True, "lora_B": True}]
 
 
 def test_parameters_are_equal(parts, work):

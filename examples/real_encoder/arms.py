@@ -25,6 +25,7 @@ class Arm:
     sta: dict[str, Any] | None = None
     lora: float = 0.0  # share of the parameters that STA as in the paper has
     lr: float = 1e-3  # STA's best in its grid, see docs/proof.md
+    sta_first: float = 0.0  # share of the steps in which LoRA waits
 
 
 ARMS: dict[str, Arm] = {
@@ -33,6 +34,9 @@ ARMS: dict[str, Arm] = {
     "sta": Arm("STA as in the paper", sta={}),
     "sta_before": Arm("STA before the spatial attention", sta={"order": "before_spatial"}),
     "sta_lora": Arm("STA with half the heads, and LoRA", sta={"head_scale": 0.125}, lora=0.5),
+    "sta_then_lora": Arm(
+        "STA with half the heads, then LoRA with it", sta={"head_scale": 0.125}, lora=0.5, sta_first=0.5
+    ),
     "sta_causal": Arm("STA, causal", sta={"causal": True}),
     "sta_no_rope": Arm("STA without rotary embedding", sta={"rope_theta": None}),
     "sta_normal": Arm('STA, init="normal"', sta={"init": "normal"}),
@@ -84,6 +88,12 @@ class Watcher(nn.Module):
     def adapter(self) -> Iterator[nn.Parameter]:
         """What the arm trains in the encoder."""
         return (p for p in self.encoder.parameters() if p.requires_grad)
+
+    def train_lora(self, train: bool) -> None:
+        """Whether LoRA, where there is any, is trained from here on."""
+        for name, parameter in self.encoder.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(train)
 
     def reading(self) -> list[nn.Parameter]:
         """What every arm trains: the reader, and what it learns of the frames' order."""

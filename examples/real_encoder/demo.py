@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sta-demo-real"), help="folder for the page and all else")
     parser.add_argument("--encoder", default="pip", help='Hub id or folder of a DINOv2, or "pip"')
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(arguments)
     settings, steps, folders = dataclasses.replace(SMALL, encoder=given.encoder), given.steps, (None, None)

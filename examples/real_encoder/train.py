@@ -92,6 +92,7 @@ def run(
             group["lr"] = rate * schedule(step, what.steps)
         chosen = picked(len(train.clips), settings.batch, what.seed, step)
         answer = train.answers(reader, chosen)
+        watcher.train_lora(step >= ARMS[what.arm].sta_first * what.steps)
         record["losses"].append(train_step(watcher, optimizer, train.tokens[chosen], answer))
         record |= {"step": step + 1, "seconds": before + time.process_time() - started}
         if (step + 1) % every == 0:
