@@ -7,7 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tiny_qwen import make_processor, moving_square, write_samples, write_video
@@ -239,14 +241,63 @@ def test_a_cache_that_is_a_file(clips, processor):
 
 def test_values_that_are_no_bytes_stay_as_they_are(tmp_path):
     odd = torch.rand(4, 12)
-    packed = sample_cache._packed(
-        {"pixel_values": odd, "labels": torch.arange(3)}, "k", (1 / 255, [0.5] * 3, [0.5] * 3)
+    packed = np.array(
+        bytearray(
+            sample_cache._packed({"pixel_values": odd, "labels": torch.arange(3)}, "k", (1 / 255, [0.5] * 3, [0.5] * 3))
+        )
     )
     found = sample_cache._unpacked(packed, "k")
     assert torch.equal(found["pixel_values"], odd)
     assert found["labels"].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="another sample"):
         sample_cache._unpacked(packed, "l")
+
+
+def flipped(data, number):
+    data[number * 7919 % len(data)] ^= 1 << number % 8
+
+
+def cut_or_longer(data, number):
+    return data[: -1 - number] if number % 2 else np.append(data, np.zeros(number, np.uint8))
+
+
+def words(data):
+    """Those of its values, which the file has after a header, up to the last whole row of the checksum."""
+    values = data[8 + int.from_bytes(data[:8].tobytes(), "little") :]
+    return values[: len(values) // sample_cache.ROW * sample_cache.ROW].view("<u8")
+
+
+def cancelling(data, number):
+    words(data)[[0, number]] += np.array([1, -1]).astype("<u8")  # so that the sum of both stays
+
+
+def words_swapped(data, number):
+    words(data)[[0, number]] = words(data)[[number, 0]]
+
+
+def blocks_swapped(data, number):
+    rows = words(data).reshape(-1, sample_cache.ROW // 8)
+    rows[[0, 1 + number % 4]] = rows[[1 + number % 4, 0]]
+
+
+@pytest.mark.parametrize("damage", [flipped, cut_or_longer, cancelling, words_swapped, blocks_swapped])
+def test_no_damage_goes_unnoticed(damage):
+    values = {"values": torch.from_numpy(np.random.default_rng(0).integers(0, 256, 5 * 4096 + 40, np.uint8))}
+    good = sample_cache._packed({**values, "ids": torch.arange(700)}, "k", (None, None, None))
+    assert torch.equal(sample_cache._unpacked(np.array(bytearray(good)), "k")["values"], values["values"])
+    for number in range(1, 2000):
+        data = np.array(bytearray(good))
+        found = damage(data, number)
+        with pytest.raises(sample_cache.DAMAGE):
+            sample_cache._unpacked(data if found is None else found, "k")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.int32, torch.int16, torch.int8, torch.bool])
+def test_tensors_of_other_kinds_are_kept(kind):
+    values = {"whole": torch.arange(6).view(2, 3).to(kind), "none": torch.zeros(0, 3, dtype=kind), "one": torch.tensor(1, dtype=kind)}  # fmt: skip
+    packed = sample_cache._packed(values, "k", (None, None, None))
+    same(sample_cache._unpacked(np.array(bytearray(packed)), "k"), values)
+    assert list(safetensors.torch.load(packed)) != []  # others can read it
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 2, 3, 4, 4), (6, 12)], ids=["frames", "clips", "patches"])

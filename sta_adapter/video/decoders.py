@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
 from sta_adapter.video.decoder_parity import has_alpha
-from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, video_stream
+from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, probing, video_stream
 from sta_adapter.video.image import on_white
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
@@ -87,16 +88,18 @@ def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[
     for index in wanted:
         before = keys[keys <= index]
         groups.setdefault(int(before[-1]) if before.size else 0, []).append(index)
-    with open_video(table.path) as container:
-        stream = video_stream(container)
-        stream.codec_context.thread_count = threads
-        stream.codec_context.options = DECODER_LIMIT
+    with open_video(table.path, probing(table.path)) as container:
+        stream = _ready(container, threads)
+        # frames of H.264 that no other refers to, and that nobody wants, are passed over; in HEVC a layer above may refer to them
+        spares = stream.codec_context.name == "h264" and not table.unlike
         for key, group in groups.items():
             target = int(table.pts[key])
             container.seek(target, stream=stream, backward=True)
             decoded = False
             by_pts = {int(table.pts[index]): index for index in group}
             for number, packet in enumerate(container.demux(stream)):
+                if spares:
+                    stream.codec_context.skip_frame = "DEFAULT" if packet.pts in by_pts else "NONREF"
                 if number == 0 and not (packet.is_keyframe and packet.pts is not None and packet.pts <= target):
                     return  # the container's index is no good: what decodes from here may lack what it refers to
                 for frame in _frames_of(packet):
@@ -114,9 +117,7 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
     left = set(wanted)
     index_of: dict[int | None, int] = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
     with open_video(table.path) as container:
-        stream = video_stream(container)
-        stream.codec_context.thread_count = threads
-        stream.codec_context.options = DECODER_LIMIT
+        stream = _ready(container, threads)
         decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet))
         for number, frame in enumerate(decoded):
             index = index_of.get(frame.pts, -1) if table.seekable else number
@@ -125,6 +126,15 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
                 yield index, frame
             if not left:
                 return
+
+
+def _ready(container: "InputContainer", threads: int) -> "VideoStream":
+    """The stream with the pictures, whose decoder is set up."""
+    stream = video_stream(container)
+    stream.codec_context.thread_count = threads
+    stream.codec_context.thread_type = "AUTO"  # by frames as well, not only within one
+    stream.codec_context.options = DECODER_LIMIT
+    return stream
 
 
 def _frames_of(packet: "Packet[VideoStream]") -> Iterable["VideoFrame"]:
@@ -213,7 +223,7 @@ DECODERS: dict[str, Callable[[FrameTable, NDArray[np.int64], int], Pixels]] = {
     "pyav": decode_pyav,
     "torchcodec": decode_torchcodec,
 }
-AUTOMATIC = ("decord", "pyav")
+AUTOMATIC = "pyav"  # reads every file, in less time than the others
 MOST_THREADS = 256
 
 
@@ -268,19 +278,14 @@ def decode(
     Returns:
         The frames (T, H, W, 3), the backend that decoded them, and why it was that one.
     """
-    failures: list[str] = []
-    for name in AUTOMATIC if backend == "auto" else (backend,):
-        try:
-            frames = _made_smaller(table, indices, partial(_read_all, name, table, threads), resize)
-        except (DeclinedError, MissingExtraError) as error:
-            if backend != "auto" and isinstance(error, MissingExtraError):
-                raise
-            failures.append(f"{name}: {error}")
-            continue
-        if backend != "auto":
-            return frames, name, "asked for by name"
-        return frames, name, f"not {'; '.join(failures)}" if failures else "first choice"
-    message = f"{table.path} can't be decoded ({'; '.join(failures)})."
-    if backend in ("auto", "pyav"):
-        raise VideoError(f"{message} It lists {len(table.times)} frames. Write or download the file again.")
-    raise BackendError(f"{message} Pass backend='auto' to let another backend read it.")
+    name = AUTOMATIC if backend == "auto" else backend
+    try:
+        frames = _made_smaller(table, indices, partial(_read_all, name, table, threads), resize)
+    except DeclinedError as error:
+        message = f"{table.path} can't be decoded ({name}: {error})."
+        if name == AUTOMATIC:
+            raise VideoError(
+                f"{message} It lists {len(table.times)} frames. Write or download the file again."
+            ) from error
+        raise BackendError(f"{message} Pass backend='auto' to let another backend read it.") from error
+    return frames, name, "first choice" if backend == "auto" else "asked for by name"

@@ -30,7 +30,7 @@ class FrameSettings:
     max_frames: int = 32  # at most, of a clip; long ones are sampled more thinly
     min_tokens: int | None = 16  # visual tokens a frame; with None for both limits the processor's own size rule holds
     max_tokens: int | None = 256  # visual tokens a frame, at most; larger frames are made smaller
-    backend: str = "auto"  # what decodes: auto, decord, pyav or torchcodec
+    backend: str = "auto"  # what decodes: auto (pyav), decord, pyav or torchcodec
 
     def __post_init__(self) -> None:
         """Check every value.

@@ -33,6 +33,7 @@ __all__ = [
     "VideoNotFoundError",
     "import_av",
     "open_video",
+    "probing",
     "read_frame_table",
     "video_stream",
 ]
@@ -123,9 +124,10 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
 
     `options` are those of the decoders by which FFmpeg finds out what the streams are.
     """
-    only = {"format_whitelist": _containers()}
-    found: InputContainer = import_av().open(
-        str(path.absolute()), metadata_errors="replace", container_options=only, options=options
+    av, only = import_av(), {"format_whitelist": _containers()}
+    old = int(av.__version__.split(".")[0]) < 19  # PyAV 19 has no such choice, and reads words in any encoding
+    found: InputContainer = av.open(
+        str(path.absolute()), container_options=only, options=options, **({"metadata_errors": "replace"} if old else {})
     )
     return found
 
@@ -144,8 +146,8 @@ def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) ->
         )
 
 
-def _probing(path: Path) -> dict[str, str]:
-    """Options for listing a file's frames: an MP4's header tells all that FFmpeg would decode the first frame for."""
+def probing(path: Path) -> dict[str, str]:
+    """Options to open a file with: an MP4's header tells all that FFmpeg would decode the first frame for."""
     with path.open("rb") as file:
         return {**DECODER_LIMIT, **({"skip_frame": "all"} if file.read(8)[4:] == b"ftyp" else {})}
 
@@ -200,7 +202,7 @@ def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     path = _checked_path(path)
     av = import_av()
     try:
-        with open_video(path, _probing(path)) as container:
+        with open_video(path, probing(path)) as container:
             return _table_of(container, path)
     except VideoError:
         raise

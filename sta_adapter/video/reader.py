@@ -43,7 +43,7 @@ class ClipMetadata:
     height: int
     rotation: int  # degrees counter-clockwise by which stored pictures were turned to be upright: 0, 90, 180 or 270
     backend: str
-    reason: str  # why that backend
+    reason: str  # why that backend: "first choice" or "asked for by name"
     indices: tuple[int, ...]  # of the clip's frames among the file's
     timestamps: tuple[float, ...]  # seconds at which the clip's frames begin
 
@@ -101,7 +101,7 @@ def read_clip(
     frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV, or that are not
     known to be read alike (colour of more than 8 bits, transparency, 4:2:0 with an odd height, interlaced pictures, several video
     streams, rare codecs and containers; decord also turned pictures, very narrow ones, and key frames that later
-    frames refer across). "auto" then takes PyAV, and `metadata.reason` says why.
+    frames refer across).
 
     Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error. Damage
     inside a file is an error where the decoder reports it; most decoders paint over small damage silently.
@@ -114,7 +114,7 @@ def read_clip(
         max_frames: Most frames taken with `fps`.
         start: First second wanted, counted from the first frame.
         end: Second before which the wanted frames begin; past the file's end means up to it.
-        backend: "auto", or by name "decord", "pyav" or "torchcodec".
+        backend: "auto" is PyAV, which takes the least time; or by name "decord", "pyav" or "torchcodec".
         threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the
             quickest.
         resize: Makes some frames (t, H, W, 3) into those that are kept, so that never all are there in their full size.
