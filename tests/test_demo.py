@@ -19,9 +19,11 @@ from sta_adapter.demo import report
 from sta_adapter.demo.clips import LABELS, PAIRS
 from sta_adapter.demo.methods import METHODS, DemoSettings, equal_rank
 from sta_adapter.demo.model import attend_frames_at_once, tiny_model
+from sta_adapter.demo.reader import DESCRIBE, frame_batch, write_reader
 from sta_adapter.demo.run import answer_inputs
 from sta_adapter.evaluation import EvaluationResult, Prediction, wilson
-from sta_adapter.loading import load_model
+from sta_adapter.loading import load_model, load_processor
+from sta_adapter.tiny_base import TINY_BASE
 from sta_adapter.visualization import temporal_attention
 
 pytest.importorskip("matplotlib")
@@ -68,7 +70,7 @@ def test_adapter_is_the_same_to_the_bit_in_a_new_process_and_loads_here(folder, 
     assert results["reloaded"]["clips"] == DemoSettings.quick().test_clips
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"sta_adapter.safetensors", "sta_config.json", "adapter_config.json", "adapter_model.safetensors"} <= names
-    assert load_sta(tiny_model(), folder / "adapter").num_parameters() > 0
+    assert load_sta(tiny_model(folder / "base"), folder / "adapter").num_parameters() > 0
 
 
 class Links(HTMLParser):
@@ -130,8 +132,6 @@ def test_attending_to_all_frames_at_once_changes_no_answer():
 
 
 def load_model_twice():
-    from sta_adapter.demo import TINY_BASE
-
     plain, fast = (load_model(TINY_BASE, dtype="fp32", device="cpu") for _ in range(2))
     attend_frames_at_once(fast)
     generator = torch.Generator().manual_seed(0)
@@ -330,12 +330,21 @@ def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo_run, "make_clips", lambda folder, settings, seed: ("data", f"test {seed}", "curve"))
     handles = iter([None, "handle", None] * 2)
-    monkeypatch.setattr(demo_run, "train_method", lambda *given: SimpleNamespace(handle=next(handles)))
+    taught, begun = [], []
+    monkeypatch.setattr(demo_run, "write_reader", lambda base, settings, seed, data, seen: taught.append((base, seed)))
+
+    def train(*given):
+        begun.append(given[-1])
+        return SimpleNamespace(handle=next(handles))
+
+    monkeypatch.setattr(demo_run, "train_method", train)
     monkeypatch.setattr(demo_run, "measure", lambda trained, test: {"on": test})
     monkeypatch.setattr(demo_run, "check_reload", lambda handle, folder, test, seed: [handle, test, seed])
     results, shown, asked = demo_run.run_demo(tmp_path, DemoSettings.quick(), [3, 4])
     assert results["runs"] == [{"method": m, "seed": s, "on": f"test {s}"} for s in (3, 4) for m in METHODS]
     assert (results["reloaded"], shown, asked) == (["handle", "test 3", 3], "handle", "test 3")
+    assert taught == [(tmp_path / "base", 3), (tmp_path / "runs" / "base-4", 4)]
+    assert begun == [base for base, _ in taught for _ in METHODS]  # all methods of a seed begin with the same reader
     assert 0 <= results["seconds"] < 60
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
@@ -359,6 +368,25 @@ def test_clips_are_read_as_they_are_trained_on(made):
     assert {str(s.messages) for s in data.samples}.isdisjoint(str(s.messages) for s in test.samples)
 
 
+def test_a_frame_stands_where_it_does_in_its_clip():
+    tokenizer = load_processor(TINY_BASE).tokenizer
+    batch = frame_batch(tokenizer, DESCRIBE, ["12345", "67890"], torch.zeros(2, 16, 192), torch.tensor([0, 5]))
+    start = (batch["input_ids"][0] == tokenizer.convert_tokens_to_ids("<|video_pad|>")).int().argmax().item()
+    time, rows, columns = batch["position_ids"][:, 1, start : start + 4].sub(start).tolist()
+    assert (time, rows, columns) == ([5] * 4, [0, 0, 1, 1], [0, 1, 0, 1])
+    assert batch["position_ids"][:, 1, start + 4].tolist() == [start + 2] * 3
+    assert tokenizer.decode(batch["input_ids"][0][batch["labels"][0] != -100]) == "12345<|im_end|>"
+
+
+def test_a_reader_learns_above_an_encoder_that_stays(made, tmp_path):
+    _, (data, _, _) = made
+    base = write_reader(tmp_path, DemoSettings.quick(), 0, data, [[f"{t}1234" for t in range(8)]] * len(data))
+    before, after = (tiny_model(folder).state_dict() for folder in (TINY_BASE, base))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert {name for name in before if "visual" in name and "merger" not in name}.isdisjoint(changed)
+    assert {name for name in before if "language_model.layers" in name} <= changed
+
+
 def test_an_adapter_reloaded_elsewhere_answers_alike_or_the_demo_ends(made, monkeypatch):
     from sta_adapter.demo import reload, run
     from sta_adapter.errors import STAError
@@ -370,6 +398,7 @@ def test_an_adapter_reloaded_elsewhere_answers_alike_or_the_demo_ends(made, monk
         reload.main()
 
     monkeypatch.setattr(run.subprocess, "run", here)
+    tiny_model().save_pretrained(folder / "base")
     handle = inject_sta(tiny_model())
     found = run.check_reload(handle, folder, test, 3)
     assert (found["clips"], found["bit_equal"], found["logits"][0]) == (2, True, 2)

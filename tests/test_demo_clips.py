@@ -164,3 +164,14 @@ def test_frames_in_order_tell_the_two_apart(seen):
     found, labels = seen
     inputs = {part: found["measures", part].flatten(1) for part in ("train", "test")}
     assert share_right(inputs, labels) > bound(len(TEST))
+
+
+def test_a_description_follows_the_movement_and_is_reversed_with_it():
+    found = {label: clips.describe(label, 5) for label in clips.LABELS}
+    for label in clips.LABELS:
+        assert found[label] == found[clips.opposite(label)][::-1]
+        assert {len(words) for words in found[label]} == {5}
+    place = {"left": (0, -1), "up": (1, -1), "grows": (2, 1), "clockwise": (3, 1), "appears": (4, 1)}
+    for label, (digit, sign) in place.items():
+        first, last = (int(found[label][t][digit]) for t in (0, -1))
+        assert sign * (last - first) > 0, label

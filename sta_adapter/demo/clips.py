@@ -16,7 +16,7 @@ import numpy as np
 from sta_adapter.errors import ConfigError
 from sta_adapter.video import write_clip
 
-__all__ = ["LABELS", "PAIRS", "QUESTION", "opposite", "render", "write_dataset"]
+__all__ = ["LABELS", "PAIRS", "QUESTION", "describe", "opposite", "render", "write_dataset"]
 
 PAIRS = (
     ("left", "right"),
@@ -218,6 +218,34 @@ def render(
     if frames < 2:
         raise ConfigError(f"frames is {frames!r}, expected at least 2: nothing moves in fewer.")
     level = level or Difficulty()
+    scene, rng = _course(label, seed, look, frames, size, level, rest)
+    clip = draw(scene, size, level.noise, rng)
+    return clip[::-1].copy() if _backwards(label) else clip
+
+
+def describe(label: str, seed: int, look: str = "train", frames: int = FRAMES) -> list[str]:
+    """What `render` draws in each frame: column, row, size, tilt and contrast, a digit each, of the range that occurs."""
+    scene, _ = _course(label, seed, look, frames, 32, Difficulty(), 0)
+    ranges = (
+        (scene.x, 0, 32),
+        (scene.y, 0, 32),
+        (scene.radius, 4, 10.5),
+        (scene.angle, -75, 75),
+        (scene.contrast, 0.4, 1),
+    )
+    digits = np.stack([np.clip(10 * (x - low) / (high - low), 0, 9).astype(int) for x, low, high in ranges], 1)
+    words = ["".join(map(str, row)) for row in digits]
+    return words[::-1] if _backwards(label) else words
+
+
+def _backwards(label: str) -> bool:
+    return LABELS.index(label) % 2 == 1
+
+
+def _course(
+    label: str, seed: int, look: str, frames: int, size: int, level: Difficulty, rest: int
+) -> tuple[Scene, np.random.Generator]:
+    """A pair's first motion, whichever of the two the label is, and what goes on to draw the noise."""
     pair = next(pair for pair in PAIRS if label in pair)
     rng = np.random.default_rng([seed, PAIRS.index(pair), sorted(LOOKS).index(look)])
     unit = size / 32
@@ -226,8 +254,7 @@ def render(
     _move(scene, pair, course, level, unit)
     scene.x += rng.normal(0, level.shake * unit, len(course))
     scene.y += rng.normal(0, level.shake * unit, len(course))
-    clip = draw(scene, size, level.noise, rng)
-    return clip if label == pair[0] else clip[::-1].copy()
+    return scene, rng
 
 
 def write_dataset(

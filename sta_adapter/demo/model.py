@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -32,9 +33,9 @@ def two_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def tiny_model() -> nn.Module:
-    """A fresh tiny base on the CPU."""
-    model = load_model(TINY_BASE, dtype="fp32", device="cpu")
+def tiny_model(base: Path = TINY_BASE) -> nn.Module:
+    """A fresh tiny base on the CPU, or one that was taught since, from its folder."""
+    model = load_model(base, dtype="fp32", device="cpu")
     use_positions_of(model, None)
     attend_frames_at_once(model)
     return model

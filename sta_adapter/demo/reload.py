@@ -23,7 +23,7 @@ from sta_adapter.tiny_base import TINY_BASE
 def main() -> None:
     """Write the logits of the answers to the test clips."""
     folder, clips = Path(sys.argv[1]), sys.argv[2]
-    handle = load_sta(tiny_model(), folder / "adapter")
+    handle = load_sta(tiny_model(folder / "base"), folder / "adapter")
     test = VideoDataset(clips, load_processor(TINY_BASE), frames=FRAME_SETTINGS, decode_timeout=None)
     save_file({"logits": answer_logits(handle.model, test).contiguous()}, folder / "runs" / LOGITS)
 

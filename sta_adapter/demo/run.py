@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 import sta_adapter
 from sta_adapter.data import Collator, VideoDataset
-from sta_adapter.demo.clips import write_dataset
+from sta_adapter.demo.clips import LABELS, describe, write_dataset
 from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, DemoSettings, train_method
 from sta_adapter.demo.model import two_threads
+from sta_adapter.demo.reader import write_reader
 from sta_adapter.demo.scores import Reloaded, Results, measure
 from sta_adapter.errors import STAError
 from sta_adapter.loading import load_processor
@@ -48,7 +49,7 @@ def run_demo(
         What `results.json` holds, the handle of the first seed's STA model, and the test clips.
 
     Args:
-        folder: gets `clips/`, `runs/`, and of the first seed's STA run `adapter/`.
+        folder: gets `clips/`, `runs/`, and of the first seed's STA run `adapter/` and, below it, `base/`.
         settings: how large.
         seeds: one comparison each.
         say: is told what is going on.
@@ -67,10 +68,14 @@ def run_demo(
     for seed in seeds:
         say(f"writing {settings.train_clips + settings.test_clips} clips to {folder / 'clips'}, and reading them")
         data, test, curve = make_clips(folder, settings, seed)
+        say(f"teaching the reader of single frames that all methods begin with, seed {seed}")
+        base = folder / ("base" if seed == seeds[0] else f"runs/base-{seed}")
+        seen = [describe(LABELS[i % len(LABELS)], clip) for i, clip in enumerate(train_seeds(settings, seed))]
+        write_reader(base, settings, seed, data, seen)
         for method, name in METHODS.items():
             say(f"training, seed {seed}: {name}")
             run = folder / "runs" / f"{method}-{seed}"
-            trained = train_method(method, settings, seed, data, curve, run)
+            trained = train_method(method, settings, seed, data, curve, run, base)
             results["runs"].append({"method": method, "seed": seed, **measure(trained, test)})
             if trained.handle is not None and seed == seeds[0]:
                 shown, asked = trained.handle, test
@@ -80,16 +85,22 @@ def run_demo(
     return results, shown, asked
 
 
+def train_seeds(settings: DemoSettings, seed: int) -> range:
+    """Of the clips to train on. No two seeds share a clip, nor any with those that the settings were searched on."""
+    first = (seed + 11) * 10**7
+    return range(first, first + settings.train_clips)
+
+
 def make_clips(folder: Path, settings: DemoSettings, seed: int) -> tuple[VideoDataset, VideoDataset, VideoDataset]:
     """Write a seed's clips, and read them back: to train on, to test on, and those of the test for the curves.
 
-    No two seeds share a clip, nor any with those that the settings were searched on, whose numbers are lower. All are
-    decoded here, so that no method's training is charged for it.
+    All are decoded here, so that no method's training is charged for it.
     """
-    clips, first, processor = folder / "clips" / f"seed{seed}", (seed + 11) * 10**7, load_processor(TINY_BASE)
+    clips, seeds, processor = folder / "clips" / f"seed{seed}", train_seeds(settings, seed), load_processor(TINY_BASE)
+    unseen = range(seeds.start + 10**6, seeds.start + 10**6 + settings.test_clips)
     files = [
-        write_dataset(clips, "train", range(first, first + settings.train_clips), "train", progress=True),
-        write_dataset(clips, "test", range(first + 10**6, first + 10**6 + settings.test_clips), "held_out"),
+        write_dataset(clips, "train", seeds, "train", progress=True),
+        write_dataset(clips, "test", unseen, "held_out"),
     ]
     opened = functools.partial(
         VideoDataset,
