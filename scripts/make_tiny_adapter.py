@@ -50,7 +50,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=600)
     given = options.parse_args()
     logging.basicConfig(level=logging.INFO)
-    settings = DemoSettings(steps=given.steps, points=1, order="before_spatial")
+    settings = DemoSettings(steps=given.steps, points=1).from_tiny_base()
     with tempfile.TemporaryDirectory() as folder:
         data, test, curve = make_clips(Path(folder), settings, 0)
         trained = train_method("sta", settings, 0, data, curve, Path(folder, "run"))

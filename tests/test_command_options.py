@@ -191,6 +191,9 @@ def test_what_push_says():
 def test_demo(replaced, tmp_path):
     from transformers.utils import logging as transformers_logging
 
+    from sta_adapter.demo.methods import DemoSettings
+    from sta_adapter.demo.reader import ReaderSettings
+
     runs = replaced("sta_adapter.demo.run.run_demo", ("results", "handle", "test"))
     tables = replaced("sta_adapter.demo.report.print_table")
     replaced("sta_adapter.demo.report.write_report", tmp_path / "index.html")
@@ -199,12 +202,13 @@ def test_demo(replaced, tmp_path):
         assert not transformers_logging.is_progress_bar_enabled()
     finally:
         transformers_logging.enable_progress_bar()
-    assert runs[0][0][2] == range(3, 5)
+    (_, settings, reader, seeds, _), _ = runs[0]
+    assert (settings, reader, seeds) == (DemoSettings.quick(), ReaderSettings.quick(), range(3, 5))
     assert tables == [(("results",), {})]
     assert said.splitlines()[-2:] == [f"report: {tmp_path / 'index.html'}", f"adapter: {tmp_path / 'adapter'}"]
 
 
-@pytest.mark.parametrize("name", ["results.json", "index.html", "adapter"])
+@pytest.mark.parametrize("name", ["results.json", "index.html", "adapter", "base"])
 def test_demo_replaces_nothing_without_being_told(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match=f"holds {name}, which would be lost"):

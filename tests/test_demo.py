@@ -19,7 +19,7 @@ from sta_adapter.demo import report
 from sta_adapter.demo.clips import LABELS, PAIRS
 from sta_adapter.demo.methods import METHODS, DemoSettings, equal_rank
 from sta_adapter.demo.model import attend_frames_at_once, tiny_model
-from sta_adapter.demo.reader import DESCRIBE, frame_batch, write_reader
+from sta_adapter.demo.reader import DESCRIBE, ReaderSettings, frame_batch, write_reader
 from sta_adapter.demo.run import answer_inputs
 from sta_adapter.evaluation import EvaluationResult, Prediction, wilson
 from sta_adapter.loading import load_model, load_processor
@@ -216,7 +216,12 @@ def two_seeds():
         for seed in (3, 4)
         for place, method in enumerate(METHODS)
     ]
-    about = {"settings": dataclasses.asdict(DemoSettings()), "versions": {"torch": "2.0"}, "seeds": [3, 4]}
+    about = {
+        "settings": dataclasses.asdict(DemoSettings()),
+        "reader": {"steps": 7},
+        "versions": {"torch": "2.0"},
+        "seeds": [3, 4],
+    }
     return {**about, "runs": runs, "reloaded": {"clips": 2, "bit_equal": True, "logits": [2, 5]}, "seconds": 12.6}
 
 
@@ -340,7 +345,7 @@ def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_run, "train_method", train)
     monkeypatch.setattr(demo_run, "measure", lambda trained, test: {"on": test})
     monkeypatch.setattr(demo_run, "check_reload", lambda handle, folder, test, seed: [handle, test, seed])
-    results, shown, asked = demo_run.run_demo(tmp_path, DemoSettings.quick(), [3, 4])
+    results, shown, asked = demo_run.run_demo(tmp_path, DemoSettings.quick(), ReaderSettings.quick(), [3, 4])
     assert results["runs"] == [{"method": m, "seed": s, "on": f"test {s}"} for s in (3, 4) for m in METHODS]
     assert (results["reloaded"], shown, asked) == (["handle", "test 3", 3], "handle", "test 3")
     assert taught == [(tmp_path / "base", 3), (tmp_path / "runs" / "base-4", 4)]
@@ -380,7 +385,7 @@ def test_a_frame_stands_where_it_does_in_its_clip():
 
 def test_a_reader_learns_above_an_encoder_that_stays(made, tmp_path):
     _, (data, _, _) = made
-    base = write_reader(tmp_path, DemoSettings.quick(), 0, data, [[f"{t}1234" for t in range(8)]] * len(data))
+    base = write_reader(tmp_path, ReaderSettings.quick(), 0, data, [[f"{t}1234" for t in range(8)]] * len(data))
     before, after = (tiny_model(folder).state_dict() for folder in (TINY_BASE, base))
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert {name for name in before if "visual" in name and "merger" not in name}.isdisjoint(changed)

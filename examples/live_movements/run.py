@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a few clips and steps")
     args = parser.parse_args(argv)
-    settings = dataclasses.replace(DemoSettings.quick() if args.quick else DemoSettings(), order="before_spatial")
+    settings = (DemoSettings.quick() if args.quick else DemoSettings()).from_tiny_base()
     found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {"runs": []}
     if found["runs"] and found["settings"] != json.loads(json.dumps(dataclasses.asdict(settings))):
         parser.error(f"{args.results} holds runs of other settings; name another file with --results")

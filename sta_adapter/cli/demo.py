@@ -10,7 +10,7 @@ from sta_adapter.cli.options import Grouped, option
 from sta_adapter.requirements import require_free, require_writable
 
 NEEDS = {"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml", "rich"), "viz": ("matplotlib",)}
-MADE = ("results.json", "index.html", "adapter")
+MADE = ("results.json", "index.html", "adapter", "base")
 
 HELP = """\b
 Example: sta-adapter demo --out sta-demo
@@ -33,16 +33,17 @@ def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> N
     require_free(out, MADE, overwrite)
     require_writable(out)
     from sta_adapter.demo.methods import DemoSettings
+    from sta_adapter.demo.reader import ReaderSettings
     from sta_adapter.demo.report import print_table, write_report
     from sta_adapter.demo.run import run_demo
 
     _quiet()
-    settings = DemoSettings.quick() if quick else DemoSettings()
+    settings, reader = (DemoSettings.quick(), ReaderSettings.quick()) if quick else (DemoSettings(), ReaderSettings())
     if quick:
         click.echo(
             f"a quick run of {settings.steps} steps on {settings.train_clips} clips: it shows every step and proves nothing"
         )
-    results, handle, test = run_demo(out, settings, range(seed, seed + seeds), click.echo)
+    results, handle, test = run_demo(out, settings, reader, range(seed, seed + seeds), click.echo)
     print_table(results)
     page = write_report(out, results, handle, test)
     click.echo(f"report: {page}\nadapter: {out / 'adapter'}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,19 +18,40 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from sta_adapter.data import VideoDataset
 from sta_adapter.data.collator import Loaded
 from sta_adapter.demo.clips import QUESTION
-from sta_adapter.demo.methods import DemoSettings
 from sta_adapter.demo.model import tiny_model
 from sta_adapter.tiny_base import TINY_BASE
 
-__all__ = ["DESCRIBE", "frame_batch", "write_reader"]
+__all__ = ["DESCRIBE", "ReaderSettings", "frame_batch", "write_reader"]
 
 DESCRIBE = "What is where?"
 BEFORE = "<|im_start|>user\n<|vision_start|>"
 SIDE = 2  # tokens of a frame, along its height and along its width
 
 
+@dataclass(frozen=True)
+class ReaderSettings:
+    """How long it learns.
+
+    Attributes:
+        steps: in which it describes frames.
+        word_steps: more of them, at half the rate, in which it also says what may happen.
+        batch_size: frames a step.
+        learning_rate: the highest, then a cosine to zero.
+    """
+
+    steps: int = 600
+    word_steps: int = 200
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+
+    @classmethod
+    def quick(cls) -> ReaderSettings:
+        """A run of seconds that shows every step and proves nothing."""
+        return cls(steps=4, word_steps=4, batch_size=4)
+
+
 def write_reader(
-    folder: Path, settings: DemoSettings, seed: int, data: VideoDataset, described: Sequence[list[str]]
+    folder: Path, settings: ReaderSettings, seed: int, data: VideoDataset, described: Sequence[list[str]]
 ) -> Path:
     """Teach a fresh tiny base and write its folder.
 
@@ -53,14 +75,14 @@ def write_reader(
     clips = [cast(Loaded, data[i])["pixel_values_videos"] for i in range(len(data))]
     pixels = torch.stack(clips).unflatten(1, (places, -1))
     happens = [str(sample.answer) for sample in data.samples]
-    stages = ((settings.reader_steps, 1.0, (DESCRIBE,)), (settings.word_steps, 0.5, (DESCRIBE, QUESTION)))
+    stages = ((settings.steps, 1.0, (DESCRIBE,)), (settings.word_steps, 0.5, (DESCRIBE, QUESTION)))
     for steps, share, questions in stages:
-        optimizer = torch.optim.AdamW(weights, share * settings.reader_learning_rate, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(weights, share * settings.learning_rate, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, min(50, steps // 4), steps)
         for _ in range(steps):
             losses = []
             for question in questions:
-                clip = torch.randint(len(pixels), (settings.reader_batch // len(questions),))
+                clip = torch.randint(len(pixels), (settings.batch_size // len(questions),))
                 place = torch.randint(places, clip.shape)
                 pairs = zip(clip.tolist(), place.tolist(), strict=True)
                 answers = [described[i][t] if question == DESCRIBE else happens[i] for i, t in pairs]

@@ -98,6 +98,7 @@ def write_report(folder: Path, results: Results, handle: STAHandle, test: VideoD
         quick=is_quick(results),
         steps=results["settings"]["steps"],
         settings=", ".join(f"{k} {v}" for k, v in results["settings"].items()),
+        reader=", ".join(f"{k} {v}" for k, v in results["reader"].items()),
         versions=", ".join(f"{k} {v}" for k, v in results["versions"].items()),
         seeds=", ".join(map(str, results["seeds"])),
         reloaded=f"{results['reloaded']['clips']} clips" if results["reloaded"]["bit_equal"] else "none",

@@ -27,7 +27,7 @@ from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.demo.clips import LABELS, describe, write_dataset
 from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, DemoSettings, train_method
 from sta_adapter.demo.model import two_threads
-from sta_adapter.demo.reader import write_reader
+from sta_adapter.demo.reader import ReaderSettings, write_reader
 from sta_adapter.demo.scores import Reloaded, Results, measure
 from sta_adapter.errors import STAError
 from sta_adapter.loading import load_processor
@@ -41,7 +41,11 @@ LOGITS = "answers.safetensors"
 
 @two_threads()
 def run_demo(
-    folder: Path, settings: DemoSettings, seeds: Iterable[int], say: Callable[[str], None] = logger.info
+    folder: Path,
+    settings: DemoSettings,
+    reader: ReaderSettings,
+    seeds: Iterable[int],
+    say: Callable[[str], None] = logger.info,
 ) -> tuple[Results, sta_adapter.STAHandle, VideoDataset]:
     """Write the clips, train and measure every method, check the saved adapter.
 
@@ -51,6 +55,7 @@ def run_demo(
     Args:
         folder: gets `clips/`, `runs/`, and of the first seed's STA run `adapter/` and, below it, `base/`.
         settings: how large.
+        reader: how long the reader of single frames learns that all methods begin with.
         seeds: one comparison each.
         say: is told what is going on.
 
@@ -61,6 +66,7 @@ def run_demo(
     seeds = list(seeds)
     results: Results = {
         "settings": dataclasses.asdict(settings),
+        "reader": dataclasses.asdict(reader),
         "versions": versions(),
         "seeds": seeds,
         "runs": [],
@@ -71,7 +77,7 @@ def run_demo(
         say(f"teaching the reader of single frames that all methods begin with, seed {seed}")
         base = folder / ("base" if seed == seeds[0] else f"runs/base-{seed}")
         seen = [describe(LABELS[i % len(LABELS)], clip) for i, clip in enumerate(train_seeds(settings, seed))]
-        write_reader(base, settings, seed, data, seen)
+        write_reader(base, reader, seed, data, seen)
         for method, name in METHODS.items():
             say(f"training, seed {seed}: {name}")
             run = folder / "runs" / f"{method}-{seed}"
