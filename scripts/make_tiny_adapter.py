@@ -9,16 +9,15 @@ repository root:
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from sta_adapter.demo.methods import DemoSettings, train_method
+from sta_adapter.demo.model import save_adapter
 from sta_adapter.demo.run import make_clips
 from sta_adapter.demo.scores import measure
-from sta_adapter.tiny_base import TINY_BASE_FRAMES
 
 FOLDER = Path(__file__).parent.parent / "sta_adapter" / "demo" / "tiny_adapter"
 README = """---
@@ -61,9 +60,7 @@ def main() -> None:
     for config in base.peft_config.values():
         config.base_model_name_or_path = None  # a folder of this machine
     base.get_base_model().config._name_or_path = ""
-    trained.handle.save_pretrained(given.out)
-    description = json.loads((given.out / "sta_config.json").read_text(encoding="utf-8"))
-    (given.out / "sta_config.json").write_text(json.dumps(description | {"frames": TINY_BASE_FRAMES}, indent=2) + "\n")
+    save_adapter(trained.handle, given.out)
     text = README.format(
         parameters=found["trainable_parameters"],
         clips=settings.train_clips,

@@ -22,8 +22,8 @@ from sta_adapter.demo.model import attend_frames_at_once, tiny_model
 from sta_adapter.demo.reader import DESCRIBE, ReaderSettings, frame_batch, write_reader
 from sta_adapter.demo.run import answer_inputs
 from sta_adapter.evaluation import EvaluationResult, Prediction, wilson
-from sta_adapter.loading import load_model, load_processor
-from sta_adapter.tiny_base import TINY_BASE
+from sta_adapter.loading import load_model, load_processor, saved_frame_settings
+from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
 from sta_adapter.visualization import temporal_attention
 
 pytest.importorskip("matplotlib")
@@ -71,6 +71,11 @@ def test_adapter_is_the_same_to_the_bit_in_a_new_process_and_loads_here(folder, 
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"sta_adapter.safetensors", "sta_config.json", "adapter_config.json", "adapter_model.safetensors"} <= names
     assert load_sta(tiny_model(folder / "base"), folder / "adapter").num_parameters() > 0
+
+
+@pytest.mark.slow
+def test_the_adapter_says_on_what_frames_it_was_trained(folder):
+    assert saved_frame_settings(folder / "adapter") == TINY_BASE_FRAMES
 
 
 class Links(HTMLParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
-from sta_adapter.tiny_base import TINY_BASE
+from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
 
-__all__ = ["attend_frames_at_once", "tiny_model", "two_threads"]
+__all__ = ["attend_frames_at_once", "save_adapter", "tiny_model", "two_threads"]
 
 
 ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
@@ -31,6 +33,14 @@ def two_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def save_adapter(handle: STAHandle, folder: Path) -> None:
+    """Save the adapter, with the frames that it was trained on, which other folders than the tiny base's don't tell."""
+    handle.save_pretrained(folder)
+    file = folder / "sta_config.json"
+    description = json.loads(file.read_text(encoding="utf-8")) | {"frames": TINY_BASE_FRAMES}
+    file.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def tiny_model(base: Path = TINY_BASE) -> nn.Module:

@@ -26,7 +26,7 @@ import sta_adapter
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.demo.clips import LABELS, describe, write_dataset
 from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, DemoSettings, train_method
-from sta_adapter.demo.model import two_threads
+from sta_adapter.demo.model import save_adapter, two_threads
 from sta_adapter.demo.reader import ReaderSettings, write_reader
 from sta_adapter.demo.scores import Reloaded, Results, measure
 from sta_adapter.errors import STAError
@@ -126,7 +126,7 @@ def make_clips(folder: Path, settings: DemoSettings, seed: int) -> tuple[VideoDa
 
 def check_reload(handle: sta_adapter.STAHandle, folder: Path, test: VideoDataset, seed: int) -> Reloaded:
     """Save the adapter, load it into a fresh model in a new process, and compare the logits of its answers bit for bit."""
-    handle.save_pretrained(folder / "adapter")
+    save_adapter(handle, folder / "adapter")
     here, count = answer_logits(handle.model, test), len(test.samples)
     clips = folder / "clips" / f"seed{seed}" / "test.jsonl"
     command = [sys.executable, "-m", "sta_adapter.demo.reload", str(folder), str(clips)]
