@@ -263,6 +263,13 @@ def test_the_page_about_live_movements_says_what_was_measured(example):
     assert figure.figure(results) == (EXAMPLES.parent / "docs" / "figures" / "live.svg").read_text(encoding="utf-8")
 
 
+def test_committed_runs_of_live_movements_are_gone_on_with(example, tmp_path):
+    results = tmp_path / "results.json"
+    results.write_bytes((EXAMPLES / "live_movements" / "results.json").read_bytes())
+    example("live_movements/run.py").main(["--results", str(results), "--work", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()  # all seeds are there
+
+
 def test_runs_of_other_settings_are_not_gone_on_with(example, tmp_path, capsys):
     results = tmp_path / "results.json"
     results.write_bytes((EXAMPLES / "live_movements" / "results.json").read_bytes())

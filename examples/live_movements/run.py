@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 REST = FRAMES  # frames at rest in front of a movement, and behind it
 SEEN = FRAMES  # frames that the language model sees, as in training; the tiny base takes them one by one
 BATCH = 50
+SETTINGS, QUICK = DemoSettings(steps=900).from_tiny_base(), DemoSettings.quick().from_tiny_base()
 
 
 @two_threads()
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a few clips and steps")
     args = parser.parse_args(argv)
-    settings = (DemoSettings.quick() if args.quick else DemoSettings()).from_tiny_base()
+    settings = QUICK if args.quick else SETTINGS
     found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {"runs": []}
     if found["runs"] and found["settings"] != json.loads(json.dumps(dataclasses.asdict(settings))):
         parser.error(f"{args.results} holds runs of other settings; name another file with --results")
