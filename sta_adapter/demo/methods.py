@@ -49,7 +49,7 @@ class DemoSettings:
     train_clips: int = 2000
     test_clips: int = 400
     curve_clips: int = 100
-    steps: int = 600
+    steps: int = 900
     stage_one: float = 0.06
     batch_size: int = 16
     points: int = 6
