@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 REST = FRAMES  # frames at rest in front of a movement, and behind it
 SEEN = FRAMES  # frames that the language model sees, as in training; the tiny base takes them one by one
 BATCH = 50
-SETTINGS, QUICK = DemoSettings(steps=900).from_tiny_base(), DemoSettings.quick().from_tiny_base()
+SETTINGS, QUICK = DemoSettings().from_tiny_base(), DemoSettings.quick().from_tiny_base()
 
 
 @two_threads()
