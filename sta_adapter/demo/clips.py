@@ -226,14 +226,9 @@ def render(
 def describe(label: str, seed: int, look: str = "train", frames: int = FRAMES) -> list[str]:
     """What `render` draws in each frame: column, row, size, tilt and contrast, a digit each, of the range that occurs."""
     scene, _ = _course(label, seed, look, frames, 32, Difficulty(), 0)
-    ranges = (
-        (scene.x, 0, 32),
-        (scene.y, 0, 32),
-        (scene.radius, 4, 10.5),
-        (scene.angle, -75, 75),
-        (scene.contrast, 0.4, 1),
-    )
-    digits = np.stack([np.clip(10 * (x - low) / (high - low), 0, 9).astype(int) for x, low, high in ranges], 1)
+    drawn = np.stack([scene.x, scene.y, scene.radius, scene.angle, scene.contrast], 1)
+    low, high = np.array([0, 0, 4, -75, 0.4]), np.array([32, 32, 10.5, 75, 1])
+    digits = np.clip(10 * (drawn - low) / (high - low), 0, 9).astype(int)
     words = ["".join(map(str, row)) for row in digits]
     return words[::-1] if _backwards(label) else words
 

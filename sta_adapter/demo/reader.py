@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from sta_adapter.data import VideoDataset
 from sta_adapter.data.collator import Loaded
@@ -97,7 +97,9 @@ def write_reader(
     return folder
 
 
-def frame_batch(tokenizer: Any, question: str, answers: list[str], pixels: Tensor, place: Tensor) -> dict[str, Tensor]:
+def frame_batch(
+    tokenizer: PreTrainedTokenizerBase, question: str, answers: list[str], pixels: Tensor, place: Tensor
+) -> dict[str, Tensor]:
     """The model's arguments for one frame a row, where it stands in its clip.
 
     Args:

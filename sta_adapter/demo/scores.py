@@ -46,7 +46,7 @@ class Results(TypedDict, total=False):
     """What `results.json` holds."""
 
     settings: dict[str, Any]
-    reader: dict[str, Any]
+    reader: dict[str, float]
     versions: dict[str, str]
     seeds: list[int]
     runs: list[Run]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +32,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        kind: Any = type(value)
-        inner = [map_tensors(function, item) for item in value]
-        return kind(*inner) if hasattr(kind, "_fields") else kind(inner)
+        make = getattr(value, "_make", type(value))  # that of named tuples, which take their fields one by one
+        return make([map_tensors(function, inner) for inner in value])
     return {key: map_tensors(function, inner) for key, inner in value.items()} if type(value) is dict else value
