@@ -244,14 +244,19 @@ def test_clips_of_an_interrupted_call_are_forgotten():
     def generate(**prompt):
         model.generate(**prompt, max_new_tokens=1)
 
-    for call, then in ((model, model), (model, generate), (model.model, model.model), (model.model, model)):
+    turns = [(model, model), (model, generate)]
+    if (
+        inner := getattr(model, "model", None)
+    ) is not None:  # the whole model has the parts itself in transformers 4.45
+        turns += [(inner, inner), (inner, model)]
+    for call, then in turns:
         hook = handle.encoder.register_forward_pre_hook(interrupt)
         with torch.no_grad():
             with pytest.raises(KeyboardInterrupt):
                 call(**video, clip_lengths=[3, 1])
             hook.remove()
             then(**video)
-    assert seen == [[(4, 16)]] * 4
+    assert seen == [[(4, 16)]] * len(turns)
 
 
 @pytest.mark.parametrize("case_id", TOWERS)
