@@ -53,7 +53,7 @@ def run_demo(
         What `results.json` holds, the handle of the first seed's STA model, and the test clips.
 
     Args:
-        folder: gets `clips/`, `runs/`, and of the first seed's STA run `adapter/` and, below it, `base/`.
+        folder: gets `clips/`, `runs/`, of the first seed `base/` with the reader, and of its STA run `adapter/`.
         settings: how large.
         reader: how long the reader of single frames learns that all methods begin with.
         seeds: one comparison each.
