@@ -1,4 +1,4 @@
-"""The whole demo, in its quick size: clips on disk, three methods, saved adapter, new process, report."""
+"""The whole demo, in its quick size: clips on disk, all methods, saved adapter, new process, report."""
 
 import dataclasses
 import html
@@ -21,6 +21,7 @@ from sta_adapter.demo.methods import METHODS, DemoSettings, equal_rank
 from sta_adapter.demo.model import attend_frames_at_once, tiny_model
 from sta_adapter.demo.reader import DESCRIBE, ReaderSettings, frame_batch, write_reader
 from sta_adapter.demo.run import answer_inputs
+from sta_adapter.demo.scores import compared
 from sta_adapter.evaluation import EvaluationResult, Prediction, wilson
 from sta_adapter.loading import load_model, load_processor, saved_frame_settings
 from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
@@ -33,7 +34,9 @@ pytest.importorskip("matplotlib")
 def folder(tmp_path_factory):
     """The quick demo's folder, and what it printed in it as printed.txt."""
     out = tmp_path_factory.mktemp("demo")
-    outcome = CliRunner().invoke(cli, ["demo", "--out", str(out), "--quick", "--seed", "3"], catch_exceptions=False)
+    outcome = CliRunner().invoke(
+        cli, ["demo", "--out", str(out), "--quick", "--seed", "3", "--lora-language"], catch_exceptions=False
+    )
     assert outcome.exit_code == 0, outcome.output
     (out / "printed.txt").write_text(outcome.output, encoding="utf-8")
     return out
@@ -335,11 +338,14 @@ def test_settings_of_each_method(monkeypatch, tmp_path, method):
     assert (data, how["output_dir"]) == ("data", tmp_path)
 
 
-def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("asked_for", "expected"), [({}, ["sta", "lora"]), ({"methods": list(METHODS)}, list(METHODS))]
+)
+def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path, asked_for, expected):
     from sta_adapter.demo import run as demo_run
 
     monkeypatch.setattr(demo_run, "make_clips", lambda folder, settings, seed: ("data", f"test {seed}", "curve"))
-    handles = iter([None, "handle", None] * 2)
+    handles = iter(["handle" if method == "sta" else None for method in expected] * 2)
     taught, begun = [], []
     monkeypatch.setattr(demo_run, "write_reader", lambda base, settings, seed, data, seen: taught.append((base, seed)))
 
@@ -350,11 +356,14 @@ def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_run, "train_method", train)
     monkeypatch.setattr(demo_run, "measure", lambda trained, test: {"on": test})
     monkeypatch.setattr(demo_run, "check_reload", lambda handle, folder, test, seed: [handle, test, seed])
-    results, shown, asked = demo_run.run_demo(tmp_path, DemoSettings.quick(), ReaderSettings.quick(), [3, 4])
-    assert results["runs"] == [{"method": m, "seed": s, "on": f"test {s}"} for s in (3, 4) for m in METHODS]
+    results, shown, asked = demo_run.run_demo(
+        tmp_path, DemoSettings.quick(), ReaderSettings.quick(), [3, 4], **asked_for
+    )
+    assert results["runs"] == [{"method": m, "seed": s, "on": f"test {s}"} for s in (3, 4) for m in expected]
+    assert compared(results) == expected
     assert (results["reloaded"], shown, asked) == (["handle", "test 3", 3], "handle", "test 3")
     assert taught == [(tmp_path / "base", 3), (tmp_path / "runs" / "base-4", 4)]
-    assert begun == [base for base, _ in taught for _ in METHODS]  # all methods of a seed begin with the same reader
+    assert begun == [base for base, _ in taught for _ in expected]  # all methods of a seed begin with the same reader
     assert 0 <= results["seconds"] < 60
     assert json.loads((tmp_path / "results.json").read_text()) == results
 

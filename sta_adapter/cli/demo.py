@@ -27,12 +27,13 @@ writes a report. Takes minutes on a CPU.
 @option("Run", "--overwrite", is_flag=True, help="Throw away the report and the adapter that are in FOLDER.")
 @option("Run", "--seeds", type=click.IntRange(1), default=1, metavar="N", help="How many seeds. [default: 1]")
 @option("Run", "--seed", type=click.IntRange(0), default=0, metavar="N", help="The first of them. [default: 0]")
+@option("Run", "--lora-language", is_flag=True, help="LoRA on the language model alone as well.")
 @option("Run", "--quick", is_flag=True, help="A few steps on a few clips: shows every step, proves nothing.")
-def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> None:
+def command(out: Path, overwrite: bool, seeds: int, seed: int, lora_language: bool, quick: bool) -> None:
     """Run the comparison and write its report."""
     require_free(out, MADE, overwrite)
     require_writable(out)
-    from sta_adapter.demo.methods import DemoSettings
+    from sta_adapter.demo.methods import METHODS, SHOWN, DemoSettings
     from sta_adapter.demo.reader import ReaderSettings
     from sta_adapter.demo.report import print_table, write_report
     from sta_adapter.demo.run import run_demo
@@ -43,7 +44,8 @@ def command(out: Path, overwrite: bool, seeds: int, seed: int, quick: bool) -> N
         click.echo(
             f"a quick run of {settings.steps} steps on {settings.train_clips} clips: it shows every step and proves nothing"
         )
-    results, handle, test = run_demo(out, settings, reader, range(seed, seed + seeds), click.echo)
+    methods = tuple(METHODS) if lora_language else SHOWN
+    results, handle, test = run_demo(out, settings, reader, range(seed, seed + seeds), click.echo, methods=methods)
     print_table(results)
     page = write_report(out, results, handle, test)
     click.echo(f"report: {page}\nadapter: {out / 'adapter'}")

@@ -15,13 +15,14 @@ from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
 from sta_adapter.training import TrainingConfig, TrainingResult, train
 from sta_adapter.training.lora import lora_config
 
-__all__ = ["FRAME_SETTINGS", "METHODS", "DemoSettings", "equal_rank", "train_method"]
+__all__ = ["FRAME_SETTINGS", "METHODS", "SHOWN", "DemoSettings", "equal_rank", "train_method"]
 
 METHODS = {
     "sta": "STA as in the paper, then STA and LoRA on both",
     "lora": "LoRA on language model and vision encoder, as many parameters",
     "lora_language": "LoRA on the language model alone",
 }
+SHOWN = ("sta", "lora")  # where no more is asked for
 FRAME_SETTINGS = FrameSettings(**TINY_BASE_FRAMES)
 
 

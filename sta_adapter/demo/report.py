@@ -13,7 +13,7 @@ from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.demo.clips import LABELS
 from sta_adapter.demo.methods import METHODS, DemoSettings
 from sta_adapter.demo.run import answer_inputs
-from sta_adapter.demo.scores import Results, Share, summary
+from sta_adapter.demo.scores import Results, Share, compared, summary
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.observation import temporal_attention
@@ -29,7 +29,7 @@ SHORT = {"sta": "STA + LoRA", "lora": "LoRA, both", "lora_language": "LoRA, lang
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, one row a method."""
-    rows = [summary(results, method) for method in METHODS]
+    rows = [summary(results, method) for method in compared(results)]
     heads = ["", "accuracy %", *(f"{pair} %" for pair in rows[0]["pairs"])]
     heads += ["shuffled frames %", "parameters", "training s"]
     return heads, [
@@ -91,7 +91,7 @@ def write_report(folder: Path, results: Results, handle: STAHandle, test: VideoD
     heads, rows = table(results)
     text = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     page = text.render(
-        methods=[(SHORT[method], what) for method, what in METHODS.items()],
+        methods=[(SHORT[method], METHODS[method]) for method in compared(results)],
         heads=heads,
         rows=rows,
         clips=_clips(folder, test, results),
@@ -113,7 +113,7 @@ def draw_curves(path: Path, results: Results) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method in METHODS:
+    for method in compared(results):
         curves = [np.array(run["curve"]) for run in results["runs"] if run["method"] == method]
         if len(curves) > 1:
             for curve in curves:
@@ -180,6 +180,6 @@ def _clips(folder: Path, test: VideoDataset, results: Results) -> list[dict[str,
     clips: list[dict[str, object]] = []
     for index, sample in enumerate(test.samples[: len(LABELS)]):
         clip = next(part["video"] for part in sample.messages[0]["content"] if part["type"] == "video")
-        said = [(SHORT[method], answers[method][index]) for method in METHODS]
+        said = [(SHORT[method], answers[method][index]) for method in compared(results)]
         clips.append({"source": os.path.relpath(clip, folder), "answer": sample.answer, "said": said})
     return clips

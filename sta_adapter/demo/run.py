@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import peft
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import sta_adapter
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.demo.clips import LABELS, describe, write_dataset
-from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, DemoSettings, train_method
+from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, SHOWN, DemoSettings, train_method
 from sta_adapter.demo.model import save_adapter, two_threads
 from sta_adapter.demo.reader import ReaderSettings, write_reader
 from sta_adapter.demo.scores import Reloaded, Results, measure
@@ -46,8 +46,10 @@ def run_demo(
     reader: ReaderSettings,
     seeds: Iterable[int],
     say: Callable[[str], None] = logger.info,
+    *,
+    methods: Sequence[str] = SHOWN,
 ) -> tuple[Results, sta_adapter.STAHandle, VideoDataset]:
-    """Write the clips, train and measure every method, check the saved adapter.
+    """Write the clips, train and measure the methods, check the saved adapter.
 
     Returns:
         What `results.json` holds, the handle of the first seed's STA model, and the test clips.
@@ -58,6 +60,7 @@ def run_demo(
         reader: how long the reader of single frames learns that all methods begin with.
         seeds: one comparison each.
         say: is told what is going on.
+        methods: of `METHODS`, with "sta" among them.
 
     Raises:
         STAError: the adapter, loaded in a new process, gives other answers.
@@ -78,8 +81,8 @@ def run_demo(
         base = folder / ("base" if seed == seeds[0] else f"runs/base-{seed}")
         seen = [describe(LABELS[i % len(LABELS)], clip) for i, clip in enumerate(train_seeds(settings, seed))]
         write_reader(base, reader, seed, data, seen)
-        for method, name in METHODS.items():
-            say(f"training, seed {seed}: {name}")
+        for method in methods:
+            say(f"training, seed {seed}: {METHODS[method]}")
             run = folder / "runs" / f"{method}-{seed}"
             trained = train_method(method, settings, seed, data, curve, run, base)
             results["runs"].append({"method": method, "seed": seed, **measure(trained, test)})

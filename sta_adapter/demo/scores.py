@@ -12,7 +12,7 @@ from sta_adapter.evaluation import Prediction, evaluate, wilson
 from sta_adapter.evaluation.result import RunReport, ScoreReport
 from sta_adapter.training import TrainingResult
 
-__all__ = ["Measured", "Results", "Run", "measure", "summary"]
+__all__ = ["Measured", "Results", "Run", "compared", "measure", "summary"]
 
 
 class Measured(TypedDict):
@@ -105,6 +105,12 @@ def within_pair(predictions: Iterable[Prediction]) -> float | None:
     partners = {label: pair for pair in PAIRS for label in pair}
     named = [p.correct for p in predictions if p.prediction.strip() in partners[p.answer]]
     return sum(named) / len(named) if named else None
+
+
+def compared(results: Results) -> list[str]:
+    """The methods that were run, in the table's order."""
+    run = {run["method"] for run in results["runs"]}
+    return [method for method in METHODS if method in run]
 
 
 def summary(results: Results, method: str) -> Row:
