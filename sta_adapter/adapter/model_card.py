@@ -38,7 +38,7 @@ METHOD = (
 ANSWERED = ("qwen2_vl", "videorope", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3", "internvl", "llava_onevision")
 REMOTE_CODE = ("internvideo2", "internvideo2_5", "llava_video")
 SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")  # by vLLM
-SERVED_POSITIONS = ("", "original")  # of text
+SERVED_POSITIONS = (None, "original")  # of text
 # settings of a run that say something to readers, and how the card calls them
 RECIPE = {
     "stage": "stage (1: STA; 2: STA and LoRA)",
@@ -174,7 +174,7 @@ def _use(description: Description, facts: CardFacts) -> str:
 
 def _serving(description: Description, facts: CardFacts) -> list[str]:
     """How vLLM serves it, where it does; with LoRA weights beside STA, that takes an export first."""
-    if description["backbone"] not in SERVED or (description.get("positions") or "") not in SERVED_POSITIONS:
+    if description["backbone"] not in SERVED or description.get("positions") not in SERVED_POSITIONS:
         return []
     base, adapter = facts.base_model or "path/to/the/base/model", facts.repo_id
     lines = [f"sta-adapter serve --model {base} --adapter {adapter}"]

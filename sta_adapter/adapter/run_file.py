@@ -120,7 +120,7 @@ def read_about(description: Description) -> Description:
     told: Description = {
         "backbone": str(names["backbone"]),
         "sta_adapter_version": names["sta_adapter_version"],
-        "positions": names["positions"],
+        "positions": names["positions"] or None,
     }
     return {**description, **told, "encoder": sizes, "config": config.to_dict()}
 
