@@ -266,8 +266,9 @@ def _answer(
         sample = dataset.samples[index]
         try:
             if not isinstance(item, BadSample):
-                answerer.require_possible(item)
-                good.append(Question(index, sample, item, answerer.options(sample)))
+                question = Question(index, sample, item, answerer.options(sample))
+                answerer.require_possible(question)
+                good.append(question)
                 continue
         except Exception as error:
             item = BadSample.of(sample.source, error)
