@@ -35,7 +35,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["evaluate"]
 
 CHOICES = ("loglikelihood", "generate")
-PREDICTION_FORMAT = 2  # raised when the same settings mean other prompts, pixels or scores than before
+PREDICTION_FORMAT = 3  # raised when the same settings mean other prompts, pixels or scores than before
 
 
 def evaluate(
