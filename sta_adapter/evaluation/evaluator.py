@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = ["evaluate"]
 
 CHOICES = ("loglikelihood", "generate")
 PREDICTION_FORMAT = 3  # raised when the same settings mean other prompts, pixels or scores than before
+_PLACE = re.compile(r"(?<=\.tar), .*|(, line|, entry|(?<=^record)) \d+$")  # of a sample, behind its file's name
 
 
 def evaluate(
@@ -235,7 +237,7 @@ def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, obj
         "max_length": dataset.encoder.max_length,
         "frames": dataset.encoder.frame_order,
         "seed": dataset.encoder.seed if dataset.encoder.frame_order == "shuffled" else None,
-        "data": sorted({Path(sample.source.rpartition(",")[0] or sample.source).name for sample in dataset.samples}),
+        "data": sorted({Path(_PLACE.sub("", sample.source)).name for sample in dataset.samples}),
     }
 
 
