@@ -176,7 +176,7 @@ def _text_spans(answer: str, texts: Sequence[str]) -> list[tuple[int, tuple[int,
         (i, found.span())
         for i, text in enumerate(texts)
         if _bare(text)
-        for found in re.finditer(rf"(?<!{words.WORD}){_spaced(text)}(?!{words.WORD})", answer, re.IGNORECASE)
+        for found in re.finditer(rf"(?<!{words.WORD})(?i:{_spaced(text)})(?!{words.WORD})", answer)
     ]
 
 
@@ -187,8 +187,8 @@ def _is_part(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 def _own_text(after: str, text: str) -> int:
     """How much of what follows a label is marks and its option's text; 0 where that does not follow."""
-    pattern = rf"[\s{re.escape(words.EDGES + words.DASHES)}=|]+{_spaced(text)}(?!{words.WORD})"
-    match = re.match(pattern, after, re.IGNORECASE) if _bare(text) else None
+    pattern = rf"[\s{re.escape(words.EDGES + words.DASHES)}=|]+(?i:{_spaced(text)})(?!{words.WORD})"
+    match = re.match(pattern, after) if _bare(text) else None
     return match.end() if match else 0
 
 
