@@ -252,6 +252,17 @@ def test_frame_order(processor, tmp_path, order):
     np.testing.assert_array_equal(frames(clip), frames(straight)[expected[order]])
 
 
+def test_each_clip_of_a_sample_is_shuffled_in_its_own_way(processor, tmp_path):
+    """Else two clips are still in step with each other, and whether they show the same movement can be told."""
+    path = write_video(tmp_path / "a.mp4", moving_square("left"))
+    parts = [{"type": "video", "video": str(path), "nframes": 8}] * 2
+    straight, *_ = ClipReader.of(processor, AS_IS).read(parts)
+    first, second = (visual.pixels for visual in ClipReader.of(processor, AS_IS, "shuffled").read(parts))
+    assert not np.array_equal(first, second)
+    for pixels in (first, second):
+        assert sorted(frame.tobytes() for frame in pixels) == sorted(frame.tobytes() for frame in straight.pixels)
+
+
 @pytest.mark.parametrize(
     ("part", "settings", "grid"),
     [

@@ -10,12 +10,13 @@ from click.testing import CliRunner
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter.cli import cli
-from sta_adapter.cli.engine import check_options, sentences
+from sta_adapter.cli.engine import _some, check_options, sentences
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.data.message import Visual
 from sta_adapter.errors import CompatibilityError, ConfigError, DataError, InjectionError, MissingExtraError
 from sta_adapter.evaluation import EvaluationResult, Prediction, evaluate
+from sta_adapter.evaluation.answering import option_tokens
 from sta_adapter.evaluation.engine import agreement
 from sta_adapter.integrations.vllm import engine as vllm_engine
 from sta_adapter.integrations.vllm.engine import VLLMEngine, request
@@ -125,6 +126,20 @@ def test_prompts_without_room_are_bad_samples(dataset, processor):
         evaluate(engine, dataset)
 
 
+def test_room_is_for_the_options_where_these_are_scored(processor, tmp_path):
+    """An answer that nobody writes takes none, and an option longer than it must fit."""
+    dataset = VideoDataset(with_options(write_samples(tmp_path, 2)), processor)
+    engine = Rules(processor.tokenizer)
+    evaluate(engine, dataset)
+    longest = len(engine.asked[0][1]) + max(
+        len(option) for option in option_tokens(processor, dataset.samples[0], "loglikelihood")
+    )
+    for room, bad in ((longest, 0), (longest - 1, 2)):
+        engine.max_length = room
+        for new in (1, 400):
+            assert len(evaluate(engine, dataset, max_new_tokens=new).bad_samples) == bad
+
+
 def results(*said, scores=None):
     return EvaluationResult([Prediction(i, f"line {i}", None, "a", s, s == "a", scores) for i, s in enumerate(said)])
 
@@ -135,14 +150,28 @@ def test_agreement_counts_equal_answers_and_the_largest_difference():
         "samples": 2, "equal": 1, "correct": {"engine": 1, "transformers": 1}, "largest_difference": 0.5,
     }  # fmt: skip
     assert agreement(results("a"), results("a"))["largest_difference"] is None
-    with pytest.raises(ConfigError, match="answered 1 samples and transformers 2"):
-        agreement(results("a"), results("a", "b"))
     said = sentences({"name": "vllm", "version": "1", "agreement": {"adapter": found}})
     assert (
         said[1]
         == "adapter: 1 of 2 answers are those of transformers; log-likelihoods of options are at most 0.5 apart."
     )
     assert "Not compared" in sentences({"name": "vllm", "version": "1", "agreement": {}})[1]
+
+
+def test_agreement_is_over_the_samples_that_both_could_use():
+    """A sample without room in the engine is a bad one there, and must not cost the outcome of all others."""
+    found = agreement(results("a"), results("a", "b"))
+    assert (found["samples"], found["equal"], found["correct"]) == (1, 1, {"engine": 1, "transformers": 1})
+    assert agreement(results(), results("a"))["samples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"),
+    [(0, []), (1, [0]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (16, [0, 1, 2, 3, 4])],
+)
+def test_so_many_samples_are_compared_with_transformers(processor, tmp_path, count, chosen):
+    dataset = VideoDataset(write_samples(tmp_path, 5), processor)
+    assert _some(dataset, count).samples == [dataset.samples[index] for index in chosen]
 
 
 def test_the_tree_asks_for_each_beginning_once_and_sums_up():

@@ -80,6 +80,25 @@ def test_clips_cut_already_have_no_seconds(tmp_path):
     assert all(set(s.prompt[0]["content"][0]) == {"type", "video"} for s in found.samples)
 
 
+@pytest.mark.parametrize("layout", ["first", "segments"])
+def test_clips_of_mvbench_that_were_added_later_are_found_beside_the_others(tmp_path, layout):
+    """data0613.zip holds clips that the archives of star and clevrer have not, in folders of the same names."""
+    folder = copy_of("mvbench", tmp_path, layout)
+    file = folder / "json/action_sequence.json"
+    row = json.loads(file.read_text())[0]
+    make.write_json(file, [row, {**row, "video": "B2.mp4"}, {**row, "video": "gone.mp4"}])
+    videos, star = (folder / "video", "Charades_v1_480") if layout == "first" else (folder, "Charades_segment")
+    added = make.clip(videos / "data0613/star" / star / "B2.mp4", seconds=6)
+    found = [
+        s.prompt[0]["content"][0] for s in load_benchmark("mvbench", folder).samples if s.category == "action_sequence"
+    ]
+    clips = [part["video"] for part in found]
+    assert clips == [
+        str(path) for path in (videos / "star" / star / "A1.mp4", added, videos / "star" / star / "gone.mp4")
+    ]
+    assert all(("video_end" in part) == (layout == "first") for part in found)
+
+
 def test_vitatecs_has_the_true_caption_as_answer(tmp_path):
     for sample in load_benchmark("vitatecs", copy_of("vitatecs", tmp_path, "repository")).samples:
         right = sample.extra["option_texts"][sample.options.index(sample.answer)]

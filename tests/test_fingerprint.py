@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -254,6 +255,33 @@ def test_predictions_by_another_processor_or_model(model, processor, folder, tmp
     with pytest.raises(ConfigError, match=r"differs in sta\."):
         evaluate(model, data, **how)
     assert evaluate(model, data, overwrite=True, **how).overall.total == 4
+
+
+def test_a_list_of_records_that_has_grown_is_gone_on_with(model, processor, folder, tmp_path):
+    """As a file is: what is new is asked, and the rest is taken as it was kept."""
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for record in records:
+        record["messages"][0]["content"][0]["video"] = str(folder / record["messages"][0]["content"][0]["video"])
+    how = {"max_new_tokens": 1, "predictions_file": tmp_path / "p.jsonl"}
+    evaluate(model, VideoDataset(records[:2], processor, frames=AS_IS), **how)
+    head, *lines = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    for line in lines:
+        line["prediction"]["prediction"] = "kept"
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    found = evaluate(model, VideoDataset(records, processor, frames=AS_IS), **how).predictions
+    assert [p.prediction == "kept" for p in found] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("/a/b.jsonl, line 3", "b.jsonl"), ("/a/b, c.json, entry 12", "b, c.json"), ("/a/t-1.tar, 007", "t-1.tar"), ("/a/t.tar, 0,7, entry 2", "t.tar"), ("record 4", "record")],
+    ids=["lines", "entries", "shard", "several in a shard", "list"],
+)  # fmt: skip
+def test_predictions_are_of_a_file_whatever_the_places_in_it(model, processor, folder, tmp_path, source, name):
+    sample = VideoDataset(folder / "data.jsonl", processor).samples[0]
+    data = VideoDataset([dataclasses.replace(sample, source=source)], processor, frames=AS_IS)
+    evaluate(model, data, max_new_tokens=1, predictions_file=tmp_path / "p.jsonl")
+    assert json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["settings"]["data"] == [name]
 
 
 def test_a_start_that_adds_nothing_is_fresh_whatever_its_other_weights(model, processor):

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,7 +12,10 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
+from sta_adapter.data.chat_encoding import Prompt
+from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import Visual
 from sta_adapter.errors import ConfigError, STAError
 from sta_adapter.evaluation import evaluate, processes
 from sta_adapter.evaluation.answering import Answerer, AtLetter, Question
@@ -137,6 +141,20 @@ def test_batches_are_of_about_one_length(monkeypatch):
     monkeypatch.setattr("sta_adapter.evaluation.batches.HELD_BYTES", 8 * 54)
     found = list(batches(Items(lengths), [range(6), range(6, 8)], 2, 0, False))
     assert [[index for index, _ in batch] for batch in found] == [[1, 0], [4, 3], [2], [5], [7, 6]]
+
+
+def test_what_an_engine_is_to_have_counts_among_what_is_held(monkeypatch):
+    """Its samples are token ids, and the pixels stand in their prompts."""
+
+    class Clips(Items):
+        def __getitem__(self, index):
+            item = Loaded({"input_ids": torch.zeros(1, dtype=torch.long)})
+            item.prompt = Prompt([0], [Visual("video", np.zeros((1, 2, 2, 3), np.uint8))] * self.lengths[index], {})
+            return item
+
+    monkeypatch.setattr("sta_adapter.evaluation.batches.HELD_BYTES", 60)
+    found = list(batches(Clips([1, 2, 3, 5, 1]), [range(5)], 2, 0, False))
+    assert [[index for index, _ in batch] for batch in found] == [[0, 1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize(("cached", "workers", "ahead"), [(True, 0, None), (False, 3, 4)])

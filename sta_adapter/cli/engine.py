@@ -123,8 +123,8 @@ def _some(dataset: VideoDataset, count: int) -> VideoDataset:
     """A data set of so many of its samples, spread evenly."""
     from sta_adapter.data.dataset import VideoDataset
 
-    every = max(1, -(-len(dataset.samples) // count)) if count else len(dataset.samples) + 1
-    chosen = dataset.samples[::every] if count else []
+    count = min(count, len(dataset.samples))
+    chosen = [dataset.samples[number * len(dataset.samples) // count] for number in range(count)]
     return VideoDataset(chosen, dataset.processor, frames=dataset.frames, on_bad_sample=dataset.encoder.on_bad_sample)
 
 

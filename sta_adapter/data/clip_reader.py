@@ -55,10 +55,11 @@ class ClipReader:
         return any(limit is not None for limit in self._pixel_limits({}))
 
     def read(self, parts: Sequence[Part], index: int = 0) -> list[Visual]:
-        """Decode parts of type image and video; `index` is the sample's, for the shuffling."""
+        """Decode parts of type image and video; `index` is the sample's, for the shuffling, of each clip in its own way."""
         visuals: list[Visual] = []
+        chance = np.random.default_rng((self.seed, index))
         for part in parts:
-            visuals.append(self._read(part, index))
+            visuals.append(self._read(part, chance))
             held = sum(visual.pixels.size for visual in visuals) // 3
             if held > KEPT_PIXELS:
                 raise DataError(
@@ -67,16 +68,16 @@ class ClipReader:
                 )
         return visuals
 
-    def _read(self, part: Part, index: int) -> Visual:
+    def _read(self, part: Part, chance: np.random.Generator) -> Visual:
         """One of them; an error that doesn't name the file gets its name."""
         try:
-            return self._visual(part, index)
+            return self._visual(part, chance)
         except Exception as error:
             if isinstance(error, STAError) or (isinstance(error, OSError) and error.filename is not None):
                 raise
             raise DataError(f"{part[part['type']]!r} can't be read as {part['type']}: {reason_of(error)}") from error
 
-    def _visual(self, part: Part, index: int) -> Visual:
+    def _visual(self, part: Part, chance: np.random.Generator) -> Visual:
         if part["type"] == "image":
             pixels, low, high = read_image(part["image"]), part.get("min_pixels"), part.get("max_pixels")
             if low is not None or high is not None:
@@ -89,7 +90,7 @@ class ClipReader:
             return fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
 
         frames, _, metadata = self._clip(part, resize if resized else None)
-        frames = frames[self._order(len(frames), index)]
+        frames = frames[self._order(len(frames), chance)]
         times = metadata.for_transformers()
         if pad := -len(frames) % self.temporal_patch:
             frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
@@ -147,11 +148,11 @@ class ClipReader:
                 own[least] = min(high, other)
         return replace(self.settings, **own)
 
-    def _order(self, count: int, index: int) -> NDArray[np.int64] | slice:
+    def _order(self, count: int, chance: np.random.Generator) -> NDArray[np.int64] | slice:
         if self.frame_order == "reversed":
             return np.arange(count)[::-1]
         if self.frame_order == "shuffled":
-            return np.random.default_rng((self.seed, index)).permutation(count)
+            return chance.permutation(count)
         return slice(None)  # spares a copy
 
     def _pixel_limits(self, part: Part) -> tuple[int | None, int | None]:

@@ -187,9 +187,9 @@ class Answerer:
             yield from self._generate(group)
         yield from map(self._choose, (question for question in questions if question.options))
 
-    def require_possible(self, item: Encoded) -> None:
+    def require_possible(self, question: Question) -> None:
         """Raise DataError for a prompt that only a model with STA takes."""
-        videos = item.get("pixel_values_videos")
+        videos = question.prompt.get("pixel_values_videos")
         unequal = videos is not None and videos.dim() == 5 and bool(missing_frames(videos).any())
         if unequal and get_sta(self.model) is None:
             raise DataError(

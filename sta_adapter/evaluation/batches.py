@@ -57,8 +57,13 @@ def _sorted_batches(
 
 
 def _bytes(entry: tuple[int, Encoded | BadSample]) -> int:
+    """Of a sample's tensors; of an engine's, the pixels that it is to have."""
     item = entry[1]
-    return 0 if isinstance(item, BadSample) else sum(tensor.nbytes for tensor in item.values())
+    if isinstance(item, BadSample):
+        return 0
+    prompt = getattr(item, "prompt", None)
+    pixels = [] if prompt is None else [visual.pixels for visual in prompt.visuals]
+    return sum(array.nbytes for array in (*item.values(), *pixels))
 
 
 def _as_it_is(item: object) -> object:

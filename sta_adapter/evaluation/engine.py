@@ -12,7 +12,7 @@ from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.visual_processing import Encoded
-from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.errors import DataError
 from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely, option_tokens
 from sta_adapter.evaluation.result import EvaluationResult
 
@@ -69,9 +69,9 @@ class EngineAnswerer:
         """See `option_tokens`."""
         return option_tokens(self.processor, sample, self.choose)
 
-    def require_possible(self, item: Encoded) -> None:
-        """Raise DataError for a prompt that the engine has no room for."""
-        needed = len(item["input_ids"]) + self.max_new_tokens
+    def require_possible(self, question: Question) -> None:
+        """Raise DataError for a prompt that the engine has no room for, with its options or the longest answer."""
+        needed = len(question.prompt["input_ids"]) + max(map(len, question.options), default=self.max_new_tokens)
         if needed > self.engine.max_length:
             raise DataError(
                 f"its prompt and the longest answer have {needed} tokens, more than the {self.engine.max_length} of the "
@@ -115,19 +115,11 @@ def agreement(found: EvaluationResult, expected: EvaluationResult) -> Agreement:
         expected: by transformers, to the same questions.
 
     Returns:
-        `samples`, `equal` answers among them, those that are `correct` here and there, and the `largest_difference` of
-        an option's log-likelihood in nats, where options were scored.
-
-    Raises:
-        ConfigError: the questions differ.
+        `samples` that both could use, `equal` answers among them, those that are `correct` here and there, and the
+        `largest_difference` of an option's log-likelihood in nats, where options were scored.
     """
     ours, theirs = ({p.index: p for p in result.predictions} for result in (found, expected))
-    if ours.keys() != theirs.keys():
-        raise ConfigError(
-            f"the engine answered {len(ours)} samples and transformers {len(theirs)}, which are not the same: "
-            f"{[*found.bad_samples, *expected.bad_samples][:1]}."
-        )
-    pairs = [(ours[index], theirs[index]) for index in sorted(ours)]
+    pairs = [(ours[index], theirs[index]) for index in sorted(ours.keys() & theirs.keys())]
     differences = [
         abs(a - b)
         for one, two in pairs

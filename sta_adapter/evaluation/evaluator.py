@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["evaluate"]
 
 CHOICES = ("loglikelihood", "generate")
-PREDICTION_FORMAT = 2  # raised when the same settings mean other prompts, pixels or scores than before
+PREDICTION_FORMAT = 3  # raised when the same settings mean other prompts, pixels or scores than before
+_PLACE = re.compile(r"(?<=\.tar), .*|(, line|, entry|(?<=^record)) \d+$")  # of a sample, behind its file's name
 
 
 def evaluate(
@@ -235,7 +237,7 @@ def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, obj
         "max_length": dataset.encoder.max_length,
         "frames": dataset.encoder.frame_order,
         "seed": dataset.encoder.seed if dataset.encoder.frame_order == "shuffled" else None,
-        "data": sorted({Path(sample.source.rpartition(",")[0] or sample.source).name for sample in dataset.samples}),
+        "data": sorted({Path(_PLACE.sub("", sample.source)).name for sample in dataset.samples}),
     }
 
 
@@ -266,8 +268,9 @@ def _answer(
         sample = dataset.samples[index]
         try:
             if not isinstance(item, BadSample):
-                answerer.require_possible(item)
-                good.append(Question(index, sample, item, answerer.options(sample)))
+                question = Question(index, sample, item, answerer.options(sample))
+                answerer.require_possible(question)
+                good.append(question)
                 continue
         except Exception as error:
             item = BadSample.of(sample.source, error)

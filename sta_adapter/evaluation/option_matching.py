@@ -90,7 +90,8 @@ def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) ->
     text and nothing else; the one that is judged to be right ("A: no. B: yes."); a label behind "final answer"; behind
     "the answer is", or before "is correct"; at the beginning, with a mark or a reason behind it; behind "option", "so",
     "I choose", in brackets, with its own text, alone on the last line, or at the end behind a colon; the text of one
-    option and of no other. A label or text that is denied ("not B", "B is wrong") counts in none of them.
+    option and of no other. A label or text that is denied ("not B", "B is wrong") counts in none of them, nor does a label
+    that is part of an option's text ("vitamin C").
 
     Args:
         said: what the model wrote.
@@ -142,6 +143,7 @@ def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[
     names = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in sorted(index, key=len, reverse=True))
     tied = rf"(?<!{words.WORD})(?<!{words.WORD}{words.TIED})(?<!\bn/){words.NOT_NEGATIVE}"
     pattern = rf"{tied}({names})(?!{words.WORD}|{words.TIED}{words.WORD})"
+    spans = _text_spans(answer, texts)
     found: list[_Mention] = []
     several = False  # whether what is said of the next one holds for all that are joined to it
     for match in reversed(list(re.finditer(pattern, answer, re.IGNORECASE))):
@@ -149,10 +151,16 @@ def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[
             continue
         name = " ".join(match[1].split())
         i = index[name.casefold()]
+        if any(j != i and _is_part(match.span(), span) for j, span in spans):
+            continue
         before, after = answer[max(match.start() - _NEAR, 0) : match.start()], answer[match.end() :]
         own = _own_text(after, texts[i] if i < len(texts) else "")
+        if name in {*_ONE_LETTER_WORDS.lower()} and after.lstrip()[:1].isalnum():  # an article, as in "a normal speed"
+            own = 0
         end = match.end() + own
-        several = bool(several and words.JOINED.fullmatch(answer[end : found[0].start]))
+        if own:  # a letter in it is no other option: "(B) a", "C. Both A and B"
+            found = [mention for mention in found if mention.start >= end]
+        several = bool(several and found and words.JOINED.fullmatch(answer[end : found[0].start]))
         denied = several or _denied(before) or words.DENIED.match(answer[end:]) is not None
         several = several or (denied and words.DENIED_TOGETHER.match(answer[end:]) is not None)
         short = len(name) == 1
@@ -162,10 +170,25 @@ def _mentions(answer: str, labels: Sequence[str], texts: Sequence[str]) -> list[
     return found
 
 
+def _text_spans(answer: str, texts: Sequence[str]) -> list[tuple[int, tuple[int, int]]]:
+    """Which options' texts an answer holds, and where."""
+    return [
+        (i, found.span())
+        for i, text in enumerate(texts)
+        if _bare(text)
+        for found in re.finditer(rf"(?<!{words.WORD})(?i:{_spaced(text)})(?!{words.WORD})", answer)
+    ]
+
+
+def _is_part(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """Whether a place lies within a longer one: the C of "C major"."""
+    return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
 def _own_text(after: str, text: str) -> int:
     """How much of what follows a label is marks and its option's text; 0 where that does not follow."""
-    pattern = rf"[\s{re.escape(words.EDGES + words.DASHES)}=|]+{_spaced(text)}(?!{words.WORD})"
-    match = re.match(pattern, after, re.IGNORECASE) if _bare(text) else None
+    pattern = rf"[\s{re.escape(words.EDGES + words.DASHES)}=|]+(?i:{_spaced(text)})(?!{words.WORD})"
+    match = re.match(pattern, after) if _bare(text) else None
     return match.end() if match else 0
 
 
@@ -194,10 +217,16 @@ def _by_text(answer: str, texts: Sequence[str]) -> int | None:
     for i, text in enumerate(texts):
         pattern = rf"(?<!{words.WORD}){words.NUMBER_AFTER}{re.escape(_bare(text))}{words.NUMBER_BEFORE}(?!{words.WORD})"
         found = re.finditer(pattern, said) if _bare(text) else ()
-        if any(not _denied(said[max(match.start() - _NEAR, 0) : match.start()]) for match in found):
+        if any(not _text_denied(said, match) for match in found):
             within.append(i)
     longest = [i for i in within if not any(_bare(texts[i]) in _bare(texts[j]) for j in within if j != i)]
     return longest[0] if len(longest) == 1 else None
+
+
+def _text_denied(said: str, text: re.Match[str]) -> bool:
+    """Whether an option's text is said not to be the answer, in front of it or behind."""
+    before = said[max(text.start() - _NEAR, 0) : text.start()]
+    return _denied(before) or words.DENIED.match(said[text.end() :]) is not None
 
 
 def _names(label: str) -> list[str]:

@@ -17,7 +17,6 @@ from sta_adapter.evaluation.benchmarks.annotations import (
     clip_file,
     field,
     find,
-    first_folder,
     options_field,
     read_annotations,
     seconds_field,
@@ -41,6 +40,7 @@ CLIPS = {
     "episodic_reasoning": ("tvqa/frames_fps3_hq", "tvqa/video_fps3_hq_segment"),
 }
 FRAMES_A_SECOND = 3.0  # of the folders of pictures
+ROOTS = ("video/", "", "video/data0613/", "data0613/")  # the last two hold clips that were added later
 
 
 def load(folder: Path) -> EvalSet:
@@ -50,36 +50,35 @@ def load(folder: Path) -> EvalSet:
         raise DataError(f"{folder} holds no json/action_sequence.json or another task's; expected a copy of MVBench.")
     for file in files:
         rows, names = read_annotations(file), CLIPS[file.stem]
-        clips = first_folder(
-            folder, (f"{root}{name}" for name in names for root in ("video/", "", "video/data0613/", "data0613/"))
-        )
-        if clips is None:
+        places = [place for name in names for root in ROOTS if (place := folder / f"{root}{name}").is_dir()]
+        if not places:
             found.notes.append(
                 f"{file.stem}: {len(rows)} questions left out, as there is no folder {' or '.join(names)}."
             )
             continue
-        found.add(file, rows, partial(_sample, clips=clips, task=file.stem))
+        found.add(file, rows, partial(_sample, places=places, task=file.stem))
     missing = sorted(CLIPS.keys() - {file.stem for file in files})
     if missing:
         found.notes.append(f"No annotations of {', '.join(missing)}.")
     return found
 
 
-def _sample(row: Record, source: str, clips: Path, task: str) -> Sample:
+def _sample(row: Record, source: str, places: list[Path], task: str) -> Sample:
     asked, answer, name = (field(row, key, source) for key in ("question", "answer", "video"))
     options = options_field(row, "candidates", source)
     if answer not in options:
         raise DataError(f"{source}: the answer {answer!r} is none of the candidates {options!r}.")
     listed = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
     text = f"Question:{asked}\nOption:\n{listed}Only give the best option.\n"
-    clip = clip_file(clips, name)
+    named = [(place, clip_file(place, name)) for place in places]
+    place, clip = next((pair for pair in named if pair[1].exists()), named[0])
     settings: dict[str, float] = {}
-    if not clips.name.endswith("_segment") and row.get("start") is not None and row.get("end") is not None:
+    if not place.name.endswith("_segment") and row.get("start") is not None and row.get("end") is not None:
         start, end = (seconds_field(row, key, source) for key in ("start", "end"))
         if end <= start:
             raise DataError(f"{source}: 'end' ({end:g}) is not after 'start' ({start:g}).")
         settings = {"video_start": start, "video_end": end}
-    if clips.name.startswith("frames_"):
+    if place.name.startswith("frames_"):
         settings["folder_fps"] = FRAMES_A_SECOND
     labels = LETTERS[: len(options)]
     return question(clip, text, labels, options, options.index(answer), source=source, category=task, settings=settings)
