@@ -16,6 +16,7 @@ from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.live.source import LiveSource
 from sta_adapter.video import Sampling, choose_frames, frame_table, read_clip
 from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
+from sta_adapter.video.fields import FieldPairs
 from sta_adapter.video.frame_table import VideoNotFoundError, _containers, open_video, video_stream
 from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
 from sta_adapter.video.packet_scan import scan_packets, without_gaps
@@ -427,6 +428,14 @@ def test_frames_of_two_fields_are_counted_once(tmp_path, name):
     clip = read_clip(path, start=0.4, end=0.8, num_frames=2)
     np.testing.assert_allclose(clip.timestamps, [0.4, 0.6])
     np.testing.assert_array_equal(clip.frames, decode_all(path)[0][[10, 15]])
+
+
+def test_a_damaged_header_tells_of_no_fields():
+    told = "01001101" + "0" * 16 + "1" + "1" + "010" + "0" + "11"
+    told += "0" * 200 + "1" * 200  # a cycle of more pictures than could be walked over
+    header = b"\0\0\1\x67" + int(told, 2).to_bytes(len(told) // 8, "big")
+    for extradata in (header, b"\0\0\1\x67", b"\1" * 9, b"", None):
+        assert not FieldPairs("h264", extradata).is_second(av.Packet(b"\0\0\1\x21\x88"))
 
 
 @pytest.mark.parametrize("interlaced", [False, True])

@@ -100,7 +100,7 @@ def _form(header: bytes) -> _Form | None:
         bits.golomb()
     elif order == 1:
         bits.take(1), bits.golomb(), bits.golomb()
-        for _ in range(bits.golomb()):
+        for _ in range(min(255, bits.golomb())):
             bits.golomb()
     bits.golomb(), bits.take(1), bits.golomb(), bits.golomb()
     return None if bits.take(1) else _Form(number_bits, planes)
