@@ -32,7 +32,7 @@ class FillPositions:
 
     @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:
-        """Positions (3, batch, tokens)."""
+        """Positions (3, batch, tokens); pictures and clips behind cached tokens stand as they would in one prompt."""
         past = cached_tokens(class_method(model), FORWARD, given)
         if not past:
             positions, model.rope_deltas = model.get_rope_index(**given)
@@ -45,7 +45,13 @@ class FillPositions:
         tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         batch, length = tokens.shape[:2]
         deltas = model.rope_deltas.to(tokens.device).repeat_interleave(batch // len(model.rope_deltas), dim=0)
-        return cast("Tensor", (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1))
+        if given.get("pixel_values") is None and given.get("pixel_values_videos") is None:
+            return cast("Tensor", (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1))
+        mask = given.get("attention_mask")  # of the cached tokens as well
+        new = {**given, "attention_mask": None if mask is None else mask[:, -length:]}
+        positions, more = model.get_rope_index(**new)
+        model.rope_deltas = deltas + more
+        return cast("Tensor", positions + past + deltas)
 
 
 class GenerationPositions:

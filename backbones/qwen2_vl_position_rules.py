@@ -99,5 +99,9 @@ class WholeSecondsRowsAndColumns(RowsAndColumns, WholeSeconds):
 
 def tokens_per_second(owner: PreTrainedModel) -> float | None:
     """Positions on the temporal axis for a second in Qwen2.5-VL; None for Qwen2-VL, which counts steps."""
-    rate: float | None = None if "Qwen2VL" in type(owner).__name__ else owner.config.vision_config.tokens_per_second
+    if any(
+        "Qwen2VL" in cls.__name__ for cls in type(owner).__mro__
+    ):  # also of a class of somebody's own, such as ColQwen2
+        return None
+    rate: float = owner.config.vision_config.tokens_per_second
     return rate

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import struct
 import wave
 from fractions import Fraction
@@ -100,6 +101,65 @@ def trim(path, first, count):
     at = data.index(b"elst") + 12  # of its only entry: how long in 1/1000 s, and from where in the track's own time
     struct.pack_into(">Ii", data, at, round(1000 * seconds), struct.unpack_from(">i", data, at + 4)[0] + first * ticks)
     path.write_bytes(data)
+    return path
+
+
+def number_bits(value, width):
+    return format(value, f"0{width}b")
+
+
+def golomb(value):
+    """An Exp-Golomb code, of a number from 0."""
+    code = format(value + 1, "b")
+    return "0" * (len(code) - 1) + code
+
+
+def h264_unit(header, bits):
+    """A NAL unit with its start code; `bits` end as they should."""
+    bits += "1" + "0" * (-len(bits) - 1 & 7)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    return b"\0\0\0\1" + bytes([header]) + re.sub(b"\0\0(?=[\0-\3])", b"\0\0\3", data)
+
+
+def h264_field(number, bottom, rows):
+    """A field of 64 x 32 samples as a picture of its own, nothing compressed; the fifth frame each begins anew."""
+    count, fresh = number % 5, number % 5 == 0
+    fresh_field = fresh and not bottom
+    bits = golomb(0) + golomb(7) + golomb(0) + number_bits(count, 4) + "1" + str(bottom)
+    bits += golomb(number // 5 % 2) if fresh_field else ""
+    bits += number_bits(2 * count + bottom, 8) + ("00" if fresh_field else "0") + golomb(0) + golomb(1)
+    for top in (0, 16):
+        for left in (0, 16, 32, 48):
+            bits += golomb(25)
+            bits += "0" * (-len(bits) & 7) + "".join(
+                number_bits(x, 8) for x in rows[top : top + 16, left : left + 16].flat
+            )
+            bits += number_bits(128, 8) * 128
+    return h264_unit(0x65 if fresh_field else 0x21, bits)
+
+
+def write_fields(path, together, count=30):
+    """Interlaced H.264 of 25 frames a second, whose fields are pictures: both in one packet, or each in its own."""
+    codes = [golomb(0)] * 3 + [golomb(4), golomb(1), "0", golomb(3), golomb(1), "00100"]
+    begin = h264_unit(0x67, number_bits(77, 8) + number_bits(0, 8) + number_bits(30, 8) + "".join(codes))
+    begin += h264_unit(0x68, "11" + "00" + "111" + "000" + "111" + "100")
+    packets = []
+    for number in range(count):
+        picture = np.full((64, 64), 40, np.uint8)
+        picture[:, 2 * number : 2 * number + 4] = 200
+        fields = [h264_field(number, bottom, picture[bottom::2]) for bottom in (0, 1)]
+        fields[0] = (begin if number % 5 == 0 else b"") + fields[0]
+        packets += [b"".join(fields)] if together else fields
+    raw = path.with_suffix(".h264")
+    raw.write_bytes(b"".join(packets))
+    with av.open(str(raw)) as whole, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for number, data in enumerate(packets):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, Fraction(1, 25 if together else 50)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = number % (5 if together else 10) == 0
+            container.mux(packet)
     return path
 
 

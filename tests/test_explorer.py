@@ -24,6 +24,7 @@ from sta_adapter.visualization.patch_attention import (
     HIDDEN,
     Pooling,
     choose_pooling,
+    decode,
     encode,
     may_see,
     pool,
@@ -57,13 +58,6 @@ def known(blocks=2, heads=2, frames=T, shape=SHAPE, times=None):
 
 
 # ---- a byte a value
-
-
-def decode(codes):
-    """Codes (..., T, T) as the page's script reads them, relative to even spread; NaN where a frame may not look."""
-    frames = max(2, codes.shape[-1])
-    relative = np.power(np.float32(frames), (codes.astype(np.float32) - EVEN) / EVEN)
-    return np.where(codes == HIDDEN, np.float32("nan"), relative)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 64])

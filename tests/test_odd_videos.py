@@ -1,5 +1,6 @@
 """Files that once were read wrongly, hung, crashed or gave an error that is not ours."""
 
+import collections
 import enum
 import os
 import types
@@ -9,11 +10,13 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from make_videos import cut, decode_all, pictures, trim, write
+from make_videos import cut, decode_all, pictures, trim, write, write_fields
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
+from sta_adapter.live.source import LiveSource
 from sta_adapter.video import Sampling, choose_frames, frame_table, read_clip
 from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
+from sta_adapter.video.fields import FieldPairs
 from sta_adapter.video.frame_table import VideoNotFoundError, _containers, open_video, video_stream
 from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
 from sta_adapter.video.packet_scan import scan_packets, without_gaps
@@ -272,6 +275,8 @@ def test_a_cover_is_no_video(tmp_path):
     assert len(read_clip(with_streams(tmp_path / "film.mp4", (96, 96), (64, 48), cover=True)).frames) == 4
     with pytest.raises(VideoError, match=r"song\.mp4 has no video stream, only an attached cover"):
         read_clip(with_streams(tmp_path / "song.mp4", (96, 96), cover=True))
+    with pytest.raises(VideoError, match=r"song\.mp4 has no video stream, only an attached cover"):
+        next(LiveSource(str(tmp_path / "song.mp4")).frames())
 
 
 @pytest.mark.parametrize("name", ["list.m3u8", "list.ffconcat", "list.mp4"])
@@ -366,6 +371,93 @@ def test_what_an_edit_list_shows_is_the_whole_clip(tmp_path, first, count, backe
     assert np.array_equal(clip.frames, whole[first : first + count])
     assert clip.timestamps.tolist() == pytest.approx(np.arange(count) / 10)
     assert clip.metadata.duration == pytest.approx(count / 10)
+
+
+def same_as_decoded(path):
+    """Every frame that decodes, and when it is shown."""
+    clip, (stored, seconds) = read_clip(path, num_frames=1000), decode_all(path)
+    np.testing.assert_array_equal(clip.frames, stored)
+    np.testing.assert_allclose(clip.timestamps, seconds - seconds[0], atol=1e-6)
+    np.testing.assert_array_equal(read_clip(path, fps=2).frames[0], stored[0])
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"g": "20"}),
+        ("mpeg2video", {"g": "15", "bf": "2"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_recording_begins_where_its_first_frame_decodes(tmp_path, codec, options):
+    """A broadcast is recorded from anywhere on; the first frames refer to what was sent before."""
+    data = write(tmp_path / "whole.ts", codec=codec, options=options, count=60, rate=25).read_bytes()
+    (tmp_path / "late.ts").write_bytes(data[len(data) // 3 // 188 * 188 :])
+    same_as_decoded(tmp_path / "late.ts")
+
+
+@pytest.mark.parametrize("name", ["cut.mkv", "cut.mp4", "cut.ts"])
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"x264-params": "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:scenecut=0"}),
+        ("libx265", {"x265-params": "log-level=none:open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:scenecut=0"}),
+    ],
+    ids=["h264", "hevc"],
+)
+def test_a_film_that_was_cut_at_an_open_group(tmp_path, name, codec, options):
+    """As lossless cutting leaves it: the first key frame is followed by frames shown before it, which don't decode."""
+    whole = write(tmp_path / f"whole-{name}", codec=codec, options=options, count=60)
+    with av.open(str(whole)) as old, av.open(str(tmp_path / name), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(video=0) if packet.size]
+        second = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[second:]:
+            packet.stream = stream
+            new.mux(packet)
+    assert len(decode_all(tmp_path / name)[0]) < len(packets) - second
+    same_as_decoded(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pairs.ts", "pairs.mkv", "apart.ts", "apart.mkv", "apart.mp4"])
+def test_frames_of_two_fields_are_counted_once(tmp_path, name):
+    """Interlaced H.264 of cameras and broadcasts: a field is a picture, and demuxers give it by itself."""
+    path = write_fields(tmp_path / name, together=name.startswith("pairs"))
+    assert len(decode_all(path)[0]) == 30
+    same_as_decoded(path)
+    clip = read_clip(path, start=0.4, end=0.8, num_frames=2)
+    np.testing.assert_allclose(clip.timestamps, [0.4, 0.6])
+    np.testing.assert_array_equal(clip.frames, decode_all(path)[0][[10, 15]])
+
+
+def test_a_damaged_header_tells_of_no_fields():
+    told = "01001101" + "0" * 16 + "1" + "1" + "010" + "0" + "11"
+    told += "0" * 200 + "1" * 200  # a cycle of more pictures than could be walked over
+    header = b"\0\0\1\x67" + int(told, 2).to_bytes(len(told) // 8, "big")
+    for extradata in (header, b"\0\0\1\x67", b"\1" * 9, b"", None):
+        assert not FieldPairs("h264", extradata).is_second(av.Packet(b"\0\0\1\x21\x88"))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_frames_of_one_packet_are_no_fields(tmp_path, interlaced):
+    """Also where rows of two fields are coded as one picture, and where the header tells of colour and scaling."""
+    options = {"flags": "+ilme+ildct"} if interlaced else {}
+    for number, extra in enumerate(({}, {"x264-params": "cqm=jvt"})):
+        same_as_decoded(write(tmp_path / f"{number}.mp4", options={**options, **extra}))
+
+
+@pytest.mark.parametrize("rate", [10, 12], ids=["the same times", "times between"])
+def test_recordings_that_were_joined_byte_by_byte_are_an_error(tmp_path, rate):
+    one, other = write(tmp_path / "a.ts", count=40), write(tmp_path / "b.ts", count=40, rate=rate)
+    whole = bytearray(one.read_bytes() + other.read_bytes())
+    seen = collections.Counter()
+    for at in range(0, len(whole), 188):  # packets go on counting, as a recorder writes them
+        pid = bytes([whole[at + 1] & 31, whole[at + 2]])
+        whole[at + 3] = whole[at + 3] & 0xF0 | (seen[pid] - 1 + bool(whole[at + 3] & 16)) & 15
+        seen[pid] += bool(whole[at + 3] & 16)
+    one.write_bytes(whole)
+    with pytest.raises(VideoError, match="times that leap back"):
+        read_clip(one)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])

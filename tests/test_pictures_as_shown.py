@@ -12,6 +12,7 @@ from tiny_qwen import moving_square, write_video
 
 from sta_adapter.data import BadSample, VideoDataset
 from sta_adapter.errors import BackendError, DataError, VideoError
+from sta_adapter.live.source import LiveSource
 from sta_adapter.video import read_clip, read_folder
 from sta_adapter.video.image import MOST_PIXELS, natural_order, read_image
 
@@ -90,6 +91,8 @@ def test_frames_that_are_transparent_lie_on_white(tmp_path, name):
     frames = a_square_that_goes(tmp_path / name)
     clip = read_clip(tmp_path / name)
     np.testing.assert_array_equal(clip.frames, np.stack([255 - frame[..., 3:].repeat(3, -1) for frame in frames]))
+    watched = LiveSource(str(tmp_path / name), fps=1000, fast=True).frames()
+    np.testing.assert_array_equal([frame.pixels for frame in watched], clip.frames)
     assert clip.metadata.backend == "pyav"
     pytest.importorskip("decord")
     with pytest.raises(BackendError, match=r"would not be put on white|its codec"):

@@ -84,6 +84,18 @@ def test_a_model_is_asked_for_its_rule():
 
 
 @needs_seams
+def test_a_class_of_ones_own_follows_the_family_it_comes_from():
+    from transformers import Qwen2VLModel
+
+    class ColQwen2(Qwen2VLModel):
+        """As others name theirs."""
+
+    model = ColQwen2(make_qwen2_vl().config)
+    inject_sta(use_positions(model))
+    assert rule_in_use(model) == "original"
+
+
+@needs_seams
 def test_rules_are_switched_and_switched_back():
     model = make_qwen2_vl()
     for name in RULES:

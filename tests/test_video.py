@@ -14,6 +14,7 @@ from make_videos import cut, decode_all, pictures, write, write_sound
 
 import sta_adapter
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, STAError, VideoError
+from sta_adapter.live.source import LiveSource
 from sta_adapter.video import Sampling, choose_frames, decoders, read_clip, write_clip
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.frame_table import read_frame_table
@@ -99,6 +100,15 @@ def test_pyav_returns_every_frame_upright(video, name):
     np.testing.assert_array_equal(clip.frames, upright(name, stored))
     assert clip.frames.dtype == np.uint8
     assert clip.frames.shape[1:3] == (clip.metadata.height, clip.metadata.width)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_watching_a_file_gives_the_same_frames(video, name):
+    found = list(LiveSource(str(video(name)), fps=1000, fast=True).frames())
+    clip = read_clip(video(name), num_frames=1000)
+    np.testing.assert_array_equal([frame.pixels for frame in found], clip.frames)
+    if read_frame_table(video(name)).seekable or name.startswith("raw"):  # else its timestamps are made up
+        np.testing.assert_allclose([frame.seconds for frame in found], clip.timestamps, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -19,6 +19,7 @@ from qwen2_vl_prompts import (
     is_transformers_5,
     needs_seams,
     rows_of_prompts,
+    tokens_of,
 )
 from safetensors.torch import load_file
 
@@ -199,6 +200,26 @@ def test_a_cache_that_another_model_filled_is_an_error_and_no_number(model):
     model.model.rope_deltas = None
     with pytest.raises(LayoutError, match="the cache holds 7 tokens of which this model has not seen the positions"):
         model.model(input_ids=torch.tensor([[5]]), **{cache_name(model): cache})
+
+
+def test_a_clip_behind_a_cached_prompt_stands_where_it_would_in_one(model):
+    apply_videorope(model, 1.5)
+    turns, more = ([(3,), (3, 2, 3), (4,)], [(2,), (1, 2, 2), (1,)]), [(2,), (2, 2, 2), (3,)]
+    whole, new, name = batch_of(*([*turn, *more] for turn in turns)), len(tokens_of(more)), cache_name(model)
+    grid, clips = whole["video_grid_thw"], whole["pixel_values_videos"].split(whole["video_grid_thw"].prod(-1).tolist())
+
+    def part(which, columns):  # of each row its first clip or its second
+        tokens = {key: whole[key][:, columns] for key in ("input_ids", "mm_token_type_ids") if key in whole}
+        return tokens | {"video_grid_thw": grid[which::2], "pixel_values_videos": torch.cat(clips[which::2])}
+
+    longer = grown(whole, torch.tensor([[5], [6]]))
+    mask = longer["attention_mask"]
+    with torch.no_grad():
+        expected = model(**longer).logits[:, -new - 1 :]
+        first = model(**part(0, slice(-new)), attention_mask=mask[:, : -new - 1], use_cache=True)
+        second = model(**part(1, slice(-new, None)), attention_mask=mask[:, :-1], use_cache=True, **{name: first[name]})
+        third = model(input_ids=longer["input_ids"][:, -1:], attention_mask=mask, **{name: second[name]})
+    assert_near(torch.cat([second.logits, third.logits], dim=1), expected)
 
 
 @batches

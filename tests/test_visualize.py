@@ -21,6 +21,8 @@ from sta_adapter.data.visual_processing import temporal_patch
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import render
 from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
+from sta_adapter.internvideo.v2_images import InternVideo2ImageProcessor
 from sta_adapter.loading import load_model
 from sta_adapter.video import read_clip, write_clip
 from sta_adapter.visualization import Observation, observe
@@ -176,6 +178,12 @@ def test_what_cant_be_laid_on_the_picture_is_left_out(viewer, clip, reason):
     assert "Where in the picture" not in text
     assert expected in text
     assert "Which frame looks at which" in text
+
+
+def test_internvideo2_chat_sees_a_part_of_the_picture():
+    for tiles in (None, (2, 1)):  # the middle, or each half
+        assert crops(SimpleNamespace(image_processor=InternVideo2ImageProcessor(tiles=tiles)))
+    assert not crops(SimpleNamespace(image_processor=InternVideo2_5ImageProcessor()))
 
 
 def test_the_published_token_order_is_explained():

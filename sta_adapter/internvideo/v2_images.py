@@ -26,6 +26,7 @@ class InternVideo2ImageProcessor:
     """
 
     model_input_names = ("pixel_values_videos", "pixel_values")
+    do_center_crop = True  # as transformers calls it: clips lack the sides of the picture, or are parts of it
 
     def __init__(self, image_size: int = 224, tiles: tuple[int, int] | None = None) -> None:
         self.image_size = image_size

@@ -11,14 +11,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, VideoError
-from sta_adapter.video import VideoNotFoundError
+from sta_adapter.video.frame_table import VideoNotFoundError, video_stream
+from sta_adapter.video.packet_scan import frame_rate
+from sta_adapter.video.picture import Pixels, display_matrix, rgb, upright
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 __all__ = ["LiveFrame", "LiveSource", "masked"]
 
@@ -31,7 +33,7 @@ class LiveFrame(NamedTuple):
     """One frame: seconds since the first, and its pixels (H, W, 3) uint8, upright."""
 
     seconds: float
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
 
 
 class LiveSource:
@@ -82,13 +84,11 @@ class LiveSource:
         """
         import av
 
-        due, clock = 0.0, _Clock(self)
+        due, clock, converter = 0.0, _Clock(self), av.video.reformatter.VideoReformatter()
         container = self._open(av)
         with container:
-            if not container.streams.video:
-                raise VideoError(f"{_shown(self.name)} has no video in it.")
-            rate = container.streams.video[0].average_rate or 25  # as `read_clip` has it
-            for index, frame in enumerate(self._decoded(av, container)):
+            stream = _pictures(container)
+            for index, frame in enumerate(self._decoded(av, container, stream)):
                 if stopped():
                     return
                 self.heard = time.monotonic()
@@ -96,14 +96,15 @@ class LiveSource:
                 if told is None and not (
                     self.is_camera or self.is_remote
                 ):  # a bare stream of H.264, as some cameras write
-                    told = float(index / rate)
+                    told = float(index / frame_rate(stream))
                 seconds = clock.seconds(told)
                 if seconds < due - 1e-6:
                     continue
                 due = max(due + 1 / self.fps, seconds)
                 if not self.fast:
                     clock.wait_for(seconds, stopped)
-                yield LiveFrame(seconds, _upright(frame))
+                pixels = upright(rgb(frame, converter), display_matrix(frame))
+                yield LiveFrame(seconds, np.ascontiguousarray(pixels))
 
     def _open(self, av: ModuleType) -> InputContainer:
         options = {} if self.is_camera else {"protocol_whitelist": "file"}
@@ -127,8 +128,7 @@ class LiveSource:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{_shown(self.name)} can't be opened as a video: {error}.") from error
 
-    def _decoded(self, av: ModuleType, container: InputContainer) -> Iterator[VideoFrame]:
-        stream = container.streams.video[0]
+    def _decoded(self, av: ModuleType, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
         stream.thread_type = "AUTO" if self.fast else "SLICE"  # threads by frame give frames late
         broke = ""
         try:
@@ -178,10 +178,12 @@ class _Clock:
             time.sleep(min(left, 0.1))
 
 
-def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+def _pictures(container: InputContainer) -> VideoStream:
+    """The stream that `read_clip` reads as well; an error does not tell a password."""
+    try:
+        return video_stream(container)
+    except VideoError as error:
+        raise VideoError(masked(str(error))) from None
 
 
 def masked(name: str) -> str:

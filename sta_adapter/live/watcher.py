@@ -65,7 +65,7 @@ class Watcher:
         self.handle = handle
         self.settings = settings
         self.frames = frames
-        window = settings.window or handle.config.window or 64
+        window = (handle.config.window or 64) if settings.window is None else settings.window
         self.stream = handle.stream(window=window, name="watch")
         self.memory = FrameMemory(settings.budget)
         self.step = temporal_patch(processor)

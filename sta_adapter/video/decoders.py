@@ -13,20 +13,17 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
-from sta_adapter.video.decoder_parity import has_alpha
-from sta_adapter.video.frame_table import UNTURNED, FrameTable, import_av, open_video, probing, video_stream
-from sta_adapter.video.image import on_white
+from sta_adapter.video.frame_table import FrameTable, import_av, open_video, probing, video_stream
+from sta_adapter.video.picture import UNTURNED, Pixels, rgb, upright
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
-    from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
 
 __all__ = ["Resize", "check_backend", "check_threads", "decode"]
 
-Pixels = NDArray[np.uint8]
 Resize = Callable[[Pixels], Pixels]
 
 
@@ -46,7 +43,7 @@ def decode_pyav(table: FrameTable, indices: NDArray[np.int64], threads: int) -> 
         try:
             for index, frame in way(table, sorted(open_slots), threads):
                 if not frame.is_corrupt:
-                    picture = table.upright(_rgb(frame, converter))
+                    picture = upright(rgb(frame, converter), table.matrix)
                     _check_size(picture, table)
                     frames[open_slots.pop(index)] = picture
         except av.FFmpegError as error:
@@ -57,17 +54,6 @@ def decode_pyav(table: FrameTable, indices: NDArray[np.int64], threads: int) -> 
         f"{len(indices) - len(open_slots)} of the {len(indices)} frames asked for decode, {failure}; "
         f"the first that doesn't begins at {table.times[min(open_slots)]:g} s"
     )
-
-
-def _rgb(frame: "VideoFrame", converter: "VideoReformatter") -> Pixels:
-    """A frame's pixels, on white where it is transparent, as pictures are."""
-    alpha = has_alpha(frame)
-    picture = np.asarray(converter.reformat(frame, format="rgba" if alpha else "rgb24").to_ndarray(), np.uint8)
-    if not alpha:
-        return picture
-    from PIL import Image
-
-    return np.asarray(on_white(Image.fromarray(picture)))
 
 
 def _check_size(picture: Pixels, table: FrameTable) -> None:

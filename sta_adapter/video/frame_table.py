@@ -18,18 +18,23 @@ from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
 from sta_adapter.video.keyframes import PacketRow, keys_are_fresh
-from sta_adapter.video.packet_scan import frames_in_order, scan_packets, without_gaps
+from sta_adapter.video.packet_scan import (
+    frame_rate,
+    frames_in_order,
+    leap_back,
+    scan_packets,
+    that_decode,
+    without_gaps,
+)
+from sta_adapter.video.picture import Matrix, display_matrix, is_transposed
 from sta_adapter.video.truncation import cut_off
 
 if TYPE_CHECKING:
     from av.container import InputContainer
-    from av.sidedata.sidedata import SideData
-    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 __all__ = [
     "FrameTable",
-    "UNTURNED",
     "VideoNotFoundError",
     "import_av",
     "open_video",
@@ -38,9 +43,6 @@ __all__ = [
     "video_stream",
 ]
 
-
-UNTURNED = (1 << 16, 0, 0, 1 << 16)
-"""The display matrix of pictures shown as they are stored, in FFmpeg's 16.16 fixed point."""
 
 POINTERS = frozenset({"hls", "concat", "concatf", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "lavfi"})
 ATTACHED = 0x400  # FFmpeg's mark of a cover picture
@@ -71,17 +73,11 @@ class FrameTable:
     duration: float
     width: int
     height: int
-    matrix: tuple[int, int, int, int]
+    matrix: Matrix
     seekable: bool
     complete: bool
     fresh_keys: bool
     unlike: str
-
-    @property
-    def transposed(self) -> bool:
-        """Whether rows become columns on the way upright."""
-        a, _, c, _ = self.matrix
-        return abs(c) > abs(a)
 
     @property
     def mirrored(self) -> bool:
@@ -94,14 +90,6 @@ class FrameTable:
         """Degrees (0, 90, 180, 270) counter-clockwise that stored pictures are turned by."""
         _, b, _, d = self.matrix
         return round(-math.degrees(math.atan2(b, d)) / 90) * 90 % 360
-
-    def upright(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Turn (and mirror, if the file says so) a stored picture (h, w, 3) into the one shown (height, width, 3)."""
-        a, b, c, d = self.matrix
-        if self.transposed:
-            found: NDArray[np.uint8] = picture.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1]
-            return found
-        return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def import_av() -> ModuleType:
@@ -184,19 +172,6 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
-    try:
-        data = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
-    except ValueError as error:  # PyAV gives up at side data that it doesn't know, such as a camera's EXIF
-        if frame.rotation:
-            raise VideoError("its pictures are to be turned in a way that PyAV doesn't tell; convert it.") from error
-        return UNTURNED
-    if data is None:
-        return UNTURNED
-    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
-    return (a, b, c, d)
-
-
 def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     """List the frames of a video file without decoding them (but for the first, which tells size and rotation)."""
     path = _checked_path(path)
@@ -221,15 +196,20 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
     _check_is_video(container, path, len(scan.rows))
     announced = (stream.duration or 0) if "mxf" in formats else 0  # its header counts frames in this way
     complete = scan.complete and len(scan.rows) >= announced and not cut_off(path, formats)
-    rows = scan.rows if complete else without_gaps(scan.rows)
+    rows = that_decode(scan.rows if complete else without_gaps(scan.rows), scan.begin)
     first = scan.first
     if first is None or not rows:
         raise VideoError(f"{path} has no frame that decodes ({len(rows)} listed); the file is cut off or damaged.")
+    if leap_back(rows, round(1 / (stream.time_base or 1))):
+        raise VideoError(
+            f"{path} has times that leap back on the way, as where several recordings were joined into one file, so that the "
+            "order of its frames can't be known. Write it again, as `ffmpeg -i OLD -c copy NEW.mkv` does."
+        )
     pts, keys, seekable = frames_in_order(stream, rows, formats)
     base = Fraction(stream.time_base or 1)
     times = (pts - pts[0]) * float(base.numerator) / base.denominator  # rounded once: 1.25 s are 1.25
-    matrix = _display_matrix(first)
-    turned = abs(matrix[2]) > abs(matrix[0])
+    matrix = display_matrix(first)
+    turned = is_transposed(matrix)
     return FrameTable(
         path=path,
         pts=pts,
@@ -251,7 +231,7 @@ def _duration(
 ) -> float:
     """Seconds up to the end of the last frame; where that isn't known, a frame lasts as long as most do."""
     last = int(pts[-1]) - int(pts[0]) + next((row.duration for row in rows if row.pts == pts[-1]), 0)
-    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate or 25)
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(frame_rate(stream))
     end = float(last * Fraction(stream.time_base or 1))
     duration = end if end > times[-1] else float(times[-1]) + gap
     if not 0 < duration < math.inf or (np.diff(times) < 0).any():

@@ -1,11 +1,14 @@
 """One walk over the packets of a video stream: which frames there are, when they are shown, and whether all are there."""
 
+import itertools
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.video.budget import DECODER_LIMIT
+from sta_adapter.video.fields import FieldPairs
 from sta_adapter.video.keyframes import PacketRow, begins_afresh
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = ["PacketScan", "frames_in_order", "scan_packets", "without_gaps"]
+__all__ = ["PacketScan", "frame_rate", "frames_in_order", "leap_back", "scan_packets", "that_decode", "without_gaps"]
 
 MADE_UP = frozenset({"avi", "asf", "mxf"})
 """Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
@@ -26,26 +29,31 @@ class PacketScan(NamedTuple):
     rows: list[PacketRow]  # the packets of frames that are shown, in the order of the file
     complete: bool  # whether no packet is damaged, and there are as many as the container announces
     first: "VideoFrame | None"  # the first frame that decodes
+    begin: int | None = None  # its timestamp, if no frame that is shown before it decodes
 
 
 def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketScan:
     """Walk over all packets up to the first damaged one, and decode the first frame."""
     rows: list[PacketRow] = []
     first: VideoFrame | None = None
+    begin: int | None = None
     listed = 0
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
+    fields = FieldPairs(codec, extradata)
     unseen = {"threads": "1", "skip_loop_filter": "all"}  # nobody looks at the first frame
     stream.codec_context.options = {**unseen, **DECODER_LIMIT}
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            return PacketScan(rows, False, first or next(iter(stream.decode(None)), None))
+            return PacketScan(rows, False, first or next(iter(stream.decode(None)), None), begin)
         is_shown = packet.size > 0 and not packet.is_discard  # discarded packets lie before an edit list's beginning
         fresh = begins_afresh(codec, extradata, packet) if is_shown and packet.is_keyframe else None
-        first = first or _first_frame(stream, packet, alone=bool(fresh))
+        alone = bool(fresh) and not fields.possible  # a field by itself makes no frame
+        if first is None and (first := _first_frame(stream, packet, alone)) is not None:
+            begin = None if alone else first.pts  # that of one decoded alone may be after those of the next
         listed += packet.size > 0 or packet.dts is not None  # not what PyAV ends with; an empty packet repeats a frame
-        if is_shown:
+        if is_shown and not fields.is_second(packet):
             rows.append(PacketRow(packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0, fresh))
-    return PacketScan(rows, listed >= _announced(container, stream), first)
+    return PacketScan(rows, listed >= _announced(container, stream), first, begin)
 
 
 def _announced(container: "InputContainer", stream: "VideoStream") -> int:
@@ -71,6 +79,20 @@ def without_gaps(rows: list[PacketRow]) -> list[PacketRow]:
     return [row for row in rows if last is None or row.pts is None or row.pts <= last]
 
 
+def that_decode(rows: list[PacketRow], begin: int | None) -> list[PacketRow]:
+    """The rows from `begin` on: those shown before it refer to what is not in the file.
+
+    So begins a recording that was started, or a film that was cut, in the midst of a group of pictures.
+    """
+    return [row for row in rows if begin is None or row.pts is None or row.pts >= begin]
+
+
+def leap_back(rows: list[PacketRow], second: int) -> bool:
+    """Whether timestamps begin anew somewhere, as where several recordings were joined; a second is so many ticks."""
+    known = [row.dts for row in rows if row.dts is not None]
+    return any(later < earlier - second for earlier, later in itertools.pairwise(known))
+
+
 def frames_in_order(
     stream: "VideoStream", rows: list[PacketRow], formats: set[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], bool]:
@@ -85,11 +107,15 @@ def frames_in_order(
     return np.sort(_stamps_in_file_order(stream, rows)), keys, False
 
 
+def frame_rate(stream: "VideoStream") -> Fraction:
+    """Frames a second of a stream without timestamps: as its pictures say, whatever FFmpeg takes for the average."""
+    return Fraction(stream.guessed_rate or stream.average_rate or 25)
+
+
 def _stamps_in_file_order(stream: "VideoStream", rows: list[PacketRow]) -> NDArray[np.int64]:
     """Decoding timestamps; of a raw stream, which has none, the rate's."""
     dts = [row.dts for row in rows]
     if None not in dts:
         return np.array(dts, np.int64)
-    rate = stream.average_rate or stream.guessed_rate or 25
-    ticks = 1 / (rate * (stream.time_base or 1))
+    ticks = 1 / (frame_rate(stream) * (stream.time_base or 1))
     return np.array([round(number * ticks) for number in range(len(rows))], np.int64)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sta_adapter.visualization.figures import shades
 from sta_adapter.visualization.observation import Observation
-from sta_adapter.visualization.patch_attention import BUDGET, EVEN, HIDDEN, encode, may_see, scale_of
+from sta_adapter.visualization.patch_attention import BUDGET, HIDDEN, decode, encode, may_see, scale_of
 
 __all__ = ["SCRIPT", "explorer_data", "script_hash"]
 
@@ -115,8 +115,7 @@ def explorer_data(
 def _sampled(codes: np.ndarray) -> np.ndarray:
     """Multiples of even spread of at most two million codes."""
     flat = codes.reshape(-1)[:: max(1, codes.size >> 20)]
-    flat = flat[flat != HIDDEN].astype(np.float32)
-    return np.power(np.float32(max(2, codes.shape[-1])), (flat - EVEN) / EVEN)
+    return decode(flat[flat != HIDDEN], codes.shape[-1])
 
 
 def _text(codes: np.ndarray) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "HIDDEN",
     "Pooling",
     "choose_pooling",
+    "decode",
     "encode",
     "may_see",
     "pool",
@@ -96,6 +97,18 @@ def encode(weights: Tensor | np.ndarray, sees: np.ndarray) -> np.ndarray:
     codes = EVEN * (1 + relative.clamp_min(1e-12).log() / math.log(frames))
     codes = codes.round().clamp(0, HIDDEN - 1).to(torch.uint8)
     return torch.where(allowed, codes, HIDDEN).to(torch.uint8).cpu().numpy()
+
+
+def decode(codes: np.ndarray, frames: int | None = None) -> np.ndarray:
+    """The inverse of `encode`: multiples of even spread, float32, NaN where a frame may not look.
+
+    Args:
+        codes: (..., T, T) uint8, or any of them with `frames` given.
+        frames: T, where the last axis is not that long.
+    """
+    base = max(2, codes.shape[-1] if frames is None else frames)
+    relative = np.power(np.float32(base), (codes.astype(np.float32) - EVEN) / EVEN)
+    return np.where(codes == HIDDEN, np.float32("nan"), relative)
 
 
 def scale_of(relative: np.ndarray) -> float:
