@@ -1,5 +1,7 @@
 """The parts of examples/real_encoder, on a tiny random encoder and drawn pictures."""
 
+import dataclasses
+import functools
 import importlib
 import json
 import sys
@@ -38,13 +40,50 @@ def work(parts, tmp_path_factory):
     return folder
 
 
-def test_states_of_a_pair_are_each_other_in_opposite_order(parts):
-    clips = parts["clips"]
-    for one, other in clips.PAIRS:
+@pytest.mark.parametrize("circling", [False, True])
+def test_states_of_a_pair_are_each_other_in_opposite_order(parts, circling):
+    course = functools.partial(parts["clips"].course, circling=circling)
+    for one, other in parts["clips"].PAIRS:
         for seed in range(5):
-            forwards, back = (clips.course(label, np.random.default_rng(seed)) for label in (one, other))
+            forwards, back = (course(label, np.random.default_rng(seed)) for label in (one, other))
             assert forwards == back[::-1]
             assert forwards != back
+
+
+@pytest.mark.parametrize(("label", "sense"), [("clockwise", 1), ("counterclockwise", -1)])
+def test_what_circles_goes_round_one_point_upright_and_the_way_it_is_called(parts, label, sense):
+    course = parts["clips"].course
+    for seed in range(5):
+        circle, turn = (course(label, np.random.default_rng(seed), circling=kind) for kind in (True, False))
+        places = np.array([[state.x, state.y] for state in circle])
+        around = places - [turn[0].x, turn[0].y]
+        distances = np.hypot(*around.T)
+        assert distances == pytest.approx(distances[0])
+        assert 0.15 <= distances[0] <= 0.275
+        steps = np.diff(np.unwrap(np.arctan2(around[:, 1], around[:, 0])))  # y grows downwards: clockwise is positive
+        assert steps == pytest.approx(steps[0])
+        assert np.radians(137) <= 7 * sense * steps[0] <= np.radians(314)
+        assert len({state.angle for state in circle}) == 1
+        assert len({(state.x, state.y) for state in turn}) == 1
+        assert len({state.angle for state in turn}) == len(turn)
+
+
+def test_other_movements_are_the_same_beside_circles(parts):
+    clips = parts["clips"]
+    for label in clips.LABELS:
+        kinds = [clips.course(label, np.random.default_rng(3), circling=kind) for kind in (True, False)]
+        assert (kinds[0] == kinds[1]) == ("clockwise" not in label)
+
+
+def test_clips_are_made_with_circles_where_they_are_asked_for(parts, work, tmp_path):
+    prepared = parts["prepare"]
+    settings = dataclasses.replace(prepared.QUICK, train=4, val=8, test=4, circling=True)
+    prepared.prepare(tmp_path, settings, work / "objects", work / "photographs")
+    made = prepared.Data(tmp_path, "val", settings.first).clips
+    circled = [clip for clip in made if clip["label"].endswith("clockwise")]
+    assert circled
+    assert all(len({state["x"] for state in clip["states"]}) == len(clip["states"]) for clip in circled)
+    assert all(len({state["angle"] for state in clip["states"]}) == 1 for clip in made)
 
 
 def test_no_object_and_no_photograph_of_the_test_is_in_training(work):
@@ -168,6 +207,10 @@ def test_what_the_reader_reads_is_counted_word_by_word(parts, work, monkeypatch)
     assert found["there"] == pytest.approx(len(seen) / len(frames), abs=1e-3)
     assert found["angle"] == pytest.approx(sum(turned) / len(turned), abs=1e-3)
     assert found["column"] == pytest.approx(sum(state["x"] < 0.1 for _, state in seen) / len(seen), abs=1e-3)
+    for clip in data.clips:
+        for state in clip["states"]:
+            state["angle"] = 5.0
+    assert "angle" not in measuring.read(watcher, data)  # nothing turns
 
 
 def test_the_question_sees_every_frame_and_where_it_stands(parts):
@@ -279,8 +322,17 @@ def test_the_goal_is_judged_by_seed(parts):
 def test_a_run_s_result_goes_where_it_is_told(parts, monkeypatch, tmp_path, capsys):
     """A run on other pictures has the same name, and one whose file is there is not run again."""
     train = parts["train"]
-    monkeypatch.setattr(train, "run", lambda work, settings, what, results: results / f"{what.name}.json")
+    asked = []
+
+    def run(work, settings, what, results):
+        asked.append(settings.circling)
+        return results / f"{what.name}.json"
+
+    monkeypatch.setattr(train, "run", run)
     monkeypatch.setattr(train.torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--results", str(tmp_path), "run", "sta", "--order", "causal"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--results", str(tmp_path), "--circling", "run", "sta", "--order", "causal"]
+    )
     train.main()
+    assert asked == [True]
     assert capsys.readouterr().out.startswith(str(tmp_path / "sta-seed0"))

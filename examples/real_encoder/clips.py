@@ -60,23 +60,31 @@ class State:
     visible: bool
 
 
-def course(label: str, rng: np.random.Generator) -> list[State]:
-    """The states of a clip; the same seed with the opposite label gives them in opposite order."""
+def course(label: str, rng: np.random.Generator, *, circling: bool = False) -> list[State]:
+    """The states of a clip; the same seed with the opposite label gives them in opposite order.
+
+    Args:
+        label: the movement.
+        rng: what the states are drawn from.
+        circling: whether what moves (counter)clockwise goes round in a circle, upright, instead of turning where it is.
+    """
     pair = next(pair for pair in PAIRS if label in pair)
     x, y = rng.uniform(0.35, 0.65, 2)
     size, travel = rng.uniform(0.36, 0.56), rng.uniform(0.3, 0.55)
     angle, turn = rng.uniform(-8, 8), rng.uniform(14, 32)
-    if pair[0] == "clockwise":
+    circles, turns = pair[0] == "clockwise" and circling, pair[0] == "clockwise" and not circling
+    if turns:
         size *= 1.5  # or it covers three patches, and what turns within a patch is hardly in its token
     start, first = rng.uniform(0, 360), int(rng.integers(2, FRAMES - 1))
+    radius, step = travel / 2 if circles else 0.0, np.radians(1.4 * turn)  # 137 to 314 degrees in a clip
     states = []
     for i, t in enumerate(np.linspace(-0.5, 0.5, FRAMES)):
         states.append(
             State(
-                x=x + travel * t * (pair[0] == "right"),
-                y=y - travel * t * (pair[0] == "up"),
+                x=x + travel * t * (pair[0] == "right") + radius * np.cos(np.radians(start) + step * i),
+                y=y - travel * t * (pair[0] == "up") + radius * np.sin(np.radians(start) + step * i),
                 size=size * 1.6 ** (2 * t) if pair[0] == "closer" else size,
-                angle=start - turn * i if pair[0] == "clockwise" else angle,
+                angle=start - turn * i if turns else angle,
                 visible=i >= first or pair[0] != "appears",
             )
         )
@@ -102,7 +110,9 @@ def draw(states: list[State], thing: Image.Image, photograph: Image.Image, rng: 
     return np.stack(frames)
 
 
-def write_split(folder: Path, split: str, count: int, objects: list[Path], photographs: list[Path]) -> Path:
+def write_split(
+    folder: Path, split: str, count: int, objects: list[Path], photographs: list[Path], *, circling: bool = False
+) -> Path:
     """Write a split's clips and `SPLIT.jsonl`, a line a clip; labels take turns. What is complete stays.
 
     Args:
@@ -111,6 +121,7 @@ def write_split(folder: Path, split: str, count: int, objects: list[Path], photo
         count: of clips.
         objects: files of the split's objects.
         photographs: files of the split's photographs.
+        circling: as in `course`.
     """
     file, made = folder / f"{split}.jsonl", {}
     if file.exists():
@@ -123,7 +134,7 @@ def write_split(folder: Path, split: str, count: int, objects: list[Path], photo
         for path in paths:
             if path not in made:
                 made[path] = open_object(path) if path is paths[0] else open_photograph(path)
-        states = course(label, rng)
+        states = course(label, rng, circling=circling)
         frames = draw(states, made[paths[0]], made[paths[1]], rng)
         name = f"{split}/{index:05d}.mp4"
         write_clip(folder / name, frames, FPS)

@@ -21,7 +21,7 @@ from drawn import draw_objects, draw_photographs
 from encoder import load_encoder
 from PIL import Image
 from prepare import QUICK, Settings, prepare
-from table import figure, main_table
+from table import SHORT, figure, main_table
 from train import Run, run
 
 from sta_adapter import load_sta
@@ -30,6 +30,7 @@ from sta_adapter.visualization.observation import observe
 
 SMALL = Settings(train=1200, val=100, test=200)
 SHOWN, ORDER = ("reader", "lora", "sta"), "causal"
+SETTINGS = ("order", "lr", "reader's lr", "steps", "data")  # columns of the table that the page leaves out
 STYLE = """:root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 img { max-width: 100%; image-rendering: pixelated; } table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -80,9 +81,10 @@ def write_page(out: Path, settings: Settings, runs: list[dict[str, Any]], adapte
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The table in HTML."""
-    rows = [line.strip("| ").split(" | ") for line in main_table(runs).splitlines()]
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in (rows[0], *rows[2:]))
+    """The table in HTML, without the settings."""
+    heads, _, *rows = [line[2:-2].split(" | ") for line in main_table(runs).splitlines()]
+    shown = [column for column, head in enumerate(heads) if head not in SETTINGS]
+    body = "".join("<tr>" + "".join(f"<td>{row[i]}</td>" for i in shown) + "</tr>" for row in (heads, *rows))
     return f"<table>{body}</table>"
 
 
@@ -102,7 +104,8 @@ def heated(frames: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def said(run: dict[str, Any], index: int, label: str) -> str:
     """An arm's answer to a test clip, marked right or wrong."""
     word = run["ordered"]["said"][index]
-    return f'{run["run"]["arm"]}: <span class="{"right" if word == label else "wrong"}">{html.escape(word)}</span>'
+    mark = "right" if word == label else "wrong"
+    return f'{SHORT[run["run"]["arm"]]}: <span class="{mark}">{html.escape(word)}</span>'
 
 
 if __name__ == "__main__":

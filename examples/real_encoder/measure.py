@@ -62,7 +62,7 @@ def read(watcher: Watcher, data: Data) -> dict[str, float]:
 
     Args:
         watcher: with nothing in the encoder.
-        data: a split; the first, a middle and the last frame of each clip are asked, and the angle of objects that turn.
+        data: a split; the first, a middle and the last frame of each clip are asked, and the angle where an object turns.
     """
     right, total = Counter[str](), Counter[str]()
     for clip, tokens in zip(data.clips, data.tokens, strict=True):
@@ -72,7 +72,7 @@ def read(watcher: Watcher, data: Data) -> dict[str, float]:
             features = watcher.features(tokens[which])
             said = watcher.reader(features, DESCRIBE, answer, which).argmax(-1)
         for index, part in enumerate(("there", "column", "row", "size", "angle")):
-            if part == "angle" and clip["label"] not in ("clockwise", "counterclockwise"):
+            if part == "angle" and len({state["angle"] for state in clip["states"]}) == 1:
                 continue
             asked = answer[:, index] != IGNORED
             right[part] += int((said[:, index] == answer[:, index])[asked].sum())

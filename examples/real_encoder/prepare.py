@@ -24,6 +24,7 @@ class Settings:
         train: clips trained on.
         val: clips on which learning rates are chosen.
         test: clips of the table, with objects and photographs of their own.
+        circling: whether what moves (counter)clockwise goes round in a circle instead of turning where it is.
         batch: clips a step.
         reader_steps: of describing single frames, in steps of `reader_batch` frames at `reader_rate`.
         word_steps: then of also naming the movement, as far as single frames tell it, at half that rate.
@@ -36,6 +37,7 @@ class Settings:
     train: int = 2000
     val: int = 200
     test: int = 600
+    circling: bool = False
     batch: int = 16
     reader_steps: int = 1000
     word_steps: int = 200
@@ -76,6 +78,6 @@ def prepare(work: Path, settings: Settings, objects: Path | None = None, photogr
     part = below(encoder, whole)
     for split in ("val", "test", "train"):
         count = getattr(settings, split)
-        file = write_split(work / "clips", split, count, things[split], places[split])
+        file = write_split(work / "clips", split, count, things[split], places[split], circling=settings.circling)
         store(part, (settings.first, whole), file, work / "tokens", FRAMES)
         print(f"{split}: {count} clips", flush=True)

@@ -15,6 +15,7 @@ from sta_adapter.evaluation import wilson
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
 COLOURS = {"sta": "#3b8fd0", "lora": "#d9730d", "reader": "#8a8f98"}  # 3:1 against white and against dark pages
+SHORT = {"sta": "STA", "lora": "LoRA", "reader": "reader alone"}
 DASHES = {
     "learned": "none",
     "told": "11 3 2 3",
@@ -27,7 +28,10 @@ KNOWN = {
     "causal": "it has the causal mask alone",
     "none": "it knows no order",
 }
-LARGER = "larger"  # folder of results/: the same with Debian's pictures
+OTHERS = (
+    "larger",
+    "circling",
+)  # folders of results/: the same with Debian's pictures, and with circles in the place of turns
 EARLIER = ("even-attention", "two-blocks")  # set-ups before today's, folders of results/earlier
 WIDTH, HEIGHT, LEFT, TOP, CURVES = 760, 330, 58, 30, 400
 STYLE = """
@@ -251,8 +255,7 @@ def figure(runs: list[dict[str, Any]]) -> str:
                 parts.append(f'<path d="M{x:.1f} {height(low):.1f}V{height(high):.1f}" {stroke}/>')
                 y = height(run["ordered"]["accuracy"])
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[arm]}"/>')
-        name = {"sta": "STA", "lora": "LoRA", "reader": "reader alone"}[arm]
-        parts.append(f'<text x="{column:.1f}" y="{bottom + 18}" text-anchor="middle">{name}</text>')
+        parts.append(f'<text x="{column:.1f}" y="{bottom + 18}" text-anchor="middle">{SHORT[arm]}</text>')
         parts.append(f'<circle cx="{column:.1f}" cy="{bottom + 30}" r="5" fill="{COLOURS[arm]}"/>')
     if len(orders) > 1:
         for number, order in enumerate(orders):
@@ -277,8 +280,9 @@ def fill(page: str, name: str, text: str) -> str:
 def page(runs: list[dict[str, Any]], text: str) -> str:
     """docs/proof.md with today's tables."""
     parts = {"table": main_table(runs) + "\n\n" + made_with(runs), "goal": verdict(runs), "search": search_table(runs)}
-    larger = load(HERE / "results" / LARGER)
-    parts[LARGER] = "\n\n".join([verdict(larger), main_table(larger), made_of(larger), made_with(larger)])
+    for name in OTHERS:
+        others = load(HERE / "results" / name)
+        parts[name] = "\n\n".join([verdict(others), main_table(others), made_of(others), made_with(others)])
     for name in EARLIER:
         earlier = load(HERE / "results" / "earlier" / name)
         parts[name] = "\n\n".join([main_table(earlier), search_table(earlier), made_with(earlier)])
