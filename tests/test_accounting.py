@@ -438,3 +438,52 @@ def test_a_model_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="on the meta device: load them first"):
         load_sta(model, tmp_path)
     assert get_sta(model) is None
+
+
+def test_pefts_loader_takes_no_sta_of_other_blocks_than_the_models(tmp_path):
+    """Of tensors that have no place PEFT says nothing."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(gamma_init=0.5, init="normal"))
+    get_sta(randomize(get_peft_model(handle.model, handle.lora_config(r=2)))).save_pretrained(tmp_path)
+    for settings, differs in (
+        ({"gamma_init": 0.5, "layers": [0]}, r"unexpected blocks\.1\."),
+        ({}, r"blocks\.0\.gamma"),
+    ):
+        other = inject_sta(seeded(make_qwen2_vl), STAConfig(**settings)).model
+        with pytest.raises(CheckpointError, match=f"does not fit the model: .*{differs}"):
+            PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_pefts_loader_takes_no_lora_alone_onto_another_sta(tmp_path):
+    """Of an adapter whose LoRA weights have no copies of STA, as vLLM needs them."""
+    from sta_adapter.integrations.vllm.export import export_adapter
+
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path / "a")
+    export_adapter(tmp_path / "a", tmp_path / "b")
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    handle = inject_sta(seeded(make_qwen2_vl), get_sta(model).config)
+    with pytest.raises(CheckpointError, match="trained beside another STA than the model's, and PEFT loads them alone"):
+        PeftModel.from_pretrained(handle.model, tmp_path / "b")
+    for index, module in handle.blocks.items():
+        module.load_state_dict(get_sta(model).blocks[index].state_dict())
+    with refusing:
+        assert torch.equal(logits(PeftModel.from_pretrained(handle.model, tmp_path / "b")), logits(model))
+
+
+def test_a_second_adapter_by_pefts_own_loader(tmp_path):
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path / "a")
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True))
+    get_sta(get_peft_model(handle.model, handle.lora_config(r=2))).save_pretrained(tmp_path / "b")
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path / "a").model
+    with pytest.raises(CheckpointError, match=r"trained with other settings than the model's: .*causal True"):
+        loaded.load_adapter(tmp_path / "b", "second")
+    assert list(loaded.peft_config) == ["default"]
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    with refusing:
+        loaded.load_adapter(tmp_path / "a", "second")
+        loaded.set_adapter("second")
+        assert torch.equal(logits(loaded), logits(model))
+    lora = get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
+        lora.load_adapter(tmp_path / "a", "second")

@@ -128,13 +128,24 @@ def test_export(replaced, lora, beside):
     calls = replaced("sta_adapter.integrations.vllm.export.export_adapter", lora)
     said = run("export", "org/adapter", "out", "--adapter-revision", "a1")
     assert said == f"wrote out{beside}: sta-adapter serve --model BASE --adapter out\n"
-    assert calls == [(("org/adapter", "out"), {"revision": "a1"})]
+    assert calls == [(("org/adapter", "out"), {"revision": "a1", "overwrite": False})]
     for words in (["--revision", "v1"], ["--dtype", "bf16"]):
         with pytest.raises(ConfigError, match=f"^{words[0]} is of the base, and has no effect without --merge-lora"):
             run("export", "org/adapter", "out", *words)
     merges = replaced("sta_adapter.integrations.vllm.export.export_merged")
-    run("export", "org/adapter", "out", "--merge-lora", "org/base", "--adapter-revision", "a1", "--dtype", "bf16")
-    given = {"adapter_revision": "a1", "dtype": "bf16", "revision": None}
+    run(
+        "export",
+        "org/adapter",
+        "out",
+        "--merge-lora",
+        "org/base",
+        "--adapter-revision",
+        "a1",
+        "--dtype",
+        "bf16",
+        "--overwrite",
+    )
+    given = {"adapter_revision": "a1", "dtype": "bf16", "revision": None, "overwrite": True}
     assert merges == [(("org/adapter", "out", "org/base"), given)]
 
 
@@ -147,8 +158,10 @@ def test_serve(replaced, monkeypatch):
     assert run(*words, "--print", "--", "--port", "1") == "vllm serve\n"
     assert not checks
     monkeypatch.setattr("sta_adapter.cli.serve.os.path.exists", lambda path: True)
-    replaced("sta_adapter.cli.serve.subprocess.run", SimpleNamespace(returncode=0))
+    started = replaced("sta_adapter.cli.serve.os.execv")
     run(*words, "--own-frames", "--revision", "v1")
+    [((program, line), _)] = started
+    assert (Path(program).name, line[1:]) == ("vllm", ["serve"])
     assert checks == [(("sta_adapter",), {})]
     known = {"revision": "a1", "any_base": False}
     assert lines[0] == (("org/base", "org/adapter"), {**known, "reader": "reader", "extra": ("--port", "1")})

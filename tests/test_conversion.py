@@ -5,6 +5,7 @@ import os
 import pickle
 import shlex
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_goldens import qwen2_vl_tower, read_golden, relative_error, run
 
-from sta_adapter import inject_sta, load_sta
+from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.cli import cli
-from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.integrations.staveq2.conversion import _branch_facts, convert_published, convert_to_published
 
 GOLDENS = ["after_0.25", "after_0.5_head80", "after_1.0", "before_0.25"]
@@ -403,3 +404,41 @@ def test_the_full_model_takes_a_converted_adapter(tmp_path):
     arguments = qwen2_vl_arguments(clips_of(2))
     tower = model.model.visual if hasattr(model.model, "visual") else model.visual
     assert tower(**arguments) is not None
+
+
+def test_a_converted_adapter_knows_the_sizes_of_its_language_model(tmp_path):
+    """Qwen2-VL's models share one vision encoder: by its sizes alone the adapter of one would go into another."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    folder, header, _ = published_checkpoint(tmp_path / "published")
+    own = {"num_heads": 16, **json.loads(header["vision_config"])}
+    config = qwen2_vl_config()
+    config.vision_config.update(own)
+    config.save_pretrained(folder)
+    convert_published(folder, tmp_path / "adapter")
+    load_sta(Qwen2VLForConditionalGeneration(config), tmp_path / "adapter")
+    file = convert_to_published(tmp_path / "adapter", tmp_path / "back")
+    convert_published(file, tmp_path / "again")
+    assert_same_adapter(tmp_path / "again", tmp_path / "adapter")
+    larger = Qwen2VLForConditionalGeneration(config)
+    getattr(larger.config, "text_config", larger.config).num_hidden_layers = 5
+    for name in ("adapter", "again"):
+        with pytest.raises(CheckpointError, match="another language model: num_hidden_layers: 2 in the adapter, 5 in"):
+            load_sta(larger, tmp_path / name)
+
+
+def test_what_the_published_code_does_not_have_is_told(tmp_path):
+    header, tensors = read_golden("qwen2_vl_after_0.25")
+    handle = inject_sta(qwen2_vl_tower(header, tensors), STAConfig(causal=True, window=2))
+    handle.save_pretrained(tmp_path / "ours")
+    told = (
+        r"something else with these weights: token_order is 'clip', there 'published'; causal is True, there False; "
+        r"window is 2, there None\."
+    )
+    with pytest.warns(STAWarning, match=told):
+        convert_to_published(tmp_path / "ours", tmp_path / "x.safetensors")
+    folder, _, _ = published_checkpoint(tmp_path / "published")
+    convert_published(folder, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_published(tmp_path / "adapter", tmp_path / "y.safetensors")

@@ -154,7 +154,7 @@ def test_what_would_be_lost_is_an_error(tmp_path):
         assert [turn.get("loss") for turn in kept["messages"]] == [None, False, None, None]
     write(source, {"messages": [ask(nframes=4), SAID, ask(nframes=8), SAID]})
     with pytest.raises(DataError, match=r"ms-swift has no place for: nframes \(1 samples\).*FPS_MAX_FRAMES"):
-        convert_data(source, tmp_path / "swift.jsonl", to="ms-swift")
+        convert_data(source, tmp_path / "again.jsonl", to="ms-swift")
 
 
 def test_an_entry_beside_others_in_dataset_info(tmp_path):
@@ -168,10 +168,10 @@ def test_an_entry_beside_others_in_dataset_info(tmp_path):
     assert info["clips"]["columns"] == {"messages": "messages", "videos": "videos"}
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match=r"dataset_info\.json is not JSON"):
-        convert_data(source, tmp_path / "clips.jsonl", to="llamafactory")
+        convert_data(source, tmp_path / "clips.jsonl", to="llamafactory", overwrite=True)
     (tmp_path / "dataset_info.json").write_text("[]")
     with pytest.raises(DataError, match=r"dataset_info\.json holds a list"):
-        convert_data(source, tmp_path / "clips.jsonl", to="llamafactory")
+        convert_data(source, tmp_path / "clips.jsonl", to="llamafactory", overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(cli, ["convert-data", str(source), out, "--to", "llamafactory", "--drop", "nframes, fps"])
     assert done.exit_code == 0, done.output
     assert done.output == f"wrote {out}: 1 samples with 1 clips and images\nleft out: nframes (1 samples)\n"
-    done = CliRunner().invoke(cli, ["convert-data", str(source), out, "--to", "llamafactory"])
+    done = CliRunner().invoke(cli, ["convert-data", str(source), out, "--to", "llamafactory", "--overwrite"])
     assert isinstance(done.exception, DataError)
 
 
@@ -266,3 +266,16 @@ def test_path_names_the_plug_in():
     assert "import sta_adapter.integrations.ms_swift" in file.read_text()
     beside = {path.stem for path in file.parent.iterdir()}  # ms-swift puts this folder in front of Python's path
     assert not beside & {"trl", "peft", "swift", "axolotl", "llamafactory", "transformers"}
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "lf.jsonl"])
+def test_no_file_is_replaced_without_being_told(tmp_path, name):
+    source = write(tmp_path / "in.jsonl", {"messages": [ask(), SAID]})
+    (tmp_path / "lf.jsonl").write_text("mine")
+    before = (tmp_path / name).read_bytes()
+    words = ["convert-data", str(source), str(tmp_path / name), "--to", "llamafactory"]
+    assert f"holds {name}, which would be lost" in str(CliRunner().invoke(cli, words).exception)
+    assert (tmp_path / name).read_bytes() == before
+    assert not (tmp_path / "dataset_info.json").exists()
+    CliRunner().invoke(cli, [*words, "--overwrite"], catch_exceptions=False)
+    assert (tmp_path / name).read_bytes() != before

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import make_qwen2_vl_tower, randomize, seeded
+from cases import make_qwen2_vl, make_qwen2_vl_tower, randomize, seeded
 from hub_server import HubServer
 from test_inject import assert_unchanged, state
 
-from sta_adapter import STAConfig, inject_sta, load_sta
+from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.hub import WAITS, explain, patiently
 from sta_adapter.errors import CheckpointError
@@ -227,3 +227,26 @@ def test_what_is_no_id(hub, name):
 
 def test_trainable(hub):
     assert all(torch.is_tensor(p) and p.requires_grad for p in load(is_trainable=True).parameters())
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["PEFT", "the hook"])
+def test_pefts_own_loader_brings_sta_back_with_a_token_and_a_cache(hub, tmp_path, monkeypatch, hooked):
+    """Which PEFT itself takes; without them nobody sees that STA belongs to the LoRA of a private repository."""
+    from peft import PeftModel, get_peft_model
+
+    from sta_adapter.integrations import peft as hook
+
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    get_sta(get_peft_model(handle.model, handle.lora_config(r=2))).save_pretrained(tmp_path / "a")
+    hub.upload("user/lora", {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    if hooked:
+        hook.install()
+    try:
+        loaded = PeftModel.from_pretrained(
+            seeded(make_qwen2_vl), "user/lora", token="hf_user", cache_dir=tmp_path / "mine"
+        )
+    finally:
+        hook.uninstall()
+    assert get_sta(loaded) is not None
+    assert not list((tmp_path / "cache").rglob("sta_config.json"))

@@ -1,6 +1,7 @@
 """InternVideo2-Chat's processor, and the commands: JSON Lines of clips and pictures to a loss, an adapter and an answer."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -369,3 +370,16 @@ def test_a_quantized_model_gets_its_dtype_and_device(monkeypatch, tmp_path):
     v2_loading.load_model("x", config, dtype=torch.float16, device="cuda:1", quantization_config={"load_in_8bit": True})
     assert asked[v2_loading.DTYPE] is torch.float16
     assert asked["device_map"] == {"": "cuda:1"}
+
+
+@pytest.mark.parametrize(
+    ("place", "tiles"),
+    [
+        ("InternVideo2-Chat-8B-HD", (2, 1)),
+        (f"models--OpenGVLab--InternVideo2-Chat-8B-HD/snapshots/{'0' * 40}", (2, 1)),
+        (f"models--OpenGVLab--InternVideo2-Chat-8B/snapshots/{'0' * 40}", None),
+    ],
+)
+def test_the_hd_variant_is_known_by_its_name_also_in_the_hubs_cache(base, tmp_path, place, tiles):
+    folder = shutil.copytree(base, tmp_path / place)
+    assert load_processor(folder).image_processor.tiles == tiles

@@ -200,3 +200,13 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     assert dry.exit_code == 0, dry.output
     assert "fits, gradient checkpointing off" in dry.output
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_measured_is_what_one_of_several_processes_takes(samples, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(planning, "_timed", lambda model, inputs, *rest: sizes.append(len(inputs["input_ids"])) or 1.0)
+    words = ["--model", str(TINY_BASE), "--data", str(samples), "--stage", "1", "--measure", "--processes", "4"]
+    words += ["--set", "num_workers=0", "--set", "batch_size=4", "--json"]
+    words += ["--set", "frames.min_tokens=null", "--set", "frames.max_tokens=null"]
+    report = json.loads(CliRunner().invoke(cli, ["plan", *words], catch_exceptions=False).stdout)
+    assert set(sizes) == {report["stages"]["1"]["device_batch_size"]} == {1}

@@ -3,6 +3,9 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +115,7 @@ def test_exports_know_how_the_run_sampled_its_clips(base, adapted, tmp_path):
 def test_exports_that_cannot_be(base, plain, adapted, tmp_path):
     with pytest.raises(CheckpointError, match="nothing to merge"):
         export_merged(plain, tmp_path / "a", str(base))
-    with pytest.raises(CheckpointError, match="own folder"):
+    with pytest.raises(CheckpointError, match="would be written, and is read as well"):
         export_adapter(plain, plain)
     with pytest.raises(CheckpointError, match="there is no folder"):
         export_adapter(tmp_path / "nowhere", tmp_path / "b")
@@ -260,3 +263,115 @@ def test_the_loader_is_registered(monkeypatch):
     monkeypatch.delattr(video, "VIDEO_LOADER_REGISTRY")
     with pytest.raises(CompatibilityError, match="no registry of video loaders"):
         register_loader()
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_an_export_replaces_nothing_without_being_told(base, plain, adapted, tmp_path):
+    other = shutil.copytree(plain, tmp_path / "other")
+    (other / "base").mkdir()
+    before = contents(other)
+    for words, lost in (
+        ([], "sta_adapter.safetensors, sta_config.json"),
+        (["--merge-lora", str(base)], "base"),
+    ):
+        done = CliRunner().invoke(cli, ["export", str(adapted), str(other), *words])
+        assert f"holds {lost}, which would be lost" in str(done.exception)
+        assert contents(other) == before
+    CliRunner().invoke(cli, ["export", str(adapted), str(other), "--overwrite"], catch_exceptions=False)
+    assert torch.equal(logits(load_sta(model_of(base), other).model, base), logits(load_sta(model_of(base), adapted).model, base))  # fmt: skip
+
+
+@pytest.mark.parametrize("of", ["base", "sta"])
+def test_a_merge_never_writes_over_what_it_reads(base, adapted, tmp_path, of):
+    """As where an adapter and its base lie in one folder, which is the one to write to."""
+    shutil.copytree(base if of == "base" else adapted, tmp_path / of)
+    before = contents(tmp_path)
+    words = [str(tmp_path / "sta" if of == "sta" else adapted), str(tmp_path), "--overwrite"]
+    words += ["--merge-lora", str(tmp_path / "base" if of == "base" else base)]
+    with pytest.raises(CheckpointError, match="would be written, and is read as well; write to another folder"):
+        CliRunner().invoke(cli, ["export", *words], catch_exceptions=False)
+    assert contents(tmp_path) == before
+
+
+def with_lora(base, folder, **options):
+    """An adapter with LoRA of these options on the base, saved."""
+    from peft import LoraConfig, get_peft_model
+
+    handle = inject_sta(model_of(base), STAConfig(init="normal"))
+    model = get_peft_model(handle.model, LoraConfig(r=2, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    get_sta(model).save_pretrained(folder)
+    return folder
+
+
+def test_lora_on_stas_own_layers_is_merged_and_not_left_out(base, tmp_path):
+    folder = with_lora(base, tmp_path / "adapter", target_modules=["to_qkv", "to_out", "q_proj"])
+    with pytest.raises(CheckpointError, match=r"has LoRA on STA's own layers .*--merge-lora BASE"):
+        export_adapter(folder, tmp_path / "beside")
+    assert not (tmp_path / "beside").exists()
+    expected = logits(load_sta(model_of(base), folder).model, base)
+    export_merged(folder, tmp_path, str(base), dtype="fp32", device="cpu")
+    merged = tmp_path / "base"
+    found = logits(load_sta(model_of(merged), tmp_path / "sta").model, merged)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["LoRA", "whole"],
+)
+def test_an_output_layer_that_is_trained_leaves_the_embeddings_as_they_are(base, tmp_path, options):
+    """Bases whose output layer has the embeddings' weights, as Qwen2-VL-2B."""
+    tied = shutil.copytree(base, tmp_path / "tied")
+    model = load_model(base, dtype="fp32", device="cpu")
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tied)
+    folder = with_lora(tied, tmp_path / "adapter", **options)
+    expected = logits(load_sta(model_of(tied), folder).model, tied)
+    export_merged(folder, tmp_path, str(tied), dtype="fp32", device="cpu")
+    merged = tmp_path / "base"
+    found = logits(load_sta(model_of(merged), tmp_path / "sta").model, merged)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("word", ["--hf_overrides={}", "--hf-overrides.a=1", "--hf-over", "--mm_processor_kwargs.b"])
+def test_no_spelling_of_an_option_takes_the_place_of_this_lines(plain, word):
+    """VLLM takes the last of them, so that the base would be served without STA."""
+    reader = ClipReader(FrameSettings(), factor=28)
+    with pytest.raises(ConfigError, match=r"^--(hf-overrides|mm-processor-kwargs) is set by this command"):
+        serve_line("base", str(plain), reader=reader, extra=[word])
+    serve_line("base", str(plain), reader=reader, extra=["--", "--hf-token", "x", "hf-overrides"])
+
+
+def test_lora_weights_are_served_from_the_revision_of_their_sta(adapted, tmp_path, monkeypatch):
+    export_adapter(adapted, tmp_path / "a, b=c")
+    weights = (tmp_path / "a, b=c" / "adapter_model.safetensors").read_bytes()
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        push_folder(tmp_path / "a, b=c", "user/adapter")
+        first = hub.repos["user/adapter"].resolve("main")
+        hub.upload("user/adapter", {"adapter_model.safetensors": b"of another commit"})
+        lines = [serve_line("base", "user/adapter", revision=first), serve_line("base", str(tmp_path / "a, b=c"))]
+    for words in lines:
+        module = json.loads(words[words.index("--lora-modules") + 1])
+        assert module["name"] == "adapted"
+        assert Path(module["path"], "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_the_server_takes_the_place_of_the_command(base, plain, tmp_path):
+    """So that what ends the command ends the server, and not after it."""
+    (tmp_path / "vllm").write_text("#!/bin/sh\necho server $$ $1\n")
+    (tmp_path / "vllm").chmod(0o755)
+    code = f"import sys; sys.executable = {str(tmp_path / 'python')!r}; from sta_adapter.cli import cli; cli()"
+    words = [sys.executable, "-c", code, "serve", "--model", base, "--adapter", plain, "--own-frames"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        said, _ = process.communicate()
+    assert said.splitlines()[-1] == f"server {process.pid} serve"

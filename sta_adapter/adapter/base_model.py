@@ -32,6 +32,7 @@ __all__ = [
     "check_base",
     "describe_base",
     "is_hub_id",
+    "language_sizes",
     "mark_base",
     "require_frozen_base",
     "require_same_base",
@@ -71,7 +72,7 @@ def describe_base(model: nn.Module) -> BaseModel:
         name, revision = f"{cached[1]}/{cached[2]}", cached[3]
     elif is_hub_id(name) and os.path.isdir(str(name)):
         name = f"./{name}"  # a folder whose relative path looks like an id
-    return {"id": name, "revision": revision, "language_model": _language_sizes(config)}
+    return {"id": name, "revision": revision, "language_model": language_sizes(config)}
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -160,13 +161,14 @@ def _named(name: str | None) -> str:
     return repr(name) if name else "a model without a name"
 
 
-def _language_sizes(config: object) -> dict[str, object] | None:
+def language_sizes(config: object) -> dict[str, int | None] | None:
     """Sizes of the language model that a configuration describes; None where it describes none."""
     parts = [part for name in LANGUAGE_PARTS if (part := _get(config, name)) is not None]
     if not parts and any(_get(config, mark) is not None for mark in VISION_MARKS):
         parts = [config]
-    sizes = {name: _get(parts[0], name) for name in SIZES} if parts else {}
-    return sizes if any(isinstance(size, int) for size in sizes.values()) else None
+    found = {name: _get(parts[0], name) for name in SIZES} if parts else {}
+    sizes = {name: size if isinstance(size, int) else None for name, size in found.items()}
+    return sizes if any(sizes.values()) else None
 
 
 def _get(config: object, name: str) -> object:

@@ -6,10 +6,11 @@ Pushing itself is `sta_adapter.adapter.push`.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +22,7 @@ from sta_adapter.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["ADAPTER_FILES", "branch_contents", "explain", "prepare_branch", "resolve_adapter"]
+__all__ = ["ADAPTER_FILES", "branch_contents", "download_options", "explain", "prepare_branch", "resolve_adapter"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,14 @@ def resolve_adapter(
         raise CheckpointError(
             f"there is no folder {text!r}, and the Hub repository of that id{at} can't be had: {explain(error)}"
         ) from error
+
+
+def download_options(given: Mapping[str, object]) -> dict[str, object]:
+    """Those of another loader's arguments that `resolve_adapter` passes on, such as a token or the cache's folder."""
+    from huggingface_hub import snapshot_download
+
+    known = inspect.signature(snapshot_download).parameters
+    return {name: value for name, value in given.items() if name in known and name != "revision"}
 
 
 def prepare_branch(api: HfApi, repo_id: str, revision: str, private: bool | None) -> str:

@@ -38,6 +38,7 @@ METHOD = (
 ANSWERED = ("qwen2_vl", "videorope", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3", "internvl", "llava_onevision")
 REMOTE_CODE = ("internvideo2", "internvideo2_5", "llava_video")
 SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")  # by vLLM
+SERVED_POSITIONS = (None, "original")  # of text
 # settings of a run that say something to readers, and how the card calls them
 RECIPE = {
     "stage": "stage (1: STA; 2: STA and LoRA)",
@@ -72,7 +73,7 @@ class CardFacts:
 
 
 def read_run(folder: Path, results: Path | None = None) -> Run:
-    """What training and evaluation have left in a folder: `settings`, `stages` by name, `results`; each may be empty.
+    """What training and evaluation have left in a folder; each part of it may be empty.
 
     Args:
         folder: the output of `sta-adapter train`, or any other.
@@ -87,9 +88,12 @@ def read_run(folder: Path, results: Path | None = None) -> Run:
         if not results.exists():
             raise CheckpointError(f"there are no results of an evaluation in {str(results)!r}.")
     run, scores = folder / RUN_FILE, results or folder / RESULTS_FILE
+    found = read_run_file(run)
+    parts = {name: part for name in ("1", "2") if isinstance(part := found.get(f"stage{name}"), Mapping)}
     stages = {name: _stage(folder / f"stage{name}" / RESULT_FILE) for name in ("1", "2")}
     return {
-        "settings": read_settings(read_run_file(run), RECIPE, run),
+        "settings": read_settings(found, RECIPE, run),
+        "of_stages": {name: read_settings(part, RECIPE, run) for name, part in parts.items()},
         "stages": {name: values for name, values in stages.items() if values},
         "results": read_results(read_run_file(scores), scores),
     }
@@ -113,11 +117,12 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     from huggingface_hub import EvalResult, ModelCardData
 
     scores = _scores(facts, "adapter")
+    benchmark = facts.run.get("results", {}).get("benchmark")
     measured = [
         EvalResult(
             task_type="video-text-to-text",
-            dataset_type=facts.datasets[0] if facts.datasets else "own",
-            dataset_name=f"{facts.run['results'].get('benchmark') or 'held-out clips'}, frames {order}",
+            dataset_type=str(benchmark or "own"),
+            dataset_name=f"{benchmark or 'own clips'}, frames {order}",
             metric_type="accuracy",
             metric_value=round(score["accuracy"], 4),
             dataset_args={"frames": order, "samples": score["total"]},
@@ -149,14 +154,16 @@ def _title(description: Description, facts: CardFacts) -> str:
 
 def _use(description: Description, facts: CardFacts) -> str:
     base = f'"{facts.base_model or "path/to/the/base/model"}"'
-    asks = description["backbone"] in ANSWERED
+    asks, positions = description["backbone"] in ANSWERED, description.get("positions")
     remote = ", trust_remote_code=True" if description["backbone"] in REMOTE_CODE else ""
     lines = [
         "from sta_adapter import load_sta",
         f"from sta_adapter.loading import load_model{', load_processor' if asks else ''}",
+        *(["from sta_adapter.text_positions import use_positions"] if positions else []),
         *(["from sta_adapter.video import read_clip"] if asks else []),
         "",
         f"model = load_model({base}{remote})",
+        *([f'use_positions(model, "{positions}")  # of text, as in training'] if positions else []),
         f'handle = load_sta(model, "{facts.repo_id}")',
         _question(description, base) if asks else "model = handle.model  # the model to go on with",
     ]
@@ -167,7 +174,7 @@ def _use(description: Description, facts: CardFacts) -> str:
 
 def _serving(description: Description, facts: CardFacts) -> list[str]:
     """How vLLM serves it, where it does; with LoRA weights beside STA, that takes an export first."""
-    if description["backbone"] not in SERVED:
+    if description["backbone"] not in SERVED or description.get("positions") not in SERVED_POSITIONS:
         return []
     base, adapter = facts.base_model or "path/to/the/base/model", facts.repo_id
     lines = [f"sta-adapter serve --model {base} --adapter {adapter}"]
@@ -200,7 +207,16 @@ print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_spe
 def _training(facts: CardFacts) -> str:
     settings = facts.run.get("settings", {})
     frames = settings.get("frames")
-    rows = [(label, settings[name]) for name, label in RECIPE.items() if settings.get(name) is not None]
+    own = {
+        stage: values
+        for stage, values in facts.run.get("of_stages", {}).items()
+        if settings.get("stage") in (stage, "both")
+    }
+    rows = []
+    for name, label in RECIPE.items():
+        idle = not facts.lora if name.startswith("lora_") else name == "epochs" and "max_steps" in settings
+        rows += [(label, settings[name])] if name in settings and not idle else []
+        rows += [(f"{label}, stage {stage}", values[name]) for stage, values in own.items() if name in values]
     if isinstance(frames, Mapping):
         rows += [(f"frames: {name}", value) for name, value in frames.items() if value is not None]
     for name, result in facts.run.get("stages", {}).items():

@@ -27,6 +27,7 @@ RECORDS = {
 }
 MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged
 SCORES = ("accuracy", "low", "high", "total")
+NAMES = ("backbone", "sta_adapter_version", "positions")
 Variant = Literal["base", "adapter"]
 VARIANTS: tuple[Variant, ...] = ("base", "adapter")
 WORDS = re.compile(r"(?!.*www\.)[\w .,:()+-]{0,80}")
@@ -50,9 +51,13 @@ class Results(TypedDict, total=False):
 
 
 class Run(TypedDict, total=False):
-    """What training and evaluation have left; the `settings` are numbers and words, but for those of `frames`."""
+    """What training and evaluation have left; the `settings` are numbers and words, but for those of `frames`.
+
+    `of_stages` has those that hold in stage "1" or "2" alone.
+    """
 
     settings: dict[str, object]
+    of_stages: dict[str, dict[str, object]]
     stages: dict[str, Stage]
     results: Results
 
@@ -110,9 +115,13 @@ def read_about(description: Description) -> Description:
     wrong = [name for name, value in sizes.items() if type(value) is not int]
     if wrong:
         raise CheckpointError(f"{path}: {', '.join(wrong)} of the encoder must be whole numbers.")
-    names = {name: _plain(description.get(name) or "", name, path) for name in ("backbone", "sta_adapter_version")}
+    names = {name: _plain(description.get(name) or "", name, path) for name in NAMES}
     config = saved_config(description, path)
-    told: Description = {"backbone": str(names["backbone"]), "sta_adapter_version": names["sta_adapter_version"]}
+    told: Description = {
+        "backbone": str(names["backbone"]),
+        "sta_adapter_version": names["sta_adapter_version"],
+        "positions": names["positions"] or None,
+    }
     return {**description, **told, "encoder": sizes, "config": config.to_dict()}
 
 

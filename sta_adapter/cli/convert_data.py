@@ -25,13 +25,14 @@ For LLaMA-Factory, dataset_info.json beside OUT gets an entry.
 @click.argument("out", type=click.Path(dir_okay=False))
 @option("Run", "--to", type=click.Choice(TOOLS), metavar="TOOL", required=True, help=f"{', '.join(TOOLS)}.")
 @option("Run", "--drop", metavar="NAMES", default="", help="What may be left out, such as nframes,fps.")
+@option("Run", "--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @data_options
-def command(file: str, out: str, drop: str, to: str, format: str | None, videos: str | None) -> None:
+def command(file: str, out: str, drop: str, to: str, overwrite: bool, format: str | None, videos: str | None) -> None:
     """Convert and say what was written."""
     from sta_adapter.integrations.convert_data import convert_data
 
     names = [name.strip() for name in drop.split(",") if name.strip()]
-    done = convert_data(file, out, drop=names, to=to, format=format, videos=videos)
+    done = convert_data(file, out, drop=names, to=to, overwrite=overwrite, format=format, videos=videos)
     click.echo(f"wrote {done.path}: {done.samples} samples with {done.clips} clips and images")
     if done.left_out:
         click.echo(

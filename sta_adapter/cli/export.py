@@ -26,19 +26,27 @@ as vLLM takes them.
 @option("What", "--dtype", type=DTYPE, metavar="TYPE", default="auto", help="Of that base: auto, bf16, fp16 or fp32.")
 @option("What", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit on the Hub.")
 @option("What", "--revision", metavar="NAME", help="The base's branch, tag or commit on the Hub.")
+@option("What", "--overwrite", is_flag=True, help="Replace what is in OUT.")
 def command(
-    adapter: str, out: str, base: str | None, dtype: str, adapter_revision: str | None, revision: str | None
+    adapter: str,
+    out: str,
+    base: str | None,
+    dtype: str,
+    adapter_revision: str | None,
+    revision: str | None,
+    overwrite: bool,
 ) -> None:
     """Write it, and say how it is served."""
     from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 
     if base is not None:
-        export_merged(adapter, out, base, adapter_revision=adapter_revision, dtype=dtype, revision=revision)
+        of_base = {"dtype": dtype, "revision": revision}
+        export_merged(adapter, out, base, adapter_revision=adapter_revision, overwrite=overwrite, **of_base)
         click.echo(f"wrote {out}: sta-adapter serve --model {out}/base --adapter {out}/sta")
         return
     idle = [name for name, given in (("--revision", revision is not None), ("--dtype", dtype != "auto")) if given]
     if idle:
         raise ConfigError(f"{idle[0]} is of the base, and has no effect without --merge-lora.")
-    has_lora = export_adapter(adapter, out, revision=adapter_revision)
+    has_lora = export_adapter(adapter, out, revision=adapter_revision, overwrite=overwrite)
     beside = ", with LoRA weights beside STA" if has_lora else ""
     click.echo(f"wrote {out}{beside}: sta-adapter serve --model BASE --adapter {out}")

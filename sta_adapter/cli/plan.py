@@ -130,7 +130,7 @@ def plan_run(
                 dtype=run["dtype"] or "auto",
                 quantize=run["quantize"],
             )
-            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device)
+            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device, processes)
             stages[name]["measured"], stages[name]["hours"] = found, _hours(stages[name], found)
             del model
     about: MachineReport = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 
 import click
@@ -54,4 +53,6 @@ def command(
     program = os.path.join(os.path.dirname(sys.executable), line[0])
     if not os.path.exists(program):
         raise MissingExtraError("serving needs vLLM beside sta-adapter: pip install 'sta-adapter[vllm]'.")
-    sys.exit(subprocess.run([program, *line[1:]]).returncode)
+    os.execv(
+        program, [program, *line[1:]]
+    )  # signals are the server's: in a process of its own it would outlive this one

@@ -28,7 +28,7 @@ from sta_adapter.adapter.format import (
     require_description,
     saved_config,
 )
-from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.compatibility.seams import version
@@ -118,7 +118,7 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
 def watch_peft() -> None:
     """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, if PEFT is imported; again and again is fine.
 
-    PEFT alone would load its LoRA without the STA. Where this package isn't imported, the entry "sta_adapter" in
+    `load_adapter`, for a second one, says what it can't. PEFT alone would load its LoRA without the STA. Where this package isn't imported, the entry "sta_adapter" in
     adapter_config.json makes PEFT warn of it, or refuse it (before 0.14).
     """
     peft = sys.modules.get("peft")
@@ -129,24 +129,43 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        folder, handle = _folder_with_sta(model_id, kwargs.get("revision"), kwargs.get("subfolder")), get_sta(model)
+        folder, handle = _folder_with_sta(model_id, kwargs), get_sta(model)
         if folder is not None and handle is not None:
-            _require_settings(folder, handle)
+            _require_same_sta(folder, handle)
         if folder is None or handle is not None:
             return load(cls, model, model_id, *args, **kwargs)
         first = kwargs.get("adapter_name") in (None, "default")
-        known = PASSED_ON | WITHOUT_EFFECT | ({"adapter_name"} if first else set())
+        known = PASSED_ON | WITHOUT_EFFECT | download_options(kwargs).keys() | ({"adapter_name"} if first else set())
         if not args and set(kwargs) <= known and not hasattr(model, "peft_config"):
             return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
-        warnings.warn(
-            f"{model_id} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",
-            STAWarning,
-            stacklevel=2,
-        )
+        _warn_of_lora_alone(model_id)
         return load(cls, model, model_id, *args, **kwargs)
 
     from_pretrained.brings_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
+    if getattr(load_more := peft.PeftModel.load_adapter, "looks_for_sta", False):
+        return
+
+    @functools.wraps(load_more)
+    def load_adapter(self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if adapter_name not in self.peft_config and (folder := _folder_with_sta(model_id, kwargs)) is not None:
+            handle = get_sta(self)
+            if handle is None:
+                _warn_of_lora_alone(model_id)
+            else:
+                _require_same_sta(folder, handle)
+        return load_more(self, model_id, adapter_name, *args, **kwargs)
+
+    load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
+    peft.PeftModel.load_adapter = load_adapter
+
+
+def _warn_of_lora_alone(name: str | os.PathLike[str]) -> None:
+    warnings.warn(
+        f"{os.fspath(name)} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",
+        STAWarning,
+        stacklevel=3,
+    )
 
 
 def _add_lora(handle: STAHandle, folder: Path, description: Description, is_trainable: bool) -> STAHandle:
@@ -193,9 +212,13 @@ def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) ->
             module.requires_grad_(is_trainable)
 
 
-def _require_settings(folder: Path, handle: STAHandle) -> None:
-    """Refuse to have STA's tensors, which fit whatever the settings, loaded into STA that computes something else with them."""
-    saved, here = saved_config(_describe(folder)[0], folder / CONFIG), handle.config
+def _require_same_sta(folder: Path, handle: STAHandle) -> None:
+    """Refuse to have PEFT load an adapter, of which it takes what fits, into a model with STA of another kind.
+
+    Where its LoRA weights come without STA's, as `sta-adapter export` writes them, it must be the model's.
+    """
+    description, file, read = _describe(folder)
+    saved, here = saved_config(description, folder / CONFIG), handle.config
     differ = [
         f"{name} {getattr(saved, name)!r}, in the model {getattr(here, name)!r}"
         for name in ("head_scale", "order", "rope_theta", "single_frames", "causal", "window", "token_order")
@@ -206,13 +229,22 @@ def _require_settings(folder: Path, handle: STAHandle) -> None:
             f"STA of {folder} was trained with other settings than the model's: {'; '.join(differ)}. Take the model's out "
             "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
         )
+    state = read()
+    own = {f"blocks.{i}.{name}": t.detach() for i, m in handle.blocks.items() for name, t in plain_state(m).items()}
+    compare_tensors(file, state, own)
+    if read_lora(folder).holds_sta or all(torch.equal(own[k].cpu(), t.to(own[k].dtype)) for k, t in state.items()):
+        return
+    raise CheckpointError(
+        f"the LoRA weights in {folder} were trained beside another STA than the model's, and PEFT loads them alone. Take the model's out "
+        "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
+    )
 
 
-def _folder_with_sta(name: str | os.PathLike[str], revision: str | None, subfolder: str | None) -> Path | None:
+def _folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
-    revision = None if os.path.isdir(name) else revision  # PEFT takes one for a folder too
+    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision, subfolder=subfolder)
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
         known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
     except (STAError, OSError, ValueError, TypeError):
         return None

@@ -16,6 +16,7 @@ from sta_adapter.data.samples import check_format, raw_records
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
+from sta_adapter.requirements import require_free
 
 __all__ = ["Converted", "convert_data"]
 
@@ -46,25 +47,28 @@ def convert_data(
     format: str | None = None,
     videos: str | Path | None = None,
     drop: Collection[str] = (),
+    overwrite: bool = False,
 ) -> Converted:
     """Write a file of samples in another tool's form; for LLaMA-Factory its `dataset_info.json` beside it as well.
 
     Args:
         source: a file of samples, ours or one of the tools'.
-        out: the JSON Lines file to write; one that is there is replaced.
+        out: the JSON Lines file to write.
         to: "ms-swift", "llamafactory", "trl", "axolotl", or "sta-adapter" for ours.
         format: of the records, see `read_samples`.
         videos: the folder that relative paths start from; None takes the file's own. Written paths are absolute.
         drop: settings of single clips ("nframes", "loss" ...) that may be left out where the tool has no place for
             them.
+        overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: there is no such tool or format.
+        ConfigError: there is no such tool or format, or `out` is there.
         DataError: a record is no sample, or something of it would be lost that `drop` doesn't name.
     """
     if to not in TOOLS:
         raise ConfigError(f"to={to!r}: expected one of {', '.join(TOOLS)}.")
     file, target = Path(source), Path(out)
+    require_free(target.parent, [target.name], overwrite)
     samples = _read(file, format, file.parent if videos is None else Path(videos))
     lost = Counter(name for sample in samples for name in settings_lost(sample, to))
     kept = {name: count for name, count in lost.items() if name not in drop}

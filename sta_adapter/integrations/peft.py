@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
-from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import is_sharded
@@ -142,7 +142,7 @@ def adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) -> 
     """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
     revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"))
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
     except CheckpointError as error:
         logger.warning("whether STA belongs to the LoRA of %s can't be seen: %s", os.fspath(name), error)
         return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, MistralConfig, PreTrainedTokenizerBase
 
+from sta_adapter.adapter.base_model import CACHED
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
@@ -167,7 +168,8 @@ class InternVideo2ChatProcessor(ChatProcessor):
         Args:
             folder: with the tokenizer's files.
             config: the model's.
-            name: what the model is called; one that ends in "_HD" is the HD variant, whose configuration is the same.
+            name: what the model is called, also its path in the Hub's cache; one that ends in "HD" is the HD variant,
+                whose configuration is the same.
 
         Raises:
             CheckpointError: the tokenizer's files are missing or damaged.
@@ -180,7 +182,8 @@ class InternVideo2ChatProcessor(ChatProcessor):
             kept = {key: value for key, value in saved.items() if key not in ("processor_class", "image_processor")}
             own = {"qformer_tokenizer": bert, "chat_template": tokenizer.chat_template}
             return cls(tokenizer, InternVideo2ImageProcessor(**told), **own, **kept)
-        tiles = HD_TILES if name.rstrip("/").upper().endswith("HD") else None
+        cached = CACHED.search(name)
+        tiles = HD_TILES if (cached[2] if cached else name.rstrip("/")).upper().endswith("HD") else None
         return cls(
             tokenizer,
             InternVideo2ImageProcessor(config.vision_config["img_size"], tiles),

@@ -255,10 +255,12 @@ def _divisors(share: int) -> list[int]:
     return [size for size in range(1, min(share, MOST) + 1) if share % size == 0]
 
 
-def measure_step(stage: Stage, model: nn.Module, sample: Encoded, device: torch.device) -> dict[str, float]:
+def measure_step(
+    stage: Stage, model: nn.Module, sample: Encoded, device: torch.device, processes: int = 1
+) -> dict[str, float]:
     """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample."""
     config = stage.config
-    size, _ = config.device_batches()
+    size, _ = config.device_batches(processes)
     handle = get_sta(model) or (inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None)
     model, handle = stage.prepare(model if handle is None else handle.model, handle)
     batch = Collator.of(stage.dataset.processor)([sample] * size)

@@ -14,7 +14,7 @@ from typing import Literal, TypedDict
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
-from sta_adapter.adapter.base_model import BaseModel
+from sta_adapter.adapter.base_model import BaseModel, language_sizes, saved_base
 from sta_adapter.adapter.format import (
     CONFIG,
     WEIGHTS,
@@ -23,6 +23,7 @@ from sta_adapter.adapter.format import (
     read_description,
     read_weights,
     require_description,
+    saved_config,
 )
 from sta_adapter.adapter.lora_options import MAX_LAYER
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
@@ -33,7 +34,13 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.registry import get_backbone, list_backbones
-from sta_adapter.integrations.staveq2.published import Source, match_keys, open_source, published_keys
+from sta_adapter.integrations.staveq2.published import (
+    Source,
+    match_keys,
+    open_source,
+    published_keys,
+    warn_of_other_settings,
+)
 from sta_adapter.requirements import require_free
 
 ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")
@@ -50,6 +57,8 @@ class Described(TypedDict):
     backbone: str
     encoder: dict[str, int]
     config: Mapping[str, object]
+    base: BaseModel
+    positions: str | None
 
 
 def convert_published(
@@ -101,9 +110,13 @@ def convert_published(
     settings = _settings(spec, state, facts, known, order)
     encoder = {"width": facts["width"], "depth": facts["depth"], **_branch_facts(state, facts)}
     compare_tensors(Path(os.fspath(source)), state, _expected(spec, encoder, settings, state))
-    name = checkpoint.config.get("_name_or_path")
-    base: BaseModel = {"id": name if isinstance(name, str) else None}
-    description: Description = {**make_description(spec.name, encoder, settings, base), "converted": True}
+    name, positions = checkpoint.config.get("_name_or_path"), known["positions"] if known else None
+    base: BaseModel = {
+        "id": name if isinstance(name, str) else None,
+        "language_model": language_sizes(checkpoint.config),
+    }
+    made = make_description(spec.name, encoder, settings, known["base"] if known else base, positions)
+    description: Description = {**made, "converted": True}
     write_adapter(out, state, description)
     for name in ADAPTER[2:]:  # of the adapter before
         left = Path(out) / name
@@ -132,6 +145,9 @@ def convert_to_published(
 
     Raises:
         CheckpointError: the adapter is damaged, its backbone is not in the published code, or `out` can't be written.
+
+    Warns:
+        STAWarning: the published code would compute otherwise with these weights.
     """
     from safetensors.torch import save
 
@@ -142,6 +158,7 @@ def convert_to_published(
         raise CheckpointError(
             f"the published code has no {spec.name!r}; it has {', '.join(_published_backbones()) or 'no backbone'}."
         )
+    warn_of_other_settings(spec, saved_config(description, folder / CONFIG))
     names = published_keys(spec)
     start = spec.published_prefix if prefix is None else prefix
     tensors = {}
@@ -175,7 +192,14 @@ def _described(checkpoint: Source) -> Described | None:
         )
         encoder = {k: int(str(found["encoder"][k])) for k in ("width", "depth", "num_heads", "head_dim")}
         _require_sizes(encoder, checkpoint.folder)
-        return {"backbone": found["backbone"], "encoder": encoder, "config": found["config"]}
+        positions = found.get("positions")
+        return {
+            "backbone": found["backbone"],
+            "encoder": encoder,
+            "config": found["config"],
+            "base": saved_base(found),
+            "positions": positions if isinstance(positions, str) else None,
+        }
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the header field {HEADER!r} in {checkpoint.folder} is damaged: {error}") from error
 

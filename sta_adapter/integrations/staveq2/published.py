@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from sta_adapter.adapter.safe_read import read_header, read_json
-from sta_adapter.errors import CheckpointError
+from sta_adapter.config import STAConfig
+from sta_adapter.errors import CheckpointError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -179,3 +181,19 @@ def _with_wrappers(name: str) -> str:
     return (
         pattern.removesuffix(rf"{WRAPPED}\.gamma") + rf"(?:{WRAPPED}\.gamma)?" if name.endswith(".gamma") else pattern
     )
+
+
+def warn_of_other_settings(spec: Backbone, config: STAConfig) -> None:
+    """Warn where the published code, which knows no settings, computes otherwise than STA with these."""
+    there = STAConfig(token_order="published" if spec.published_token_order else "clip").with_defaults(spec.defaults)
+    differ = [
+        f"{name} is {getattr(config, name)!r}, there {getattr(there, name)!r}"
+        for name in ("token_order", "rope_theta", "causal", "window", "single_frames")
+        if getattr(config, name) != getattr(there, name)
+    ]
+    if differ:
+        warnings.warn(
+            f"the published code computes something else with these weights: {'; '.join(differ)}. Converted back they compute what they did.",
+            STAWarning,
+            stacklevel=3,
+        )

@@ -62,13 +62,14 @@ def serve_line(
     if reader is not None and reader.sizes_frames:
         options["--mm-processor-kwargs"] = json.dumps({"videos_kwargs": {"do_resize": False}})
     for name in options:
-        if any(word.split("=")[0] == name for word in extra):
+        if any(_stands_for(word, name) for word in extra):
             raise ConfigError(f"{name} is set by this command; run vllm serve yourself to set it otherwise.")
     line = ["vllm", "serve", model, *(word for pair in options.items() for word in pair)]
     if (folder / LORA_CONFIG).exists():
         rank = _largest_rank(LoraOptions.read(read_json(folder / LORA_CONFIG), folder / LORA_CONFIG))
         line += ["--enable-lora", "--enable-tower-connector-lora", "--max-lora-rank", str(rank)]
-        line += ["--lora-modules", f"{LORA_NAME}={named}"]
+        # of the folder that was looked at: vLLM has no revision for LoRA weights
+        line += ["--lora-modules", json.dumps({"name": LORA_NAME, "path": os.path.abspath(folder)})]
     return [*line, *extra]
 
 
@@ -92,6 +93,12 @@ def check_plugins(allowed: str | None) -> None:
         raise ConfigError(
             f"VLLM_PLUGINS is {allowed!r}, so that vLLM would serve the base without STA: add {PLUGIN}, or unset it."
         )
+
+
+def _stands_for(word: str, option: str) -> bool:
+    """Whether vLLM reads a word as this option: also shortened, with underscores, or as one field of its JSON behind a dot."""
+    name = word.split("=")[0].split(".")[0].replace("_", "-")
+    return name.startswith("--") and name != "--" and option.startswith(name)
 
 
 def _largest_rank(options: LoraOptions) -> int:
