@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,9 +22,13 @@ __all__ = [
     "full_tensor",
     "is_rank_zero",
     "is_sharded",
+    "of_rank_zero",
     "on_rank_zero",
     "shard_groups",
 ]
+
+
+T = TypeVar("T")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -171,6 +175,14 @@ def on_rank_zero(write: Callable[[], None]) -> None:
         raise failure
     if report[0] is not None:
         raise CheckpointError(f"process 0 could not save: {report[0]}")
+
+
+def of_rank_zero(value: T) -> T:
+    """The value that process 0 has, on all, which must all call this: what each finds by itself may differ."""
+    told = [value]
+    if is_parallel():
+        distributed.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

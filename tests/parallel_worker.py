@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -25,6 +26,10 @@ from sta_adapter.training import TrainingConfig, train
 from sta_adapter.training.watch import Watch
 
 STEPS = 3
+SETTINGS = {
+    **{"batch_size": 4, "device_batch_size": 1, "max_steps": 3, "save_steps": 2, "eval_steps": 3, "keep_best": False},
+    **{"learning_rate": 1e-4, "logging_steps": 1, "max_grad_norm": 0.5},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,27 +215,22 @@ def refuse(case, out):
     return f"{case} alike {told[0] == told[1]}: {told[0]}"
 
 
-def run_training(case, out, **more):
+def train_on(case, out, into, callbacks=(), eval_fn=None, **changes):
     """`sta_adapter.training.two_stage.train` on the samples in the folder `case` names, whole or spoilt."""
     data = out / case.partition("=")[2]
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     processor = make_processor(data / f"tokenizer{rank}")
     frames = FrameSettings(min_tokens=None, max_tokens=None)
     dataset = VideoDataset(data / "data.jsonl", processor, frames=frames, cache=True)
-    config = TrainingConfig(
-        batch_size=4,
-        device_batch_size=1,
-        max_steps=3,
-        save_steps=2,
-        learning_rate=1e-4,
-        logging_steps=1,
-        max_grad_norm=0.5,
-        eval_steps=3,
-        keep_best=False,
-    )
+    config = TrainingConfig(**{**SETTINGS, **changes})
     model = make_model(processor.tokenizer)
-    folder = data / ("two" if distributed.is_initialized() else "one")
-    result = train(model, dataset, output_dir=folder, config=config, eval_data=dataset, progress=False, **more)
+    how = {"config": config, "callbacks": callbacks, "eval_fn": eval_fn, "eval_data": None if eval_fn else dataset}
+    return train(model, dataset, output_dir=data / into, progress=False, **how)
+
+
+def run_training(case, out, **more):
+    """How many steps that took."""
+    result = train_on(case, out, "two" if distributed.is_initialized() else "one", **more)
     return f"{case} steps {[s['steps'] for s in result.stages.values()]}, bad {len(result.bad_samples)}"
 
 
@@ -251,6 +251,15 @@ def stop_training(case, out):
         message = f"signal {stopped.signal}, {stopped.checkpoint.name}"
     distributed.all_gather_object(told, message)
     return f"{case} alike {told[0] == told[1]}: {told[0]}"
+
+
+def score_otherwise(case, out):
+    """Scores that rise in process 0 and fall in the other: whether both end with the same weights."""
+    told, scores = [None, None], itertools.count(0, -1 if distributed.get_rank() else 1)
+    how = {"eval_fn": lambda model: {"score": next(scores)}, "eval_steps": 1, "save_steps": 1, "keep_best": True}
+    result = train_on(case, out, "scored", **how)
+    distributed.all_gather_object(told, [p.tolist() for p in result.handle.parameters()])
+    return f"{case} alike {told[0] == told[1]}"
 
 
 def watch_losses(case, out):
@@ -284,7 +293,14 @@ def main(folder, *cases):
     distributed.init_process_group("gloo")
     for case in cases:
         kind = case.partition("=")[0] if "=" in case else ""
-        runs = {"train": run_training, "stop": stop_training, "losses": watch_losses, "refused": refuse, "": compare}
+        runs = {
+            "train": run_training,
+            "stop": stop_training,
+            "scores": score_otherwise,
+            "losses": watch_losses,
+            "refused": refuse,
+            "": compare,
+        }
         line = runs[kind](case, Path(folder))
         if distributed.get_rank() == 0:
             print(line, flush=True)

@@ -327,14 +327,19 @@ def test_a_run_is_taken_up_only_from_the_same_start(model, processor, folder, tm
 
     assert train(fresh(), data, eval_data=held, **how).stages["1"]["steps"] == 1
     less = VideoDataset(held.samples[:2], processor, frames=AS_IS)
-    for net, eval_data, name in (
-        (fresh(lambda net: net.lm_head.weight.data.neg_()), held, "base"),
-        (fresh(loaded), held, "start"),
-        (fresh(), less, "eval_data"),
-        (fresh(), None, "eval_data"),
+    shorter = VideoDataset(data.samples, processor, frames=AS_IS, max_length=999)
+    turned = VideoDataset(data.samples, processor, frames=AS_IS, frame_order="reversed")
+    for net, data_now, eval_data, name in (
+        (fresh(lambda net: net.lm_head.weight.data.neg_()), data, held, "base"),
+        (fresh(loaded), data, held, "start"),
+        (fresh(), shorter, held, "max_length"),
+        (fresh(), turned, held, "frame_order"),
+        (fresh(), data, turned, "eval_data"),
+        (fresh(), data, less, "eval_data"),
+        (fresh(), data, None, "eval_data"),
     ):
         with pytest.raises(ConfigError, match=rf"holds a run that differs in {name}\."):
-            train(net, data, eval_data=eval_data, **how)
+            train(net, data_now, eval_data=eval_data, **how)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,12 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
 
 
+def test_one_score_of_several_processes_counts(tmp_path, run_two):
+    """Else each would keep a checkpoint of its own, or end at a step of its own."""
+    write_samples(tmp_path / "data", 8)
+    assert run_two("scores=data") == "scores=data alike True\n"
+
+
 def test_the_loss_that_is_shown_and_judged_is_that_of_all_processes(run_two):
     told = "2 3 3; stage 1: the loss is not finite (nan) at step 0"
     assert run_two("losses=all") == f"losses=all {[told, told]}\n"

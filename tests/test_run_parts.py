@@ -34,7 +34,7 @@ from sta_adapter.training.two_stage import _opened, _publish
 def check(settings, *, evaluated=False, eval_fn=None, **made_with):
     """As `train` does it, on a file of samples that was made with the defaults."""
     config = TrainingConfig.from_dict(settings)
-    made = {"max_length": config.max_length, "decode_timeout": 60.0, **made_with}
+    made = {"max_length": config.max_length, "decode_timeout": 60.0, "on_bad_sample": "skip", **made_with}
     dataset = SimpleNamespace(frames=FrameSettings(), encoder=SimpleNamespace(**made))
     stages = [config.for_stage(name) for name in ("1", "2")]
     check_idle(config, stages, dataset, dataset if evaluated else None, eval_fn)
@@ -53,6 +53,7 @@ def check(settings, *, evaluated=False, eval_fn=None, **made_with):
         ({"shuffle_buffer": 3}, {}, "shuffle_buffer is of tar shards"),
         ({"max_length": 9}, {"max_length": 8}, "max_length is 9, but the data set was made with 8"),
         ({"decode_timeout": 5.0}, {}, r"decode_timeout is 5\.0, but the data set was made with 60\.0"),
+        ({"on_bad_sample": "error"}, {}, "on_bad_sample is 'error', but the data set was made with 'skip'"),
         ({"frames": {"fps": 2}}, {}, "frames is FrameSettings.*but the data set was made with"),
     ],
 )  # fmt: skip
@@ -72,10 +73,20 @@ def test_a_setting_without_effect_is_refused(settings, more, message):
         ({"save_steps": 7, "keep_best": False}, {"evaluated": True}),
         ({}, {"max_length": 8}),
         ({"decode_timeout": 5.0}, {"decode_timeout": 5.0}),
+        ({}, {"on_bad_sample": "error"}),
     ],
 )  # fmt: skip
 def test_a_setting_with_effect_is_taken(settings, more):
     check(settings, **more)
+
+
+def test_the_shuffling_of_a_ready_stream_is_its_own():
+    shards = StreamDataset.__new__(StreamDataset)
+    shards.frames, shards.shuffle = FrameSettings(), 100
+    shards.encoder = SimpleNamespace(max_length=None, decode_timeout=60.0, on_bad_sample="skip")
+    check_idle(TrainingConfig(), [], shards, None, None)
+    with pytest.raises(ConfigError, match="shuffle_buffer is 500, but the data set was made with 100, which holds"):
+        check_idle(TrainingConfig(shuffle_buffer=500), [], shards, None, None)
 
 
 # ---- which run a folder holds

@@ -11,7 +11,8 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import LoRARecipe
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.training import TrainingConfig
-from sta_adapter.training.lora import lora_config, lora_parameters, require_effect, require_same_lora
+from sta_adapter.training.lora import lora_config, require_effect, require_same_lora
+from sta_adapter.training.stage import Stage
 
 
 @pytest.mark.parametrize("sta", [True, False])
@@ -65,7 +66,21 @@ def test_lora_that_a_model_brings_is_not_changed_silently(wrapped, setting, valu
         require_same_lora(wrapped, TrainingConfig(**{setting: value}))
 
 
-def test_what_lora_adds(wrapped):
-    added = {id(p) for p in lora_parameters(wrapped)}
-    assert added == {id(p) for name, p in wrapped.named_parameters() if "lora_" in name}
-    assert not added & {id(p) for p in get_sta(wrapped).parameters()}
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "lora_only"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}]
+)
+def test_lora_that_a_model_brings_trains_as_it_says(options, tmp_path):
+    """Also where it was loaded to answer: biases and modules that it trains whole, not its layers and STA alone."""
+    handle = inject_sta(make_qwen2_vl())
+    model = get_peft_model(handle.model, handle.lora_config(**options))
+    trained = trained_names(model)
+    beside = {name for name in trained if ".lora_" not in name and ".sta." not in name}
+    assert bool(beside) is ("bias" in options or "modules_to_save" in options)
+    model.requires_grad_(False)
+    Stage("2", TrainingConfig(), tmp_path, dataset=None).prepare(model, get_sta(model))
+    assert trained_names(model) == trained
+
+
+def trained_names(model):
+    """Of what trains, but for the copies of whole modules that PEFT keeps and nothing computes with."""
+    return {name for name, p in model.named_parameters() if p.requires_grad and ".original_module." not in name}

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import tiny_bases
+import tiny_qwen
 import torch
 from safetensors.torch import load_file
 from test_training import AS_IS, FAST, dataset, folder, logits, losses, make_model, model, processor  # noqa: F401
@@ -30,21 +32,39 @@ def assert_close(one, other, tolerance, names=ADAPTER):
 # ---- gradient accumulation
 
 
-def test_accumulated_batches_are_one_large_batch(tmp_path, processor):  # noqa: F811
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_accumulated_batches_are_one_large_batch(tmp_path, family):
     """Also when the answers differ in length: each token counts once, not each small batch."""
     if not hasattr(Trainer, "get_batch_samples"):
         pytest.skip("before 4.46, transformers averages over small batches, not over tokens")
+    make = tiny_qwen if family == "qwen2_vl" else tiny_bases
+    if make is tiny_bases and not tiny_bases.available(family):
+        pytest.skip(f"this version of transformers has no {family}")
+    names = () if make is tiny_qwen else (family,)
+    parts = make.make_processor(*names, tmp_path / "tokenizer")
     file = write_samples(tmp_path / "data", 8)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for index, line in enumerate(lines):
         line["messages"][-1]["content"] += " and on" * index
     file.write_text("\n".join(map(json.dumps, lines)))
-    uneven = VideoDataset(file, processor, frames=AS_IS, on_bad_sample="error", cache=True)
+    uneven = VideoDataset(file, parts, frames=AS_IS, on_bad_sample="error", cache=True)
+    found = {}
     for size in (4, 1):
         config = TrainingConfig(**{**FAST, "learning_rate": 1e-4, "max_steps": 3, "device_batch_size": size})
-        net = make_model(processor.tokenizer)
-        train(net, uneven, output_dir=tmp_path / str(size), config=config, progress=False)
+        net = make.make_model(*names, parts.tokenizer)
+        found[size] = train(net, uneven, output_dir=tmp_path / str(size), stage="2", config=config, progress=False)
+    assert losses(found[4], "2") == pytest.approx(losses(found[1], "2"), rel=1e-5)
     assert_close(tmp_path / "4", tmp_path / "1", 1e-5)
+
+
+def test_an_evaluation_does_not_change_what_is_trained(tmp_path, processor, dataset):  # noqa: F811
+    """Its loader draws a random number, as dropout does."""
+    for name, measured in (("alone", None), ("measured", dataset)):
+        more = {} if measured is None else {"eval_steps": 1, "keep_best": False}
+        config = TrainingConfig(**{**FAST, "max_steps": 3, "lora_dropout": 0.3}, **more)
+        how = {"stage": "2", "config": config, "eval_data": measured, "progress": False}
+        train(make_model(processor.tokenizer), dataset, output_dir=tmp_path / name, **how)
+    assert_close(tmp_path / "alone", tmp_path / "measured", 0)
 
 
 # ---- precision

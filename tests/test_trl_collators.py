@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import tiny_bases
 import torch
 from tiny_qwen import make_model, make_processor, write_samples
 
@@ -108,6 +109,39 @@ def test_bad_pairs(processor, rows, caplog):
         trl.PreferenceCollator(processor, frames=FRAMES, on_bad_sample="error")([gone])
     with pytest.raises(DataError, match="more than max_length 8"):
         trl.PreferenceCollator(processor, frames=FRAMES, max_length=8, on_bad_sample="error")([pair(rows[0])])
+
+
+def picture_row(path, size):
+    from PIL import Image
+
+    Image.new("RGB", size).save(path)
+    user = [{"type": "image", "image": str(path)}, {"type": "text", "text": "Which way?"}]
+    said = [{"type": "text", "text": "left"}]
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": said}]}
+
+
+def test_what_a_library_raises_for_a_pair_is_about_that_pair(processor, rows, tmp_path, caplog):
+    """A picture that is too narrow for the processor, here."""
+    narrow = pair(picture_row(tmp_path / "narrow.png", (2, 900)))
+    collator = trl.PreferenceCollator(processor, frames=FRAMES)
+    assert len(collator([pair(rows[0]), narrow])["input_ids"]) == 2
+    assert collator.counts() == (1, 1)
+    assert "aspect ratio" in caplog.text
+
+
+@pytest.mark.skipif(not tiny_bases.available("glm4v"), reason="this version of transformers has no GLM-4.1V")
+@pytest.mark.parametrize("pairs", [False, True], ids=["rows", "pairs"])
+def test_rows_that_make_no_batch_with_the_others_are_counted(rows, tmp_path, caplog, pairs):
+    """GLM takes either pictures or clips in one forward."""
+    processor = tiny_bases.make_processor("glm4v", tmp_path)
+    kind, made = (trl.PreferenceCollator, pair) if pairs else (trl.VideoCollator, lambda row: row)
+    given = [made(rows[0]), made(rows[1]), made(picture_row(tmp_path / "a.png", (16, 16)))]
+    collator = kind(processor, frames=FRAMES)
+    assert len(collator(given)["input_ids"]) == (4 if pairs else 2)
+    assert collator.counts() == (1, 2)
+    assert "it has pictures and others of its batch have clips" in caplog.text
+    with pytest.raises(DataError, match="it has pictures and others of its batch have clips"):
+        kind(processor, frames=FRAMES, on_bad_sample="error")(given)
 
 
 @pytest.fixture

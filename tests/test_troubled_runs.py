@@ -131,17 +131,19 @@ def test_the_last_good_checkpoint_is_kept_and_named(tmp_path, run, processor):
 # ---- signals
 
 
-def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(tmp_path, run):
-    number = signal.SIGTERM
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(tmp_path, run, processor):
+    number, model = signal.SIGTERM, make_model(processor.tokenizer)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     whole = run(tmp_path / "whole", max_steps=4)
     with pytest.raises(
         TrainingStopped, match=rf"stage 1 was stopped by {number.name}; .*checkpoint-3 is saved"
     ) as stopped:
-        run(tmp_path / "cut", callbacks=[At(3, lambda: os.kill(os.getpid(), number))])
+        run(tmp_path / "cut", model=model, callbacks=[At(3, lambda: os.kill(os.getpid(), number))])
     assert (stopped.value.signal, stopped.value.checkpoint.name) == (number, "checkpoint-3")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert not (tmp_path / "cut" / "stage1" / "result.json").exists()
+    with pytest.raises(ConfigError, match=r"differs in .*start\. .*The model was trained already.*load it anew"):
+        run(tmp_path / "cut", model=model)
     more = run(tmp_path / "cut")
     assert more.stages["1"]["steps"] == 4
     one, other = (load_file(tmp_path / name / "stage1" / "trained.safetensors") for name in ("whole", "cut"))
@@ -304,6 +306,25 @@ def test_epochs_are_raised_too_and_a_device_batch_may_change(tmp_path, run):
     longer = run(tmp_path, max_steps=None, epochs=2, device_batch_size=2, gradient_checkpointing=True)
     assert (longer.stages["1"]["steps"], longer.finished_before) == (4, [])
     assert not half.exists()
+
+
+def test_a_longer_run_has_the_rates_of_its_schedule_at_once(tmp_path, run):
+    """The shorter one ended with a rate of 0, with which a step would change nothing."""
+    rates = []
+    for name, ends in (("whole", (5,)), ("longer", (2, 5))):
+        results = [run(tmp_path / name, max_steps=steps) for steps in ends]
+        rates.append([e["learning_rate"] for e in results[-1].history if e.get("step", 0) > 2 and "loss" in e])
+    assert rates[0] == rates[1]
+    assert rates[0][0] > 0
+
+
+def test_what_saves_may_change_when_a_run_goes_on(tmp_path, run):
+    how = {"max_steps": 5, "keep_checkpoints": 9}
+    with pytest.raises(TrainingStopped):
+        run(tmp_path, callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))], save_steps=100, **how)
+    run(tmp_path, save_steps=1, **how)
+    saved = {path.name for path in (tmp_path / "stage1").glob("checkpoint-*")}
+    assert saved == {f"checkpoint-{step}" for step in (2, 3, 4, 5)}
 
 
 def test_early_stopping(tmp_path, run):

@@ -65,10 +65,14 @@ class Collator:
         Raises:
             DataError: a sample makes no batch with the others, and `on_bad_sample` is "error".
         """
-        found = [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
+        found = self.of_one_batch(items)
         good = [item for item in found if not isinstance(item, BadSample)]
         bad = [str(item) for item in found if isinstance(item, BadSample)]
         return {"bad_samples": bad, **(self._batch(good) if good else {"labels": torch.full((1, 1), IGNORE)})}
+
+    def of_one_batch(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
+        """As `sort_out`, and of a model that takes either pictures or clips in one forward the usual kind alone."""
+        return [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
 
     def sort_out(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
         """The samples, with a `BadSample` in the place of each that makes no batch with the others.

@@ -13,7 +13,7 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,11 +23,11 @@ from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.seams import parameter_names, version
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE
-from sta_adapter.data.collator import Collator
+from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.sample_encoder import SampleEncoder
 from sta_adapter.data.visual_processing import Encoded
-from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.integrations.callbacks import ReportBadClips, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
@@ -74,7 +74,7 @@ class VideoCollator:
             processor, frames or FrameSettings(), on_bad_sample=on_bad_sample, max_length=max_length
         )
         self.folder = folder
-        self._collate = Collator.of(processor)
+        self._collate = Collator.of(processor, on_bad_sample=on_bad_sample)
         self._bad, self._good = multiprocessing.Value("q"), multiprocessing.Value("q")  # workers count too
 
     def counts(self) -> tuple[int, int]:
@@ -98,9 +98,13 @@ class VideoCollator:
         return parse_sample(record, source=f"row {json.dumps(record, default=str)[:120]}", folder=self.folder)
 
     def _usable(self, items: Sequence[Item | BadSample]) -> list[Item]:
-        """The items without bad samples, which are counted."""
-        good = [item for item in items if not isinstance(item, BadSample)]
-        bad = [item for item in items if isinstance(item, BadSample)]
+        """The items without bad samples and those that make no batch with the others, which are counted."""
+        first = [
+            item[0] if type(item) is tuple else item for item in items
+        ]  # the answers of a pair have the same clips
+        fits = self._collate.of_one_batch(cast("list[Encoded | BadSample]", first))
+        good = [cast("Item", item) for item, fit in zip(items, fits, strict=True) if not isinstance(fit, BadSample)]
+        bad = [fit for fit in fits if isinstance(fit, BadSample)]
         for counter, more in ((self._bad, len(bad)), (self._good, len(good))):
             with counter.get_lock():
                 counter.value += more
@@ -143,9 +147,9 @@ class PreferenceCollator(VideoCollator):
         try:
             visuals = [*self.encoder.visuals(chosen.prompt), []]
             one, other = (self.encoder.encoded(sample.messages, visuals) for sample in (chosen, rejected))
-        except (STAError, OSError) as error:
+        except BaseException as error:  # whatever a library raises
             return BadSample.of(chosen.source, error).skipped(self.encoder.on_bad_sample, error)
-        return one, other
+        return Loaded.of(one, chosen.source), other
 
 
 class Arguments(TypedDict):

@@ -16,7 +16,7 @@ from sta_adapter.adapter.format import WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
 from sta_adapter.data.dataset import VideoDataset
-from sta_adapter.data.fingerprint import fingerprint_processor
+from sta_adapter.data.fingerprint import fingerprint, fingerprint_processor
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.text_positions import rule_in_use
@@ -27,7 +27,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["claim", "identity_of", "write_json"]
 
 Data = VideoDataset | StreamDataset
-RUN_FORMAT = 2  # raised when the same settings train other weights than before
+RUN_FORMAT = 3  # raised when the same settings train other weights than before
 
 
 def identity_of(
@@ -43,11 +43,10 @@ def identity_of(
         "format": RUN_FORMAT,
         "stage": stage,
         **_of_weights(config.to_dict()),
-        "frames": dataclasses.asdict(_frames_in_force(dataset)),
-        **_frames_of_records(dataset),
         "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
         "data": dataset.digest(),
-        "eval_data": None if eval_dataset is None else eval_dataset.digest(),
+        "eval_data": None if eval_dataset is None else fingerprint(eval_dataset.digest(), _made_with(eval_dataset)),
+        **_made_with(dataset),
         "processor": fingerprint_processor(dataset.processor),
         "positions": rule_in_use(model),
         **start,
@@ -60,6 +59,14 @@ def _of_weights(values: Mapping[str, Any]) -> dict[str, object]:
     """Settings without those that don't change the weights that come out, of all stages and of each."""
     kept = {key: value for key, value in values.items() if key not in HARMLESS}
     return {**kept, **{name: _of_weights(kept[name]) for name in ("stage1", "stage2") if name in kept}}
+
+
+def _made_with(dataset: Data) -> dict[str, object]:
+    """How a data set makes tensors of its samples, which may have been said when it was made."""
+    encoder = dataset.encoder
+    order = {} if encoder.frame_order == "ordered" else {"frame_order": [encoder.frame_order, encoder.seed]}
+    frames = dataclasses.asdict(_frames_in_force(dataset))
+    return {"frames": frames, **_frames_of_records(dataset), "max_length": encoder.max_length, **order}
 
 
 def _frames_in_force(dataset: Data) -> FrameSettings:
@@ -95,10 +102,13 @@ def claim(folder: Path, identity: Mapping[str, object], overwrite: bool) -> None
             key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key) and key not in HARMLESS
         ]
         if differ and not _is_longer(found, identity, differ):
+            anew = (
+                " The model was trained already, or brings another adapter: load it anew." if "start" in differ else ""
+            )
             raise ConfigError(
                 f"{folder} holds a run that differs in {', '.join(sorted(differ))}. Repeat that run's settings to go on with "
                 "it (epochs and max_steps may be raised), take another output folder, or overwrite it (overwrite=True, "
-                "--overwrite)."
+                f"--overwrite).{anew}"
             )
     write_json(file, identity)
 

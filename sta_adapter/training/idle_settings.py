@@ -13,6 +13,8 @@ from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 from sta_adapter.video.frame_settings import FrameSettings
 
+OF_THE_ENCODER = ("max_length", "decode_timeout", "on_bad_sample")
+
 
 def check_idle(
     config: TrainingConfig,
@@ -46,7 +48,12 @@ def check_idle(
             "give each its 'video', or train LoRA alone (sta: false)."
         )
     encoder = dataset.encoder
-    made_with = {"frames": dataset.frames, "max_length": encoder.max_length, "decode_timeout": encoder.decode_timeout}
+    made_with: dict[str, object] = {
+        "frames": dataset.frames,
+        **{name: getattr(encoder, name) for name in OF_THE_ENCODER},
+    }
+    if isinstance(dataset, StreamDataset):
+        made_with["shuffle_buffer"] = dataset.shuffle
     for name, found in made_with.items():
         asked, default = getattr(config, name), FrameSettings() if name == "frames" else DEFAULTS[name]
         if asked not in (default, found):

@@ -1,12 +1,11 @@
-"""Stage two's LoRA as a run's settings have it, and which parameters it adds."""
+"""Stage two's LoRA as a run's settings have it, and what trains with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypedDict, cast
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sta_adapter.errors import ConfigError
@@ -16,7 +15,7 @@ from sta_adapter.injection.lora_recipe import require_recipe
 from sta_adapter.injection.registry import locate
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 
-__all__ = ["lora_config", "lora_parameters", "require_effect"]
+__all__ = ["lora_config", "mark_trained", "require_effect", "require_same_lora"]
 
 
 class Fields(TypedDict):
@@ -88,12 +87,15 @@ def require_same_lora(model: PeftModel, config: TrainingConfig) -> None:
             )
 
 
-def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What LoRA has added to a model."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.adapter_layer_names:
-                yield from getattr(module, name).parameters()
+def mark_trained(model: PeftModel) -> None:
+    """Let train what a model's LoRA says, and nothing else: its layers, modules that it trains whole, and biases of the base."""
+    model.requires_grad_(False)
+    model.set_adapter(model.active_adapter)
+    bias = cast(LoraConfig, model.peft_config[model.active_adapter]).bias
+    for name, parameter in model.named_parameters():
+        of_the_base = "bias" in name.rpartition(".")[2] and ".original_module." not in name and ".lora_" not in name
+        if of_the_base and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
+            parameter.requires_grad_(True)
 
 
 def _ends(name: str, suffixes: Sequence[str]) -> bool:

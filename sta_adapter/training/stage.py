@@ -40,10 +40,10 @@ from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, l
 from sta_adapter.training.config import LENGTH, TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized
 from sta_adapter.training.identity import write_json
-from sta_adapter.training.lora import lora_config, lora_parameters, require_same_lora
+from sta_adapter.training.lora import lora_config, mark_trained, require_same_lora
 from sta_adapter.training.progress import Progress, describe
 from sta_adapter.training.trainer import AdapterTrainer
-from sta_adapter.training.watch import EarlyStopping, Signals, Watch
+from sta_adapter.training.watch import EarlyStopping, Resumption, Signals, Watch
 
 __all__ = ["Stage"]
 
@@ -91,9 +91,9 @@ class Stage:
             model = get_peft_model(model, lora_config(model, handle, self.config))
         else:
             require_same_lora(model, self.config)
+        mark_trained(model)
         handle = get_sta(model)
-        model.requires_grad_(False)
-        for parameter in lora_parameters(model) if handle is None else [*lora_parameters(model), *handle.parameters()]:
+        for parameter in () if handle is None else handle.parameters():
             parameter.requires_grad_(True)
         return model, handle
 
@@ -252,8 +252,8 @@ class Stage:
                 args=self._arguments(),
                 train_dataset=self.dataset,
                 eval_dataset=self.eval_dataset or (self.dataset if self.eval_fn else None),
-                data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.config.on_bad_sample),
-                callbacks=[watch, *callbacks, *([] if patience is None else [EarlyStopping(patience)])],
+                data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.dataset.encoder.on_bad_sample),
+                callbacks=[watch, Resumption(), *callbacks, *([] if patience is None else [EarlyStopping(patience)])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
                 adapter_files=lambda: (

@@ -25,7 +25,7 @@ from sta_adapter.adapter.save import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
-from sta_adapter.distributed import is_parallel, on_rank_zero
+from sta_adapter.distributed import is_parallel, of_rank_zero, on_rank_zero
 from sta_adapter.errors import CheckpointError, STAError
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.injection.handle import get_sta
@@ -71,6 +71,9 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = (
+            True  # whatever the model takes: so a step's tokens are counted, for `compute_loss`
+        )
         self.watch = watch
         self.config = config
         self.sta_parameters = sta_parameters
@@ -142,15 +145,27 @@ class AdapterTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """As the base class; a batch that nothing trained takes part in (text alone, in stage one) has zero gradients."""
-        if is_parallel() and bool((inputs["labels"] == IGNORE).all()):
+        """As the base class, but each token of a step counts once whatever the model makes of `num_items_in_batch`.
+
+        Many (Qwen2.5-VL, Qwen3-VL, GLM) give the mean over the batch that they see, of which a step may have several. A
+        batch that nothing trained takes part in (text alone, in stage one) has zero gradients.
+        """
+        learned = (inputs["labels"] != IGNORE).sum()
+        if is_parallel() and not learned:
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
             loss = outputs["logits"].sum() * 0  # a mean over no token would not be a number
-            return (loss, outputs) if kwargs.get("return_outputs") else loss
-        outcome = super().compute_loss(model, inputs, *args, **kwargs)
+            return (loss, outputs) if return_outputs else loss
+        outcome = super().compute_loss(model, inputs, return_outputs)
         loss, *rest = outcome if isinstance(outcome, tuple) else (outcome,)
+        if num_items_in_batch is not None:  # counted on all processes, whose gradients are averaged, or on this one
+            processes = self.args.world_size if getattr(self.args, "average_tokens_across_devices", False) else 1
+            loss = loss * (learned * processes / num_items_in_batch)
         if torch.is_grad_enabled() and not loss.requires_grad:
             loss = loss + 0 * sum(p.sum() for p in self._net.parameters() if p.requires_grad)
         return (loss, *rest) if rest else loss
@@ -170,10 +185,11 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `eval_fn` gives, logged as `eval_...`, or else the loss on the evaluation data."""
         if self.eval_fn is None:
-            return super().evaluate(*args, **kwargs)
+            with _kept_random_state():  # from which a loader draws a seed
+                return super().evaluate(*args, **kwargs)
         net = self._net
         with eval_mode(net), self.compute_loss_context_manager(), _kept_random_state():
-            values = {name: float(value) for name, value in self.eval_fn(net).items()}
+            values = of_rank_zero({name: float(value) for name, value in self.eval_fn(net).items()})
         metrics = {"eval_score": next(iter(values.values()), 0.0), **{f"eval_{name}": v for name, v in values.items()}}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

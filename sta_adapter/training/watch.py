@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.data.worker_signals import in_main_thread
@@ -24,7 +25,7 @@ from sta_adapter.errors import DivergenceError
 from sta_adapter.training.checkpoints import last_checkpoint
 from sta_adapter.training.config import TrainingConfig
 
-__all__ = ["Signals", "Watch", "stopped_early"]
+__all__ = ["EarlyStopping", "Resumption", "Signals", "Watch", "stopped_early"]
 
 GROWTH = 100.0  # so many times its lowest value, a loss has diverged
 RECENT = 5  # steps whose median is the loss, as single batches may be odd
@@ -187,6 +188,24 @@ class Watch(TrainerCallback):
             "--overwrite begins the run anew."
         )
         return f"{self.label}: the loss {found} at step {step}, so the run ends. {cause} {kept}"
+
+
+class Resumption(TrainerCallback):
+    """Mends what transformers makes of a checkpoint: when it logs and saves, and the rate of the next step."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: object = None,
+        **kwargs: object,
+    ) -> None:
+        """The settings hold; those of the run before came with the checkpoint, as did the rate of its schedule."""
+        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+        if isinstance(lr_scheduler, LRScheduler) and lr_scheduler.last_epoch > 0:
+            lr_scheduler.last_epoch -= 1
+            lr_scheduler.step()
 
 
 class EarlyStopping(TrainerCallback):
