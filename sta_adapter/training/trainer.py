@@ -71,9 +71,8 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.model_accepts_loss_kwargs = (
-            True  # whatever the model takes: so a step's tokens are counted, for `compute_loss`
-        )
+        # whatever the model takes, a step's tokens are counted, for `compute_loss`
+        self.model_accepts_loss_kwargs = True
         self.watch = watch
         self.config = config
         self.sta_parameters = sta_parameters

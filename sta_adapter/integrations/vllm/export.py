@@ -26,6 +26,7 @@ from sta_adapter.requirements import require_free
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 BASE, STA = "base", "sta"
 
@@ -130,7 +131,7 @@ def export_merged(
     processor = load_processor(base, **source)
     model = use_positions_of(load_model(base, **options), None, description.get("positions"))
     peft_model = cast("PeftModel", load_sta(model, folder, base_model=base_model).model)
-    _untie(peft_model.get_base_model())
+    _untie(cast("PreTrainedModel", peft_model.get_base_model()))
     merged = peft_model.merge_and_unload()
     handle = get_sta(merged)
     if handle is not None:
@@ -169,13 +170,13 @@ def _require_other(source: str | os.PathLike[str], target: Path) -> None:
         raise CheckpointError(f"{os.fspath(target)!r} would be written, and is read as well; write to another folder.")
 
 
-def _untie(model: Any) -> None:
+def _untie(model: PreTrainedModel) -> None:
     """Give the output layer weights of its own where it shares the embeddings', and PEFT changes one of the two."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if not any(isinstance(end, peft_parts()) for end in ends):
         return
     inner, outer = (getattr(e, "base_layer", getattr(e, "original_module", e)) for e in ends)
     if inner.weight is outer.weight:
-        outer.weight = nn.Parameter(outer.weight.detach().clone())
+        outer.weight = nn.Parameter(cast("torch.Tensor", outer.weight).detach().clone())
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
