@@ -28,10 +28,7 @@ KNOWN = {
     "causal": "it has the causal mask alone",
     "none": "it knows no order",
 }
-OTHERS = (
-    "larger",
-    "circling",
-)  # folders of results/: the same with Debian's pictures, and with circles in the place of turns
+OTHERS = ("larger", "circling")  # folders of results/: with Debian's pictures; with circles in the place of turns
 EARLIER = ("even-attention", "two-blocks")  # set-ups before today's, folders of results/earlier
 WIDTH, HEIGHT, LEFT, TOP, CURVES = 760, 330, 58, 30, 400
 STYLE = """
