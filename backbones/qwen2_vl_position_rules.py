@@ -99,9 +99,7 @@ class WholeSecondsRowsAndColumns(RowsAndColumns, WholeSeconds):
 
 def tokens_per_second(owner: PreTrainedModel) -> float | None:
     """Positions on the temporal axis for a second in Qwen2.5-VL; None for Qwen2-VL, which counts steps."""
-    if any(
-        "Qwen2VL" in cls.__name__ for cls in type(owner).__mro__
-    ):  # also of a class of somebody's own, such as ColQwen2
+    if any("Qwen2VL" in cls.__name__ for cls in type(owner).__mro__):  # also for a class of one's own, such as ColQwen2
         return None
     rate: float = owner.config.vision_config.tokens_per_second
     return rate

@@ -53,6 +53,5 @@ def command(
     program = os.path.join(os.path.dirname(sys.executable), line[0])
     if not os.path.exists(program):
         raise MissingExtraError("serving needs vLLM beside sta-adapter: pip install 'sta-adapter[vllm]'.")
-    os.execv(
-        program, [program, *line[1:]]
-    )  # signals are the server's: in a process of its own it would outlive this one
+    # in this process's place, so that signals reach the server, which would outlive it in one of its own
+    os.execv(program, [program, *line[1:]])

@@ -118,8 +118,8 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
 def watch_peft() -> None:
     """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, if PEFT is imported; again and again is fine.
 
-    `load_adapter`, for a second one, says what it can't. PEFT alone would load its LoRA without the STA. Where this package isn't imported, the entry "sta_adapter" in
-    adapter_config.json makes PEFT warn of it, or refuse it (before 0.14).
+    `load_adapter`, for a second one, says what it can't. PEFT alone would load its LoRA without the STA. Where this package
+    isn't imported, the entry "sta_adapter" in adapter_config.json makes PEFT warn of it, or refuse it (before 0.14).
     """
     peft = sys.modules.get("peft")
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
