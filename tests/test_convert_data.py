@@ -119,7 +119,7 @@ def test_pairs(tmp_path):
         convert_data(source, tmp_path / "ax.jsonl", to="axolotl")
     write(source, {"messages": [ask(), SAID], "rejected": "down"}, {"messages": [ask(), SAID]})
     with pytest.raises(DataError, match="1 of 2 samples have a 'rejected' answer, expected all or none"):
-        convert_data(source, tmp_path / "trl.jsonl", to="trl")
+        convert_data(source, tmp_path / "trl.jsonl", to="trl", overwrite=True)
 
 
 def test_pairs_of_whole_conversations(tmp_path):
@@ -135,7 +135,7 @@ def test_pairs_of_whole_conversations(tmp_path):
     ):
         write(source, {**talk, **record})
         with pytest.raises(DataError, match=message):
-            convert_data(source, tmp_path / "out.jsonl", to="sta-adapter")
+            convert_data(source, tmp_path / "out.jsonl", to="sta-adapter", overwrite=True)
 
 
 def test_what_would_be_lost_is_an_error(tmp_path):

@@ -158,7 +158,6 @@ def convert_to_published(
         raise CheckpointError(
             f"the published code has no {spec.name!r}; it has {', '.join(_published_backbones()) or 'no backbone'}."
         )
-    warn_of_other_settings(spec, saved_config(description, folder / CONFIG))
     names = published_keys(spec)
     start = spec.published_prefix if prefix is None else prefix
     tensors = {}
@@ -170,6 +169,7 @@ def convert_to_published(
     path = Path(out)
     path = path if path.suffix == ".safetensors" else path / PUBLISHED
     require_free(path.parent, [path.name], overwrite)
+    warn_of_other_settings(spec, saved_config(description, folder / CONFIG))
     try:
         content = save(tensors, {"format": "pt", HEADER: json.dumps(description)})
         atomic_folder_write(path.parent, {path.name: content})
