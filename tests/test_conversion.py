@@ -19,7 +19,8 @@ from test_goldens import qwen2_vl_tower, read_golden, relative_error, run
 from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.cli import cli
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
-from sta_adapter.integrations.staveq2.conversion import _branch_facts, convert_published, convert_to_published
+from sta_adapter.integrations.staveq2.conversion import convert_published, convert_to_published
+from sta_adapter.integrations.staveq2.sizes import branch_facts
 
 GOLDENS = ["after_0.25", "after_0.5_head80", "after_1.0", "before_0.25"]
 QWEN = {"norm": "norm3", "qkv": "temp_attn.qkv", "proj": "temp_attn.proj"}
@@ -228,7 +229,7 @@ def test_a_file_alone_takes_heads_or_a_configuration(tmp_path):
 
 def test_an_encoder_of_one_head():
     state = {"blocks.0.to_qkv.weight": torch.zeros(3 * 8, 8)}
-    assert _branch_facts(state, {"width": 8, "heads": 1}) == {"num_heads": 1, "head_dim": 8}
+    assert branch_facts(state, {"width": 8, "heads": 1}) == {"num_heads": 1, "head_dim": 8}
 
 
 def test_internvideo2(tmp_path):

@@ -14,6 +14,7 @@ from sta_adapter import inject_sta
 from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
 from sta_adapter.adapter.push import push_folder
+from sta_adapter.adapter.weights_digest import weights_digest
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import CheckpointError
 from sta_adapter.loading import saved_frame_settings
@@ -46,8 +47,13 @@ def folder(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "result.json").write_text(json.dumps(STAGE))
-    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    write_results(tmp_path)
     return tmp_path
+
+
+def write_results(folder, **changed):
+    """Results of an evaluation of the folder's adapter."""
+    (folder / "results.json").write_text(json.dumps({**RESULTS, "adapter_sha256": weights_digest(folder), **changed}))
 
 
 def card(folder, **facts):
@@ -155,9 +161,58 @@ def test_what_is_no_name_and_no_number_is_refused(folder, change):
 
 def test_sentences_are_no_markup(folder):
     reading = ["<script>alert(1)</script> [x](y) `z` https://example.org\n# big"]
-    (folder / "results.json").write_text(json.dumps({**RESULTS, "reading": reading}))
+    write_results(folder, reading=reading)
     text = card(folder)
     assert "- &lt;script&gt;alert(1)&lt;/script&gt; [x] (y) 'z' https: //example.org # big" in text.splitlines()
+
+
+def save_another(folder):
+    """Other weights in the place of the adapter."""
+    handle = inject_sta(seeded(make_qwen2_vl_tower))
+    for parameter in handle.parameters():
+        parameter.data += 1
+    handle.save_pretrained(folder)
+
+
+def test_results_of_another_adapter_are_left_out(folder):
+    assert not [note for note in push_folder(folder, "user/adapter", dry_run=True).notes if "results" in note]
+    save_another(folder)
+    done = push_folder(folder, "user/adapter", dry_run=True)
+    assert any("results.json is of another adapter, and is no part of the card" in note for note in done.notes)
+    assert "## Evaluation" not in done.card_text
+    assert "## Training" in done.card_text  # of weights that nobody has kept
+    with pytest.raises(CheckpointError, match=r"results\.json is of another adapter, whose weights are not those in"):
+        push_folder(folder, "user/adapter", dry_run=True, results=folder)
+
+
+def test_results_that_do_not_name_their_adapter(folder):
+    write_results(folder, adapter_sha256=None)
+    assert "## Evaluation" not in card(folder)
+    assert any("does not say of which adapter" in note for note in read_run(folder)["left_out"])
+    assert read_run(folder, folder)["results"]["adapter"]  # named by the user
+
+
+def test_results_are_of_an_adapter_saved_again(folder):
+    from sta_adapter import load_sta
+
+    load_sta(seeded(make_qwen2_vl_tower), folder).save_pretrained(folder)
+    assert "## Evaluation" in card(folder)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_recipe_of_other_weights_is_left_out(folder, stage):
+    inject_sta(seeded(make_qwen2_vl_tower)).save_pretrained(folder / stage)
+    assert "| stage 1 | 13,056 parameters" in card(folder)
+    save_another(folder)
+    found = read_run(folder)
+    assert any("run.json is of a training that ended in other weights" in note for note in found["left_out"])
+    assert "## Training" not in card(folder)
+
+
+def test_a_damaged_adapter_beside_results(folder):
+    (folder / "sta_adapter.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(CheckpointError, match=r"sta_adapter\.safetensors is damaged"):
+        read_run(folder)
 
 
 def test_results_that_are_not_there(folder):
@@ -243,7 +298,7 @@ def test_scores_stand_under_what_they_were_measured_on(folder):
 
     (first, _) = ModelCard(card(folder, datasets=["org/clips"])).data.eval_results
     assert (first.dataset_type, first.dataset_name) == ("own", "own clips, frames ordered")
-    (folder / "results.json").write_text(json.dumps({**RESULTS, "benchmark": "mvbench"}))
+    write_results(folder, benchmark="mvbench")
     (first, _) = ModelCard(card(folder, datasets=["org/clips"])).data.eval_results
     assert (first.dataset_type, first.dataset_name) == ("mvbench", "mvbench, frames ordered")
 

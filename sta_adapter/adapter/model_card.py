@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sta_adapter.adapter.format import Description
+from sta_adapter.adapter.format import WEIGHTS, Description
 from sta_adapter.adapter.run_file import (
     RUN_FILE,
     VARIANTS,
+    Results,
     Run,
     Stage,
     Variant,
@@ -21,6 +22,7 @@ from sta_adapter.adapter.run_file import (
     read_settings,
     read_stage,
 )
+from sta_adapter.adapter.weights_digest import weights_digest
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["CardFacts", "make_card", "read_run"]
 
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
+OTHER_RESULTS = "{file} {whose}, and is no part of the card; evaluate again, or name a file of results (--results)."
+OTHER_RECIPE = (
+    "{run} is of a training that ended in other weights than are there now, and its recipe is no part of the card."
+)
 PAPER = "[arXiv 2510.26027](https://arxiv.org/abs/2510.26027)"
 METHOD = (
     "In every block of the vision encoder, each patch position attends over the frames of its clip (stacked temporal "
@@ -75,19 +81,21 @@ class CardFacts:
 def read_run(folder: Path, results: Path | None = None) -> Run:
     """What training and evaluation have left in a folder; each part of it may be empty.
 
+    Where the folder holds an adapter, files that are of another one are left out.
+
     Args:
         folder: the output of `sta-adapter train`, or any other.
         results: `results.json` of `sta-adapter evaluate`, or the folder that holds it; None looks for one in `folder`.
 
     Raises:
-        CheckpointError: a file is no JSON, holds something else than a run leaves, or there is no `results` where they
-            were said to be.
+        CheckpointError: a file is no JSON, holds something else than a run leaves, there is no `results` where they
+            were said to be, or they are of another adapter.
     """
-    if results is not None:
-        results = results / RESULTS_FILE if results.is_dir() else results
-        if not results.exists():
-            raise CheckpointError(f"there are no results of an evaluation in {str(results)!r}.")
-    run, scores = folder / RUN_FILE, results or folder / RESULTS_FILE
+    digest = weights_digest(folder) if (folder / WEIGHTS).exists() else None
+    scores, notes = _results(folder, results, digest)
+    run = folder / RUN_FILE
+    if _of_another(folder, digest):
+        return {"results": scores, "left_out": [OTHER_RECIPE.format(run=run), *notes]}
     found = read_run_file(run)
     parts = {name: part for name in ("1", "2") if isinstance(part := found.get(f"stage{name}"), Mapping)}
     stages = {name: _stage(folder / f"stage{name}" / RESULT_FILE) for name in ("1", "2")}
@@ -95,8 +103,32 @@ def read_run(folder: Path, results: Path | None = None) -> Run:
         "settings": read_settings(found, RECIPE, run),
         "of_stages": {name: read_settings(part, RECIPE, run) for name, part in parts.items()},
         "stages": {name: values for name, values in stages.items() if values},
-        "results": read_results(read_run_file(scores), scores),
+        "results": scores,
+        "left_out": notes,
     }
+
+
+def _results(folder: Path, given: Path | None, digest: str | None) -> tuple[Results, list[str]]:
+    """The scores of an evaluation, and why those in the folder are left out."""
+    file = folder / RESULTS_FILE if given is None else given / RESULTS_FILE if given.is_dir() else given
+    if given is not None and not file.exists():
+        raise CheckpointError(f"there are no results of an evaluation in {str(file)!r}.")
+    found = read_results(read_run_file(file), file)
+    of = found.get("adapter_sha256")
+    if not found or digest is None or of == digest or (of is None and given is not None):
+        return found, []
+    whose = "does not say of which adapter it is" if of is None else "is of another adapter"
+    if given is None:
+        return {}, [OTHER_RESULTS.format(file=file, whose=whose)]
+    raise CheckpointError(
+        f"{file} {whose}, whose weights are not those in {folder}: evaluate this one (sta-adapter evaluate --adapter {folder})."
+    )
+
+
+def _of_another(folder: Path, digest: str | None) -> bool:
+    """Whether the stages of the training in a folder ended in other weights than are there now."""
+    ends = [part for name in ("1", "2") if (part := folder / f"stage{name}").joinpath(WEIGHTS).exists()]
+    return digest is not None and bool(ends) and all(weights_digest(part) != digest for part in ends)
 
 
 def _stage(file: Path) -> Stage:

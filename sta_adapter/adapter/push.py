@@ -222,6 +222,7 @@ def _notes(adapter: _Adapter, facts: CardFacts) -> list[str]:
     return [
         *([] if facts.base_model else [NO_BASE.format(found=found)]),
         *([] if facts.license else [NO_LICENSE]),
+        *facts.run.get("left_out", []),
     ]
 
 

@@ -48,18 +48,20 @@ class Results(TypedDict, total=False):
     adapter: dict[str, dict[str, dict[str, float]]]
     benchmark: str | float
     reading: list[str]
+    adapter_sha256: str  # `weights_digest` of the adapter that was evaluated
 
 
 class Run(TypedDict, total=False):
     """What training and evaluation have left; the `settings` are numbers and words, but for those of `frames`.
 
-    `of_stages` has those that hold in stage "1" or "2" alone.
+    `of_stages` has those that hold in stage "1" or "2" alone. `left_out` says which files are of another adapter.
     """
 
     settings: dict[str, object]
     of_stages: dict[str, dict[str, object]]
     stages: dict[str, Stage]
     results: Results
+    left_out: list[str]
 
 
 def read_run_file(path: Path) -> dict[str, object]:
@@ -163,6 +165,8 @@ def read_results(found: Mapping[str, object], path: Path) -> Results:
             results.setdefault(variant, {})[shown] = {"overall": kept}
     if found.get("benchmark"):
         results["benchmark"] = _plain(found["benchmark"], "benchmark", path)
+    if found.get("adapter_sha256"):
+        results["adapter_sha256"] = str(_plain(found["adapter_sha256"], "adapter_sha256", path))
     reading = found.get("reading")
     lines = [line for line in reading if isinstance(line, str)] if isinstance(reading, list) else []
     if lines:

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
         model: str
         adapter_id: str | None
+        adapter_sha256: str  # `weights_digest`
         data: str
         benchmark: str | None
         seed: int
@@ -123,6 +124,7 @@ def command(
     model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Unpack[Options]
 ) -> None:
     """Evaluate and print the outcome."""
+    from sta_adapter.adapter.weights_digest import weights_digest
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
 
@@ -141,6 +143,8 @@ def command(
         _require_results_free(Path(out), about, runs, options)
     samples, notes = _samples(options)
     folder = find_adapter(adapter, options["adapter_revision"], options["any_base"])
+    if folder is not None:
+        about["adapter_sha256"] = weights_digest(folder)
     source = ModelSource.of({"model": model, **options}, folder)
     dataset = _dataset(samples, model, source.load_processor(), folder, options)
 

@@ -63,3 +63,20 @@ def test_an_adapter_and_the_plug_in_must_be_there(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(ConfigError, match="would serve the base without STA"):
         get_model("vllm_sta").create_from_arg_string(f"model=a/b,sta={json.dumps('c/d')}")
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_the_times_of_several_clips_can_not_be_known(monkeypatch, clips):
+    from lmms_eval.models.chat.vllm_generate import VLLMGenerate
+
+    from sta_adapter.integrations.lmms_eval.vllm import Chat
+
+    made = {"prompt": "?", "multi_modal_data": {"video": [torch.zeros(4, 3, 2, 2)] * clips}}
+    made["mm_processor_kwargs"] = {"fps": 2.0, "do_sample_frames": False}
+    monkeypatch.setattr(VLLMGenerate, "make_one_request", lambda *_: (made, {}))
+    if clips == 1:
+        [(_, facts)] = Chat.make_one_request(object.__new__(Chat), None)[0]["multi_modal_data"]["video"]
+        assert facts["fps"] == 2.0
+        return
+    with pytest.raises(ConfigError, match="2 clips, and lmms-eval tells vLLM the frame rate of the last one alone"):
+        Chat.make_one_request(object.__new__(Chat), None)

@@ -44,10 +44,20 @@ class Chat(VLLMGenerate):
         super().__init__(hf_overrides={**given, **own}, **arguments)
 
     def make_one_request(self, request: object) -> tuple[dict[str, object], dict[str, object]]:
-        """The prompt, and how to sample; with the times of frames, which lmms-eval leaves out for most models."""
+        """The prompt, and how to sample; with the times of frames, which lmms-eval leaves out for most models.
+
+        Raises:
+            ConfigError: there are several clips, of which lmms-eval tells the last one's frame rate alone.
+        """
         made, how = super().make_one_request(request)
         clips = made["multi_modal_data"].get("video") or []
         if not any(isinstance(clip, tuple) for clip in clips):
+            if len(clips) > 1:
+                raise ConfigError(
+                    f"a request has {len(clips)} clips, and lmms-eval tells vLLM the frame rate of the last one alone, so the "
+                    "times of the others can't be known. Take lmms-eval's models for transformers (qwen2_vl_sta, "
+                    "qwen2_5_vl_sta) for this task."
+                )
             rate = made.get("mm_processor_kwargs", {}).get("fps")
             made["multi_modal_data"] |= {"video": [(clip, _times(clip, rate)) for clip in clips]} if clips else {}
         return made, how

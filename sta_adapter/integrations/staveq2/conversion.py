@@ -25,9 +25,8 @@ from sta_adapter.adapter.format import (
     require_description,
     saved_config,
 )
-from sta_adapter.adapter.lora_options import MAX_LAYER
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.safe_read import parse_json, shown
+from sta_adapter.adapter.safe_read import parse_json
 from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
@@ -41,13 +40,12 @@ from sta_adapter.integrations.staveq2.published import (
     published_keys,
     warn_of_other_settings,
 )
+from sta_adapter.integrations.staveq2.sizes import branch_facts, encoder_facts, layers_of, require_sizes
 from sta_adapter.requirements import require_free
 
 ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")
 HEADER = "sta_config"  # our description, in the header of published files that we write
 PUBLISHED = "staveq2.safetensors"
-HEADS, WIDTH, DEPTH = ("num_heads", "num_attention_heads"), ("embed_dim", "hidden_size"), ("depth", "num_hidden_layers")
-SIZE = re.compile(r"layers|depth|heads|experts|blocks")
 Order = Literal["after_spatial", "before_spatial"]
 
 
@@ -106,9 +104,9 @@ def convert_published(
         )
     read = checkpoint.read(list(found.values()))
     state = {ours: read[key] for ours, key in found.items()}
-    facts = known["encoder"] if known else _encoder_facts(checkpoint, spec, state, heads)
+    facts = known["encoder"] if known else encoder_facts(checkpoint, spec, state, heads)
     settings = _settings(spec, state, facts, known, order)
-    encoder = {"width": facts["width"], "depth": facts["depth"], **_branch_facts(state, facts)}
+    encoder = {"width": facts["width"], "depth": facts["depth"], **branch_facts(state, facts)}
     compare_tensors(Path(os.fspath(source)), state, _expected(spec, encoder, settings, state))
     name, positions = checkpoint.config.get("_name_or_path"), known["positions"] if known else None
     base: BaseModel = {
@@ -191,7 +189,7 @@ def _described(checkpoint: Source) -> Described | None:
             parse_json(checkpoint.metadata[HEADER].encode(), checkpoint.folder), checkpoint.folder
         )
         encoder = {k: int(str(found["encoder"][k])) for k in ("width", "depth", "num_heads", "head_dim")}
-        _require_sizes(encoder, checkpoint.folder)
+        require_sizes(encoder, checkpoint.folder)
         positions = found.get("positions")
         return {
             "backbone": found["backbone"],
@@ -233,80 +231,6 @@ def _has_branch(spec: Backbone, checkpoint: Source) -> bool:
     )
 
 
-def _encoder_facts(
-    checkpoint: Source, spec: Backbone, state: Mapping[str, Tensor], heads: int | None
-) -> dict[str, int]:
-    """`width`, `depth` and `heads` of the encoder, from the configuration, compared with the weights."""
-    _require_sizes(checkpoint.config, checkpoint.folder)
-    section = _vision_section(checkpoint.config)
-    width = next((len(t) for key, t in state.items() if key.endswith("to_out.weight")), 0)
-    declared = _first(section, WIDTH)
-    if width and declared is not None and declared != width:
-        raise CheckpointError(f"STA's weights are {width} wide, but the configuration's encoder is {declared} wide.")
-    heads = heads or _first(section, HEADS)
-    if heads is None:
-        where = "has no vision_config with num_heads" if checkpoint.config else "is missing"
-        raise CheckpointError(
-            f"the heads of the encoder can't be known: {checkpoint.folder / 'config.json'} {where}. Pass the base model's "
-            "config.json with config=... (--config), or heads=... (--heads)."
-        )
-    layers = [int(m[1]) for key in checkpoint.files if (m := re.search(rf"(?:^|\.){spec.blocks}\.(\d{{1,6}})\.", key))]
-    depth = _first(section, DEPTH) or max(layers) + 1
-    _require_sizes({"depth": depth, "heads": heads}, checkpoint.folder)
-    outside = sorted({i for i in _layers(state) if i >= depth})
-    if outside:
-        raise CheckpointError(f"there are STA weights for the blocks {outside}, but the encoder has {depth} blocks.")
-    return {"width": width or declared or 0, "depth": depth, "heads": heads}
-
-
-def _vision_section(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The part of a model's configuration that describes the encoder, with the defaults that files leave out."""
-    kind = config.get("model_type")
-    if isinstance(kind, str) and isinstance(config.get("vision_config"), Mapping):
-        from transformers import CONFIG_MAPPING
-
-        if kind in CONFIG_MAPPING:
-            try:
-                return CONFIG_MAPPING[kind].from_dict(dict(config)).vision_config.to_dict()
-            except Exception as error:  # of kinds that are transformers' and the Hub's own
-                raise CheckpointError(f"the configuration is none of a {kind}: {error}") from error
-    inner = config.get("model_config")
-    places = [config.get("vision_config"), config.get("vision_encoder")]
-    places += [inner.get("vision_encoder")] if isinstance(inner, Mapping) else []
-    return next((p for p in (*places, config) if isinstance(p, Mapping) and _first(p, HEADS)), {})
-
-
-def _require_sizes(values: object, where: Path, name: str = "") -> None:
-    """Refuse numbers of layers, heads and the like, anywhere in a configuration, that no model has and lists would be made of."""
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            _require_sizes(value, where, str(key))
-    elif isinstance(values, int) and SIZE.search(name) and not 0 <= values <= MAX_LAYER:
-        raise CheckpointError(f"{where}: {name} is {shown(values)}, expected at most {MAX_LAYER}.")
-
-
-def _first(section: Mapping[str, object], names: tuple[str, ...]) -> int | None:
-    return next((found for n in names if isinstance(found := section.get(n), int)), None)
-
-
-def _layers(state: Mapping[str, Tensor]) -> list[int]:
-    return sorted({int(key.split(".")[1]) for key in state})
-
-
-def _branch_facts(state: Mapping[str, Tensor], facts: Mapping[str, int]) -> dict[str, int]:
-    """`num_heads` and `head_dim` of the branch, from its projection: rows = 3 * num_heads * head_dim."""
-    if "head_dim" in facts:
-        return {"num_heads": facts["num_heads"], "head_dim": facts["head_dim"]}
-    width, heads = facts["width"], facts["heads"]
-    rows = next((len(t) for key, t in state.items() if key.endswith("to_qkv.weight")), 0)
-    if heads < 1 or width % heads or not rows or rows % (3 * (width // heads)):
-        raise CheckpointError(
-            f"STA's projection has {rows} rows; expected 3 * heads * head size, where the encoder's {heads} heads on a "
-            f"width of {width} give a head size of {width / max(heads, 1):g}. Is it the configuration of this model?"
-        )
-    return {"num_heads": rows // 3 // (width // heads), "head_dim": width // heads}
-
-
 def _settings(
     spec: Backbone,
     state: Mapping[str, Tensor],
@@ -318,8 +242,8 @@ def _settings(
     if known:
         settings = STAConfig.from_dict(known["config"])
         return settings if order is None else dataclasses.replace(settings, order=order)
-    layers = _layers(state)
-    branch = _branch_facts(state, facts)
+    layers = layers_of(state)
+    branch = branch_facts(state, facts)
     gamma = any(key.endswith(".gamma") for key in state)
     given = STAConfig(
         head_scale=branch["num_heads"] / facts["heads"],

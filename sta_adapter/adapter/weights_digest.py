@@ -1,0 +1,43 @@
+"""A fingerprint of an adapter's weights, by which results of an evaluation tell which adapter they are of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from sta_adapter.adapter.format import WEIGHTS, description_digest, read_description
+from sta_adapter.adapter.lora_weights import LORA_WEIGHTS
+from sta_adapter.adapter.safe_read import parse_tensors, read_bytes
+from sta_adapter.errors import CheckpointError
+
+__all__ = ["weights_digest"]
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256, in hexadecimal, of an adapter's tensors, LoRA's as well, and of the settings that STA's depend on.
+
+    The same adapter saved or published again has the same: the files' metadata, the base's name and frames are no part.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    found = hashlib.sha256(description_digest(read_description(folder)).encode())
+    for path in (folder / WEIGHTS, folder / LORA_WEIGHTS):
+        if path.name == WEIGHTS or path.exists():
+            found.update(_tensors_digest(path))
+    return found.hexdigest()
+
+
+def _tensors_digest(path: Path) -> bytes:
+    """Of a safetensors file without its metadata, whose fields come in any order."""
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} holds no {path.name}.") from None
+    parse_tensors(content, path)  # refuses what is damaged
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {name: tensor for name, tensor in json.loads(content[8:end]).items() if name != "__metadata__"}
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    found.update(memoryview(content)[end:])
+    return found.digest()
