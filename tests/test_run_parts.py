@@ -189,6 +189,8 @@ def test_the_settings_in_the_trainers_words(tmp_path, monkeypatch):
     assert found.dataloader_pin_memory == torch.cuda.is_available()
     narrow = training_arguments(replace(config, precision="bf16"), tmp_path, 41, 0, None, False)
     assert (narrow.bf16, narrow.fp16, narrow.ignore_data_skip) == (True, False, False)
+    reentrant = training_arguments(replace(config, gradient_checkpointing="reentrant"), tmp_path, 41, 0, None, False)
+    assert (found.ddp_find_unused_parameters, reentrant.ddp_find_unused_parameters) == (None, False)
     long = training_arguments(replace(config, max_steps=None, epochs=3.0), tmp_path, 41, 0, None, False)
     assert (long.max_steps, long.num_train_epochs) == (-1, 3.0)
 

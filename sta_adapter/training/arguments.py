@@ -57,6 +57,8 @@ def training_arguments(
         logging_steps=min(config.logging_steps, max(1, steps // LOGS)),
         logging_first_step=True,
         logging_nan_inf_filter=False,  # such a loss is shown, and ends the run
+        # DDP would look for unused parameters at the first of the backwards that re-entrant checkpoints run, each of its own
+        ddp_find_unused_parameters=False if config.gradient_checkpointing == "reentrant" else None,
         dataloader_num_workers=workers,
         ignore_data_skip=streamed,  # it finds its place itself
         dataloader_pin_memory=torch.cuda.is_available(),
