@@ -29,7 +29,7 @@ from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, SHOWN, DemoSetting
 from sta_adapter.demo.model import save_adapter, two_threads
 from sta_adapter.demo.reader import ReaderSettings, write_reader
 from sta_adapter.demo.scores import Reloaded, Results, measure
-from sta_adapter.errors import STAError
+from sta_adapter.errors import ConfigError, STAError
 from sta_adapter.loading import load_processor
 from sta_adapter.tiny_base import TINY_BASE
 
@@ -63,8 +63,12 @@ def run_demo(
         methods: of `METHODS`, with "sta" among them.
 
     Raises:
+        ConfigError: a method is not known, or "sta" is not among them.
         STAError: the adapter, loaded in a new process, gives other answers.
     """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or "sta" not in methods:
+        raise ConfigError(f"methods are {list(methods)}, expected 'sta' and others of {', '.join(METHODS)}.")
     started = time.perf_counter()
     seeds = list(seeds)
     results: Results = {
