@@ -58,9 +58,9 @@ def test_the_main_ratios_come_first(bench, tmp_path):
     report = bench("common").Report("forward", "A title", out=tmp_path)
     report.add("T = 8", {"untouched": [1.0, 1.0], "STA": [1.5, 1.5]})
     report.finish()
-    assert "\n| forward | cpu | 1.500 [1.500, 1.500] | at most 1.10 |\n\n### A title\n" in bench("make_page").with_tables(
-        "", tmp_path
-    )
+    assert "\n| forward | cpu | 1.500 [1.500, 1.500] | at most 1.10 |\n\n### A title\n" in bench(
+        "make_page"
+    ).with_tables("", tmp_path)
 
 
 def test_the_page_agrees_with_the_json(bench):
