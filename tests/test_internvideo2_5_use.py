@@ -156,6 +156,20 @@ def test_frames_reach_each_other_within_a_clip_alone(model, processor, clips):
     assert moved.tolist() == [True] * 8 + [False] * 8
 
 
+def test_a_forward_that_is_run_past_the_hooks_is_told_its_clips(model):
+    """PEFT before 0.19 runs the model's so, with task_type="CAUSAL_LM"."""
+    layouts = Layouts(trained(model))
+    (ids, mask), rows = tiny.prompts("batch"), tiny.pixels(12)
+    inputs = {"pixel_values": rows, "input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(**inputs, clip_lengths=[8, 4]).logits
+        found = model.forward(**inputs, clip_lengths=[8, 4]).logits
+        with pytest.raises(LayoutError, match="can't be known: 12 rows for samples"):
+            model.forward(**inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert layouts.seen == [((8, 64), (4, 64))] * 2
+
+
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"use_cache": False}, {}])
 def test_generate(model, processor, clips, how):
     items = encoded(processor, clips, record(clip("short", nframes=8)), record(clip("long", nframes=4)), prompts=True)
