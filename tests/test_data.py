@@ -141,7 +141,7 @@ def test_system_and_trailing_user_turns_are_not_learned(processor):
             "rewrites earlier turns when a turn is added",
         ),
         (
-            "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}hello",
+            "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}{{ messages[0]['content'][0]['text'] }}",
             (("user", "a"), ("assistant", "b")),
             r"can't render the roles \(user, assistant\): TemplateError: roles must alternate",
         ),

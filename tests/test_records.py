@@ -94,6 +94,14 @@ def test_other_names_of_the_options(columns):
     assert parse_sample(record) == parse_sample(CHOICE)
 
 
+@pytest.mark.parametrize("word", ["<image>", "<video>"])
+def test_places_in_an_answer_are_words(word):
+    turns = [{"from": "human", "value": "<image>\nWhich tag?"}, {"from": "gpt", "value": f"The {word} tag."}]
+    sample = parse_sample({"video": "a.mp4", "conversations": turns})
+    assert sample.answer == f"The {word} tag."
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["video", "text"]
+
+
 def test_words_about_a_place_stay_words_beside_a_clip():
     asked = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Is a <video> tag shown?"}]
     assert (
