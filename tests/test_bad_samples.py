@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from tiny_qwen import make_model, make_processor, write_samples
 
-from sta_adapter.data import BadSample, FrameSettings, VideoDataset
+from sta_adapter.data import BadSample, FrameSettings, VideoDataset, chat_template
 from sta_adapter.data import chat_encoding as encoding
-from sta_adapter.data import chat_template
 from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.check import check_data
 from sta_adapter.data.collator import Collator, Loaded

@@ -303,6 +303,14 @@ def test_limits_of_a_picture(processor, tmp_path, limit, grid):
     assert item["image_grid_thw"].tolist() == [grid]
 
 
+def test_limits_of_a_picture_that_the_processor_would_not_keep(processor, tmp_path):
+    Image.fromarray(moving_square("left")[0]).save(tmp_path / "a.png")
+    picture = {"type": "image", "image": str(tmp_path / "a.png")}
+    item = VideoDataset([sample([picture, {**picture, "min_pixels": 8192}])], processor, frames=AS_IS)[0]
+    assert isinstance(item, BadSample)
+    assert "make a picture 96x96, and the processor, by its own limits, 64x64; give such as it takes" in item.reason
+
+
 def test_limits_of_one_clip_leave_the_others_to_the_processor(processor, tmp_path):
     """Each clip of a sample is encoded as it is alone, whichever of them sets its own limits.
 

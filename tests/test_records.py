@@ -144,6 +144,7 @@ REFUSED = {
     "category": ({**TALK, "catgory": "x"}, "unknown key 'catgory'. Did you mean 'category'"),
     "option": ({**QUESTION, "option": ["left", "right"]}, "unknown key 'option'. Did you mean 'options'"),
     "audio": ({**TALK, "audios": ["a.wav"]}, "'audios' is not read"),
+    "subtitle": ({**TALK, "subtitle": "Hi!"}, "'subtitle' is not read"),
     "rate_without_clip": ({**TALK, "fps": 2}, "'fps' beside the words belongs to no single 'video'"),
     "rate_of_several": ({**TALK, "videos": ["a.mp4", "b.mp4"], "nframes": 2}, "'nframes' beside the words belongs to no"),
     "start_of_several": ({**CHOICE, "video": ["a.mp4", "b.mp4"], "start": 2}, "'start' beside the words belongs to no"),
