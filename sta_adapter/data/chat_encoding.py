@@ -71,13 +71,17 @@ class Turn(NamedTuple):
         return self.after[len(self.before) :]
 
 
-def encode(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
+def encode(
+    processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None
+) -> Encoded:
     """Encode a conversation for training.
 
     Args:
         processor: a transformers processor with a tokenizer and a chat template.
         messages: as in `Sample.messages`.
         visuals: the decoded clips and images of each message, in order.
+        thinking: whether reasoning is asked for, where the chat template leaves the choice; None does so if an answer
+            has some.
 
     Returns:
         `input_ids` and `labels`, each `(L,)`, and the processor's other tensors; labels are `IGNORE` outside the
@@ -91,7 +95,7 @@ def encode(processor: Processor, messages: list[Message], visuals: list[list[Vis
         raise DataError("no message with role 'assistant'; expected an answer to learn.")
     if not any(messages[index].get("loss", True) for index in answers):
         raise DataError("every answer has 'loss': false; expected one to learn.")
-    turns = list(_turns(processor, messages, visuals))
+    turns = list(_turns(processor, messages, visuals, has_reasoning(messages) if thinking is None else thinking))
     pieces = [_piece(processor, turn) for turn in turns]
     pieces[-1] = _ended(processor.tokenizer, pieces[-1])
     labels = [
@@ -112,7 +116,7 @@ def encode_prompt(
         processor: as for `encode`.
         messages: as for `encode`.
         visuals: as for `encode`.
-        thinking: whether to ask for reasoning as well, where the chat template leaves the choice.
+        thinking: whether reasoning is asked for, where the chat template leaves the choice.
 
     Returns:
         As for `encode`, without labels.
@@ -129,9 +133,11 @@ def encode_answer(processor: Processor, messages: list[Message], answer: str, th
     return ids[_learned(processor.tokenizer, ids) != IGNORE]
 
 
-def _turns(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Iterator[Turn]:
+def _turns(
+    processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool
+) -> Iterator[Turn]:
     """What leads to each answer and the answer itself, up to the last one."""
-    transcript, first = Transcript(processor, thinking=has_reasoning(messages)), 0
+    transcript, first = Transcript(processor, thinking=thinking), 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             done = transcript.text

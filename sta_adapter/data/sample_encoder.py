@@ -100,18 +100,16 @@ class SampleEncoder:
             kept.write(key, found)
         return found
 
-    def encoded(self, messages: list[Message], visuals: list[list[Visual]], thinking: bool = False) -> Encoded:
+    def encoded(self, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None) -> Encoded:
         """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.
-
-        A prompt asks for reasoning where `thinking` says so.
 
         Raises:
             DataError: it can't be encoded, or has more than `max_length` tokens.
         """
         if self.prompts:
-            found = encode_prompt(self.processor, messages, visuals, thinking)
+            found = encode_prompt(self.processor, messages, visuals, bool(thinking))
         else:
-            found = encode(self.processor, messages, visuals)
+            found = encode(self.processor, messages, visuals, thinking)
         length = len(found["input_ids"])
         if self.max_length is not None and length > self.max_length:
             raise DataError(
