@@ -1,6 +1,7 @@
 """InternVideo2.5-Chat from the published layout: JSON Lines to losses, adapters and answers, STA, LoRA, and what is refused."""
 
 import json
+import shutil
 
 import internvideo2_5_chat as tiny
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from standins.internvl_chat import InternVisionModel
 from test_internvideo2_5 import Layouts
 from tiny_qwen import moving_square, write_video
@@ -16,7 +18,7 @@ from sta_adapter import get_sta, inject_sta, load_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError, STAWarning
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.internvideo.v2_5_config import NEW_ROPE, from_published
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
@@ -577,3 +579,23 @@ def test_checkpointing_gives_the_same_gradients(model, kind):
 
     for plain, checkpointed in zip(gradients(False), gradients(kind), strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["saved", "published"])
+def test_sta_among_a_whole_models_weights_is_told_of(layout, base, published, tmp_path):
+    """As transformers' trainer saves a model, in its own layout; or with STA's tensors among published files."""
+    if layout == "saved":
+        inject_sta(load_model(base, dtype="fp32", device="cpu")).model.save_pretrained(tmp_path)
+    else:
+        shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+        file = sorted(tmp_path.glob("*.safetensors"))[0]
+        key = "vision_model.encoder.layers.0.sta.norm.weight"
+        save_file({**load_file(file), key: torch.ones(32)}, file, {"format": "pt"})
+        index = tmp_path / "model.safetensors.index.json"
+        told = json.loads(index.read_text())
+        index.write_text(json.dumps({**told, "weight_map": {**told["weight_map"], key: file.name}}))
+    with pytest.warns(STAWarning, match="hold STA .*loaded without it: give its adapter as .*load_sta, --adapter"):
+        model = load_model(tmp_path, dtype="fp32", device="cpu")
+    assert get_sta(model) is None
+    expected = load_model(base, dtype="fp32", device="cpu").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

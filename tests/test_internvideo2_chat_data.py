@@ -17,7 +17,7 @@ from sta_adapter import get_sta, inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.data.samples import parse_sample
-from sta_adapter.errors import CheckpointError, ConfigError, DataError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, STAWarning
 from sta_adapter.evaluation.answering import Answerer, Question
 from sta_adapter.internvideo import v2_loading
 from sta_adapter.internvideo.v2_config import read_config
@@ -190,6 +190,17 @@ def test_saved_and_loaded_again(base, processor, clips, tmp_path):
     (same,) = encoded(words, clips, LINES[2])
     assert torch.equal(item["input_ids"], same["input_ids"])
     assert losses(plain, processor, [item]) == losses(again, words, [same])
+
+
+def test_sta_among_a_whole_models_weights_is_told_of(base, model, processor, tmp_path):
+    """As transformers' trainer saves a model."""
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(STAWarning, match="hold STA .*loaded without it: give its adapter as .*load_sta, --adapter"):
+        found = load_model(tmp_path, device="cpu")
+    assert get_sta(found) is None
+    expected = load_model(base, device="cpu").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
 
 
 def test_pickled_weights_of_published_names(base, tmp_path):

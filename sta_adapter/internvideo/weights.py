@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from sta_adapter.adapter.hub import explain, patiently
+from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -206,6 +207,15 @@ def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> 
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"the weights' dtype is {name!r}; expected one of torch's, such as bfloat16 or float32.")
     return found
+
+
+def leave_out_sta(weights: Weights, left: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights but those of STA, whose names go into `left`: a trainer saved the model whole."""
+    for name, tensor in weights:
+        if STA_TENSOR.search(name):
+            left.append(name)
+        else:
+            yield name, tensor
 
 
 def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dtype, device: str = "cpu") -> None:
