@@ -141,6 +141,18 @@ def test_only_the_answer_is_learned_and_the_prompt_is_the_published_one(processo
     assert int((item["input_ids"] == processor.video_token_id).sum()) == QUERIES
 
 
+def test_a_clip_of_a_later_turn_is_read_as_in_the_whole_text(processor, clips):
+    first, second = (record(clip("short", nframes=2), answer=answer)["messages"] for answer in ("left", "up"))
+    (item,) = encoded(processor, clips, {"messages": [*first, *second]})
+    messages = parse_sample({"messages": [*first, *second]}).messages
+    frames = [np.zeros((2, 16, 16, 3), np.uint8)] * 2
+    whole = processor(text=processor.apply_chat_template(messages), videos=frames, add_special_tokens=False)
+    assert item["input_ids"].tolist() == whole["input_ids"][0].tolist()
+    asked = conversation("Which way?", [VIDEO])
+    begins = [processor(text=asked, videos=frames[:1], add_special_tokens=special) for special in (True, False)]
+    assert begins[0]["input_ids"][0].tolist() == [processor.tokenizer.bos_token_id, *begins[1]["input_ids"][0].tolist()]
+
+
 def test_pixels_are_the_published_ones(processor):
     """The shorter side to the encoder's size, the middle, ImageNet's colours; one frame after the other by torchvision."""
     from torchvision.transforms import v2
