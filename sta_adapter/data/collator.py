@@ -58,15 +58,15 @@ class Collator:
         pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(pad_id, side=side, on_bad_sample=on_bad_sample, one_kind=takes_one_kind(processor))
 
-    def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, object]:
+    def __call__(self, items: Sequence[Encoded | BadSample | None]) -> dict[str, object]:
         """Batch of `(B, L)` token tensors with `attention_mask`, and the clips' tensors one after the other.
 
-        Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
+        None is no sample. Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
 
         Raises:
             DataError: a sample makes no batch with the others, and `on_bad_sample` is "error".
         """
-        found = self.of_one_batch(items)
+        found = self.of_one_batch([item for item in items if item is not None])
         good = [item for item in found if not isinstance(item, BadSample)]
         bad = [str(item) for item in found if isinstance(item, BadSample)]
         return {"bad_samples": bad, **(self._batch(good) if good else {"labels": torch.full((1, 1), IGNORE)})}
