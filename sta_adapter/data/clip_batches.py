@@ -41,7 +41,7 @@ def put_together(key: str, values: Sequence[torch.Tensor], *, shared: bool = Fal
         return torch.cat(list(values))
     shape = (sum(len(value) for value in values), *values[0].shape[1:])
     memory = new_shared(math.prod(shape) * values[0].element_size(), device="cpu")
-    return torch.cat(list(values), out=values[0].new_empty(0).set_(memory, 0, shape))
+    return torch.cat(list(values), out=values[0].new_empty(0).set_(memory).view(shape))
 
 
 def missing_frames(videos: torch.Tensor) -> torch.Tensor:

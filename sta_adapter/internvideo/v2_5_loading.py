@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from sta_adapter.internvideo.weights import (
     fill,
     iterate_weights,
     leave_out_sta,
+    load_saved,
     refuse_quantization,
     weight_files,
 )
@@ -65,20 +66,18 @@ def load_model(
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
     own = config.get("model_type") == InternVideo2_5Config.model_type
     if own:
-        options: dict[str, Any] = {DTYPE: dtype}
+        options: dict[str, object] = {DTYPE: dtype}
         if quantization_config is not None:
             options |= {"quantization_config": quantization_config, "device_map": {"": device}}
-        loader = InternVideo2_5ForConditionalGeneration
-        model, report = loader.from_pretrained(folder, output_loading_info=True, **options)
-        left = report["unexpected_keys"]
-    elif quantization_config is not None:
+        model = load_saved(InternVideo2_5ForConditionalGeneration, folder, name, options)
+        return model if quantization_config is not None else model.to(device)
+    if quantization_config is not None:
         refuse_quantization(name)
-    else:
-        model, left = _published(folder, config, dtype, device)
+    published, left = _published(folder, config, dtype, device)
     warn_of_sta(name, left)
-    model.config._name_or_path = os.fspath(name)
-    found: nn.Module = model
-    return found if quantization_config is not None else found.to(device)
+    published.config._name_or_path = os.fspath(name)
+    found: nn.Module = published
+    return found.to(device)
 
 
 def load_processor(

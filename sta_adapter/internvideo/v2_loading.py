@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from sta_adapter.internvideo.weights import (
     fill,
     iterate_weights,
     leave_out_sta,
+    load_saved,
     refuse_quantization,
     weight_files,
 )
@@ -68,12 +69,8 @@ def load_model(
     if quantization_config is not None:
         if config.get("model_type") != MODEL_TYPE:
             refuse_quantization(name)
-        options: dict[str, Any] = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
-        quantized: InternVideo2Chat
-        quantized, report = InternVideo2Chat.from_pretrained(folder, output_loading_info=True, **options)
-        warn_of_sta(name, report["unexpected_keys"])
-        quantized.config._name_or_path = os.fspath(name)
-        return quantized
+        options = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
+        return load_saved(InternVideo2Chat, folder, name, options)
 
     made = read_config(config, folder)
     with _Unallocated():
