@@ -171,7 +171,8 @@ class STAHandle:
             ConfigError: they are none, one stands there twice, or one is another model's.
         """
         self._require_injected()
-        if not streams or len(set(streams)) < len(streams) or any(s.injection is not self._injection for s in streams):
+        ours = all(isinstance(s, Stream) and s.injection is self._injection for s in streams)
+        if not streams or not ours or len(set(streams)) < len(streams):
             raise ConfigError("streams takes one or more different streams, made by this handle's stream(...).")
         return entered(streams)
 
@@ -253,14 +254,15 @@ class STAHandle:
             license: for the card, such as "apache-2.0".
             base_model: the base model's Hub id, where it was loaded from a folder.
             more: for the card, `datasets` (Hub ids), `run_folder` (output of training, for the recipe) and `results`
-                (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing.
+                (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing;
+                `base_changed` as for `save_pretrained`.
 
         Returns:
             What was uploaded, and where it is now. Where weights are sharded all processes must call this, and the
             first one pushes: None on the others.
 
         Raises:
-            CheckpointError: weights are not finite, or the Hub refused; the repository is as before.
+            CheckpointError: as `save_pretrained`, or the Hub refused; the repository is as before.
             ConfigError: an argument has another form.
         """
         self._require_injected()
