@@ -29,6 +29,7 @@ __all__ = [
 
 
 T = TypeVar("T")
+FLATTENS = "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

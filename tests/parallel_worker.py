@@ -222,7 +222,8 @@ def train_on(case, out, into, callbacks=(), eval_fn=None, **changes):
     processor = make_processor(data / f"tokenizer{rank}")
     frames = FrameSettings(min_tokens=None, max_tokens=None)
     dataset = VideoDataset(data / "data.jsonl", processor, frames=frames, cache=True)
-    config = TrainingConfig(**{**SETTINGS, **changes})
+    pairs = {"device_batch_size": 2} if data.name == "odd" else {}
+    config = TrainingConfig(**{**SETTINGS, **pairs, **changes})
     model = make_model(processor.tokenizer)
     how = {"config": config, "callbacks": callbacks, "eval_fn": eval_fn, "eval_data": None if eval_fn else dataset}
     return train(model, dataset, output_dir=data / into, progress=False, **how)

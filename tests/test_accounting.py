@@ -5,14 +5,17 @@ import copy
 import json
 import pickle
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_lora_options import logits, trained
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.optim.swa_utils import AveragedModel
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
@@ -20,6 +23,7 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.load import watch_peft
 from sta_adapter.loading import load_adapter, load_model
+from sta_adapter.training.checkpoints import load_trained, trained_state
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
 
@@ -49,6 +53,11 @@ def rename(folder, *pairs):
     for name in ("rank_pattern", "alpha_pattern"):
         settings[name] = {renamed(key): value for key, value in settings[name].items()}
     (folder / LORA_CONFIG).write_text(json.dumps(settings))
+
+
+def tensors(file):
+    """What a file holds, to compare."""
+    return {name: tensor.tolist() for name, tensor in load_file(file).items()}
 
 
 NEW_TO_OLD = (("model.visual.", "visual."), ("model.language_model.", "model."))
@@ -325,6 +334,23 @@ def test_lora_merged_elsewhere_is_saved_as_it_is(tmp_path):
     assert torch.allclose(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_that_was_merged_and_taken_out_again_is_saved(dtype, tmp_path):
+    """The base's numbers are rounded by that; the adapter is as it was."""
+    model = trained(r=2).to(dtype)
+    handle = get_sta(model)
+    handle.save_pretrained(tmp_path / "before")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    handle.save_pretrained(tmp_path / "after")
+    for name in (WEIGHTS, LORA_WEIGHTS):
+        assert tensors(tmp_path / "after" / name) == tensors(tmp_path / "before" / name)
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj")).base_layer
+    layer.weight.data[0, 0] += 0.5
+    with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
+        handle.save_pretrained(tmp_path / "after")
+
+
 @pytest.mark.parametrize("of", ["handle", "model"])
 def test_lora_that_was_merged_for_good_is_not_lost_silently(of, tmp_path):
     model = trained(r=2)
@@ -490,3 +516,79 @@ def test_a_second_adapter_by_pefts_own_loader(tmp_path):
     lora = get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"]))
     with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
         lora.load_adapter(tmp_path / "a", "second")
+
+
+class Around(torch.nn.Module):
+    """A module of one's own around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.head, self.model = torch.nn.Linear(2, 2), model
+
+
+WRAPPERS = {"average": AveragedModel, "module": Around, "compiled": torch.compile}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_handle_of_a_wrapped_model_saves_what_its_own_does(wrap, tmp_path):
+    model = trained(r=2)
+    model.get_base_model().config._name_or_path = "user/base"
+    get_sta(model).save_pretrained(tmp_path / "plain")
+    wrapped = wrap(model)
+    get_sta(wrapped).save_pretrained(tmp_path / "wrapped")
+    for name, read in (
+        (CONFIG, Path.read_text),
+        (LORA_CONFIG, Path.read_text),
+        (WEIGHTS, tensors),
+        (LORA_WEIGHTS, tensors),
+    ):
+        assert read(tmp_path / "wrapped" / name) == read(tmp_path / "plain" / name)
+    with torch.no_grad():
+        next(p for name, p in wrapped.named_parameters() if "lm_head" in name).add_(1)
+    with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
+        get_sta(wrapped).save_pretrained(tmp_path / "wrapped")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["part", "part and whole"])
+def test_lora_that_was_put_on_a_part_by_itself_is_not_lost_silently(whole, tmp_path):
+    """As InternVL's own training code does it."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    model, decoder = handle.model, handle.model.get_decoder()
+    parent, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is decoder)
+    setattr(parent, name, get_peft_model(decoder, LoraConfig(target_modules=["q_proj"])))
+    if whole:
+        model = get_peft_model(model, handle.lora_config(target_modules=["lm_head"]))
+        handle = get_sta(model)
+    told = rf"LoRA was put on \S*{name} by itself, .* so that it would be lost\. Put it on the whole model"
+    if not whole:
+        with pytest.warns(STAWarning, match=f"can't save what is trained here: {told}"):
+            model.train()(**qwen2_vl_prompt(3))
+    with pytest.raises(CheckpointError, match=told):
+        handle.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    if not whole:
+        handle.save_pretrained(tmp_path, base_changed=True)
+        assert not (tmp_path / LORA_CONFIG).exists()
+
+
+@pytest.mark.parametrize("part", ["encoder", "blocks"])
+def test_a_model_with_activation_checkpointing_around_its_parts(part, tmp_path):
+    """As FSDP's users put it in: names of parameters are others than those in states and files."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal")).freeze_base()
+    model, expected = handle.model, trained_state(handle.model)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    (tmp_path / "trained.safetensors").write_bytes(save(expected))
+    parts = [handle.encoder] if part == "encoder" else list(handle.encoder.blocks)
+    apply_activation_checkpointing(model, check_fn=lambda module: any(module is part for part in parts))
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    for load in (lambda: model.load_state_dict(saved), lambda: load_trained(model, tmp_path)):
+        for parameter in handle.parameters():
+            torch.nn.init.zeros_(parameter)
+        load()
+        found = trained_state(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with torch.no_grad():
+        handle.encoder.blocks[0].mlp.fc1.weight.add_(1)
+    with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
+        handle.save_pretrained(tmp_path)

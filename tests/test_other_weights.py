@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Clip, make_internvideo2, make_qwen2_vl, qwen2_vl_prompt, randomize, seeded
+from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.fingerprint import fingerprint_model
 
@@ -170,3 +172,59 @@ def test_shapes_alone():
     model.to("meta")
     video = torch.empty(2, 3, 3, 8, 8, device="meta")
     assert model(video).shape == model.to_empty(device="cpu")(torch.zeros(2, 3, 3, 8, 8)).shape
+
+
+def test_a_model_whose_weights_lie_in_parts():
+    """As DeepSpeed's ZeRO-3 loads a model: parameters are empty, with their shapes beside them."""
+    whole, parts = seeded(make_qwen2_vl), seeded(make_qwen2_vl)
+    for number, parameter in enumerate(parts.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.data = number, parameter.shape, torch.empty(0)
+    one, other = (inject_sta(model).blocks for model in (whole, parts))
+    assert {i: [p.shape for p in b.parameters()] for i, b in one.items()} == {
+        i: [p.shape for p in b.parameters()] for i, b in other.items()
+    }
+
+
+@pytest.fixture
+def flattened():
+    """A function that has FSDP's first version around a model and its blocks, and a group of one process for it."""
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+    def flatten(model, *kinds):
+        how = {"auto_wrap_policy": ModuleWrapPolicy(set(kinds)), "use_orig_params": True}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **how)
+
+    yield flatten
+    distributed.destroy_process_group()
+
+
+def test_sta_that_fsdps_first_version_wraps_by_itself(flattened, tmp_path):
+    """As it does for its size, or where it is told to."""
+    handle = with_sta(seeded(make_qwen2_vl), init="normal")
+    expected = logits(handle.model)
+    wrapped = flattened(handle.model, type(handle.encoder.blocks[0]), TemporalAttention)
+    assert torch.equal(logits(wrapped), expected)
+    get_sta(wrapped).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), expected)
+
+
+def test_flattened_weights_are_not_saved(tmp_path):
+    """As FSDP's first version leaves them on each of several processes: a part without its shape, or none of it."""
+    handle = with_sta(seeded(make_qwen2_vl))
+    layer = handle.blocks[1].to_out
+    layer.weight = nn.Parameter(layer.weight.detach().flatten()[:5])
+    with pytest.raises(CheckpointError, match=r"is quantised, flattened, or made anew .*summon_full_params"):
+        handle.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lora_that_fsdps_first_version_flattens_is_not_saved(flattened, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    model = get_peft_model(handle.model, handle.lora_config(r=2))
+    wrapped = flattened(model, type(handle.encoder.blocks[0]))
+    with pytest.raises(CheckpointError, match="LoRA can't be saved with an adapter here: FSDP of version 1 flattens"):
+        get_sta(wrapped).save_pretrained(tmp_path)

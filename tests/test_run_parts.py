@@ -1,6 +1,7 @@
 """Parts of a run that need no training: settings without effect, which run a folder holds, the trainer's arguments, memory."""
 
 import json
+import math
 import signal
 import sys
 from dataclasses import replace
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.data import FrameSettings
@@ -18,7 +21,8 @@ from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
 from sta_adapter.training import TrainingConfig, sample_counts, train, trainer
-from sta_adapter.training.arguments import training_arguments
+from sta_adapter.training.arguments import refuse_flattening, training_arguments
+from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.identity import claim
 from sta_adapter.training.idle_settings import check_idle
 from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, step_peak, without_values
@@ -299,6 +303,24 @@ def test_a_batch_with_nothing_to_learn_from():
     assert {value.dtype for value in batch.values()} == {torch.long}
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "processes"), [(8, 2, 2), (7, 2, 2), (5, 2, 2), (9, 4, 2), (1, 3, 4)], ids=str
+)
+def test_each_sample_of_an_epoch_comes_once(count, size, processes):
+    """In the order and the batches of one process, and in as many batches for each."""
+    shares = []
+    for rank in range(processes):
+        batches = BatchSampler(SequentialSampler(range(count)), size, drop_last=False)
+        shard = BatchSamplerShard(batches, processes, rank)
+        loader = fill_up(DataLoader(Fillable(list(range(count))), batch_sampler=shard, collate_fn=list))
+        shares.append(list(loader))
+        assert len(loader) == len(shares[-1]) == math.ceil(count / (size * processes))
+        assert all(len(batch) == size for batch in shares[-1])
+    found = [index for step in zip(*shares, strict=True) for batch in step for index in batch]
+    assert found[:count] == list(range(count))
+    assert set(found[count:]) <= {None}
+
+
 def test_one_of_several_processes_without_an_answer_has_a_loss_of_zero(monkeypatch):
     """Not the model's own loss, a mean over no token; the gradients are there, as the others wait for them."""
     monkeypatch.setattr(trainer, "is_parallel", lambda: True)
@@ -466,3 +488,11 @@ def test_what_has_values_and_what_has_none():
     assert model.tied is model.embed.weight
     assert (model.head.weight.requires_grad, model.embed.weight.requires_grad) == (True, False)
     assert model.unknown.device.type == "cpu"
+
+
+def test_fsdp_of_version_one_is_refused():
+    for plugin in (None, SimpleNamespace(fsdp_version=2)):
+        refuse_flattening(plugin)
+    for plugin in (SimpleNamespace(fsdp_version=1), SimpleNamespace()):  # the latter before there were versions
+        with pytest.raises(ConfigError, match=r"flattens weights, .* can't be saved; set fsdp_version: 2"):
+            refuse_flattening(plugin)

@@ -49,7 +49,7 @@ VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 SAMPLED = 16  # numbers of each tensor
 AROUND = re.compile(
-    r"^(?:(?:base_model\.model|module|_orig_mod)\.)+|(?:base_layer|original_module|_fsdp_wrapped_module|_orig_mod)\."
+    r"^(?:(?:base_model\.model|module|_orig_mod)\.)+|(?:base_layer|original_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
 )
 ROUNDED = (torch.bfloat16, torch.float16)
 
@@ -193,12 +193,16 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
     Raises:
         CheckpointError: as said, with how many tensors and which.
     """
-    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
-    unmergeable = [f"{name}.base_layer.{part}" for name in merged for part in ("weight", "bias")]
+    merged = {name: m.merged for name, m in model.named_modules() if isinstance(getattr(m, "merged", None), bool)}
+    parts = {f"{name}.base_layer.{part}": at_work for name, at_work in merged.items() for part in ("weight", "bias")}
+    unmergeable = [name for name, at_work in parts.items() if at_work]
+    unmerged = {AROUND.sub("", name) for name, at_work in parts.items() if not at_work}
     changed = [
         name
         for name, tensor in _unsaved(model, marks, [*saved, *unmergeable])
-        if marks[name][0] == tuple(tensor.shape) and not _same(marks[name][1], tensor)
+        if marks[name][0] == tuple(tensor.shape)
+        and not _same(marks[name][1], tensor)
+        and not (name in unmerged and not tensor.requires_grad and _same_but_for_rounding(marks[name][1], tensor))
     ]
     if changed:
         raise CheckpointError(
@@ -252,3 +256,10 @@ def _same(before: Tensor, tensor: Tensor) -> bool:
     if before.dtype != now.dtype and torch.equal(now.to(before.dtype), before):
         return True
     return any(torch.equal(before.to(dtype).to(now.dtype), now) for dtype in (before.dtype, *ROUNDED))
+
+
+def _same_but_for_rounding(before: Tensor, tensor: Tensor) -> bool:
+    """Whether it has the numbers that are left of the same ones when LoRA was merged into them and taken out again."""
+    now = _sample(tensor)
+    difference = (now.double() - before.double()).abs().max()
+    return bool(difference <= 8 * torch.finfo(now.dtype).eps * before.double().abs().max())

@@ -20,14 +20,14 @@ from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_shapes, read_tensors
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
-from sta_adapter.distributed import execution_device, full_tensor
+from sta_adapter.distributed import FLATTENS, execution_device, full_tensor, is_fsdp1
 from sta_adapter.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "lora_state", "read_lora"]
+__all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "lora_state", "read_lora", "require_whole_lora"]
 
 LoraState = tuple[dict[str, object], dict[str, Tensor]]
 
@@ -73,6 +73,10 @@ def lora_state(model: nn.Module) -> LoraState | None:
     found = checked_lora(model)
     if found is None:
         return None
+    if any(map(is_fsdp1, model.modules())):
+        raise CheckpointError(
+            f"LoRA can't be saved with an adapter here: {FLATTENS} In a loop of one's own: fully_shard."
+        )
     from peft import PeftModel, get_peft_model_state_dict
 
     name, fields, options = found
@@ -87,6 +91,24 @@ def lora_state(model: nn.Module) -> LoraState | None:
     state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
     start = "" if isinstance(model, PeftModel) else PREFIX
     return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
+
+
+def require_whole_lora(model: nn.Module) -> None:
+    """Refuse LoRA that was put on a part of a model by itself, of which `lora_state` knows nothing.
+
+    Raises:
+        CheckpointError: there is some, with where.
+    """
+    whole = getattr(model, "peft_config", None)
+    for name, module in model.named_modules():
+        own = vars(module).get("peft_config", whole)
+        if isinstance(own, Mapping) and own is not whole:
+            part = name.removesuffix(".base_model")
+            raise CheckpointError(
+                f"LoRA was put on {part} by itself, and an adapter holds that of the whole model alone, so that it would be lost. Put it on the whole "
+                "model (get_peft_model(handle.model, handle.lora_config(target_modules=...)), with a pattern for the names of that part's layers). To "
+                "save STA without it, pass base_changed=True, and save LoRA by PEFT's own save_pretrained."
+            )
 
 
 def _saved_whole(model: nn.Module, options: Mapping[str, object]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,9 +126,12 @@ def _results(folder: Path, given: Path | None, digest: str | None) -> tuple[Resu
 
 
 def _of_another(folder: Path, digest: str | None) -> bool:
-    """Whether the stages of the training in a folder ended in other weights than are there now."""
-    ends = [part for name in ("1", "2") if (part := folder / f"stage{name}").joinpath(WEIGHTS).exists()]
-    return digest is not None and bool(ends) and all(weights_digest(part) != digest for part in ends)
+    """Whether the stages of the training in a folder ended in other weights than are there now, as far as they can be read."""
+    ends = []
+    for name in ("1", "2") if digest is not None else ():
+        with contextlib.suppress(CheckpointError):
+            ends.append(weights_digest(folder / f"stage{name}"))
+    return bool(ends) and digest not in ends
 
 
 def _stage(file: Path) -> Stage:

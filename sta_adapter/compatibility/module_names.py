@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["STA_TENSOR", "canonical"]
+__all__ = ["STA_TENSOR", "canonical", "name_in_state"]
 
 # Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
 # `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.
@@ -16,6 +16,7 @@ RENAMED = (
     (r"^(vision_tower\.|)vision_model\.", r"\1"),
 )  # fmt: skip
 STA_TENSOR = re.compile(r"\.(\d+)\.sta\.((?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)$")
+AROUND_PARTS = re.compile(r"\b(?:_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def canonical(name: str) -> str:
@@ -23,3 +24,8 @@ def canonical(name: str) -> str:
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def name_in_state(name: str) -> str:
+    """A tensor's name as `state_dict` has it, without what FSDP and activation checkpointing put around parts of a model."""
+    return AROUND_PARTS.sub("", name)

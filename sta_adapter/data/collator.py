@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
@@ -57,15 +58,15 @@ class Collator:
         pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(pad_id, side=side, on_bad_sample=on_bad_sample, one_kind=takes_one_kind(processor))
 
-    def __call__(self, items: Sequence[Encoded | BadSample]) -> dict[str, object]:
+    def __call__(self, items: Sequence[Encoded | BadSample | None]) -> dict[str, object]:
         """Batch of `(B, L)` token tensors with `attention_mask`, and the clips' tensors one after the other.
 
-        Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
+        None is no sample. Without any usable sample there is no `input_ids` in it, and nothing to learn in `labels`.
 
         Raises:
             DataError: a sample makes no batch with the others, and `on_bad_sample` is "error".
         """
-        found = self.of_one_batch(items)
+        found = self.of_one_batch([item for item in items if item is not None])
         good = [item for item in found if not isinstance(item, BadSample)]
         bad = [str(item) for item in found if isinstance(item, BadSample)]
         return {"bad_samples": bad, **(self._batch(good) if good else {"labels": torch.full((1, 1), IGNORE)})}
@@ -122,7 +123,9 @@ class Collator:
                     [self._pad(value, fill[key], item, length) for value, item in zip(values, items, strict=True)]
                 )
             else:
-                batch[key] = put_together(key, [value for value in values if value is not None])
+                batch[key] = put_together(
+                    key, [value for value in values if value is not None], shared=get_worker_info() is not None
+                )
         ones = [torch.ones_like(item["input_ids"]) for item in items]
         batch["attention_mask"] = torch.stack(
             [self._pad(one, 0, item, length) for one, item in zip(ones, items, strict=True)]

@@ -18,6 +18,7 @@ from torch import nn
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
 from sta_adapter.data.visual_processing import Encoded
@@ -36,7 +37,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["evaluate"]
 
 CHOICES = ("loglikelihood", "generate")
-PREDICTION_FORMAT = 3  # raised when the same settings mean other prompts, pixels or scores than before
+PREDICTION_FORMAT = 4  # raised when the same settings mean other prompts, pixels or scores than before
 _PLACE = re.compile(r"(?<=\.tar), .*|(, line|, entry|(?<=^record)) \d+$")  # of a sample, behind its file's name
 
 
@@ -257,7 +258,7 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
         [
             (
                 sample.prompt if sample.answered else [],
-                [sample.options if scored else None, index if shuffled else None],
+                [sample.options if scored else None, index if shuffled else None, has_reasoning(sample.messages)],
             )
             for index, sample in enumerate(dataset.samples)
         ]

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sta_adapter.adapter.base_model import describe_base, require_frozen_base, require_same_base
 from sta_adapter.adapter.format import Description
-from sta_adapter.adapter.lora_weights import lora_files, lora_state
+from sta_adapter.adapter.lora_weights import lora_files, lora_state, require_whole_lora
 from sta_adapter.adapter.push import Publication, push_files
 from sta_adapter.adapter.run_file import RUN_FILE
 from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
@@ -21,6 +21,7 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.distributed import full_shape, full_tensor, is_sharded, on_rank_zero
 from sta_adapter.errors import CheckpointError, InjectionError, STAWarning
 from sta_adapter.injection.backbone import active_modules
+from sta_adapter.injection.target import inner_model
 from sta_adapter.injection.text_positions import rule_in_use
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def require_savable(handle: STAHandle) -> None:
         ConfigError: the base model would be trained as well.
     """
     adapter_contents(handle)
-    lora = lora_state(handle.model)
-    require_frozen_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
+    model = inner_model(handle.model, handle.encoder)
+    lora = lora_state(model)
+    require_frozen_base(model, handle._injection.base_marks, () if lora is None else lora[1])
 
 
 def adapter_contents(
@@ -77,10 +79,12 @@ def adapter_contents(
         raise InjectionError(
             "PEFT keeps this handle's vision encoder as it was, and trains a copy of it (modules_to_save): go on with get_sta(peft_model)."
         )
-    lora = lora_state(handle.model)
+    model = inner_model(handle.model, handle.encoder)
+    lora = lora_state(model)
     if not base_changed:
-        require_same_base(handle.model, handle._injection.base_marks, () if lora is None else lora[1])
-    return adapter_state(handle), describe_adapter(handle), lora_files(handle.model, lora)
+        require_whole_lora(model)
+        require_same_base(model, handle._injection.base_marks, () if lora is None else lora[1])
+    return adapter_state(handle), describe_adapter(handle), lora_files(model, lora)
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
@@ -106,7 +110,7 @@ def plain_state(module: TemporalAttention) -> dict[str, Tensor]:
     Also where PEFT has put LoRA around them, or `torch.nn.utils.parametrize` makes a weight of other tensors.
 
     Raises:
-        CheckpointError: they are quantised, or made anew at each forward.
+        CheckpointError: they are quantised, flattened, or made anew at each forward.
     """
     layers = {name: getattr(layer, "base_layer", layer) for name, layer in module.named_children()}
     found = {f"{name}.{key}": _weight(layer, key) for name, layer in layers.items() for key in ("weight", "bias")}
@@ -118,11 +122,18 @@ def _weight(layer: nn.Module, name: str) -> Tensor | None:
     if value is None:
         return None
     lasts = name in layer._parameters or is_parametrized(layer, name)
-    if lasts and isinstance(value, Tensor) and (type(value) in (Tensor, nn.Parameter) or is_sharded([value])):
+    axes = 2 if isinstance(layer, nn.Linear) and name == "weight" else 1
+    if (
+        lasts
+        and isinstance(value, Tensor)
+        and (type(value) in (Tensor, nn.Parameter) or is_sharded([value]))
+        and len(full_shape(value)) == axes
+    ):
         return value
     raise CheckpointError(
-        f"STA can't be saved: the {name} of one of its layers, a {type(layer).__name__}, is quantised, or made anew at each forward. Save "
-        "it before it is quantised; torch.nn.utils.prune.remove and torch.nn.utils.remove_weight_norm give a weight back."
+        f"STA can't be saved: the {name} of one of its layers, a {type(layer).__name__}, is quantised, flattened, or made anew at each "
+        "forward. Save it before it is quantised; with FSDP's first version within FullyShardedDataParallel.summon_full_params(model, writeback=False); "
+        "torch.nn.utils.prune.remove and torch.nn.utils.remove_weight_norm give a weight back."
     )
 
 
@@ -135,8 +146,8 @@ def describe_adapter(handle: STAHandle) -> Description:
         "num_heads": block.num_heads,
         "head_dim": block.head_dim,
     }
-    base, positions = describe_base(handle.model), rule_in_use(handle.model)
-    return make_description(handle.backbone, encoder, handle.config, base, positions)
+    model = inner_model(handle.model, handle.encoder)
+    return make_description(handle.backbone, encoder, handle.config, describe_base(model), rule_in_use(model))
 
 
 def push_adapter(handle: STAHandle, repo_id: str, base_changed: bool = False, **options: object) -> Publication | None:

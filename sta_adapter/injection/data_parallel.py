@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.compatibility.seams import active_ddp, given_arguments, hook_table, parameter_names
-from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.compatibility.uncompiled import uncompiled, uncompiled_where
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import DummyInputs
 from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.nested import Arguments, iterate_tensors
 from sta_adapter.injection.state import Injection
+from sta_adapter.injection.target import innermost_around
 
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")  # methods of transformers' models; text needs these too
 ABLE, NO_DUMMY, NO_EMBEDDINGS, SHARDED_BETWEEN = range(4)
@@ -59,7 +60,8 @@ class Agreement:
         Raises:
             InjectionError: FSDP's first version wraps encoder or language model, and would gather before they agree.
         """
-        self.model = weakref.ref(model)
+        if self.model() is None:
+            self.model = weakref.ref(model)
         if self.groups or not is_parallel():
             return
         self.groups.extend(shard_groups([*self.encoder.modules(), *self.between()]))
@@ -80,6 +82,12 @@ class Agreement:
             if isinstance(found, nn.Module) and any(part is found for part in self.language_model.modules()):
                 return found
         return None
+
+    def called(self) -> nn.Module:
+        """What runs the encoder as the model does: what checkpoints it as a whole, if there is such, or itself."""
+        model = self.model()
+        modules = () if model is None else model.modules()
+        return next((m for m in modules if m._modules.get("_checkpoint_wrapped_module") is self.encoder), self.encoder)
 
     def between(self) -> list[nn.Module]:
         """The modules outside of encoder and language model that may run with pictures and clips alone."""
@@ -124,15 +132,17 @@ class ModelHook(AgreeingHook):
 
 
 class FirstInLine(ModelHook):
-    """Forward pre-hook of the full model: finds the shards, and lets processes agree before FSDP's own hooks gather any.
+    """Forward pre-hook of the module around encoder and language model: processes agree before FSDP's own hooks gather shards.
 
     `fully_shard` puts its hooks in front of those that it finds.
     """
 
-    @uncompiled
+    @uncompiled_where(lambda *call: is_parallel())
     def __call__(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
-        self.injection.thread.outputs = [] if is_parallel() else None
+        thread = self.injection.thread
+        thread.outputs = [] if is_parallel() else None
+        thread.ran = False  # what ran before was of a forward that failed, or of a backward that runs the encoder again
         self.agreement.look(model)
         if self.agreement.groups:
             for module in (self.agreement.encoder, self.agreement.language_model):
@@ -143,9 +153,9 @@ class FirstInLine(ModelHook):
 
 
 class LastInLine(Hook):
-    """Forward hook of the full model, called also after an exception: keeps no output any longer."""
+    """Forward hook of the same module, called also after an exception: keeps no output any longer."""
 
-    @uncompiled
+    @uncompiled_where(lambda *call: is_parallel())
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `FirstInLine` began.
 
@@ -203,13 +213,13 @@ class LanguageModelBegin(ModelHook):
     given tokens, as some are for text alone, gets it where it embeds them.
     """
 
-    @uncompiled
+    @uncompiled_where(lambda *call: is_parallel())
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Add zero times the encoder's outputs to `inputs_embeds`, or to what the model's own embedding gives."""
         injection, groups = self.injection, self.agreement.groups
-        training = module.training and torch.is_grad_enabled() and injection.is_enabled and is_parallel()
-        wants = not injection.pop_ran() and training
-        args, kwargs = _by_name(module, args, kwargs) if training or groups else (args, kwargs)
+        differentiates = torch.is_grad_enabled() and injection.is_enabled and is_parallel()  # modes say nothing of that
+        wants = not injection.pop_ran() and differentiates
+        args, kwargs = _by_name(module, args, kwargs) if differentiates or groups else (args, kwargs)
         embeddings = cast("Tensor | None", kwargs.get("inputs_embeds"))
         dummies = 0
         if groups:
@@ -217,7 +227,7 @@ class LanguageModelBegin(ModelHook):
             while self.agree(wants and not obstacle, obstacle, groups):
                 self._run_dummy()
                 wants, dummies = False, dummies + 1
-        elif training and self._joins_ddp(wants, embeddings):
+        elif differentiates and self._joins_ddp(wants, embeddings):
             self._run_dummy()
             dummies = 1
         outputs, injection.thread.outputs = injection.thread.outputs, None
@@ -253,8 +263,11 @@ class LanguageModelBegin(ModelHook):
         dummy_inputs = cast("DummyInputs", self.injection.spec.dummy_inputs)
         encoder = self.agreement.encoder
         args, kwargs = dummy_inputs(encoder)
+        self.injection.thread.outputs = (
+            self.injection.thread.outputs or []
+        )  # None where a call went past all hooks of the model
         with self.injection.dummy():
-            encoder(*args, **kwargs)
+            self.agreement.called()(*args, **kwargs)
 
     def _parameters_between(self) -> Iterator[nn.Parameter]:
         for module in self.agreement.between():
@@ -298,5 +311,6 @@ def attach_agreement(model: nn.Module, encoder: nn.Module, language_model: nn.Mo
     encoder.register_forward_pre_hook(EncoderAgree(injection, agreement.groups))
     encoder.register_forward_hook(EncoderOutput(injection))
     language_model.register_forward_pre_hook(LanguageModelBegin(injection, agreement), with_kwargs=True)
-    model.register_forward_pre_hook(FirstInLine(injection, agreement))
-    model.register_forward_hook(LastInLine(injection), always_call=True)
+    around = innermost_around(model, encoder, language_model)
+    around.register_forward_pre_hook(FirstInLine(injection, agreement))
+    around.register_forward_hook(LastInLine(injection), always_call=True)

@@ -207,7 +207,7 @@ class STAHandle:
             for injection in injections:
                 remove_hooks(module, injection)
                 remove_methods(module, injection)
-            if isinstance(module._modules.get(CHILD), nn.Module) and _is_sta(module._modules[CHILD]):
+            if _is_sta(module._modules.get(CHILD)):
                 del module._modules[CHILD]
         return self.model
 
@@ -300,6 +300,4 @@ def get_sta(model: nn.Module) -> STAHandle | None:
 
 
 def _is_sta(module: nn.Module | None) -> bool:
-    return isinstance(module, TemporalAttention) or isinstance(
-        getattr(module, "original_module", None), TemporalAttention
-    )
+    return module is not None and any(isinstance(inner, TemporalAttention) for inner in module.modules())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sta_adapter.attention.layout import ClipLayout, ClipLengths, checked_lengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
-from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
-from sta_adapter.compatibility.seams import HOOK_OPTIONS, hook_table, remove_load_hooks
+from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
+from sta_adapter.compatibility.seams import HOOK_OPTIONS, active_ddp, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning
@@ -55,8 +55,18 @@ class EncoderPreHook(Hook):
         if injection.is_enabled and encoder.training and torch.is_grad_enabled():
             injection.warn_of_training()
             if checkpoints_reentrantly(encoder):
+                self._require_one_run()
                 return _require_grad(args, kwargs)
         return args, kwargs
+
+    def _require_one_run(self) -> None:
+        """Each run under re-entrant checkpointing has backwards of its own, and DDP averages gradients once."""
+        if self.injection.thread.outputs and (ddp := active_ddp()) is not None and not ddp.static_graph:
+            raise InjectionError(
+                "the vision encoder runs more than once in one step, as for pictures and clips, under re-entrant checkpointing, and "
+                "DistributedDataParallel would average the gradients of one run alone, so that each process trains weights of its own. Checkpoint "
+                "with use_reentrant=False (gradient_checkpointing: true), or give DistributedDataParallel static_graph=True."
+            )
 
     def _layout(
         self, encoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], told: ClipLengths | None
@@ -207,7 +217,7 @@ class LoadStatePreHook(Hook):
     ) -> None:
         """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `names`)."""
         own = {
-            f"{prefix}{name}.{key}"
+            prefix + name_in_state(f"{name}.{key}")
             for name, module in model.named_modules()
             if isinstance(module, TemporalAttention)
             for key in module.state_dict()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.adapter.base_model import BaseMarks, mark_base
-from sta_adapter.adapter.lora_weights import checked_lora
+from sta_adapter.adapter.lora_weights import checked_lora, require_whole_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
@@ -181,6 +181,7 @@ class Injection:
             return
         try:
             checked_lora(model)
+            require_whole_lora(model)
         except CheckpointError as error:
             warnings.warn(f"handle.save_pretrained can't save what is trained here: {error}", STAWarning, stacklevel=2)
 

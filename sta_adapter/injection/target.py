@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from inspect import getattr_static
 from typing import cast
 
 import torch
 from torch import nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
+from sta_adapter.distributed import full_shape
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import Backbone
 
@@ -65,7 +67,10 @@ def _active_module(module: nn.Module) -> TemporalAttention:
     name = name[0] if isinstance(name, (list, tuple)) and name else name
     if isinstance(name, str) and name in copies:
         return cast("TemporalAttention", copies[name])
-    return cast("TemporalAttention", module.original_module)
+    inside: nn.Module = getattr(
+        module, "original_module", module
+    )  # of PEFT; or what is wrapped around STA alone (FSDP1, torch.compile)
+    return next(inner for inner in inside.modules() if isinstance(inner, TemporalAttention))
 
 
 def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
@@ -81,6 +86,42 @@ def find_language_model(model: nn.Module, encoder: nn.Module) -> nn.Module | Non
         if "embed_tokens" in candidate._modules or all(module is not encoder for module in candidate.modules()):
             return candidate
     return None
+
+
+def inner_model(model: nn.Module, encoder: nn.Module) -> nn.Module:
+    """The model inside of what is wrapped around it: DDP, an average of weights (EMA, SWA), torch.compile, a module of one's own.
+
+    It is the outermost module around the encoder that is PEFT's or has a configuration; where there is none, `model`.
+    """
+    found = model
+    while found is not encoder:  # wrappers may pass on attributes of what is in them, which don't count
+        if getattr_static(found, "peft_config", None) is not None or hasattr(
+            getattr_static(found, "config", None), "to_dict"
+        ):
+            return found
+        found = next((child for child in found.children() if _holds(child, encoder)), encoder)
+    return model
+
+
+def innermost_around(model: nn.Module, encoder: nn.Module, language_model: nn.Module) -> nn.Module:
+    """The innermost module that holds both, each as a part of it.
+
+    It is called as a module; `model` itself may not be: PEFT before 0.21 runs its `forward` past all hooks (task_type "CAUSAL_LM").
+    """
+    while True:
+        inner = [
+            child
+            for child in model.children()
+            if child is not language_model and _holds(child, encoder, language_model)
+        ]
+        if not inner:
+            return model
+        model = inner[0]
+
+
+def _holds(module: nn.Module, *parts: nn.Module) -> bool:
+    found = {id(inner) for inner in module.modules()}
+    return all(id(part) in found for part in parts)
 
 
 def _blocks(spec: Backbone, encoder: nn.Module, problems: list[str]) -> tuple[nn.Module, ...]:
@@ -135,8 +176,8 @@ def _norm_facts(norm: nn.Module) -> tuple[str, float, int] | None:
     while isinstance(inner := getattr(norm, "base_layer", getattr(norm, "original_module", None)), nn.Module):
         norm = inner
     weight = getattr(norm, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+    if not isinstance(weight, torch.Tensor) or len(shape := full_shape(weight)) != 1:
         return None
     eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon", "epsilon") if getattr(norm, n, None)), 1e-6)
     kind = "rmsnorm" if "rms" in type(norm).__name__.lower() else "layernorm"
-    return kind, float(eps), weight.shape[0]
+    return kind, float(eps), shape[0]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import InjectionError, LayoutError
 from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
 from sta_adapter.injection.hooks import RESIDUAL, block_input
@@ -34,8 +35,8 @@ def validate_target(target: InjectionTarget) -> None:
     """Run the backbone's dummy clip as far as the first block, and probe the blocks; the model stays as it is.
 
     Nothing is done for a backbone without `dummy_inputs`, whose first call is checked (`FirstCallPreHook`), or while
-    parameters are on the meta device. When a built-in backbone's dummy clip can't be run (an attention kernel that
-    needs another device, say), that is logged.
+    parameters are on the meta device, or in parts on several processes (loaded under ZeRO-3). When a built-in
+    backbone's dummy clip can't be run (an attention kernel that needs another device, say), that is logged.
 
     Raises:
         InjectionError: the blocks or the layout function are not as the backbone declares; lists all that was found.
@@ -45,6 +46,9 @@ def validate_target(target: InjectionTarget) -> None:
         return
     if any(t.is_meta for t in (*target.encoder.parameters(), *target.encoder.buffers())):
         logger.info("backbone %r is not checked: parameters are on the meta device", spec.name)
+        return
+    if is_sharded(target.encoder.parameters()):
+        logger.info("backbone %r is not checked: parameters lie in parts on several processes", spec.name)
         return
     with _undisturbed(target.encoder):
         problems = _find_problems(target, spec.dummy_inputs)

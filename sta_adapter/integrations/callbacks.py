@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.compatibility.seams import peft_parts, version
-from sta_adapter.distributed import is_parallel, is_sharded, on_rank_zero
+from sta_adapter.distributed import FLATTENS, is_fsdp1, is_parallel, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
@@ -47,10 +47,8 @@ class SaveAdapter(TrainerCallback):
     ) -> None:
         """Refuse what could not be saved, before anything is trained."""
         net, handle = _trained(model)
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in net.modules()):
-            raise ConfigError(
-                "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
-            )
+        if any(map(is_fsdp1, net.modules())):
+            raise ConfigError(FLATTENS)
         with _without_word_of_references():
             require_savable(handle)
         self._handle = handle

@@ -11,11 +11,12 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from sta_adapter.distributed import FLATTENS
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import reporters, require_reporters
 from sta_adapter.training.config import TrainingConfig
 
-__all__ = ["join_processes", "precision_of", "training_arguments"]
+__all__ = ["join_processes", "precision_of", "refuse_flattening", "training_arguments"]
 
 LOGS = 10  # a run logs its loss so many times at least
 
@@ -105,6 +106,16 @@ def _saving(config: TrainingConfig, measured: str | None) -> Saving:
 def join_processes() -> PartialState:
     """The processes of one run find each other; a process on its own is one of one."""
     return PartialState(cpu=not has_accelerator())
+
+
+def refuse_flattening(plugin: object) -> None:
+    """Refuse FSDP's first version; `plugin` is accelerate's settings of FSDP, None without it.
+
+    Raises:
+        ConfigError: it is asked for.
+    """
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
+        raise ConfigError(FLATTENS)
 
 
 def has_accelerator() -> bool:

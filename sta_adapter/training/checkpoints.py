@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
+from sta_adapter.compatibility.module_names import name_in_state
 from sta_adapter.distributed import assign, full_shape, full_tensor
 from sta_adapter.errors import CheckpointError
 
@@ -29,7 +30,7 @@ COMPLETE_FILE = "complete.json"
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies on the CPU of the parameters that require a gradient, by name; gathered where they are sharded."""
     return {
-        name: full_tensor(parameter).detach().cpu().clone().contiguous()
+        name_in_state(name): full_tensor(parameter).detach().cpu().clone().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -49,7 +50,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(
             f"can't read {str(file)!r} ({error}); remove the folder to go on from an earlier checkpoint."
         ) from error
-    target = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    target = {name_in_state(name): p for name, p in model.named_parameters() if p.requires_grad}
     wrong = sorted(
         name
         for name in saved.keys() | target.keys()

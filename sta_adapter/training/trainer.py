@@ -25,10 +25,11 @@ from sta_adapter.adapter.save import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
-from sta_adapter.distributed import is_parallel, of_rank_zero, on_rank_zero
+from sta_adapter.distributed import average, is_parallel, of_rank_zero, on_rank_zero
 from sta_adapter.errors import CheckpointError, STAError
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.injection.handle import get_sta
+from sta_adapter.training.arguments import refuse_flattening
 from sta_adapter.training.checkpoints import (
     SAMPLES_FILE,
     TRAINED_FILE,
@@ -38,6 +39,7 @@ from sta_adapter.training.checkpoints import (
     trained_state,
 )
 from sta_adapter.training.config import LENGTH, TrainingConfig
+from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.watch import Watch, stopped_early
 
@@ -70,7 +72,12 @@ class AdapterTrainer(Trainer):
         eval_fn: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        files = ("train_dataset", "eval_dataset")
+        filled = {
+            n: Fillable(d) for n in files if (d := kwargs.get(n)) is not None and not isinstance(d, StreamDataset)
+        }
+        super().__init__(**{**kwargs, **filled})
+        refuse_flattening(getattr(self.accelerator.state, "fsdp_plugin", None))
         # whatever the model takes, a step's tokens are counted, for `compute_loss`
         self.model_accepts_loss_kwargs = True
         self.watch = watch
@@ -101,15 +108,19 @@ class AdapterTrainer(Trainer):
         return cast(nn.Module, self.model)
 
     def get_train_dataloader(self) -> DataLoader[object]:
-        """As the base class; streams are shared out by themselves, before anything is decoded."""
+        """As the base class, but no sample comes twice; streams are shared out by themselves, before anything is decoded."""
         if not isinstance(self.train_dataset, StreamDataset):
-            return super().get_train_dataloader()
+            return fill_up(super().get_train_dataloader())
         return stream_loader(
             self.train_dataset,
             self.position,
             cast(Collator, self.data_collator),
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[object]:
+        """As the base class, but no sample comes twice."""
+        return fill_up(super().get_eval_dataloader(*args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""
@@ -162,7 +173,9 @@ class AdapterTrainer(Trainer):
             return (loss, outputs) if return_outputs else loss
         outcome = super().compute_loss(model, inputs, return_outputs)
         loss, *rest = outcome if isinstance(outcome, tuple) else (outcome,)
-        if num_items_in_batch is not None:  # counted on all processes, whose gradients are averaged, or on this one
+        if (
+            num_items_in_batch is not None and torch.is_grad_enabled()
+        ):  # counted on all processes, whose gradients are averaged, or on this one
             processes = self.args.world_size if getattr(self.args, "average_tokens_across_devices", False) else 1
             loss = loss * (learned * processes / num_items_in_batch)
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -172,14 +185,19 @@ class AdapterTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """As the base class, on the usable samples; the others are counted as in training."""
-        self.counts.add_bad(inputs.pop("bad_samples", []))
-        if "input_ids" not in inputs:
-            if not is_parallel():
-                return None, None, None
-            # its loss weighs nothing, as batches count by their words; on transformers 4.45 it is a loss of zero
-            inputs = placeholder(self.args.device)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        """As the base class, on the usable samples; the others are counted as in training.
+
+        Where they are all that one of several processes has, those of the others count in their place.
+        """
+        bad, usable = inputs.pop("bad_samples", []), "input_ids" in inputs
+        self.counts.add_bad(bad)
+        lost = float(bool(bad) and not usable)
+        share = average([lost], self.args.device)[0] if is_parallel() else lost
+        if share == 1:
+            return None, None, None
+        inputs = inputs if usable else placeholder(self.args.device)  # with a loss of zero
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        return None if loss is None else loss / (1 - share), logits, labels
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `eval_fn` gives, logged as `eval_...`, or else the loss on the evaluation data."""
