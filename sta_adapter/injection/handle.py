@@ -237,6 +237,7 @@ class STAHandle:
         create_pr: bool = False,
         license: str | None = None,
         base_model: str | None = None,
+        base_changed: bool = False,
         **more: object,
     ) -> Publication | None:
         """Publish STA, and LoRA weights if the model has them, on the Hugging Face Hub, in one commit.
@@ -253,9 +254,9 @@ class STAHandle:
             create_pr: open a pull request with the commit.
             license: for the card, such as "apache-2.0".
             base_model: the base model's Hub id, where it was loaded from a folder.
+            base_changed: as for `save_pretrained`.
             more: for the card, `datasets` (Hub ids), `run_folder` (output of training, for the recipe) and `results`
-                (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing;
-                `base_changed` as for `save_pretrained`.
+                (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing.
 
         Returns:
             What was uploaded, and where it is now. Where weights are sharded all processes must call this, and the
@@ -268,7 +269,7 @@ class STAHandle:
         self._require_injected()
         card = {"license": license, "base_model": base_model}
         options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
-        return push_adapter(self, repo_id, create_pr=create_pr, **options, **card, **more)
+        return push_adapter(self, repo_id, base_changed, create_pr=create_pr, **options, **card, **more)
 
     @property
     def _removed(self) -> bool:
