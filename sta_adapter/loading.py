@@ -64,7 +64,8 @@ def load_model(
             knows; None for its default.
 
     Raises:
-        CheckpointError: it can't be had, or is no model for images or video and text.
+        CheckpointError: it can't be had, or this transformers knows no class for it.
+        ConfigError: an argument is none of those named, or has no effect on this model, or the device isn't here.
         MissingExtraError: quantized weights were asked for, and bitsandbytes is not installed.
 
     Warns:
@@ -150,6 +151,7 @@ def load_processor(
 
     Raises:
         CheckpointError: it can't be had, or has no tokenizer or chat template.
+        MissingExtraError: it needs packages that are not installed.
     """
     from transformers import AutoProcessor
 

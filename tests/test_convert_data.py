@@ -151,6 +151,19 @@ def test_pairs_of_whole_conversations(tmp_path):
             convert_data(source, tmp_path / "out.jsonl", to="sta-adapter", overwrite=True)
 
 
+def test_what_no_setting_of_a_tool_says_is_to_be_dropped(tmp_path):
+    source = write(
+        tmp_path / "in.jsonl", {"messages": [ask(), {**SAID, "loss": False}, ask(), SAID], "rejected": "down"}
+    )
+    for tool in ("trl", "ms-swift", "llamafactory"):  # of a pair the last answer alone counts
+        with pytest.raises(DataError, match=r"no place for: loss \(1 samples\)\. Leave it out here with --drop loss\."):
+            convert_data(source, tmp_path / "out.jsonl", to=tool)
+        assert convert_data(source, tmp_path / f"{tool}.jsonl", to=tool, drop=["loss"]).left_out == {"loss": 1}
+    write(source, {"messages": [ask(nframes=4), SAID]})
+    with pytest.raises(DataError, match=r"nframes \(1 samples\)\. Leave it out here with --drop nframes\."):
+        convert_data(source, tmp_path / "out.jsonl", to="axolotl")
+
+
 def test_what_would_be_lost_is_an_error(tmp_path):
     source = write(tmp_path / "in.jsonl", {"messages": [ask(nframes=4), {**SAID, "loss": False}, ask(nframes=4), SAID]})
     with pytest.raises(

@@ -97,6 +97,7 @@ def evaluate(
         ConfigError: `predictions_file` belongs to another evaluation, or an argument has no effect beside the others.
     """
     _check_arguments(model, choose, stop_at_letter, shared, overwrite and predictions_file is None)
+    _check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=num_workers)
     dataset = _dataset(data, processor, frame_settings, on_bad_sample)
     dataset = dataset.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
@@ -175,6 +176,13 @@ def _check_arguments(
         raise ConfigError(
             "shared=True is for models that each process has whole; leave it out for an engine or sharded weights."
         )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        least = 0 if name == "num_workers" else 1
+        if not isinstance(count, int) or count < least:
+            raise ConfigError(f"{name} is {count!r}, expected a whole number of at least {least}.")
 
 
 def _check_idle(
