@@ -6,7 +6,7 @@ otherwise; what the user tells comes first (`handle.clips([...])`, `clip_lengths
 - `batch_chat(num_patches_list=[n, m])`: one clip a question;
 - `chat(...)`: an `<image>` of several rows is a clip. Where each frame has an `<image>`, as in the documented use, the
   labels tell, `Frame1: <image> Frame2: <image>`: a clip goes on as long as the numbers grow; tiled frames have equal rows;
-- `forward` and `generate`: one clip a sample, counted by its image tokens, when these are in one piece.
+- `forward` and `generate` (and `embed`, which ours call): one clip a sample, counted by its image tokens, when these are in one piece.
 
 All else, such as two rows behind two unlabelled `<image>`, may be frames of a clip or separate pictures: an error.
 InternVL 2.5, whose chat model has the same class, cuts a picture into rows: tell `clip_lengths=[1] * rows` there.
@@ -110,7 +110,8 @@ BACKBONE = Backbone(
     blocks="encoder.layers",
     clip_source=ClipSource(
         model_classes=("InternVLChatModel", "InternVideo2_5ForConditionalGeneration"),
-        methods={"chat": chat_clips, "batch_chat": batch_chat_clips, "forward": sample_clips, "generate": sample_clips},
+        methods={"chat": chat_clips, "batch_chat": batch_chat_clips}
+        | dict.fromkeys(("forward", "generate", "embed"), sample_clips),
     ),
     lora=INTERN_LORA,
     dummy_inputs=pixel_dummy,

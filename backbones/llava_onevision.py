@@ -8,17 +8,16 @@ row of its `pixel_values` is a picture or a tile of one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from sta_adapter.attention.layout import EACH_ROW, ClipLengths
+from sta_adapter.backbones.llava_onevision_unequal import REPEAT, packed_videos, repeated_videos
 from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
-from sta_adapter.compatibility.seams import incompatible
 from sta_adapter.data.clip_batches import missing_frames
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import ClipSource
@@ -41,41 +40,14 @@ def video_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLength
     return tuple((~missing_frames(videos)).sum(1).tolist())
 
 
-def packed_videos(model: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call `get_video_features`; clips of unequal lengths, filled up with frames of NaN, are encoded as one long clip.
-
-    Its features are taken apart again, with the model's newline behind each clip, as the model has it behind every one.
-    """
-    name = next((key for key in ("pixel_values_videos", "pixel_values") if key in kwargs), "")
-    videos = kwargs[name] if name else args[0] if args else None
-    if not isinstance(videos, torch.Tensor) or videos.dim() != 5 or not missing_frames(videos).any():
-        return method(*args, **kwargs)
-    there = ~missing_frames(videos)
-    lengths, packed = there.sum(1).tolist(), videos[there][None]
-    args, kwargs = (args, {**kwargs, name: packed}) if name else ((packed, *args[1:]), kwargs)
-    output = method(*args, **kwargs, clip_lengths=lengths)
-    features = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
-    frames = sum(lengths)
-    if not isinstance(features, torch.Tensor) or features.dim() != 3 or features.shape[1] % frames > 1:
-        raise incompatible("transformers", f"{type(model).__name__}'s features of videos are {type(features).__name__}")
-    tokens, ended = divmod(features.shape[1], frames)  # newer releases put the last newline there by themselves
-    inner = model if hasattr(model, "image_newline") else model.model
-    newline = inner.image_newline[None, None].to(features)
-    parts = [
-        part
-        for clip in torch.split(features[:, : frames * tokens], [length * tokens for length in lengths], 1)
-        for part in (clip, newline)
-    ]
-    joined = torch.cat(parts if ended else parts[:-1], 1)
-    if output is features:
-        return joined
-    output.pooler_output = joined
-    return output
-
-
 def picture_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Pictures: each tile is a clip of one frame."""
     return EACH_ROW
+
+
+def no_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
+    """Of a method that runs no encoder."""
+    return None
 
 
 def forward_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
@@ -107,8 +79,9 @@ BACKBONE = dataclasses.replace(
             "forward": forward_clips,
             "get_video_features": video_clips,
             "get_image_features": picture_clips,
+            REPEAT: no_clips,
         },
-        runs={"get_video_features": packed_videos},
+        runs={"get_video_features": packed_videos, REPEAT: repeated_videos},
     ),
     vllm=VLLM_TOWER,
 )

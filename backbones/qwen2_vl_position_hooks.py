@@ -64,7 +64,8 @@ class GenerationPositions:
         """Positions (4, batch, tokens), text first, or (1, batch, tokens) when a cached text goes on."""
         head: Any = self.head
         ids = model_kwargs.get("input_ids", inputs_tensor)
-        if model_kwargs.get("mm_token_type_ids") is None and ids.dim() == 2:
+        has_tokens = ids.dim() == 2 and ids.shape[1] > 0
+        if model_kwargs.get("mm_token_type_ids") is None and has_tokens:
             config = head.model.config
             types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
             model_kwargs = {**model_kwargs, "mm_token_type_ids": types}
@@ -72,6 +73,9 @@ class GenerationPositions:
         if positions.shape[0] == 4:
             if model_kwargs.get("image_grid_thw") is None and model_kwargs.get("video_grid_thw") is None:
                 head.model.rope_deltas = positions[1, :, -1:] + 1 - positions.shape[-1]
+            elif not has_tokens:  # transformers takes embeddings for text
+                found, head.model.rope_deltas = head.model.get_rope_index(**{**model_kwargs, "input_ids": None})
+                positions = torch.cat([positions[:1].to(found), found])
             return cast("Tensor", positions)
         return cast(
             "Tensor", (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]

@@ -41,7 +41,11 @@ def restore_original_positions(model: nn.Module) -> nn.Module:
 
 
 def undo_original_positions(model: nn.Module) -> nn.Module:
-    """Take `restore_original_positions` back; nothing happens where it was not called."""
+    """Take `restore_original_positions` back; nothing happens where it was not called.
+
+    Raises:
+        InjectionError: the model is neither of transformers 4.52 or newer.
+    """
     owner = find_owner(model)
     if isinstance(installed_rule(owner), OriginalPositions):
         uninstall(model)

@@ -13,12 +13,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +212,9 @@ def circumstances(device: str) -> dict[str, Any]:
         hardware["gpu"] = torch.cuda.get_device_name()
         versions["cuda"] = str(torch.version.cuda)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    words = pairwise(["", *sys.argv[1:]])
+    given = [word for before, word in words if before != "--out" and word.partition("=")[0] != "--out"]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
     return {"date": date, "command": command, "versions": versions, "hardware": hardware}
 
 

@@ -12,16 +12,20 @@ from common import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN = "\n## Results\n"  # all below is written
-GLANCE = (  # what is promised, of which benchmark, case and variant, and the bound on its ratio
-    ("forward", "forward", "T = 8", "STA", 1.12),
-    ("training step, STA alone", "step-sta", "STA", "STA", 1.15),
-    ("training step, LoRA beside", "step-lora", "LoRA + STA", "STA", 1.15),
-    ("memory of a step, STA alone", "memory-sta", "STA", "STA", 1.15),
-    ("host time of a block, forward", "host-time", "forward, one clip", "STA", 1.45),
-    ("host time of a block, step", "host-time", "step, all parameters, one clip", "STA", 1.6),
-    ("eight packed unequal clips, to one by one", "packed", "STA", "packed", 1.0),
-    ("one frame in a stream, frame 10,000", "streaming", "frame 10,000", "STA", 1.15),
-    ("T = 256, to T = 32", "lengths", "long against short", "STA, T = 256", 1.1),
+GLANCE = (  # what is aimed at, of which benchmark, case and variant, and the bound on its ratio
+    ("forward", "forward", "T = 8", "STA", "at most 1.10"),
+    ("training step, STA alone", "step-sta", "STA", "STA", "at most 1.12"),
+    ("training step, LoRA beside", "step-lora", "LoRA + STA", "STA", "at most 1.12"),
+    ("training step, checkpointed", "step-checkpointed", "checkpointed", "STA", "at most 1.12"),
+    ("memory of a step, STA alone", "memory-sta", "STA", "STA", "at most 1.15"),
+    ("host time of a block, forward", "host-time", "forward, one clip", "STA", "at most 1.45"),
+    ("host time of a block, step", "host-time", "step, all parameters, one clip", "STA", "at most 1.60"),
+    ("clips a second of training the tiny base", "training-throughput", "stage two: LoRA", "STA", "at least 0.92"),
+    ("samples a second, by the clock, to decord's frames", "data-loading", "4 s, 8 frames", "samples", "at least 0.80"),
+    ("the same by a worker's CPU time", "data-loading", "4 s, 8 frames, by CPU time", "samples", "at least 0.80"),
+    ("eight packed unequal clips, to one by one", "packed", "STA", "packed", "at most 1.00"),
+    ("one frame in a stream, frame 10,000", "streaming", "frame 10,000", "STA", "at most 1.15"),
+    ("T = 256, to T = 32", "lengths", "long against short", "STA, T = 256", "at most 1.10"),
 )
 
 
@@ -33,7 +37,7 @@ def tables(folder: Path) -> str:
 
 
 def glance(folder: Path) -> str:
-    """The main ratios beside what they are meant to stay below, for each device that was measured."""
+    """The main ratios beside what is aimed at, for each device that was measured."""
     lines: list[str] = []
     for device in ("cpu", "cuda"):
         for what, name, case, variant, aim in GLANCE:
@@ -42,7 +46,7 @@ def glance(folder: Path) -> str:
             for row in rows:
                 if (row["case"], row["variant"]) == (case, variant) and "skipped" not in row:
                     ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-                    lines.append(f"| {what} | {device} | {ratio} | {aim:.2f} |")
+                    lines.append(f"| {what} | {device} | {ratio} | {aim} |")
     head = ["| what | device | ratio [quartiles] | aim |", "| --- | --- | --- | --- |"]
     return "\n".join([*head, *lines]) + "\n\n" if lines else ""
 

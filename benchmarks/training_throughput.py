@@ -32,7 +32,7 @@ from sta_adapter.data import Collator  # noqa: E402
 from sta_adapter.data.chat_encoding import encode  # noqa: E402
 from sta_adapter.data.message import Visual  # noqa: E402
 from sta_adapter.training import TrainingConfig  # noqa: E402
-from sta_adapter.training.lora import lora_config, lora_parameters  # noqa: E402
+from sta_adapter.training.lora import lora_config, mark_trained  # noqa: E402
 
 
 def batch_of(processor: Any, clips: int, frames: int, size: int) -> dict[str, torch.Tensor]:
@@ -62,9 +62,9 @@ def stage_two(model: Any, sta: bool) -> nn.Module:
 
     handle = inject_sta(model) if sta else None
     made = get_peft_model(model, lora_config(model, handle, TrainingConfig(sta=sta)))
-    made.requires_grad_(False)
+    mark_trained(made)
     kept = get_sta(made)
-    for parameter in [*lora_parameters(made), *(kept.parameters() if kept else [])]:
+    for parameter in kept.parameters() if kept else ():
         parameter.requires_grad_(True)
     return made
 

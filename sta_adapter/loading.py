@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,11 +18,9 @@ from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
-from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
-from sta_adapter.injection.load import load_sta, watch_peft
-from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.load import load_sta, warn_of_sta, watch_peft
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.weights import published_config
 from sta_adapter.requirements import require_device
@@ -66,7 +64,8 @@ def load_model(
             knows; None for its default.
 
     Raises:
-        CheckpointError: it can't be had, or is no model for images or video and text.
+        CheckpointError: it can't be had, or this transformers knows no class for it.
+        ConfigError: an argument is none of those named, or has no effect on this model, or the device isn't here.
         MissingExtraError: quantized weights were asked for, and bitsandbytes is not installed.
 
     Warns:
@@ -112,24 +111,8 @@ def _load(loader: type[_BaseAutoModelClass], name: str | os.PathLike[str], optio
     if options["trust_remote_code"]:  # whose own from_pretrained need not know of a report
         return cast("nn.Module", loader.from_pretrained(name, **options))
     model, report = loader.from_pretrained(name, output_loading_info=True, **options)
-    _warn_of_sta(name, report["unexpected_keys"])
+    warn_of_sta(name, report["unexpected_keys"])
     return cast("nn.Module", model)
-
-
-def _warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:
-    """STA is among a model's weights where a trainer saved it whole, or it is of the published code."""
-    published = {spec.published_names.get("to_qkv") for spec in map(get_backbone, list_backbones())} - {None}
-    for key in sorted(unexpected):
-        ours = STA_TENSOR.search(key)
-        if not ours and not any(f".{part}." in key for part in published):
-            continue
-        how = "handle.save_pretrained wrote it (load_sta, --adapter)" if ours else "`sta-adapter convert` makes it"
-        warnings.warn(
-            f"the weights in {os.fspath(name)} hold STA ({key}, for one), and the model is loaded without it: give its adapter as {how}.",
-            STAWarning,
-            stacklevel=4,
-        )
-        return
 
 
 def _quantization(kind: str, dtype: object) -> BitsAndBytesConfig:
@@ -168,6 +151,7 @@ def load_processor(
 
     Raises:
         CheckpointError: it can't be had, or has no tokenizer or chat template.
+        MissingExtraError: it needs packages that are not installed.
     """
     from transformers import AutoProcessor
 

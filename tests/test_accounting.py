@@ -364,6 +364,9 @@ def test_lora_that_was_merged_for_good_is_not_lost_silently(of, tmp_path):
     assert not (tmp_path / "a").exists()
     handle.save_pretrained(tmp_path / "a", base_changed=True)
     assert not (tmp_path / "a" / LORA_CONFIG).exists()
+    with pytest.raises(CheckpointError, match=r"pass base_changed=True"):
+        handle.push_to_hub("user/a", dry_run=True)
+    assert LORA_CONFIG not in handle.push_to_hub("user/a", dry_run=True, base_changed=True).files
 
 
 def test_lora_that_was_thrown_away_leaves_the_base(tmp_path):

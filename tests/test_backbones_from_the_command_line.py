@@ -214,11 +214,14 @@ def test_glm_says_what_it_does_not_take(name, folder, tmp_path):
         Collator.of(parts[0], on_bad_sample="error")(items)
 
 
+@pytest.mark.parametrize(
+    "seen", [clip("short", max_pixels=100), {**picture("wide"), "min_pixels": 100}], ids=["clip", "picture"]
+)
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
-def test_limits_that_a_processor_of_one_size_would_drop_are_refused(name, folder, tmp_path):
+def test_limits_that_a_processor_of_one_size_would_drop_are_refused(name, seen, folder, tmp_path):
     if OLD or not tiny_bases.available(name):
         pytest.skip(OLD_TEXT)
-    sample = parse_sample(record(clip("short", max_pixels=100)), folder=folder)
+    sample = parse_sample(record(seen), folder=folder)
     item = VideoDataset([sample], tiny_bases.make_processor(name, tmp_path), frames=AS_IS)[0]
     assert isinstance(item, BadSample)
     assert "brings all frames to one size" in item.reason

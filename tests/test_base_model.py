@@ -55,7 +55,9 @@ def test_another_id_is_another_model(tmp_path, here):
     saved(tmp_path, "org/a")
     other = model(here)
     before = state(other)
-    with pytest.raises(CheckpointError, match=r"trained on 'org/a'; the model is 'org/b'\. .*base_model='any'"):
+    with pytest.raises(
+        CheckpointError, match=r"trained on 'org/a'; the model is 'org/b'\. .*base_model='any' \(--any-base of"
+    ):
         load_sta(other, tmp_path)
     assert_unchanged(other, before)
     assert load_sta(other, tmp_path, base_model="any").backbone == "qwen2_vl"

@@ -22,6 +22,13 @@ def bench(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py")))
+def test_each_module_fits_the_package(bench, name):
+    """Nothing else imports them, so what the package has renamed or dropped would be missed on the day of a measurement."""
+    module = bench(name)
+    assert module.__doc__
+
+
 def test_variants_take_turns(bench):
     calls = []
     found = bench("common").measure_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
@@ -51,9 +58,9 @@ def test_the_main_ratios_come_first(bench, tmp_path):
     report = bench("common").Report("forward", "A title", out=tmp_path)
     report.add("T = 8", {"untouched": [1.0, 1.0], "STA": [1.5, 1.5]})
     report.finish()
-    assert "\n| forward | cpu | 1.500 [1.500, 1.500] | 1.12 |\n\n### A title\n" in bench("make_page").with_tables(
-        "", tmp_path
-    )
+    assert "\n| forward | cpu | 1.500 [1.500, 1.500] | at most 1.10 |\n\n### A title\n" in bench(
+        "make_page"
+    ).with_tables("", tmp_path)
 
 
 def test_the_page_agrees_with_the_json(bench):

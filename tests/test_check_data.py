@@ -120,6 +120,18 @@ def test_command_with_a_model_and_settings(tmp_path, processor, monkeypatch):
     assert CliRunner().invoke(cli, [*line, "--max-length", "42"]).exit_code == 0
 
 
+def test_how_the_data_is_read_is_that_of_the_training(tmp_path):
+    file = write_samples(tmp_path / "data", 1).rename(tmp_path / "moved.jsonl")
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"videos: {tmp_path / 'data'}\nformat: conversations\n")
+    line = ["check-data", str(file), "--num-workers", "0"]
+    assert CliRunner().invoke(cli, line).exit_code == 1
+    assert CliRunner().invoke(cli, [*line, "--config", str(settings)]).output.startswith("1 samples, 0 of them bad")
+    settings.write_text("videos: 5\n")
+    done = CliRunner().invoke(cli, [*line, "--config", str(settings)])
+    assert "videos is 5, expected a text" in str(done.exception)
+
+
 @pytest.mark.parametrize("words", [["--max-length", "9"], ["--revision", "main"], ["--trust-remote-code"]], ids=str)
 def test_options_of_a_model_that_is_not_given(tmp_path, words):
     done = CliRunner().invoke(cli, ["check-data", str(write_samples(tmp_path, 1)), *words])

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from cases import Clip, case_parameters, clips_of, randomize, seeded
+from qwen2_vl_prompts import is_transformers_5
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.errors import InjectionError
@@ -376,3 +377,20 @@ def test_generate(case):
     assert all(torch.equal(a, b) for a, b in zip(same.scores, before.scores, strict=True))
     assert not torch.equal(other.scores[0], before.scores[0])
     assert torch.equal(again.scores[0], before.scores[0])
+
+
+@pytest.mark.skipif(
+    not is_transformers_5(), reason="older releases encode clips within the forward, which breaks its graph"
+)
+@pytest.mark.parametrize("case", case_parameters(lambda case: case.id in ("qwen2_vl", "internvl")))
+def test_generation_is_compiled_in_one_graph(case):
+    """As transformers advises for static caches; on a GPU `generate` does so by itself."""
+    model, handle = injected(case)
+    options = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    with handle.clips([4]) if case.tell_model else contextlib.nullcontext():
+        expected = model.generate(**case.generate(4), **options)
+        torch._dynamo.reset()
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+        found = model.generate(**case.generate(4), **options, cache_implementation="static", disable_compile=True)
+    for a, b in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

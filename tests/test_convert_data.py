@@ -102,6 +102,19 @@ def test_each_tools_form(tmp_path):
         assert json.loads(done.path.read_text()) == expected[tool], tool
 
 
+def test_fields_of_ones_own_stay_ours(tmp_path):
+    choice = {"question": "Which way?", "options": ["left", "up"], "answer": "up", "video": "a.mp4"}
+    source = write(tmp_path / "in.jsonl", {**choice, "question_type": "way", "category": "x"})
+    done = convert_data(source, tmp_path / "out.jsonl", to="sta-adapter")
+    (was,), (now,) = read_samples(source), read_samples(done.path)
+    assert (now.extra, now.options, now.category) == (was.extra, was.options, was.category)
+    assert now.extra == {"question_type": "way", "option_texts": ["left", "up"]}
+    write(source, {"messages": [ask(), SAID], "chat_template_kwargs": {"enable_thinking": False}})
+    assert (
+        "chat_template_kwargs" not in convert_data(source, done.path, to="sta-adapter", overwrite=True).path.read_text()
+    )
+
+
 def test_pairs(tmp_path):
     source = write(tmp_path / "in.jsonl", {"messages": [ask(), SAID], "rejected": "down"})
     swift = json.loads(convert_data(source, tmp_path / "swift.jsonl", to="ms-swift").path.read_text())
@@ -136,6 +149,19 @@ def test_pairs_of_whole_conversations(tmp_path):
         write(source, {**talk, **record})
         with pytest.raises(DataError, match=message):
             convert_data(source, tmp_path / "out.jsonl", to="sta-adapter", overwrite=True)
+
+
+def test_what_no_setting_of_a_tool_says_is_to_be_dropped(tmp_path):
+    source = write(
+        tmp_path / "in.jsonl", {"messages": [ask(), {**SAID, "loss": False}, ask(), SAID], "rejected": "down"}
+    )
+    for tool in ("trl", "ms-swift", "llamafactory"):  # of a pair the last answer alone counts
+        with pytest.raises(DataError, match=r"no place for: loss \(1 samples\)\. Leave it out here with --drop loss\."):
+            convert_data(source, tmp_path / "out.jsonl", to=tool)
+        assert convert_data(source, tmp_path / f"{tool}.jsonl", to=tool, drop=["loss"]).left_out == {"loss": 1}
+    write(source, {"messages": [ask(nframes=4), SAID]})
+    with pytest.raises(DataError, match=r"nframes \(1 samples\)\. Leave it out here with --drop nframes\."):
+        convert_data(source, tmp_path / "out.jsonl", to="axolotl")
 
 
 def test_what_would_be_lost_is_an_error(tmp_path):
@@ -224,10 +250,12 @@ def test_history_comes_before():
         ({"messages": [ask(), SAID], "rejected": [SAID, SAID]}, "line 1: 'rejected' is .*expected one answer"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "line 1: message 0 has the role 'tool'"),
         ({"text": "x"}, "line 1: a record of no known format"),
+        ({"query": "c", "response": "d", "history": [["a"]]}, "line 1: 'history' is .*expected a list of pairs"),
+        ({"query": "c", "response": "d", "history": "ab"}, "line 1: 'history' is 'ab', expected a list of pairs"),
         (["x"], "entry 1: found a text, expected an object"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "say <video>"}]}, SAID]}, "line 1: a text contains <video>"),
     ],
-    ids=["url", "empty", "two", "role", "unknown", "list", "tag"],
+    ids=["url", "empty", "two", "role", "unknown", "half", "words", "list", "tag"],
 )  # fmt: skip
 def test_records_that_are_none(record, message, tmp_path):
     with pytest.raises(DataError, match=message):

@@ -141,7 +141,7 @@ def test_system_and_trailing_user_turns_are_not_learned(processor):
             "rewrites earlier turns when a turn is added",
         ),
         (
-            "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}hello",
+            "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}{{ messages[0]['content'][0]['text'] }}",
             (("user", "a"), ("assistant", "b")),
             r"can't render the roles \(user, assistant\): TemplateError: roles must alternate",
         ),
@@ -301,6 +301,14 @@ def test_limits_of_a_picture(processor, tmp_path, limit, grid):
     record = sample([{"type": "image", "image": str(tmp_path / "a.png"), **limit}])
     item = VideoDataset([parse_sample(record)], processor, frames=AS_IS, on_bad_sample="error")[0]
     assert item["image_grid_thw"].tolist() == [grid]
+
+
+def test_limits_of_a_picture_that_the_processor_would_not_keep(processor, tmp_path):
+    Image.fromarray(moving_square("left")[0]).save(tmp_path / "a.png")
+    picture = {"type": "image", "image": str(tmp_path / "a.png")}
+    item = VideoDataset([sample([picture, {**picture, "min_pixels": 8192}])], processor, frames=AS_IS)[0]
+    assert isinstance(item, BadSample)
+    assert "make a picture 96x96, and the processor, by its own limits, 64x64; give such as it takes" in item.reason
 
 
 def test_limits_of_one_clip_leave_the_others_to_the_processor(processor, tmp_path):

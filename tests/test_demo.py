@@ -22,6 +22,7 @@ from sta_adapter.demo.model import attend_frames_at_once, tiny_model
 from sta_adapter.demo.reader import DESCRIBE, ReaderSettings, frame_batch, write_reader
 from sta_adapter.demo.run import answer_inputs
 from sta_adapter.demo.scores import compared
+from sta_adapter.errors import ConfigError
 from sta_adapter.evaluation import EvaluationResult, Prediction, wilson
 from sta_adapter.loading import load_model, load_processor, saved_frame_settings
 from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
@@ -366,6 +367,15 @@ def test_runs_of_each_method_and_seed_are_written_down(monkeypatch, tmp_path, as
     assert begun == [base for base, _ in taught for _ in expected]  # all methods of a seed begin with the same reader
     assert 0 <= results["seconds"] < 60
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("methods", [("lora",), ("sta", "dora")])
+def test_what_can_not_be_compared(methods, tmp_path):
+    from sta_adapter.demo.run import run_demo
+
+    with pytest.raises(ConfigError, match=r"methods are .*, expected 'sta' and others of sta, lora, lora_language"):
+        run_demo(tmp_path, DemoSettings.quick(), ReaderSettings.quick(), [0], methods=methods)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

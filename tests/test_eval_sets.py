@@ -311,6 +311,9 @@ def test_folders_that_are_no_clip(tmp_path):
         read_folder(tmp_path / "clip", 3.0, fps=3.0)
     with pytest.raises(VideoError, match="no frame begins from 9 s"):
         read_folder(tmp_path / "clip", 3.0, start=9.0)
+    for rate in (0, -1.0, float("nan"), "2", None):
+        with pytest.raises(ConfigError, match=r"rate is .*expected a finite number above 0"):
+            read_folder(tmp_path / "clip", rate)
 
 
 # ---- what an answer names

@@ -294,6 +294,15 @@ def test_arguments_that_others_leave_without_effect(processor, dataset, argument
         evaluate(model, dataset, **{argument: value})
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}, {"num_workers": -1}], ids=str
+)
+def test_counts_that_would_answer_nothing(processor, dataset, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"{name} is {value}, expected a whole number of at least"):
+        evaluate(make_model(processor.tokenizer), dataset, **wrong)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_stays_in_the_mode_that_it_was_in(taught, dataset, training):
     model = taught[0]

@@ -92,6 +92,13 @@ def test_ssv2_t10(example, tmp_path):
     }
 
 
+def test_ssv2_t10_without_sta(example, tmp_path):
+    example("ssv2_t10/run.py").main(["--tiny", "--out", str(tmp_path), "--set", "sta=false"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "sta_adapter.safetensors").exists()
+    assert (tmp_path / "results" / "results.json").exists()
+
+
 def test_ssv2_vsm(example, tmp_path):
     example("ssv2_vsm/run.py").main(["--tiny", "--out", str(tmp_path)])
     assert_trained(tmp_path / "adapter")

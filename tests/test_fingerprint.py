@@ -105,7 +105,11 @@ def test_a_processor_is_its_template_words_and_sizes(processor, folder):
     template.chat_template = f"{template.chat_template} "
     words = copy.deepcopy(processor)
     words.tokenizer.add_tokens(["another"])
-    assert len({before, *map(fingerprint_processor, (other, template, words))}) == 4
+    ends = copy.deepcopy(processor)
+    ends.tokenizer.eos_token = "<|endoftext|>"
+    own = copy.deepcopy(processor)
+    own.image_seq_length = 4
+    assert len({before, *map(fingerprint_processor, (other, template, words, ends, own))}) == 6
 
 
 def test_names_of_places_are_left_out_at_any_depth():

@@ -197,9 +197,10 @@ def test_a_picture_alone():
         ({"options": {"B": "up", "A": "down"}}, "'options' has the keys B, A, expected A, B, ... in order"),
         ({"question": " "}, "'question' is ' ', expected a text"),
         ({"videos": ["b.mp4"]}, "both 'video' and 'videos' are given"),
+        ({"video": None, "videoID": "a", "url": "https://a.org/a"}, "there is no 'video' and no 'image' that the question"),
         ({"fps": 0}, "'fps' is 0, expected a positive number"),
     ],
-    ids=["other", "letter", "index", "none", "bool", "digit", "letters_as_options", "twice", "index_or_text", "one", "number", "order", "question", "both", "fps"],
+    ids=["other", "letter", "index", "none", "bool", "digit", "letters_as_options", "twice", "index_or_text", "one", "number", "order", "question", "both", "blind", "fps"],
 )  # fmt: skip
 def test_choices_that_do_not_fit(change, error):
     with pytest.raises(DataError, match=error):

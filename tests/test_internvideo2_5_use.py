@@ -1,6 +1,7 @@
 """InternVideo2.5-Chat from the published layout: JSON Lines to losses, adapters and answers, STA, LoRA, and what is refused."""
 
 import json
+import shutil
 
 import internvideo2_5_chat as tiny
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from standins.internvl_chat import InternVisionModel
 from test_internvideo2_5 import Layouts
 from tiny_qwen import moving_square, write_video
@@ -16,7 +18,7 @@ from sta_adapter import get_sta, inject_sta, load_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, LayoutError, STAWarning
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.internvideo.v2_5_config import NEW_ROPE, from_published
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
@@ -152,6 +154,20 @@ def test_frames_reach_each_other_within_a_clip_alone(model, processor, clips):
         after = model.vision_model(changed).last_hidden_state
     moved = (before - after).abs().amax((1, 2)) > 0
     assert moved.tolist() == [True] * 8 + [False] * 8
+
+
+def test_a_forward_that_is_run_past_the_hooks_is_told_its_clips(model):
+    """PEFT before 0.19 runs the model's so, with task_type="CAUSAL_LM"."""
+    layouts = Layouts(trained(model))
+    (ids, mask), rows = tiny.prompts("batch"), tiny.pixels(12)
+    inputs = {"pixel_values": rows, "input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(**inputs, clip_lengths=[8, 4]).logits
+        found = model.forward(**inputs, clip_lengths=[8, 4]).logits
+        with pytest.raises(LayoutError, match="can't be known: 12 rows for samples"):
+            model.forward(**inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert layouts.seen == [((8, 64), (4, 64))] * 2
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"use_cache": False}, {}])
@@ -577,3 +593,23 @@ def test_checkpointing_gives_the_same_gradients(model, kind):
 
     for plain, checkpointed in zip(gradients(False), gradients(kind), strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["saved", "published"])
+def test_sta_among_a_whole_models_weights_is_told_of(layout, base, published, tmp_path):
+    """As transformers' trainer saves a model, in its own layout; or with STA's tensors among published files."""
+    if layout == "saved":
+        inject_sta(load_model(base, dtype="fp32", device="cpu")).model.save_pretrained(tmp_path)
+    else:
+        shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+        file = sorted(tmp_path.glob("*.safetensors"))[0]
+        key = "vision_model.encoder.layers.0.sta.norm.weight"
+        save_file({**load_file(file), key: torch.ones(32)}, file, {"format": "pt"})
+        index = tmp_path / "model.safetensors.index.json"
+        told = json.loads(index.read_text())
+        index.write_text(json.dumps({**told, "weight_map": {**told["weight_map"], key: file.name}}))
+    with pytest.warns(STAWarning, match="hold STA .*loaded without it: give its adapter as .*load_sta, --adapter"):
+        model = load_model(tmp_path, dtype="fp32", device="cpu")
+    assert get_sta(model) is None
+    expected = load_model(base, dtype="fp32", device="cpu").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -17,7 +17,7 @@ from sta_adapter import get_sta, inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, VideoDataset
 from sta_adapter.data.samples import parse_sample
-from sta_adapter.errors import CheckpointError, ConfigError, DataError
+from sta_adapter.errors import CheckpointError, ConfigError, DataError, STAWarning
 from sta_adapter.evaluation.answering import Answerer, Question
 from sta_adapter.internvideo import v2_loading
 from sta_adapter.internvideo.v2_config import read_config
@@ -141,6 +141,18 @@ def test_only_the_answer_is_learned_and_the_prompt_is_the_published_one(processo
     assert int((item["input_ids"] == processor.video_token_id).sum()) == QUERIES
 
 
+def test_a_clip_of_a_later_turn_is_read_as_in_the_whole_text(processor, clips):
+    first, second = (record(clip("short", nframes=2), answer=answer)["messages"] for answer in ("left", "up"))
+    (item,) = encoded(processor, clips, {"messages": [*first, *second]})
+    messages = parse_sample({"messages": [*first, *second]}).messages
+    frames = [np.zeros((2, 16, 16, 3), np.uint8)] * 2
+    whole = processor(text=processor.apply_chat_template(messages), videos=frames, add_special_tokens=False)
+    assert item["input_ids"].tolist() == whole["input_ids"][0].tolist()
+    asked = conversation("Which way?", [VIDEO])
+    begins = [processor(text=asked, videos=frames[:1], add_special_tokens=special) for special in (True, False)]
+    assert begins[0]["input_ids"][0].tolist() == [processor.tokenizer.bos_token_id, *begins[1]["input_ids"][0].tolist()]
+
+
 def test_pixels_are_the_published_ones(processor):
     """The shorter side to the encoder's size, the middle, ImageNet's colours; one frame after the other by torchvision."""
     from torchvision.transforms import v2
@@ -178,6 +190,17 @@ def test_saved_and_loaded_again(base, processor, clips, tmp_path):
     (same,) = encoded(words, clips, LINES[2])
     assert torch.equal(item["input_ids"], same["input_ids"])
     assert losses(plain, processor, [item]) == losses(again, words, [same])
+
+
+def test_sta_among_a_whole_models_weights_is_told_of(base, model, processor, tmp_path):
+    """As transformers' trainer saves a model."""
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(STAWarning, match="hold STA .*loaded without it: give its adapter as .*load_sta, --adapter"):
+        found = load_model(tmp_path, device="cpu")
+    assert get_sta(found) is None
+    expected = load_model(base, device="cpu").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
 
 
 def test_pickled_weights_of_published_names(base, tmp_path):
@@ -364,7 +387,9 @@ def test_a_quantized_model_gets_its_dtype_and_device(monkeypatch, tmp_path):
     model.config = SimpleNamespace()
     monkeypatch.setattr(v2_loading, "fetch_folder", lambda *_: tmp_path)
     monkeypatch.setattr(
-        v2_loading.InternVideo2Chat, "from_pretrained", lambda folder, **options: asked.update(options) or model
+        v2_loading.InternVideo2Chat,
+        "from_pretrained",
+        lambda folder, **options: asked.update(options) or (model, {"unexpected_keys": []}),
     )
     config = {"model_type": v2_loading.MODEL_TYPE}
     v2_loading.load_model("x", config, dtype=torch.float16, device="cuda:1", quantization_config={"load_in_8bit": True})

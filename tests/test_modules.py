@@ -5,7 +5,7 @@ import torch
 from test_fast_path import branch, far, written_out
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, LayoutError
 
 EQUAL, UNEQUAL, STILLS = [(3, 2)] * 2, [(1, 2), (4, 3), (2, 1)], [(1, 4), (1, 4)]
 LAYOUTS = pytest.mark.parametrize("clips", [EQUAL, UNEQUAL, STILLS], ids=["equal", "unequal", "stills"])
@@ -46,6 +46,12 @@ def test_stills_pass_by_when_asked_to(clips):
     expected = expected.masked_fill(still[:, None], 0)
     assert torch.equal(found[still], torch.zeros_like(found[still]))
     assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [5, 12])
+def test_other_tokens_than_the_layout_has_are_an_error(tokens):
+    with pytest.raises(LayoutError, match=rf"\({tokens}, 24\) tokens, expected the 6 of ClipLayout\(\[\(2, 3\)\]"):
+        branch()(torch.randn(tokens, 24), ClipLayout([(2, 3)]))
 
 
 def test_gamma_scales_the_branch():

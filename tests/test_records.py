@@ -94,6 +94,14 @@ def test_other_names_of_the_options(columns):
     assert parse_sample(record) == parse_sample(CHOICE)
 
 
+@pytest.mark.parametrize("word", ["<image>", "<video>"])
+def test_places_in_an_answer_are_words(word):
+    turns = [{"from": "human", "value": "<image>\nWhich tag?"}, {"from": "gpt", "value": f"The {word} tag."}]
+    sample = parse_sample({"video": "a.mp4", "conversations": turns})
+    assert sample.answer == f"The {word} tag."
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["video", "text"]
+
+
 def test_words_about_a_place_stay_words_beside_a_clip():
     asked = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Is a <video> tag shown?"}]
     assert (
@@ -136,6 +144,7 @@ REFUSED = {
     "category": ({**TALK, "catgory": "x"}, "unknown key 'catgory'. Did you mean 'category'"),
     "option": ({**QUESTION, "option": ["left", "right"]}, "unknown key 'option'. Did you mean 'options'"),
     "audio": ({**TALK, "audios": ["a.wav"]}, "'audios' is not read"),
+    "subtitle": ({**TALK, "subtitle": "Hi!"}, "'subtitle' is not read"),
     "rate_without_clip": ({**TALK, "fps": 2}, "'fps' beside the words belongs to no single 'video'"),
     "rate_of_several": ({**TALK, "videos": ["a.mp4", "b.mp4"], "nframes": 2}, "'nframes' beside the words belongs to no"),
     "start_of_several": ({**CHOICE, "video": ["a.mp4", "b.mp4"], "start": 2}, "'start' beside the words belongs to no"),

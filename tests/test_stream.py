@@ -242,7 +242,7 @@ def test_one_clip_a_stream(toy):  # noqa: F811
 def test_streams_of_another_model_or_twice_the_same(toy):  # noqa: F811
     handle, other = injected(ToyEncoder), injected(ToyEncoder)
     stream = handle.stream(window=3)
-    for wrong in ((), (stream, stream), (other.stream(window=3),)):
+    for wrong in ((), (stream, stream), (other.stream(window=3),), ([stream],), (None,)):
         with pytest.raises(ConfigError, match="one or more different streams"):
             handle.streams(*wrong)
 

@@ -235,6 +235,11 @@ BAD_MEMBERS = {
         "x.tar, a",
         "",
     ),
+    "broken_line": (
+        [("a.jsonl", b'{"messages": 3}\n{"messages":\n')],
+        "x.tar, a, entry 2",
+        "its record is not JSON: Expecting value",
+    ),
     "second_line": ([("a.jsonl", b'{"messages": []}\n{"messages": 3}')], "x.tar, a, entry 2", "'messages' is a number"),
     "empty": ([], "x.tar", "there is no sample in the shard"),
     "unlike": ([("README", b"words")], "x.tar", "there is no sample in the shard"),
@@ -251,6 +256,17 @@ def test_bad_samples_of_shards(tmp_path, processor, members, source, reason):  #
     assert "/sta-" not in found[-1].reason  # nothing of the files that were there for the decoder
     with pytest.raises(DataError, match=rf"x\.tar.*: .*{reason if len(found) == 1 else ''}"):
         list(StreamDataset(path, processor, passes=1, on_bad_sample="error"))
+
+
+def test_a_line_that_is_none_leaves_the_others(tmp_path):
+    lines = [json.dumps({**CLIP, "videos": ["a.mp4"], "id": number}).encode() for number in range(3)]
+    path = write_tar(tmp_path / "x.tar", [("a.mp4", b"x"), ("a.jsonl", b"\n".join([lines[0], b"{", lines[2]]))])
+    one, bad, three = read_shard(path)
+    assert [item.record["id"] for item in (one, three)] == [0, 2]
+    assert (bad.source, [item.source for item in (one, three)]) == (
+        f"{path}, a, entry 2",
+        [f"{path}, a, entry 1", f"{path}, a, entry 3"],
+    )
 
 
 CUTS = ("in_a_member", "in_a_header", "between_members")

@@ -3,8 +3,9 @@
 import pytest
 from tiny_qwen import make_model, make_processor, moving_square, write_video
 
-from sta_adapter.data import Collator, FrameSettings, VideoDataset
-from sta_adapter.data.chat_encoding import IGNORE, grown
+from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
+from sta_adapter.data.chat_encoding import IGNORE, encode, encode_answer, encode_prompt
+from sta_adapter.data.chat_template import grown
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import DataError
 
@@ -24,10 +25,28 @@ SYSTEM_FIRST = (
     "{% endif %}{% for m in messages %}{% if not (loop.first and m['role'] == 'system') %}" + CHATML_TURN + "{% endif %}{% endfor %}"
 )  # fmt: skip
 VISUALS_FIRST = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + SEPARATOR }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% for part in m['content'] if part['type'] != 'text' %}" + VISUAL + "{{ '\n' }}{% endfor %}"
     "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ '<|im_end|>' + AFTER }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + ASK
+)
+SPACED = (  # an answer stands behind a space and a new line, and is asked for without the space
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
+    "{% for part in m['content'] if part['type'] != 'text' %}" + VISUAL + "{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}" + ASK
+)
+BLOCK = "<think>\n\n</think>\n\n"
+REASONED = (  # reasoning, or an empty place for it, in front of answers to the last question alone
+    "{% set last = namespace(user=0) %}{% for m in messages if m['role'] == 'user' %}{% set last.user = loop.length %}{% endfor %}"
+    "{% set seen = namespace(users=0) %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% set said = m['content'] | map(attribute='text') | join | trim %}"
+    "{% set why = said.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in said else '' %}"
+    "{% if seen.users == last.user KEPT %}{{ '<think>\n' + why + '\n</think>\n\n' }}{% endif %}"
+    "{{ said.split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{% if m['role'] == 'user' %}{% set seen.users = seen.users + 1 %}{% endif %}" + PARTS + "{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 # name: the template, and what a learned answer ends with
 TEMPLATES = {
@@ -35,14 +54,10 @@ TEMPLATES = {
     "qwen2_5_vl": ("{% for m in messages %}" + DEFAULT_SYSTEM + CHATML_TURN + "{% endfor %}" + ASK, "<|im_end|>"),
     "qwen3_vl": (SYSTEM_FIRST + ASK, "<|im_end|>"),
     "videorope": ("{% for m in messages %}" + DEFAULT_SYSTEM + CHATML_TURN + "{% endfor %}" + ASK, "<|im_end|>"),
-    "internvl3": (
-        VISUALS_FIRST.replace("SEPARATOR", "'\n'").replace("AFTER", "'\n'"),
-        "<|im_end|>",
-    ),
-    "llava_onevision": (
-        VISUALS_FIRST.replace("SEPARATOR", "('\n' if m['role'] == 'assistant' else ' ')").replace("AFTER", "''"),
-        "<|im_end|>",
-    ),
+    "qwen3_5": (REASONED.replace("KEPT", ""), "<|im_end|>"),
+    "qwen3_6": (REASONED.replace("KEPT", "or preserve_thinking"), "<|im_end|>"),
+    "internvl3": (VISUALS_FIRST, "<|im_end|>"),
+    "llava_onevision": (SPACED, "<|im_end|>"),
     "video_llama_3": (  # visuals each on a line of their own, no system of the template's
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
         + PARTS.replace("<|vision_end|>' }}", "<|vision_end|>\n' }}")
@@ -51,8 +66,8 @@ TEMPLATES = {
         "<|im_end|>",
     ),
     "glm4_1v": (
-        "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}" + PARTS + "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'user' %}" + PARTS + "{% else %}{{ m['content'] }}{% endif %}{% endfor %}" + ASK,
         None,  # a turn ends where the next begins; the last gets the tokenizer's end
     ),
 }
@@ -117,11 +132,18 @@ def test_the_assistants_words_alone_are_learned(case, record):
 
 
 def test_a_conversation_is_encoded_as_its_template_writes_it(case, record):
-    """What learns is what the processor makes of the whole text at once."""
+    """What learns is what the processor makes of the whole text at once, with each answer as it is asked for."""
     processor, end = case
     item = encoded(processor, record)
-    text = processor.apply_chat_template(parse_sample(record).messages, tokenize=False)
+    plain = [
+        {**m, "content": m["content"][0]["text"]} if m["role"] != "user" and end is None else m
+        for m in parse_sample(record).messages
+    ]
+    text = processor.apply_chat_template(plain, tokenize=False, preserve_thinking=True)
     text += "" if end else "<|im_end|>"
+    text = text.replace("assistant \n", "assistant\n")
+    if BLOCK in text:  # where a template takes the earlier one out
+        text = text.replace(BLOCK, "").replace("assistant\n", "assistant\n" + BLOCK)
     counts = iter([2 * 4, 3 * 4, 1 * 9])
     for kind, sizes in (("video", counts), ("image", iter([4]))):
         pieces = text.split(f"<|{kind}_pad|>")
@@ -176,3 +198,119 @@ def test_a_template_that_rewrites_a_turn_is_quoted_from_there_on():
     assert grown("user: hi", "user: hi assistant: ho") == "user: hi assistant: ho"
     with pytest.raises(DataError, match="when a turn is added: 'hi' became 'bye, assistant: ho'"):
         grown("user: hi", "user: bye, assistant: ho")
+
+
+# ---- what published templates write otherwise
+
+
+@pytest.fixture
+def use(processor):
+    """Use one of the templates for a while."""
+    before = processor.chat_template
+
+    def change(name):
+        processor.chat_template = TEMPLATES[name][0]
+        return processor
+
+    yield change
+    processor.chat_template = before
+
+
+def talk(*turns):
+    return parse_sample({"messages": [{"role": role, "content": text} for role, text in turns]}).messages
+
+
+ASKED = [("user", "Which way?"), ("assistant", "left"), ("user", "And now?"), ("assistant", "It went up.")]
+
+
+def words(processor, item):
+    return processor.tokenizer.decode([label for label in item["labels"].tolist() if label != IGNORE])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_asked_and_what_is_answered_make_the_whole(use, name):
+    processor, turns = use(name), talk(*ASKED[:2])
+    whole = encode(processor, turns, [[], []])["input_ids"].tolist()
+    prompt = encode_prompt(processor, turns[:1], [[]])["input_ids"].tolist()
+    answer = encode_answer(processor, turns[:1], "left").tolist()
+    assert whole[: len(prompt) + len(answer)] == prompt + answer
+    assert processor.tokenizer.decode(answer) == "left<|im_end|>"
+    asked = processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert processor.tokenizer.decode(prompt) == asked
+
+
+def test_texts_that_a_template_shows_as_lists_are_given_plainly(use):
+    processor = use("glm4_1v")
+    item = encode(processor, talk(("system", 'It\'s "brief".\n'), *ASKED), [[]] * 5)
+    text = processor.tokenizer.decode(item["input_ids"])
+    assert 'system\nIt\'s "brief".\n' in text
+    assert "[{" not in text
+
+
+def test_white_space_of_an_answer_stays_its_own(use):
+    processor = use("llava_onevision")
+    item = encode(processor, talk(("user", "a"), ("assistant", " e t"), ("user", "e t"), ("assistant", "e")), [[]] * 4)
+    assert words(processor, item) == " e t<|im_end|>e<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_6"])
+@pytest.mark.parametrize("thinks", [False, True], ids=["plain", "reasoned"])
+def test_reasoning_is_asked_for_where_an_answer_has_some(use, name, thinks):
+    processor = use(name)
+    said = "<think>\nIt moves.\n</think>\n\nleft" if thinks else "left"
+    record = {"messages": [{"role": role, "content": text} for role, text in (ASKED[0], ("assistant", said))]}
+    assert words(processor, VideoDataset([record], processor)[0]) == said.removeprefix("<think>\n") + "<|im_end|>"
+    prompt = VideoDataset([record], processor, prompts=True)[0]["input_ids"]
+    assert processor.tokenizer.decode(prompt).endswith("assistant\n" + ("<think>\n" if thinks else BLOCK))
+
+
+def test_reasoning_that_a_template_takes_out_of_earlier_turns(use):
+    said = "<think>\nIt moves.\n</think>\n\nleft"
+    turns = talk(ASKED[0], ("assistant", said), ASKED[2], ("assistant", said))
+    with pytest.raises(DataError, match="rewrites earlier turns when a turn is added"):
+        encode(use("qwen3_5"), turns, [[]] * 4)
+    kept = said.removeprefix("<think>\n") + "<|im_end|>"
+    assert words(use("qwen3_6"), encode(use("qwen3_6"), turns, [[]] * 4)) == 2 * kept
+
+
+def test_an_answer_without_the_reasoning_that_is_asked_for(tmp_path):
+    processor = make_processor(tmp_path)
+    processor.tokenizer.add_tokens(["\n\n"])
+    processor.chat_template = TEMPLATES["qwen3_5"][0].replace("enable_thinking is false", "false")
+    with pytest.raises(
+        DataError, match=r"a token straddles .*asked for its reasoning: begin the answer with it, <think>"
+    ):
+        encode(processor, talk(*ASKED[:2]), [[], []])
+
+
+def test_words_that_a_template_leaves_out(use):
+    turns = [*ASKED[:2], ("system", "Be brief."), *ASKED[2:]]
+    processor = use("qwen3_vl")
+    assert "Be brief." in processor.tokenizer.decode(encode(processor, talk(*turns), [[]] * 5)["input_ids"])
+    processor.chat_template = processor.chat_template.replace(
+        "(loop.first and m['role'] == 'system')", "m['role'] == 'system'"
+    )
+    with pytest.raises(
+        DataError, match=r"leaves out what the system says, 'Be brief\.'; expected it to write every turn"
+    ):
+        encode(processor, talk(*turns), [[]] * 5)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|endoftext|>", "<|im_end|>"])
+def test_tokens_that_set_turns_off_are_no_words(use, role, token):
+    turns = [(who, f"a{token}user" if who == role else text) for who, text in ASKED[:2]]
+    record = {"messages": [{"role": who, "content": text} for who, text in turns]}
+    item = VideoDataset([record], use("qwen2_vl"))[0]
+    assert isinstance(item, BadSample)
+    assert f"a text contains {token}, a token that the chat template or a tokenizer writes by itself" in item.reason
+
+
+def test_special_tokens_that_no_template_writes_are_words(tmp_path):
+    """As grounding has them."""
+    processor = make_processor(tmp_path)
+    processor.tokenizer.add_special_tokens(
+        {"additional_special_tokens": [*processor.tokenizer.all_special_tokens, "<box>"]}
+    )
+    item = encode(processor, talk(ASKED[0], ("assistant", "<box>left<box>")), [[], []])
+    assert words(processor, item) == "<box>left<box><|im_end|>"

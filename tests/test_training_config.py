@@ -122,13 +122,32 @@ WRONG_YAML = {
     "infinite": ("weight_decay: .inf", "weight_decay is inf, expected a number"),
     "nan_rank": ("lora_rank: .nan", "lora_rank is nan, expected a number of at least 1"),
     "steps_as_warmup": ("warmup: 100", "warmup is 100, expected a number of at least 0, at most 1"),
-    "percent_of_dropout": ("lora_dropout: 5", "lora_dropout is 5, expected a number of at least 0, at most 1"),
+    "percent_of_dropout": ("lora_dropout: 5", "lora_dropout is 5, expected a number of at least 0, below 1"),
+    "all_dropped": ("lora_dropout: 1.0", "lora_dropout is 1.0, expected a number of at least 0, below 1"),
+    "rank_that_no_file_has": (
+        "stage2: {lora_rank: 8193}",
+        "lora_rank is 8193, expected a number of at least 1, at most 8192, a whole one",
+    ),
+    "qkv_rank_that_no_file_has": (
+        "lora_qkv_rank: 8193",
+        "lora_qkv_rank is 8193, expected a number of at least 1, at most 8192",
+    ),
+    "alpha_that_no_file_has": (
+        "lora_alpha: 1000001",
+        "lora_alpha is 1000001, expected a number of at least 1, at most 1000000",
+    ),
     "half_a_step": ("max_steps: 10.5", "max_steps is 10.5, expected a number of at least 1, a whole one"),
     "half_a_clip": ("batch_size: 2.5", "batch_size is 2.5, expected a number of at least 1, a whole one"),
-    "half_a_rank": ("stage2: {lora_rank: 2.5}", "lora_rank is 2.5, expected a number of at least 1, a whole one"),
+    "half_a_rank": (
+        "stage2: {lora_rank: 2.5}",
+        "lora_rank is 2.5, expected a number of at least 1, at most 8192, a whole one",
+    ),
     "half_a_worker": ("num_workers: 1.5", "num_workers is 1.5, expected a number of at least 0, a whole one"),
     "no_update": ("lora_alpha: 0", "lora_alpha is 0, expected a number of at least 1"),
-    "word_as_alpha": ("lora_alpha: twice", "lora_alpha is 'twice', expected a number of at least 1, a whole one"),
+    "word_as_alpha": (
+        "lora_alpha: twice",
+        "lora_alpha is 'twice', expected a number of at least 1, at most 1000000, a whole one",
+    ),
     "no_alpha": ("lora_qkv_alpha: null", "lora_qkv_alpha is None, expected a number of at least 1"),
     "seed_in_words": (
         "seed: first",

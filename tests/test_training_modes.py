@@ -15,6 +15,7 @@ from transformers import Trainer
 from sta_adapter import inject_sta
 from sta_adapter.data import VideoDataset
 from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.injection.fingerprint import fingerprint_model
 from sta_adapter.injection.registry import locate
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.training.contexts import _require_gradient, activation_checkpointing, full_precision
@@ -197,6 +198,13 @@ def test_what_trains_is_32_bit_wide_meanwhile_and_the_rest_stays():
 
 
 # ---- logging and the best checkpoint
+
+
+def test_the_base_is_known_again_after_a_training(tmp_path, model, dataset):  # noqa: F811
+    before, cache = fingerprint_model(model)["base"], getattr(model.config, "use_cache", None)
+    trained = train(model, dataset, output_dir=tmp_path, config=TrainingConfig(**FAST), progress=False).model
+    assert fingerprint_model(trained)["base"] == before
+    assert getattr(trained.config, "use_cache", None) == cache
 
 
 def test_logging_to_tensorboard(tmp_path, model, dataset):  # noqa: F811

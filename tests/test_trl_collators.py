@@ -7,6 +7,7 @@ import types
 import pytest
 import tiny_bases
 import torch
+from test_templates import TEMPLATES
 from tiny_qwen import make_model, make_processor, write_samples
 
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
@@ -94,6 +95,20 @@ def test_pairs_are_chosen_first_and_only_the_last_answer_counts(processor, rows)
     assert "labels" not in batch
     half = len(batch["pixel_values_videos"]) // 2
     assert torch.equal(batch["pixel_values_videos"][:half], batch["pixel_values_videos"][half:])
+
+
+def test_both_answers_of_a_pair_stand_behind_one_prompt(rows, tmp_path):
+    """Also where a chat template asks for reasoning, which the better answer alone has."""
+    processor = make_processor(tmp_path)
+    processor.chat_template = TEMPLATES["qwen3_5"][0]
+    row = json.loads(json.dumps(pair(rows[0])))
+    row["chosen"][0]["content"][0]["text"] = "<think>\nIt moves.\n</think>\n\nleft"
+    batch = trl.PreferenceCollator(processor, frames=FRAMES)([row])
+    better, worse = (
+        ids[: int(mask.argmax())] for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    )
+    assert better.equal(worse)
+    assert processor.tokenizer.decode(better).endswith("assistant\n<think>\n")
 
 
 def test_bad_pairs(processor, rows, caplog):

@@ -286,6 +286,24 @@ def test_text_as_embeddings(model):
     assert torch.equal(found, model.generate(**batch, **GREEDY)[:, -4:])
 
 
+@pytest.mark.skipif(not is_transformers_5(), reason="before transformers 5 no argument says what the embeddings are of")
+def test_clips_as_embeddings(model):
+    apply_videorope(model)
+    batch = batch_of([(3,), (4, 2, 2), (5,)], [(4,)])
+    ids, pixels = batch["input_ids"], batch["pixel_values_videos"]
+    embeddings = model.get_input_embeddings()(ids)
+    features = model.model.get_video_features(pixels, batch["video_grid_thw"]).pooler_output
+    embeddings[ids == VIDEO] = torch.cat(list(features))
+    types = batch["mm_token_type_ids"]
+    embedded = {key: batch[key] for key in ("attention_mask", "video_grid_thw")} | {"inputs_embeds": embeddings}
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    found, expected = (model.generate(**given, **options) for given in (embedded | {"mm_token_type_ids": types}, batch))
+    assert torch.equal(found.sequences, expected.sequences[:, -4:])
+    assert_near(torch.stack(found.logits), torch.stack(expected.logits), 1e-6)
+    with pytest.raises(LayoutError, match="can't be known without input_ids"):
+        model.generate(**embedded, **GREEDY)
+
+
 def test_gradient_checkpointing(model):
     apply_videorope(model)
     model.train()

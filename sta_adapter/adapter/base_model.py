@@ -108,16 +108,15 @@ def check_base(
         return
     _check_merged(folder, description, model)
     differences = _different(saved["language_model"] or {}, here["language_model"] or {}, both_known=True)
-    override = f"If it fits all the same, pass base_model={ANY!r}."
+    override = f"pass base_model={ANY!r} (--any-base of evaluate, visualize, app, watch and serve)."
     if differences:
         raise CheckpointError(
-            f"the adapter in {folder} is for another language model: {differences}. {both} {override}"
+            f"the adapter in {folder} is for another language model: {differences}. {both} If it fits all the same, {override}"
         )
     ids = {name.lower() for name in (saved["id"], here["id"]) if name is not None and is_hub_id(name)}
     if len(ids) > 1 and description.get("converted") is not True:
         raise CheckpointError(
-            f"the adapter in {folder} is for another base model. {both} If that is a copy or a close relative of it, "
-            f"pass base_model={ANY!r}."
+            f"the adapter in {folder} is for another base model. {both} If that is a copy or a close relative of it, {override}"
         )
 
 

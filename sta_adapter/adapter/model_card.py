@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,6 @@ METHOD = (
     f"attention, {PAPER}), before the language model sees a token."
 )
 ANSWERED = ("qwen2_vl", "videorope", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3", "internvl", "llava_onevision")
-REMOTE_CODE = ("internvideo2", "internvideo2_5", "llava_video")
 SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")  # by vLLM
 SERVED_POSITIONS = (None, "original")  # of text
 # settings of a run that say something to readers, and how the card calls them
@@ -126,9 +126,12 @@ def _results(folder: Path, given: Path | None, digest: str | None) -> tuple[Resu
 
 
 def _of_another(folder: Path, digest: str | None) -> bool:
-    """Whether the stages of the training in a folder ended in other weights than are there now."""
-    ends = [part for name in ("1", "2") if (part := folder / f"stage{name}").joinpath(WEIGHTS).exists()]
-    return digest is not None and bool(ends) and all(weights_digest(part) != digest for part in ends)
+    """Whether the stages of the training in a folder ended in other weights than are there now, as far as they can be read."""
+    ends = []
+    for name in ("1", "2") if digest is not None else ():
+        with contextlib.suppress(CheckpointError):
+            ends.append(weights_digest(folder / f"stage{name}"))
+    return bool(ends) and digest not in ends
 
 
 def _stage(file: Path) -> Stage:
@@ -187,14 +190,13 @@ def _title(description: Description, facts: CardFacts) -> str:
 def _use(description: Description, facts: CardFacts) -> str:
     base = f'"{facts.base_model or "path/to/the/base/model"}"'
     asks, positions = description["backbone"] in ANSWERED, description.get("positions")
-    remote = ", trust_remote_code=True" if description["backbone"] in REMOTE_CODE else ""
     lines = [
         "from sta_adapter import load_sta",
         f"from sta_adapter.loading import load_model{', load_processor' if asks else ''}",
         *(["from sta_adapter.text_positions import use_positions"] if positions else []),
         *(["from sta_adapter.video import read_clip"] if asks else []),
         "",
-        f"model = load_model({base}{remote})",
+        f"model = load_model({base})",
         *([f'use_positions(model, "{positions}")  # of text, as in training'] if positions else []),
         f'handle = load_sta(model, "{facts.repo_id}")',
         _question(description, base) if asks else "model = handle.model  # the model to go on with",

@@ -6,8 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from sta_adapter.adapter.format import WEIGHTS, description_digest, read_description
-from sta_adapter.adapter.lora_weights import LORA_WEIGHTS
+from sta_adapter.adapter.atomic_write import SAVED
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, description_digest, read_description
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
 
@@ -17,15 +18,19 @@ __all__ = ["weights_digest"]
 def weights_digest(folder: Path) -> str:
     """SHA-256, in hexadecimal, of an adapter's tensors, LoRA's as well, and of the settings that STA's depend on.
 
-    The same adapter saved or published again has the same: the files' metadata, the base's name and frames are no part.
+    The same adapter saved or published again has the same: the files' metadata, the base's name and frames are no part. Of
+    LoRA without our files (a baseline, what PEFT itself saves) it is that of LoRA's tensors.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    found = hashlib.sha256(description_digest(read_description(folder)).encode())
-    for path in (folder / WEIGHTS, folder / LORA_WEIGHTS):
-        if path.name == WEIGHTS or path.exists():
-            found.update(_tensors_digest(path))
+    found, lora = hashlib.sha256(), folder / LORA_WEIGHTS
+    if (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists():
+        found.update(description_digest(read_description(folder)).encode())
+        found.update(_tensors_digest(folder / WEIGHTS))
+        if not lora.exists():
+            return found.hexdigest()
+    found.update(_tensors_digest(lora))
     return found.hexdigest()
 
 

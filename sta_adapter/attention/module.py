@@ -16,7 +16,7 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.compatibility.seams import operations_are_watched
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import execution_device
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, LayoutError
 
 CHILD = "sta"  # the name of the STA module in its block
 
@@ -96,7 +96,12 @@ class TemporalAttention(nn.Module):
 
         Returns:
             (..., C), shaped as `tokens`, in the module's dtype (or autocast's).
+
+        Raises:
+            LayoutError: there are other tokens than in the layout.
         """
+        if tokens.shape[:-1].numel() != layout.num_tokens:
+            raise LayoutError(f"{tuple(tokens.shape)} tokens, expected the {layout.num_tokens} of {layout}.")
         weights = weights_or_reason(self, tokens, layout)
         if not isinstance(weights, str):
             return block_branch(self, weights, tokens, layout)

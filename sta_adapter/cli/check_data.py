@@ -56,7 +56,8 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
         raise ConfigError(
             f"--{idle[0]} has no effect without --model, whose processor counts tokens; add it, or leave --{idle[0]} out."
         )
-    values = {name: value for name, value in (read_yaml(config) if config else {}).items() if name not in RUN_OPTIONS}
+    of_file = read_yaml(config) if config else {}
+    values = {name: value for name, value in of_file.items() if name not in RUN_OPTIONS}
     settings = TrainingConfig.from_dict(with_usual_frames(values, model))
     timeout = options["decode_timeout"]
     report = check_data(
@@ -66,8 +67,8 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
             if model
             else None
         ),
-        format=options["format"],
-        videos=options["videos"],
+        format=options["format"] or _text(of_file, "format"),
+        videos=options["videos"] or _text(of_file, "videos"),
         frames=settings.frames,
         max_length=options["max_length"] or settings.max_length,
         batch_size=settings.device_batches()[0],
@@ -78,6 +79,14 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
     if report["bad"]:
         sys.exit(1)
+
+
+def _text(values: Mapping[str, object], name: str) -> str | None:
+    """How the data is read, as the file of settings says it."""
+    found = values.get(name)
+    if found is not None and not isinstance(found, str):
+        raise ConfigError(f"{name} is {found!r}, expected a text.")
+    return found
 
 
 class Options(TypedDict):

@@ -1,8 +1,8 @@
 """Turn a conversation with decoded clips into what a model takes, with labels on the assistant's words alone.
 
-It works for any chat template that renders a longer conversation as the shorter one plus more; where a template
-doesn't, or where a token would straddle the border between prompt and answer, a `DataError` says so. The prompt's
-tokens are exactly those that generation would see.
+It works for any chat template that renders a longer conversation as the shorter one plus more, and for some that
+don't (`sta_adapter.data.chat_template`); where another doesn't, or where a token would straddle the border between prompt and
+answer, a `DataError` says so. The prompt's tokens are exactly those that generation would see.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.data.message import Message, Part, Visual
+from sta_adapter.data.chat_template import Transcript, answer_text, has_reasoning, render
+from sta_adapter.data.message import Message, Visual
 from sta_adapter.data.visual_processing import Encoded, join, process, require_placeholders, sized, temporal_patch
 from sta_adapter.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt", "render"]
+__all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt"]
 
 IGNORE = -100
 
@@ -37,14 +38,16 @@ class Prompt:
     placeholders: frozenset[int] = frozenset()  # the token ids that stand for what the encoder sees
 
     @classmethod
-    def of(cls, processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Prompt:
+    def of(
+        cls, processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool = False
+    ) -> Prompt:
         """The prompt of a conversation; arguments as for `encode_prompt`."""
         flat = _flat(visuals)
         clips = [visual for visual in flat if visual.kind == "video"]
         resized, settings = sized(processor, clips)
         final = iter(resized)
         shown = [next(final) if visual.kind == "video" else visual for visual in flat]
-        tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True))
+        tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True, thinking=thinking))
         return cls(tokens, shown, settings, temporal_patch(processor), _placeholders(processor))
 
 
@@ -68,13 +71,17 @@ class Turn(NamedTuple):
         return self.after[len(self.before) :]
 
 
-def encode(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
+def encode(
+    processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None
+) -> Encoded:
     """Encode a conversation for training.
 
     Args:
         processor: a transformers processor with a tokenizer and a chat template.
         messages: as in `Sample.messages`.
         visuals: the decoded clips and images of each message, in order.
+        thinking: whether reasoning is asked for, where the chat template leaves the choice; None does so if an answer
+            has some.
 
     Returns:
         `input_ids` and `labels`, each `(L,)`, and the processor's other tensors; labels are `IGNORE` outside the
@@ -88,7 +95,7 @@ def encode(processor: Processor, messages: list[Message], visuals: list[list[Vis
         raise DataError("no message with role 'assistant'; expected an answer to learn.")
     if not any(messages[index].get("loss", True) for index in answers):
         raise DataError("every answer has 'loss': false; expected one to learn.")
-    turns = list(_turns(processor, messages, visuals))
+    turns = list(_turns(processor, messages, visuals, has_reasoning(messages) if thinking is None else thinking))
     pieces = [_piece(processor, turn) for turn in turns]
     pieces[-1] = _ended(processor.tokenizer, pieces[-1])
     labels = [
@@ -100,30 +107,45 @@ def encode(processor: Processor, messages: list[Message], visuals: list[list[Vis
     return {**join(pieces), "labels": torch.cat(labels)}
 
 
-def encode_prompt(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
-    """Encode a conversation that waits for an answer; arguments and result as for `encode`, without labels."""
-    return _piece(processor, Turn("", render(processor, messages, prompt=True), _flat(visuals)))
+def encode_prompt(
+    processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool = False
+) -> Encoded:
+    """Encode a conversation that waits for an answer.
+
+    Args:
+        processor: as for `encode`.
+        messages: as for `encode`.
+        visuals: as for `encode`.
+        thinking: whether reasoning is asked for, where the chat template leaves the choice.
+
+    Returns:
+        As for `encode`, without labels.
+    """
+    return _piece(processor, Turn("", render(processor, messages, prompt=True, thinking=thinking), _flat(visuals)))
 
 
-def encode_answer(processor: Processor, messages: list[Message], answer: str) -> torch.Tensor:
+def encode_answer(processor: Processor, messages: list[Message], answer: str, thinking: bool = False) -> torch.Tensor:
     """Token ids `(L,)` of an answer to the conversation, its end of turn included."""
-    before = render(processor, messages, prompt=True)
+    before = render(processor, messages, prompt=True, thinking=thinking)
     turn: Message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    after = grown(before, render(processor, [*messages, turn]))
+    after = before + answer_text(before, render(processor, [*messages, turn], thinking=thinking), turn)
     ids = _ended(processor.tokenizer, _piece(processor, Turn(before, after, [])))["input_ids"]
     return ids[_learned(processor.tokenizer, ids) != IGNORE]
 
 
-def _turns(processor: Processor, messages: list[Message], visuals: list[list[Visual]]) -> Iterator[Turn]:
+def _turns(
+    processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool
+) -> Iterator[Turn]:
     """What leads to each answer and the answer itself, up to the last one."""
-    done, first = "", 0
+    transcript, first = Transcript(processor, thinking=thinking), 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = grown(done, render(processor, messages[:index], prompt=True))
-            after = grown(before, render(processor, messages[: index + 1]))
+            done = transcript.text
+            before = transcript.ask(messages[:index])
+            after = transcript.answer(messages[: index + 1])
             yield Turn(done, before, _flat(visuals[first:index]))
             yield Turn(before, after, visuals[index], learned=message.get("loss", True))
-            done, first = after, index + 1
+            first = index + 1
 
 
 def _flat(visuals: list[list[Visual]]) -> list[Visual]:
@@ -138,9 +160,14 @@ def _piece(processor: Processor, turn: Turn) -> Encoded:
     """Encode what a turn adds: each clip is processed once, in the turn that it stands in."""
     start, tokens = _tokens(processor.tokenizer, turn.before), _tokens(processor.tokenizer, turn.after)
     if tokens[: len(start)] != start:
+        mend = (
+            "The model is asked for its reasoning: begin the answer with it, <think>...</think>, or take a model that answers at once."
+            if turn.before.rstrip().endswith("<think>")
+            else "Remove white space at the start of the answer."
+        )
         raise DataError(
             f"a token straddles the border between {turn.before[-20:]!r} and {turn.text[:20]!r}; expected the prompt's "
-            "tokens to be a prefix of the whole. Remove white space at the start of the answer."
+            f"tokens to be a prefix of the whole. {mend}"
         )
     added = tokens[len(start) :]
     require_placeholders(processor, turn.text, turn.visuals)
@@ -179,56 +206,3 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None:
         if str(tokenizer.decode(ids[index:])).strip():
             return None
     return None
-
-
-def render(processor: Processor, messages: list[Message], *, prompt: bool = False) -> str:
-    """The conversation, with a placeholder for each clip or image; a `prompt` ends with words that ask for the answer."""
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    _require_unicode(texts)
-    _require_no_end(texts, processor.tokenizer.eos_token)
-    bare = [{"role": message["role"], "content": [_bare(part) for part in message["content"]]} for message in messages]
-    try:
-        found: str = processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=prompt)
-        return found
-    except Exception as error:
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise DataError(
-            f"the chat template can't render the roles ({roles}): {type(error).__name__}: {error}"
-        ) from error
-
-
-def grown(shorter: str, longer: str) -> str:
-    """`longer`, if it begins with `shorter`."""
-    if longer.startswith(shorter):
-        return longer
-    same = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
-    raise DataError(
-        f"the chat template rewrites earlier turns when a turn is added: {shorter[same : same + 40]!r} became "
-        f"{longer[same : same + 40]!r}; expected it only to append. Use a template without that (pass another chat template)."
-    )
-
-
-def _require_no_end(texts: list[str], end: object) -> None:
-    """The template ends each turn by itself; a second end, as texts that were rendered already have it, would be learned."""
-    if isinstance(end, str) and end and any(end in text for text in texts):
-        raise DataError(
-            f"a text contains {end}, which ends a turn, and which the chat template writes by itself. Take it out, and give "
-            "turns as messages of their own."
-        )
-
-
-def _require_unicode(texts: list[str]) -> None:
-    """Half a character, as a text that was cut within an emoji has it, is none that a tokenizer takes."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = ascii(text[error.start : error.end])
-            raise DataError(
-                f"the text holds {found} at character {error.start}, which is half a character (a surrogate without its other "
-                "half); expected whole ones. Whatever wrote the file cut a text within an emoji: mend the text."
-            ) from error
-
-
-def _bare(part: Part) -> Part:
-    return {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}

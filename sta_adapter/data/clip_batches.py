@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -19,8 +20,10 @@ ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")
 """Of models whose clips and pictures have the same placeholder, so that one forward can't take both."""
 
 
-def put_together(key: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
+def put_together(key: str, values: Sequence[torch.Tensor], *, shared: bool = False) -> torch.Tensor:
     """What a processor gave under one name for several samples, one after the other.
+
+    `shared`: in memory that other processes see, where a worker's batch goes in the end; it spares a copy of large clips.
 
     Clips `(clips, T, 3, H, W)` of unequal T are filled up with frames of NaN, which STA's backbone takes out again (a
     model without it counts too many features, and says so); tiles of pictures `(pictures, N, 3, H, W)` with black ones,
@@ -33,7 +36,12 @@ def put_together(key: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
             torch.nn.functional.pad(value, (0, 0, 0, 0, 0, 0, 0, longest - value.shape[1]), value=fill)
             for value in values
         ]
-    return torch.cat(list(values))
+    new_shared = getattr(torch.UntypedStorage, "_new_shared", None)  # as torch's own default_collate takes it
+    if not shared or new_shared is None or len({(value.dtype, value.shape[1:]) for value in values}) > 1:
+        return torch.cat(list(values))
+    shape = (sum(len(value) for value in values), *values[0].shape[1:])
+    memory = new_shared(math.prod(shape) * values[0].element_size(), device="cpu")
+    return torch.cat(list(values), out=values[0].new_empty(0).set_(memory).view(shape))
 
 
 def missing_frames(videos: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class ClipReader:
             pixels, low, high = read_image(part["image"]), part.get("min_pixels"), part.get("max_pixels")
             if low is not None or high is not None:
                 pixels = fit_frames(pixels, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
-            return Visual("image", pixels)
+            return Visual("image", pixels, resized=low is not None or high is not None)
         low, high = self._pixel_limits(part)
         resized = low is not None or high is not None
 

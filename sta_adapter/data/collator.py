@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
@@ -122,7 +123,9 @@ class Collator:
                     [self._pad(value, fill[key], item, length) for value, item in zip(values, items, strict=True)]
                 )
             else:
-                batch[key] = put_together(key, [value for value in values if value is not None])
+                batch[key] = put_together(
+                    key, [value for value in values if value is not None], shared=get_worker_info() is not None
+                )
         ones = [torch.ones_like(item["input_ids"]) for item in items]
         batch["attention_mask"] = torch.stack(
             [self._pad(one, 0, item, length) for one, item in zip(ones, items, strict=True)]

@@ -154,8 +154,10 @@ def _require_clips(messages: list[Message]) -> None:
 
 
 def _text(turn: object) -> str:
-    """The words of a turn in which placeholders may stand."""
-    text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else ""
+    """The words of a turn in which placeholders may stand; in answers they are words."""
+    if not isinstance(turn, dict) or turn.get("role", turn.get("from")) in ("assistant", "gpt"):
+        return ""
+    text = turn.get("content", turn.get("value"))
     return text if isinstance(text, str) else ""
 
 

@@ -25,6 +25,7 @@ ENDS = 1 << 16  # bytes at the beginning and at the end of a clip's file that st
 THREADS = 8
 MISSING = "missing"
 NAMELESS = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")  # don't change what comes out
+PLAIN = (str, int, float, type(None))  # values of settings
 
 
 def fingerprint(*values: object) -> str:
@@ -101,12 +102,16 @@ def fingerprint_file(path: Path, start: int = 0, size: int | None = None) -> str
 
 
 def fingerprint_processor(processor: Processor) -> str:
-    """Of what a processor makes of a conversation: its template, vocabulary and sizes."""
+    """Of what a processor makes of a conversation: its template, vocabulary, tokens of turns, own settings and sizes."""
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()) if tokenizer else None
-    return fingerprint(template, words, [without_names(part) for part in fingerprint_parts(processor)])
+    ends = getattr(tokenizer, "special_tokens_map", None)
+    own = {
+        name: value for name, value in vars(processor).items() if isinstance(value, PLAIN) and not name.startswith("_")
+    }
+    return fingerprint(template, words, ends, own, [without_names(part) for part in fingerprint_parts(processor)])
 
 
 def without_names(values: object) -> object:

@@ -112,9 +112,7 @@ def _from_question(record: Record, classes: dict[str, int] | None) -> Record:
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise DataError(f"'answer' is {shown(answer)}, expected a text.")
-    beside = visuals(record)
-    if not any(beside.values()):
-        raise DataError("there is no 'video' and no 'image' that the question is about.")
+    beside = _beside(record)
     return {
         **extra_fields(record, VISUAL_KEYS | {"question", "answer"} | _CONVERSATION),
         **{key: record[key] for key in _CONVERSATION & record.keys()},
@@ -134,7 +132,7 @@ def _from_choices(record: Record, classes: dict[str, int] | None) -> Record:
     if isinstance(right, str) and f"a{right}" in columns:
         right = int(right)  # cells of a table are texts
     answer = letters[_answer_index(right, options)]
-    beside = visuals(record)
+    beside = _beside(record)
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
     return {
         **extra_fields(record, VISUAL_KEYS | {"question", "answer", *keys, *columns} | _CONVERSATION),
@@ -151,6 +149,14 @@ def _question(record: Record) -> str:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"'question' is {shown(question)}, expected a text.")
     return question.strip()
+
+
+def _beside(record: Record) -> dict[str, list[object]]:
+    """The clips and pictures that a question is about."""
+    beside = visuals(record)
+    if not any(beside.values()):
+        raise DataError("there is no 'video' and no 'image' that the question is about.")
+    return beside
 
 
 def _placed(beside: dict[str, list[object]], question: str) -> str:

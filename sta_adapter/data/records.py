@@ -15,7 +15,7 @@ from sta_adapter._validate import shown
 from sta_adapter.data.sample_keys import SETTINGS
 from sta_adapter.errors import DataError
 
-__all__ = ["load_json", "read_records"]
+__all__ = ["load_json", "or_error", "read_records"]
 
 EXPECTED = "Expected a JSON Lines file, a JSON array or a CSV file."
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -38,7 +38,7 @@ def read_records(file: Path) -> Iterator[tuple[str, object]]:
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield f"{file}, line {number}", _or_error(line)
+            yield f"{file}, line {number}", or_error(line)
 
 
 def load_json(text: str | bytes) -> object:
@@ -57,7 +57,8 @@ def load_json(text: str | bytes) -> object:
         raise DataError(f"not JSON that can be read ({error}).") from error
 
 
-def _or_error(text: str) -> object:
+def or_error(text: str | bytes) -> object:
+    """A JSON value, or the `DataError` in its place."""
     try:
         return load_json(text)
     except DataError as error:

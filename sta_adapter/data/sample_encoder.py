@@ -11,6 +11,7 @@ from torch.utils.data import get_worker_info
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample, check_on_bad_sample
 from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
+from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
@@ -77,34 +78,38 @@ class SampleEncoder:
             if get_worker_info() is not None:
                 keep_memory()
             messages = sample.prompt if self.prompts else sample.messages
+            thinking = has_reasoning(sample.messages)
             if not self.for_engine:
-                return Loaded.of(self._once(messages, index), sample.source)
+                return Loaded.of(self._once(messages, index, thinking), sample.source)
             visuals = self.visuals(messages, index)
-            loaded = Loaded.of({"input_ids": self.encoded(messages, visuals)["input_ids"]}, sample.source)
-            loaded.prompt = Prompt.of(self.processor, messages, visuals)
+            loaded = Loaded.of({"input_ids": self.encoded(messages, visuals, thinking)["input_ids"]}, sample.source)
+            loaded.prompt = Prompt.of(self.processor, messages, visuals, thinking)
             return loaded
         except BaseException as error:  # whatever a library raises, also one written in Rust, is about this sample
             return BadSample.of(sample.source, error).skipped(self.on_bad_sample, error)
 
-    def _once(self, messages: list[Message], index: int) -> Encoded:
+    def _once(self, messages: list[Message], index: int, thinking: bool) -> Encoded:
         """The tensors of a conversation, from the cache if it has them."""
         kept, place = self.kept, index if self.frame_order == "shuffled" else None
-        key = None if kept is None else kept.key(messages, self.prompts, self.max_length, place)
+        key = None if kept is None else kept.key(messages, self.prompts, self.max_length, place, thinking)
         if kept is None or key is None:
-            return self.encoded(messages, self.visuals(messages, index))
+            return self.encoded(messages, self.visuals(messages, index), thinking)
         found = kept.read(key)
         if found is None:
-            found = self.encoded(messages, self.visuals(messages, index))
+            found = self.encoded(messages, self.visuals(messages, index), thinking)
             kept.write(key, found)
         return found
 
-    def encoded(self, messages: list[Message], visuals: list[list[Visual]]) -> Encoded:
+    def encoded(self, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None) -> Encoded:
         """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.
 
         Raises:
             DataError: it can't be encoded, or has more than `max_length` tokens.
         """
-        found = (encode_prompt if self.prompts else encode)(self.processor, messages, visuals)
+        if self.prompts:
+            found = encode_prompt(self.processor, messages, visuals, bool(thinking))
+        else:
+            found = encode(self.processor, messages, visuals, thinking)
         length = len(found["input_ids"])
         if self.max_length is not None and length > self.max_length:
             raise DataError(

@@ -25,7 +25,7 @@ _KNOWN = (
     *sorted(VISUAL_KEYS),
 )
 _NOT_READ = (  # what other tools do something with
-    *("audio", "audios", "tools", "objects", "history"),
+    *("audio", "audios", "tools", "objects", "history", "subtitle", "subtitles", "subtitle_path"),
     *("kto_tag", "chosen", "rejected_response", "rejected_messages", "rejected_images"),
 )
 _MEANT = {

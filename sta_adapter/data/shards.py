@@ -19,7 +19,7 @@ from typing import IO, cast
 
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.records import load_json
+from sta_adapter.data.records import or_error
 from sta_adapter.data.shard_clips import Packed, Span
 from sta_adapter.errors import DataError, MissingExtraError
 
@@ -210,20 +210,20 @@ def _records(path: Path, group: Mapping[str, str | bytes | Span]) -> Iterator[Pa
     source, name = f"{path}, {key}", PurePosixPath(key).name
     members = {suffix: data for suffix, data in group.items() if not isinstance(data, str)}  # "__key__", "__url__"
     files = {f"{name}.{suffix}": data for suffix, data in members.items() if suffix not in ("json", "jsonl")}
-    try:
-        records: list[object] = []
-        if isinstance(text := members.get("json"), bytes):
-            found = load_json(text)
-            records += found if isinstance(found, list) else [found]
-        if isinstance(text := members.get("jsonl"), bytes):
-            records += [load_json(line) for line in text.splitlines() if line.strip()]
-    except DataError as error:
-        yield BadSample(source, f"its record is not JSON: {error.__cause__}")
-        return
+    records: list[object] = []
+    if isinstance(text := members.get("json"), bytes):
+        found = or_error(text)
+        records += found if isinstance(found, list) else [found]
+    if isinstance(text := members.get("jsonl"), bytes):
+        records += [or_error(line) for line in text.splitlines() if line.strip()]
     if not records:
         yield BadSample(source, f"no record; expected {name}.json or {name}.jsonl beside {', '.join(files) or 'it'}.")
     for number, record in enumerate(records, start=1):
-        yield Packed(path, source if len(records) == 1 else f"{source}, entry {number}", record, files)
+        place = source if len(records) == 1 else f"{source}, entry {number}"
+        if isinstance(record, DataError):
+            yield BadSample(place, f"its record is not JSON: {record.__cause__}")
+        else:
+            yield Packed(path, place, record, files)
 
 
 def _words(error: Exception) -> str:

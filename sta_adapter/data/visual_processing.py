@@ -86,8 +86,10 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
             f"clips can't be put through {type(part).__name__} as this release of transformers has it: it takes neither times "
             "nor frames that are chosen already. Use transformers 4.57 or newer for this model."
         )
-    if any(clip.resized for clip in clips) and not sizes.packs:
-        raise DataError("this model's processor brings all frames to one size; leave out min_pixels and max_pixels.")
+    if any(visual.resized for visual in visuals) and not sizes.packs:
+        raise DataError(
+            "this model's processor brings all frames to one size, and cuts pictures by its own; leave out min_pixels and max_pixels."
+        )
     clips, settings = sized(processor, clips)
     kwargs: dict[str, object] = {"videos_kwargs": settings}
     if sampled:
@@ -108,6 +110,7 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
         if key in encoded:
             encoded[key] = encoded[key][0]
     _check_frames(processor, encoded, clips)
+    _check_pictures(processor, encoded, [visual for visual in visuals if visual.kind == "image"])
     steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
@@ -151,6 +154,20 @@ def _check_frames(processor: Processor, encoded: Encoded, clips: list[Visual]) -
     seen, given = [int(t) * step for t in grid[:, 0]], [len(clip.pixels) for clip in clips]
     if len(seen) == len(given) and any(t not in (n, n + -n % step) for t, n in zip(seen, given, strict=True)):
         raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
+
+
+def _check_pictures(processor: Processor, encoded: Encoded, pictures: list[Visual]) -> None:
+    """A picture with limits of its own must keep its size, whatever limits the processor has."""
+    edge = getattr(getattr(processor, "image_processor", None), "patch_size", 0)
+    for picture, (_, rows, columns) in zip(
+        pictures, encoded.get("image_grid_thw", torch.zeros(0, 3)).tolist(), strict=False
+    ):
+        height, width = picture.pixels.shape[1:3]
+        if picture.resized and (height, width) != (rows * edge, columns * edge):
+            raise DataError(
+                f"min_pixels or max_pixels make a picture {width}x{height}, and the processor, by its own limits, "
+                f"{columns * edge}x{rows * edge}; give such as it takes."
+            )
 
 
 def temporal_patch(processor: Processor) -> int:

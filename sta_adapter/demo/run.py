@@ -29,7 +29,7 @@ from sta_adapter.demo.methods import FRAME_SETTINGS, METHODS, SHOWN, DemoSetting
 from sta_adapter.demo.model import save_adapter, two_threads
 from sta_adapter.demo.reader import ReaderSettings, write_reader
 from sta_adapter.demo.scores import Reloaded, Results, measure
-from sta_adapter.errors import STAError
+from sta_adapter.errors import ConfigError, STAError
 from sta_adapter.loading import load_processor
 from sta_adapter.tiny_base import TINY_BASE
 
@@ -37,6 +37,7 @@ __all__ = ["LOGITS", "answer_inputs", "answer_logits", "make_clips", "run_demo"]
 
 logger = logging.getLogger(__name__)
 LOGITS = "answers.safetensors"
+BATCH = 40  # clips whose answers are compared at a time
 
 
 @two_threads()
@@ -63,8 +64,12 @@ def run_demo(
         methods: of `METHODS`, with "sta" among them.
 
     Raises:
+        ConfigError: a method is not known, or "sta" is not among them.
         STAError: the adapter, loaded in a new process, gives other answers.
     """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or "sta" not in methods:
+        raise ConfigError(f"methods are {list(methods)}, expected 'sta' and others of {', '.join(METHODS)}.")
     started = time.perf_counter()
     seeds = list(seeds)
     results: Results = {
@@ -147,12 +152,15 @@ def check_reload(handle: sta_adapter.STAHandle, folder: Path, test: VideoDataset
 def answer_logits(model: nn.Module, test: VideoDataset) -> Tensor:
     """Logits (clips, vocabulary) of the first word of each answer."""
     model.eval()
-    return torch.stack([model(**answer_inputs(test, i)).logits[0, -1].float() for i in range(len(test.samples))])
+    clips = range(len(test.samples))
+    batches = [clips[first : first + BATCH] for first in clips[::BATCH]]
+    return torch.cat([model(**answer_inputs(test, *batch)).logits[:, -1].float() for batch in batches])
 
 
-def answer_inputs(test: VideoDataset, index: int) -> dict[str, Tensor]:
-    """The model's arguments for the prompt of one clip."""
-    batch = Collator.of(test.processor, side="left")([test.as_prompts("ordered", 0)[index]])
+def answer_inputs(test: VideoDataset, *indices: int) -> dict[str, Tensor]:
+    """The model's arguments for the prompts of these clips."""
+    prompts = test.as_prompts("ordered", 0)
+    batch = Collator.of(test.processor, side="left")([prompts[index] for index in indices])
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
 
 

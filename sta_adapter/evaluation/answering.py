@@ -23,6 +23,7 @@ from transformers import (
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
+from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_batches import PIXELS, missing_frames
 from sta_adapter.data.collator import Collator, kind_of
 from sta_adapter.data.conversation import Sample
@@ -107,7 +108,8 @@ def option_tokens(processor: Processor, sample: Sample, choose: str) -> list[tor
         DataError: the chat template or the tokenizer can't take one of them.
     """
     options = sample.options if sample.options is not None and choose == "loglikelihood" else []
-    return [encode_answer(processor, sample.prompt, option) for option in options]
+    thinking = has_reasoning(sample.messages)
+    return [encode_answer(processor, sample.prompt, option, thinking) for option in options]
 
 
 class Numbers(LogitsProcessor):

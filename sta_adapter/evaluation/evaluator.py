@@ -18,6 +18,7 @@ from torch import nn
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samples
 from sta_adapter.data.visual_processing import Encoded
@@ -36,7 +37,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["evaluate"]
 
 CHOICES = ("loglikelihood", "generate")
-PREDICTION_FORMAT = 3  # raised when the same settings mean other prompts, pixels or scores than before
+PREDICTION_FORMAT = 4  # raised when the same settings mean other prompts, pixels or scores than before
 _PLACE = re.compile(r"(?<=\.tar), .*|(, line|, entry|(?<=^record)) \d+$")  # of a sample, behind its file's name
 
 
@@ -96,6 +97,7 @@ def evaluate(
         ConfigError: `predictions_file` belongs to another evaluation, or an argument has no effect beside the others.
     """
     _check_arguments(model, choose, stop_at_letter, shared, overwrite and predictions_file is None)
+    _check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, num_workers=num_workers)
     dataset = _dataset(data, processor, frame_settings, on_bad_sample)
     dataset = dataset.as_prompts(frame_order, seed, for_engine=not isinstance(model, nn.Module))
     started = time.perf_counter()
@@ -176,6 +178,13 @@ def _check_arguments(
         )
 
 
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        least = 0 if name == "num_workers" else 1
+        if not isinstance(count, int) or count < least:
+            raise ConfigError(f"{name} is {count!r}, expected a whole number of at least {least}.")
+
+
 def _check_idle(
     data: VideoDataset, processor: Processor | None, frames: FrameSettings | None, on_bad_sample: str
 ) -> None:
@@ -249,7 +258,7 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
         [
             (
                 sample.prompt if sample.answered else [],
-                [sample.options if scored else None, index if shuffled else None],
+                [sample.options if scored else None, index if shuffled else None, has_reasoning(sample.messages)],
             )
             for index, sample in enumerate(dataset.samples)
         ]

@@ -141,8 +141,8 @@ class Backbone:
         qkv_bias: whether the branch's q, k, v projection has a bias.
         clip_source: calls of the full model that tell the clips, for encoders that get frames as a batch.
         lora: the recipe of stage two; None when there is none.
-        dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip of two frames, for processes whose
-            batch has no video (see `inject`) and for checks; None when not known: then the first real call is checked.
+        dummy_inputs: from the encoder to arguments (args, kwargs) of a smallest clip, or of one picture, for processes whose
+            batch has no video and for checks; None when not known: then the first real call is checked.
         positions: from a call and its layout to, for each clip, a tensor (rows, columns) with the index of the position
             that stands there on the picture, or None where that can't be known; for pictures of what STA does.
         text_positions: the rules of its language model's text positions, where there are several.

@@ -14,7 +14,7 @@ from torch import nn
 from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.compatibility.running import calling_frame
 from sta_adapter.compatibility.signatures import bound_arguments
-from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.compatibility.uncompiled import uncompiled_where
 from sta_adapter.errors import UnknownClipsError
 from sta_adapter.injection.backbone import ClipSource
 from sta_adapter.injection.hooks import Hook, take_clip_lengths
@@ -22,21 +22,29 @@ from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
 
 
+def _may_tell(hook: Hook, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether a forward may tell clips: one of text alone, as each of a cached generation is, does not."""
+    names = [name for name, value in kwargs.items() if value is not None]
+    return bool(args) or any(name == "clip_lengths" or name.startswith("pixel_values") for name in names)
+
+
 class ModelPreHook(Hook):
     """Forward pre-hook of the full model: takes `clip_lengths` away and notes the clips."""
 
-    @uncompiled
+    @uncompiled_where(_may_tell)
     def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
-        kwargs, told = _tell(self.injection, model, "forward", args, kwargs)
-        self.injection.told.tell(told, None if told is None else calling_frame())
+        kwargs, lengths = _tell(self.injection, model, "forward", args, kwargs)
+        told = self.injection.told
+        lengths = None if lengths is told.by_user else lengths  # which holds anyway
+        told.tell(lengths, None if lengths is None else calling_frame())
         return args, kwargs
 
 
 class ModelPostHook(Hook):
     """Forward hook of the full model, called also after an exception: forgets the clips."""
 
-    @uncompiled
+    @uncompiled_where(lambda hook, *call: hook.injection.told.by_model is not None)
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `ModelPreHook` began."""
         self.injection.told.tell(None, None)

@@ -150,9 +150,9 @@ def describe_adapter(handle: STAHandle) -> Description:
     return make_description(handle.backbone, encoder, handle.config, describe_base(model), rule_in_use(model))
 
 
-def push_adapter(handle: STAHandle, repo_id: str, **options: object) -> Publication | None:
+def push_adapter(handle: STAHandle, repo_id: str, base_changed: bool = False, **options: object) -> Publication | None:
     """Publish a model's adapter as it is in memory; arguments and errors as `STAHandle.push_to_hub`."""
-    files = adapter_files(*adapter_contents(handle))
+    files = adapter_files(*adapter_contents(handle, base_changed))
     count = sum(math.prod(full_shape(parameter)) for parameter in handle.parameters())
     if not is_sharded(handle.model.parameters()):
         return push_files(files, count, repo_id, **options)

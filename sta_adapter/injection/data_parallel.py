@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.compatibility.seams import active_ddp, given_arguments, hook_table, parameter_names
-from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.compatibility.uncompiled import uncompiled, uncompiled_where
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import DummyInputs
@@ -137,7 +137,7 @@ class FirstInLine(ModelHook):
     `fully_shard` puts its hooks in front of those that it finds.
     """
 
-    @uncompiled
+    @uncompiled_where(lambda *call: is_parallel())
     def __call__(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
         thread = self.injection.thread
@@ -155,7 +155,7 @@ class FirstInLine(ModelHook):
 class LastInLine(Hook):
     """Forward hook of the same module, called also after an exception: keeps no output any longer."""
 
-    @uncompiled
+    @uncompiled_where(lambda *call: is_parallel())
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `FirstInLine` began.
 
@@ -213,7 +213,7 @@ class LanguageModelBegin(ModelHook):
     given tokens, as some are for text alone, gets it where it embeds them.
     """
 
-    @uncompiled
+    @uncompiled_where(lambda *call: is_parallel())
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Add zero times the encoder's outputs to `inputs_embeds`, or to what the model's own embedding gives."""
         injection, groups = self.injection, self.agreement.groups

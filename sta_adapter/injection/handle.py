@@ -171,7 +171,8 @@ class STAHandle:
             ConfigError: they are none, one stands there twice, or one is another model's.
         """
         self._require_injected()
-        if not streams or len(set(streams)) < len(streams) or any(s.injection is not self._injection for s in streams):
+        ours = all(isinstance(s, Stream) and s.injection is self._injection for s in streams)
+        if not streams or not ours or len(set(streams)) < len(streams):
             raise ConfigError("streams takes one or more different streams, made by this handle's stream(...).")
         return entered(streams)
 
@@ -236,6 +237,7 @@ class STAHandle:
         create_pr: bool = False,
         license: str | None = None,
         base_model: str | None = None,
+        base_changed: bool = False,
         **more: object,
     ) -> Publication | None:
         """Publish STA, and LoRA weights if the model has them, on the Hugging Face Hub, in one commit.
@@ -252,6 +254,7 @@ class STAHandle:
             create_pr: open a pull request with the commit.
             license: for the card, such as "apache-2.0".
             base_model: the base model's Hub id, where it was loaded from a folder.
+            base_changed: as for `save_pretrained`.
             more: for the card, `datasets` (Hub ids), `run_folder` (output of training, for the recipe) and `results`
                 (`results.json` of an evaluation); `endpoint` instead of HF_ENDPOINT; `dry_run=True` to upload nothing.
 
@@ -260,13 +263,13 @@ class STAHandle:
             first one pushes: None on the others.
 
         Raises:
-            CheckpointError: weights are not finite, or the Hub refused; the repository is as before.
+            CheckpointError: as `save_pretrained`, or the Hub refused; the repository is as before.
             ConfigError: an argument has another form.
         """
         self._require_injected()
         card = {"license": license, "base_model": base_model}
         options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
-        return push_adapter(self, repo_id, create_pr=create_pr, **options, **card, **more)
+        return push_adapter(self, repo_id, base_changed, create_pr=create_pr, **options, **card, **more)
 
     @property
     def _removed(self) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ from sta_adapter.adapter.format import (
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
+from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.seams import version
 from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
+from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
-__all__ = ["load_sta", "watch_peft"]
+__all__ = ["load_sta", "warn_of_sta", "watch_peft"]
 
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
@@ -249,3 +251,24 @@ def _folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -
     except (STAError, OSError, ValueError, TypeError):
         return None
     return folder if known else None
+
+
+def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:
+    """Say that a model was loaded without the STA among its weights: a trainer saved it whole, or it is of the published code.
+
+    Args:
+        name: of the model.
+        unexpected: names of weights that had no place in it.
+    """
+    published = {spec.published_names.get("to_qkv") for spec in map(get_backbone, list_backbones())} - {None}
+    for key in sorted(unexpected):
+        ours = STA_TENSOR.search(key)
+        if not ours and not any(f".{part}." in key for part in published):
+            continue
+        how = "handle.save_pretrained wrote it (load_sta, --adapter)" if ours else "`sta-adapter convert` makes it"
+        warnings.warn(
+            f"the weights in {os.fspath(name)} hold STA ({key}, for one), and the model is loaded without it: give its adapter as {how}.",
+            STAWarning,
+            stacklevel=4,
+        )
+        return

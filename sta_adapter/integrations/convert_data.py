@@ -23,7 +23,6 @@ __all__ = ["Converted", "convert_data"]
 INSTEAD = {  # what says the same for all clips of a run
     "ms-swift": "the environment variables FPS, FPS_MIN_FRAMES, FPS_MAX_FRAMES, VIDEO_MIN_TOKEN_NUM and VIDEO_MAX_TOKEN_NUM",
     "llamafactory": "video_fps, video_maxlen, video_min_pixels and video_max_pixels in its YAML",
-    "axolotl": "nothing: its processor samples clips by its own settings",
 }
 INFO = "dataset_info.json"
 
@@ -74,9 +73,14 @@ def convert_data(
     kept = {name: count for name, count in lost.items() if name not in drop}
     if kept:
         found = ", ".join(f"{name} ({count} samples)" for name, count in sorted(kept.items()))
+        instead = (
+            f"Say it of all clips of the run instead, by {INSTEAD[to]}. "
+            if kept.keys() - {"loss"} and to in INSTEAD
+            else ""
+        )
         raise DataError(
-            f"{file} says of single clips or answers what {to} has no place for: {found}. Say it for the whole run instead, by "
-            f"{INSTEAD[to]}, and leave it out here with --drop {','.join(sorted(kept))}."
+            f"{file} says of single clips or answers what {to} has no place for: {found}. {instead}Leave it out here with "
+            f"--drop {','.join(sorted(kept))}."
         )
     pairs = sum("rejected" in sample.extra for sample in samples)
     if pairs not in (0, len(samples)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message, Record
@@ -34,6 +34,7 @@ def as_ours(record: Mapping[str, object]) -> Record:
         given = {k: v for k, v in found["chat_template_kwargs"].items() if k in CLIP_SETTINGS and v is not None}
         paths = found.get(f"{key}s") or []
         found[f"{key}s"] = [{key: path, **_meant_for(key, given)} for path in paths if isinstance(path, str)] or paths
+    found.pop("chat_template_kwargs", None)
     if others := [key for key in ("rejected_videos", "rejected_images") if found.get(key)]:
         raise DataError(
             f"{others[0]!r} gives the worse answer clips of its own, and a pair is two answers to the same ones."
@@ -55,7 +56,11 @@ def as_ours(record: Mapping[str, object]) -> Record:
     return {**found, "messages": turns}
 
 
-def _turns(asked: object, answer: object, history: Iterable[Sequence[object]]) -> Record:
+def _turns(asked: object, answer: object, history: object) -> Record:
+    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+        raise DataError(
+            f"'history' is {str(history)[:60]!r}, expected a list of pairs, a question and its answer each."
+        )
     pairs = [*history, *([(asked, answer)] if answer else [])]
     turns = [
         {"role": role, "content": text}
@@ -213,8 +218,7 @@ def _axolotl(sample: Sample) -> Record:
 
 
 def _ours(sample: Sample) -> Record:
-    rejected = {"rejected": sample.extra["rejected"]} if "rejected" in sample.extra else {}
-    return {"messages": _typed(sample.messages), **rejected}
+    return {"messages": _typed(sample.messages), **sample.extra}
 
 
 _WRITE: dict[str, Callable[[Sample], Record]] = {

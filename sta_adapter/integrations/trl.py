@@ -23,6 +23,7 @@ from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.seams import parameter_names, version
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE
+from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.sample_encoder import SampleEncoder
@@ -146,7 +147,8 @@ class PreferenceCollator(VideoCollator):
         chosen, rejected = (self._sample(rest, messages=[*prompt, *row[name]]) for name in ("chosen", "rejected"))
         try:
             visuals = [*self.encoder.visuals(chosen.prompt), []]
-            one, other = (self.encoder.encoded(sample.messages, visuals) for sample in (chosen, rejected))
+            thinking = has_reasoning([*chosen.messages, *rejected.messages])  # one prompt for both
+            one, other = (self.encoder.encoded(sample.messages, visuals, thinking) for sample in (chosen, rejected))
         except BaseException as error:  # whatever a library raises
             return BadSample.of(chosen.source, error).skipped(self.encoder.on_bad_sample, error)
         return Loaded.of(one, chosen.source), other

@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
 from sta_adapter.errors import CheckpointError
+from sta_adapter.injection.load import warn_of_sta
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
@@ -26,6 +27,8 @@ from sta_adapter.internvideo.weights import (
     fetch_folder,
     fill,
     iterate_weights,
+    leave_out_sta,
+    load_saved,
     refuse_quantization,
     weight_files,
 )
@@ -63,17 +66,18 @@ def load_model(
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
     own = config.get("model_type") == InternVideo2_5Config.model_type
     if own:
-        options: dict[str, Any] = {DTYPE: dtype}
+        options: dict[str, object] = {DTYPE: dtype}
         if quantization_config is not None:
             options |= {"quantization_config": quantization_config, "device_map": {"": device}}
-        model = InternVideo2_5ForConditionalGeneration.from_pretrained(folder, **options)
-    elif quantization_config is not None:
+        model = load_saved(InternVideo2_5ForConditionalGeneration, folder, name, options)
+        return model if quantization_config is not None else model.to(device)
+    if quantization_config is not None:
         refuse_quantization(name)
-    else:
-        model = _published(folder, config, dtype, device)
-    model.config._name_or_path = os.fspath(name)
-    found: nn.Module = model
-    return found if quantization_config is not None else found.to(device)
+    published, left = _published(folder, config, dtype, device)
+    warn_of_sta(name, left)
+    published.config._name_or_path = os.fspath(name)
+    found: nn.Module = published
+    return found.to(device)
 
 
 def load_processor(
@@ -99,14 +103,16 @@ def configuration(config: Mapping[str, object]) -> InternVideo2_5Config:
 
 def _published(
     folder: Path, config: Mapping[str, object], dtype: torch.dtype | str, device: str
-) -> InternVideo2_5ForConditionalGeneration:
+) -> tuple[InternVideo2_5ForConditionalGeneration, list[str]]:
+    """The model, and names of STA's weights, which it is loaded without."""
+    left: list[str] = []
     made, known = from_published(config), added_tokens(folder)
     made.image_token_id = known.get(IMAGE_TOKEN)
 
     with torch.device("meta"):
         model = InternVideo2_5ForConditionalGeneration(made)
     make_rotary(model, made.text_config)
-    weights = convert(iterate_weights(weight_files(folder)), made.text_config)
+    weights = leave_out_sta(convert(iterate_weights(weight_files(folder)), made.text_config), left)
     fill(model, weights, source=folder, dtype=dtype_of_weights(dtype, config), device=device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -114,7 +120,7 @@ def _published(
     flat = [end for found in ends if found is not None for end in (found if isinstance(found, list) else [found])]
     model.generation_config.eos_token_id = sorted(set(flat)) or None
     model.eval()
-    return model
+    return model, left
 
 
 def make_rotary(model: nn.Module, config: LlamaConfig) -> None:

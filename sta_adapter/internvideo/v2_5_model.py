@@ -175,7 +175,7 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         if inputs_embeds is None:
             if input_ids is None:
                 raise LayoutError("neither input_ids nor inputs_embeds were given.")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_flags, visual_features, clip_lengths)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_flags, visual_features, clip_lengths=clip_lengths)
         if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             options[KEPT_LOGITS] = logits_to_keep
         found: CausalLMOutputWithPast = self.language_model(
@@ -207,7 +207,7 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
             raise LayoutError("generate needs input_ids, the prompt's tokens; found none.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeddings = self.embed(input_ids, pixel_values, image_flags, visual_features, clip_lengths)
+        embeddings = self.embed(input_ids, pixel_values, image_flags, visual_features, clip_lengths=clip_lengths)
         self.language_model.generation_config = self.generation_config
         if generation_config is not None:
             options["generation_config"] = generation_config

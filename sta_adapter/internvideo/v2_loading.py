@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
 from sta_adapter.errors import CheckpointError
+from sta_adapter.injection.load import warn_of_sta
 from sta_adapter.internvideo.v2_config import LORA_TARGETS, MODEL_TYPE, read_config
 from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.weights import (
@@ -25,6 +26,8 @@ from sta_adapter.internvideo.weights import (
     fetch_folder,
     fill,
     iterate_weights,
+    leave_out_sta,
+    load_saved,
     refuse_quantization,
     weight_files,
 )
@@ -66,16 +69,16 @@ def load_model(
     if quantization_config is not None:
         if config.get("model_type") != MODEL_TYPE:
             refuse_quantization(name)
-        options: dict[str, Any] = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
-        quantized: InternVideo2Chat = InternVideo2Chat.from_pretrained(folder, **options)
-        quantized.config._name_or_path = os.fspath(name)
-        return quantized
+        options = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
+        return load_saved(InternVideo2Chat, folder, name, options)
 
     made = read_config(config, folder)
     with _Unallocated():
         model = InternVideo2Chat(made)
-    weights = model_weights(iterate_weights(weight_files(folder)), made.lora_scale)
+    left: list[str] = []
+    weights = leave_out_sta(model_weights(iterate_weights(weight_files(folder)), made.lora_scale), left)
     fill(model, weights, source=folder, dtype=dtype_of_weights(dtype, config), device=device)
+    warn_of_sta(name, left)
     made.lora_scale = None  # it is merged now
     made._name_or_path = os.fspath(name)
     if (folder / "generation_config.json").is_file():

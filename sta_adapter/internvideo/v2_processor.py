@@ -82,6 +82,7 @@ class InternVideo2ChatProcessor(ChatProcessor):
         videos: Sequence[Frames] | None = None,
         *,
         instruction: str | None = None,
+        add_special_tokens: bool = True,
         return_tensors: str | None = "pt",
         padding: bool | str = True,
         **options: object,
@@ -93,9 +94,10 @@ class InternVideo2ChatProcessor(ChatProcessor):
             text: one or several, with `[<IMG_PLH>]` for each picture and `[<VID_PLH>]` for each clip.
             videos: all clips of the texts, in order, (T, H, W, 3) or (T, 3, H, W) uint8 each.
             instruction: what the Q-Former reads along with each clip, as the HD variant's `chat` gives it.
+            add_special_tokens: whether a text begins with the token for that also where it has none, as one that goes on.
             return_tensors: "pt", the only kind.
             padding: of texts of unequal lengths, on the tokenizer's `padding_side`; False takes one text.
-            options: `add_special_tokens`, `videos_kwargs` and `images_kwargs`, of which none matters here.
+            options: `videos_kwargs` and `images_kwargs`, neither of which matters here.
 
         Returns:
             `input_ids` and `attention_mask` (B, L); `pixel_values_videos` (n, T, 3, size, size), shorter clips filled
@@ -105,7 +107,7 @@ class InternVideo2ChatProcessor(ChatProcessor):
         Raises:
             DataError: texts, clips and pictures don't go together.
         """
-        unknown = options.keys() - {"add_special_tokens", "videos_kwargs", "images_kwargs"}
+        unknown = options.keys() - {"videos_kwargs", "images_kwargs"}
         if text is None or return_tensors not in ("pt", None) or unknown:
             told = f", and {', '.join(sorted(unknown))}" if unknown else ""
             raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}{told}; expected a text, and 'pt'.")
@@ -119,7 +121,9 @@ class InternVideo2ChatProcessor(ChatProcessor):
                 f"{len(clips)} clips; expected one for each. Either one is missing, or the text contains these words itself."
             )
         repeated = [PLACES.sub(lambda found: found[0] * self.image_processor.per_clip, one) for one in texts]
-        inputs = self._padded([prompt_tokens(self.tokenizer, one, self) for one in repeated], padding)
+        inputs = self._padded(
+            [prompt_tokens(self.tokenizer, one, self, begins=add_special_tokens) for one in repeated], padding
+        )
         inputs |= self.image_processor.preprocess(pictures, clips)
         if instruction:
             inputs |= self._instruction(instruction)

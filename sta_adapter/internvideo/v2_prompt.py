@@ -60,7 +60,9 @@ class Placeholders(Protocol):
         """Stands for each token of a clip."""
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, config: Placeholders) -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, config: Placeholders, *, begins: bool = True
+) -> list[int]:
     """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
 
     As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's
@@ -70,19 +72,23 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, config: Placeho
         tokenizer: the language model's.
         text: the text; a `bos_token` that it begins with isn't doubled.
         config: says what stands for a clip or picture.
+        begins: whether it is a text from its beginning on; else it goes on where another ended, if it has no `bos_token`.
 
     Raises:
         DataError: the tokenizer has no token for a text's beginning.
     """
     if tokenizer.bos_token_id is None:
         raise DataError(f"{type(tokenizer).__name__} has no bos_token, which begins each stretch of text; set it.")
+    words = text.removeprefix(tokenizer.bos_token)
+    goes_on = not begins and words == text
     tokens: list[int] = []
-    for stretch in re.split(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})", text.removeprefix(tokenizer.bos_token)):
+    for number, stretch in enumerate(re.split(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})", words)):
         if stretch in (IMAGE, VIDEO):
             place = config.image_token_id if stretch == IMAGE else config.video_token_id
             tokens += [place] * config.num_visual_tokens
         else:
-            tokens += [tokenizer.bos_token_id, *tokenizer(stretch, add_special_tokens=False)["input_ids"]]
+            begin = [] if goes_on and number == 0 else [tokenizer.bos_token_id]
+            tokens += [*begin, *tokenizer(stretch, add_special_tokens=False)["input_ids"]]
     return tokens
 
 

@@ -11,14 +11,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sta_adapter.adapter.hub import explain, patiently
+from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.errors import CheckpointError, ConfigError
+from sta_adapter.injection.load import warn_of_sta
 
 __all__ = [
     "added_tokens",
@@ -206,6 +208,33 @@ def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> 
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"the weights' dtype is {name!r}; expected one of torch's, such as bfloat16 or float32.")
     return found
+
+
+def load_saved(
+    cls: type[PreTrainedModel], folder: Path, name: str | os.PathLike[str], options: Mapping[str, object]
+) -> nn.Module:
+    """A model of ours from the `folder` in which `save_pretrained` wrote it; STA among its weights is told of.
+
+    Args:
+        cls: its class.
+        folder: with its files.
+        name: what the user called it.
+        options: of `from_pretrained`.
+    """
+    loaded = cast("Any", cls).from_pretrained(folder, output_loading_info=True, **options)
+    model: nn.Module = loaded[0]
+    warn_of_sta(name, loaded[1]["unexpected_keys"])
+    cast(PreTrainedModel, model).config._name_or_path = os.fspath(name)
+    return model
+
+
+def leave_out_sta(weights: Weights, left: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights but those of STA, whose names go into `left`: a trainer saved the model whole."""
+    for name, tensor in weights:
+        if STA_TENSOR.search(name):
+            left.append(name)
+        else:
+            yield name, tensor
 
 
 def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dtype, device: str = "cpu") -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sta_adapter._validate import shown
+from sta_adapter.adapter.lora_options import MAX_ALPHA, MAX_RANK
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
@@ -43,7 +44,16 @@ _NOT_NEGATIVE = (  # all other numbers are at least 1
     "decode_timeout",
     "save_minutes",
 )
-_AT_MOST = {"warmup": 1, "lora_dropout": 1, "seed": 2**32 - 1}  # shares; and what NumPy takes
+_AT_MOST = {  # a share; what NumPy takes; what a file of LoRA may say
+    **{"warmup": 1, "seed": 2**32 - 1},
+    **{
+        "lora_rank": MAX_RANK,
+        "lora_qkv_rank": MAX_RANK,
+        "lora_alpha": int(MAX_ALPHA),
+        "lora_qkv_alpha": int(MAX_ALPHA),
+    },
+}
+_BELOW = {"lora_dropout": 1}
 # of the whole run: both stages share model, STA and data
 OF_THE_RUN = ("sta", "sta_config", "frames", "on_bad_sample", "max_length", "shuffle_buffer", "decode_timeout", "stage1", "stage2")  # fmt: skip
 DEVICE_BATCH_SIZE = 4  # at most, where it isn't set
@@ -258,14 +268,17 @@ def _check_type(name: str, kind: str, value: object) -> None:
     if not kind.startswith(("int", "float")):
         return
     above = name in _ABOVE_ZERO
-    whole, least, most = kind.startswith("int"), 0 if above or name in _NOT_NEGATIVE else 1, _AT_MOST.get(name)
+    whole, least = kind.startswith("int"), 0 if above or name in _NOT_NEGATIVE else 1
+    most, below = _AT_MOST.get(name, sys.maxsize), _BELOW.get(name)
     if (
         not isinstance(value, int if whole else (int, float))
         or isinstance(value, bool)
-        or not least <= value <= (sys.maxsize if most is None else most)
+        or not least <= value <= most
         or (above and value == 0)
+        or (below is not None and value >= below)
     ):
-        bounds = f"{'above' if above else 'of at least'} {least}" + (f", at most {most}" if most is not None else "")
+        bounds = f"{'above' if above else 'of at least'} {least}" + (f", at most {most}" if name in _AT_MOST else "")
+        bounds += "" if below is None else f", below {below}"
         raise ConfigError(f"{name} is {shown(value)}, expected a number {bounds}{', a whole one' if whole else ''}.")
 
 

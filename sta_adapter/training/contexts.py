@@ -17,7 +17,7 @@ from sta_adapter.injection.registry import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["activation_checkpointing", "full_precision", "trainable_when_quantized"]
+__all__ = ["activation_checkpointing", "full_precision", "kept_configuration", "trainable_when_quantized"]
 
 
 @contextlib.contextmanager
@@ -31,6 +31,19 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, dtype in narrow.items():
             parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def kept_configuration(model: nn.Module) -> Iterator[None]:
+    """Keep the model's use of a cache, which the trainer of transformers 5 switches off: a base is known again by its configuration."""
+    config = getattr(model, "config", None)
+    before = {} if config is None else {name: value for name, value in vars(config).items() if name == "use_cache"}
+    try:
+        yield
+    finally:
+        if config is not None:
+            vars(config).pop("use_cache", None)
+            vars(config).update(before)
 
 
 @contextlib.contextmanager

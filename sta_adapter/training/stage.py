@@ -38,7 +38,12 @@ from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.training.arguments import join_processes, training_arguments
 from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
 from sta_adapter.training.config import LENGTH, TrainingConfig
-from sta_adapter.training.contexts import activation_checkpointing, full_precision, trainable_when_quantized
+from sta_adapter.training.contexts import (
+    activation_checkpointing,
+    full_precision,
+    kept_configuration,
+    trainable_when_quantized,
+)
 from sta_adapter.training.identity import write_json
 from sta_adapter.training.lora import lora_config, mark_trained, require_same_lora
 from sta_adapter.training.progress import Progress, describe
@@ -143,7 +148,8 @@ class Stage:
         self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[TrainerCallback], progress: bool
     ) -> AdapterTrainer | None:
         """Train to the end; None where the memory was not enough, and smaller parts of a step are to be tried."""
-        with full_precision(model), activation_checkpointing(model, handle, self.config.gradient_checkpointing):
+        checkpointed = activation_checkpointing(model, handle, self.config.gradient_checkpointing)
+        with full_precision(model), checkpointed, kept_configuration(model):
             watch = Watch(f"stage {self.name}", self.config, self.folder, self.signals)
             shown = Progress(f"stage {self.name}", watch, self.config.batch_size, self.measured())
             trainer = self._trainer(model, handle, watch, [*callbacks, *([shown] if progress else [])])

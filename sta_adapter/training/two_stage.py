@@ -195,6 +195,10 @@ def _opened(
     named = isinstance(data, (str, Path)) or (
         isinstance(data, (list, tuple)) and all(isinstance(d, (str, Path)) for d in data)
     )
+    if isinstance(data, (list, tuple)) and not named:
+        raise ConfigError(
+            "data is a list of records, expected a file, several, or a data set: VideoDataset(records, processor)."
+        )
     if not named:
         return cast("VideoDataset | StreamDataset", data)
     return open_data(cast("str | Path | Sequence[str | Path]", data), processor, config, stream=stream)

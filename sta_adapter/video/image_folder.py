@@ -12,7 +12,7 @@ from sta_adapter.video.decoders import Resize
 from sta_adapter.video.frame_table import VideoNotFoundError
 from sta_adapter.video.image import natural_order, read_image
 from sta_adapter.video.reader import Clip, ClipMetadata
-from sta_adapter.video.sampling import Sampling, choose_frames
+from sta_adapter.video.sampling import Sampling, check_number, choose_frames
 
 __all__ = ["read_folder"]
 
@@ -31,7 +31,9 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
 
     Raises:
         VideoError: No folder, no picture in it, pictures of several sizes, or none within the range.
+        ConfigError: `rate` or what says how to sample is out of range.
     """
+    check_number("rate", rate, above=0)
     folder = Path(path)
     if not folder.is_dir():
         raise VideoNotFoundError(

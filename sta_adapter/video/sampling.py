@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, VideoError
 
-__all__ = ["Sampling", "choose_frames"]
+__all__ = ["Sampling", "check_number", "choose_frames"]
 
 ROUNDING = 1e-3
 """Seconds by which containers round timestamps (Matroska counts milliseconds); no frame is missed or doubled for it."""
@@ -19,7 +19,8 @@ MOST_TARGETS = 1_000_000
 """Target times that are looked up at most; more, from an enormous rate or number of frames, are spread as that many."""
 
 
-def _check_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
+def check_number(name: str, value: object, *, above: float, inclusive: bool = False) -> None:
+    """Raise a ConfigError for what is no finite number above a bound."""
     bound = f"at least {above:g}" if inclusive else f"above {above:g}"
     if not _is_finite(value) or value < above or (value == above and not inclusive):
         raise ConfigError(f"{name} is {value!r}; expected a finite number {bound}. Change {name} or leave it out.")
@@ -55,7 +56,7 @@ class Sampling:
         if self.fps is not None and self.num_frames is not None:
             raise ConfigError(f"fps={self.fps!r} and num_frames={self.num_frames!r} are both given; pass one of them.")
         if self.fps is not None:
-            _check_number("fps", self.fps, above=0)
+            check_number("fps", self.fps, above=0)
         if self.num_frames is not None:
             _check_count("num_frames", self.num_frames)
         _check_count("min_frames", self.min_frames)
@@ -66,9 +67,9 @@ class Sampling:
                 "min_frames, or pass num_frames for an exact number."
             )
         if self.start is not None:
-            _check_number("start", self.start, above=0, inclusive=True)
+            check_number("start", self.start, above=0, inclusive=True)
         if self.end is not None:
-            _check_number("end", self.end, above=0)
+            check_number("end", self.end, above=0)
         if self.end is not None and self.end <= self.first:
             raise ConfigError(
                 f"start={self.first:g} and end={self.end:g} leave no time between them; give end > start."

@@ -216,7 +216,7 @@ def _check_length(file: str, longest: float) -> None:
     duration = read_frame_table(file).duration
     if duration > longest:
         raise VideoError(
-            f"{Path(file).name} is {duration:.0f} s long, and at most {longest:.0f} s are taken. Cut out the part that matters."
+            f"{Path(file).name} is {duration:g} s long, and at most {longest:g} s are taken. Cut out the part that matters."
         )
 
 
