@@ -355,8 +355,8 @@ def test_what_training_needs_is_named_with_its_extra(monkeypatch, tmp_path):
 def test_files_are_opened_and_data_sets_taken_as_they_are(data):
     with pytest.raises(ConfigError, match="the data is a file, so pass processor="):
         _opened(data, None, TrainingConfig())
-    samples = [{"messages": []}]
-    assert _opened(samples, None, TrainingConfig()) is samples
+    dataset = object()
+    assert _opened(dataset, None, TrainingConfig()) is dataset
 
 
 def test_smaller_parts_of_a_step(tmp_path):
