@@ -57,14 +57,18 @@ def repeated_videos(model: Any, method: Callable[..., Any], args: tuple[Any, ...
     if videos is None or len(videos.pooler_output) != 1:
         return method(*args, **kwargs)
     ids, token = given["input_ids"], model.config.video_token_id
-    places = ids == token if ids is not None and ids.numel() else _is_word(given["inputs_embeds"], token, model)
+    places = (
+        ids == token
+        if ids is not None and ids.numel()
+        else _is_word(given["inputs_embeds"], token, model.get_input_embeddings())
+    )
     parts = torch.split(videos.pooler_output, places.sum(1).tolist(), dim=1)
     videos.pooler_output = torch.cat([part for part in parts for _ in range(given.get("expand_size", 1))], dim=1)
     others = {kind: output for kind, output in given["mm_encoder_output"].items() if kind != "video"}
     return {**method(**{**given, "mm_encoder_output": others}), "video": videos}
 
 
-def _is_word(embeddings: torch.Tensor, token: int, model: Any) -> torch.Tensor:
+def _is_word(embeddings: torch.Tensor, token: int, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """(B, L) where embeddings (B, L, C) are a token's."""
-    word: torch.Tensor = model.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
+    word = embed(torch.tensor(token, device=embeddings.device))
     return (embeddings == word).all(-1)

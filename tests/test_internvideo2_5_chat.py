@@ -69,6 +69,14 @@ def test_chats_are_the_published_ones(model, goldens, name):
     assert said == json.loads(goldens[1][name])
 
 
+def test_a_chat_gives_the_first_of_several_answers(model):
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3, "do_sample": False}
+    rows, words = tiny.pixels(4), tiny.tokenizer()
+    both = model.batch_chat(words, rows, ["Which way?"], beams, num_patches_list=[4])
+    assert len(both) == 2
+    assert model.chat(words, rows, "Which way?", beams) == both[0]
+
+
 def test_a_checkpoint_made_from_our_names_has_the_published_ones():
     _, published, to_ours = full_size_chat.internvideo2_5()
     assert full_size_chat.full_shapes(tiny.CONFIG, published, to_ours) == published

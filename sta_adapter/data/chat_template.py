@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.data.message import Message, Part
+from sta_adapter.data.message import Message, Part, Record
 from sta_adapter.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Transcript", "answer_text", "grown", "has_reasoning", "render"]
 
-_Plain = dict[str, Any]  # a message as templates take it
+_Plain = Record  # a message as templates take it
 _REASONED = "</think>"
 _NO_REASONING = re.compile(r"<think>\s*</think>\s*")
 

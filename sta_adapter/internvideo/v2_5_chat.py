@@ -64,7 +64,7 @@ class ChatMethods:
                 f"pixel_values have {rows} rows, num_patches_list is {counts}, and the prompt has {prompt.count(IMAGE)} times "
                 f"{IMAGE}; expected an {IMAGE} for each entry, and as many rows as they add up to."
             )
-        (answer,) = self._answers(tokenizer, pixel_values, [self._filled(prompt, counts)], generation_config)
+        answer, *_ = self._answers(tokenizer, pixel_values, [self._filled(prompt, counts)], generation_config)
         return (answer, [*earlier, (question, answer)]) if return_history else answer
 
     def batch_chat(
