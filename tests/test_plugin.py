@@ -128,6 +128,18 @@ def test_registered_in_the_process(example, tmp_path):
         assert torch.equal(twin(frames), encoder(frames))
 
 
+def test_of_two_that_fit_an_adapter_takes_its_own(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", {name: get_backbone(name) for name in list_backbones()})
+    for name in ("my_vit", "another"):  # which comes first where none is named
+        register_backbone(dataclasses.replace(example.backbone.BACKBONE, name=name))
+        inject_sta(example.MyViT(), backbone=name).save_pretrained(tmp_path / name)
+    assert inject_sta(example.MyViT()).backbone == "another"
+    assert [load_sta(example.MyViT(), tmp_path / name).backbone for name in ("my_vit", "another")] == [
+        "my_vit",
+        "another",
+    ]
+
+
 def test_a_spec_that_was_passed_stays_unregistered(example):
     spec = example.backbone.BACKBONE
     before = list_backbones()

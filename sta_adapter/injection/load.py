@@ -87,7 +87,7 @@ def load_sta(
     description, file, read = _describe(folder)
     config = saved_config(description, folder / CONFIG)
     watch_peft()
-    plan = plan_injection(model, config)
+    plan = plan_injection(model, config, preferred=description["backbone"])
     check_base(folder, description, model, plan.encoder, base_model)
     modules = plan.build("meta")  # nothing is initialised that the file replaces
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}

@@ -134,9 +134,17 @@ class Plan:
 
 
 def plan_injection(
-    model: nn.Module, cfg: STAConfig | None = None, backbone: str | Backbone | None = None, *, run_blocks: bool = True
+    model: nn.Module,
+    cfg: STAConfig | None = None,
+    backbone: str | Backbone | None = None,
+    *,
+    run_blocks: bool = True,
+    preferred: str = "",
 ) -> Plan:
-    """Everything that `inject_sta` checks, with its arguments and errors; only to `run_blocks` needs the model's weights."""
+    """Everything that `inject_sta` checks, with its arguments and errors; only to `run_blocks` needs the model's weights.
+
+    `preferred` is of `locate`.
+    """
     if not isinstance(model, nn.Module):
         raise InjectionError(f"inject_sta takes a torch module, found {type(model).__name__}.")
     if cfg is not None and not isinstance(cfg, STAConfig):
@@ -146,7 +154,7 @@ def plan_injection(
         raise InjectionError(
             "this model has STA already. Use get_sta(model) for its handle, or handle.remove() before injecting again."
         )
-    target = locate(model, backbone)
+    target = locate(model, backbone, preferred)
     config = (cfg or STAConfig()).with_defaults(target.backbone.defaults)
     depth = len(target.blocks)
     missing = [i for i in config.layers if i >= depth] if config.layers != "all" else []

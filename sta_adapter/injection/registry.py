@@ -21,14 +21,16 @@ ENTRY_POINT_GROUP = "sta_adapter.backbones"
 OWN_MODULES = "sta_adapter.backbones."
 
 
-def locate(model: nn.Module, backbone: str | Backbone | None = None) -> InjectionTarget:
+def locate(model: nn.Module, backbone: str | Backbone | None = None, preferred: str = "") -> InjectionTarget:
     """Find the encoder and the places of the hooks in a model, and check them; changes nothing.
+
+    Of several backbones of one priority that fit, the `preferred` one is taken.
 
     Raises:
         UnknownBackboneError: when no backbone fits; lists those known.
         InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference.
     """
-    for spec in _candidates(backbone):
+    for spec in _candidates(backbone, preferred):
         encoder = spec.find_encoder(model)
         if encoder is not None:
             return resolve_target(spec, encoder)
@@ -141,13 +143,13 @@ def get_backbone(name: str) -> Backbone:
     return _REGISTRY[name]
 
 
-def _candidates(backbone: str | Backbone | None) -> list[Backbone]:
+def _candidates(backbone: str | Backbone | None, preferred: str = "") -> list[Backbone]:
     _load_entry_points()
     if isinstance(backbone, Backbone):  # used without registering it
         return [_checked(backbone)]
     if backbone is not None:
         return [get_backbone(backbone)]
-    return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name))
+    return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name != preferred, spec.name))
 
 
 def _load_entry_points() -> None:
