@@ -13,6 +13,7 @@ from sta_adapter.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "agree",
@@ -44,7 +45,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
             "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
         )
     if hasattr(tensor, "full_tensor"):  # FSDP2
-        found: Tensor = tensor.full_tensor()
+        sharded = cast("DTensor", tensor)
+        where = sharded.device_mesh.device_type
+        if sharded.device.type != where:  # offloaded to the CPU, for which a GPU's process group gathers nothing
+            sharded = sharded.to(where)
+        found: Tensor = sharded.full_tensor()
         return found
     if hasattr(tensor, "ds_id"):  # ZeRO-3
         import deepspeed

@@ -59,6 +59,27 @@ def test_a_process_alone_is_all_there_are():
     assert distributed.is_sharded([SimpleNamespace(full_tensor=None)])  # FSDP2
 
 
+class _Sharded:
+    """What FSDP2 leaves of a parameter: on a device of a mesh, or offloaded from there."""
+
+    is_meta = False
+
+    def __init__(self, device, mesh):
+        self.device, self.device_mesh = torch.device(device), SimpleNamespace(device_type=mesh)
+
+    def to(self, device):
+        return _Sharded(device, self.device_mesh.device_type)
+
+    def full_tensor(self):
+        return self.device.type
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("mesh", ["cpu", "cuda"])
+def test_what_is_offloaded_is_gathered_where_its_processes_gather(device, mesh):
+    assert distributed.full_tensor(_Sharded(device, mesh)) == mesh
+
+
 def test_processes_agree_and_wait_for_process_0(monkeypatch):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
