@@ -48,7 +48,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
         sharded = cast("DTensor", tensor)
         where = sharded.device_mesh.device_type
         if sharded.device.type != where:  # offloaded to the CPU, for which a GPU's process group gathers nothing
-            sharded = sharded.to(where)
+            sharded = cast("DTensor", sharded.to(where))
         found: Tensor = sharded.full_tensor()
         return found
     if hasattr(tensor, "ds_id"):  # ZeRO-3
