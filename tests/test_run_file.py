@@ -9,7 +9,7 @@ import pytest
 from cases import make_qwen2_vl_tower, seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_model_card import FRAMES, RESULTS, SETTINGS, STAGE, card
+from test_model_card import FRAMES, RESULTS, SETTINGS, STAGE, card, write_results
 
 from sta_adapter import inject_sta
 from sta_adapter.adapter.format import read_description
@@ -37,6 +37,7 @@ def folder(adapter, tmp_path):
     (tmp_path / "stage1").mkdir()
     for name, content in zip(FILES, ({**SETTINGS, "frames": FRAMES}, RESULTS, STAGE), strict=True):
         (tmp_path / name).write_text(json.dumps(content))
+    write_results(tmp_path)
     return tmp_path
 
 
@@ -124,7 +125,7 @@ def test_text_where_numbers_or_words_belong_is_refused(folder, name, content):
 
 
 def test_sentences_are_no_markup(folder):
-    (folder / "results.json").write_text(json.dumps({**RESULTS, "reading": [EVIL, 3, ["x"]]}))
+    write_results(folder, reading=[EVIL, 3, ["x"]])
     text = card(folder)
     assert "<script>" not in text
     assert "](javascript" not in text
