@@ -445,3 +445,23 @@ def test_gradients_of_a_full_model_under_checkpointing(case_id, reentrant):
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
     assert set(map(tuple, seen)) == {tuple(clips), ((3, 16),)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 2), "past_key_values": ()}, False),
+        ({"inputs_embeds": torch.ones(1, 2, 3), "video_grid_thw": torch.ones(1, 3), "pixel_values": None}, False),
+        ({"input_ids": torch.ones(1, 2), "pixel_values_videos": torch.ones(1, 2)}, True),
+        ({"input_ids": torch.ones(1, 2), "frames": torch.ones(4, 3, 8, 8)}, True),
+        ({"videos": [torch.ones(4, 3, 8, 8)]}, True),
+        ({"input_ids": torch.ones(1, 2), "clip_lengths": [4]}, True),
+    ],
+    ids=["text", "embeddings", "clips", "another name", "list", "told"],
+)
+def test_a_compiler_passes_by_calls_of_text_alone(arguments, told):
+    """An argument that nobody knows may be clips, whatever a model calls it."""
+    from sta_adapter.injection.clip_source import _may_tell
+
+    assert _may_tell(None, None, (), arguments) is told
+    assert _may_tell(None, None, (torch.ones(1),), arguments)

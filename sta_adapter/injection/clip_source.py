@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths
 from sta_adapter.compatibility.running import calling_frame
@@ -21,11 +21,21 @@ from sta_adapter.injection.hooks import Hook, take_clip_lengths
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
 
+OF_TEXT = (
+    *("input_ids", "inputs_embeds", "position_ids", "cache_position", "past_key_values", "labels", "logits_to_keep"),
+    *("rope_deltas", "second_per_grid_ts"),
+)
+
 
 def _may_tell(hook: Hook, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     """Whether a forward may tell clips: one of text alone, as each of a cached generation is, does not."""
-    names = [name for name, value in kwargs.items() if value is not None]
-    return bool(args) or any(name == "clip_lengths" or name.startswith("pixel_values") for name in names)
+    given = [name for name, value in kwargs.items() if isinstance(value, (Tensor, list, tuple))]
+    return bool(args) or kwargs.get("clip_lengths") is not None or not all(map(_is_of_text, given))
+
+
+def _is_of_text(name: str) -> bool:
+    """Whether an argument of many values is of tokens, or describes clips and pictures that come as another one."""
+    return name in OF_TEXT or name.endswith(("_mask", "_type_ids", "_grid_thw", "_sizes"))
 
 
 class ModelPreHook(Hook):
