@@ -1,7 +1,9 @@
 """Where full models of transformers tell their clips, and what is refused where they can't."""
 
 import dataclasses
+import gc
 import inspect
+import weakref
 from pathlib import Path
 
 import pytest
@@ -259,6 +261,24 @@ def test_clips_of_an_interrupted_call_are_forgotten():
             hook.remove()
             then(**video)
     assert seen == [[(4, 16)]] * len(turns)
+
+
+def test_what_an_interrupted_call_was_given_is_let_go():
+    """A frame that somebody keeps holds all its tensors: on a GPU, those of the whole model's forward."""
+    model, handle, _ = injected("llava_onevision")
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle.encoder.register_forward_pre_hook(interrupt)
+    video = llava_prompt(4)
+    pixels = weakref.ref(video["pixel_values_videos"])
+    try:
+        model(**video, clip_lengths=[3, 1])
+    except KeyboardInterrupt:
+        del video
+    gc.collect()  # the traceback's cycles
+    assert pixels() is None
 
 
 @pytest.mark.parametrize("case_id", TOWERS)
