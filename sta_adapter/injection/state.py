@@ -64,6 +64,7 @@ class ThreadState:
     in_dummy: bool = False  # whether the encoder forward is one of a dummy clip
     in_check: bool = False  # whether the encoder and its blocks are run to be looked at, before their first forward
     ran: bool = False  # whether an encoder forward with gradients began since `pop_ran`
+    averaged: tuple[int, ...] = ()  # the DDP that was looked at last, and the parameters that it averages, by their ids
 
 
 class _PerThread(threading.local):
