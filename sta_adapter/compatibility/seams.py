@@ -237,10 +237,14 @@ def operations_are_watched() -> bool:
         CompatibilityError: torch no longer tells it.
     """
     try:
-        level = torch.autograd.forward_ad._current_level
-        return bool(torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or level >= 0)
+        return bool(torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or has_forward_derivatives())
     except AttributeError as error:
         raise incompatible("torch", f"it no longer tells who looks at its operations ({error})") from error
+
+
+def has_forward_derivatives() -> bool:
+    """Whether forward-mode derivatives are at work."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:
