@@ -295,7 +295,8 @@ def test_what_trains_alone_keeps_no_more_than_it_needs():
 
 def test_one_step_back_is_taken_where_there_is_one_alone():
     x, y = torch.randn(4).requires_grad_(), torch.randn(4).requires_grad_()
-    for output in (x * y, x * (x + y), x * x, (x * 2).exp() + y, y.clone()):
+    for compute in (lambda: x * y, lambda: x * (x + y), lambda: x * x, lambda: (x * 2).exp() + y, y.clone):
+        output, again = compute(), compute()
         leaves = [
             leaf
             for leaf in (x, y)
@@ -305,7 +306,9 @@ def test_one_step_back_is_taken_where_there_is_one_alone():
         expected = torch.autograd.grad(output, leaves, grad, retain_graph=True)
         with torch.no_grad():
             found = step_back(output, leaves, grad)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            turned = step_back(again, leaves[::-1], grad)[::-1]
+        for pair in (found, turned):
+            assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
 def test_one_operation_needs_no_run_of_the_engine(monkeypatch):
@@ -317,11 +320,12 @@ def test_one_operation_needs_no_run_of_the_engine(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", run)
     with torch.no_grad():
-        found = step_back(one, [y, x], torch.ones(4))
-        with pytest.raises(RuntimeError, match="the engine runs"):
-            step_back(two, [x, y], torch.ones(4))
-    assert torch.equal(found[0], x)
-    assert torch.equal(found[1], y)
+        found = step_back(one, [x, y], torch.ones(4))
+        for output, leaves in ((two, [x, y]), (one, [y, x]), (one, [x])):
+            with pytest.raises(RuntimeError, match="the engine runs"):
+                step_back(output, leaves, torch.ones(4))
+    assert torch.equal(found[0], y)
+    assert torch.equal(found[1], x)
 
 
 def test_under_autocast_the_gradients_are_those_without_recomputation():

@@ -60,22 +60,29 @@ def _sizes(layout: ClipLayout) -> list[int]:
 
 
 def _fold(x: Tensor, clip: tuple[int, int], rows: int) -> Tensor:
-    """(b t n) (r d) -> b n r t d, a view: rows are heads, or heads of q, k and v."""
+    """(b t n) (r d) -> b n r t d, a view, of one clip without b: rows are heads, or heads of q, k and v."""
     frames, positions = clip
+    if x.shape[0] == frames * positions:
+        return x.view(frames, positions, rows, x.shape[-1] // rows).permute(1, 2, 0, 3)
     return x.view(-1, frames, positions, rows, x.shape[-1] // rows).permute(0, 2, 3, 1, 4)
+
+
+def _unfold(x: Tensor, clip: tuple[int, int], tokens: int) -> Tensor:
+    """(b n) r t d -> (b t n) (r d), a copy."""
+    frames, positions = clip
+    if tokens == frames * positions:
+        return x.permute(2, 0, 1, 3).reshape(tokens, -1)
+    return x.view(-1, positions, *x.shape[1:]).permute(0, 3, 1, 2, 4).reshape(tokens, -1)
 
 
 def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
     """As `mix_frames`, of clips of one size (frames, positions)."""
-    frames, positions = clip
+    if clip[0] == 1:
+        return qkv[:, -(qkv.shape[1] // 3) :]  # v: a softmax over one frame is 1
     fold = _fold(qkv, clip, 3 * heads)
-    if frames == 1:
-        out = fold[:, :, 2 * heads :]  # v: a softmax over one frame is 1
-    else:
-        q, k, v = _queries_keys_values(fold, _tables(fold, frames, layout, config), heads)
-        out = attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
-        out = out.view(-1, positions, heads, frames, out.shape[-1])
-    return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)  # b n h t d -> (b t n) (h d)
+    q, k, v = _queries_keys_values(fold, _tables(fold, clip[0], layout, config), heads)
+    out = attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
+    return _unfold(out, clip, qkv.shape[0])
 
 
 def _mix_gradient(
@@ -88,17 +95,18 @@ def _mix_gradient(
     config: STAConfig,
 ) -> None:
     """Write the gradient of `_mix` at `qkv` into `found`, which is shaped as it is."""
-    fold, to_out, to_qkv = _fold(qkv, clip, 3 * heads), _fold(grad, clip, heads), _fold(found, clip, 3 * heads)
     if clip[0] == 1:
-        to_qkv[:, :, : 2 * heads] = 0
-        to_qkv[:, :, 2 * heads :] = to_out
+        size = grad.shape[1]
+        found[:, : 2 * size] = 0
+        found[:, 2 * size :] = grad
         return
+    fold, to_out, to_qkv = _fold(qkv, clip, 3 * heads), _fold(grad, clip, heads), _fold(found, clip, 3 * heads)
     tables = _tables(fold, clip[0], layout, config)
     q, k, v = _queries_keys_values(fold, tables, heads)
     to_q, to_k, to_v = attend_by_head_gradient(
-        to_out.flatten(0, 1), q, k, v, causal=config.causal, window=config.window, backend=config.attention
+        to_out.flatten(0, -4), q, k, v, causal=config.causal, window=config.window, backend=config.attention
     )
-    into, into_v = to_qkv.split_with_sizes([2 * heads, heads], 2)
+    into, into_v = to_qkv.split_with_sizes([2 * heads, heads], -3)
     both = torch.cat([to_q, to_k], dim=1).view(into.shape)
     if tables is None:
         into.copy_(both)
@@ -118,9 +126,9 @@ def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) ->
 def _queries_keys_values(
     fold: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q and k, rotated, and v: b n (k h) t d -> three of (b n) h t d."""
-    both, v = fold.split_with_sizes([2 * heads, heads], 2)
+    """Q and k, rotated, and v: (b) n (k h) t d -> three of (b n) h t d."""
+    both, v = fold.split_with_sizes([2 * heads, heads], -3)
     if tables is not None:
         both = apply_rotary(both, *tables)
-    q, k = both.flatten(0, 1).chunk(2, 1)
-    return q, k, v.flatten(0, 1)
+    q, k = both.flatten(0, -4).chunk(2, 1)
+    return q, k, v.flatten(0, -4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -83,23 +84,53 @@ def attend_by_head_gradient(
     window: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients at q, k and v (P, H, T, D) of `attend_by_head`, from that at its output; the attention is computed again."""
-    plain = _name(q, backend) == "sdpa" and not _is_split(q)
-    wide = plain and _widens(q.device.type, q.dtype)
-    leaves = [(x.float() if wide else x).detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        if plain:
-            mask = None
-            if causal:
-                causal, window = _bounds(q.shape[2], q.shape[2], window)
-                mask, causal = _sdpa_mask(q, k, causal, window)
-            out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=causal)
-        else:
-            out = attend_by_head(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
-    found = step_back(out, leaves, grad.float() if wide else grad)
+    """Gradients at q, k and v (P, H, T, D) of `attend_by_head`, from that at its output; the attention is computed again.
+
+    To be called without gradients; q, k and v are used up: they require one afterwards.
+    """
+    sdpa = _name(q, backend) == "sdpa" and not _is_split(q)
+    wide = sdpa and _widens(q.device.type, q.dtype)
+    leaves = [x.float() for x in (q, k, v)] if wide else [q, k, v]
+    grad = grad.float() if wide else grad
+    if causal:
+        causal, window = _bounds(q.shape[2], q.shape[2], window)
+    if sdpa and q.device.type == "cpu" and q.shape[2] <= q.shape[3]:
+        found = _products_gradient(grad, *leaves, causal, window)
+    else:
+        for leaf in leaves:
+            leaf.requires_grad_()
+        with torch.enable_grad():
+            if sdpa:
+                mask, causal = _sdpa_mask(q, k, causal, window) if causal else (None, False)
+                out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=causal)
+            else:
+                out = attend_by_head(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
+        found = step_back(out, leaves, grad)
     if wide:
         found = [x.to(q.dtype) for x in found]
     return found[0], found[1], found[2]
+
+
+def _products_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
+) -> list[Tensor]:
+    """By batched matrix products: on the CPU half of SDPA's time for few frames (benchmarks/kernels.py).
+
+    The weights are (P * H, T, T); with T at most D they take no more than q does.
+    """
+    shape, scale = q.shape, q.shape[-1] ** -0.5
+    grad, q, k, v = (x.flatten(0, 1) for x in (grad, q, k, v))
+    hidden = q.new_zeros(())
+    if causal:
+        seen = visible_keys(shape[2], shape[2], window, q.device)
+        hidden = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+    weights = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    to_v = torch.bmm(weights.transpose(1, 2), grad)
+    to_scores = torch.bmm(grad, v.transpose(1, 2)).mul_(weights)
+    to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
+    to_q = torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale)
+    to_k = torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale)
+    return [x.view(shape) for x in (to_q, to_k, to_v)]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> None:
@@ -219,16 +250,16 @@ def step_back(output: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> list[Te
 
     Args:
         output: computed from the leaves, with gradients.
-        leaves: tensors without a history.
+        leaves: tensors without a history, in the order in which the operation takes them.
         grad: shaped as `output`.
     """
     if callable(node := output.grad_fn) and not isinstance(node, torch.autograd.function.BackwardCFunction):
-        reached = [function for function, _ in node.next_functions]
-        variables = [getattr(function, "variable", None) for function in reached]
-        places = [next((i for i, x in enumerate(variables) if x is leaf), -1) for leaf in leaves]
-        if -1 not in places and sum(function is not None for function in reached) == len(leaves):
-            found = node(grad)
-            found = found if isinstance(found, tuple) else (found,)
-            if all(found[place] is not None for place in places):  # None: within `torch.autograd.grad(..., inputs)`
-                return [found[place] for place in places]
+        functions = [function for function, _ in node.next_functions]
+        reached = [getattr(function, "variable", None) for function in functions if function is not None]
+        if len(reached) == len(leaves) and all(map(operator.is_, reached, leaves)):
+            given = node(grad)
+            pairs = zip(given if isinstance(given, tuple) else (given,), functions, strict=True)
+            found = [x for x, function in pairs if function is not None and x is not None]
+            if len(found) == len(leaves):  # else within `torch.autograd.grad(..., inputs)`
+                return found
     return list(torch.autograd.grad(output, leaves, grad))
