@@ -83,10 +83,10 @@ def attend_by_head_gradient(
     causal: bool = False,
     window: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients at q, k and v (P, H, T, D) of `attend_by_head`, from that at its output; the attention is computed again.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `attend_by_head` at q and k (2, P, H, T, D) and at v (P, H, T, D), from that at its output.
 
-    To be called without gradients; q, k and v are used up: they require one afterwards.
+    The attention is computed again. To be called without gradients; q, k and v are used up: they may require one afterwards.
     """
     sdpa = _name(q, backend) == "sdpa" and not _is_split(q)
     wide = sdpa and _widens(q.device.type, q.dtype)
@@ -95,7 +95,7 @@ def attend_by_head_gradient(
     if causal:
         causal, window = _bounds(q.shape[2], q.shape[2], window)
     if sdpa and q.device.type == "cpu" and q.shape[2] <= q.shape[3]:
-        found = _products_gradient(grad, *leaves, causal, window)
+        both, to_v = _products_gradient(grad, leaves[0], leaves[1], leaves[2], causal, window)
     else:
         for leaf in leaves:
             leaf.requires_grad_()
@@ -105,18 +105,17 @@ def attend_by_head_gradient(
                 out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=causal)
             else:
                 out = attend_by_head(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
-        found = step_back(out, leaves, grad)
-    if wide:
-        found = [x.to(q.dtype) for x in found]
-    return found[0], found[1], found[2]
+        to_q, to_k, to_v = step_back(out, leaves, grad)
+        both = torch.stack([to_q, to_k])
+    return (both.to(q.dtype), to_v.to(q.dtype)) if wide else (both, to_v)
 
 
 def _products_gradient(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
-) -> list[Tensor]:
-    """By batched matrix products: on the CPU half of SDPA's time for few frames (benchmarks/kernels.py).
+) -> tuple[Tensor, Tensor]:
+    """As `attend_by_head_gradient`, by batched matrix products: for few frames faster than SDPA on the CPU.
 
-    The weights are (P * H, T, T); with T at most D they take no more than q does.
+    The weights are (P * H, T, T): with T at most D no more than q is.
     """
     shape, scale = q.shape, q.shape[-1] ** -0.5
     grad, q, k, v = (x.flatten(0, 1) for x in (grad, q, k, v))
@@ -124,13 +123,14 @@ def _products_gradient(
     if causal:
         seen = visible_keys(shape[2], shape[2], window, q.device)
         hidden = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    weights = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    weights = torch.baddbmm(hidden, q, k.transpose(1, 2), beta=int(causal), alpha=scale).softmax(-1)
     to_v = torch.bmm(weights.transpose(1, 2), grad)
     to_scores = torch.bmm(grad, v.transpose(1, 2)).mul_(weights)
     to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
-    to_q = torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale)
-    to_k = torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale)
-    return [x.view(shape) for x in (to_q, to_k, to_v)]
+    both = q.new_empty((2, *q.shape))
+    torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale, out=both[0])
+    torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale, out=both[1])
+    return both.view(2, *shape), to_v.view(shape)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> None:
