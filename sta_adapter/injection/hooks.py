@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from sta_adapter.attention.layout import ClipLayout, ClipLengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
-from sta_adapter.compatibility.reduction import trained_alone
+from sta_adapter.compatibility.reduction import require_averages
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, active_ddp, graph_task, hook_table, remove_load_hooks
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.distributed import is_parallel
@@ -28,9 +28,6 @@ from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
 from sta_adapter.injection.target import sta_modules
 from sta_adapter.injection.told import take_clip_lengths
-
-if TYPE_CHECKING:
-    from torch.nn.parallel import DistributedDataParallel
 
 RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream
 
@@ -58,26 +55,14 @@ class EncoderPreHook(Hook):
         kwargs, told = take_clip_lengths(encoder, kwargs)
         injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
         if injection.is_enabled and torch.is_grad_enabled() and is_parallel() and (ddp := active_ddp()) is not None:
-            self._require_averages(encoder, ddp)
+            stas = (module.parameters() for module in sta_modules(encoder, injection.spec).values())
+            injection.thread.averaged = require_averages(chain.from_iterable(stas), ddp, injection.thread.averaged)
         if injection.is_enabled and encoder.training and torch.is_grad_enabled():
             injection.warn_of_training()
             if checkpoints_reentrantly(encoder):
                 self._require_one_run()
                 return require_grad(args, kwargs)
         return args, kwargs
-
-    def _require_averages(self, encoder: nn.Module, ddp: DistributedDataParallel) -> None:
-        """DDP averages no gradients of what came to train after it wrapped the model."""
-        modules = sta_modules(encoder, self.injection.spec).values()
-        training = [p for module in modules for p in module.parameters() if p.requires_grad]
-        if (found := (id(ddp), *map(id, training))) == self.injection.thread.averaged:
-            return
-        if alone := trained_alone(training, ddp):
-            raise InjectionError(
-                f"{alone} of STA's {len(training)} parameters that train came to do so after DistributedDataParallel had wrapped the model. It "
-                "would average no gradients of theirs, so that each process trains weights of its own: wrap the model again."
-            )
-        self.injection.thread.averaged = found
 
     def _require_one_run(self) -> None:
         """Each run under re-entrant checkpointing has backwards of its own, and DDP averages gradients once."""
