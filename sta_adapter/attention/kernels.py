@@ -128,8 +128,9 @@ def _products_gradient(
     to_scores = torch.bmm(grad, v.transpose(1, 2)).mul_(weights)
     to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
     both = q.new_empty((2, *q.shape))
-    torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale, out=both[0])
-    torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale, out=both[1])
+    to_q, to_k = both.unbind()
+    torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale, out=to_q)
+    torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale, out=to_k)
     return both.view(2, *shape), to_v.view(shape)
 
 
