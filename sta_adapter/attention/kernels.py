@@ -185,7 +185,8 @@ def choose_kernel(device: str, dtype: torch.dtype, frames: int, head_dim: int, r
         return Choice("xformers", reason)
     if requested == "xformers":
         raise BackendError(
-            f"attention='xformers' can't be used here: {refusal}. Use attention='auto', which falls back to torch's SDPA."
+            f"attention='xformers' can't be used here: {refusal}. Use attention='auto', which falls back to torch's SDPA: in "
+            "STAConfig(...), or, for an adapter that was saved so, in load_sta(...)."
         )
     wide = "; in float32, which the CPU's kernel is faster in" if _widens(device, dtype) else ""
     return Choice("sdpa", f"not xformers: {refusal}{wide}")
