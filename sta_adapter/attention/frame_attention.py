@@ -85,9 +85,8 @@ def _positions_at_once(x: Tensor, clip: tuple[int, int], parts: int) -> int:
     On the CPU a part of them stays in the cache, and its memory is taken again for the next one. What autograd or a compiler
     looks at is computed at once.
     """
-    positions = clip[1]
-    size = x.numel() // parts
-    if x.device.type != "cpu" or size <= PART or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    positions, size = clip[1], x.numel() // parts
+    if size <= PART or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return positions
     return max(1, positions * PART * torch.get_num_threads() // size)
 
@@ -103,7 +102,7 @@ def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, con
         return _unfold(_attend(fold, tables, config), clip, qkv.shape[0])
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     for part, into in zip(
-        fold.split(step, POSITIONS), _fold(out, clip, heads, 1)[0].split(step, POSITIONS), strict=True
+        fold.split(step, POSITIONS), _fold(out, clip, heads, 1).select(0, 0).split(step, POSITIONS), strict=True
     ):
         into.copy_(_attend(part, tables, config).view(into.shape))
     return out
@@ -130,7 +129,7 @@ def _mix_gradient(
         found[:, : 2 * size] = 0
         found[:, 2 * size :] = grad
         return
-    folds = _fold(qkv, clip, heads, 3), _fold(grad, clip, heads, 1)[0], _fold(found, clip, heads, 3)
+    folds = _fold(qkv, clip, heads, 3), _fold(grad, clip, heads, 1).select(0, 0), _fold(found, clip, heads, 3)
     tables = _tables(folds[0], clip[0], layout, config)
     step = _positions_at_once(qkv, clip, 3)
     parts = [folds] if step >= clip[1] else zip(*(x.split(step, POSITIONS) for x in folds), strict=True)
@@ -146,7 +145,7 @@ def _attend_gradient(
     to_both, to_v = attend_by_head_gradient(
         to_out.flatten(0, -4), q, k, v, causal=config.causal, window=config.window, backend=config.attention
     )
-    into, into_v = to_qkv[:2], to_qkv[2]
+    into, into_v = to_qkv.narrow(0, 0, 2), to_qkv.select(0, 2)
     to_both = to_both.view(into.shape)
     if tables is None:
         into.copy_(to_both)
@@ -165,5 +164,8 @@ def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) ->
 
 def _queries_keys_values(fold: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Q and k, rotated, and v: k (b) n h t d -> three of (b n) h t d."""
-    both = fold[:2] if tables is None else apply_rotary(fold[:2], *tables)
-    return both[0].flatten(0, -4), both[1].flatten(0, -4), fold[2].flatten(0, -4)
+    both, v = fold.narrow(0, 0, 2), fold.select(0, 2)
+    if tables is not None:
+        both = apply_rotary(both, *tables)
+    q, k = both.unbind()
+    return (q, k, v) if q.dim() == 4 else (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))

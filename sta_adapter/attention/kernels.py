@@ -128,8 +128,9 @@ def _products_gradient(
     to_scores = torch.bmm(grad, v.transpose(1, 2)).mul_(weights)
     to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
     both = q.new_empty((2, *q.shape))
-    torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale, out=both[0])
-    torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale, out=both[1])
+    to_q, to_k = both.unbind()
+    torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale, out=to_q)
+    torch.baddbmm(to_v, to_scores.transpose(1, 2), q, beta=0, alpha=scale, out=to_k)
     return both.view(2, *shape), to_v.view(shape)
 
 
@@ -184,7 +185,8 @@ def choose_kernel(device: str, dtype: torch.dtype, frames: int, head_dim: int, r
         return Choice("xformers", reason)
     if requested == "xformers":
         raise BackendError(
-            f"attention='xformers' can't be used here: {refusal}. Use attention='auto', which falls back to torch's SDPA."
+            f"attention='xformers' can't be used here: {refusal}. Use attention='auto', which falls back to torch's SDPA: in "
+            "STAConfig(...), or, for an adapter that was saved so, in load_sta(...)."
         )
     wide = "; in float32, which the CPU's kernel is faster in" if _widens(device, dtype) else ""
     return Choice("sdpa", f"not xformers: {refusal}{wide}")
