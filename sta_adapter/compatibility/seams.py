@@ -224,10 +224,16 @@ def calls_are_watched() -> bool:
     Raises:
         CompatibilityError: torch no longer tells it.
     """
-    function = getattr(nn.modules.module, "_has_any_global_hook", None)
-    if function is None:
-        raise incompatible("torch", "torch.nn.modules.module has no _has_any_global_hook")
-    return bool(function())
+    module = nn.modules.module
+    try:
+        return bool(
+            module._global_forward_hooks
+            or module._global_forward_pre_hooks
+            or module._global_backward_hooks
+            or module._global_backward_pre_hooks
+        )
+    except AttributeError as error:
+        raise incompatible("torch", f"the hooks on the calls of all modules can't be found ({error})") from error
 
 
 def operations_are_watched() -> bool:

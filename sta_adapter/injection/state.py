@@ -69,13 +69,6 @@ class ThreadState:
     ran: bool = False  # whether an encoder forward with gradients began since `pop_ran`
 
 
-class _PerThread(threading.local):
-    """A `ThreadState` for each thread."""
-
-    def __init__(self) -> None:
-        self.state = ThreadState()
-
-
 class Told(threading.local):
     """Frames of each clip, as this thread was told them.
 
@@ -83,12 +76,11 @@ class Told(threading.local):
     of the model whose calls tell its clips.
     """
 
-    by_user: ClipLengths | None = None  # by `clips(...)`
-    by_model: ClipLengths | None = None  # by the full model's call
-    call: FrameType | None = None  # that one; what it has told ends with it
-
     def __init__(self, model: weakref.ref[nn.Module] | None = None) -> None:
         self.model = model  # that STA went into
+        self.by_user: ClipLengths | None = None  # by `clips(...)`
+        self.by_model: ClipLengths | None = None  # by the full model's call
+        self.call: FrameType | None = None  # that one; what it has told ends with it
 
     def tell(self, lengths: ClipLengths | None, call: FrameType | None) -> None:
         """Note what a call of the full model tells, or that it is over."""
@@ -120,18 +112,22 @@ class Injection:
         self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_model
         self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
         self.told = Told()
-        self._threads = _PerThread()
+        self._threads = threading.local()
 
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_handle", "_model")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _threads=_PerThread())
+        self.__dict__.update(state, _threads=threading.local())
 
     @property
     def thread(self) -> ThreadState:
         """What this thread knows."""
-        return self._threads.state
+        threads = self._threads  # in objects of a derived class torch 2.4's compiler finds no attribute
+        if not hasattr(threads, "state"):
+            threads.state = ThreadState()
+        state: ThreadState = threads.state
+        return state
 
     @property
     def backbone(self) -> str:
