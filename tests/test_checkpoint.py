@@ -1,5 +1,6 @@
 """Adapters on disk: what is written, what is refused, and that a refusal leaves model and files as they were."""
 
+import dataclasses
 import json
 import os
 
@@ -15,7 +16,15 @@ import sta_adapter
 from sta_adapter import STAConfig, inject_sta, load_sta
 from sta_adapter.adapter import format as adapter_format
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
-from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAError, STAWarning, UnknownBackboneError
+from sta_adapter.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    InjectionError,
+    STAError,
+    STAWarning,
+    UnknownBackboneError,
+)
 
 
 @pytest.fixture
@@ -61,6 +70,24 @@ def test_round_trip(adapter):
     assert not any(p.requires_grad for p in handle.parameters())
     again = load_sta(seeded(make_qwen2_vl_tower), str(adapter), is_trainable=True)
     assert all(p.requires_grad for p in again.parameters())
+
+
+def test_an_adapter_that_names_a_kernel_of_another_machine(tmp_path):
+    """What it was trained with need not be there where it is used."""
+    handle = inject_sta(seeded(make_qwen2_vl_tower), STAConfig(attention="xformers", init="normal"))
+    handle.save_pretrained(tmp_path)
+    clip = torch.randn(32, 96), torch.tensor([[2, 4, 4]])
+    with pytest.raises(BackendError, match=r"attention='xformers' can't be used here.* or, .*, in load_sta\(...\)"):
+        load_sta(seeded(make_qwen2_vl_tower), tmp_path).encoder(*clip)
+    loaded = load_sta(seeded(make_qwen2_vl_tower), tmp_path, attention="auto")
+    assert loaded.config == dataclasses.replace(handle.config, attention="auto")
+    handle.remove()
+    expected = inject_sta(seeded(make_qwen2_vl_tower), loaded.config)
+    for module, saved in zip(expected.blocks.values(), loaded.blocks.values(), strict=True):
+        module.load_state_dict(saved.state_dict())
+    assert torch.equal(loaded.encoder(*clip)[0], expected.encoder(*clip)[0])
+    with pytest.raises(ConfigError, match="attention"):
+        load_sta(seeded(make_qwen2_vl_tower), tmp_path, attention="flash")
 
 
 def test_an_argument_that_is_none(adapter):

@@ -354,19 +354,33 @@ def clip():
     return torch.randn(32, 96), torch.tensor([[2, 4, 4]])
 
 
-def test_a_flag_of_another_name_is_no_training_without_gradients(training_encoder, monkeypatch):
+def checkpointed(forward, use_reentrant):
+    return lambda tokens, **kwargs: checkpoint(
+        functools.partial(forward, **kwargs), tokens, use_reentrant=use_reentrant
+    )
+
+
+@pytest.fixture(params=[True, False], ids=["re-entrant", "not re-entrant"])
+def checkpointing_encoder(training_encoder, request):
+    """One whose blocks checkpoint by themselves, without a flag that we know."""
+    for block in training_encoder.blocks:
+        block.forward = checkpointed(block.forward, use_reentrant=request.param)
+    return training_encoder
+
+
+def test_a_flag_of_another_name_is_no_training_without_gradients(checkpointing_encoder, monkeypatch):
     """The release's own property knows the new flag, ours doesn't."""
-    name = next(name for name in checkpointing.PROPERTIES if hasattr(type(training_encoder), name))
-    monkeypatch.setattr(type(training_encoder), name, property(lambda self: True))
+    name = next(name for name in checkpointing.PROPERTIES if hasattr(type(checkpointing_encoder), name))
+    monkeypatch.setattr(type(checkpointing_encoder), name, property(lambda self: True))
     with raises("checkpoints, and none of its modules has one of the flags gradient_checkpointing, with_cp"):
-        training_encoder(*clip())
+        checkpointing_encoder(*clip())
 
 
-def test_a_model_that_does_not_say_whether_it_checkpoints(training_encoder, monkeypatch):
+def test_a_model_that_does_not_say_whether_it_checkpoints(checkpointing_encoder, monkeypatch):
     for name in checkpointing.PROPERTIES:
         monkeypatch.delattr(transformers.PreTrainedModel, name, raising=False)
     with raises("has neither is_activation_checkpointing nor is_gradient_checkpointing"):
-        training_encoder(*clip())
+        checkpointing_encoder(*clip())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
+from sta_adapter.attention import frame_attention
 from sta_adapter.attention.block_function import Weights, weights_or_reason
 from sta_adapter.attention.explain import calls_of
 from sta_adapter.attention.kernels import step_back
@@ -293,9 +294,64 @@ def test_what_trains_alone_keeps_no_more_than_it_needs():
     assert heads.shape == (24, 32)
 
 
+@settings(max_examples=60)
+@given(
+    clips=layouts,
+    part=st.sampled_from([1, 100, 1000]),
+    config=st.fixed_dictionaries(
+        {},
+        optional={
+            "causal": st.just(True),
+            "window": st.sampled_from([1, 3]),
+            "rope_theta": st.just(None),
+            "attention": st.just("eager"),
+        },
+    ),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+)
+def test_parts_of_the_positions_give_what_all_of_them_give(clips, part, config, dtype):
+    if "window" in config:
+        config["causal"] = True
+    settings = STAConfig(**{"rope_theta": 10000.0, **config})
+    layout, heads = ClipLayout(clips), 2
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(layout.num_tokens, 3 * heads * 16).to(dtype), torch.randn(layout.num_tokens, heads * 16)
+    grad = grad.to(dtype)
+
+    def both():
+        with torch.no_grad():
+            return (
+                frame_attention.mix_frames(qkv, layout, heads, settings),
+                frame_attention.mix_frames_gradient(grad, qkv, layout, heads, settings),
+            )
+
+    whole = both()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frame_attention, "PART", part)
+        parts = both()
+    for found, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_many_positions_are_computed_in_parts(monkeypatch):
+    """Without gradients, as the function of a block computes; autograd gets them at once."""
+    seen = []
+    monkeypatch.setattr(frame_attention, "PART", 4 * 6 * 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    attend = frame_attention.attend_by_head
+    monkeypatch.setattr(frame_attention, "attend_by_head", lambda q, *a, **k: seen.append(len(q)) or attend(q, *a, **k))
+    qkv, layout = torch.randn(6 * 10, 3 * 32), ClipLayout([(6, 10)])
+    with torch.no_grad():
+        frame_attention.mix_frames(qkv, layout, 2, STAConfig())
+    assert seen == [4, 4, 2]
+    frame_attention.mix_frames(qkv, layout, 2, STAConfig())
+    assert seen[3:] == [10]
+
+
 def test_one_step_back_is_taken_where_there_is_one_alone():
     x, y = torch.randn(4).requires_grad_(), torch.randn(4).requires_grad_()
-    for output in (x * y, x * (x + y), x * x, (x * 2).exp() + y, y.clone()):
+    for compute in (lambda: x * y, lambda: x * (x + y), lambda: x * x, lambda: (x * 2).exp() + y, y.clone):
+        output, again = compute(), compute()
         leaves = [
             leaf
             for leaf in (x, y)
@@ -305,7 +361,9 @@ def test_one_step_back_is_taken_where_there_is_one_alone():
         expected = torch.autograd.grad(output, leaves, grad, retain_graph=True)
         with torch.no_grad():
             found = step_back(output, leaves, grad)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            turned = step_back(again, leaves[::-1], grad)[::-1]
+        for pair in (found, turned):
+            assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
 def test_one_operation_needs_no_run_of_the_engine(monkeypatch):
@@ -317,11 +375,12 @@ def test_one_operation_needs_no_run_of_the_engine(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", run)
     with torch.no_grad():
-        found = step_back(one, [y, x], torch.ones(4))
-        with pytest.raises(RuntimeError, match="the engine runs"):
-            step_back(two, [x, y], torch.ones(4))
-    assert torch.equal(found[0], x)
-    assert torch.equal(found[1], y)
+        found = step_back(one, [x, y], torch.ones(4))
+        for output, leaves in ((two, [x, y]), (one, [y, x]), (one, [x])):
+            with pytest.raises(RuntimeError, match="the engine runs"):
+                step_back(output, leaves, torch.ones(4))
+    assert torch.equal(found[0], y)
+    assert torch.equal(found[1], x)
 
 
 def test_under_autocast_the_gradients_are_those_without_recomputation():

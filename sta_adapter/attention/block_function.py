@@ -118,12 +118,13 @@ def weights_or_reason(branch: TemporalAttention, tokens: Tensor, layout: ClipLay
 def layers_of(branch: TemporalAttention) -> list[nn.Module]:
     """Norm, `to_qkv` and `to_out`."""
     children = branch._modules
-    return [cast("nn.Module", children[name]) for name in ("norm", "to_qkv", "to_out")]
+    return cast("list[nn.Module]", [children[name] for name in ("norm", "to_qkv", "to_out")])
 
 
 def _own(module: nn.Module, name: str) -> Tensor | None:
     """`getattr(module, name)` of a plain layer's parameter, without the detour that costs as much as an operator."""
-    return cast("Tensor | None", module.__dict__.get(name, module._parameters.get(name)))
+    found: Tensor | None = module.__dict__.get(name, module._parameters.get(name))
+    return found
 
 
 def block_branch(branch: TemporalAttention, weights: Weights, tokens: Tensor, layout: ClipLayout) -> Tensor:

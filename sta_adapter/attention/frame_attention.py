@@ -15,6 +15,9 @@ from sta_adapter.config import STAConfig
 
 __all__ = ["mix_frames", "mix_frames_gradient"]
 
+PART = 2**17  # numbers of q that a core of the CPU computes at once: half a MiB in float32, as much of k, v and others
+POSITIONS = -4  # their axis, in folded tokens
+
 
 def mix_frames(qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
     """Section 3 of arXiv 2510.26027: each position of a clip attends over the clip's frames.
@@ -59,23 +62,56 @@ def _sizes(layout: ClipLayout) -> list[int]:
     return [frames * positions for frames, positions in layout.groups]
 
 
-def _fold(x: Tensor, clip: tuple[int, int], rows: int) -> Tensor:
-    """(b t n) (r d) -> b n r t d, a view: rows are heads, or heads of q, k and v."""
+def _fold(x: Tensor, clip: tuple[int, int], heads: int, parts: int) -> Tensor:
+    """(b t n) (k h d) -> k b n h t d, a view, of one clip without b: k are q, k and v, or one alone."""
     frames, positions = clip
-    return x.view(-1, frames, positions, rows, x.shape[-1] // rows).permute(0, 2, 3, 1, 4)
+    size = x.shape[-1] // (parts * heads)
+    if x.shape[0] == frames * positions:
+        return x.view(frames, positions, parts, heads, size).permute(2, 1, 3, 0, 4)
+    return x.view(-1, frames, positions, parts, heads, size).permute(3, 0, 2, 4, 1, 5)
+
+
+def _unfold(x: Tensor, clip: tuple[int, int], tokens: int) -> Tensor:
+    """(b n) h t d -> (b t n) (h d), a copy."""
+    frames, positions = clip
+    if tokens == frames * positions:
+        return x.permute(2, 0, 1, 3).reshape(tokens, -1)
+    return x.view(-1, positions, *x.shape[1:]).permute(0, 3, 1, 2, 4).reshape(tokens, -1)
+
+
+def _positions_at_once(x: Tensor, clip: tuple[int, int], parts: int) -> int:
+    """How many positions to compute at a time, of tokens (b t n, parts * h * d).
+
+    On the CPU a part of them stays in the cache, and its memory is taken again for the next one. What autograd or a compiler
+    looks at is computed at once.
+    """
+    positions, size = clip[1], x.numel() // parts
+    if size <= PART or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return positions
+    return max(1, positions * PART * torch.get_num_threads() // size)
 
 
 def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
     """As `mix_frames`, of clips of one size (frames, positions)."""
-    frames, positions = clip
-    fold = _fold(qkv, clip, 3 * heads)
-    if frames == 1:
-        out = fold[:, :, 2 * heads :]  # v: a softmax over one frame is 1
-    else:
-        q, k, v = _queries_keys_values(fold, _tables(fold, frames, layout, config), heads)
-        out = attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
-        out = out.view(-1, positions, heads, frames, out.shape[-1])
-    return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)  # b n h t d -> (b t n) (h d)
+    if clip[0] == 1:
+        return qkv[:, 2 * (qkv.shape[1] // 3) :]  # v: a softmax over one frame is 1
+    fold = _fold(qkv, clip, heads, 3)
+    tables = _tables(fold, clip[0], layout, config)
+    step = _positions_at_once(qkv, clip, 3)
+    if step >= clip[1]:
+        return _unfold(_attend(fold, tables, config), clip, qkv.shape[0])
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    for part, into in zip(
+        fold.split(step, POSITIONS), _fold(out, clip, heads, 1).select(0, 0).split(step, POSITIONS), strict=True
+    ):
+        into.copy_(_attend(part, tables, config).view(into.shape))
+    return out
+
+
+def _attend(fold: Tensor, tables: tuple[Tensor, Tensor] | None, config: STAConfig) -> Tensor:
+    """What the heads give, (b n) h t d."""
+    q, k, v = _queries_keys_values(fold, tables)
+    return attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
 
 
 def _mix_gradient(
@@ -88,22 +124,33 @@ def _mix_gradient(
     config: STAConfig,
 ) -> None:
     """Write the gradient of `_mix` at `qkv` into `found`, which is shaped as it is."""
-    fold, to_out, to_qkv = _fold(qkv, clip, 3 * heads), _fold(grad, clip, heads), _fold(found, clip, 3 * heads)
     if clip[0] == 1:
-        to_qkv[:, :, : 2 * heads] = 0
-        to_qkv[:, :, 2 * heads :] = to_out
+        size = grad.shape[1]
+        found[:, : 2 * size] = 0
+        found[:, 2 * size :] = grad
         return
-    tables = _tables(fold, clip[0], layout, config)
-    q, k, v = _queries_keys_values(fold, tables, heads)
-    to_q, to_k, to_v = attend_by_head_gradient(
-        to_out.flatten(0, 1), q, k, v, causal=config.causal, window=config.window, backend=config.attention
+    folds = _fold(qkv, clip, heads, 3), _fold(grad, clip, heads, 1).select(0, 0), _fold(found, clip, heads, 3)
+    tables = _tables(folds[0], clip[0], layout, config)
+    step = _positions_at_once(qkv, clip, 3)
+    parts = [folds] if step >= clip[1] else zip(*(x.split(step, POSITIONS) for x in folds), strict=True)
+    for fold, to_out, to_qkv in parts:
+        _attend_gradient(fold, to_out, to_qkv, tables, config)
+
+
+def _attend_gradient(
+    fold: Tensor, to_out: Tensor, to_qkv: Tensor, tables: tuple[Tensor, Tensor] | None, config: STAConfig
+) -> None:
+    """Write the gradient of `_attend` at `fold` into `to_qkv`, from that at what it gives, (b) n h t d."""
+    q, k, v = _queries_keys_values(fold, tables)
+    to_both, to_v = attend_by_head_gradient(
+        to_out.flatten(0, -4), q, k, v, causal=config.causal, window=config.window, backend=config.attention
     )
-    into, into_v = to_qkv.split_with_sizes([2 * heads, heads], 2)
-    both = torch.cat([to_q, to_k], dim=1).view(into.shape)
+    into, into_v = to_qkv.narrow(0, 0, 2), to_qkv.select(0, 2)
+    to_both = to_both.view(into.shape)
     if tables is None:
-        into.copy_(both)
+        into.copy_(to_both)
     else:
-        rotary_gradient(both, *tables, out=into)
+        rotary_gradient(to_both, *tables, out=into)
     into_v.copy_(to_v.view(into_v.shape))
 
 
@@ -115,12 +162,10 @@ def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) ->
     return (cos, sin) if frames == layout.max_frames else (cos[:frames], sin[:frames])
 
 
-def _queries_keys_values(
-    fold: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Q and k, rotated, and v: b n (k h) t d -> three of (b n) h t d."""
-    both, v = fold.split_with_sizes([2 * heads, heads], 2)
+def _queries_keys_values(fold: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Q and k, rotated, and v: k (b) n h t d -> three of (b n) h t d."""
+    both, v = fold.narrow(0, 0, 2), fold.select(0, 2)
     if tables is not None:
         both = apply_rotary(both, *tables)
-    q, k = both.flatten(0, 1).chunk(2, 1)
-    return q, k, v.flatten(0, 1)
+    q, k = both.unbind()
+    return (q, k, v) if q.dim() == 4 else (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))

@@ -155,10 +155,10 @@ class ClipLayout:
     def rotary_tables(self, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """`rotary_tables` of the frames 0, 1, ... of the longest clip, made once per forward and shared by its blocks."""
         key = ("rotary", head_dim, theta, like.device, like.dtype)
-        if key not in self._tables:
+        if (tables := self._tables.get(key)) is None:
             with torch.inference_mode(False):
-                self._tables[key] = rotary_tables(range(self.max_frames), head_dim, theta, like)
-        cos, sin = self._tables[key]
+                self._tables[key] = tables = rotary_tables(range(self.max_frames), head_dim, theta, like)
+        cos, sin = tables
         return cos, sin
 
     def _grids(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from sta_adapter.compatibility.seams import incompatible, parameter_names
 
-__all__ = ["checkpointing_methods", "checkpoints_reentrantly", "inside_checkpoint"]
+__all__ = ["checkpointing_methods", "checkpoints_reentrantly", "inside_checkpoint", "require_known_flags"]
 
 # of transformers; of code that models bring along; of timm
 FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint", "grad_checkpointing")
@@ -49,22 +49,26 @@ def checkpointing_methods(model: object) -> Checkpointing:
 
 
 def checkpoints_reentrantly(encoder: nn.Module) -> bool:
-    """Whether the encoder's blocks may be run under re-entrant checkpointing, which needs an input with a gradient.
-
-    Raises:
-        CompatibilityError: the encoder is a model of transformers that checkpoints, and no module of it has a flag that we
-            know. STA would get no gradient.
-    """
+    """Whether the encoder's blocks may be run under re-entrant checkpointing, which needs an input with a gradient."""
     for module in _modules_that_checkpoint(encoder):
         function = getattr(module, FUNCTION, None)
         keywords = function.keywords if isinstance(function, functools.partial) else {}
         return keywords.get("use_reentrant") is not False
-    if _says_that_it_checkpoints(encoder):
+    return False
+
+
+def require_known_flags(encoder: nn.Module) -> None:
+    """To be called of an encoder some of whose blocks were seen `inside_checkpoint`.
+
+    Raises:
+        CompatibilityError: it is a model of transformers that checkpoints, and no module of it has a flag that we know. STA
+            would get no gradient under re-entrant checkpointing.
+    """
+    if _says_that_it_checkpoints(encoder) and next(_modules_that_checkpoint(encoder), None) is None:
         raise incompatible(
             "transformers",
             f"{type(encoder).__name__} checkpoints, and none of its modules has one of the flags {', '.join(FLAGS)}",
         )
-    return False
 
 
 def _modules_that_checkpoint(encoder: nn.Module) -> Iterator[nn.Module]:

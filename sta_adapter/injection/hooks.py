@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout, ClipLengths, checked_lengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
+from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
 from sta_adapter.compatibility.seams import HOOK_OPTIONS, active_ddp, hook_table, remove_load_hooks
 from sta_adapter.compatibility.signatures import takes
@@ -101,7 +101,7 @@ class EncoderPostHook(Hook):
         """
         try:
             if output is not None:
-                self._warn(encoder, output)
+                self._check(encoder, output)
             layout = None if output is None else self.injection.layout()
             if layout is not None and layout.past is not None:
                 layout.past.commit()
@@ -109,11 +109,13 @@ class EncoderPostHook(Hook):
         finally:
             self.injection.end()
 
-    def _warn(self, encoder: nn.Module, output: object) -> None:
+    def _check(self, encoder: nn.Module, output: object) -> None:
         injection = self.injection
         forward = injection.thread.forward
         if forward is None or forward.layout is None:
             return
+        if forward.checkpointed:
+            require_known_flags(encoder)
         name, found = type(encoder).__name__, ""
         if not forward.reached:
             where = "blocks" if injection.config.order == "before_spatial" else repr(injection.spec.norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -11,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ def load_sta(
     subfolder: str | None = None,
     is_trainable: bool = False,
     base_model: str | None = None,
+    attention: Literal["auto", "xformers", "sdpa", "eager"] | None = None,
     **hub_options: object,
 ) -> STAHandle:
     """Put a saved adapter into a model; LoRA weights in the same folder come back too.
@@ -67,6 +69,7 @@ def load_sta(
         is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
         base_model: "any" takes every model whose vision encoder fits, such as a renamed or fine-tuned copy; by default
             another language model, or another Hub id, is refused (see `sta_adapter.adapter.base_model`).
+        attention: the kernel to compute with here (`STAConfig.attention`), in place of the one that the adapter names.
         hub_options: further arguments of `huggingface_hub.snapshot_download`, such as `token` or `cache_dir`.
 
     Returns:
@@ -86,6 +89,7 @@ def load_sta(
     folder = resolve_adapter(folder_or_repo_id, revision, subfolder=subfolder, **hub_options)
     description, file, read = _describe(folder)
     config = saved_config(description, folder / CONFIG)
+    config = config if attention is None else dataclasses.replace(config, attention=attention)
     watch_peft()
     plan = plan_injection(model, config, preferred=description["backbone"])
     check_base(folder, description, model, plan.encoder, base_model)
@@ -109,7 +113,7 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
     """Refuse arguments that `load_sta` has not, also where nothing is downloaded: a misspelt one would have no effect."""
     from huggingface_hub import snapshot_download
 
-    known = ["subfolder", "is_trainable", "base_model", *inspect.signature(snapshot_download).parameters]
+    known = ["subfolder", "is_trainable", "base_model", "attention", *inspect.signature(snapshot_download).parameters]
     for name in hub_options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
