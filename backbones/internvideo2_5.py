@@ -7,9 +7,8 @@ otherwise; what the user tells comes first (`handle.clips([...])`, `clip_lengths
 - `chat(...)`: an `<image>` of several rows is a clip. Where each frame has an `<image>`, as in the documented use, the
   labels tell, `Frame1: <image> Frame2: <image>`: a clip goes on as long as the numbers grow; tiled frames have equal rows;
 - `forward` and `generate` (and `embed`, which ours call): one clip a sample, counted by its image tokens, when these are in one piece.
-
-All else, such as two rows behind two unlabelled `<image>`, may be frames of a clip or separate pictures: an error.
-InternVL 2.5, whose chat model has the same class, cuts a picture into rows: tell `clip_lengths=[1] * rows` there.
+All else (two rows behind two unlabelled `<image>`, a `model.forward(...)` past all hooks) is an error. InternVL 2.5, whose chat
+model has the same class, cuts a picture into rows: tell `clip_lengths=[1] * rows` there.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import nn
 from sta_adapter.attention.layout import ClipLayout, ClipLengths
 from sta_adapter.backbones.frames import attention_heads, pixel_dummy, pixel_layout, pixel_positions, row_clips
 from sta_adapter.backbones.internvideo2 import INTERN_LORA
+from sta_adapter.backbones.internvl import feature_clips
 from sta_adapter.errors import LayoutError, UnknownClipsError
 from sta_adapter.injection.backbone import Backbone, ClipSource, EncoderCall
 
@@ -110,7 +110,7 @@ BACKBONE = Backbone(
     blocks="encoder.layers",
     clip_source=ClipSource(
         model_classes=("InternVLChatModel", "InternVideo2_5ForConditionalGeneration"),
-        methods={"chat": chat_clips, "batch_chat": batch_chat_clips}
+        methods={"chat": chat_clips, "batch_chat": batch_chat_clips, "extract_feature": feature_clips}
         | dict.fromkeys(("forward", "generate", "embed"), sample_clips),
     ),
     lora=INTERN_LORA,

@@ -39,7 +39,7 @@ class Trial:
     Ways of wrapping: `ddp`; `fsdp2`, the encoder's blocks and the model sharded each; `root`, the model alone; `units`,
     every part a unit of its own. Beside them `lora` (stage two), `llava` (a model with a projector that trains, and an
     encoder whose last block is not used), `between` (that projector is a unit), `undummied` (a backbone without dummy clip),
-    `tokens` and `position` (see `pass_otherwise`), with them `unembedded` (a language model that doesn't say how it embeds
+    `later` (some of STA trains after that), `tokens` and `position` (see `pass_otherwise`), with them `unembedded` (a language model that doesn't say how it embeds
     tokens) and `hidden` (one that says it wrongly).
     """
 
@@ -204,7 +204,13 @@ def evaluate_alike(trial, parallel, one):
 def refuse(case, out):
     """What both processes are told in the place of a training step."""
     trial = Trial.parse(case.removeprefix("refused="))
-    parallel = trial.wrap(*trial.make())
+    model, handle = trial.make()
+    later = list(handle.parameters())[3:5] if "later" in trial.ways else []
+    for parameter in later:
+        parameter.requires_grad_(False)
+    parallel = trial.wrap(model, handle)
+    for parameter in later:
+        parameter.requires_grad_(True)
     told = [None, None]
     try:
         parallel(**trial.prompt(0, distributed.get_rank())).loss.backward()

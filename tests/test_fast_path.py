@@ -241,6 +241,20 @@ def test_calls_that_the_function_cannot_stand_for():
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_forward_mode_derivatives(recompute, causal):
+    """Torch's SDPA has none, on a CPU at least."""
+    module = branch(dtype=torch.float64, causal=causal)
+    module.recompute = recompute
+    layout, tokens, way = ClipLayout([(3, 2)]), *torch.randn(2, 6, 24, dtype=torch.float64)
+    found, tangent = torch.func.jvp(lambda x: module(x, layout), (tokens,), (way,))
+    step = 1e-6 * way
+    expected = (module(tokens + step, layout) - module(tokens - step, layout)) / 2e-6
+    assert far(found, module(tokens, layout)) <= 1e-12
+    assert far(tangent, expected) <= 1e-7
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_gradients_by_torch_func(recompute):
     module, layout, tokens = branch(dtype=torch.float64), ClipLayout([(3, 2)]), torch.randn(6, 24, dtype=torch.float64)
     module.recompute = recompute

@@ -14,10 +14,11 @@ from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
-from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, NormPreHook, remove_hooks, take_clip_lengths
+from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, NormPreHook, remove_hooks
 from sta_adapter.injection.nested import iterate_tensors, map_tensors
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import CALLS_KEPT, Injection
+from sta_adapter.injection.told import take_clip_lengths
 
 LAYOUT = ClipLayout([(2, 3)])
 
@@ -166,12 +167,12 @@ def test_the_clips_told_last_count_and_those_before_come_back(injection):
     assert injection.clip_lengths is None
     with contextlib.suppress(ZeroDivisionError), injection.clips((4,)):
         assert injection.clip_lengths == (4,)
-        injection.told.by_model = (2, 2)
+        injection.told.by_call.lengths = (2, 2)
         assert injection.clip_lengths == (2, 2)
         with injection.clips((3,)):
             assert injection.clip_lengths == (3,)
         assert injection.clip_lengths == (2, 2)
-        injection.told.by_model = None
+        injection.told.by_call.lengths = None
         assert injection.clip_lengths == (4,)
         raise ZeroDivisionError
     assert injection.clip_lengths is None

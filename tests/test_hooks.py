@@ -1,5 +1,7 @@
 """The traps of hooks in somebody else's model, each on an encoder small enough to reason about."""
 
+import asyncio
+import contextlib
 import copy
 import dataclasses
 import io
@@ -525,3 +527,41 @@ def test_compiled_output_and_gradients(toy):  # noqa: F811
     assert torch.allclose(found, expected, atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads, wanted, strict=True))
     torch._dynamo.reset()
+
+
+def test_a_with_block_holds_in_its_task_alone(toy):  # noqa: F811
+    """Coroutines of one thread take turns within their blocks; what asyncio runs in another thread belongs to its task."""
+    handle = injected(toy)
+    with torch.no_grad():
+        on = toy(toy_pixels(A), A)
+        with handle.disabled():
+            off = toy(toy_pixels(A), A)
+    injection = handle._injection
+
+    async def work(lengths, disabled):
+        with handle.clips(lengths), handle.disabled() if disabled else contextlib.nullcontext():
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert injection.clip_lengths == lengths
+                with torch.no_grad():
+                    assert torch.equal(toy(toy_pixels(A), A), off if disabled else on)
+            assert await asyncio.to_thread(lambda: injection.clip_lengths) == lengths
+        assert injection.clip_lengths is None
+
+    async def both():
+        await asyncio.gather(work((4,), True), work((2, 2), False))
+
+    asyncio.run(both())
+    assert injection.clip_lengths is None
+
+
+def test_blocks_may_end_in_another_order_than_they_began(toy):  # noqa: F811
+    handle = injected(toy)
+    injection = handle._injection
+    disabled, clips = handle.disabled(), handle.clips((4,))
+    with disabled:
+        clips.__enter__()
+    assert injection.is_enabled
+    assert injection.clip_lengths == (4,)
+    clips.__exit__(None, None, None)
+    assert injection.clip_lengths is None

@@ -1,5 +1,6 @@
 """InternVideo2.5-Chat: the published encoder's numbers, and every way to tell where a clip ends."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standins.internvl_chat import InternVisionModel, InternVLChatModel, Tokenizer
 from test_goldens import assert_golden_gradients, load_golden_weights, read_golden, relative_error
+from torch.utils.checkpoint import checkpoint
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.backbones.frames import row_clips
@@ -148,6 +150,26 @@ def test_gradients_under_the_encoders_own_checkpointing(order, reentrant):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
+def test_what_was_told_is_over_when_a_checkpoint_runs_the_whole_encoder_again(reentrant):
+    """All rows were taken for one clip there, so that the gradients were those of another forward."""
+    tower, handle = injected(InternVisionModel)
+
+    def gradients(checkpointed, **told):
+        handle.encoder.zero_grad()
+        rows, call = pixels(8).requires_grad_(), lambda rows: tower(rows, **told).last_hidden_state
+        with contextlib.nullcontext() if told else handle.clips([4, 4]):
+            out = checkpoint(call, rows, use_reentrant=reentrant) if checkpointed else call(rows)
+        out.square().mean().backward()
+        return [p.grad.clone() for p in handle.parameters()]
+
+    expected = gradients(checkpointed=False)
+    with pytest.raises(LayoutError, match=r"what was told of its clips is over\. Checkpoint its blocks"):
+        gradients(checkpointed=True)
+    for found, wanted in zip(gradients(checkpointed=True, clip_lengths=[4, 4]), expected, strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 FRAMES = "Frame1: <image>\nFrame2: <image>\nFrame3: <image>\nFrame4: <image>\n"
 KNOWN = {
     "a video behind one placeholder": (8, "<image>\nWhat?", None, [(8, 4)]),
@@ -267,8 +289,26 @@ def test_what_a_call_told_is_forgotten_after_it(chat):
         chat(pixels(8), ids, mask, nonsense=1)
     with pytest.raises(TypeError, match="nonsense"):
         chat.chat(nonsense=1)
-    chat.extract_feature(pixels(8))
+    with pytest.raises(LayoutError, match="can't be known: the 8 rows of InternVLChatModel"):
+        chat.extract_feature(pixels(8))
+    chat.vision_model(pixels(8))
     assert chat.layouts == [((4, 4), (4, 4)), ((8, 4),)]
+
+
+def test_a_call_past_the_hooks_is_told_its_clips_or_refused(chat):
+    """`model.forward(...)`, as PEFT before 0.19 calls it, runs no hook of the model: all rows were taken for one clip."""
+    chat.img_context_token_id = 60
+    ids, mask = prompt([5], [3])
+    with pytest.raises(LayoutError, match=r"the 8 rows of InternVLChatModel's pixel_values .*handle\.clips"):
+        chat.forward(pixels(8), ids, mask)
+    with get_sta(chat).clips([5, 3]):
+        past = chat.forward(pixels(8), ids, mask).logits
+    chat.extract_feature(pixels(8), clip_lengths=[5, 3])
+    assert torch.equal(past, chat(pixels(8), ids, mask).logits)
+    chat.extract_feature(pixels(1))
+    with get_sta(chat).disabled():
+        chat.extract_feature(pixels(8))
+    assert chat.layouts == [((5, 4), (3, 4))] * 3 + [((1, 4),)]
 
 
 def test_clip_lengths_are_taken_away_when_sta_is_off(chat):

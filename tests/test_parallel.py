@@ -246,12 +246,13 @@ def test_a_language_model_that_is_given_tokens_takes_part(run_two):
         ("root+llava+between:clip|text", "layers between vision encoder and language model are sharded"),
         ("ddp+tokens+unembedded:clip|text", "was called without inputs_embeds, and has no get_input_embeddings"),
         ("fsdp2+tokens+unembedded:text|clip", "was called without inputs_embeds, and has no get_input_embeddings"),
+        ("ddp+later:clip|text", "2 of STA's 18 parameters that train came to do so after DistributedDataParallel"),
         ("ddp+tokens+unembedded:clip|clip", "nothing"),
         ("units+undummied:clip|clip", "nothing"),
         ("fsdp2+llava+between:clip|clip", "nothing"),
     ],
 )
-def test_what_would_wait_for_ever_is_refused_in_both_processes(run_two, case, reason):
+def test_what_would_wait_for_ever_or_train_alone_is_refused_in_both_processes(run_two, case, reason):
     require(case.partition("+")[0])
     line = run_two(f"refused={case}")
     assert line.startswith(f"refused={case} alike True: ")
@@ -273,8 +274,7 @@ def test_training_in_two_processes_gives_the_adapter_of_one(run_two, tmp_path):
     for name in counts:
         one, two = tmp_path / name / "one", tmp_path / name / "two"
         assert_close(one, two, STA, LORA, "stage1/trained.safetensors", "stage2/checkpoint-2/trained.safetensors")
-        exact = 1e-3 if name == "spoilt" else 1e-5  # beside an unusable batch the other process's counts for both
-        assert measured(two) == pytest.approx(measured(one), rel=exact)
+        assert measured(two) == pytest.approx(measured(one), rel=1e-5)
         assert last_checkpoint(two / "stage2").name == "checkpoint-3"
         assert len(list((two / "stage2" / "checkpoint-3").glob("rng_state_*.pth"))) == 2
 

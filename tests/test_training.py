@@ -75,8 +75,8 @@ def mean_loss(model, batch):
         return model.eval()(**batch).loss
 
 
-def losses(result, stage):
-    return [entry["loss"] for entry in result.stages[stage]["history"] if "loss" in entry]
+def losses(result, stage, name="loss"):
+    return [entry[name] for entry in result.stages[stage]["history"] if name in entry]
 
 
 def base_weights(model):
@@ -458,6 +458,17 @@ def test_bad_samples_to_measure_on_are_counted(tmp_path, model, processor, datas
     )
     assert sorted(message.split(": ")[0][-6:] for message in result.bad_samples) == ["line 2", "line 3"]
     assert all(entry["eval_loss"] > 0 for entry in result.history if "eval_loss" in entry)
+
+
+def test_nothing_to_measure_on_is_told(tmp_path, model, processor, dataset):
+    """The best evaluation decides which checkpoint is kept: without any it was a KeyError of transformers'."""
+    file = write_samples(tmp_path / "unread", 2)
+    for clip in file.parent.glob("*.mp4"):
+        clip.write_text("no video")
+    settings = {**FAST, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "num_workers": 0}
+    config, how = TrainingConfig(**settings, frames=AS_IS), {"output_dir": tmp_path / "out", "progress": False}
+    with pytest.raises(DataError, match=r"nothing to measure the loss on: all samples are bad, the latest .*line 2"):
+        train(model, dataset, eval_data=file, processor=processor, stage="1", config=config, **how)
 
 
 def test_bad_samples_stop_the_run_if_asked(tmp_path, model, processor, spoilt):

@@ -51,10 +51,12 @@ def test_accumulated_batches_are_one_large_batch(tmp_path, family):
     uneven = VideoDataset(file, parts, frames=AS_IS, on_bad_sample="error", cache=True)
     found = {}
     for size in (4, 1):
-        config = TrainingConfig(**{**FAST, "learning_rate": 1e-4, "max_steps": 3, "device_batch_size": size})
-        net = make.make_model(*names, parts.tokenizer)
-        found[size] = train(net, uneven, output_dir=tmp_path / str(size), stage="2", config=config, progress=False)
+        steps = {"max_steps": 3, "eval_steps": 3, "keep_best": False}
+        config = TrainingConfig(**{**FAST, **steps, "learning_rate": 1e-4, "device_batch_size": size})
+        net, how = make.make_model(*names, parts.tokenizer), {"output_dir": tmp_path / str(size), "progress": False}
+        found[size] = train(net, uneven, stage="2", config=config, eval_data=uneven, **how)
     assert losses(found[4], "2") == pytest.approx(losses(found[1], "2"), rel=1e-5)
+    assert losses(found[4], "2", "eval_loss") == pytest.approx(losses(found[1], "2", "eval_loss"), rel=1e-5)
     assert_close(tmp_path / "4", tmp_path / "1", 1e-5)
 
 

@@ -79,14 +79,15 @@ def _unfold(x: Tensor, clip: tuple[int, int], tokens: int) -> Tensor:
     return x.view(-1, positions, *x.shape[1:]).permute(0, 3, 1, 2, 4).reshape(tokens, -1)
 
 
-def _positions_at_once(x: Tensor, clip: tuple[int, int], parts: int) -> int:
-    """How many positions to compute at a time, of tokens (b t n, parts * h * d).
+def _positions_at_once(qkv: Tensor, positions: int) -> int:
+    """How many positions of (b t n) (3 h d) to compute at a time.
 
     On the CPU a part of them stays in the cache, and its memory is taken again for the next one. What autograd or a compiler
     looks at is computed at once.
     """
-    positions, size = clip[1], x.numel() // parts
-    if size <= PART or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (size := qkv.numel() // 3) <= PART:
+        return positions
+    if qkv.device.type != "cpu" or torch.is_grad_enabled():
         return positions
     return max(1, positions * PART * torch.get_num_threads() // size)
 
@@ -97,13 +98,12 @@ def _mix(qkv: Tensor, clip: tuple[int, int], layout: ClipLayout, heads: int, con
         return qkv[:, 2 * (qkv.shape[1] // 3) :]  # v: a softmax over one frame is 1
     fold = _fold(qkv, clip, heads, 3)
     tables = _tables(fold, clip[0], layout, config)
-    step = _positions_at_once(qkv, clip, 3)
+    step = _positions_at_once(qkv, clip[1])
     if step >= clip[1]:
         return _unfold(_attend(fold, tables, config), clip, qkv.shape[0])
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-    for part, into in zip(
-        fold.split(step, POSITIONS), _fold(out, clip, heads, 1).select(0, 0).split(step, POSITIONS), strict=True
-    ):
+    folds = fold, _fold(out, clip, heads, 1).select(0, 0)
+    for part, into in zip(*(x.split(step, POSITIONS) for x in folds), strict=True):
         into.copy_(_attend(part, tables, config).view(into.shape))
     return out
 
@@ -131,7 +131,7 @@ def _mix_gradient(
         return
     folds = _fold(qkv, clip, heads, 3), _fold(grad, clip, heads, 1).select(0, 0), _fold(found, clip, heads, 3)
     tables = _tables(folds[0], clip[0], layout, config)
-    step = _positions_at_once(qkv, clip, 3)
+    step = _positions_at_once(qkv, clip[1])
     parts = [folds] if step >= clip[1] else zip(*(x.split(step, POSITIONS) for x in folds), strict=True)
     for fold, to_out, to_qkv in parts:
         _attend_gradient(fold, to_out, to_qkv, tables, config)
@@ -155,7 +155,7 @@ def _attend_gradient(
 
 
 def _tables(fold: Tensor, frames: int, layout: ClipLayout, config: STAConfig) -> tuple[Tensor, Tensor] | None:
-    """Cos and sin (frames, D) for tokens (b, n, r, frames, D); None without a rotation."""
+    """Cos and sin (frames, D) for folded tokens; None without a rotation."""
     if config.rope_theta is None:
         return None
     cos, sin = layout.rotary_tables(fold.shape[-1], config.rope_theta, fold)

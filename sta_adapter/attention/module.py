@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import cast
 
@@ -13,7 +14,7 @@ from sta_adapter.attention.block_function import block_branch, is_autocast, weig
 from sta_adapter.attention.explain import KernelCall, calls_of
 from sta_adapter.attention.frame_attention import mix_frames
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.compatibility.seams import operations_are_watched
+from sta_adapter.compatibility.seams import has_forward_derivatives, operations_are_watched
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import execution_device
 from sta_adapter.errors import ConfigError, LayoutError
@@ -121,7 +122,10 @@ class TemporalAttention(nn.Module):
     def _mix_frames(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
         if layout.past is not None:
             return layout.past.mix_frames(self, qkv)
-        return mix_frames(qkv, layout, self.num_heads, self.config)
+        config = self.config
+        if config.attention == "auto" and not torch.compiler.is_compiling() and has_forward_derivatives():
+            config = dataclasses.replace(config, attention="eager")  # the other kernels have none
+        return mix_frames(qkv, layout, self.num_heads, config)
 
     @property
     def placement(self) -> tuple[torch.device, torch.dtype]:

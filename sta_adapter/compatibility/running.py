@@ -7,20 +7,17 @@ from types import FrameType
 
 from torch import nn
 
-__all__ = ["calling_frame", "is_running"]
+__all__ = ["is_running"]
 
 
-def calling_frame() -> FrameType | None:
-    """The frame of the module's call that runs the hook which asks; None where there is none to be found."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != nn.modules.module.__name__:
+def is_running(module: nn.Module | None) -> bool:
+    """Whether a call of a module, which runs its hooks, is at work in this thread.
+
+    Frames are looked at and none is kept, as that would keep all tensors of a call that has ended.
+    """
+    frame: FrameType | None = None if module is None else sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == nn.modules.module.__name__ and frame.f_locals.get("self") is module:
+            return True
         frame = frame.f_back
-    return frame
-
-
-def is_running(call: FrameType) -> bool:
-    """Whether a call has not ended, asked in its thread."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return frame is not None
+    return False

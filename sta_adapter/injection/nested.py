@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from torch import Tensor
 
-__all__ = ["Arguments", "iterate_tensors", "map_tensors"]
+__all__ = ["Arguments", "iterate_tensors", "map_tensors", "require_grad"]
 
 Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a module's call
 
@@ -35,3 +36,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
         make = getattr(value, "_make", type(value))  # that of named tuples, which take their fields one by one
         return make([map_tensors(function, inner) for inner in value])
     return {key: map_tensors(function, inner) for key, inner in value.items()} if type(value) is dict else value
+
+
+def require_grad(args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
+    """The same arguments, the floating-point tensors as leaves that require a gradient."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_() if tensor.is_floating_point() and not tensor.requires_grad else tensor
+
+    return cast("Arguments", map_tensors(convert, (args, kwargs)))

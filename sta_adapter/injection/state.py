@@ -15,8 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,12 @@ from sta_adapter.adapter.lora_weights import checked_lora, require_whole_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
-from sta_adapter.compatibility.running import is_running
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.told import Held, Told
 
 if TYPE_CHECKING:
     from sta_adapter.injection.data_parallel import AddOnce
@@ -56,8 +55,6 @@ class EncoderForward:
 class ThreadState:
     """What one thread knows of an injection."""
 
-    disabled: int = 0  # open contexts of `disabled()`
-    streams: Sequence[Stream] = ()  # whose next frames the forwards bring
     forward: EncoderForward | None = None  # the encoder forward at work
     # (the backward at work, the layout of the blocks that it runs again)
     backward: tuple[int, ClipLayout | None] = (-1, None)
@@ -67,39 +64,7 @@ class ThreadState:
     in_dummy: bool = False  # whether the encoder forward is one of a dummy clip
     in_check: bool = False  # whether the encoder and its blocks are run to be looked at, before their first forward
     ran: bool = False  # whether an encoder forward with gradients began since `pop_ran`
-
-
-class Told(threading.local):
-    """Frames of each clip, as this thread was told them.
-
-    A copy of the whole model is told its own. One of the encoder alone shares them: PEFT's `modules_to_save` copies it out
-    of the model whose calls tell its clips.
-    """
-
-    def __init__(self, model: weakref.ref[nn.Module] | None = None) -> None:
-        self.model = model  # that STA went into
-        self.by_user: ClipLengths | None = None  # by `clips(...)`
-        self.by_model: ClipLengths | None = None  # by the full model's call
-        self.call: FrameType | None = None  # that one; what it has told ends with it
-
-    def tell(self, lengths: ClipLengths | None, call: FrameType | None) -> None:
-        """Note what a call of the full model tells, or that it is over."""
-        self.by_model, self.call = lengths, call
-
-    def lengths(self) -> ClipLengths | None:
-        """What holds now."""
-        if self.call is not None and not is_running(self.call):  # ended by an interrupt
-            self.tell(None, None)
-        return self.by_model or self.by_user
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Told:
-        model = None if self.model is None else self.model()
-        if model is None:
-            return Told()
-        return Told(weakref.ref(cast("nn.Module", memo[id(model)]))) if id(model) in memo else self
-
-    def __reduce__(self) -> tuple[type[Told], tuple[()]]:
-        return Told, ()
+    averaged: tuple[int, ...] = ()  # the DDP that was looked at last, and the parameters that it averages, by their ids
 
 
 class Injection:
@@ -112,6 +77,8 @@ class Injection:
         self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_model
         self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
         self.told = Told()
+        self.held_off = Held(False)  # by an open `disabled()`
+        self.held_streams: Held[Sequence[Stream]] = Held(())  # whose next frames the forwards bring
         self._threads = threading.local()
 
     def __getstate__(self) -> dict[str, object]:
@@ -136,33 +103,21 @@ class Injection:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether the branch runs in this thread."""
-        return self.enabled and not self.thread.disabled
+        """Whether the branch runs here."""
+        return self.enabled and not self.held_off.value
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Switch the branch off in this thread."""
-        self.thread.disabled += 1
-        try:
-            yield
-        finally:
-            self.thread.disabled -= 1
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Switch the branch off in a `with` block."""
+        return self.held_off.holding(True)
 
     @property
     def clip_lengths(self) -> ClipLengths | None:
-        """Frames of each clip, as the user or the full model's call told them for this thread."""
+        """Frames of each clip, as the user or the full model's call told them."""
         return self.told.lengths()
 
-    @contextlib.contextmanager
-    def clips(self, lengths: ClipLengths | None) -> Iterator[None]:
-        """Tell the frames of each clip for the forwards in this thread."""
-        told = self.told
-        before = told.by_user, told.by_model, told.call
-        told.by_user, told.by_model, told.call = lengths, None, None
-        try:
-            yield
-        finally:
-            told.by_user, told.by_model, told.call = before
+    def clips(self, lengths: ClipLengths | None) -> contextlib.AbstractContextManager[None]:
+        """Tell the frames of each clip for the forwards in a `with` block."""
+        return self.told.clips(lengths)
 
     def watch(self, model: nn.Module) -> None:
         """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""
@@ -181,21 +136,14 @@ class Injection:
         except CheckpointError as error:
             warnings.warn(f"handle.save_pretrained can't save what is trained here: {error}", STAWarning, stacklevel=2)
 
-    @contextlib.contextmanager
-    def streaming(self, streams: Sequence[Stream]) -> Iterator[None]:
-        """The forwards in this thread bring the next frames of these streams."""
-        thread = self.thread
-        before = thread.streams
-        thread.streams = streams
-        try:
-            yield
-        finally:
-            thread.streams = before
+    def streaming(self, streams: Sequence[Stream]) -> contextlib.AbstractContextManager[None]:
+        """The forwards in a `with` block bring the next frames of these streams."""
+        return self.held_streams.holding(streams)
 
     @property
     def default_lengths(self) -> ClipLengths | None:
         """Frames of each clip where nobody has told them: a single stream takes all rows."""
-        return ALL_ROWS if len(self.thread.streams) == 1 else None
+        return ALL_ROWS if len(self.held_streams.value) == 1 else None
 
     def record_calls(self, calls: Iterable[KernelCall]) -> None:
         """A block makes these calls of the attention kernel; the latest kinds are kept."""

@@ -20,13 +20,14 @@ from safetensors.torch import save
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 
 from sta_adapter.adapter.save import replace_files
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
 from sta_adapter.distributed import average, is_parallel, of_rank_zero, on_rank_zero
-from sta_adapter.errors import CheckpointError, STAError
+from sta_adapter.errors import CheckpointError, DataError, STAError
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.training.arguments import refuse_flattening
@@ -86,6 +87,7 @@ class AdapterTrainer(Trainer):
         self.adapter_files = adapter_files
         self.eval_fn = eval_fn
         self.counts = SampleCounts()
+        self.measured = (0.0, 0.0)  # the loss of all tokens that an evaluation has come to, and their number
         self.position = StreamPosition(  # in a stream
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -185,19 +187,31 @@ class AdapterTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """As the base class, on the usable samples; the others are counted as in training.
-
-        Where they are all that one of several processes has, those of the others count in their place.
-        """
-        bad, usable = inputs.pop("bad_samples", []), "input_ids" in inputs
-        self.counts.add_bad(bad)
-        lost = float(bool(bad) and not usable)
-        share = average([lost], self.args.device)[0] if is_parallel() else lost
-        if share == 1:
+        """As the base class, on the usable samples; the others are counted as in training."""
+        self.counts.add_bad(inputs.pop("bad_samples", []))
+        usable = "input_ids" in inputs
+        if not usable and not is_parallel():
             return None, None, None
         inputs = inputs if usable else placeholder(self.args.device)  # with a loss of zero
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        return None if loss is None else loss / (1 - share), logits, labels
+        if loss is not None and (learned := int((inputs["labels"] != IGNORE).sum())):
+            self.measured = (self.measured[0] + float(loss) * learned, self.measured[1] + learned)
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the base class, where each batch counts once; here each token does in the loss, as in training.
+
+        Raises:
+            DataError: there is none in the data.
+        """
+        self.measured = (0.0, 0.0)
+        outcome = super().evaluation_loop(*args, **kwargs)
+        loss, tokens = average(self.measured, self.args.device) if is_parallel() else self.measured
+        if not tokens:
+            bad = self.counts.of_all()["bad_samples"]
+            raise DataError(f"there is nothing to measure the loss on: all samples are bad, the latest {bad[-1:]}")
+        cast("dict[str, float]", outcome.metrics)["eval_loss"] = loss / tokens
+        return outcome
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `eval_fn` gives, logged as `eval_...`, or else the loss on the evaluation data."""

@@ -21,8 +21,8 @@ from sta_adapter.attention.weights import attention_weights
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.hooks import take_clip_lengths
 from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.told import take_clip_lengths
 
 __all__ = ["AttentionRecorder", "Recording"]
 
@@ -78,7 +78,7 @@ class AttentionRecorder(Generic[Kept]):
         self._call = -1
 
     def __enter__(self) -> AttentionRecorder[Kept]:
-        if self.handle._injection.thread.streams:
+        if self.handle._injection.held_streams.value:
             raise StreamError(
                 "a stream's frames can't be recorded: look at a whole clip, outside of the stream's `with` block."
             )
