@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-old test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -37,6 +37,15 @@ OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.
 	tests/test_lora_files.py tests/test_lora_options.py tests/test_accounting.py tests/test_stream.py \
 	tests/test_internvideo2_5_chat.py tests/test_internvideo2_5_use.py tests/test_published_weights.py \
 	tests/test_internvideo2_chat.py tests/test_internvideo2_chat_data.py
+
+# The same and what else leans on torch, on the oldest of everything that pyproject.toml allows: torch 2.4, so Python 3.10 to 3.12.
+# Six gigabytes, an environment that shares nothing with the main one.
+test-floor: .venv-floor/.ready
+	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS) $(FLOOR_TESTS)
+
+FLOOR_TESTS := tests/test_compatibility.py tests/test_attention.py tests/test_fast_path.py tests/test_hooks.py tests/test_hook_parts.py \
+	tests/test_modules.py tests/test_layout.py tests/test_training.py tests/test_training_lora.py tests/test_training_modes.py \
+	tests/test_run_checkpoints.py tests/test_base_model.py tests/test_formats.py tests/test_hub.py tests/test_publish.py
 
 # All tests, or NEWEST_TESTS, on what pip takes today without the lock; an environment of its own, made anew each time.
 test-newest:
@@ -128,7 +137,7 @@ TOOLS := pip-audit cyclonedx-bom uv
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-notebook .venv-4.45.2 .venv-4.57.6 .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
+	rm -rf $(VENV) .venv-notebook .venv-4.45.2 .venv-4.57.6 .venv-floor .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
 
 # setuptools comes first and builds without isolation, so that it too is the one of the lock.
 LOCK := requirements/lock.txt
@@ -147,6 +156,13 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	echo "$$main" > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
 	.venv-$*/bin/python -m pip install --quiet $(PINS)
 	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv-floor/.ready: pyproject.toml requirements/floor.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint requirements/floor.txt setuptools wheel
+	$(@D)/bin/python -m pip install --quiet --constraint requirements/floor.txt --no-build-isolation -e '.[train,stream,viz,eval]' \
+		pytest pytest-xdist hypothesis
 	touch $@
 
 .venv-lmms-eval/.ready: $(VENV)/.ready

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+tells_interlacing = pytest.mark.skipif(
+    int(av.__version__.split(".")[0]) < 18,
+    reason="PyAV before 18 doesn't tell whether pictures are interlaced, so that no other decoder is asked",
+)
 
 
 def pictures(count, width, height, seed=0):

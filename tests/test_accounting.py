@@ -150,7 +150,9 @@ def test_sta_among_a_whole_models_weights_is_told_of(key, remedy, tmp_path):
         warnings.simplefilter("error", STAWarning)
         base = load_model(tmp_path, device="cpu")
     file = tmp_path / "model.safetensors"
-    save_file({**load_file(file), key: torch.ones(32)}, file, {"format": "pt"})
+    state = load_file(file)
+    file.unlink()  # what was loaded may still lie in the old one
+    save_file({**state, key: torch.ones(32)}, file, {"format": "pt"})
     with pytest.warns(STAWarning, match=f"hold STA .*loaded without it: give its adapter as .*{remedy}"):
         model = load_model(tmp_path, device="cpu")
     assert get_sta(model) is None

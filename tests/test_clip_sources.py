@@ -17,7 +17,7 @@ from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.data.clip_batches import put_together
 from sta_adapter.errors import LayoutError, UnknownBackboneError
 from sta_adapter.injection.backbone import ClipSource
-from sta_adapter.injection.clip_source import TellingMethod
+from sta_adapter.injection.clip_source import ModelPostHook, TellingMethod
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import Injection
 
@@ -485,3 +485,21 @@ def test_a_compiler_passes_by_calls_of_text_alone(arguments, told):
 
     assert _may_tell(None, None, (), arguments) is told
     assert _may_tell(None, None, (torch.ones(1),), arguments)
+
+
+def test_a_compiled_call_forgets_clips_that_were_told_after_it_was_compiled():
+    injection = Injection(STAConfig(), get_backbone("llava_onevision"))
+    hook = ModelPostHook(injection)
+
+    def call(x):
+        y = x + 1
+        hook(None, (), y)
+        return y
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager")
+    compiled(torch.ones(2))
+    injection.told.tell([4], torch.nn.Identity())
+    compiled(torch.ones(2))
+    assert injection.told.by_call.lengths is None
+    torch._dynamo.reset()

@@ -86,6 +86,7 @@ def test_the_adapters_own_file_counts_for_peft_copies_too(saved, tmp_path):
     """PEFT keeps a copy of STA in its file; edited weights of the adapter are not undone by it."""
     spoil(saved, tmp_path, lambda state: None)
     state = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()  # what was loaded may still lie in it
     save_file({key: value + 1 for key, value in state.items()}, tmp_path / WEIGHTS)
     loaded = load_sta(seeded(make_qwen2_vl), tmp_path)
     for index, module in loaded.blocks.items():

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from make_videos import cut, decode_all, pictures, trim, write, write_fields
+from make_videos import cut, decode_all, pictures, tells_interlacing, trim, write, write_fields
 
 from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.live.source import LiveSource
@@ -54,6 +54,7 @@ def test_pyav_19_is_not_told_what_to_make_of_them(tmp_path, monkeypatch):
     assert open_video(tmp_path / "a.mp4") == str(tmp_path / "a.mp4")
 
 
+@tells_interlacing
 def test_without_word_of_interlacing_other_decoders_are_not_asked(tmp_path):
     with open_video(write(tmp_path / "a.mp4")) as container:
         stream = video_stream(container)
@@ -64,6 +65,7 @@ def test_without_word_of_interlacing_other_decoders_are_not_asked(tmp_path):
         assert "its times announce 1e+10 frames" in why_unlike(container, stream, first, 1e9)
 
 
+@tells_interlacing
 @pytest.mark.parametrize("codec", ["libx264", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg", "ffv1", "huffyuv", "png"])
 def test_codecs_that_are_the_same_everywhere(tmp_path, codec):
     pix_fmt = {"mjpeg": "yuvj420p", "huffyuv": "yuv422p", "png": "rgb24"}.get(codec, "yuv420p")
@@ -169,6 +171,7 @@ def test_made_up_timestamps_do_not_reorder_frames(tmp_path, name, backend):
         np.testing.assert_array_equal(clip.frames, decode_all(path)[0][list(clip.metadata.indices)])
 
 
+@tells_interlacing
 @pytest.mark.parametrize(
     ("name", "how", "why"),
     [
@@ -207,6 +210,7 @@ def in_pairs(path):
     return made
 
 
+@tells_interlacing
 def test_a_header_that_counts_frames_without_end_is_left_to_pyav(tmp_path):
     """Decord would reserve 50 GB and, where there are none, end the process."""
     path = write(tmp_path / "a.mov", codec="mpeg4")

@@ -12,6 +12,7 @@ import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import sta_adapter
 
@@ -179,6 +180,19 @@ def test_the_lock_has_one_version_of_a_package_for_each_python(python, package):
     assert len(found) == 1
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements" / "pins.txt").read_text(), re.MULTILINE))
     assert found[0] == pinned.get(package, found[0])
+
+
+def test_the_floor_is_the_oldest_that_is_declared():
+    lines = (ROOT / "requirements" / "floor.txt").read_text()
+    pinned = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([\d.]+)", lines, re.M)}
+    for requirement in map(Requirement, metadata.requires("sta-adapter")):
+        extras = ("", "train", "stream", "viz", "eval")  # what `make test-floor` installs
+        bounds = [Version(bound.version).release for bound in requirement.specifier if bound.operator == ">="]
+        if bounds and (
+            not requirement.marker or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+        ):
+            (oldest,) = bounds
+            assert Version(pinned[canonicalize_name(requirement.name)]).release[: len(oldest)] == oldest, requirement
 
 
 def test_readme_names_what_is_locked():

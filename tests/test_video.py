@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_videos import cut, decode_all, pictures, write, write_sound
+from make_videos import cut, decode_all, pictures, tells_interlacing, write, write_sound
 
 import sta_adapter
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, STAError, VideoError
@@ -121,6 +121,7 @@ def test_auto_returns_what_pyav_returns(video, name, how):
     np.testing.assert_array_equal(clip.frames, everything.frames[list(clip.metadata.indices)])
 
 
+@tells_interlacing
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", [{"num_frames": 5}, {"num_frames": 1000}], ids=["some", "all"])
 def test_decord_returns_the_same_or_declines(video, name, how):
@@ -159,7 +160,9 @@ def test_torchcodec_returns_the_same_or_declines(video, name):
         np.testing.assert_array_equal(clip.frames, expected.frames)
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
+@pytest.mark.parametrize(
+    "backend", ["pyav", *(pytest.param(name, marks=tells_interlacing) for name in ("decord", "torchcodec"))]
+)
 @pytest.mark.parametrize("name", ["groups.mp4", "b_frames.mp4", "lossless.mkv", "vp9.webm"])
 def test_any_number_of_threads_gives_the_same_frames(video, name, backend):
     if backend != "pyav":
@@ -477,6 +480,7 @@ def test_backend_that_is_not_installed(video, monkeypatch, name):
         np.testing.assert_array_equal(clip.frames, expected.frames)
 
 
+@tells_interlacing
 def test_decord_bridge_is_left_as_it_was(video):
     decord = pytest.importorskip("decord")
     import torch

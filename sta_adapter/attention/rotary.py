@@ -24,7 +24,7 @@ def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> t
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (..., D) by tables (T, D), which fit it by broadcasting."""
-    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
+    return x.roll((x.shape[-1] // 2,), (-1,)).mul_(sin).addcmul_(x, cos)
 
 
 def rotary_gradient(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

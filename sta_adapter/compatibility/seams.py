@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 TESTED = {
-    "torch": "2.14.1",
+    "torch": "2.4.1, 2.13.0, 2.14.1 and 2.15.0",
     "transformers": "4.45.2, 4.57.6, 5.20.2 and 5.24.0",
-    "peft": "0.13.2, 0.18.1 and 0.21.2",
+    "peft": "0.13.0, 0.13.2, 0.18.1 and 0.21.2",
     "xformers": "0.0.35",
     "vllm": "0.32.0",
     "trl": "1.16.0",
@@ -224,10 +224,16 @@ def calls_are_watched() -> bool:
     Raises:
         CompatibilityError: torch no longer tells it.
     """
-    function = getattr(nn.modules.module, "_has_any_global_hook", None)
-    if function is None:
-        raise incompatible("torch", "torch.nn.modules.module has no _has_any_global_hook")
-    return bool(function())
+    module = nn.modules.module
+    try:
+        return bool(
+            module._global_forward_hooks
+            or module._global_forward_pre_hooks
+            or module._global_backward_hooks
+            or module._global_backward_pre_hooks
+        )
+    except AttributeError as error:
+        raise incompatible("torch", f"the hooks on the calls of all modules can't be found ({error})") from error
 
 
 def operations_are_watched() -> bool:

@@ -67,13 +67,6 @@ class ThreadState:
     averaged: tuple[int, ...] = ()  # the DDP that was looked at last, and the parameters that it averages, by their ids
 
 
-class _PerThread(threading.local):
-    """A `ThreadState` for each thread."""
-
-    def __init__(self) -> None:
-        self.state = ThreadState()
-
-
 class Injection:
     """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work."""
 
@@ -86,18 +79,22 @@ class Injection:
         self.told = Told()
         self.held_off = Held(False)  # by an open `disabled()`
         self.held_streams: Held[Sequence[Stream]] = Held(())  # whose next frames the forwards bring
-        self._threads = _PerThread()
+        self._threads = threading.local()
 
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_handle", "_model")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _threads=_PerThread())
+        self.__dict__.update(state, _threads=threading.local())
 
     @property
     def thread(self) -> ThreadState:
         """What this thread knows."""
-        return self._threads.state
+        threads = self._threads  # in objects of a derived class torch 2.4's compiler finds no attribute
+        if not hasattr(threads, "state"):
+            threads.state = ThreadState()
+        state: ThreadState = threads.state
+        return state
 
     @property
     def backbone(self) -> str:

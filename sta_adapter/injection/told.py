@@ -48,8 +48,9 @@ class Held(Generic[T]):
 class _Call(threading.local):
     """What a call of the full model, in this thread, has told."""
 
-    lengths: ClipLengths | None = None
-    model: weakref.ref[nn.Module] | None = None  # whose call it is
+    def __init__(self) -> None:  # a compiler sees no change of what stands as a default in the class
+        self.lengths: ClipLengths | None = None
+        self.model: weakref.ref[nn.Module] | None = None  # whose call it is
 
 
 class Told:
