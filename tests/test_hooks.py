@@ -199,6 +199,38 @@ def test_the_whole_encoder_checkpointed_by_the_user(toy, reentrant):  # noqa: F8
         toy.blocks[0](torch.zeros(8, 16))
 
 
+@reentrancy
+@pytest.mark.parametrize("off", ["in the forward", "in the backward"])
+def test_a_switch_between_the_runs_of_a_checkpointed_encoder(toy, reentrant, off):  # noqa: F811
+    """The gradients would be those of another forward; without re-entry torch sees to it."""
+    handle = injected(toy)
+
+    def step(forward, backward):
+        with forward:
+            out = checkpoint(toy, toy_pixels(A).clone().requires_grad_(), A, use_reentrant=reentrant)
+        with backward:
+            out.square().mean().backward()
+
+    step(contextlib.nullcontext(), contextlib.nullcontext())
+    with torch.no_grad(), handle.disabled():
+        toy(toy_pixels(A), A)  # no run of a checkpoint
+    step(contextlib.nullcontext(), contextlib.nullcontext())
+    contexts = [handle.disabled(), contextlib.nullcontext()]
+    now = "on" if off == "in the forward" else "off"
+    error = InjectionError if reentrant else torch.utils.checkpoint.CheckpointError
+    with pytest.raises(error, match=f"with STA switched {now}" if reentrant else "torch.utils.checkpoint: "):
+        step(*(contexts if off == "in the forward" else contexts[::-1]))
+
+
+@reentrancy
+def test_a_checkpointed_encoder_may_be_switched_off_in_both_runs(toy, reentrant):  # noqa: F811
+    handle = injected(toy)
+    with handle.disabled():
+        pixels = toy_pixels(A).clone().requires_grad_()
+        checkpoint(toy, pixels, A, use_reentrant=reentrant).square().mean().backward()
+    assert all(parameter.grad is None for parameter in handle.parameters())
+
+
 class StagedEncoder(ToyEncoder):
     """Checkpoints its blocks together as a stage, and within that each one, as Swin does in transformers."""
 

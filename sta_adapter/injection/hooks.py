@@ -52,6 +52,7 @@ class EncoderPreHook(Hook):
                 "this is a copy of nn.DataParallel's, which STA's weights don't follow to its device. transformers' Trainer wraps models so "
                 "where one process sees several GPUs: start it by torchrun (one process a GPU), or set CUDA_VISIBLE_DEVICES to one."
             )
+        injection.require_same_switch((args, kwargs))
         kwargs, told = take_clip_lengths(encoder, kwargs)
         injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
         if injection.is_enabled and torch.is_grad_enabled() and is_parallel() and (ddp := active_ddp()) is not None:

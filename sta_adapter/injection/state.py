@@ -27,7 +27,7 @@ from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, LayoutError, STAWarning
+from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.told import Held, Told
@@ -79,6 +79,7 @@ class Injection:
         self.told = Told()
         self.held_off = Held(False)  # by an open `disabled()`
         self.held_streams: Held[Sequence[Stream]] = Held(())  # whose next frames the forwards bring
+        self._first_runs: set[bool] = set()  # whether it was switched on in first runs, see `require_same_switch`
         self._threads = threading.local()
 
     def __getstate__(self) -> dict[str, object]:
@@ -109,6 +110,26 @@ class Injection:
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Switch the branch off in a `with` block."""
         return self.held_off.holding(True)
+
+    def require_same_switch(self, inputs: object) -> None:
+        """To be called of each encoder forward, with its arguments.
+
+        A re-entrant checkpoint around the whole encoder runs it without gradients, on tensors that need one, and in the backward once
+        more. Nothing tells the two runs of a forward from those of another one.
+
+        Raises:
+            InjectionError: the branch is switched on in such a second run and was off in some first run, or the other way round.
+        """
+        if not torch.is_grad_enabled():
+            if not self.thread.in_check and any(tensor.requires_grad for tensor in iterate_tensors(inputs)):
+                self._first_runs.add(self.is_enabled)
+        elif graph_task() != -1 and self._first_runs - {self.is_enabled}:
+            now, before = ("on", "off") if self.is_enabled else ("off", "on")
+            raise InjectionError(
+                f"a checkpoint runs the whole encoder again in the backward with STA switched {now}, and STA was {before} when one ran it first, so "
+                "that the gradients may be of another forward. Checkpoint its blocks, as gradient_checkpointing_enable() does, or "
+                "use_reentrant=False."
+            )
 
     @property
     def clip_lengths(self) -> ClipLengths | None:
