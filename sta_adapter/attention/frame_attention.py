@@ -11,6 +11,7 @@ from torch import Tensor
 from sta_adapter.attention.kernels import attend_by_head, attend_by_head_gradient
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.rotary import apply_rotary, rotary_gradient
+from sta_adapter.compatibility.seams import operations_are_watched
 from sta_adapter.config import STAConfig
 
 __all__ = ["mix_frames", "mix_frames_gradient"]
@@ -82,12 +83,12 @@ def _unfold(x: Tensor, clip: tuple[int, int], tokens: int) -> Tensor:
 def _positions_at_once(qkv: Tensor, positions: int) -> int:
     """How many positions of (b t n) (3 h d) to compute at a time.
 
-    On the CPU a part of them stays in the cache, and its memory is taken again for the next one. What autograd or a compiler
-    looks at is computed at once.
+    On the CPU a part of them stays in the cache, and its memory is taken again for the next one. What autograd, a compiler or a
+    transform looks at, or a tensor that decides itself how it computes, is computed at once.
     """
     if torch.compiler.is_compiling() or (size := qkv.numel() // 3) <= PART:
         return positions
-    if qkv.device.type != "cpu" or torch.is_grad_enabled():
+    if type(qkv) is not Tensor or qkv.device.type != "cpu" or torch.is_grad_enabled() or operations_are_watched():
         return positions
     return max(1, positions * PART * torch.get_num_threads() // size)
 

@@ -83,7 +83,9 @@ class EncoderPreHook(Hook):
         try:
             layout = injection.spec.dummy_layout(call) if injection.thread.in_dummy else injection.spec.layout(call)
         except UnknownClipsError as error:
-            raise error if graph_task() == -1 else _told_before(encoder) from error
+            if graph_task() == -1:
+                raise
+            raise _told_before(encoder) from error
         if not isinstance(layout, ClipLayout):
             raise LayoutError(f"Backbone.layout returns a {type(layout).__name__}; expected a ClipLayout")
         if call.clip_lengths is None and layout.rows is not None and layout.max_frames > 1 and graph_task() != -1:

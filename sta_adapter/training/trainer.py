@@ -210,7 +210,7 @@ class AdapterTrainer(Trainer):
         if not tokens:
             bad = self.counts.of_all()["bad_samples"]
             raise DataError(f"there is nothing to measure the loss on: all samples are bad, the latest {bad[-1:]}")
-        cast("dict[str, float]", outcome.metrics)["eval_loss"] = loss / tokens
+        cast("dict[str, float]", outcome.metrics)[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
         return outcome
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
