@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.data.clip_batches import missing_frames
 

@@ -96,8 +96,8 @@ def find_owner(model: nn.Module, kinds: tuple[str, ...] = FAMILIES) -> nn.Module
         import transformers
 
         raise InjectionError(
-            f"Qwen2-VL of transformers {transformers.__version__} can't be given another position rule; 4.52 to 5 can "
-            "(tested: 4.57.6, 5.20 and 5.24). For VideoRoPE on 4.45.2, use its authors' model file."
+            f"Qwen2-VL of transformers {transformers.__version__} can't be given another position rule; 4.52 and "
+            "newer ones can. For VideoRoPE on 4.45.2, use its authors' model file."
         )
     raise InjectionError(
         f"{type(model).__name__} is no Qwen2-VL and holds none; expected a {' or '.join(kinds)} in it."

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.compatibility.releases import incompatible
 
 
 class InterleavedFrequencies:

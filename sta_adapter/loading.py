@@ -19,6 +19,7 @@ from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
+from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.injection.load import load_sta, warn_of_sta, watch_peft
 from sta_adapter.internvideo import builder_of
@@ -79,7 +80,6 @@ def load_model(
     require_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted: object = DTYPES.get(dtype, "auto" if torch.cuda.is_available() else torch.float32)
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -98,7 +98,7 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         loader = auto_class(transformers, config)
-        kwargs = {"dtype" if release >= (4, 56) else "torch_dtype": wanted, **narrow, **options}
+        kwargs = {"dtype" if transformers_release() >= (4, 56) else "torch_dtype": wanted, **narrow, **options}
         model = _load(loader, name, kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error

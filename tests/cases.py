@@ -194,10 +194,10 @@ def qwen2_vl_prompt(frames: int) -> Arguments:
 
 
 def token_types(tokens: list[int], *, video: int, image: int) -> Arguments:
-    """What transformers 5 asks for beside the tokens: 0 for text, 1 for images, 2 for videos."""
+    """What transformers asks for beside the tokens since 5.3: 0 for text, 1 for images, 2 for videos."""
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 3):
         return {}
     return {"mm_token_type_ids": torch.tensor([[{image: 1, video: 2}.get(token, 0) for token in tokens]])}
 

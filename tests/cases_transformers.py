@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cases import Arguments, Case, Clip, grid_of, merged_tokens, qwen2_vl_arguments, token_types
+from qwen2_vl_prompts import transformers_version
 from torch import Tensor, nn
 
 SIDE = 4  # rows and columns of patches of a frame that has no grid of its own
@@ -267,7 +268,7 @@ CASES = [
         full(
             "Qwen2_5_VLForConditionalGeneration",
             "Qwen2_5_VLConfig",
-            text_config=_qwen_text(),
+            **(_qwen_text() if transformers_version() < (4, 52) else {"text_config": _qwen_text()}),
             vision_config=QWEN2_5_VISION,
             **IDS,
         ),

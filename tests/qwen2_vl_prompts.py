@@ -52,7 +52,7 @@ def batch_of(*rows: list[Part], side: str = "left", pixels: bool = True, types: 
             if pixels:
                 patches = int(batch[grid_name].prod(-1).sum())
                 batch[pixel_name] = torch.randn(patches, 96, generator=torch.Generator().manual_seed(patches))
-    if types and is_transformers_5():
+    if types and transformers_version() >= (5, 3):
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE) + 2 * (batch["input_ids"] == VIDEO)
     return batch
 

@@ -85,10 +85,12 @@ def test_seconds_of_a_step_in_numbers(indices, frames, expected):
     assert step_seconds({"frames_indices": indices, "fps": 10.0}, frames) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("release", "told"), [("4.57.6", 1), ("5.24.0", 0)])
-def test_steps_that_transformers_4_rounds_are_told_of_once(monkeypatch, caplog, release, told):
+@pytest.mark.parametrize(
+    ("release", "told"), [("4.57.6", 1), ("5.0.0", 1), ("5.17.0", 1), ("5.18.0", 0), ("5.24.0", 0)]
+)
+def test_steps_that_transformers_rounds_are_told_of_once(monkeypatch, caplog, release, told):
     monkeypatch.setattr("transformers.__version__", release)
-    visual_processing._say_if_rounded.cache_clear()
+    visual_processing._say_that_they_are_rounded.cache_clear()
     encoded = {"second_per_grid_ts": torch.zeros(1), "input_ids": torch.zeros(1)}
     told_seconds(encoded, [2.0])
     told_seconds({}, [0.5])
@@ -96,7 +98,7 @@ def test_steps_that_transformers_4_rounds_are_told_of_once(monkeypatch, caplog, 
     for _ in range(2):
         found = told_seconds(encoded, [0.5, 2.0])
         assert {name: value.tolist() for name, value in found.items()} == {"second_per_grid_ts": [0.5, 2.0]}
-    visual_processing._say_if_rounded.cache_clear()
+    visual_processing._say_that_they_are_rounded.cache_clear()
     assert [f"transformers {release} rounds the seconds" in record.message for record in caplog.records] == [
         True
     ] * told

@@ -13,7 +13,7 @@ import torch
 import transformers
 from cases import make_qwen2_vl
 from peft import LoraModel
-from qwen2_vl_prompts import batch_of, is_transformers_5, needs_seams
+from qwen2_vl_prompts import batch_of, is_transformers_5, needs_seams, transformers_version
 from tiny_qwen import make_processor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +23,7 @@ from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
-from sta_adapter.compatibility import checkpointing, position_seams, processors, seams
+from sta_adapter.compatibility import checkpointing, position_seams, processors, releases, seams
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
@@ -39,6 +39,10 @@ from sta_adapter.visualization.viewer import crops
 
 TOLD = r"[\s\S]*This is {} \S+, and STA was tested with .*: install one of these \(pip install {}==\.\.\.\)"
 only_5 = pytest.mark.skipif(not is_transformers_5(), reason="a part of transformers 5")
+has_generation_method, has_frequency_method = (
+    pytest.mark.skipif(transformers_version() < position_seams.SINCE[name], reason="a part of later transformers")
+    for name in (position_seams.GENERATION_METHOD, position_seams.FREQUENCY_METHOD)
+)
 
 
 def raises(found, package="transformers"):
@@ -93,7 +97,7 @@ def test_a_package_under_another_name_is_found(monkeypatch):
         return installed[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert [seams.version(name) for name in ("torch", "vllm", "peft")] == ["2.14.1", "0.32.0", "not installed"]
+    assert [releases.version(name) for name in ("torch", "vllm", "peft")] == ["2.14.1", "0.32.0", "not installed"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,24 @@ def test_who_looks_at_modules_and_operations():
 def test_which_rotary_embeddings_mix_their_axes_by_a_method():
     mixing = type("Rotary", (), {position_seams.FREQUENCY_METHOD: lambda self, freq: freq})
     assert position_seams.has_frequency_method(mixing) is True
+
+
+@pytest.mark.parametrize(
+    ("ask", "before", "since", "name"),
+    [
+        (position_seams.has_frequency_method, (5, 16), (5, 17), position_seams.FREQUENCY_METHOD),
+        (position_seams.has_generation_method, (5, 1), (5, 2), position_seams.GENERATION_METHOD),
+    ],
+    ids=["frequencies", "generation"],
+)
+def test_a_method_of_later_releases_is_missed_in_these_alone(monkeypatch, ask, before, since, name):
+    without = type("Without", (), {"generate": None})
+    for release in ((4, 52), (5, 0), before):
+        monkeypatch.setattr(position_seams, "transformers_release", lambda release=release: release)
+        assert ask(without) is False
+    monkeypatch.setattr(position_seams, "transformers_release", lambda: since)
+    with raises(f"Without has no {name}"):
+        ask(without)
 
 
 @pytest.fixture
@@ -238,7 +260,7 @@ def test_a_model_that_keeps_no_rope_deltas(model):
         restore_original_positions(model)
 
 
-@only_5
+@has_generation_method
 @pytest.mark.parametrize("change", [restore_original_positions, apply_videorope])
 def test_generation_that_asks_for_positions_elsewhere(model, change, monkeypatch):
     monkeypatch.delattr(type(model), position_seams.GENERATION_METHOD)
@@ -248,14 +270,14 @@ def test_generation_that_asks_for_positions_elsewhere(model, change, monkeypatch
     assert "get_rope_index" not in vars(find_owner(model))
 
 
-@only_5
+@has_generation_method
 def test_generation_that_asks_with_other_arguments(model, monkeypatch):
     monkeypatch.setattr(type(model), position_seams.GENERATION_METHOD, forward_of("self, inputs_tensor, kwargs"))
     with raises("has no parameter model_kwargs"):
         restore_original_positions(model)
 
 
-@only_5
+@has_frequency_method
 def test_frequencies_that_are_mixed_elsewhere(model, monkeypatch):
     monkeypatch.delattr(type(model.model.language_model.rotary_emb), position_seams.FREQUENCY_METHOD)
     with raises(f"has no {position_seams.FREQUENCY_METHOD}"):
@@ -263,7 +285,7 @@ def test_frequencies_that_are_mixed_elsewhere(model, monkeypatch):
     assert "get_rope_index" not in vars(find_owner(model))
 
 
-@only_5
+@has_frequency_method
 def test_frequencies_that_are_mixed_with_other_arguments(model, monkeypatch):
     rotary = type(model.model.language_model.rotary_emb)
     monkeypatch.setattr(rotary, position_seams.FREQUENCY_METHOD, forward_of("self, freq, sections"))

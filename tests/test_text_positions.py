@@ -11,7 +11,7 @@ from cases import make_qwen2_vl, make_qwen2_vl_tower, qwen2_vl_prompt
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_vl_prompts import END, START, VIDEO, is_transformers_5, needs_seams
+from qwen2_vl_prompts import END, START, VIDEO, is_transformers_5, needs_seams, transformers_version
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter import inject_sta, load_sta
@@ -25,8 +25,10 @@ from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
 from sta_adapter.text_positions import rule_in_use, use_positions
 
-NATIVE = "rows-and-columns" if is_transformers_5() else "original"
-other_rule = pytest.mark.skipif(not is_transformers_5(), reason="transformers 4 has the rule of the training")
+NATIVE = "rows-and-columns" if transformers_version() >= (5, 3) else "original"
+other_rule = pytest.mark.skipif(
+    transformers_version() < (5, 3), reason="earlier transformers has the rule of the training"
+)
 
 
 def make_qwen2_5_vl():
@@ -133,6 +135,7 @@ def test_a_base_may_say_which_rule_it_was_trained_by():
         use_positions(model)
 
 
+@needs_seams
 @settings(max_examples=30, deadline=None)
 @given(frames=st.integers(1, 9), seconds=st.floats(0.03125, 8, width=32))
 def test_qwen2_5_vl_counts_time_as_its_own_training_code_does(frames, seconds):
@@ -147,6 +150,7 @@ def test_qwen2_5_vl_counts_time_as_its_own_training_code_does(frames, seconds):
     assert deltas.tolist() == [[after + 3 - len(positions[0])]]
 
 
+@needs_seams
 def test_qwen2_5_vl_needs_the_seconds_of_a_step():
     model = use_positions(make_qwen2_5_vl())
     batch = clip_prompt(3, 0.5)

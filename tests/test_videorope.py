@@ -16,10 +16,10 @@ from qwen2_vl_prompts import (
     batch_of,
     cache_name,
     check_positions,
-    is_transformers_5,
     needs_seams,
     rows_of_prompts,
     tokens_of,
+    transformers_version,
 )
 from safetensors.torch import load_file
 
@@ -250,7 +250,7 @@ def test_a_static_cache_and_a_prompt_in_chunks(model):
     expected = model.generate(**batch, **GREEDY)
     found = model.generate(**batch, **GREEDY, cache_implementation="static", disable_compile=True)
     assert torch.equal(found, expected)
-    if is_transformers_5():
+    if transformers_version() >= (5, 20):  # until 5.18 an untouched model fails
         assert torch.equal(model.generate(**batch, **GREEDY, prefill_chunk_size=5), expected)
 
 
@@ -286,7 +286,9 @@ def test_text_as_embeddings(model):
     assert torch.equal(found, model.generate(**batch, **GREEDY)[:, -4:])
 
 
-@pytest.mark.skipif(not is_transformers_5(), reason="before transformers 5 no argument says what the embeddings are of")
+@pytest.mark.skipif(
+    transformers_version() < (5, 3), reason="before transformers 5.3 no argument says what the embeddings are of"
+)
 def test_clips_as_embeddings(model):
     apply_videorope(model)
     batch = batch_of([(3,), (4, 2, 2), (5,)], [(4,)])

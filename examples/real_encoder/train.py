@@ -163,6 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs' JSON files")
     parser.add_argument("--encoder", default="pip", help='Hub id or folder of a DINOv2, or "pip"')
+    parser.add_argument("--first", type=int, default=Settings.first, help="the block in play that comes first, from 0")
     parser.add_argument("--circling", action="store_true", help="(counter)clockwise in a circle, not turning in place")
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare", help="write the clips and store tokens")
@@ -179,7 +180,7 @@ def main() -> None:
     one.add_argument("--search", action="store_true", help="validation alone; the test's clips are not asked")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    settings = Settings(encoder=given.encoder, circling=given.circling)
+    settings = Settings(encoder=given.encoder, first=given.first, circling=given.circling)
     if given.command == "prepare":
         prepare(given.work, settings, given.objects, given.photographs)
     else:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.safe_read import compare_shapes, read_tensors
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
-from sta_adapter.compatibility.seams import experts_are_out_in, version
+from sta_adapter.compatibility.releases import version
+from sta_adapter.compatibility.seams import experts_are_out_in
 from sta_adapter.errors import CheckpointError
 
 __all__ = ["LoraFile"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
-from sta_adapter.compatibility.seams import version
+from sta_adapter.compatibility.releases import version
 from sta_adapter.errors import CheckpointError, STAError
 
 if TYPE_CHECKING:

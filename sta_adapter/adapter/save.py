@@ -21,7 +21,7 @@ from sta_adapter.adapter.format import (
     read_description,
 )
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.compatibility.seams import version
+from sta_adapter.compatibility.releases import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 

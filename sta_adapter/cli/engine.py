@@ -80,7 +80,7 @@ def check_options(options: AskOptions) -> dict[str, object]:
 
 def ask_engine(measurement: Measurement, options: AskOptions) -> tuple[dict[str, Orders], EngineReport]:
     """The results of each run, each by an engine of its own, and what is to be said of the engine."""
-    from sta_adapter.compatibility.seams import version
+    from sta_adapter.compatibility.releases import version
     from sta_adapter.evaluation.engine import agreement
     from sta_adapter.integrations.vllm.engine import VLLMEngine
 

@@ -16,7 +16,7 @@ import torch
 
 from sta_adapter.attention.kernels import choose_kernel
 from sta_adapter.cli.seam_report import seams
-from sta_adapter.compatibility.seams import TESTED, version
+from sta_adapter.compatibility.releases import TESTED, version
 from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, list_backbones
 
 PACKAGES = (

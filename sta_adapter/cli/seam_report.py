@@ -17,6 +17,7 @@ from sta_adapter.compatibility.position_seams import (
     has_frequency_method,
     has_generation_method,
 )
+from sta_adapter.compatibility.releases import incompatible, version
 from sta_adapter.compatibility.seams import (
     HOOK_OPTIONS,
     HOOK_TABLES,
@@ -26,11 +27,9 @@ from sta_adapter.compatibility.seams import (
     graph_task,
     has_adapter,
     hook_table,
-    incompatible,
     known_parameters,
     peft_hook,
     peft_parts,
-    version,
 )
 from sta_adapter.errors import STAError
 from sta_adapter.integrations.vllm.lora_requests import lora_reader

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from sta_adapter.compatibility.seams import incompatible, parameter_names
+from sta_adapter.compatibility.releases import incompatible
+from sta_adapter.compatibility.seams import parameter_names
 
 __all__ = ["checkpointing_methods", "checkpoints_reentrantly", "inside_checkpoint", "require_known_flags"]
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from sta_adapter.compatibility.seams import incompatible, known_parameters, parameter_names
+from sta_adapter.compatibility.releases import incompatible, transformers_release
+from sta_adapter.compatibility.seams import known_parameters, parameter_names
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
-GENERATION_METHOD = "_prepare_position_ids_for_generation"  # transformers 5: positions of what `generate` is given
-FREQUENCY_METHOD = "recomposition_frequencies"  # transformers 5: Qwen2-VL's rotary embedding mixes its axes with it
+GENERATION_METHOD = "_prepare_position_ids_for_generation"  # positions of what `generate` is given
+FREQUENCY_METHOD = (
+    "recomposition_frequencies"  # Qwen2-VL's rotary embedding mixes its axes with it, before them its attention
+)
+SINCE = {GENERATION_METHOD: (5, 2), FREQUENCY_METHOD: (5, 17)}  # releases of transformers that have them
 ROPE_INDEX = "get_rope_index"
 
 
@@ -55,10 +59,10 @@ def _length(cache: object, what: str) -> int:
 
 
 def has_generation_method(head: type) -> bool:
-    """Whether a generating model prepares positions by a method of its own (transformers 5), which we then replace.
+    """Whether a generating model prepares positions by a method of its own (since 5.2), which we then replace.
 
     Raises:
-        CompatibilityError: transformers 5 has no such method, or one with other parameters.
+        CompatibilityError: such a release has no such method, or one with other parameters.
     """
     return hasattr(head, "generate") and _has_method(head, GENERATION_METHOD, ("self", "inputs_tensor", "model_kwargs"))
 
@@ -77,21 +81,19 @@ def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
 
 
 def has_frequency_method(rotary: type) -> bool:
-    """Whether a class of rotary embeddings mixes its axes by a method (transformers 5), or leaves it to attention (4).
+    """Whether a class of rotary embeddings mixes its axes by a method (since 5.17), or leaves it to attention.
 
     Raises:
-        CompatibilityError: transformers 5 has no such method, or one with other parameters.
+        CompatibilityError: such a release has no such method, or one with other parameters.
     """
     return _has_method(rotary, FREQUENCY_METHOD, ("self", "freq"))
 
 
 def _has_method(owner: type, name: str, parameters: tuple[str, ...]) -> bool:
-    """Whether a class has a method of transformers 5, with the parameters that we know."""
-    import transformers
-
+    """Whether a class has a method that releases of transformers have since some time, with the parameters that we know."""
     method = getattr(owner, name, None)
     if method is not None:
         known_parameters(method, f"{owner.__name__}.{name}", parameters)
-    elif int(transformers.__version__.split(".")[0]) >= 5:
+    elif transformers_release() >= SINCE[name]:
         raise incompatible("transformers", f"{owner.__name__} has no {name}")
     return method is not None

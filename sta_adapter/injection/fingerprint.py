@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.module import CHILD
+from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.data.fingerprint import fingerprint, without_names
 from sta_adapter.distributed import full_tensor, is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import get_sta
+from sta_adapter.injection.text_positions import rule_in_use
 
 __all__ = ["fingerprint_model", "fingerprint_start"]
 
@@ -140,9 +142,7 @@ def _lora_at_work(model: nn.Module) -> list[object]:
 
 
 def _positions(model: nn.Module) -> list[object]:
-    """What tells a language model's positions: rules put into it, VideoRoPE's own setting, and transformers' generation."""
-    import transformers
-
+    """What tells a language model's positions: its rule, those put into it, VideoRoPE's own setting, and transformers' generation."""
     rules: Iterable[object] = (
         (name, repr(method.rule))
         for name, module in model.named_modules()
@@ -150,4 +150,4 @@ def _positions(model: nn.Module) -> list[object]:
         if hasattr(method, "rule") and not isinstance(method, type)
     )
     published = [str(module.which_rope) for module in model.modules() if hasattr(module, "which_rope")]
-    return [transformers.__version__.split(".")[0], *rules, *published]
+    return [transformers_release()[0], rule_in_use(model), *rules, *published]

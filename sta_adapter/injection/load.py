@@ -33,7 +33,7 @@ from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.compatibility.module_names import STA_TENSOR
-from sta_adapter.compatibility.seams import version
+from sta_adapter.compatibility.releases import version
 from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle, get_sta

@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sta_adapter.compatibility.seams import peft_parts, version
+from sta_adapter.compatibility.releases import version
+from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import FLATTENS, is_fsdp1, is_parallel, is_sharded, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.compatibility.seams import parameter_names, version
+from sta_adapter.compatibility.releases import version
+from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.chat_template import has_reasoning

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import ConfigError, MissingExtraError
 from sta_adapter.integrations import peft
 from sta_adapter.integrations.callbacks import sta_callbacks

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 from sta_adapter.adapter.base_model import ANY
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
-from sta_adapter.compatibility.seams import incompatible, version
+from sta_adapter.compatibility.releases import incompatible, version
 from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError, STAError
 from sta_adapter.integrations.vllm.export import BASE, STA, export_merged, lora_digest

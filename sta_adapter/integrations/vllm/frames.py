@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.message import Visual
 from sta_adapter.data.visual_processing import step_seconds

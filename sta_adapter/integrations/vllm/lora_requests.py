@@ -13,7 +13,7 @@ from sta_adapter.adapter.format import CONFIG
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.safe_read import read_json
-from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import CheckpointError
 from sta_adapter.integrations.vllm.request import ADAPTER, adapter_digest
 from sta_adapter.integrations.vllm.serving import SERVED

@@ -10,7 +10,7 @@ from torch import nn
 
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import read_json, read_shapes
-from sta_adapter.compatibility.seams import incompatible
+from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.integrations.vllm.request import ServedAdapter

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
-from sta_adapter.compatibility.seams import incompatible, parameter_names
+from sta_adapter.compatibility.releases import incompatible
+from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.integrations.vllm.frames import register_loader
