@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from cases import Clip, all_cases, case_parameters, lacks, randomize, seeded
 from cases_transformers import CASES, FRAME, glm_prompt, llava_prompt, picture_prompt, tiny
+from qwen2_vl_prompts import transformers_version
 
 from sta_adapter import STAConfig, get_sta, inject_sta
 from sta_adapter.data.clip_batches import put_together
@@ -354,7 +355,7 @@ def test_every_name_of_the_lora_recipe_is_in_the_model(case):
 OF_TRANSFORMERS_4 = {"CLIPVisionTransformer", "SiglipVisionTransformer", "Siglip2VisionTransformer"}
 
 
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older releases lack some of the classes")
+@pytest.mark.skipif(transformers_version() < (5, 2), reason="older releases lack some of the classes")
 @pytest.mark.parametrize("name", sorted({case.backbone for case in CASES} - {"llava_video"} | {"qwen2_vl"}))
 def test_every_class_that_a_backbone_names_is_one_of_transformers(name):
     spec = get_backbone(name)

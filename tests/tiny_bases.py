@@ -18,6 +18,7 @@ from cases_transformers import (
     ROW_VISION,
     TEXT,
 )
+from qwen2_vl_prompts import transformers_version
 from tiny_qwen import CHATML, make_tokenizer
 
 GRID = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -31,6 +32,7 @@ WORDS = {
     "end_image_token": "<|vision_end|>",
     "context_image_token": "<|image_pad|>",
 }
+EARLY_WORDS = "model_specific_special_tokens"  # what transformers 5.0 and 5.1 call them
 GLM_WORDS = ["<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
 BARE = CHATML.replace("'<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>'", "'<|' + part['type'] + '_pad|>'")
 
@@ -184,7 +186,8 @@ def make_processor(name: str, folder: Path) -> Any:
     tokenizer = make_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokenizer.all_special_tokens, *GLM_WORDS]})
     tokenizer.save_pretrained(folder)
-    tokenizer = type(tokenizer).from_pretrained(folder, extra_special_tokens=WORDS)
+    early = (5,) <= transformers_version() < (5, 2)
+    tokenizer = type(tokenizer).from_pretrained(folder, **{EARLY_WORDS if early else "extra_special_tokens": WORDS})
     parts = {
         "image_processor": getattr(transformers, family.image_processor)(**family.image_settings),
         "video_processor": getattr(transformers, family.video_processor)(**family.video_settings),
