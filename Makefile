@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-old test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-releases test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -25,10 +25,16 @@ $(VENV)/.ready-real: $(VENV)/.ready examples/real_encoder/requirements.txt
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The contract, the goldens and the adapter format on the oldest and the last 4.x release of transformers.
-test-old: .venv-4.45.2/.ready .venv-4.57.6/.ready
-	.venv-4.45.2/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS)
-	.venv-4.57.6/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS)
+# The contract, the goldens and the adapter format on the oldest, the last 4.x and the first 5.x release of transformers.
+test-old:
+	$(MAKE) test-releases RELEASES="4.45.2 4.57.6 5.0.0"
+
+# The same on releases between those, which differ in what STA leans on.
+RELEASES ?= 4.47.1 4.49.0 4.51.3 4.52.4 4.55.4 5.2.0 5.4.0 5.6.0 5.10.4 5.16.1 5.18.0
+test-releases: $(RELEASES:%=.venv-%/.ready)
+	failed=; for release in $(RELEASES); do echo "transformers $$release"; \
+	.venv-$$release/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS) || failed="$$failed $$release"; done; \
+	if [ -n "$$failed" ]; then echo "failed on transformers$$failed"; exit 1; fi
 
 OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.py tests/test_inject.py \
 	tests/test_tiny_base.py tests/test_videorope.py tests/test_videorope_backbone.py tests/test_videorope_changes.py \
@@ -137,7 +143,7 @@ TOOLS := pip-audit cyclonedx-bom uv
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-notebook .venv-4.45.2 .venv-4.57.6 .venv-floor .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
+	rm -rf $(VENV) .venv-notebook .venv-4.* .venv-5.* .venv-floor .venv-newest .venv-lmms-eval .venv-vllm .venv-tools .venv-tool-* build dist *.egg-info
 
 # setuptools comes first and builds without isolation, so that it too is the one of the lock.
 LOCK := requirements/lock.txt
@@ -147,7 +153,10 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --no-build-isolation -e '.[dev]'
 	touch $@
 
-# Older releases of transformers lie over the main environment, so that torch is installed once.
+# Other releases of transformers lie over the main environment, so that torch is installed once.
+.venv-%/.ready: PINS = transformers==$*
+.venv-4.4%/.ready: PINS = transformers==$* peft==0.13.2 accelerate==1.4.0
+.venv-4.5%/.ready: PINS = transformers==$* peft==0.18.1
 .venv-4.45.2/.ready: PINS := transformers==4.45.2 tokenizers==0.20.3 huggingface-hub==0.36.2 peft==0.13.2 accelerate==1.4.0
 .venv-4.57.6/.ready: PINS := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 peft==0.18.1
 .venv-%/.ready: $(VENV)/.ready

@@ -86,7 +86,7 @@ def test_seconds_of_a_step_in_numbers(indices, frames, expected):
 
 
 @pytest.mark.parametrize(
-    ("release", "told"), [("4.57.6", 1), ("5.0.0", 1), ("5.17.0", 1), ("5.18.0", 0), ("5.24.0", 0)]
+    ("release", "told"), [("4.51.3", 0), ("4.57.6", 1), ("5.0.0", 1), ("5.17.0", 1), ("5.18.0", 0), ("5.24.0", 0)]
 )
 def test_steps_that_transformers_rounds_are_told_of_once(monkeypatch, caplog, release, told):
     monkeypatch.setattr("transformers.__version__", release)

@@ -8,7 +8,7 @@ from sta_adapter.errors import CompatibilityError
 
 TESTED = {
     "torch": "2.4.1, 2.13.0, 2.14.1 and 2.15.0",
-    "transformers": "4.45.2, 4.57.6, 5.20.2 and 5.24.0",
+    "transformers": "4.45.2, 4.57.6, 5.0.0, 5.20.2 and 5.24.0",
     "peft": "0.13.0, 0.13.2, 0.18.1 and 0.21.2",
     "xformers": "0.0.35",
     "vllm": "0.32.0",

@@ -194,14 +194,14 @@ def step_seconds(metadata: ClipTimes, frames: int) -> float:
 def told_seconds(encoded: Mapping[str, torch.Tensor], steps: list[float]) -> dict[str, torch.Tensor]:
     """The tensors of a processor that tell seconds of temporal steps, with the right ones: `steps`, one a clip."""
     names = [name for name in NAMES if name in encoded]
-    if names and any(step != round(step) for step in steps) and transformers_release() < (5, 18):
+    if names and any(step != round(step) for step in steps) and (4, 52) <= transformers_release() < (5, 18):
         _say_that_they_are_rounded()
     return {name: torch.tensor(steps, dtype=torch.float32) for name in names}
 
 
 @cache
 def _say_that_they_are_rounded() -> None:
-    """Once: models of earlier releases of transformers cut the seconds of a step down to a whole number."""
+    """Once: models of transformers 4.52 to 5.17 cut the seconds of a step down to a whole number."""
     import transformers
 
     logger.warning(
