@@ -81,6 +81,7 @@ class AdapterTrainer(Trainer):
         refuse_flattening(getattr(self.accelerator.state, "fsdp_plugin", None))
         # whatever the model takes, a step's tokens are counted, for `compute_loss`
         self.model_accepts_loss_kwargs = True
+        self.accelerator.gradient_accumulation_steps = 1  # transformers 5.2 to 5.4 has it divide gradients again
         self.watch = watch
         self.config = config
         self.sta_parameters = sta_parameters
