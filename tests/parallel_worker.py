@@ -1,5 +1,6 @@
 """One of two processes of tests/test_parallel.py: trains a tiny model, and the same in one process to compare with."""
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -30,6 +31,7 @@ SETTINGS = {
     **{"batch_size": 4, "device_batch_size": 1, "max_steps": 3, "save_steps": 2, "eval_steps": 3, "keep_best": False},
     **{"learning_rate": 1e-4, "logging_steps": 1, "max_grad_norm": 0.5},
 }
+EPOCHS = {"max_steps": None, "epochs": 2, "save_steps": 100, "eval_steps": 6}  # of twelve samples, three steps each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,10 +244,13 @@ def run_training(case, out, **more):
 
 
 class SignalToOne(TrainerCallback):
-    """SIGTERM to process 1 alone, in its second step."""
+    """SIGTERM to process 1 alone, in the step after `steps`."""
+
+    def __init__(self, steps=1):
+        self.steps = steps
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1 and distributed.get_rank() == 1:
+        if state.global_step == self.steps and distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -258,6 +263,13 @@ def stop_training(case, out):
         message = f"signal {stopped.signal}, {stopped.checkpoint.name}"
     distributed.all_gather_object(told, message)
     return f"{case} alike {told[0] == told[1]}: {told[0]}"
+
+
+def go_on(case, out):
+    """The same within the second epoch, and then to the end."""
+    with contextlib.suppress(TrainingStopped):
+        run_training(case, out, callbacks=[SignalToOne(4)], **EPOCHS)
+    return run_training(case, out, **EPOCHS)
 
 
 def score_otherwise(case, out):
@@ -303,6 +315,7 @@ def main(folder, *cases):
         runs = {
             "train": run_training,
             "stop": stop_training,
+            "go_on": go_on,
             "scores": score_otherwise,
             "losses": watch_losses,
             "refused": refuse,

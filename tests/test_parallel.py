@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import make_qwen2_vl, seeded
 from pairs import pairs_of
-from parallel_worker import Trial, prompt, run_training
+from parallel_worker import EPOCHS, Trial, prompt, run_training
 from safetensors.torch import load_file
 from tiny_qwen import write_samples
 from torch.distributed import fsdp
@@ -286,6 +286,16 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     (checkpoint,) = (tmp_path / "data" / "two" / "stage1").glob("checkpoint-*")
     assert checkpoint == last_checkpoint(checkpoint.parent)
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_within_an_epoch_as_if_nothing_had_been(tmp_path, run_two):
+    """With the samples that are left of it, which is not the first."""
+    write_samples(tmp_path / "data", 12)
+    line = "steps [6, 6], bad 0"
+    assert run_two("go_on=data") == f"go_on=data {line}\n"
+    assert run_training("go_on=data", tmp_path, **EPOCHS) == f"go_on=data {line}"
+    assert_close(tmp_path / "data" / "one", tmp_path / "data" / "two", STA, LORA, "stage1/trained.safetensors")
 
 
 def test_one_score_of_several_processes_counts(tmp_path, run_two):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.data import FrameSettings
@@ -305,22 +305,51 @@ def test_a_batch_with_nothing_to_learn_from():
     assert {value.dtype for value in batch.values()} == {torch.long}
 
 
+def shared_out(count, size, processes, rank, *filled, shuffle=False):
+    """A process's loader, as `Trainer` has accelerate make it."""
+    torch.manual_seed(0)
+    loader = DataLoader(Fillable(list(range(count))), size, shuffle=shuffle, collate_fn=list)
+    how = {"use_seedable_sampler": True, "put_on_device": False}
+    return fill_up(prepare_data_loader(loader, num_processes=processes, process_index=rank, **how), *filled)
+
+
+@pytest.mark.parametrize("together", [1, 3], ids=lambda n: f"{n} in a step")
 @pytest.mark.parametrize(
-    ("count", "size", "processes"), [(8, 2, 2), (7, 2, 2), (5, 2, 2), (9, 4, 2), (1, 3, 4)], ids=str
+    ("count", "size", "processes"),
+    [(8, 2, 2), (7, 2, 2), (5, 2, 2), (9, 4, 2), (1, 3, 4), (7, 2, 1), (5, 1, 1)],
+    ids=str,
 )
-def test_each_sample_of_an_epoch_comes_once(count, size, processes):
+def test_each_sample_of_an_epoch_comes_once(count, size, processes, together):
     """In the order and the batches of one process, and in as many batches for each."""
     shares = []
     for rank in range(processes):
-        batches = BatchSampler(SequentialSampler(range(count)), size, drop_last=False)
-        shard = BatchSamplerShard(batches, processes, rank)
-        loader = fill_up(DataLoader(Fillable(list(range(count))), batch_sampler=shard, collate_fn=list))
+        loader = shared_out(count, size, processes, rank, lambda: 0, together)
         shares.append(list(loader))
-        assert len(loader) == len(shares[-1]) == math.ceil(count / (size * processes))
+        assert len(loader) == len(shares[-1]) == math.ceil(count / (size * processes * together)) * together
         assert all(len(batch) == size for batch in shares[-1])
     found = [index for step in zip(*shares, strict=True) for batch in step for index in batch]
     assert found[:count] == list(range(count))
     assert set(found[count:]) <= {None}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("told", ["before", "after"])
+def test_a_run_that_goes_on_within_an_epoch_has_that_epochs_order(processes, told):
+    """Trainers tell a loader the epoch before its first batches are skipped, or (transformers 5.3 and later) after that."""
+    for rank in range(processes):
+        now = SimpleNamespace(epoch=0)
+        loader = shared_out(9, 2, processes, rank, lambda: now.epoch, shuffle=True)
+        orders = []
+        for now.epoch in range(3):
+            orders.append(list(loader))
+        assert orders[0] != orders[1] != orders[2]
+        for now.epoch in range(3):
+            if told == "before":
+                loader.set_epoch(now.epoch)
+            rest = skip_first_batches(loader, 1)
+            if told == "after":
+                rest.set_epoch(now.epoch)
+            assert list(rest) == orders[now.epoch][1:]
 
 
 def test_one_of_several_processes_without_an_answer_has_a_loss_of_zero(monkeypatch):

@@ -19,6 +19,7 @@ from sta_adapter.injection.fingerprint import fingerprint_model
 from sta_adapter.injection.registry import locate
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.training.contexts import _require_gradient, activation_checkpointing, full_precision
+from sta_adapter.training.trainer import AdapterTrainer
 
 ADAPTER = ("sta_adapter.safetensors", "adapter_model.safetensors")
 
@@ -58,6 +59,44 @@ def test_accumulated_batches_are_one_large_batch(tmp_path, family):
     assert losses(found[4], "2") == pytest.approx(losses(found[1], "2"), rel=1e-5)
     assert losses(found[4], "2", "eval_loss") == pytest.approx(losses(found[1], "2", "eval_loss"), rel=1e-5)
     assert_close(tmp_path / "4", tmp_path / "1", 1e-5)
+
+
+def test_gradients_of_accumulated_batches_are_those_of_one_large_batch(tmp_path, processor, dataset):  # noqa: F811
+    """Seen before they are clipped; the answers are of one length, with which a mean over small batches will do as well."""
+    found = {}
+    for size in (4, 2, 1):
+        config = TrainingConfig(**{**FAST, "max_steps": 3, "learning_rate": 1e-4, "device_batch_size": size})
+        how = {"output_dir": tmp_path / str(size), "stage": "2", "config": config, "progress": False}
+        found[size] = losses(train(make_model(processor.tokenizer), dataset, **how), "2", "grad_norm")
+    assert len(found[4]) == 3
+    for size in (2, 1):
+        assert found[size] == pytest.approx(found[4], rel=1e-4)
+        assert_close(tmp_path / "4", tmp_path / str(size), 1e-5)
+
+
+def test_an_epochs_last_step_is_a_step_of_its_own(tmp_path, processor, folder, monkeypatch):  # noqa: F811
+    """Also where fewer batches are left for it than others have, and in the epochs after it."""
+    lines = (folder / "data.jsonl").read_text().splitlines()[:6]
+    (folder / "six.jsonl").write_text("\n".join(lines))
+    six = VideoDataset(folder / "six.jsonl", processor, frames=AS_IS, on_bad_sample="error", cache=True)
+    found, seen, compute_loss = {}, [], AdapterTrainer.compute_loss
+
+    def note(self, net, inputs, *args, **kwargs):
+        seen.append((self.state.global_step, len(inputs["input_ids"])))
+        return compute_loss(self, net, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", note)
+    for size in (4, 1):
+        seen.clear()
+        changes = {"max_steps": None, "epochs": 2, "learning_rate": 1e-4, "device_batch_size": size}
+        how = {"config": TrainingConfig(**{**FAST, **changes}), "progress": False, "output_dir": tmp_path / str(size)}
+        result = train(make_model(processor.tokenizer), six, stage="2", **how)
+        found[size] = losses(result, "2", "grad_norm")
+        steps = [step for step, clips in seen for _ in range(clips)]
+        assert steps == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    if hasattr(Trainer, "get_batch_samples"):  # before 4.46, a small batch without a sample counts as a loss of zero
+        assert found[1] == pytest.approx(found[4], rel=1e-4)
+        assert_close(tmp_path / "4", tmp_path / "1", 1e-5)
 
 
 def test_an_evaluation_does_not_change_what_is_trained(tmp_path, processor, dataset):  # noqa: F811

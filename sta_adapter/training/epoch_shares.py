@@ -1,15 +1,16 @@
-"""What each of several processes gets of an epoch: every sample once, also where these don't come out even.
+"""What each process gets of an epoch: every sample once, in the epoch's order, also where these don't come out even.
 
 accelerate gives out batches in turn and fills up the last ones with samples from the beginning of the epoch, which would be
-trained twice, and in a step that one process takes without them.
+trained twice, and in a step that one process takes without them. The order depends on the epoch's number, which not every
+pair of accelerate and transformers tells a loader that begins within an epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import cast
 
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.dataset import VideoDataset
@@ -31,28 +32,36 @@ class Fillable(Dataset[Encoded | BadSample | None]):
         return None if index is None else self.dataset[index]
 
 
-class FilledUp(BatchSampler):
-    """An epoch's batches, all of one size and as many for each process, with None for what is missing at the end."""
+class FilledUp(Sampler[int | None]):
+    """The samples of an epoch, then None up to a multiple of `share`."""
 
-    def __init__(self, batches: BatchSampler, processes: int) -> None:
-        super().__init__(batches.sampler, batches.batch_size, batches.drop_last)
-        self.batches, self.processes = batches, processes
+    def __init__(self, samples: Iterable[int], share: int, epoch: Callable[[], int]) -> None:
+        self.samples, self.epoch = samples, epoch
+        self.missing = -len(cast(Sized, samples)) % share
 
     def __len__(self) -> int:
-        return -(-len(self.batches) // self.processes) * self.processes
+        return len(cast(Sized, self.samples)) + self.missing
 
-    def __iter__(self) -> Iterator[list[int | None]]:  # type: ignore[override]
-        """Batch by batch."""
-        indices: list[int | None] = [index for batch in self.batches for index in batch]
-        size = self.batch_size
-        indices += [None] * (len(self) * size - len(indices))
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+    def __iter__(self) -> Iterator[int | None]:
+        """Index by index, in the order of the epoch that there is now."""
+        if hasattr(self.samples, "set_epoch"):
+            self.samples.set_epoch(self.epoch())
+        yield from self.samples
+        yield from [None] * self.missing
 
 
-def fill_up(loader: DataLoader[object]) -> DataLoader[object]:
-    """Let a loader of a `Fillable` that accelerate has prepared give nothing in the place of samples that came before."""
-    shard = loader.batch_sampler
-    if isinstance(shard, BatchSamplerShard):
-        shard.batch_sampler = FilledUp(shard.batch_sampler, shard.num_processes)
+def fill_up(loader: DataLoader[object], epoch: Callable[[], int] = lambda: 0, batches: int = 1) -> DataLoader[object]:
+    """Let a loader of a `Fillable` that accelerate has prepared give nothing in the place of samples that came before.
+
+    Args:
+        loader: of one of the processes, with its share of the batches.
+        epoch: which one it is, asked when it begins.
+        batches: of which each process gets a multiple.
+    """
+    if isinstance(loader.dataset, Fillable):
+        shard = loader.batch_sampler
+        processes = getattr(shard, "num_processes", 1)
+        whole = cast(BatchSampler, getattr(shard, "batch_sampler", shard))  # the batches of all processes
+        share = whole.batch_size * processes * batches
+        whole.sampler = FilledUp(whole.sampler, share, epoch)  # type: ignore[assignment]
     return loader

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from sta_adapter.adapter.save import replace_files
+from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
@@ -81,7 +83,8 @@ class AdapterTrainer(Trainer):
         refuse_flattening(getattr(self.accelerator.state, "fsdp_plugin", None))
         # whatever the model takes, a step's tokens are counted, for `compute_loss`
         self.model_accepts_loss_kwargs = True
-        self.accelerator.gradient_accumulation_steps = 1  # transformers 5.2 to 5.4 has it divide gradients again
+        if (5, 2) <= transformers_release() <= (5, 4):  # there it divides gradients again
+            self.accelerator.gradient_accumulation_steps = 1
         self.watch = watch
         self.config = config
         self.sta_parameters = sta_parameters
@@ -113,7 +116,10 @@ class AdapterTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[object]:
         """As the base class, but no sample comes twice; streams are shared out by themselves, before anything is decoded."""
         if not isinstance(self.train_dataset, StreamDataset):
-            return fill_up(super().get_train_dataloader())
+            loader, parts = super().get_train_dataloader(), self.args.gradient_accumulation_steps
+            # before transformers 4.52 an epoch's last step, if it has fewer parts than others, is lost or goes into the next
+            whole_steps = parts if transformers_release() < (4, 52) else 1
+            return fill_up(loader, lambda: self.state.global_step // math.ceil(len(loader) / parts), whole_steps)
         return stream_loader(
             self.train_dataset,
             self.position,
