@@ -261,12 +261,19 @@ def test_what_would_wait_for_ever_or_train_alone_is_refused_in_both_processes(ru
 
 @pytest.mark.slow
 def test_training_in_two_processes_gives_the_adapter_of_one(run_two, tmp_path):
-    """Both stages; a process has nothing to train on at times: two samples are bad, or an epoch's last step has three for two pairs."""
-    counts = {"good": 8, "spoilt": 8, "odd": 7}
+    """Both stages; a process has nothing to train on at times: two samples are bad, or an epoch's last step has three for two pairs.
+
+    Where answers are of unequal length, each token counts once.
+    """
+    counts = {"uneven": 8, "spoilt": 8, "odd": 7}
     for name, count in counts.items():
         write_samples(tmp_path / name, count)
     for number in (1, 2):
         (tmp_path / "spoilt" / f"{number}.mp4").write_text("no video")
+    lines = [json.loads(line) for line in (tmp_path / "uneven" / "data.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["messages"][-1]["content"] += " and on" * index
+    (tmp_path / "uneven" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cases = [f"train={name}" for name in counts]
     expected = [f"train={name} steps [3, 3], bad {2 * (name == 'spoilt')}" for name in counts]
     assert run_two(*cases).splitlines() == expected

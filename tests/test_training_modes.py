@@ -109,6 +109,28 @@ def test_an_evaluation_does_not_change_what_is_trained(tmp_path, processor, data
     assert_close(tmp_path / "alone", tmp_path / "measured", 0)
 
 
+# ---- going on
+
+
+def test_going_on_needs_a_torch_that_transformers_reads_files_with(tmp_path, processor, dataset, monkeypatch):  # noqa: F811
+    """Since 4.52, 2.6; without it the checkpoint stays, and can be gone on from later."""
+
+    def refuse():
+        raise ValueError("Due to a serious vulnerability issue in `torch.load`")
+
+    def run(steps):
+        config = TrainingConfig(**{**FAST, "max_steps": steps})
+        how = {"stage": "1", "config": config, "output_dir": tmp_path, "progress": False}
+        return train(make_model(processor.tokenizer), dataset, **how)
+
+    run(2)
+    with monkeypatch.context() as old:
+        old.setattr("transformers.utils.import_utils.check_torch_load_is_safe", refuse, raising=False)
+        with pytest.raises(ConfigError, match=r"can't go on from .*checkpoint-2.*pip install 'torch>=2\.6'"):
+            run(3)
+    assert run(3).stages["1"]["steps"] == 3
+
+
 # ---- precision
 
 

@@ -10,17 +10,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import import_utils
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.compatibility.module_names import name_in_state
+from sta_adapter.compatibility.releases import version
 from sta_adapter.distributed import assign, full_shape, full_tensor
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["drop_incomplete", "last_checkpoint", "load_trained", "mark_complete", "rotate", "trained_state"]
+__all__ = [
+    "drop_incomplete",
+    "last_checkpoint",
+    "load_trained",
+    "mark_complete",
+    "numpy_globals",
+    "require_readable",
+    "rotate",
+    "trained_state",
+]
 
 TRAINED_FILE = "trained.safetensors"
 SAMPLES_FILE = "samples.json"
@@ -111,6 +125,30 @@ def rotate(folder: Path, keep: int, best: str | None = None) -> None:
         if path not in stay:
             (path / COMPLETE_FILE).unlink()  # first, so that half of it never counts
             shutil.rmtree(path, ignore_errors=True)
+
+
+def require_readable(checkpoint: Path) -> None:
+    """Refuse to go on where transformers would not read the optimizer's state: since 4.52, with a torch before 2.6.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    check = getattr(import_utils, "check_torch_load_is_safe", None)
+    try:
+        if check is not None:
+            check()
+    except ValueError as error:
+        raise ConfigError(
+            f"can't go on from {checkpoint}: transformers {version('transformers')} reads the optimizer's state with torch 2.6 "
+            f"or newer alone, and this is torch {version('torch')}. The checkpoint is whole: after pip install 'torch>=2.6', "
+            "the same command goes on from it."
+        ) from error
+
+
+def numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """What older transformers' random state files hold, for torch versions that load weights only."""
+    core = np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
+    return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.float64))]
 
 
 def _complete(folder: Path) -> list[Path]:

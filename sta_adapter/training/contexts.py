@@ -17,7 +17,20 @@ from sta_adapter.injection.registry import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["activation_checkpointing", "full_precision", "kept_configuration", "trainable_when_quantized"]
+__all__ = [
+    "activation_checkpointing",
+    "full_precision",
+    "kept_configuration",
+    "kept_random_state",
+    "trainable_when_quantized",
+]
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """An evaluation must not change what the training draws next."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
 
 
 @contextlib.contextmanager

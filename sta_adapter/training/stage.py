@@ -36,7 +36,7 @@ from sta_adapter.errors import CheckpointError, ConfigError, TrainingStopped
 from sta_adapter.injection.contents import adapter_contents
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.training.arguments import join_processes, training_arguments
-from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained
+from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained, require_readable
 from sta_adapter.training.config import LENGTH, TrainingConfig
 from sta_adapter.training.contexts import (
     activation_checkpointing,
@@ -176,6 +176,8 @@ class Stage:
 
     def _train(self, trainer: AdapterTrainer, checkpoint: Path | None, shown: Progress) -> TrainingConfig | None:
         """Train; gives settings that take less memory at a time if there was too little of it."""
+        if checkpoint is not None:
+            require_readable(checkpoint)
         others = multiprocessing.active_children()
         trainer.add_callback(_EndWorkers(trainer.watch, others))
         try:

@@ -6,8 +6,8 @@ bad samples are counted; STA has its own learning rate, and vectors (norms, bias
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import itertools
 import json
 import math
 import shutil
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors.torch import save
 from torch import distributed, nn
@@ -38,15 +37,18 @@ from sta_adapter.training.checkpoints import (
     TRAINED_FILE,
     load_trained,
     mark_complete,
+    numpy_globals,
     rotate,
     trained_state,
 )
 from sta_adapter.training.config import LENGTH, TrainingConfig
+from sta_adapter.training.contexts import kept_random_state
 from sta_adapter.training.epoch_shares import Fillable, fill_up
+from sta_adapter.training.optimizer import parameter_groups
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.watch import Watch, stopped_early
 
-__all__ = ["AdapterTrainer", "parameter_groups"]
+__all__ = ["AdapterTrainer"]
 
 
 Batch = dict[str, Any]
@@ -138,6 +140,18 @@ class AdapterTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
         return self.optimizer
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, *_: object
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """The batches of a step, and how many tokens all processes together learn in it, which older releases count otherwise."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        learned = torch.zeros((), dtype=torch.long, device=self.args.device)
+        for batch in batches:
+            learned += (batch["labels"] != IGNORE).sum()
+        if is_parallel():
+            distributed.all_reduce(learned)
+        return batches, learned
+
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step on the usable samples of the batch; without any there is nothing to learn from.
 
@@ -182,11 +196,8 @@ class AdapterTrainer(Trainer):
             return (loss, outputs) if return_outputs else loss
         outcome = super().compute_loss(model, inputs, return_outputs)
         loss, *rest = outcome if isinstance(outcome, tuple) else (outcome,)
-        if (
-            num_items_in_batch is not None and torch.is_grad_enabled()
-        ):  # counted on all processes, whose gradients are averaged, or on this one
-            processes = self.args.world_size if getattr(self.args, "average_tokens_across_devices", False) else 1
-            loss = loss * (learned * processes / num_items_in_batch)
+        if num_items_in_batch is not None and torch.is_grad_enabled():  # of all processes, whose gradients are averaged
+            loss = loss * (learned * self.args.world_size / num_items_in_batch)
         if torch.is_grad_enabled() and not loss.requires_grad:
             loss = loss + 0 * sum(p.sum() for p in self._net.parameters() if p.requires_grad)
         return (loss, *rest) if rest else loss
@@ -223,10 +234,10 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `eval_fn` gives, logged as `eval_...`, or else the loss on the evaluation data."""
         if self.eval_fn is None:
-            with _kept_random_state():  # from which a loader draws a seed
+            with kept_random_state():  # from which a loader draws a seed
                 return super().evaluate(*args, **kwargs)
         net = self._net
-        with eval_mode(net), self.compute_loss_context_manager(), _kept_random_state():
+        with eval_mode(net), self.compute_loss_context_manager(), kept_random_state():
             values = of_rank_zero({name: float(value) for name, value in self.eval_fn(net).items()})
         metrics = {"eval_score": next(iter(values.values()), 0.0), **{f"eval_{name}": v for name, v in values.items()}}
         self.log(metrics)
@@ -309,7 +320,7 @@ class AdapterTrainer(Trainer):
         load_trained(self._net, Path(str(self.args.output_dir)) / best)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals(numpy_globals()):
             super()._load_rng_state(checkpoint)
 
 
@@ -317,29 +328,3 @@ def placeholder(device: torch.device) -> dict[str, torch.Tensor]:
     """A batch of two tokens with nothing to learn from."""
     ones = torch.ones((1, 2), dtype=torch.long, device=device)
     return {"input_ids": ones, "attention_mask": ones, "labels": IGNORE * ones}
-
-
-def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, Any]]:
-    """Optimizer groups: STA or not, with or without weight decay (matrices have it, vectors never)."""
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            key = (id(parameter) in sta, parameter.dim() > 1)
-            sta_rate = config.sta_learning_rate
-            rate = config.learning_rate if sta_rate is None or not key[0] else sta_rate
-            decay = config.weight_decay if key[1] else 0.0
-            groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
-    return list(groups.values())
-
-
-@contextlib.contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """An evaluation must not change what the training draws next."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-
-
-def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What older transformers' random state files hold, for torch versions that load weights only."""
-    core = np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
-    return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.float64))]
