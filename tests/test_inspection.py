@@ -8,7 +8,7 @@ import torch
 import transformers
 from cases import case_parameters, make_qwen2_vl, qwen2_vl_config, seeded
 from click.testing import CliRunner
-from qwen2_vl_prompts import transformers_version
+from qwen2_vl_prompts import NATIVE, transformers_version
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
@@ -200,12 +200,16 @@ def test_json(real_sizes):
 
 def test_text_positions_are_warned_of_where_they_differ(real_sizes):
     warnings = inspect_model(empty_model(real_sizes))["warnings"]
-    if (4, 49) <= transformers_version() < (5, 3):
+    if NATIVE == "original":
         assert warnings == []
         return
     assert len(warnings) == 1
-    told = "one position for each of its tokens" if transformers_version() < (5,) else "from the larger"
-    assert told in warnings[0]
+    told = {
+        "sequential": "behind one position for each of its tokens",
+        "unknown": "by a rule that is not known",
+        "rows-and-columns": "from the larger",
+    }
+    assert f"numbers the text after a clip {told[NATIVE]}" in warnings[0]
     assert callable(importlib.import_module("sta_adapter.text_positions").use_positions)  # which the warning names
     assert "sta_adapter.text_positions.use_positions(model)" in warnings[0]
 

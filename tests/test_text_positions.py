@@ -12,7 +12,17 @@ from cases import make_qwen2_vl, make_qwen2_vl_tower, qwen2_vl_prompt
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_vl_prompts import END, IMAGE, START, VIDEO, batch_of, is_transformers_5, needs_seams, transformers_version
+from qwen2_vl_prompts import (
+    END,
+    IMAGE,
+    NATIVE,
+    START,
+    VIDEO,
+    batch_of,
+    is_transformers_5,
+    needs_seams,
+    transformers_version,
+)
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter import inject_sta, load_sta
@@ -29,16 +39,6 @@ from sta_adapter.loading import load_model
 from sta_adapter.text_positions import rule_in_use, use_positions
 
 SPECIAL = [IMAGE, VIDEO, START, END, 154]
-NATIVE = next(
-    name
-    for since, name in (
-        ((5, 6), "rows-and-columns"),
-        ((5, 3), "unknown"),
-        ((4, 49), "original"),
-        ((0, 0), "sequential"),
-    )
-    if transformers_version() >= since
-)
 other_rule = pytest.mark.skipif(
     transformers_version() < (5, 3), reason="earlier transformers has the rule of the training"
 )
@@ -240,7 +240,7 @@ def test_qwen2_5_vl_generates_with_a_cache_what_it_computes_without():
 @other_rule
 def test_injection_warns_with_the_line_that_mends_it():
     model = make_qwen2_vl()
-    with pytest.warns(STAWarning, match="rule 'rows-and-columns'.*was trained with 'original'") as caught:
+    with pytest.warns(STAWarning, match=f"rule '{NATIVE}'.*was trained with 'original'") as caught:
         handle = inject_sta(model)
     assert caught[0].filename == __file__
     line = str(caught[0].message).split("To use that: ")[1]
