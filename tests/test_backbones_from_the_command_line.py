@@ -195,6 +195,26 @@ def test_answers_do_not_depend_on_the_batch(family, parts, folder):
     assert together == alone
 
 
+def test_an_options_score_is_that_of_the_answer_in_training(family, parts, folder):
+    """Whichever options stand beside it, and after the model has written something."""
+    options = ["left", "right", "further up"]
+    lines = [record(content, options=options) for content in (clip("short", nframes=3), picture("wide"))]
+    samples = [parse_sample(line, folder=folder) for line in lines]
+    data = VideoDataset(samples, parts[0], frames=AS_IS, prompts=True, on_bad_sample="error")
+    for batch_size in (1, 3):
+        asked = Answerer(parts[1], parts[0], 3, batch_size)
+        asked.write([data[0]])
+        questions = [
+            Question(index, sample, data[index], asked.options(sample)) for index, sample in enumerate(samples)
+        ]
+        with torch.no_grad():
+            answered = list(asked.answer(questions))
+        for line, found in zip(lines, answered, strict=True):
+            told = [{**line, "messages": [line["messages"][0], {"role": "assistant", "content": o}]} for o in options]
+            expected = [-losses(parts, encoded(parts, folder, one))[0] for one in told]
+            assert found.scores == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_model_without_sta_answers_as_well(family, parts, folder):
     model = tiny_bases.make_model(family, parts[0].tokenizer)
     lines = [record(clip("short", nframes=3)), record(clip("long", nframes=6), options=["left", "right"])]

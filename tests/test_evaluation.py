@@ -15,6 +15,7 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
+from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, DivergenceError
@@ -159,6 +160,8 @@ def test_a_model_whose_outputs_are_no_numbers_has_no_answer(choices, processor, 
 def test_options_are_scored_without_the_logits_of_the_prompt(choices, processor):
     """Those of a prompt with a clip, over the whole vocabulary, would take gigabytes."""
     model = make_model(processor.tokenizer)
+    if not takes(model, "logits_to_keep"):
+        pytest.skip("this release's Qwen2-VL computes all logits")
     lengths = set()
     model.register_forward_hook(lambda module, args, out: lengths.add(out.logits.shape[1]))
     evaluate(model, choices)
