@@ -24,6 +24,7 @@ from sta_adapter.evaluation.eval_mode import eval_mode, without_adapter
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
+UNTAUGHT = 2  # the seed of a base that says none of the answers by chance, on any release of transformers
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ def taught(tmp_path_factory, processor, dataset):
     """A model that has learned to say "left" or "right"; and its adapter's folder."""
     config = TrainingConfig(batch_size=6, device_batch_size=6, max_steps=80, learning_rate=5e-3)
     out = tmp_path_factory.mktemp("adapter")
-    result = train(make_model(processor.tokenizer), dataset, output_dir=out, config=config, stage="2", progress=False)
+    result = train(
+        make_model(processor.tokenizer, UNTAUGHT), dataset, output_dir=out, config=config, stage="2", progress=False
+    )
     return result.model, out
 
 
@@ -115,7 +118,7 @@ def test_taught_model_is_right_and_base_is_not(taught, dataset, processor):
     assert [p.prediction for p in result.predictions] == ["left", "right"] * 3
     assert result.accuracy == 1
     assert set(result.categories) == {"left", "right"}
-    assert evaluate(make_model(processor.tokenizer), dataset, max_new_tokens=4).accuracy == 0
+    assert evaluate(make_model(processor.tokenizer, UNTAUGHT), dataset, max_new_tokens=4).accuracy == 0
     assert not model.training
 
 
@@ -356,7 +359,7 @@ def test_a_file_needs_a_processor(taught, folder):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, processor):
-    return save_base(tmp_path_factory.mktemp("base"), processor)
+    return save_base(tmp_path_factory.mktemp("base"), processor, UNTAUGHT)
 
 
 def test_command_compares_base_and_adapter(base, taught, folder, tmp_path):
