@@ -97,6 +97,19 @@ class WholeSecondsRowsAndColumns(RowsAndColumns, WholeSeconds):
     name = "whole-seconds-rows-and-columns"
 
 
+class Sequential(OriginalPositions):
+    """Every token of a clip stands one behind the other, as in a text: what transformers 4.45 to 4.48 trains Qwen2-VL with."""
+
+    name = "sequential"
+
+    def clip(
+        self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
+    ) -> tuple[Tensor, float]:
+        """See `PositionRule`."""
+        tokens = frames * rows * columns
+        return (torch.arange(tokens) + start).expand(3, -1), start + tokens
+
+
 def tokens_per_second(owner: PreTrainedModel) -> float | None:
     """Positions on the temporal axis for a second in Qwen2.5-VL; None for Qwen2-VL, which counts steps."""
     if any("Qwen2VL" in cls.__name__ for cls in type(owner).__mro__):  # also for a class of one's own, such as ColQwen2

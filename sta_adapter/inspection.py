@@ -31,15 +31,18 @@ FORMULA = (
 )
 STREAM_FORMULA = "bytes = 2 x heads of STA x head size x positions x window x blocks with STA x bytes of a number"
 POSITIONS = (
-    "transformers {version} numbers the text after a clip {rule}. restore_original_positions(model) of "
-    "sta_adapter.backbones.qwen2_vl_positions brings the rule of its training back; the commands do so by themselves "
-    "(--positions)."
+    "transformers {version} numbers the text after a clip {rule}. sta_adapter.text_positions.use_positions(model) brings "
+    "the rule of its training back; the commands do so by themselves (--positions)."
 )
 OTHER_RULES = {
     "rows-and-columns": (
         "from the larger of the clip's rows and columns (merged patches); the model was trained with the largest of frames, "
         "rows and columns, as in transformers 4. With more temporal steps than rows and columns the text overlaps the "
         "clip's positions"
+    ),
+    "sequential": (
+        "behind one position for each of its tokens, except where it generates; the model was trained with the largest of "
+        "frames, rows and columns"
     ),
     "whole-seconds": "by whole seconds; the model was trained with their fractions, so that a clip at 2 frames a second has one time",
 }

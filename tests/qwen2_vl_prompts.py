@@ -73,6 +73,17 @@ def is_transformers_5() -> bool:
     return transformers_version() >= (5,)
 
 
+# how the installed release numbers Qwen2-VL's text
+NATIVE = next(
+    name
+    for since, name in (
+        ((5, 6), "rows-and-columns"),
+        ((5, 3), "unknown"),
+        ((4, 49), "original"),
+        ((0, 0), "sequential"),
+    )
+    if transformers_version() >= since
+)
 # transformers 4.48 to 4.51 give a model that was saved another attention
 OF_SAVED = 1e-4 if (4, 48) <= transformers_version() < (4, 52) else 0.0
 needs_seams = pytest.mark.skipif(transformers_version() < (4, 52), reason="needs transformers 4.52 or newer")

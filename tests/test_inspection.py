@@ -8,7 +8,7 @@ import torch
 import transformers
 from cases import case_parameters, make_qwen2_vl, qwen2_vl_config, seeded
 from click.testing import CliRunner
-from qwen2_vl_prompts import transformers_version
+from qwen2_vl_prompts import NATIVE, transformers_version
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
@@ -29,6 +29,10 @@ QWEN2_VL_2B = {  # as on the Hub
     "tie_word_embeddings": True,
     "bos_token_id": 151643,
     "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
     "vision_config": {
         "depth": 32,
         "embed_dim": 1280,
@@ -196,14 +200,18 @@ def test_json(real_sizes):
 
 def test_text_positions_are_warned_of_where_they_differ(real_sizes):
     warnings = inspect_model(empty_model(real_sizes))["warnings"]
-    if transformers_version() < (5, 3):
+    if NATIVE == "original":
         assert warnings == []
         return
     assert len(warnings) == 1
-    assert "numbers the text after a clip from the larger" in warnings[0]
-    positions = importlib.import_module("sta_adapter.backbones.qwen2_vl_positions")
-    assert callable(positions.restore_original_positions)  # which the warning names
-    assert "restore_original_positions(model) of sta_adapter.backbones.qwen2_vl_positions" in warnings[0]
+    told = {
+        "sequential": "behind one position for each of its tokens",
+        "unknown": "by a rule that is not known",
+        "rows-and-columns": "from the larger",
+    }
+    assert f"numbers the text after a clip {told[NATIVE]}" in warnings[0]
+    assert callable(importlib.import_module("sta_adapter.text_positions").use_positions)  # which the warning names
+    assert "sta_adapter.text_positions.use_positions(model)" in warnings[0]
 
 
 def test_no_file_but_the_configuration_is_needed_and_random_numbers_go_on(real_sizes):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen2_vl_prompts import (
     END,
+    NATIVE,
     START,
     VIDEO,
     batch_of,
@@ -72,7 +73,7 @@ def test_outputs_differ_from_stock_only_where_transformers_departed(plain, owner
         undo_original_positions(plain)
         again = plain(**long_clip).logits
     assert torch.equal(stock[0], restored[0]) is (transformers_version() < (5, 3))
-    assert torch.equal(stock[1], restored[1])
+    assert torch.equal(stock[1], restored[1]) is (NATIVE != "unknown")
     assert torch.equal(stock[0], again)
 
 

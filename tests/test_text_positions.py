@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -11,21 +12,34 @@ from cases import make_qwen2_vl, make_qwen2_vl_tower, qwen2_vl_prompt
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_vl_prompts import END, START, VIDEO, is_transformers_5, needs_seams, transformers_version
+from qwen2_vl_prompts import (
+    END,
+    IMAGE,
+    NATIVE,
+    START,
+    VIDEO,
+    batch_of,
+    is_transformers_5,
+    needs_seams,
+    transformers_version,
+)
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter import inject_sta, load_sta
+from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
+from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.backbones.qwen2_vl_text_positions import RULES, rule_of_training
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import cli
+from sta_adapter.compatibility.position_seams import forget_earlier_batches
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import ConfigError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
 from sta_adapter.text_positions import rule_in_use, use_positions
 
-NATIVE = "rows-and-columns" if transformers_version() >= (5, 3) else "original"
+SPECIAL = [IMAGE, VIDEO, START, END, 154]
 other_rule = pytest.mark.skipif(
     transformers_version() < (5, 3), reason="earlier transformers has the rule of the training"
 )
@@ -108,6 +122,65 @@ def test_rules_are_switched_and_switched_back():
     assert rule_in_use(restore_original_positions(make_qwen2_vl())) == "original"
 
 
+def test_a_forward_has_the_positions_of_the_training_each_time():
+    """Before transformers 4.49, those of a Qwen2-VL that doesn't generate were not asked for, or only once."""
+    model = use_positions(make_qwen2_vl().eval())
+    batch = batch_of([(2,), (3, 2, 3), (4,), (2, 2)], [(5,)], [(1,), (2, 1, 2), (2,)])
+    expected, _ = RopeIndex(OriginalPositions(), model.config, ())(**batch)
+    seen = []
+    text = getattr(model.model, "language_model", model.model)
+    text.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"][-3:]), with_kwargs=True)
+    for _ in range(3):
+        model(**batch)
+    kept = batch["attention_mask"] == 1  # those of padding differ, and reach nothing
+    assert all(torch.equal(found[:, kept], expected[:, kept]) for found in seen)
+    assert len(seen) == 3
+
+
+def test_a_text_behind_clips_is_numbered_by_itself():
+    """transformers 5.2 and 5.3 go on from the clips of the batch before, and fail where that had more rows."""
+    model = make_qwen2_vl().eval()
+    text = batch_of([(5,)])
+    expected = model(**text).logits
+    model(**batch_of([(2,), (3, 2, 3), (4,)], [(1,), (2, 1, 2), (2,)]))
+    forget_earlier_batches(model, text)
+    torch.testing.assert_close(model(**text).logits, expected)
+    assert model.generate(**text, max_new_tokens=2, do_sample=False).shape == (1, 7)
+
+
+def test_qwen2_vl_generates_with_a_cache_what_it_computes_without():
+    model = use_positions(make_qwen2_vl().eval())
+    for rows in ([[(2,), (3, 2, 3), (4,)], [(1,), (2, 1, 2), (2,)]], [[(7,)]]):
+        batch = batch_of(*rows)
+        tokens, mask = batch["input_ids"], batch["attention_mask"]
+        with torch.no_grad():
+            answer = model.generate(
+                **batch, max_new_tokens=5, do_sample=False, eos_token_id=None, suppress_tokens=SPECIAL
+            )
+            for _ in range(5):
+                longer = {**batch, "input_ids": tokens, "attention_mask": mask}
+                if "mm_token_type_ids" in batch:
+                    longer["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+                scores = model(**longer).logits[:, -1]
+                scores[:, SPECIAL] = -torch.inf
+                tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], dim=1)
+                mask = torch.cat([mask, mask[:, -1:]], dim=1)
+        assert torch.equal(answer, tokens)
+
+
+@pytest.mark.skipif(transformers_version() >= (4, 49), reason="later releases ask for positions in each forward")
+def test_early_releases_are_switched_and_switched_back():
+    model = make_qwen2_vl()
+    before = set(vars(model)), len(model._forward_pre_hooks)
+    for name, expected in (("trained", "original"), ("sequential", "sequential"), ("original", "original")):
+        assert rule_in_use(use_positions(model, name)) == expected
+    assert rule_in_use(copy.deepcopy(model)) == "original"
+    assert rule_in_use(use_positions(model, "transformers")) == "sequential"
+    assert (set(vars(model)), len(model._forward_pre_hooks)) == before
+    with pytest.raises(InjectionError, match=r"4\.52 and newer ones can"):
+        use_positions(model, "rows-and-columns")
+
+
 @needs_seams
 def test_videorope_is_a_rule_of_its_own():
     model = apply_videorope(make_qwen2_vl())
@@ -180,7 +253,7 @@ def test_qwen2_5_vl_generates_with_a_cache_what_it_computes_without():
 @other_rule
 def test_injection_warns_with_the_line_that_mends_it():
     model = make_qwen2_vl()
-    with pytest.warns(STAWarning, match="rule 'rows-and-columns'.*was trained with 'original'") as caught:
+    with pytest.warns(STAWarning, match=f"rule '{NATIVE}'.*was trained with 'original'") as caught:
         handle = inject_sta(model)
     assert caught[0].filename == __file__
     line = str(caught[0].message).split("To use that: ")[1]

@@ -70,6 +70,13 @@ def test_an_evaluation_does_not_change_what_is_trained(tmp_path, processor, data
     assert_close(tmp_path / "alone", tmp_path / "measured", 0)
 
 
+def test_what_the_last_step_has_made_is_measured(tmp_path, model, dataset):  # noqa: F811
+    config = TrainingConfig(**{**FAST, "max_steps": 3, "eval_steps": 2}, keep_best=False)
+    train(model, dataset, output_dir=tmp_path, stage="1", config=config, eval_data=dataset, progress=False)
+    history = json.loads(next(tmp_path.glob("stage1/checkpoint-3/trainer_state.json")).read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 3]
+
+
 # ---- precision
 
 

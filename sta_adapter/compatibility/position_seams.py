@@ -80,6 +80,14 @@ def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
     return known_parameters(getattr(owner, ROPE_INDEX), what, needed, ("mm_token_type_ids", "second_per_grid_ts"))
 
 
+def forget_earlier_batches(model: nn.Module, batch: Mapping[str, object]) -> None:
+    """Before a batch without pictures and cache: transformers 5.2 and 5.3 would number it on from the clips of an earlier one."""
+    if transformers_release() in ((5, 2), (5, 3)) and not any(name.endswith("grid_thw") for name in batch):
+        for module in model.modules():
+            if getattr(module, "rope_deltas", None) is not None:
+                vars(module)["rope_deltas"] = None
+
+
 def has_frequency_method(rotary: type) -> bool:
     """Whether a class of rotary embeddings mixes its axes by a method (since 5.17), or leaves it to attention.
 

@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
+from sta_adapter.compatibility.position_seams import forget_earlier_batches
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
@@ -210,6 +211,7 @@ class Answerer:
     def batch(self, items: list[Encoded]) -> tuple[dict[str, torch.Tensor], contextlib.AbstractContextManager[None]]:
         """Arguments of the model, and a context in which STA is told the clips of what comes as rows of frames."""
         batch = {key: value for key, value in self.collate(items).items() if isinstance(value, torch.Tensor)}
+        forget_earlier_batches(self.model, batch)
         lengths, handle = batch.pop("clip_lengths", None), get_sta(self.model)
         told = contextlib.nullcontext() if lengths is None or handle is None else handle.clips(lengths.tolist())
         return {key: value.to(self.device) for key, value in batch.items()}, told

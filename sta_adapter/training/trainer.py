@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from sta_adapter.adapter.save import replace_files
+from sta_adapter.compatibility.position_seams import forget_earlier_batches
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
@@ -155,6 +156,7 @@ class AdapterTrainer(Trainer):
         """As the base class; only a model with STA takes `clip_lengths`."""
         if get_sta(self._net) is None:
             inputs.pop("clip_lengths", None)
+        forget_earlier_batches(self._net, inputs)
         return super()._prepare_inputs(inputs)
 
     def compute_loss(

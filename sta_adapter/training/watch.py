@@ -119,7 +119,7 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Look at the step's loss, at signals and at the clock.
+        """Look at the step's loss, at signals and at the clock; measure after the last step, as transformers does since 5.4.
 
         Raises:
             DivergenceError: the loss is not finite, or has grown a hundredfold.
@@ -137,6 +137,8 @@ class Watch(TrainerCallback):
             self.stopped = control.should_training_stop = True
         if self.stopped or numbers[2]:
             control.should_save = True
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -1,0 +1,54 @@
+"""Qwen2-VL of transformers 4.45 to 4.48: `generate` computes positions, a forward in training or scoring none, or once only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sta_adapter.backbones.qwen2_vl_position_hooks import drop_hooks
+from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions
+from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
+from sta_adapter.compatibility.position_seams import cached_tokens
+from sta_adapter.compatibility.releases import transformers_release
+from sta_adapter.compatibility.seams import given_arguments, hook_table
+from sta_adapter.compatibility.signatures import class_method
+from sta_adapter.compatibility.uncompiled import uncompiled
+
+HEAD = "Qwen2VLForConditionalGeneration"
+FORWARD = f"{HEAD}.forward"
+ASKS_SINCE = (4, 49)
+
+
+def asks_for_none(head: nn.Module) -> bool:
+    """Whether this is a Qwen2-VL whose forward doesn't ask `get_rope_index`, so that tokens are numbered one after another."""
+    return transformers_release() < ASKS_SINCE and any(cls.__name__ == HEAD for cls in type(head).__mro__)
+
+
+def fills_early(head: nn.Module) -> bool:
+    """Whether `fill_early` has put the rule of the training into it."""
+    return any(isinstance(hook, FillEarly) for hook in hook_table(head, "_forward_pre_hooks").values())
+
+
+def fill_early(head: nn.Module, fill: bool) -> None:
+    """Let a forward of it have the positions that `generate` gives it, or, with False, those of the installed transformers."""
+    drop_hooks(head, FillEarly)
+    if fill:
+        head.register_forward_pre_hook(FillEarly(), with_kwargs=True)
+
+
+class FillEarly:
+    """Forward pre-hook of the head: the positions of a call that has none, and no cache in front of its tokens."""
+
+    @uncompiled
+    def __call__(
+        self, head: Any, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[()], dict[str, object]] | None:
+        """Return the arguments with `position_ids`, or None where they are not needed; raises as `RopeIndex` does."""
+        given = given_arguments(class_method(head), FORWARD, args, kwargs)
+        if given.get("position_ids") is not None or cached_tokens(class_method(head), FORWARD, given):
+            return None
+        positions, deltas = RopeIndex(OriginalPositions(), head.config, ())(**given)
+        if hasattr(head, "rope_deltas"):  # from which the tokens that are generated go on
+            head.rope_deltas = deltas
+        return (), {**given, "position_ids": positions}
