@@ -189,6 +189,11 @@ def takes_clips(name: str) -> bool:
     return available(name) and transformers_version() >= first
 
 
+def model_takes_clips(name: str) -> bool:
+    """Whether the family's model does as well: Qwen3-VL's of transformers 5.3 ends at any clip in a StopIteration."""
+    return takes_clips(name) and not (name.startswith("qwen3_vl") and transformers_version() == (5, 3))
+
+
 def make_processor(name: str, folder: Path) -> Any:
     """The family's processor, with a tokenizer of letters; `folder` is for the tokenizer's files."""
     family = FAMILIES[name]
