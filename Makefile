@@ -39,7 +39,7 @@ test-releases: $(RELEASES:%=.venv-%/.ready)
 OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.py tests/test_inject.py \
 	tests/test_tiny_base.py tests/test_videorope.py tests/test_videorope_backbone.py tests/test_videorope_changes.py \
 	tests/test_qwen2_vl_positions.py tests/test_text_positions.py tests/test_internvideo2.py tests/test_internvideo2_5.py tests/test_clip_sources.py \
-	tests/test_inspection.py tests/test_plugin.py tests/test_clip_times.py tests/test_backbones_from_the_command_line.py \
+	tests/test_inspection.py tests/test_plugin.py tests/test_clip_times.py tests/test_backbones_from_the_command_line.py tests/test_templates.py \
 	tests/test_lora_files.py tests/test_lora_options.py tests/test_accounting.py tests/test_stream.py \
 	tests/test_internvideo2_5_chat.py tests/test_internvideo2_5_use.py tests/test_published_weights.py \
 	tests/test_internvideo2_chat.py tests/test_internvideo2_chat_data.py tests/test_training_modes.py

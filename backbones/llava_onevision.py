@@ -53,7 +53,8 @@ def no_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths |
 def forward_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
     """Clips of a whole forward, where the model has no methods for pictures and videos."""
     pictures, videos = arguments.get("pixel_values"), arguments.get("pixel_values_videos")
-    if hasattr(model, "get_video_features") or (pictures is None and videos is None):
+    parts = (model, getattr(model, "model", None))  # transformers 4.52: the inner model alone has it
+    if any(hasattr(part, "get_video_features") for part in parts) or (pictures is None and videos is None):
         return None
     if pictures is not None and videos is not None:
         raise LayoutError(

@@ -1,6 +1,5 @@
 """Each backbone that commands take: unequal clips and pictures in JSON Lines, to a loss, an adapter and an answer."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -11,6 +10,7 @@ import transformers
 from cases_transformers import ROW_VISION
 from click.testing import CliRunner
 from PIL import Image
+from qwen2_vl_prompts import transformers_version
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter import inject_sta
@@ -20,20 +20,26 @@ from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import DataError, STAWarning
 from sta_adapter.evaluation import evaluate
 from sta_adapter.evaluation.answering import Answerer, Question
+from sta_adapter.text_positions import use_positions
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 GLM = ("glm4v", "glm4v_moe")
 
 
-# before 4.52: no release of it that is tested has these models
-OLD = importlib.util.find_spec("transformers.video_processing_utils") is None
-OLD_TEXT = "not in this release of transformers, or not with a video processor that takes times"
+PACKED = ("qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3")
+WITHOUT_CLIPS = "not in this release of transformers, or not with clips"
+
+
+def processor_of(name, folder):
+    if not tiny_bases.takes_clips(name):
+        pytest.skip(WITHOUT_CLIPS)
+    return tiny_bases.make_processor(name, folder)
 
 
 @pytest.fixture(scope="module", params=list(tiny_bases.FAMILIES))
 def family(request):
-    if OLD or not tiny_bases.available(request.param):
-        pytest.skip(OLD_TEXT)
+    if not tiny_bases.model_takes_clips(request.param):
+        pytest.skip(WITHOUT_CLIPS)
     return request.param
 
 
@@ -57,6 +63,8 @@ def parts(family, tmp_path_factory):
     processor = tiny_bases.make_processor(family, tmp_path_factory.mktemp("words"))
     model = tiny_bases.make_model(family, processor.tokenizer)
     handle = inject_sta(model)
+    if family == "qwen2_5_vl" and transformers_version() in ((5, 3), (5, 4)):
+        use_positions(model)  # untouched, it takes a clip's seconds for a picture and has none left
     torch.manual_seed(1)
     for parameter in handle.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -190,6 +198,26 @@ def test_answers_do_not_depend_on_the_batch(family, parts, folder):
     assert together == alone
 
 
+def test_an_options_score_is_that_of_the_answer_in_training(family, parts, folder):
+    """Whichever options stand beside it, and after the model has written something."""
+    options = ["left", "right", "further up"]
+    lines = [record(content, options=options) for content in (clip("short", nframes=3), picture("wide"))]
+    samples = [parse_sample(line, folder=folder) for line in lines]
+    data = VideoDataset(samples, parts[0], frames=AS_IS, prompts=True, on_bad_sample="error")
+    for batch_size in (1, 3):
+        asked = Answerer(parts[1], parts[0], 3, batch_size)
+        asked.write([data[0]])
+        questions = [
+            Question(index, sample, data[index], asked.options(sample)) for index, sample in enumerate(samples)
+        ]
+        with torch.no_grad():
+            answered = list(asked.answer(questions))
+        for line, found in zip(lines, answered, strict=True):
+            told = [{**line, "messages": [line["messages"][0], {"role": "assistant", "content": o}]} for o in options]
+            expected = [-losses(parts, encoded(parts, folder, one))[0] for one in told]
+            assert found.scores == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_model_without_sta_answers_as_well(family, parts, folder):
     model = tiny_bases.make_model(family, parts[0].tokenizer)
     lines = [record(clip("short", nframes=3)), record(clip("long", nframes=6), options=["left", "right"])]
@@ -200,9 +228,7 @@ def test_a_model_without_sta_answers_as_well(family, parts, folder):
 
 @pytest.mark.parametrize("name", GLM)
 def test_glm_says_what_it_does_not_take(name, folder, tmp_path):
-    if OLD or not tiny_bases.available(name):
-        pytest.skip(OLD_TEXT)
-    parts = (tiny_bases.make_processor(name, tmp_path), None)
+    parts = (processor_of(name, tmp_path), None)
     with pytest.raises(DataError, match="either pictures or clips in one sample"):
         encoded(parts, folder, record(picture("wide"), clip("short")))
     items = encoded(parts, folder, record(picture("wide")), record(clip("short")), record(clip("long")))
@@ -219,28 +245,25 @@ def test_glm_says_what_it_does_not_take(name, folder, tmp_path):
 )
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
 def test_limits_that_a_processor_of_one_size_would_drop_are_refused(name, seen, folder, tmp_path):
-    if OLD or not tiny_bases.available(name):
-        pytest.skip(OLD_TEXT)
     sample = parse_sample(record(seen), folder=folder)
-    item = VideoDataset([sample], tiny_bases.make_processor(name, tmp_path), frames=AS_IS)[0]
+    item = VideoDataset([sample], processor_of(name, tmp_path), frames=AS_IS)[0]
     assert isinstance(item, BadSample)
     assert "brings all frames to one size" in item.reason
 
 
 def test_pictures_of_several_turns_that_would_be_read_otherwise_are_refused(folder, tmp_path):
-    if OLD:
-        pytest.skip(OLD_TEXT)
     first, second = record(picture("wide")), record(picture("square"))
     both = {"messages": [*first["messages"], *second["messages"]]}
-    item = VideoDataset([parse_sample(both, folder=folder)], tiny_bases.make_processor("llava_onevision", tmp_path))[0]
+    item = VideoDataset([parse_sample(both, folder=folder)], processor_of("llava_onevision", tmp_path))[0]
+    if transformers_version() < (4, 53):  # it reads each by itself
+        assert len(item["image_sizes"]) == 2
+        return
     assert isinstance(item, BadSample)
     assert "Put them into one turn" in item.reason
 
 
 def test_rows_are_counted_by_their_placeholders(folder, tmp_path):
-    if OLD:
-        pytest.skip(OLD_TEXT)
-    processor = tiny_bases.make_processor("internvl", tmp_path)
+    processor = processor_of("internvl", tmp_path)
     lines = record(clip("short", nframes=2), picture("wide"), clip("long", nframes=5))
     (item,) = encoded((processor, None), folder, lines)
     lengths = item["clip_lengths"].tolist()
@@ -249,10 +272,29 @@ def test_rows_are_counted_by_their_placeholders(folder, tmp_path):
     assert np.isfinite(item["pixel_values"].numpy()).all()
 
 
-@pytest.mark.skipif(not OLD, reason="newer releases have a video processor that takes times")
-def test_old_releases_say_what_to_use(folder, tmp_path):
+@pytest.mark.parametrize("name", PACKED)
+def test_limits_of_a_clip_are_kept_or_refused(name, folder, tmp_path):
+    """Limits beyond the processor's own; Qwen2.5-VL's isn't told to leave clips as they are before transformers 4.52."""
+    parts, line = (processor_of(name, tmp_path), None), record(clip("short", nframes=2, min_pixels=8192))
+    if transformers_version() < (4, 52):
+        with pytest.raises(DataError, match="make a clip 96x96, and the processor, by its own limits, 64x64"):
+            encoded(parts, folder, line)
+    else:
+        assert encoded(parts, folder, line)[0]["video_grid_thw"][0, 1:].tolist() == [24, 24]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in tiny_bases.FAMILIES if tiny_bases.available(name) and not tiny_bases.takes_clips(name)]
+)
+def test_releases_that_take_no_clips_say_so_and_take_pictures(name, folder, tmp_path):
+    processor = tiny_bases.make_processor(name, tmp_path)
+    parts = processor, tiny_bases.make_model(name, processor.tokenizer)
     with pytest.raises(DataError, match=r"Use transformers 4\.57 or newer"):
-        encoded((tiny_bases.make_processor("llava_onevision", tmp_path), None), folder, record(clip("short")))
+        encoded(parts, folder, record(clip("short")))
+    items = encoded(parts, folder, record(picture("wide")), record(picture("square")), record())
+    total, learned = losses(parts, items)
+    assert total == pytest.approx(sum(losses(parts, [item])[0] for item in items), rel=1e-4)
+    assert learned == 3 * int((items[0]["labels"] != -100).sum())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
+from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, DivergenceError
@@ -23,6 +24,7 @@ from sta_adapter.evaluation.eval_mode import eval_mode, without_adapter
 from sta_adapter.training import TrainingConfig, train
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
+UNTAUGHT = 2  # the seed of a base that says none of the answers by chance, on any release of transformers
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def taught(tmp_path_factory, processor, dataset):
     """A model that has learned to say "left" or "right"; and its adapter's folder."""
     config = TrainingConfig(batch_size=6, device_batch_size=6, max_steps=80, learning_rate=5e-3)
     out = tmp_path_factory.mktemp("adapter")
-    result = train(make_model(processor.tokenizer), dataset, output_dir=out, config=config, stage="2", progress=False)
+    result = train(
+        make_model(processor.tokenizer, UNTAUGHT), dataset, output_dir=out, config=config, stage="2", progress=False
+    )
     return result.model, out
 
 
@@ -114,7 +118,7 @@ def test_taught_model_is_right_and_base_is_not(taught, dataset, processor):
     assert [p.prediction for p in result.predictions] == ["left", "right"] * 3
     assert result.accuracy == 1
     assert set(result.categories) == {"left", "right"}
-    assert evaluate(make_model(processor.tokenizer), dataset, max_new_tokens=4).accuracy == 0
+    assert evaluate(make_model(processor.tokenizer, UNTAUGHT), dataset, max_new_tokens=4).accuracy == 0
     assert not model.training
 
 
@@ -159,6 +163,8 @@ def test_a_model_whose_outputs_are_no_numbers_has_no_answer(choices, processor, 
 def test_options_are_scored_without_the_logits_of_the_prompt(choices, processor):
     """Those of a prompt with a clip, over the whole vocabulary, would take gigabytes."""
     model = make_model(processor.tokenizer)
+    if not takes(model, "logits_to_keep"):
+        pytest.skip("this release's Qwen2-VL computes all logits")
     lengths = set()
     model.register_forward_hook(lambda module, args, out: lengths.add(out.logits.shape[1]))
     evaluate(model, choices)
@@ -353,7 +359,7 @@ def test_a_file_needs_a_processor(taught, folder):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, processor):
-    return save_base(tmp_path_factory.mktemp("base"), processor)
+    return save_base(tmp_path_factory.mktemp("base"), processor, UNTAUGHT)
 
 
 def test_command_compares_base_and_adapter(base, taught, folder, tmp_path):

@@ -235,7 +235,8 @@ def test_what_is_asked_and_what_is_answered_make_the_whole(use, name):
     answer = encode_answer(processor, turns[:1], "left").tolist()
     assert whole[: len(prompt) + len(answer)] == prompt + answer
     assert processor.tokenizer.decode(answer) == "left<|im_end|>"
-    asked = processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": processor.chat_template}
+    asked = processor.tokenizer.apply_chat_template(turns[:1], tokenize=False, **options)
     assert processor.tokenizer.decode(prompt) == asked
 
 

@@ -175,9 +175,23 @@ FAMILIES = {
 
 
 def available(name: str) -> bool:
-    """Whether this release of transformers has the family, its video processor included."""
+    """Whether this release of transformers has the family, with what reads its clips."""
     family = FAMILIES[name]
-    return all(hasattr(transformers, part) for part in (family.model, family.processor, family.video_processor))
+    parts = [family.model, family.processor, family.video_processor]
+    if name == "qwen2_5_vl" and transformers_version() < (4, 52):
+        parts.remove(family.video_processor)  # its image processor read clips as well
+    return all(hasattr(transformers, part) for part in parts)
+
+
+def takes_clips(name: str) -> bool:
+    """Whether clips go through the family's processor; those of earlier releases are refused."""
+    first = {"qwen2_5_vl": (4, 49), "glm4v": (4, 57), "glm4v_moe": (4, 57)}.get(name, (4, 52))
+    return available(name) and transformers_version() >= first
+
+
+def model_takes_clips(name: str) -> bool:
+    """Whether the family's model does as well: Qwen3-VL's of transformers 5.3 ends at any clip in a StopIteration."""
+    return takes_clips(name) and not (name.startswith("qwen3_vl") and transformers_version() == (5, 3))
 
 
 def make_processor(name: str, folder: Path) -> Any:
@@ -188,10 +202,9 @@ def make_processor(name: str, folder: Path) -> Any:
     tokenizer.save_pretrained(folder)
     early = (5,) <= transformers_version() < (5, 2)
     tokenizer = type(tokenizer).from_pretrained(folder, **{EARLY_WORDS if early else "extra_special_tokens": WORDS})
-    parts = {
-        "image_processor": getattr(transformers, family.image_processor)(**family.image_settings),
-        "video_processor": getattr(transformers, family.video_processor)(**family.video_settings),
-    }
+    parts = {"image_processor": getattr(transformers, family.image_processor)(**family.image_settings)}
+    if hasattr(transformers, family.video_processor):
+        parts["video_processor"] = getattr(transformers, family.video_processor)(**family.video_settings)
     return getattr(transformers, family.processor)(
         tokenizer=tokenizer, chat_template=family.template, **parts, **(family.processor_settings or {})
     )
@@ -215,6 +228,8 @@ def make_model(name: str, tokenizer: Any, seed: int = 0) -> Any:
     settings = copy.deepcopy(family.settings)
     end, pad = (tokenizer.convert_tokens_to_ids(word) for word in ("<|im_end|>", "<|endoftext|>"))
     settings["text_config"].update(vocab_size=len(tokenizer), bos_token_id=pad, eos_token_id=end, pad_token_id=pad)
+    if name == "qwen2_5_vl" and transformers_version() < (4, 56):
+        settings.update(settings.pop("text_config"))  # flat, as published: 4.49 to 4.51 know no other, and later losses
     config = getattr(transformers, family.config)(
         **settings, **{name: tokenizer.convert_tokens_to_ids(word) for name, word in ids.items()}
     )

@@ -90,9 +90,9 @@ def make_model(tokenizer, seed: int = 0):
     return model
 
 
-def save_base(path: Path, processor) -> Path:
+def save_base(path: Path, processor, seed: int = 0) -> Path:
     """A base model in a folder, as `load_model` and `load_processor` take it."""
-    make_model(processor.tokenizer).save_pretrained(path)
+    make_model(processor.tokenizer, seed).save_pretrained(path)
     processor.save_pretrained(path)
     processor.tokenizer.chat_template = processor.chat_template
     processor.tokenizer.save_pretrained(path)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sta_adapter.compatibility.releases import incompatible
+from sta_adapter.compatibility.releases import incompatible, transformers_release
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +74,16 @@ def takes_clips(processor: Processor) -> bool:
             f"{type(processor).__name__} has no video_processor, and {type(part).__name__} takes no videos",
         )
     return False
+
+
+def keeps_clips(processor: Processor) -> bool:
+    """Whether the video processor takes frames that are chosen already, and each clip's times reach the prompt.
+
+    GLM-4V's did not before 4.57: 4.53 refuses such frames, 4.54 and 4.55 drop the times, and 4.56 gives the first clip's
+    to all.
+    """
+    names = {cls.__name__ for cls in type(visual_part(processor)).__mro__}
+    return "BaseVideoProcessor" in names and ("Glm4vVideoProcessor" not in names or transformers_release() >= (4, 57))
 
 
 class Sizes(NamedTuple):

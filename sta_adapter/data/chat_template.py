@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.compatibility.processors import Processor
+from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.data.message import Message, Part, Record
 from sta_adapter.errors import DataError
 
@@ -132,9 +133,15 @@ def grown(shorter: str, longer: str) -> str:
 def _written(processor: Processor, messages: list[_Plain], prompt: bool, thinking: bool) -> str:
     template = str(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
     choices = {"enable_thinking": thinking, "preserve_thinking": True}
-    known = {name: choice for name, choice in choices.items() if name in template}
+    known: dict[str, Any] = {name: choice for name, choice in choices.items() if name in template}
+    writer: Any = processor
+    if known and (4, 49) <= transformers_release() < (
+        4,
+        52,
+    ):  # their processors don't hand a template its own variables
+        writer, known = processor.tokenizer, {**known, "chat_template": template}
     try:
-        found: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **known)
+        found: str = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **known)
         return found
     except Exception as error:
         roles = ", ".join(str(message["role"]) for message in messages) or "none"

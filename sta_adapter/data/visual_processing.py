@@ -82,10 +82,10 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
     part = processors.visual_part(processor)
     sizes = processors.Sizes.of(part)
     sampled = bool(clips) and processors.takes_clips(processor)
-    if sampled and "BaseVideoProcessor" not in {cls.__name__ for cls in type(part).__mro__}:
+    if sampled and not processors.keeps_clips(processor):
         raise DataError(
-            f"clips can't be put through {type(part).__name__} as this release of transformers has it: it takes neither times "
-            "nor frames that are chosen already. Use transformers 4.57 or newer for this model."
+            f"clips can't be put through {type(part).__name__} as this release of transformers has it: it doesn't take frames "
+            "that are chosen already together with their times. Use transformers 4.57 or newer for this model."
         )
     if any(visual.resized for visual in visuals) and not sizes.packs:
         raise DataError(
@@ -93,7 +93,7 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
         )
     clips, settings = sized(processor, clips)
     kwargs: dict[str, object] = {"videos_kwargs": settings}
-    if sampled:
+    if sampled and hasattr(part, "do_sample_frames"):  # since 4.53; none samples before
         settings["do_sample_frames"] = False
         if all(clip.metadata for clip in clips):
             settings["video_metadata"] = [clip.metadata for clip in clips]
@@ -105,13 +105,18 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
         return_tensors="pt",
         **{key: value for key, value in kwargs.items() if value and clips},
     )
-    encoded = {key: value for key, value in out.items() if isinstance(value, torch.Tensor)}
+    # transformers 4.49 to 4.51 leave the seconds a list
+    encoded = {
+        key: torch.as_tensor(value) for key, value in out.items() if isinstance(value, torch.Tensor) or key in NAMES
+    }
     encoded.pop("attention_mask", None)
     for key in ("input_ids", "mm_token_type_ids", "token_type_ids"):
         if key in encoded:
             encoded[key] = encoded[key][0]
     _check_frames(processor, encoded, clips)
-    _check_pictures(processor, encoded, [visual for visual in visuals if visual.kind == "image"])
+    _check_sizes(part, "clip", encoded.get("video_grid_thw"), clips)
+    pictures = [visual for visual in visuals if visual.kind == "image"]
+    _check_sizes(getattr(processor, "image_processor", None), "picture", encoded.get("image_grid_thw"), pictures)
     steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
@@ -157,16 +162,14 @@ def _check_frames(processor: Processor, encoded: Encoded, clips: list[Visual]) -
         raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
 
 
-def _check_pictures(processor: Processor, encoded: Encoded, pictures: list[Visual]) -> None:
-    """A picture with limits of its own must keep its size, whatever limits the processor has."""
-    edge = getattr(getattr(processor, "image_processor", None), "patch_size", 0)
-    for picture, (_, rows, columns) in zip(
-        pictures, encoded.get("image_grid_thw", torch.zeros(0, 3)).tolist(), strict=False
-    ):
-        height, width = picture.pixels.shape[1:3]
-        if picture.resized and (height, width) != (rows * edge, columns * edge):
+def _check_sizes(part: object, name: str, grids: torch.Tensor | None, visuals: list[Visual]) -> None:
+    """What has limits of its own must keep its size, whatever limits the processor has."""
+    edge = getattr(part, "patch_size", 0)
+    for visual, (_, rows, columns) in zip(visuals, () if grids is None else grids.tolist(), strict=False):
+        height, width = visual.pixels.shape[1:3]
+        if visual.resized and (height, width) != (rows * edge, columns * edge):
             raise DataError(
-                f"min_pixels or max_pixels make a picture {width}x{height}, and the processor, by its own limits, "
+                f"min_pixels or max_pixels make a {name} {width}x{height}, and the processor, by its own limits, "
                 f"{columns * edge}x{rows * edge}; give such as it takes."
             )
 

@@ -27,7 +27,7 @@ from sta_adapter.video.frame_settings import FrameSettings
 __all__ = ["claim", "identity_of", "write_json"]
 
 Data = VideoDataset | StreamDataset
-RUN_FORMAT = 4  # raised when the same settings train other weights than before
+RUN_FORMAT = 5  # raised when the same settings train other weights than before
 
 
 def identity_of(
