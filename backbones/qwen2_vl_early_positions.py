@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.compatibility.seams import given_arguments, hook_table
 from sta_adapter.compatibility.signatures import class_method
 from sta_adapter.compatibility.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEAD = "Qwen2VLForConditionalGeneration"
 FORWARD = f"{HEAD}.forward"
@@ -42,7 +45,7 @@ class FillEarly:
 
     @uncompiled
     def __call__(
-        self, head: Any, args: tuple[object, ...], kwargs: dict[str, object]
+        self, head: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[()], dict[str, object]] | None:
         """Return the arguments with `position_ids`, or None where they are not needed; raises as `RopeIndex` does."""
         given = given_arguments(class_method(head), FORWARD, args, kwargs)

@@ -10,9 +10,10 @@ Published templates differ in more than their words, and what is learned must no
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import transformers_release
@@ -133,16 +134,13 @@ def grown(shorter: str, longer: str) -> str:
 def _written(processor: Processor, messages: list[_Plain], prompt: bool, thinking: bool) -> str:
     template = str(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
     choices = {"enable_thinking": thinking, "preserve_thinking": True}
-    known: dict[str, Any] = {name: choice for name, choice in choices.items() if name in template}
-    writer: Any = processor
-    if known and (4, 49) <= transformers_release() < (
-        4,
-        52,
-    ):  # their processors don't hand a template its own variables
-        writer, known = processor.tokenizer, {**known, "chat_template": template}
+    known: dict[str, object] = {name: choice for name, choice in choices.items() if name in template}
+    write: Callable[..., object] = processor.apply_chat_template
+    # processors of these releases don't hand a template its own variables
+    if known and (4, 49) <= transformers_release() < (4, 52):
+        write = functools.partial(processor.tokenizer.apply_chat_template, chat_template=template)
     try:
-        found: str = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **known)
-        return found
+        return str(write(messages, tokenize=False, add_generation_prompt=prompt, **known))
     except Exception as error:
         roles = ", ".join(str(message["role"]) for message in messages) or "none"
         raise DataError(

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
@@ -145,7 +144,7 @@ def require_readable(checkpoint: Path) -> None:
         ) from error
 
 
-def numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def numpy_globals() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
     """What older transformers' random state files hold, for torch versions that load weights only."""
     core = np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.float64))]

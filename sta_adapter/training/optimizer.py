@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from sta_adapter.training.config import TrainingConfig
@@ -11,14 +9,16 @@ from sta_adapter.training.config import TrainingConfig
 __all__ = ["parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, object]]:
     """Optimizer groups: STA or not, with or without weight decay (matrices have it, vectors never)."""
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (id(parameter) in sta, parameter.dim() > 1)
-            sta_rate = config.sta_learning_rate
-            rate = config.learning_rate if sta_rate is None or not key[0] else sta_rate
-            decay = config.weight_decay if key[1] else 0.0
-            groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay})["params"].append(parameter)
-    return list(groups.values())
+            groups.setdefault((id(parameter) in sta, parameter.dim() > 1), []).append(parameter)
+    sta_rate = config.learning_rate if config.sta_learning_rate is None else config.sta_learning_rate
+    rates = {False: config.learning_rate, True: sta_rate}
+    decays = {False: 0.0, True: config.weight_decay}
+    return [
+        {"params": found, "lr": rates[is_sta], "weight_decay": decays[matrix]}
+        for (is_sta, matrix), found in groups.items()
+    ]
