@@ -28,7 +28,8 @@ KNOWN = {
     "causal": "it has the causal mask alone",
     "none": "it knows no order",
 }
-OTHERS = ("larger", "circling")  # folders of results/: with Debian's pictures; with circles in the place of turns
+# folders of results/: with Debian's pictures; with circles in the place of turns; all of the encoder's blocks in play
+OTHERS = ("larger", "circling", "all-blocks")
 EARLIER = ("even-attention", "two-blocks")  # set-ups before today's, folders of results/earlier
 WIDTH, HEIGHT, LEFT, TOP, CURVES = 760, 330, 58, 30, 400
 STYLE = """
@@ -279,7 +280,8 @@ def page(runs: list[dict[str, Any]], text: str) -> str:
     parts = {"table": main_table(runs) + "\n\n" + made_with(runs), "goal": verdict(runs), "search": search_table(runs)}
     for name in OTHERS:
         others = load(HERE / "results" / name)
-        parts[name] = "\n\n".join([verdict(others), main_table(others), made_of(others), made_with(others)])
+        compared = [verdict(others)] if {"sta", "lora"} <= {run["run"]["arm"] for run in others} else []
+        parts[name] = "\n\n".join([*compared, main_table(others), made_of(others), made_with(others)])
     for name in EARLIER:
         earlier = load(HERE / "results" / "earlier" / name)
         parts[name] = "\n\n".join([main_table(earlier), search_table(earlier), made_with(earlier)])
