@@ -163,6 +163,7 @@ $(VENV)/.ready: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv .venv-$*
 	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "$$main" > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth"
+	.venv-$*/bin/python -m pip install --quiet --constraint $(LOCK) setuptools
 	.venv-$*/bin/python -m pip install --quiet $(PINS)
 	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
