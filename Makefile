@@ -32,7 +32,7 @@ test-old:
 # The same on releases between those, which differ in what STA leans on.
 RELEASES ?= 4.47.1 4.50.3 4.51.3 4.52.4 4.55.4 5.2.0 5.4.0 5.6.0 5.10.4 5.16.1 5.18.0
 test-releases: $(RELEASES:%=.venv-%/.ready)
-	failed=; for release in $(RELEASES); do echo "transformers $$release"; \
+	@failed=; for release in $(RELEASES); do echo "transformers $$release"; \
 	.venv-$$release/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS) || failed="$$failed $$release"; done; \
 	if [ -n "$$failed" ]; then echo "failed on transformers$$failed"; exit 1; fi
 

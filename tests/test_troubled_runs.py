@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_qwen import make_model, make_processor, write_samples
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.cli import cli
 from sta_adapter.data import FrameSettings, VideoDataset
@@ -164,9 +164,10 @@ def test_a_signal_in_the_last_step_comes_too_late(tmp_path):
     watch = Watch("stage 1", TrainingConfig(), tmp_path)
     assert (watch.signals.received, watch.stopped) == (0, False)
     watch.signals.received = signal.SIGTERM
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True)
     for step, stops in ((7, False), (6, True)):
         control = TrainerControl()
-        watch.on_step_end(None, TrainerState(global_step=step, max_steps=7), control)
+        watch.on_step_end(arguments, TrainerState(global_step=step, max_steps=7), control)
         assert (watch.stopped, control.should_training_stop, control.should_save) == (stops, stops, stops)
 
 
