@@ -11,9 +11,8 @@ from sta_adapter.compatibility.seams import known_parameters, parameter_names
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
 GENERATION_METHOD = "_prepare_position_ids_for_generation"  # positions of what `generate` is given
-FREQUENCY_METHOD = (
-    "recomposition_frequencies"  # Qwen2-VL's rotary embedding mixes its axes with it, before them its attention
-)
+# with it Qwen2-VL's rotary embedding mixes its axes; in earlier releases the attention does
+FREQUENCY_METHOD = "recomposition_frequencies"
 SINCE = {GENERATION_METHOD: (5, 2), FREQUENCY_METHOD: (5, 17)}  # releases of transformers that have them
 ROPE_INDEX = "get_rope_index"
 
