@@ -145,7 +145,7 @@ def test_export(replaced, lora, beside):
         "bf16",
         "--overwrite",
     )
-    given = {"adapter_revision": "a1", "dtype": "bf16", "revision": None, "overwrite": True}
+    given = {"adapter_revision": "a1", "dtype": "bf16", "revision": None, "base_model": None, "overwrite": True}
     assert merges == [(("org/adapter", "out", "org/base"), given)]
 
 

@@ -455,6 +455,21 @@ def test_command_with_another_base(base, taught, folder, tmp_path):
     assert CliRunner().invoke(cli, [*line, "--any-base"], catch_exceptions=False).exit_code == 0
 
 
+def test_training_goes_on_from_an_adapter_of_another_base(base, taught, folder, tmp_path):
+    """If the user says that it fits; what comes out belongs to the base at hand."""
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(taught[1], adapter)
+    about = json.loads((adapter / "sta_config.json").read_text())
+    ours, about["language_model"]["num_hidden_layers"] = about["language_model"]["num_hidden_layers"], 99
+    (adapter / "sta_config.json").write_text(json.dumps(about))
+    line = ["train", "--model", str(base), "--adapter", str(adapter), "--data", str(folder / "data.jsonl")]
+    line += ["--out", str(out), "--stage", "1", "--max-steps", "1", "--batch-size", "1", "--num-workers", "0"]
+    with pytest.raises(CheckpointError, match=r"another language model: num_hidden_layers: 99.*--any-base of train"):
+        CliRunner().invoke(cli, line, catch_exceptions=False)
+    CliRunner().invoke(cli, [*line, "--any-base"], catch_exceptions=False)
+    assert json.loads((out / "sta_config.json").read_text())["language_model"]["num_hidden_layers"] == ours
+
+
 def test_command_does_not_take_an_older_adapter_s_answers(base, taught, folder, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(taught[1], adapter)

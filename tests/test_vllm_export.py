@@ -163,8 +163,10 @@ def test_the_revision_of_a_base_that_is_merged_into(plain, adapted, base, tmp_pa
     monkeypatch.setattr(export, "export_merged", lambda *args, **kwargs: seen.update(kwargs))
     line = ["export", str(adapted), str(tmp_path / "out"), "--merge-lora", "org/base", "--revision", "v1"]
     CliRunner().invoke(cli, line, catch_exceptions=False)
-    assert (seen["revision"], seen["adapter_revision"]) == ("v1", None)
-    for words in (["--revision", "v1"], ["--dtype", "bf16"]):
+    assert (seen["revision"], seen["adapter_revision"], seen["base_model"]) == ("v1", None, None)
+    CliRunner().invoke(cli, [*line, "--any-base"], catch_exceptions=False)
+    assert seen["base_model"] == "any"
+    for words in (["--revision", "v1"], ["--dtype", "bf16"], ["--any-base"]):
         done = CliRunner().invoke(cli, ["export", str(plain), str(tmp_path / "x"), *words])
         assert f"{words[0]} is of the base, and has no effect without --merge-lora" in str(done.exception)
 

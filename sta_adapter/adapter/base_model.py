@@ -108,7 +108,7 @@ def check_base(
         return
     _check_merged(folder, description, model)
     differences = _different(saved["language_model"] or {}, here["language_model"] or {}, both_known=True)
-    override = f"pass base_model={ANY!r} (--any-base of evaluate, visualize, app, watch and serve)."
+    override = f"pass base_model={ANY!r} (--any-base of train, evaluate, visualize, app, watch, serve and export)."
     if differences:
         raise CheckpointError(
             f"the adapter in {folder} is for another language model: {differences}. {both} If it fits all the same, {override}"

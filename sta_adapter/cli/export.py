@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sta_adapter.cli.options import DTYPE, Grouped, option
+from sta_adapter.cli.options import DTYPE, Grouped, base_model_of, option
 from sta_adapter.errors import ConfigError
 
 __all__ = ["command"]
@@ -25,6 +25,7 @@ as vLLM takes them.
 @option("What", "--merge-lora", "base", metavar="BASE", help="Base to merge LoRA into.")
 @option("What", "--dtype", type=DTYPE, metavar="TYPE", default="auto", help="Of that base: auto, bf16, fp16 or fp32.")
 @option("What", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit on the Hub.")
+@option("What", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits.")
 @option("What", "--revision", metavar="NAME", help="The base's branch, tag or commit on the Hub.")
 @option("What", "--overwrite", is_flag=True, help="Replace what is in OUT.")
 def command(
@@ -34,17 +35,19 @@ def command(
     dtype: str,
     adapter_revision: str | None,
     revision: str | None,
+    any_base: bool,
     overwrite: bool,
 ) -> None:
     """Write it, and say how it is served."""
     from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 
     if base is not None:
-        of_base = {"dtype": dtype, "revision": revision}
+        of_base = {"dtype": dtype, "revision": revision, "base_model": base_model_of(any_base)}
         export_merged(adapter, out, base, adapter_revision=adapter_revision, overwrite=overwrite, **of_base)
         click.echo(f"wrote {out}: sta-adapter serve --model {out}/base --adapter {out}/sta")
         return
-    idle = [name for name, given in (("--revision", revision is not None), ("--dtype", dtype != "auto")) if given]
+    given = {"--revision": revision is not None, "--dtype": dtype != "auto", "--any-base": any_base}
+    idle = [name for name, is_given in given.items() if is_given]
     if idle:
         raise ConfigError(f"{idle[0]} is of the base, and has no effect without --merge-lora.")
     has_lora = export_adapter(adapter, out, revision=adapter_revision, overwrite=overwrite)

@@ -58,3 +58,4 @@ class Run(TypedDict):
     overwrite: bool
     trust_remote_code: bool
     dry_run: bool
+    any_base: bool

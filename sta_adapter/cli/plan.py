@@ -31,7 +31,7 @@ RUN = ("model", "data", "stage", "videos", "format", "revision", "trust_remote_c
 # of train, which a file for both may hold
 OF_TRAIN = (
     *("out", "eval_data", "adapter", "adapter_revision", "overwrite", "positions", "attn_implementation", "dry_run"),
-    "cache",
+    *("cache", "any_base"),
 )
 
 

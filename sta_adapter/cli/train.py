@@ -18,6 +18,7 @@ from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     TRAINING,
     Grouped,
+    adapter_options,
     data_options,
     find_adapter,
     given_words,
@@ -40,11 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 # options that are settings of the run itself, not of TrainingConfig
-FLAGS: tuple[Literal["overwrite"], Literal["trust_remote_code"], Literal["dry_run"]] = (
-    "overwrite",
-    "trust_remote_code",
-    "dry_run",
-)
+FLAGS: tuple[Literal["overwrite", "trust_remote_code", "dry_run", "any_base"], ...]
+FLAGS = ("overwrite", "trust_remote_code", "dry_run", "any_base")
 RUN_OPTIONS = (
     *("model", "revision", "dtype", "quantize", "attn_implementation", "positions", "adapter", "adapter_revision"),
     *("data", "eval_data", "videos", "format", "cache", "out", "stage", *FLAGS),
@@ -82,7 +80,7 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @quantize_option
 @model_options
 @option("Model", "--attn-implementation", metavar="NAME", help="sdpa, flash_attention_2, eager.")
-@option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit.")
+@adapter_options
 def command(config: str | None, pairs: tuple[str, ...], **options: object) -> None:
     """Train as the options and the file of settings say."""
     from sta_adapter.training.config import TrainingConfig
@@ -116,7 +114,7 @@ def _train(run: Run, settings: TrainingConfig) -> None:
         return
     require_reporters(settings.report_to)
     require_writable(Path(run["out"]))
-    source = ModelSource.of(run, find_adapter(run["adapter"], run["adapter_revision"]))
+    source = ModelSource.of(run, find_adapter(run["adapter"], run["adapter_revision"], run["any_base"]))
     processor = source.load_processor()
 
     def opened(files: str | list[str], stream: bool = True) -> VideoDataset | StreamDataset:
