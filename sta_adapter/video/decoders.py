@@ -105,13 +105,19 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
     with open_video(table.path) as container:
         stream = _ready(container, threads)
         decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet))
+        count = 0
         for number, frame in enumerate(decoded):
+            count = number + 1
             index = index_of.get(frame.pts, -1) if table.seekable else number
             if index in left:
                 left.remove(index)
                 yield index, frame
-            if not left:
+            if not left and table.seekable:
                 return
+    if not table.seekable and table.complete and count != len(table.times):
+        raise DeclinedError(
+            f"{count} frames decode of its {len(table.times)} packets, so that their times can't be known"
+        )
 
 
 def _ready(container: "InputContainer", threads: int) -> "VideoStream":

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from sta_adapter.video.bits import Bits
+
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
@@ -52,24 +54,6 @@ class _Form(NamedTuple):
     planes: int  # bits that name a colour plane
 
 
-class _Bits:
-    """Bits of a unit, from the left."""
-
-    def __init__(self, unit: bytes) -> None:
-        data = unit.replace(b"\0\0\3", b"\0\0")
-        self._bits = format(int.from_bytes(b"\1" + data, "big"), "b")[1:]
-
-    def take(self, count: int) -> int:
-        """A number of so many bits."""
-        taken, self._bits = self._bits[:count], self._bits[count:]
-        return int(taken or "0", 2)
-
-    def golomb(self) -> int:
-        """A number of as many bits as it needs."""
-        zeros = len(self._bits) - len(self._bits.lstrip("0"))
-        return self.take(2 * zeros + 1) - 1
-
-
 def _units(data: bytes, width: int) -> Iterator[bytes]:
     """NAL units, with lengths of `width` bytes in front, or start codes."""
     if not width:
@@ -82,9 +66,13 @@ def _units(data: bytes, width: int) -> Iterator[bytes]:
         at += width + length
 
 
+def _bits(unit: bytes) -> Bits:
+    return Bits(unit.replace(b"\0\0\3", b"\0\0"))
+
+
 def _form(header: bytes) -> _Form | None:
     """Of a sequence's header; None where all its pictures are frames."""
-    bits = _Bits(header[1:512])
+    bits = _bits(header[1:512])
     profile, planes = bits.take(8), 0
     bits.take(16)
     bits.golomb()
@@ -106,7 +94,7 @@ def _form(header: bytes) -> _Form | None:
     return None if bits.take(1) else _Form(number_bits, planes)
 
 
-def _pass_scaling(bits: _Bits, count: int) -> None:
+def _pass_scaling(bits: Bits, count: int) -> None:
     last = following = 8
     for _ in range(count):
         if following:
@@ -119,7 +107,7 @@ def _field(unit: bytes, form: _Form) -> tuple[int, int] | None:
     """(number of its frame, 1 for the bottom one) of a slice of a field; None for other units."""
     if not unit or unit[0] & 31 not in SLICES:
         return None
-    bits = _Bits(unit[1:32])
+    bits = _bits(unit[1:32])
     bits.golomb(), bits.golomb(), bits.golomb(), bits.take(form.planes)
     number = bits.take(form.number_bits)
     return (number, bits.take(1)) if bits.take(1) else None

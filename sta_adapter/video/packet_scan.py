@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sta_adapter.video.budget import DECODER_LIMIT
 from sta_adapter.video.fields import FieldPairs
+from sta_adapter.video.hidden import HiddenPackets
 from sta_adapter.video.keyframes import PacketRow, begins_afresh
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ __all__ = ["PacketScan", "frame_rate", "frames_in_order", "leap_back", "scan_pac
 
 MADE_UP = frozenset({"avi", "asf", "mxf"})
 """Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
+
+PACKED = frozenset({"mpeg4"})
+"""Codecs whose packets may hold two frames, as AVI needs it; copied into other containers their timestamps stay made up."""
 
 
 class PacketScan(NamedTuple):
@@ -39,7 +43,7 @@ def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketSc
     begin: int | None = None
     listed = 0
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
-    fields = FieldPairs(codec, extradata)
+    fields, hidden = FieldPairs(codec, extradata), HiddenPackets(codec, extradata)
     unseen = {"threads": "1", "skip_loop_filter": "all"}  # nobody looks at the first frame
     stream.codec_context.options = {**unseen, **DECODER_LIMIT}
     for packet in container.demux(stream):
@@ -51,7 +55,7 @@ def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketSc
         if first is None and (first := _first_frame(stream, packet, alone)) is not None:
             begin = None if alone else first.pts  # that of one decoded alone may be after those of the next
         listed += packet.size > 0 or packet.dts is not None  # not what PyAV ends with; an empty packet repeats a frame
-        if is_shown and not fields.is_second(packet):
+        if is_shown and not hidden.is_hidden(packet) and not fields.is_second(packet):
             rows.append(PacketRow(packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0, fresh))
     return PacketScan(rows, listed >= _announced(container, stream), first, begin)
 
@@ -98,13 +102,14 @@ def frames_in_order(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], bool]:
     """Ascending timestamps (F,), key flags (F,) in the same order, and whether timestamps name frames."""
     pts, keys = [row.pts for row in rows], np.array([row.key for row in rows], bool)
-    known = sorted({stamp for stamp in pts if stamp is not None})
-    made_up = bool(MADE_UP & formats) and stream.codec_context.has_b_frames and pts == known
-    if len(known) == len(rows) and not made_up:
-        stamps = np.array(pts, np.int64)
-        order = stamps.argsort()
-        return stamps[order], keys[order], True
-    return np.sort(_stamps_in_file_order(stream, rows)), keys, False
+    known = sorted(stamp for stamp in pts if stamp is not None)
+    codec = stream.codec_context
+    made_up = (MADE_UP & formats or codec.name in PACKED) and codec.has_b_frames and pts == known
+    if made_up or len(known) < len(rows):
+        return np.sort(_stamps_in_file_order(stream, rows)), keys, False
+    stamps = np.array(pts, np.int64)
+    order = stamps.argsort(kind="stable")
+    return stamps[order], keys[order], len(set(known)) == len(rows)
 
 
 def frame_rate(stream: "VideoStream") -> Fraction:
