@@ -150,6 +150,19 @@ REFUSED = {
     "start_of_several": ({**CHOICE, "video": ["a.mp4", "b.mp4"], "start": 2}, "'start' beside the words belongs to no"),
     "start_time": ({**QUESTION, "start_time": 2}, "unknown key 'start_time'. Did you mean 'video_start'"),
     "num_frames": ({**QUESTION, "num_frames": 2}, "unknown key 'num_frames'. Did you mean 'nframes'"),
+    "start_frame": ({**QUESTION, "start_frame": 20}, "unknown key 'start_frame'. Did you mean 'video_start'"),
+    "stop_timestamp": ({**QUESTION, "stop_timestamp": "0:04"}, "unknown key 'stop_timestamp'. Did you mean 'video_end'"),
+    "end_in_milliseconds": ({**QUESTION, "clip_end_ms": 9}, "unknown key 'clip_end_ms'. Did you mean 'video_end'"),
+    "time_start": ({**QUESTION, "time_start": 2}, "unknown key 'time_start'. Did you mean 'video_start'"),
+    "rate_of_ms_swift": ({**QUESTION, "sample_fps": 2}, "unknown key 'sample_fps'. Did you mean 'fps'"),
+    "most_frames_of_qwen": ({**QUESTION, "fps_max_frames": 2}, "unknown key 'fps_max_frames'. Did you mean 'max_frames'"),
+    "most_frames_of_llamafactory": ({**QUESTION, "video_maxlen": 2}, "unknown key 'video_maxlen'. Did you mean 'max_frames'"),
+    "pixels_of_llamafactory": ({**QUESTION, "video_max_pixels": 9}, "unknown key 'video_max_pixels'. Did you mean 'max_pixels'"),
+    "pixels_of_qwen": ({**QUESTION, "total_pixels": 9}, "'total_pixels' is not read"),
+    "size_of_qwen": ({**QUESTION, "resized_height": 28, "resized_width": 28}, "'resized_height' is not read"),
+    "answers_not_learned": ({**TALK, "loss_mask": [0, 0]}, "'loss_mask' is not read"),
+    "options_of_egoschema": ({**QUESTION, "option 0": "x", "option 1": "y"}, "unknown key 'option 0'. Did you mean 'options'"),
+    "options_in_columns": ({**QUESTION, "choice_a": "x", "choice_b": "y"}, "unknown key 'choice_a'. Did you mean 'options'"),
     "two_starts": ({**QUESTION, "start": 2, "video_start": 2}, "both 'start' and 'video_start' are given"),
     "rate_of_a_picture": (llava("<image>?", image="a.png", fps=2), r"\(image\) has the unknown key 'fps'"),
     "two_talks": ({**TALK, "conversations": TALK["messages"]}, "both 'messages' and 'conversations' are given"),
@@ -188,7 +201,7 @@ def test_a_key_that_would_have_no_effect_is_refused(record, error):
         parse_sample(record, folder="/v")
 
 
-@pytest.mark.parametrize("key", ["id", "source", "video_id", "image_id", "question_type", "video_length", "label", "split", "duration", "data_source", "answer_index"])  # fmt: skip
+@pytest.mark.parametrize("key", ["id", "source", "video_id", "image_id", "question_type", "video_length", "label", "split", "duration", "data_source", "answer_index", "timestamps", "fps_of_the_file", "start_word", "frames_seen", "end_of_story", "option_count"])  # fmt: skip
 def test_a_field_of_ones_own_is_kept_to_group_by(key):
     assert parse_sample({**TALK, key: "x"}).extra == {key: "x"}
 

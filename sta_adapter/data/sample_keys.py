@@ -26,12 +26,20 @@ _KNOWN = (
 )
 _NOT_READ = (  # what other tools do something with
     *("audio", "audios", "tools", "objects", "history", "subtitle", "subtitles", "subtitle_path"),
-    *("kto_tag", "chosen", "rejected_response", "rejected_messages", "rejected_images"),
+    *("kto_tag", "chosen", "rejected_response", "rejected_messages", "rejected_images", "loss", "loss_mask"),
+    *("total_pixels", "resized_height", "resized_width"),
 )
+_UNIT = r"(_?(time(stamp)?|s|secs?|seconds?|ms|frame(_?(id|idx|index|num|number))?))?"
 _MEANT = {
     "nframes": re.compile(r"(video_)?n(um|_|um_)?frames?", re.IGNORECASE),
-    "video_start": re.compile(r"(video|clip)?_?(start|begin)(_?(time|s|secs?|seconds?))?", re.IGNORECASE),
-    "video_end": re.compile(r"(video|clip)?_?(end|stop)(_?(time|s|secs?|seconds?))?", re.IGNORECASE),
+    "fps": re.compile(r"(video|sampled?|sampling)_?fps", re.IGNORECASE),
+    "max_frames": re.compile(r"(fps|video)_?max_?(frames|len)", re.IGNORECASE),
+    "min_frames": re.compile(r"(fps|video)_?min_?frames", re.IGNORECASE),
+    "max_pixels": re.compile(r"(video|image)_?max_?pixels", re.IGNORECASE),
+    "min_pixels": re.compile(r"(video|image)_?min_?pixels", re.IGNORECASE),
+    "video_start": re.compile(rf"(video|clip)?_?(start|begin){_UNIT}|(time|frame)_?(start|begin)", re.IGNORECASE),
+    "video_end": re.compile(rf"(video|clip)?_?(end|stop){_UNIT}|(time|frame)_?(end|stop)", re.IGNORECASE),
+    "options": re.compile(r"(answer_?)?(option|choice|candidate)s?[ _]?(\d{1,2}|[a-h])", re.IGNORECASE),
     "video": re.compile(r"(videos?|clips?|media)(_?(files?|filenames?|paths?|urls?|uris?|list))?", re.IGNORECASE),
     "image": re.compile(
         r"(images?|imgs?|pictures?|photos?)(_?(files?|filenames?|paths?|urls?|uris?|list))?", re.IGNORECASE
