@@ -178,6 +178,39 @@ def test_numbers_in_names_are_in_order(tmp_path, pattern):
     assert order == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([f"{kind}_{n:05}.jpg" for kind in ("flow_x", "flow_y", "img") for n in range(1, 4)], "several series, such as 'flow_x_00001"),
+        (["cover.png", "frame_1.png", "frame_2.png"], "several series, such as 'cover.png' and 'frame_1.png'"),
+        (["frame_1.png", "frame_2 (copy).png", "frame_2.png"], "several series, such as 'frame_1.png' and 'frame_2 "),
+        (["1.jpg", "1.png", "2.jpg", "2.png"], "holds '1.(jpg|png)' and '1.(jpg|png)'; expected each picture once"),
+        (["0.0.png", "0.25.png", "0.5.png", "0.75.png", "1.0.png"], "'0.5.png' and '0.25.png', of which the first"),
+    ],
+    ids=["optical flow beside it", "a cover", "a copy", "two formats", "decimals"],
+)  # fmt: skip
+def test_names_that_tell_no_order_are_an_error(tmp_path, names, reason):
+    for name in names:
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    with pytest.raises(VideoError, match=reason):
+        read_folder(tmp_path, 2.0)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["before.png", "during.png", "in the end.png"],
+        ["0.00.png", "0.25.png", "0.50.png", "10.00.png"],
+        ["s1_f9.png", "s1_f10.png", "S2_f1.png"],
+        ["2024.01.05 10.09.58.png", "2024.01.05 10.10.01.png", "2024.11.02 09.00.00.png"],
+    ],
+)
+def test_names_that_tell_an_order(tmp_path, names):
+    for number, name in enumerate(names):
+        Image.new("L", (8, 8), number).save(tmp_path / name)
+    assert read_folder(tmp_path, 2.0).frames[:, 0, 0, 0].tolist() == list(range(len(names)))
+
+
 @given(st.lists(st.integers(0, 10**12), min_size=2, max_size=20, unique=True), st.integers(0, 4))
 def test_order_is_that_of_the_numbers(numbers, width):
     from pathlib import Path

@@ -1,6 +1,7 @@
 """`read_folder`: a folder of pictures in the place of a video file."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
     """Frames of a clip that lies there as pictures, sampled by time as `read_clip` does.
 
     Args:
-        path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). Hidden files don't
-            count.
+        path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). They differ in their
+            numbers alone, or have none. Hidden files don't count.
         rate: Pictures a second.
         resize: As for `read_clip`.
         sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.
 
     Raises:
-        VideoError: No folder, no picture in it, pictures of several sizes, or none within the range.
+        VideoError: No folder, no picture in it, pictures of several sizes, names that tell no order, or none within the
+            range.
         ConfigError: `rate` or what says how to sample is out of range.
     """
     check_number("rate", rate, above=0)
@@ -40,9 +42,9 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
             f"{str(folder)!r} is no folder of pictures. Check the path, or the folder that it starts from."
         )
     files = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
-    files.sort(key=natural_order)
     if not files:
         raise VideoError(f"{str(folder)!r} holds no picture; expected {', '.join(ENDINGS)}.")
+    files = _in_order(folder, files)
     times, duration = np.arange(len(files)) / rate, len(files) / rate
     indices = choose_frames(times, duration, Sampling(**sampling))
     frames, sizes = [], set()
@@ -60,3 +62,45 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
         folder, len(files), rate, duration, width, height, 0, "pillow", "a folder of pictures", found, begins
     )
     return Clip(np.concatenate(frames), times[indices], metadata)
+
+
+def _in_order(folder: Path, files: list[Path]) -> list[Path]:
+    """The pictures as their names tell.
+
+    Raises:
+        VideoError: there are several series among them (a film and its optical flow, a picture in two formats), or
+            their numbers can be read in two ways.
+    """
+    series: dict[tuple[str, ...], Path] = {}
+    for file in sorted(files):
+        series.setdefault(tuple(re.split(r"\d+", file.stem.casefold())), file)
+    if len(series) > 1 and any(len(words) > 1 for words in series):
+        one, other, *_ = (file.name for file in series.values())
+        raise VideoError(
+            f"{str(folder)!r} holds pictures of several series, such as {one!r} and {other!r}, so that their order can't be known; "
+            "expected names that differ in their numbers alone. Give each series a folder."
+        )
+    stems: dict[str, Path] = {}
+    for file in files:
+        if (twin := stems.setdefault(file.stem, file)) is not file:
+            raise VideoError(f"{str(folder)!r} holds {twin.name!r} and {file.name!r}; expected each picture once.")
+    found = sorted(files, key=natural_order)
+    as_decimals = sorted(files, key=lambda file: (_decimals(file.stem), natural_order(file)))
+    first, behind = next(
+        (pair for pair in zip(found, as_decimals, strict=True) if pair[0] != pair[1]), (folder, folder)
+    )
+    if first != behind:
+        raise VideoError(
+            f"{str(folder)!r} holds {first.name!r} and {behind.name!r}, of which the first comes before the other if their numbers are "
+            "whole ones, and behind it if they are decimals; write them with as many digits behind the point."
+        )
+    return found
+
+
+def _decimals(stem: str) -> list[tuple[str, int, str]]:
+    """A name's words and numbers, in which a point between digits belongs to a number."""
+    pieces = re.split(r"(\d+)(?:\.(\d+))?", stem.casefold())
+    return [
+        (word, int(whole or 0), (part or "").rstrip("0"))
+        for word, whole, part in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True)
+    ]
