@@ -17,7 +17,7 @@ from sta_adapter.live.source import LiveSource
 from sta_adapter.video import Sampling, choose_frames, frame_table, read_clip
 from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
 from sta_adapter.video.fields import FieldPairs
-from sta_adapter.video.frame_table import VideoNotFoundError, _containers, open_video, video_stream
+from sta_adapter.video.frame_table import VideoNotFoundError, _containers, decoder_of, open_video, video_stream
 from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
 from sta_adapter.video.packet_scan import scan_packets, without_gaps
 
@@ -154,7 +154,8 @@ def test_what_a_cut_off_file_surely_holds():
 )
 def test_key_frames_of_files(tmp_path, name, how, fresh):
     with open_video(write(tmp_path / name, **how)) as container:
-        scan = scan_packets(container, video_stream(container))
+        stream = video_stream(container)
+        scan = scan_packets(container, stream, decoder_of(stream))
     assert scan.complete
     assert len(scan.rows) == 20
     assert {row.fresh for row in scan.rows if row.key} == fresh

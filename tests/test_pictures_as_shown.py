@@ -95,8 +95,51 @@ def test_frames_that_are_transparent_lie_on_white(tmp_path, name):
     np.testing.assert_array_equal([frame.pixels for frame in watched], clip.frames)
     assert clip.metadata.backend == "pyav"
     pytest.importorskip("decord")
-    with pytest.raises(BackendError, match=r"would not be put on white|its codec"):
+    with pytest.raises(BackendError, match=r"would not be put on white|its codec|before 18"):
         read_clip(tmp_path / name, backend="decord")
+
+
+def write_webm(path, codec, pix_fmt, frames, **metadata):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options={"auto-alt-ref": "0", "crf": "4", "b": "4M"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        container.metadata.update(metadata)
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pix_fmt)
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparency_that_webm_keeps_beside_the_pictures(tmp_path, codec):
+    """FFmpeg's own decoders leave it out."""
+    frames = np.zeros((12, 64, 64, 4), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[..., 0] = 200
+        frame[:, 4 * number : 4 * number + 16, 3] = 255
+    path = write_webm(tmp_path / "a.webm", codec, "yuva420p", frames)
+    expected = np.where(frames[..., 3:] == 255, np.array([200, 0, 0]), 255)
+    clip = read_clip(path, num_frames=12)
+    assert np.abs(clip.frames - expected).mean() < 3
+    np.testing.assert_array_equal(read_clip(path, start=0.7, num_frames=1).frames[0], clip.frames[7])
+    watched = LiveSource(str(path), fps=1000, fast=True).frames()
+    np.testing.assert_array_equal([frame.pixels for frame in watched], clip.frames)
+    pytest.importorskip("decord")
+    with pytest.raises(BackendError, match=r"would not be put on white|before 18"):
+        read_clip(path, backend="decord")
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_webm_that_a_browser_records_says_transparent_and_is_not(tmp_path, codec):
+    frames = np.full((12, 64, 64, 4), 255, np.uint8)
+    frames[..., :3] = np.random.default_rng(0).integers(0, 255, (12, 8, 8, 3)).repeat(8, 1).repeat(8, 2)
+    path = write_webm(tmp_path / "a.webm", codec, "yuv420p", frames, alpha_mode="1")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].metadata["alpha_mode"] == "1"
+        own = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    np.testing.assert_array_equal(read_clip(path, num_frames=12).frames, own)
 
 
 def test_half_transparent_is_mixed_with_white(tmp_path):

@@ -140,7 +140,7 @@ def test_decord_returns_the_same_or_declines(video, name, how):
 def test_each_frame_alone_is_the_same_though_others_are_passed_over(video, name, threads, monkeypatch):
     decoded, usual = [], decoders._frames_of
     expected, table = read_clip(video(name), num_frames=1000).frames, read_frame_table(video(name))
-    monkeypatch.setattr(decoders, "_frames_of", lambda packet: [decoded.append(f) or f for f in usual(packet)])
+    monkeypatch.setattr(decoders, "_frames_of", lambda *args: [decoded.append(f) or f for f in usual(*args)])
     for index in range(len(expected)):
         frames = decoders.decode_pyav(table, np.array([index]), threads)
         np.testing.assert_array_equal(frames[0], expected[index])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sta_adapter.errors import ConfigError, VideoError
-from sta_adapter.video.frame_table import VideoNotFoundError, video_stream
+from sta_adapter.video.frame_table import VideoNotFoundError, decoder_of, video_stream
 from sta_adapter.video.packet_scan import frame_rate
 from sta_adapter.video.picture import Pixels, display_matrix, rgb, upright
 
@@ -129,12 +129,13 @@ class LiveSource:
             raise VideoError(f"{_shown(self.name)} can't be opened as a video: {error}.") from error
 
     def _decoded(self, av: ModuleType, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-        stream.thread_type = "AUTO" if self.fast else "SLICE"  # threads by frame give frames late
+        decoder = decoder_of(stream)
+        decoder.thread_type = "AUTO" if self.fast else "SLICE"  # threads by frame give frames late
         broke = ""
         try:
             for packet in container.demux(stream):
                 try:
-                    yield from packet.decode()
+                    yield from decoder.decode(packet)
                 except av.error.InvalidDataError:
                     self.broken += 1
         except av.error.ExitError:
@@ -143,7 +144,7 @@ class LiveSource:
             broke = f"ended or broke off: {error}."
         if broke:
             with contextlib.suppress(av.error.FFmpegError):
-                yield from stream.codec_context.decode(None)  # what the decoder still holds
+                yield from decoder.decode(None)  # what the decoder still holds
             raise VideoError(f"{_shown(self.name)} {broke}")
 
 

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import BackendError, ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import CHUNK_PIXELS, DECODER_LIMIT, check_kept
-from sta_adapter.video.frame_table import FrameTable, import_av, open_video, probing, video_stream
+from sta_adapter.video.frame_table import FrameTable, decoder_of, import_av, open_video, probing, video_stream
 from sta_adapter.video.picture import UNTURNED, Pixels, rgb, upright
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -75,20 +76,21 @@ def _by_seeking(table: FrameTable, wanted: list[int], threads: int) -> Iterator[
         before = keys[keys <= index]
         groups.setdefault(int(before[-1]) if before.size else 0, []).append(index)
     with open_video(table.path, probing(table.path)) as container:
-        stream = _ready(container, threads)
+        stream, decoder = _ready(container, threads)
         # frames of H.264 that no other refers to, and that nobody wants, are passed over; in HEVC a layer above may refer to them
-        spares = stream.codec_context.name == "h264" and not table.unlike
+        spares = decoder.name == "h264" and not table.unlike
         for key, group in groups.items():
             target = int(table.pts[key])
             container.seek(target, stream=stream, backward=True)
+            decoder.flush_buffers()
             decoded = False
             by_pts = {int(table.pts[index]): index for index in group}
             for number, packet in enumerate(container.demux(stream)):
                 if spares:
-                    stream.codec_context.skip_frame = "DEFAULT" if packet.pts in by_pts else "NONREF"
+                    decoder.skip_frame = "DEFAULT" if packet.pts in by_pts else "NONREF"
                 if number == 0 and not (packet.is_keyframe and packet.pts is not None and packet.pts <= target):
                     return  # the container's index is no good: what decodes from here may lack what it refers to
-                for frame in _frames_of(packet):
+                for frame in _frames_of(packet, decoder):
                     if not decoded and frame.pict_type in predicted:
                         return  # a recovery point of an intra refresh: pictures are whole only some frames later
                     decoded = True
@@ -103,8 +105,8 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
     left = set(wanted)
     index_of: dict[int | None, int] = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
     with open_video(table.path) as container:
-        stream = _ready(container, threads)
-        decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet))
+        stream, decoder = _ready(container, threads)
+        decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet, decoder))
         count = 0
         for number, frame in enumerate(decoded):
             count = number + 1
@@ -120,17 +122,18 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
         )
 
 
-def _ready(container: "InputContainer", threads: int) -> "VideoStream":
-    """The stream with the pictures, whose decoder is set up."""
+def _ready(container: "InputContainer", threads: int) -> tuple["VideoStream", "VideoCodecContext"]:
+    """The stream with the pictures, and its decoder, which is set up."""
     stream = video_stream(container)
-    stream.codec_context.thread_count = threads
-    stream.codec_context.thread_type = "AUTO"  # by frames as well, not only within one
-    stream.codec_context.options = DECODER_LIMIT
-    return stream
+    decoder = decoder_of(stream)
+    decoder.thread_count = threads
+    decoder.thread_type = "AUTO"  # by frames as well, not only within one
+    decoder.options = DECODER_LIMIT
+    return stream, decoder
 
 
-def _frames_of(packet: "Packet[VideoStream]") -> Iterable["VideoFrame"]:
-    return () if packet.is_corrupt else packet.decode()
+def _frames_of(packet: "Packet[VideoStream]", decoder: "VideoCodecContext") -> Iterable["VideoFrame"]:
+    return () if packet.is_corrupt else decoder.decode(packet)
 
 
 def _decline_unlike_pyav(table: FrameTable) -> None:

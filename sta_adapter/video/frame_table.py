@@ -31,11 +31,13 @@ from sta_adapter.video.truncation import cut_off
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
 __all__ = [
     "FrameTable",
     "VideoNotFoundError",
+    "decoder_of",
     "import_av",
     "open_video",
     "probing",
@@ -45,6 +47,7 @@ __all__ = [
 
 
 POINTERS = frozenset({"hls", "concat", "concatf", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "lavfi"})
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 ATTACHED = 0x400  # FFmpeg's mark of a cover picture
 PICTURES = frozenset({"image2", "ico", "fits"})
 ANIMATIONS = frozenset({"gif", "apng"})  # of one frame they are pictures
@@ -153,6 +156,17 @@ def video_stream(container: "InputContainer") -> "VideoStream":
     return stream
 
 
+def decoder_of(stream: "VideoStream") -> "VideoCodecContext":
+    """The decoder of a stream; where WebM says that pictures may be transparent libvpx's, as FFmpeg's own leaves that out."""
+    own = stream.codec_context
+    name = WITH_ALPHA.get(own.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if name is None:
+        return own
+    found = cast("VideoCodecContext", import_av().CodecContext.create(name, "r"))
+    found.extradata = own.extradata
+    return found
+
+
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path is {path!r}; expected a str or a pathlib.Path that names a video file.")
@@ -192,7 +206,7 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
     _check_is_video(container, path)
     stream, formats = video_stream(container), set(container.format.name.split(","))
     check_frame(path, stream.codec_context.width or 0, stream.codec_context.height or 0)
-    scan = scan_packets(container, stream)
+    scan = scan_packets(container, stream, decoder_of(stream))
     _check_is_video(container, path, len(scan.rows))
     announced = (stream.duration or 0) if "mxf" in formats else 0  # its header counts frames in this way
     complete = scan.complete and len(scan.rows) >= announced and not cut_off(path, formats)

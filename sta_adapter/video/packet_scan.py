@@ -15,6 +15,7 @@ from sta_adapter.video.keyframes import PacketRow, begins_afresh
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -36,7 +37,7 @@ class PacketScan(NamedTuple):
     begin: int | None = None  # its timestamp, if no frame that is shown before it decodes
 
 
-def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketScan:
+def scan_packets(container: "InputContainer", stream: "VideoStream", decoder: "VideoCodecContext") -> PacketScan:
     """Walk over all packets up to the first damaged one, and decode the first frame."""
     rows: list[PacketRow] = []
     first: VideoFrame | None = None
@@ -45,14 +46,14 @@ def scan_packets(container: "InputContainer", stream: "VideoStream") -> PacketSc
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
     fields, hidden = FieldPairs(codec, extradata), HiddenPackets(codec, extradata)
     unseen = {"threads": "1", "skip_loop_filter": "all"}  # nobody looks at the first frame
-    stream.codec_context.options = {**unseen, **DECODER_LIMIT}
+    decoder.options = {**unseen, **DECODER_LIMIT}
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            return PacketScan(rows, False, first or next(iter(stream.decode(None)), None), begin)
+            return PacketScan(rows, False, first or next(iter(decoder.decode(None)), None), begin)
         is_shown = packet.size > 0 and not packet.is_discard  # discarded packets lie before an edit list's beginning
         fresh = begins_afresh(codec, extradata, packet) if is_shown and packet.is_keyframe else None
         alone = bool(fresh) and not fields.possible  # a field by itself makes no frame
-        if first is None and (first := _first_frame(stream, packet, alone)) is not None:
+        if first is None and (first := _first_frame(decoder, packet, alone)) is not None:
             begin = None if alone else first.pts  # that of one decoded alone may be after those of the next
         listed += packet.size > 0 or packet.dts is not None  # not what PyAV ends with; an empty packet repeats a frame
         if is_shown and not hidden.is_hidden(packet) and not fields.is_second(packet):
@@ -67,13 +68,13 @@ def _announced(container: "InputContainer", stream: "VideoStream") -> int:
     return stream.frames
 
 
-def _first_frame(stream: "VideoStream", packet: "Packet[VideoStream]", alone: bool) -> "VideoFrame | None":
+def _first_frame(decoder: "VideoCodecContext", packet: "Packet[VideoStream]", alone: bool) -> "VideoFrame | None":
     """A packet's frame; that of a packet which needs no other, also if the decoder holds it back for a few more."""
-    frame = next(iter(packet.decode()), None)
+    frame = next(iter(decoder.decode(packet)), None)
     if frame is not None or not alone:
         return frame
-    held = stream.decode(None)
-    stream.codec_context.flush_buffers()
+    held = decoder.decode(None)
+    decoder.flush_buffers()
     return next(iter(held), None)
 
 
