@@ -6,10 +6,11 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from make_videos import decode_all, number_bits, write
+from make_videos import decode_all, h264_unit, number_bits, pictures, write
 
 from sta_adapter.errors import VideoError
 from sta_adapter.video import read_clip
+from sta_adapter.video.bits import Bits
 from sta_adapter.video.frame_table import read_frame_table
 
 STEP = 40  # milliseconds from a frame to the next
@@ -144,3 +145,53 @@ def show_pieces(path, pieces):
         start = data.rindex(name, 0, at) - 4
         struct.pack_into(">I", data, start, struct.unpack_from(">I", data, start)[0] + grown)
     path.write_bytes(data)
+
+
+def silent_about_order(header):
+    """An H.264 sequence's header without what it says of how far frames are reordered (and of all else behind the sizes)."""
+    raw = header[1:].replace(b"\0\0\3", b"\0\0")
+    bits = Bits(raw)
+    assert bits.take(8) == 100  # the High profile
+    bits.take(16)
+    for _ in range(4):
+        bits.golomb()
+    bits.take(2)
+    bits.golomb()
+    if bits.golomb() == 0:
+        bits.golomb()
+    bits.golomb()
+    bits.take(1)
+    bits.golomb(), bits.golomb()
+    assert bits.take(2) == 3  # frames, and the flag behind it
+    if bits.take(1):
+        for _ in range(4):
+            bits.golomb()
+    at = 8 * len(raw) - len(bits._bits)
+    told = format(int.from_bytes(b"\1" + raw, "big"), "b")[1:]
+    assert told[at] == "1"
+    return h264_unit(header[0], told[:at] + "0")[4:]
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.flv"])
+def test_frames_that_are_reordered_farther_than_it_seemed_at_first(tmp_path, name):
+    """As hardware encoders write H.264: FFmpeg drops frames where it finds out that it has waited for too few."""
+    still = pictures(1, 64, 48).repeat(20, 0) + np.arange(20, dtype=np.uint8)[:, None, None, None]
+    frames = np.concatenate([still, pictures(60, 64, 48)])
+    params = {"x264-params": "bframes=5:b-adapt=2:b-pyramid=normal:keyint=200:scenecut=0"}
+    whole = write(tmp_path / "whole.mp4", count=80, frames=frames, options=params)
+    with av.open(str(whole)) as old, av.open(str(tmp_path / name), "w") as new:
+        source = old.streams.video[0]
+        told = source.codec_context.extradata
+        end = 8 + int.from_bytes(told[6:8], "big")
+        header = silent_about_order(told[8:end])
+        stream = new.add_stream_from_template(source)
+        stream.codec_context.extradata = told[:6] + len(header).to_bytes(2, "big") + header + told[end:]
+        for packet in old.demux(source):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    assert len(decode_all(tmp_path / name)[0]) < 80
+    expected = decode_all(whole)[0]
+    np.testing.assert_array_equal(read_clip(tmp_path / name, num_frames=80).frames, expected)
+    some = read_clip(tmp_path / name, start=1.2, num_frames=10)
+    np.testing.assert_array_equal(some.frames, expected[list(some.metadata.indices)])
