@@ -370,9 +370,9 @@ def test_frames_that_do_not_fit_into_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("backend", ["pyav", "auto"])
 @pytest.mark.parametrize(("first", "count"), [(0, 7), (7, 33), (12, 6), (20, 20)])
 def test_what_an_edit_list_shows_is_the_whole_clip(tmp_path, first, count, backend):
-    how = {"count": 40, "options": {"g": "5"}}
-    whole = read_clip(write(tmp_path / "whole.mp4", **how), num_frames=40).frames
-    clip = read_clip(trim(write(tmp_path / "a.mp4", **how), first, count), num_frames=40, backend=backend)
+    path = write(tmp_path / "a.mp4", count=40, options={"g": "5"})
+    whole = read_clip(path, num_frames=40).frames
+    clip = read_clip(trim(path, first, count), num_frames=40, backend=backend)
     assert np.array_equal(clip.frames, whole[first : first + count])
     assert clip.timestamps.tolist() == pytest.approx(np.arange(count) / 10)
     assert clip.metadata.duration == pytest.approx(count / 10)
