@@ -306,6 +306,22 @@ def test_an_animation_is_a_video(tmp_path, ending):
     assert read_clip(tmp_path / f"a.{ending}", num_frames=4).frames.shape == (4, 8, 16, 3)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_an_avif_that_moves_is_a_video_unless_it_is_transparent(tmp_path, mode):
+    """Its transparency is another stream, so that what lies under it would be shown."""
+    pictures = [
+        Image.fromarray(np.roll(CORNERS.repeat(8, 0).repeat(8, 1), shift, 1)).convert(mode) for shift in range(4)
+    ]
+    for picture in pictures if mode == "RGBA" else ():
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    pictures[0].save(tmp_path / "a.avif", save_all=True, append_images=pictures[1:], duration=500)
+    if mode == "RGB":
+        assert read_clip(tmp_path / "a.avif", num_frames=4).timestamps.tolist() == [0, 0.5, 1, 1.5]
+        return
+    with pytest.raises(VideoError, match="an AVIF whose transparency is a stream of its own"):
+        read_clip(tmp_path / "a.avif")
+
+
 @pytest.mark.parametrize(("kind", "name", "said"), [("video", "a.png", "picture"), ("image", "a.mp4", "video")])
 def test_samples_that_mix_them_up_are_bad_and_say_so(tmp_path, kind, name, said):
     Image.fromarray(CORNERS).save(tmp_path / "a.png")

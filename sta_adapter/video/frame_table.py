@@ -52,6 +52,7 @@ ATTACHED = 0x400  # FFmpeg's mark of a cover picture
 PICTURES = frozenset({"image2", "ico", "fits"})
 ANIMATIONS = frozenset({"gif", "apng"})  # of one frame they are pictures
 STILL_BRANDS = frozenset(b"ftyp" + brand for brand in (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"))
+AVIF_ANIMATION = b"ftypavis"
 
 
 class VideoNotFoundError(VideoError, FileNotFoundError):
@@ -124,7 +125,7 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
 
 
 def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) -> None:
-    """Refuse a single picture, which FFmpeg would read as a video of one frame. `frames` are those of the file, once known."""
+    """Refuse a single picture, which FFmpeg would read as a video of one frame, and half an animation. `frames` are those of the file, once known."""
     kinds = set(container.format.name.split(","))
     with path.open("rb") as file:
         brand = file.read(12)[4:]
@@ -134,6 +135,11 @@ def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) ->
         raise VideoError(
             f"{path} is a picture ({name}), and stands where a video is expected. Name it as an image; if it is an "
             "animation, write it as a video first; a folder of pictures is a video with folder_fps."
+        )
+    if brand == AVIF_ANIMATION and sum(stream.frames > 1 for stream in container.streams.video) > 1:
+        raise VideoError(
+            f"{path} is an AVIF whose transparency is a stream of its own, which is not read. Write it as another video: "
+            "APNG, GIF or WebM if it is to stay transparent."
         )
 
 
