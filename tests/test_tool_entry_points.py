@@ -59,9 +59,10 @@ def axolotl(imported):
         ({"sample_packing": True}, "set sample_packing: false"),
         ({"eval_sample_packing": True}, "set eval_sample_packing: false"),
         ({"batch_flattening": "auto"}, "set batch_flattening: false"),
+        ({"freeze_mm_modules": True}, "would freeze STA, which is in the vision encoder"),
         ({"merge_lora": True}, "axolotl merge-lora writes the base model with LoRA in its weights"),
     ],
-    ids=["stage", "adapter", "rl", "packing", "eval", "flattening", "merging"],
+    ids=["stage", "adapter", "rl", "packing", "eval", "flattening", "freezing", "merging"],
 )
 def test_axolotl_is_told_before_anything_is_loaded(axolotl, values, message):
     plugin = axolotl.STAPlugin()
@@ -101,10 +102,15 @@ def test_llamafactory_is_launched_with_our_file(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "chat", "run.yaml"])
     llamafactory.main()
     assert installed == [()]
-    launcher.launch = lambda: launched.append(1)
-    monkeypatch.setattr(sys, "argv", ["x", "train", "run.yaml"])
-    with pytest.raises(CompatibilityError, match="starts its processes in another way"):
+    monkeypatch.setattr(sys, "argv", ["x", "webui"])
+    with pytest.raises(ConfigError, match="starts llamafactory-cli by itself, which trains without STA"):
         llamafactory.main()
+    launcher.launch = lambda: launched.append(1)
+    for command in ("train", "chat"):
+        monkeypatch.setattr(sys, "argv", ["x", command, "run.yaml"])
+        with pytest.raises(CompatibilityError, match="starts its processes in another way"):
+            llamafactory.main()
+    monkeypatch.setattr(sys, "argv", ["x", "train", "run.yaml"])
     asked = []
     monkeypatch.setattr(llamafactory, "run_exp", lambda *args: asked.append(args))
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -141,6 +147,24 @@ def test_llamafactorys_settings():
         llamafactory.take_settings({"packing": True})
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--do_train --packing true --stage sft", "set neat_packing: true"),
+        ("--packing --neat_packing=false", "set neat_packing: true"),
+        ("--packing=True", "set neat_packing: true"),
+        ("--finetuning_type full", "set finetuning_type: lora"),
+        ("--finetuning_type=freeze --do_train", "set finetuning_type: lora"),
+    ],
+)
+def test_llamafactorys_settings_on_the_command_line(monkeypatch, words, message):
+    with pytest.raises(ConfigError, match=message):
+        llamafactory.take_settings(words.split())
+    monkeypatch.setenv("STA_SETTINGS", "{patience: 3}")
+    fine = "--do_train --packing false --finetuning_type lora --learning_rate 1e-4 --resume -1"
+    assert llamafactory.take_settings(fine.split()).patience == 3
+
+
 def test_llamafactorys_command(monkeypatch):
     asked = []
     monkeypatch.setattr(llamafactory, "main", lambda: asked.append(1))
@@ -172,7 +196,15 @@ def ms_swift(imported):
 
 def test_ms_swift_finds_tuner_and_callbacks(ms_swift):
     assert sys.modules["swift.tuner_plugin"].tuners_map == {"sta": ms_swift.STATuner}
-    assert set(sys.modules["swift.callbacks"].callbacks_map) == {"sta_save", "sta_gradient"}
+    made = sys.modules["swift.callbacks"].callbacks_map
+    assert set(made) == {"sta_save", "sta_gradient"}
+    for given in (("trainer",), ("args", "trainer")):  # of ms-swift 4.0, and later
+        assert [type(make(*given)).__name__ for make in made.values()] == ["SaveAdapter", "RequireGradient"]
+
+
+def test_ms_swift_of_another_form_is_told_by_its_release(imported):
+    with pytest.raises(CompatibilityError, match=r"since 4\.0, can't be imported .* This is ms-swift .* tested with "):
+        imported("sta_adapter.integrations.ms_swift", swift={})
 
 
 def test_ms_swift_puts_lora_in_if_there_is_any(ms_swift, monkeypatch):
@@ -188,6 +220,37 @@ def test_ms_swift_puts_lora_in_if_there_is_any(ms_swift, monkeypatch):
     assert args.callbacks == ["sta_save", "sta_gradient"]
     with pytest.raises(ConfigError, match="set --use_vllm false"):
         ms_swift.STATuner.prepare_model(SimpleNamespace(use_vllm=True), "base")
+
+
+def test_ms_swifts_options_of_lora(ms_swift):
+    defaults = {"target_modules": ["all-linear"], "modules_to_save": [], "lora_bias": "none", "init_weights": True}
+    assert ms_swift.lora_options(SimpleNamespace(**defaults, use_dora=False, freeze_vit=True, lora_dtype=None)) == {}
+    given = {
+        "target_modules": "q_proj|v_proj",
+        "modules_to_save": ["lm_head"],
+        "lora_bias": "all",
+        "init_weights": "pissa",
+    }
+    assert ms_swift.lora_options(SimpleNamespace(**given, use_dora=True, lora_dropout=0.0, use_rslora=True)) == {
+        "lora_dropout": 0.0, "target_modules": "q_proj|v_proj", "modules_to_save": ["lm_head"], "bias": "all", "use_rslora": True,
+        "use_dora": True, "init_lora_weights": "pissa",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"freeze_vit": False}, "--freeze_vit False: which layers get LoRA beside STA is said by --target_modules"),
+        ({"freeze_llm": True, "freeze_aligner": False}, "--freeze_aligner False, --freeze_llm True: which layers"),
+        ({"lora_dtype": "bfloat16"}, "LoRA is kept in float32"),
+        ({"target_modules": ["all-linear", "lm_head"]}, "'all-linear' is ms-swift's short form"),
+        ({"modules_to_save": ["all-embedding"]}, "'all-embedding' is ms-swift's short form"),
+    ],
+    ids=["vit", "llm", "dtype", "targets", "saved"],
+)
+def test_ms_swifts_options_without_a_place_are_refused(ms_swift, given, message):
+    with pytest.raises(ConfigError, match=message):
+        ms_swift.lora_options(SimpleNamespace(**given))
 
 
 def test_ms_swift_merges_no_adapter_with_sta(ms_swift, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_qwen import make_model, make_processor, write_samples
+from transformers import TrainerState, TrainingArguments
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
@@ -123,6 +124,11 @@ def test_stage_one_trains_sta_alone(model, data, processor, tmp_path):
     changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
     assert changed == set()
     assert load_sta(make_model(processor.tokenizer), tmp_path).num_parameters() == handle.num_parameters()
+
+
+def test_stage_one_takes_no_settings_of_lora(model):
+    with pytest.raises(ConfigError, match="r: stage 1 trains STA alone, without LoRA; leave that out"):
+        prepare_model(model, Settings(stage=1), r=4)
 
 
 def test_stage_two_starts_from_stage_one(model, processor, tmp_path):
@@ -345,6 +351,26 @@ def test_weights_in_parts_are_no_adapter(model, tmp_path, installed, monkeypatch
     with pytest.raises(CheckpointError, match=r"has PEFT's files alone: .*SaveAdapter\(\) to the trainer's callbacks"):
         trained.save_pretrained(str(tmp_path))
     assert not (tmp_path / "sta_config.json").exists()
+
+
+def test_an_adapter_that_is_trained_on_keeps_its_branch(model, processor, tmp_path, installed):
+    installed(Settings(config=STAConfig(head_scale=0.5)))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    hook.uninstall()
+    installed(Settings(config=STAConfig(head_scale=0.25)))
+    loaded = PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path))  # to answer
+    assert get_sta(loaded).config.head_scale == 0.5
+    with pytest.raises(ConfigError, match=r"has head_scale 0\.5 \(not 0\.25\), and goes on with that; leave it out"):
+        PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path), is_trainable=True)
+
+
+def test_a_run_that_goes_on_keeps_its_branch(model, data, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings(config=STAConfig(head_scale=0.5)))
+    train(get_peft_model(handle.model, lora), data, collate(processor), tmp_path, 1)
+    other, lora = prepare_model(make_model(processor.tokenizer), Settings(config=STAConfig(causal=True)))
+    arguments, state = TrainingArguments(str(tmp_path)), TrainerState(global_step=1)
+    with pytest.raises(ConfigError, match=r"checkpoint-1' has causal False \(not True\), head_scale 0\.5 \(not 0\.25\)"):
+        SaveAdapter().on_train_begin(arguments, state, None, model=get_peft_model(other.model, lora))
 
 
 def test_peft_says_so_where_it_can_not_see_sta(processor, tmp_path, installed, caplog):

@@ -168,7 +168,7 @@ def tool(monkeypatch):
             exec(f"def _get_per_token_logps_and_entropies(self, {', '.join(names)}): pass")
 
         monkeypatch.setitem(sys.modules, "trl", types.SimpleNamespace(GRPOTrainer=GRPOTrainer))
-        monkeypatch.setattr(trl, "version", lambda package: "1.0")
+        monkeypatch.setattr(trl, "version", lambda package: "1.16.0")
 
     return make
 
@@ -176,7 +176,7 @@ def tool(monkeypatch):
 def test_grpo_that_hands_no_clips_to_its_loss_is_refused(processor, tool):
     model = make_model(processor.tokenizer)
     tool("model", "pixel_values", "image_grid_thw")
-    with pytest.raises(CompatibilityError, match=r"GRPO in trl 1\.0 hands clips to generation alone"):
+    with pytest.raises(CompatibilityError, match=r"GRPO in trl 1\.16\.0 hands clips to generation alone"):
         trl.prepare(model, processor, "grpo")
     tool("model", "pixel_values_videos", "video_grid_thw")
     assert "data_collator" not in trl.prepare(model, processor, "grpo").arguments
@@ -191,7 +191,7 @@ def test_what_goes_into_a_trainer(processor, tool):
         {"sta"} if isinstance(made.peft_config.modules_to_save, set) else ["sta"],
     )
     assert made.config == {"remove_unused_columns": False, "max_length": None}
-    assert len(made.callbacks) == 3
+    assert len(made.callbacks) == 4
     assert made.model is made.handle.model
     with pytest.raises(ConfigError, match="trainer is 'ppo', expected one of 'sft', 'dpo', 'grpo'"):
         trl.prepare(made.model, processor, "ppo")
@@ -199,6 +199,28 @@ def test_what_goes_into_a_trainer(processor, tool):
         trl.prepare(made.model, processor, "dpo", settings={"stage": 1})
     with pytest.raises(ConfigError, match=r"unknown setting 'stag' \(did you mean 'stage'\?\)"):
         trl.prepare(made.model, processor, settings={"stag": 1})
+
+
+@pytest.mark.parametrize("release", ["0.20.0", "1.0.0"])
+def test_releases_whose_dpo_leaves_clips_out_are_refused(processor, tool, monkeypatch, release):
+    tool("model")
+    monkeypatch.setattr(trl, "version", lambda package: release)
+    with pytest.raises(CompatibilityError, match=r"before 1\.1, TRL's DPO .* STA was tested with 1\.1\.0, "):
+        trl.prepare(make_model(processor.tokenizer), processor)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"max_length": 16}, {"completion_only_loss": False}, {"packing": True}, {"eval_packing": True}, {"pad_to_multiple_of": 8}],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_settings_that_have_no_effect_here_are_refused(processor, tool, changed):
+    tool("model")
+    refuse = trl.prepare(make_model(processor.tokenizer), processor).callbacks[-1]
+    of_trl = {"max_length": None, "completion_only_loss": None, "packing": False, "eval_packing": None}
+    refuse.on_train_begin(types.SimpleNamespace(**of_trl), None, None)
+    with pytest.raises(ConfigError, match=f"{next(iter(changed))}=.* has no effect on clips read here"):
+        refuse.on_train_begin(types.SimpleNamespace(**{**of_trl, **changed}), None, None)
 
 
 def test_without_trl(processor, monkeypatch):

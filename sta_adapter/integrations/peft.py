@@ -72,7 +72,7 @@ def install(settings: Settings | STAConfig | None = None) -> None:
     load: Any = PeftModel.from_pretrained
     _replace(LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))
     _replace(PeftModel, "save_pretrained", _saving(PeftModel.save_pretrained))
-    _replace(PeftModel, "from_pretrained", classmethod(_bringing_sta(load.__func__)))
+    _replace(PeftModel, "from_pretrained", classmethod(_bringing_sta(load.__func__, settings)))
 
 
 def _replace(owner: type, name: str, value: object) -> None:
@@ -106,7 +106,7 @@ def _saving(save: Callable[..., T]) -> Callable[..., T]:
     return save_pretrained
 
 
-def _bringing_sta(load: Callable[..., Model]) -> Callable[..., Model]:
+def _bringing_sta(load: Callable[..., Model], settings: Settings) -> Callable[..., Model]:
     """The function of `PeftModel.from_pretrained`, with STA where the folder has it."""
 
     @functools.wraps(load)
@@ -114,6 +114,8 @@ def _bringing_sta(load: Callable[..., Model]) -> Callable[..., Model]:
         cls: type, model: nn.Module, model_id: str | os.PathLike[str], *args: object, **kwargs: object
     ) -> Model:
         had, folder = get_sta(model) is not None, adapter_folder(model_id, kwargs)
+        if folder is not None and kwargs.get("is_trainable"):
+            settings.require_branch(read_description(folder), folder)
         with _from(folder):
             loaded = load(cls, model, model_id, *args, **kwargs)
         if not had and folder is not None and get_sta(loaded) is not None:

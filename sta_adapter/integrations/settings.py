@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sta_adapter.adapter.format import Description
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle, get_sta
@@ -54,6 +55,20 @@ class Settings:
         if self.adapter is not None and self.config is not None and self.config.given:
             fields = ", ".join(sorted(self.config.given))
             raise ConfigError(f"{fields} and adapter exclude each other: the adapter {self.adapter!r} has its own.")
+
+    def require_branch(self, description: Description, where: object) -> None:
+        """That what is said of the branch is so in an adapter that is trained on, which has its own fields.
+
+        Raises:
+            ConfigError: it differs.
+        """
+        saved, asked = STAConfig.from_dict(description["config"]).to_dict(), self.config or STAConfig()
+        differ = [name for name in sorted(asked.given) if asked.to_dict()[name] != saved[name]]
+        if differ:
+            found = ", ".join(f"{name} {saved[name]!r} (not {asked.to_dict()[name]!r})" for name in differ)
+            raise ConfigError(
+                f"the adapter {str(where)!r} has {found}, and goes on with that; leave it out of STA's settings."
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object] | None) -> Settings:
@@ -133,6 +148,8 @@ def prepare_model(model: nn.Module, settings: Settings, **lora: object) -> tuple
         if has_lora:
             where = f"the adapter {settings.adapter!r}" if settings.adapter else "the model"
             raise ConfigError(f"{where} has LoRA weights, and stage 1 trains STA alone; go on with stage 2.")
+        if lora:
+            raise ConfigError(f"{', '.join(sorted(lora))}: stage 1 trains STA alone, without LoRA; leave that out.")
         return handle.freeze_base(), None
     if has_lora:
         if lora:

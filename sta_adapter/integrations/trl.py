@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.compatibility.releases import version
+from sta_adapter.compatibility.releases import incompatible, numbers, version
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE
@@ -44,10 +44,19 @@ __all__ = ["PreferenceCollator", "Prepared", "VideoCollator", "prepare"]
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
+FIRST = (1, 1)  # release of TRL
 TRAINERS: dict[str, dict[str, object]] = {  # what the trainer's config needs beside the user's own
     "sft": {"dataset_kwargs": {"skip_prepare_dataset": True}},
     "dpo": {},
     "grpo": {},
+}
+# settings of TRL's own data code, in whose place these collators stand: what changes nothing here, and what to do instead
+IDLE: dict[str, tuple[tuple[object, ...], str]] = {
+    "max_length": ((None,), "pass **prepared.config to it, and to prepare the length above which rows are left out"),
+    "completion_only_loss": ((None, True), 'the answers alone are learnt; "loss": false in a message leaves one out'),
+    "packing": ((False,), "leave it out"),
+    "eval_packing": ((None, False), "leave it out"),
+    "pad_to_multiple_of": ((None,), "leave it out"),
 }
 
 
@@ -165,6 +174,24 @@ class Arguments(TypedDict):
     data_collator: NotRequired[VideoCollator]
 
 
+class RefuseIdle(TrainerCallback):
+    """Refuses settings of the trainer's config that would have no effect beside these collators."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Before anything is trained.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        for name, (idle, instead) in IDLE.items():
+            if (value := getattr(args, name, idle[0])) not in idle:
+                raise ConfigError(
+                    f"{name}={value!r} of {type(args).__name__} has no effect on clips read here: {instead}."
+                )
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What goes into one of TRL's trainers.
@@ -191,7 +218,7 @@ class Prepared:
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        """Those of `sta_callbacks`, and one that tells of bad clips."""
+        """Those of `sta_callbacks`, one that tells of bad clips, and `RefuseIdle`."""
         return self.arguments["callbacks"]
 
 
@@ -224,13 +251,15 @@ def prepare(
 
     Raises:
         ConfigError: there is no such trainer, or settings don't fit.
-        CompatibilityError: the trainer's loss gets no clips, so that STA would not be trained (GRPO).
+        CompatibilityError: the trainer's loss gets no clips, so that STA would not be trained (GRPO; DPO before TRL 1.1).
         MissingExtraError: trl is not installed.
     """
     if trainer not in TRAINERS:
         raise ConfigError(f"trainer is {trainer!r}, expected one of {', '.join(map(repr, TRAINERS))}.")
     if version("trl") == "not installed":
         raise MissingExtraError("this needs TRL: pip install trl")
+    if numbers(version("trl")) < FIRST:
+        raise incompatible("trl", "before 1.1, TRL's DPO takes no clips, or leaves them out")
     if trainer == "grpo":
         refuse_blind_grpo()
     settings = settings if isinstance(settings, Settings) else Settings.from_mapping(settings)
@@ -247,6 +276,7 @@ def prepare(
     }
     if trainer != "grpo":
         arguments["data_collator"] = collator
+        arguments["callbacks"].append(RefuseIdle())
     config = {"remove_unused_columns": False, **TRAINERS[trainer]}
     return Prepared(handle, arguments, config if trainer == "grpo" else {**config, "max_length": None})
 

@@ -99,10 +99,14 @@ def test_bf16_and_checkpointing(base, rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "said"),
-    [({"packing": True}, "set `packing=False`"), ({"padding_free": True}, "set `padding_free=False`")],
-    ids=["packing", "padding-free"],
+    [
+        ({"packing": True}, "set `packing=False`"),
+        ({"padding_free": True}, "set `padding_free=False`"),
+        ({"completion_only_loss": False}, "completion_only_loss=False of SFTConfig has no effect on clips read here"),
+    ],
+    ids=["packing", "padding-free", "ours"],
 )
-def test_packing_is_refused_with_what_to_set(base, rows, tmp_path, setting, said):
+def test_what_has_no_place_is_refused_with_what_to_set(base, rows, tmp_path, setting, said):
     with pytest.raises(ValueError, match=said):
         sft(base, rows, tmp_path, 1, **setting)
 
@@ -185,6 +189,7 @@ def test_dpo_from_nothing_has_the_base_as_reference(base, rows, pairs, tmp_path)
     loaded = load_sta(load_model(base), tmp_path)
     assert torch.equal(logits(loaded.model, base, rows), logits(trainer.model, base, rows))
     assert not torch.equal(logits(trainer.model, base, rows), expected)
+    assert all(block.to_out.weight.any() for block in loaded.blocks.values())  # begins at zero: clips reached the loss
 
 
 def test_dpo_after_sft_has_a_frozen_copy_as_reference(trained, base, rows, pairs, tmp_path):

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import ConfigError, MissingExtraError
@@ -50,10 +50,14 @@ def main() -> None:
             del sys.argv[1]
         run()
         return
+    if "__file__" not in launcher.launch.__code__.co_names:
+        raise incompatible("llamafactory", "llamafactory.launcher.launch starts its processes in another way")
+    if sys.argv[1:2] == ["webui"]:
+        raise ConfigError(
+            "the web page starts llamafactory-cli by itself, which trains without STA: take the command train."
+        )
     if sys.argv[1:2] != ["train"]:
         peft.install()  # what chats, serves and exports loads an adapter with its STA
-    elif "__file__" not in launcher.launch.__code__.co_names:
-        raise incompatible("llamafactory", "llamafactory.launcher.launch starts its processes in another way")
     launcher.__file__ = str(Path(__file__).with_name("__main__.py"))
     launcher.launch()
 
@@ -109,16 +113,27 @@ def take_settings(values: object) -> Settings:
     Raises:
         ConfigError: unknown or wrong settings, or a run that adds no LoRA.
     """
-    if not isinstance(values, dict):
-        return Settings.from_environment()
-    settings = Settings.from_mapping(values.pop(KEY)) if KEY in values else Settings.from_environment()
-    kind = values.get("finetuning_type", "lora")
+    given = values if isinstance(values, dict) else _of_words(cast("Sequence[str]", values))
+    ours = values.pop(KEY, None) if isinstance(values, dict) else None
+    settings = Settings.from_environment() if ours is None else Settings.from_mapping(ours)
+    kind = given.get("finetuning_type", "lora")
     if kind != "lora":
         raise ConfigError(
             f"finetuning_type is {kind!r}, and STA goes in together with LoRA: set finetuning_type: lora."
         )
-    if values.get("packing") and not values.get("neat_packing"):
+    if given.get("packing") and not given.get("neat_packing"):
         raise ConfigError(
             "packing without neat_packing lets the samples of a row attend to each other's clips: set neat_packing: true."
         )
     return settings
+
+
+def _of_words(words: Sequence[str]) -> dict[str, object]:
+    """Settings that were given on the command line, `--name value`, `--name=value` or `--name`, as a file would have them."""
+    import yaml
+
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    pairs = zip(parts, [*parts[1:], "--"], strict=True)
+    return {
+        n[2:]: True if value.startswith("--") else yaml.safe_load(value) for n, value in pairs if n.startswith("--")
+    }

@@ -12,18 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import get_peft_model
-from swift.callbacks import callbacks_map
-from swift.tuner_plugin import Tuner, tuners_map
-from swift.tuners import Swift
 from torch import nn
 
+from sta_adapter.adapter.format import read_description
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
+from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import load_sta, watch_peft
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
 from sta_adapter.integrations.settings import Settings, merging_loses_sta, prepare_model
+
+try:
+    from swift.callbacks import callbacks_map
+    from swift.tuner_plugin import Tuner, tuners_map
+    from swift.tuners import Swift
+except ImportError as error:
+    raise incompatible(
+        "ms-swift", f"its tuners and callbacks, as they are since 4.0, can't be imported ({error})"
+    ) from error
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,12 +41,22 @@ __all__ = ["STATuner", "register"]
 logger = logging.getLogger(__name__)
 
 NAME = "sta"
-DEFAULTS = {"lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.05, "target_modules": ["all-linear"]}
-FIELDS = {
-    "lora_rank": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "target_modules",
+# ms-swift's options of LoRA: their default there, which is not the recipe's, and what PEFT calls them; None where it has no such
+OPTIONS: dict[str, tuple[object, str | None]] = {
+    "lora_rank": (8, "r"),
+    "lora_alpha": (32.0, "lora_alpha"),
+    "lora_dropout": (0.05, "lora_dropout"),
+    "target_modules": (["all-linear"], "target_modules"),
+    "target_parameters": (None, "target_parameters"),
+    "modules_to_save": ([], "modules_to_save"),
+    "lora_bias": ("none", "bias"),
+    "use_rslora": (False, "use_rslora"),
+    "use_dora": (False, "use_dora"),
+    "init_weights": (True, "init_lora_weights"),
+    "freeze_llm": (False, None),
+    "freeze_vit": (True, None),
+    "freeze_aligner": (True, None),
+    "lora_dtype": (None, None),
 }
 
 
@@ -50,15 +68,15 @@ class STATuner(Tuner):
         """Put STA in, and LoRA, and have the run watched and saved.
 
         Raises:
-            ConfigError: answers to learn from would come from vLLM, whose copy of the model has no STA.
+            ConfigError: answers to learn from would come from vLLM, whose copy of the model has no STA; or an option would
+                have no effect.
         """
         if getattr(args, "use_vllm", False):
             raise ConfigError(
                 "use_vllm is true, and vLLM's copy of the model has no STA that trains: set --use_vllm false."
             )
         settings = Settings.from_environment()
-        own = {FIELDS[name]: getattr(args, name) for name, value in DEFAULTS.items() if _given(args, name, value)}
-        handle, lora = prepare_model(model, settings, **({} if settings.stage == 1 else own))
+        handle, lora = prepare_model(model, settings, **lora_options(args))
         _watch(args)
         return handle.model if lora is None else get_peft_model(handle.model, lora)
 
@@ -82,6 +100,8 @@ class STATuner(Tuner):
                 f"the adapter in {model_id} is of stage 1, without LoRA. To go on with that stage set STA_SETTINGS='{{stage: 1}}'; "
                 f"to start stage 2 from it leave --adapters out and set STA_SETTINGS='{{adapter: {model_id}}}'."
             )
+        if is_trainable:
+            Settings.from_environment().require_branch(read_description(Path(model_id)), model_id)
         return load_sta(model, model_id, is_trainable=is_trainable).model
 
 
@@ -97,9 +117,25 @@ def _merging(own: Callable[..., object]) -> Callable[..., object]:
     return merge_and_unload
 
 
-def _given(args: object, name: str, default: object) -> bool:
-    """Whether an option differs from ms-swift's default, whose LoRA is not the recipe's."""
-    return getattr(args, name, default) not in (default, None)
+def lora_options(args: object) -> dict[str, object]:
+    """Fields of `LoraConfig` that ms-swift's options ask for, where these differ from its defaults.
+
+    Raises:
+        ConfigError: an option is among them that has no place here.
+    """
+    given = {name: getattr(args, name, default) for name, (default, _) in OPTIONS.items()}
+    given = {name: value for name, value in given.items() if value not in (OPTIONS[name][0], None)}
+    lists = [value for value in given.values() if isinstance(value, list)]
+    if short := [name for names in lists for name in names if str(name).startswith("all-")]:
+        raise ConfigError(
+            f"{short[0]!r} is ms-swift's short form for several modules; beside STA name the modules themselves."
+        )
+    if idle := sorted(name for name in given if OPTIONS[name][1] is None):
+        raise ConfigError(
+            f"{', '.join(f'--{name} {given[name]}' for name in idle)}: which layers get LoRA beside STA is said by --target_modules or "
+            "--target_regex alone, and LoRA is kept in float32; leave that out."
+        )
+    return {field: given[name] for name, (_, field) in OPTIONS.items() if name in given and field is not None}
 
 
 def _watch(args: object) -> None:
@@ -120,8 +156,8 @@ def register() -> None:
     watch_peft()  # also an adapter that is loaded without --tuner_type sta brings its STA
     tuners_map[NAME] = STATuner
     Swift.merge_and_unload = staticmethod(_merging(Swift.merge_and_unload))
-    callbacks_map["sta_save"] = lambda args, trainer: SaveAdapter()
-    callbacks_map["sta_gradient"] = lambda args, trainer: RequireGradient(Settings.from_environment().patience)
+    callbacks_map["sta_save"] = lambda *_: SaveAdapter()  # (trainer) in ms-swift 4.0, and then (args, trainer)
+    callbacks_map["sta_gradient"] = lambda *_: RequireGradient(Settings.from_environment().patience)
 
 
 register()
