@@ -74,6 +74,7 @@ BACKBONE = Backbone(
         {"InternVLForConditionalGeneration": "vllm.model_executor.models.interns1:InternS1ForConditionalGeneration"},
         {
             "encoder_classes": ("InternS1VisionModel",),
+            "layout": pixel_layout(),
             "clip_source": ClipSource(("InternS1ForConditionalGeneration",), {"_process_vision_input": vllm_clips}),
         },
         splits_clips=True,

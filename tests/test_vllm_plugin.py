@@ -19,13 +19,20 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention import ClipLayout, TemporalAttention
 from sta_adapter.backbones.frames import EachRow
-from sta_adapter.errors import CheckpointError, CompatibilityError, ConfigError, InjectionError, UnknownBackboneError
-from sta_adapter.injection.backbone import VLLMTower
+from sta_adapter.errors import (
+    CheckpointError,
+    CompatibilityError,
+    ConfigError,
+    InjectionError,
+    UnknownBackboneError,
+    UnknownClipsError,
+)
+from sta_adapter.injection.backbone import EncoderCall, VLLMTower
 from sta_adapter.injection.registry import get_backbone, in_vllm, list_backbones
 from sta_adapter.integrations.vllm import models, register, registry
 from sta_adapter.integrations.vllm.models import add_digest
-from sta_adapter.integrations.vllm.refusals import check_encoder_settings
-from sta_adapter.integrations.vllm.request import requested
+from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower
+from sta_adapter.integrations.vllm.request import adapter_digest, requested
 from sta_adapter.integrations.vllm.serving import SERVED
 
 GRID = [[3, 2, 2], [2, 2, 4]]
@@ -308,6 +315,36 @@ def test_an_engine_without_a_tower_is_refused(vllm, tmp_path, monkeypatch):
         start(engine_config(sta_adapter=str(write(tmp_path / "a"))))
 
 
+class Absent(torch.nn.Module):
+    """What vLLM leaves of a tower that isn't built."""
+
+
+@pytest.mark.parametrize("elsewhere", [{"stages": 2}, {"sent": True}], ids=["first_stage", "another_engine"])
+def test_an_engine_that_gets_features_from_elsewhere_needs_no_tower(vllm, tmp_path, monkeypatch, elsewhere):
+    """Its identifiers are those of what has the tower; LoRA that belongs to the STA is taken."""
+    register()
+    monkeypatch.setattr(fake_vllm, "Qwen2_5_VisionTransformer", Absent)
+    monkeypatch.setattr(
+        sys.modules["vllm.distributed"], "get_pp_group", lambda: types.SimpleNamespace(is_first_rank=False)
+    )
+    SERVED.clear()  # of engines of other tests
+    folder = write(tmp_path / "a", lora=lora_files())
+    config = engine_config(types.SimpleNamespace(), **elsewhere, sta_adapter=str(folder))
+    model = start(config)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    info = types.SimpleNamespace(ctx=types.SimpleNamespace(model_config=config.model_config))
+    hashes = type(model)._processor_factory.processor(info, None)._get_mm_hashes({"video": ["x"]})
+    assert hashes == {"video": [f"x-sta-{adapter_digest(folder)}"]}
+    assert sys.modules["vllm.lora.peft_helper"].PEFTHelper.from_local_dir(str(folder), 512) == str(folder)
+
+
+def test_the_first_stage_of_a_pipeline_needs_a_tower(vllm, tmp_path, monkeypatch):
+    register()
+    monkeypatch.setattr(fake_vllm, "Qwen2_5_VisionTransformer", Absent)
+    with pytest.raises(InjectionError, match="this engine has no vision encoder"):
+        start(engine_config(stages=2, sta_adapter=str(write(tmp_path / "a"))))
+
+
 def lora_files(modules_to_save=None, targets=("q_proj",)):
     fields = {"peft_type": "LORA", "modules_to_save": modules_to_save, "target_modules": list(targets)}
     keys = [f"base_model.model.model.{t}.lora_A.weight" for t in targets]
@@ -334,7 +371,7 @@ def test_lora_is_read_beside_its_own_sta_alone(vllm, tmp_path):
     with pytest.raises(CheckpointError, match="serves another one: start it with hf_overrides"):
         read(str(other), 512)
     (bare / LORA_CONFIG).write_bytes(fields)
-    assert list(SERVED) == [model.sta_served]
+    assert list(SERVED) == [model]
     assert read(str(bare), 512) == str(bare)  # LoRA that knows nothing of STA
     assert read(str(tmp_path / "none"), 512) == str(tmp_path / "none")  # of which vLLM says that it is missing
 
@@ -396,6 +433,13 @@ def test_clips_of_models_that_get_frames_as_a_batch_are_told_by_vllms_methods():
     assert tell(None, {"image_input": {"type": "video_embeds"}}) is None
 
 
+def test_rows_that_nobody_tells_of_are_no_clip_in_vllm():
+    call = EncoderCall(torch.nn.Module(), {"pixel_values": torch.zeros(4, 3, 8, 8)}, None)
+    for name in ("llava_onevision", "internvl"):
+        with pytest.raises(UnknownClipsError, match="the 4 rows"):
+            in_vllm(get_backbone(name)).layout(call)
+
+
 def test_the_merged_base_and_its_sta_belong_together(vllm, tmp_path):
     register()
     folder = write(tmp_path / "sta")
@@ -442,6 +486,23 @@ class TestChangedSeams:
         add_digest(processor, "abc")
         with pytest.raises(CompatibilityError, match="_get_mm_hashes gave a NoneType"):
             processor._get_mm_hashes({})
+
+    def test_of_the_order_in_which_an_engine_is_configured(self, vllm, tmp_path):
+        """A processor that is made before the base is looked at."""
+        config = engine_config(sta_adapter=str(write(tmp_path / "a")))
+        info = types.SimpleNamespace(ctx=types.SimpleNamespace(model_config=config.model_config))
+        processor = models.__getattr__(NAME)._processor_factory.processor(info, None)
+        assert processor._get_mm_hashes({"video": ["x"]})["video"][0].startswith("x-sta-")
+
+    @pytest.mark.parametrize("backbone", ["llava_onevision", "internvl"])
+    def test_of_the_methods_that_tell_clips(self, tmp_path, backbone):
+        spec = in_vllm(get_backbone(backbone))
+        tower = type(spec.encoder_classes[0], (torch.nn.Module,), {})()
+        tower.encoder = torch.nn.Module()
+        model = type(spec.clip_source.model_classes[0], (torch.nn.Module,), {})()
+        model.tower = tower
+        with pytest.raises(CompatibilityError, match=r"has no _process_\w+, whose calls tell the clips"):
+            check_tower(types.SimpleNamespace(backbone=spec), model)
 
     def test_of_the_settings(self, vllm, tmp_path):
         register()

@@ -118,19 +118,22 @@ def install(monkeypatch):
     lora = types.ModuleType("vllm.lora.peft_helper")
     lora.PEFTHelper = type("PEFTHelper", (), {"from_local_dir": classmethod(lambda cls, path, longest: path)})
     monkeypatch.setitem(sys.modules, "vllm.lora.peft_helper", lora)
+    distributed = types.ModuleType("vllm.distributed")
+    distributed.get_pp_group = lambda: types.SimpleNamespace(is_first_rank=True)
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
     for parent in ("vllm.multimodal", "vllm.lora", "vllm.model_executor", "vllm.model_executor.models"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
     return registry
 
 
-def engine_config(lora_config=None, tp_mode="weights", compilation=None, **overrides):
-    """An engine's configuration with these `hf_overrides`."""
+def engine_config(lora_config=None, tp_mode="weights", compilation=None, stages=1, sent=False, **overrides):
+    """An engine's configuration with these `hf_overrides`; `sent`: another engine may send it what its encoder gave."""
     flags = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False, **(compilation or {})}
     hf_config = types.SimpleNamespace(_name_or_path="a/base", **overrides)
+    multimodal = types.SimpleNamespace(mm_encoder_tp_mode=tp_mode, allow_missing_mm_embeddings=sent)
     return types.SimpleNamespace(
         compilation_config=types.SimpleNamespace(**flags),
         lora_config=lora_config,
-        model_config=types.SimpleNamespace(
-            hf_config=hf_config, multimodal_config=types.SimpleNamespace(mm_encoder_tp_mode=tp_mode), model="a/base"
-        ),
+        parallel_config=types.SimpleNamespace(pipeline_parallel_size=stages),
+        model_config=types.SimpleNamespace(hf_config=hf_config, multimodal_config=multimodal, model="a/base"),
     )

@@ -249,6 +249,32 @@ def test_the_start_is_refused(folders, case):
         Engine(folders["Qwen2VL"]["base"], **options(folders))
 
 
+def test_an_encoder_in_an_engine_of_its_own(folders, tmp_path, monkeypatch):
+    """What it gives reaches an engine without one, by identifiers that both make with the digest."""
+    from vllm.config import ECTransferConfig
+
+    monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})  # of a tower that isn't built
+    base, adapter = folders["Qwen2VL"]["base"], folders["Qwen2VL"]["sta"]
+    reference, frames = Reference(base, adapter), clips()[0]
+    inputs = reference.inputs(videos=[frames])
+
+    def transfer(role):
+        where = {"shared_storage_path": str(tmp_path)}
+        settings = {"ec_connector": "ECExampleConnector", "engine_id": role, "ec_role": f"ec_{role}"}
+        return {"ec_transfer_config": ECTransferConfig(**settings, ec_connector_extra_config=where)}
+
+    told = {"multi_modal_uuids": {"video": ["mine"]}}
+    with running(base, adapter, **transfer("producer")) as engine:
+        engine.ask([{**clip_prompt(frames), **told}])
+        [name] = engine.identifiers
+    with running(base, adapter, limit_mm_per_prompt={"image": 0, "video": 0}, **transfer("consumer")) as engine:
+        media = {"video": {"video_embeds": None, "video_grid_thw": inputs["video_grid_thw"]}}
+        [(tokens, _)] = engine.ask([{"prompt": PROMPT, "multi_modal_data": media, **told}])
+        assert engine.identifiers == [name]
+        assert tokens == reference.answer(inputs)[0]
+        assert engine.llm.apply_model(lambda model: type(model.visual).__name__) == ["StageMissingLayer"]
+
+
 PARALLEL = """
 import sys, torch
 sys.path[:0] = {paths!r}

@@ -58,7 +58,7 @@ def lora_reader() -> type:
 
 def check_lora(folder: Path) -> None:
     """Refuse LoRA weights whose STA no engine of this process serves."""
-    served = {sta.adapter.digest for sta in SERVED}
+    served = set(SERVED.values())
     if (folder / CONFIG).is_file():
         fits = adapter_digest(folder) in served
     else:  # its STA is elsewhere, if it has any

@@ -19,7 +19,7 @@ from torch import Tensor
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.integrations.vllm.registry import architectures
-from sta_adapter.integrations.vllm.request import DIGEST
+from sta_adapter.integrations.vllm.request import DIGEST, asks_for_sta, requested
 from sta_adapter.integrations.vllm.serving import ServedSTA, put_sta
 
 FACTORIES = "_processor_factory"
@@ -93,9 +93,9 @@ def with_digest(model_class: type) -> object:
 
     def processor(info: Any, *args: object, **kwargs: object) -> object:
         made = build(info, *args, **kwargs)
-        digest = getattr(info.ctx.model_config.hf_config, DIGEST, None)
-        if digest is not None:
-            add_digest(made, digest)
+        hf_config = info.ctx.model_config.hf_config
+        if asks_for_sta(hf_config):
+            add_digest(made, getattr(hf_config, DIGEST, None) or requested(hf_config).digest)
         return made
 
     return dataclasses.replace(factories, processor=processor)

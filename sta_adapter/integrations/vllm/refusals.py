@@ -64,20 +64,43 @@ def check_positions(folder: Path, description: Mapping[str, object], backbone: B
         )
 
 
+def encodes_elsewhere(vllm_config: object) -> bool:
+    """Whether an engine without a vision encoder gets the features of one that has it.
+
+    That is another engine (disaggregated encoders and prefills), which serves the same STA if the identifiers of pictures
+    and videos are to be the same, or the first stage of a pipeline.
+    """
+    multimodal = setting(setting(vllm_config, "model_config"), "multimodal_config")
+    if setting(multimodal, "allow_missing_mm_embeddings"):
+        return True
+    if setting(setting(vllm_config, "parallel_config"), "pipeline_parallel_size") == 1:
+        return False
+    try:
+        from vllm.distributed import get_pp_group
+    except ImportError as error:
+        raise incompatible("vllm", f"it does not tell the stage of a pipeline ({error})") from error
+    return not get_pp_group().is_first_rank
+
+
 def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
     """Refuse an engine without a tower, branches at a place that vLLM's blocks pass by, and LoRA that it has no place for.
 
     Raises:
         InjectionError: the tower.
         CheckpointError: the LoRA weights.
+        CompatibilityError: the model has no methods that tell the clips.
     """
     spec = adapter.backbone
     encoder = spec.find_encoder(model)
     if encoder is None:
         raise InjectionError(
             f"this engine has no vision encoder ({' or '.join(spec.encoder_classes)}), so there is nothing that STA could "
-            "work in: allow pictures or videos (limit_mm_per_prompt), or leave sta_adapter out."
+            "work in: allow pictures or videos (limit_mm_per_prompt, no language_model_only), or leave sta_adapter out."
         )
+    telling = () if spec.clip_source is None else spec.clip_source.methods
+    untold = [name for name in telling if not hasattr(type(model), name)]
+    if untold:
+        raise incompatible("vllm", f"{type(model).__name__} has no {untold[0]}, whose calls tell the clips")
     blocks = encoder.get_submodule(spec.blocks)
     passed_by = any(type(block).__call__ is not nn.Module.__call__ for block in blocks.children())
     if adapter.config.order == "before_spatial" and passed_by:

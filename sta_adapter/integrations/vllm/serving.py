@@ -16,7 +16,7 @@ from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.validate import validate_target
-from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower, setting
+from sta_adapter.integrations.vllm.refusals import check_encoder_settings, check_tower, encodes_elsewhere, setting
 from sta_adapter.integrations.vllm.request import ServedAdapter, asks_for_sta, requested
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
-    """Put STA into a model that has no weights yet; None when the engine was given no adapter.
+    """Put STA into a model that has no weights yet; None when the engine was given no adapter, or encodes elsewhere.
 
     Raises:
         CheckpointError: the adapter can't be had, is damaged, or is for another base.
@@ -36,6 +36,9 @@ def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
     adapter = requested(hf_config)
     spec = adapter.backbone
     check_encoder_settings(adapter, vllm_config)
+    if spec.find_encoder(model) is None and encodes_elsewhere(vllm_config):
+        SERVED[model] = adapter.digest
+        return None
     check_tower(adapter, model)
     plan = plan_injection(model, adapter.config, spec, run_blocks=False)
     check_base(adapter.folder, adapter.description, model, plan.encoder, ANY if adapter.any_base else None)
@@ -47,7 +50,9 @@ def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
     plan.allocate(modules)
     for module in modules.values():
         module.requires_grad_(False)
-    return ServedSTA(model, hf_config, plan, plan.attach(modules), adapter)
+    served = ServedSTA(model, hf_config, plan, plan.attach(modules), adapter)
+    SERVED[model] = adapter.digest
+    return served
 
 
 class ServedSTA:
@@ -64,7 +69,6 @@ class ServedSTA:
         self.is_loaded = False
         self.is_checked = False
         plan.target.encoder.register_forward_pre_hook(self._before_first_call, prepend=True)
-        SERVED.add(self)
 
     def of_the_base(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Weights without STA's, which come from the adapter alone; a base that was saved as a whole may hold some.
@@ -131,4 +135,6 @@ class ServedSTA:
             self.check()
 
 
-SERVED: weakref.WeakSet[ServedSTA] = weakref.WeakSet()  # of this process
+SERVED: weakref.WeakKeyDictionary[nn.Module, str] = (
+    weakref.WeakKeyDictionary()
+)  # this process's models, their STA's digest
