@@ -247,6 +247,7 @@ def test_the_loader_gives_the_frames_of_training(tmp_path):
     expected = reader.read([{"type": "video", "video": str(file)}])[0]
     options = media_io_kwargs(reader)["video"]
     assert options.pop("video_backend") == "sta_adapter"
+    assert options.pop("num_frames") == -1  # of clips that a request sends as single frames, none is left out
     frames, metadata = TrainedFrames.load_bytes(file.read_bytes(), num_frames=32, **options)
     np.testing.assert_array_equal(frames, expected.pixels)
     assert frames.shape == (4, 16, 16, 3)
@@ -254,6 +255,8 @@ def test_the_loader_gives_the_frames_of_training(tmp_path):
     assert metadata["do_sample_frames"] is False
     with pytest.raises(ConfigError, match="has no option num_frame; known: fps"):
         TrainedFrames.load_bytes(file.read_bytes(), num_frame=3)
+    with pytest.raises(ConfigError, match=r"has no option num_frames \(it is 8\); use nframes"):
+        TrainedFrames.load_bytes(file.read_bytes(), num_frames=8, **options)
 
 
 def test_the_loader_is_registered(monkeypatch):

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 LOADER = "sta_adapter"
 SIZES = ("factor", "temporal_patch")
+EVERY_FRAME, UNTOLD = -1, 32  # vLLM's num_frames: without a limit, and where neither settings nor request give it
 
 
 def media_io_kwargs(reader: ClipReader) -> dict[str, object]:
     """The value of vLLM's `media_io_kwargs` by which its server reads clips as this reader does."""
     settings = {name: getattr(reader.settings, name) for name in FrameSettings.__dataclass_fields__}
     sizes = {name: getattr(reader, name) for name in SIZES}
-    return {"video": {"video_backend": LOADER, **settings, **sizes}}
+    return {"video": {"video_backend": LOADER, "num_frames": EVERY_FRAME, **settings, **sizes}}
 
 
 def register_loader() -> None:
@@ -56,11 +57,11 @@ class TrainedFrames:
 
         Args:
             data: contents of the file.
-            num_frames: vLLM's own default, which doesn't count here; `nframes` among the options does.
+            num_frames: what vLLM's loaders limit frames by, for which there is `nframes` among the options.
             options: fields of `FrameSettings`, and the `factor` and `temporal_patch` of `ClipReader`.
 
         Raises:
-            ConfigError: an option that doesn't exist.
+            ConfigError: an option that doesn't exist, or `num_frames`.
             DataError: the video can't be read.
         """
         fields = FrameSettings.__dataclass_fields__
@@ -68,6 +69,8 @@ class TrainedFrames:
             raise ConfigError(
                 f"media_io_kwargs: {LOADER} has no option {', '.join(unknown)}; known: {', '.join((*fields, *SIZES))}."
             )
+        if num_frames not in (EVERY_FRAME, UNTOLD):
+            raise ConfigError(f"media_io_kwargs: {LOADER} has no option num_frames (it is {num_frames}); use nframes.")
         settings = FrameSettings(**{name: value for name, value in options.items() if name in fields})
         reader = ClipReader(settings, **{name: options[name] for name in SIZES if name in options})
         with tempfile.TemporaryDirectory() as folder:
