@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import socket
@@ -31,6 +32,7 @@ from engines import (
     quantize_base,
 )
 from hub_server import HubServer
+from PIL import Image
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter.adapter.format import CONFIG
@@ -319,7 +321,11 @@ def test_served_over_http_from_the_hub(folders, tmp_path):
         assert refused.returncode == 1
         assert "ann/none" in refused.stderr
         with _serving([*command, "ann/sta"], environment, tmp_path / "log") as address:
-            answer = _ask(address, file, "ann/base")
+            answer = _ask(address, _data("video/mp4", file.read_bytes()), "ann/base")
+            single = moving_square(
+                "left", size=16, count=40
+            )  # frames that a request sends one by one, in their own size
+            sent = _ask(address, _data("video/jpeg", *map(_jpeg, single)), "ann/base")
     reference = Reference(base, adapter)
     reader: ClipReader = trained_reader(str(base), str(adapter))
     frames = reader.read([{"type": "video", "video": str(file)}])[0].pixels
@@ -327,6 +333,8 @@ def test_served_over_http_from_the_hub(folders, tmp_path):
     text = reference.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     inputs = reference.processor(text=[text], videos=[list(frames)], do_resize=False, return_tensors="pt")
     assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+    of_all = reference.processor(text=[text], videos=[list(single)], do_resize=False, return_tensors="pt")
+    assert sent["usage"]["prompt_tokens"] == of_all["input_ids"].shape[1]
     _, scores = reference.answer(inputs)
     found = [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
     assert len(found) == len(scores)
@@ -360,8 +368,17 @@ def _serving(command, environment, log):
         server.wait(60)
 
 
-def _ask(address, file, model):
-    video = "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+def _jpeg(frame):
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _data(kind, *parts):
+    return f"data:{kind};base64,{','.join(base64.b64encode(part).decode() for part in parts)}"
+
+
+def _ask(address, video, model):
     content = [{"type": "video_url", "video_url": {"url": video}}, {"type": "text", "text": "Which way?"}]
     body = {
         "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0,
