@@ -526,10 +526,10 @@ def test_written_clip_reads_back(tmp_path, suffix, fps):
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
-def test_writing_twice_gives_the_same_bytes(tmp_path):
-    frames = pictures(9, 48, 32)
-    first, second = (write_clip(tmp_path / name, frames, 8).read_bytes() for name in ("a.mp4", "b.mp4"))
-    assert first == second
+def test_writing_again_gives_the_same_bytes(tmp_path):
+    """Each time, also where x264's own defaults give now this and now that."""
+    frames = pictures(24, 96, 96)
+    assert len({write_clip(tmp_path / "a.mp4", frames, 8).read_bytes() for _ in range(20)}) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sta_adapter.video.frame_table import import_av
 __all__ = ["write_clip"]
 
 ENCODERS: dict[str, dict[str, str]] = {
-    "libx264": {"crf": "18"},
+    "libx264": {"crf": "18", "mbtree": "0"},  # whose macroblock trees read memory that nobody has written
     "libopenh264": {},
     "mpeg4": {"qmin": "2", "qmax": "4"},
 }
