@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import peft
 import pytest
@@ -10,11 +11,14 @@ from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_inject import assert_unchanged, state
+from torch import nn
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
-from sta_adapter.adapter.lora_options import SUPPORTED, checked_options
+from sta_adapter.adapter.lora_options import SUPPORTED, LoraOptions, checked_options
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, lora_disabled, read_lora
+from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.loading import load_adapter
 
@@ -31,6 +35,9 @@ OPTIONS = {
     "layers_to_transform": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     "layers_pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
     "modules_to_save": {"modules_to_save": ["merger"]},
+    "modules_to_save-targets": {"target_modules": ["q_proj", "mlp.0", "mlp.2"], "modules_to_save": ["merger"]},
+    "modules_to_save-ends": {"modules_to_save": ["layernorm"]},
+    "target_modules-sta": {"target_modules": r".*(to_qkv|q_proj)"},
     "bias": {"bias": "lora_only"},
     "bias-all": {"bias": "all"},
     "init_lora_weights": {"init_lora_weights": "gaussian"},
@@ -101,6 +108,119 @@ def test_lora_on_the_output_layer(tmp_path):
     model = trained(target_modules=["q_proj", "lm_head"])
     get_sta(model).save_pretrained(tmp_path)
     assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model))
+    assert LORA_WEIGHTS in read_checked(tmp_path)[2]  # and it can be published
+
+
+PATTERNS = {
+    "a choice": {"rank_pattern": {"k_proj|v_proj": 3}, "alpha_pattern": {"q_proj|v_proj": 9}},
+    "rank and alpha by other names": {"rank_pattern": {"attn.qkv": 4}, "alpha_pattern": {"qkv": 32}},
+    "one of the backbone's layers": {"alpha_pattern": {r"visual.*blocks\.0\.attn\.qkv": 9}},
+    "from the start": {"alpha_pattern": {r"^.*visual.*qkv": 9}},
+}
+READINGS = {  # the pattern that gives a module's rank, and the one that gives its alpha
+    "peft 0.13": lambda ranks, alphas, name: 2 * [found(r".*\.{}$", [*ranks, *alphas], name)],
+    "peft 0.14": lambda ranks, alphas, name: [found(r".*\.{}$", keys, name) for keys in (ranks, alphas)],
+    "since 0.15": lambda ranks, alphas, name: [found(r"(.*\.)?({})$", keys, name) for keys in (ranks, alphas)],
+}
+
+
+def found(form, keys, name):
+    return next((key for key in keys if re.match(form.format(key), name)), name)
+
+
+def lora_layers(model):
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    return {name: (layer.r["default"], layer.scaling["default"] * layer.r["default"]) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("patterns", PATTERNS.values(), ids=PATTERNS.keys())
+def test_a_pattern_means_the_same_to_every_release(patterns):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    asked = {
+        "rank_pattern": handle.lora_config().rank_pattern,
+        "alpha_pattern": {},
+        "r": 2,
+        "lora_alpha": 5,
+        **patterns,
+    }
+    wanted = LoraOptions(asked)
+    model = get_peft_model(handle.model, handle.lora_config(**asked))
+    layers = lora_layers(model)
+    assert layers == {name: (wanted.rank(name), wanted.alpha(name)) for name in layers}
+    assert len(set(layers.values())) > 1
+    config = model.peft_config["default"]
+    for keys in READINGS.values():
+        for name, expected in layers.items():
+            rank, alpha = keys(config.rank_pattern, config.alpha_pattern, name)
+            assert (config.rank_pattern.get(rank, 2), config.alpha_pattern.get(alpha, 5)) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj", "qkv"], **PATTERNS["a choice"]),
+        LoraConfig(r=2, target_modules=["q_proj", "attn.qkv"], **PATTERNS["rank and alpha by other names"]),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_rslora=True),
+    ],
+    ids=["a choice", "rank and alpha by other names", "set by hand"],
+)
+def test_what_is_saved_is_what_computes(config, tmp_path):
+    """Settings of one's own, which the installed PEFT may read otherwise than we do, and scales that were changed since."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    model = get_peft_model(handle.model, dataclasses.replace(config))
+    for name, layer in model.named_modules():
+        if config.use_rslora and name.endswith("layers.0.self_attn.q_proj"):
+            layer.scale_layer(3.5)
+        for parameter in getattr(layer, "lora_B", nn.Module()).parameters():
+            nn.init.normal_(parameter, std=0.1)
+    get_sta(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model.eval()))
+
+
+def test_a_scale_that_no_file_holds(tmp_path):
+    model = trained()
+    next(module for module in model.modules() if hasattr(module, "lora_A")).scale_layer(0)
+    with pytest.raises(CheckpointError, match=r"LoRA on \S+ is scaled by 0\.0 in this model, which can't be saved"):
+        get_sta(model).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora", "d", "visual"])
+def test_an_adapter_s_name_is_none_of_a_module_s(name, tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    model = get_peft_model(handle.model, handle.lora_config(modules_to_save=["merger"]), adapter_name=name)
+    model.add_adapter("other", get_sta(model).lora_config())
+    for parameter in (
+        p for key, p in model.named_parameters() if f".{name}." in key and (p.requires_grad or "lora_" in key)
+    ):
+        nn.init.normal_(parameter, std=0.1)
+    with pytest.warns(UserWarning, match=f"'{name}' is saved, which is at work; not saved: other"):
+        get_sta(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model.eval()))
+
+
+def test_what_is_trained_whole_is_not_inside_sta():
+    with pytest.raises(ConfigError, match=r"modules_to_save names 'norm'.*inside STA.*'language_model.norm'"):
+        inject_sta(seeded(make_qwen2_vl)).lora_config(modules_to_save=["norm"])
+
+
+def test_names_of_another_release_leave_few_patterns(tmp_path):
+    """A file holds a limited number of them, and a model has more layers."""
+    get_sta(
+        trained(rank_pattern={"attn.qkv": 3}, alpha_pattern={"attn.qkv": 7, "layers.0.self_attn.q_proj": 2})
+    ).save_pretrained(tmp_path)
+    state = load_file(tmp_path / LORA_WEIGHTS)
+    (tmp_path / LORA_WEIGHTS).unlink()
+    parts = {"model.visual.": "visual.", "model.language_model.": "model."}  # before transformers 4.52, and since
+    if not any(".model.model.visual." in key for key in state):
+        parts = {older: newer for newer, older in parts.items()}
+    start = re.compile(rf"(?<=^base_model\.model\.)({'|'.join(parts)})")
+    other = {start.sub(lambda match: parts[match[1]], key): tensor for key, tensor in state.items()}
+    assert not set(other) & set(state)
+    save_file(other, tmp_path / LORA_WEIGHTS, {"format": "pt"})
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path).model
+    found = loaded.peft_config["default"]
+    assert found.rank_pattern == {"qkv": 3, "0.self_attn.q_proj": found.r}
+    assert found.alpha_pattern == {"qkv": 7, "0.self_attn.q_proj": 2}
 
 
 def test_a_base_that_cant_be_had_is_not_guessed():

@@ -369,7 +369,9 @@ def test_a_run_that_goes_on_keeps_its_branch(model, data, processor, tmp_path):
     train(get_peft_model(handle.model, lora), data, collate(processor), tmp_path, 1)
     other, lora = prepare_model(make_model(processor.tokenizer), Settings(config=STAConfig(causal=True)))
     arguments, state = TrainingArguments(str(tmp_path)), TrainerState(global_step=1)
-    with pytest.raises(ConfigError, match=r"checkpoint-1' has causal False \(not True\), head_scale 0\.5 \(not 0\.25\)"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-1' has causal False \(not True\), head_scale 0\.5 \(not 0\.25\)"
+    ):
         SaveAdapter().on_train_begin(arguments, state, None, model=get_peft_model(other.model, lora))
 
 

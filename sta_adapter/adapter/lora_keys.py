@@ -20,7 +20,7 @@ from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import experts_are_out_in
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["LoraFile"]
+__all__ = ["LoraFile", "is_embedding"]
 
 PREFIX = "base_model.model."  # of a PeftModel around its model
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized
@@ -55,7 +55,7 @@ class LoraFile:
         for key in self.shapes:
             name = key.removeprefix(PREFIX)
             module, last = _module(name), name.rpartition(".")[2]
-            known = ".lora_" in name or self.options.is_saved(module) or "bias" in last or name.endswith(EMBEDDINGS)
+            known = ".lora_" in name or self.options.is_saved(module) or "bias" in last or is_embedding(name)
             if not key.startswith(PREFIX) or not known:
                 raise CheckpointError(
                     f"{self.path}: {key[:200]!r} is no tensor of LoRA, and none that is saved with it."
@@ -133,7 +133,7 @@ class LoraFile:
             for key, tensor in module.named_parameters(recurse=False):
                 if biased and "bias" in key:
                     expected[inner + key] = tuple(tensor.shape)
-                elif (start + key).endswith(EMBEDDINGS):
+                elif is_embedding(start + key):
                     possible[inner + key] = tuple(tensor.shape)
         return expected, possible
 
@@ -176,6 +176,11 @@ class LoraFile:
             "The file names modules that this model lacks: it is for another model, or of a release of transformers with "
             f"names that are not known here (this is {version('transformers')})."
         )
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a tensor is the weight of the embeddings or the output layer, which may have LoRA."""
+    return key.replace(".base_layer.", ".").endswith(EMBEDDINGS)
 
 
 def _prefixed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:

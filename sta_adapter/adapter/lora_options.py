@@ -12,14 +12,10 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
-from sta_adapter.compatibility.releases import version
 from sta_adapter.errors import CheckpointError, STAError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 __all__ = ["LoraOptions", "SUPPORTED", "checked_options"]
 
@@ -31,7 +27,6 @@ BIASES = ("none", "all", "lora_only")
 STARTS = (True, False, "gaussian")  # others change the base model (pissa, olora, ...) or need data (eva, corda)
 TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
-CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules get LoRA
 OURS = "sta_adapter"  # the entry that says that STA belongs to the LoRA weights
 # say nothing about the weights, or belong to an option that is refused
 IGNORED = (
@@ -52,7 +47,7 @@ def checked_options(
     if kind != "LORA":
         raise error(f"{where}: peft_type is {str(kind)[:80]!r}, expected 'LORA'.")
     refused = [
-        name for name, value in fields.items() if name not in CHECKS and name not in IGNORED and not _is_off(value)
+        name for name, value in fields.items() if name not in CHECKS and name not in IGNORED and not is_off(value)
     ]
     if refused:
         raise error(
@@ -124,22 +119,22 @@ class LoraOptions:
         return next(found, default)
 
     def is_saved(self, module: str) -> bool:
-        """Whether a module, or one that it lies in, is trained and saved whole."""
-        return any(f".{name}." in f".{module}." for name in self.get("modules_to_save", list[str]()))
+        """Whether a module, or one that it lies in, is trained and saved whole: PEFT takes all whose names end so."""
+        return any(f"{name}." in f"{module}." for name in self.get("modules_to_save", list[str]()))
 
     @functools.cached_property
-    def _names(self) -> dict[str, Collection[str]]:
+    def names(self) -> dict[str, Collection[str]]:
         """Names of modules as sets, so that thousands of them are looked up at once; patterns as they are."""
         values = {name: self.get(name, cast("str | list[str]", [])) for name in ("target_modules", "exclude_modules")}
         return {name: value if isinstance(value, str) else frozenset(value) for name, value in values.items()}
 
     def targets(self, module: str) -> bool:
         """Whether LoRA goes on a module of this name, by PEFT's rules."""
-        wanted = self._names["target_modules"]
-        if self.is_saved(module) or _named(self._names["exclude_modules"], module):
+        wanted = self.names["target_modules"]
+        if self.is_saved(module) or named(self.names["exclude_modules"], module):
             return False
-        if isinstance(wanted, str) or module in wanted or not _named(wanted, module):
-            return _named(wanted, module)
+        if isinstance(wanted, str) or module in wanted or not named(wanted, module):
+            return named(wanted, module)
         layers: int | list[int] = self.get("layers_to_transform", [])
         layers = layers if isinstance(layers, list) else [layers]
         if not layers:
@@ -152,39 +147,10 @@ class LoraOptions:
 
     def targets_parameter(self, parameter: str) -> bool:
         """Whether LoRA goes on a parameter of this name, as on those of experts."""
-        return bool(parameter) and _named(self.get("target_parameters", list[str]()), parameter)
-
-    def peft_config(self, is_trainable: bool, modules: Mapping[str, str], renamed: bool = False) -> LoraConfig:
-        """The `peft.LoraConfig` of these options.
-
-        Args:
-            is_trainable: whether to go on training.
-            modules: the modules with LoRA, from this model's names to those that the options have for them.
-            renamed: whether these differ, so that PEFT must be told the modules one by one.
-
-        Raises:
-            CheckpointError: the installed PEFT lacks one of the options.
-        """
-        from peft import LoraConfig
-
-        known = {field.name for field in dataclasses.fields(LoraConfig)}
-        fields: dict[str, Any] = {
-            name: value for name, value in self.fields.items() if name in known or not _is_off(value)
-        }
-        if renamed or (self._names["exclude_modules"] and "exclude_modules" not in known):
-            fields = {name: value for name, value in fields.items() if name not in CHOOSING}
-            fields |= {
-                "target_modules": list(modules),
-                "rank_pattern": {ours: self.rank(name) for ours, name in modules.items()},
-                "alpha_pattern": {ours: self.alpha(name) for ours, name in modules.items()},
-            }
-        missing = sorted(set(fields) - known)
-        if missing:
-            raise CheckpointError(f"peft {version('peft')} has no option {', '.join(missing)}: pip install -U peft")
-        return LoraConfig(**{**fields, "init_lora_weights": True, "inference_mode": not is_trainable})
+        return bool(parameter) and named(self.get("target_parameters", list[str]()), parameter)
 
 
-def _named(names: Collection[str], module: str) -> bool:
+def named(names: Collection[str], module: str) -> bool:
     """Whether a pattern fits a module's whole name, or one of the names is its end."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
@@ -192,7 +158,7 @@ def _named(names: Collection[str], module: str) -> bool:
     return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
 
-def _is_off(value: object) -> bool:
+def is_off(value: object) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, tuple, dict, set)) and not value)
 
 

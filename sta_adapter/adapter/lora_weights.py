@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.lora_keys import PREFIX, LoraFile
+from sta_adapter.adapter.lora_keys import PREFIX, LoraFile, is_embedding
 from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
+from sta_adapter.adapter.lora_peft import adapter_tensors, patterns_at_work, peft_config, trained_biases
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_shapes, read_tensors
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
@@ -86,9 +87,14 @@ def lora_state(model: nn.Module) -> LoraState | None:
             f"of {len(configs)} PEFT adapters in this model {name!r} is saved, which is at work; not saved: {', '.join(others)}.",
             stacklevel=3,
         )
-    fields["modules_to_save"] = _saved_whole(model, options) or None
+    fields |= {
+        "modules_to_save": _saved_whole(model, options) or None,
+        **patterns_at_work(model, name, LoraOptions(options)),
+    }
     kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
-    state = {**get_peft_model_state_dict(model, kept, adapter_name=name), **_biases(kept, options.get("bias", "none"))}
+    saved = get_peft_model_state_dict(model, kept, adapter_name=name)  # which knows of embeddings that changed
+    state = {key: value for key, value in saved.items() if is_embedding(key)}
+    state |= {**adapter_tensors(kept, name), **trained_biases(kept, options.get("bias", "none"))}
     start = "" if isinstance(model, PeftModel) else PREFIX
     return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
 
@@ -152,18 +158,6 @@ def _active_adapter(layers: Iterable[BaseTunerLayer], configs: Mapping[str, obje
     return names[0]
 
 
-def _biases(state: Mapping[str, Tensor], bias: object) -> dict[str, Tensor]:
-    """The base model's biases that train, of which PEFT's releases save some or all."""
-    return {
-        key: value
-        for key, value in state.items()
-        if isinstance(value, nn.Parameter)
-        and "bias" in key.rpartition(".")[2]
-        and ".lora_" not in key
-        and (bias == "all" or (bias == "lora_only" and ".base_layer." in key))
-    }
-
-
 def read_lora(folder: Path) -> LoraFile:
     """What a folder's LoRA weights are, of which no tensor is read yet.
 
@@ -211,12 +205,13 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
         raise CheckpointError(f"the model has LoRA already, so that of {folder} can't be loaded; pass the base model.")
     place = file.place(model)
     state, _ = read_tensors(file.path)
-    config = file.options.peft_config(is_trainable, place.targets, place.renamed)
+    names = [name for name, _ in model.named_modules()]
+    config = peft_config(file.options, is_trainable, place.targets, names, place.renamed)
     with _undone_on_error(model, folder):
         loaded = peft.get_peft_model(model, config)
         _leave_meta(loaded)
         kept = loaded.state_dict(keep_vars=True)
-        added = peft.get_peft_model_state_dict(loaded, kept, save_embedding_layers=False)  # "auto" would ask the Hub
+        added = adapter_tensors(kept, "default")
         places = {**kept, **added}
         values = {ours: state[key] for key, ours in place.keys.items()}
         wanted = [key for key in added if ".lora_" in key] + [key for key in values if key in places]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from sta_adapter.compatibility.releases import incompatible
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
     from torch.nn.parallel import DistributedDataParallel
@@ -237,6 +238,19 @@ def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:
     if not hasattr(BaseTunerLayer, "get_base_layer"):
         raise incompatible("peft", "BaseTunerLayer has no get_base_layer")
     return BaseTunerLayer, ModulesToSaveWrapper
+
+
+def peft_targets(config: LoraConfig, names: Iterable[str]) -> set[str]:
+    """Those of a model's modules to which the installed PEFT gives LoRA.
+
+    Raises:
+        CompatibilityError: its rule lies elsewhere.
+    """
+    try:
+        from peft.tuners.tuners_utils import check_target_module_exists
+    except ImportError as error:
+        raise incompatible("peft", f"its rule for target_modules can't be imported ({error})") from error
+    return {name for name in names if check_target_module_exists(config, name)}
 
 
 def experts_are_out_in(module: nn.Module) -> bool:

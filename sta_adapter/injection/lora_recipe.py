@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
+from sta_adapter.adapter.lora_peft import peft_fields
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.errors import ConfigError
@@ -69,8 +70,11 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
             fields["target_modules"] = _linear_layers(model)
         elif "exclude_modules" in known:
             fields.setdefault("exclude_modules", rf".*\.{CHILD}(\..*)?")
-    _require_linear(model, LoraOptions({**options, **fields}))
-    config = STALoraConfig(**fields)
+    chosen = LoraOptions({**options, **fields})
+    targets = _require_linear(model, chosen)
+    config = STALoraConfig(
+        **peft_fields(chosen, {name: name for name in targets}, [name for name, _ in _layers(model)])
+    )
     config.sta = describe_adapter(handle)
     return config
 
@@ -79,9 +83,21 @@ def saved_with_sta(handle: STAHandle, model: nn.Module, names: Collection[str] |
     """LoRA's `modules_to_save` with STA, which is among them already where the vision encoder is trained whole.
 
     Raises:
-        ConfigError: a part of the encoder is.
+        ConfigError: a part of the encoder is, or a name is also the end of those of layers inside STA.
     """
     others = {*(names or ())} - {CHILD}
+    inner = [
+        f"{CHILD}.{path}"
+        for module in model.modules()
+        if isinstance(module, TemporalAttention)
+        for path, _ in module.named_modules()
+        if path
+    ]
+    if within := sorted(name for name in others if any(path.endswith(name) for path in inner)):
+        raise ConfigError(
+            f"LoRA's settings: modules_to_save names {within[0]!r}, by which PEFT would also take a layer inside STA, which is trained whole anyway; "
+            f"give more of the path, such as 'language_model.{within[0]}'."
+        )
     options = LoraOptions({"modules_to_save": [*others]})
     whole = [module for name, module in model.named_modules() if options.is_saved(name)]
     inside = {id(part) for module in whole for part in module.modules()}
@@ -93,7 +109,8 @@ def saved_with_sta(handle: STAHandle, model: nn.Module, names: Collection[str] |
     return sorted(others if covered else {CHILD, *others})
 
 
-def _require_linear(model: nn.Module, options: LoraOptions) -> None:
+def _require_linear(model: nn.Module, options: LoraOptions) -> Collection[str]:
+    """The modules that get LoRA."""
     targets = {name: module for name, module in _layers(model) if options.targets(name)}
     other = next((name for name, module in targets.items() if not isinstance(module, nn.Linear)), None)
     if other is not None:
@@ -101,6 +118,7 @@ def _require_linear(model: nn.Module, options: LoraOptions) -> None:
         raise ConfigError(f"LoRA's settings: target_modules names {other!r}, a {kind}; expected linear layers.")
     if not targets:
         raise ConfigError("LoRA's settings: target_modules names no module of this model.")
+    return targets
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
