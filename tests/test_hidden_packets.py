@@ -9,7 +9,7 @@ import pytest
 from make_videos import decode_all, h264_unit, number_bits, pictures, write
 
 from sta_adapter.errors import VideoError
-from sta_adapter.video import read_clip
+from sta_adapter.video import decoders, read_clip
 from sta_adapter.video.bits import Bits
 from sta_adapter.video.frame_table import read_frame_table
 
@@ -111,6 +111,15 @@ def test_frames_that_are_packed_into_one_packet(tmp_path, name):
     np.testing.assert_array_equal(clip.frames, decode_all(path)[0])
     np.testing.assert_allclose(clip.timestamps, np.arange(41) / 25)
     np.testing.assert_array_equal(read_clip(path, num_frames=8).frames, clip.frames[[0, 5, 10, 15, 20, 25, 30, 35]])
+
+
+def test_a_frame_that_a_file_lacks_at_its_end_leaves_the_others(tmp_path, monkeypatch):
+    path = write_packed(tmp_path / "a.avi", tmp_path, PACKED)
+    expected, usual = read_clip(path, num_frames=8), decoders._frames_of
+    monkeypatch.setattr(decoders, "_frames_of", lambda packet, decoder: usual(packet, decoder) if packet.size else ())
+    np.testing.assert_array_equal(read_clip(path, num_frames=8).frames, expected.frames)
+    with pytest.raises(VideoError, match="40 of the 41 frames asked for decode"):
+        read_clip(path, num_frames=41)
 
 
 def test_a_file_of_which_fewer_frames_decode_than_it_counts_is_an_error(tmp_path):

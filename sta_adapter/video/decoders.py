@@ -120,7 +120,8 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
                 yield index, frame
             if not left and table.seekable:
                 return
-    if not table.seekable and table.complete and count != len(table.times):
+    held = decoder.has_b_frames + 1  # frames that a stream may lack at its end, or have beyond it
+    if not table.seekable and table.complete and abs(count - len(table.times)) > held:
         raise DeclinedError(
             f"{count} frames decode of its {len(table.times)} packets, so that their times can't be known"
         )
