@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-old test-releases test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-releases test-peft test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -44,7 +44,18 @@ OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.
 	tests/test_internvideo2_5_chat.py tests/test_internvideo2_5_use.py tests/test_published_weights.py \
 	tests/test_internvideo2_chat.py tests/test_internvideo2_chat_data.py tests/test_training_modes.py
 
-# The same and what else leans on torch, on the oldest of everything that pyproject.toml allows: torch 2.4, so Python 3.10 to 3.12.
+# LoRA with the releases of PEFT between the oldest and the lock's, each put in front of what is installed.
+PEFT_RELEASES ?= 0.14.0 0.15.2 0.16.0 0.17.1 0.19.1 0.20.0
+test-peft: .venv-4.57.6/.ready
+	@failed=; for release in $(PEFT_RELEASES); do echo "peft $$release"; \
+	test -d build/peft/$$release || .venv-4.57.6/bin/python -m pip install --quiet --no-deps --target build/peft/$$release peft==$$release; \
+	PYTHONPATH=build/peft/$$release .venv-4.57.6/bin/python -m pytest $(PYTEST_ARGS) $(PEFT_TESTS) || failed="$$failed $$release"; done; \
+	if [ -n "$$failed" ]; then echo "failed on peft$$failed"; exit 1; fi
+
+PEFT_TESTS := tests/test_lora_files.py tests/test_lora_options.py tests/test_lora_recipes.py tests/test_training_lora.py \
+	tests/test_run_checkpoints.py tests/test_training_tool_callbacks.py
+
+# The contract and what else leans on torch, on the oldest of everything that pyproject.toml allows: torch 2.4, so Python 3.10 to 3.12.
 # Six gigabytes, an environment that shares nothing with the main one.
 test-floor: .venv-floor/.ready
 	.venv-floor/bin/python -m pytest $(PYTEST_ARGS) $(OLD_TESTS) $(FLOOR_TESTS)

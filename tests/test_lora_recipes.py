@@ -1,7 +1,7 @@
 """Stage two's LoRA reaches every linear layer of an encoder's blocks, as each backbone's recipe says."""
 
 import pytest
-from cases import all_cases
+from cases import case_parameters
 from torch import nn
 
 from sta_adapter import get_sta, inject_sta
@@ -17,10 +17,10 @@ LEFT_OUT = {  # layers without LoRA, and why
     "qwen3_omni-tower": {"mlp.0", "mlp.2"},  # the names of the merger's layers, too
     "glm4v_moe": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},  # PEFT takes these names for the experts', see docs
 }
-CASES = [case for case in all_cases() if get_backbone(case.backbone).lora is not None]
+CASES = case_parameters(lambda case: get_backbone(case.backbone).lora is not None)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES)
 def test_lora_reaches_every_layer_of_a_block(case):
     peft = pytest.importorskip("peft")
     handle = inject_sta(case.make())

@@ -325,6 +325,17 @@ def test_peft_goes_on_with_sta_whatever_it_is_given_beside_the_folder(
     assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*(to_qkv|q_proj)", ["to_out", "q_proj"]], ids=str)
+def test_peft_alone_gives_no_lora_to_what_is_trained_whole(model, tmp_path, data, processor, installed, targets):
+    """It would before 0.16, though nothing computes with it."""
+    installed(Settings(config=STAConfig(init="normal")))
+    trained = get_peft_model(model, LoraConfig(target_modules=targets, modules_to_save=["merger"]))
+    assert not [name for name, _ in trained.named_parameters() if re.search(r"\.(sta|merger)\..*lora_", name)]
+    trained.save_pretrained(str(tmp_path))
+    again = load_sta(make_model(processor.tokenizer), tmp_path).model
+    assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
+
+
 @pytest.mark.parametrize("names", [["visual"], ["sta", "visual"]], ids=str)
 def test_an_encoder_trained_whole_holds_its_sta(model, tmp_path, data, processor, installed, names):
     installed(Settings(config=STAConfig(init="normal")))

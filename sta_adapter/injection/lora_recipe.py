@@ -12,13 +12,13 @@ from torch import nn
 from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
 from sta_adapter.adapter.lora_peft import peft_fields
 from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.compatibility.seams import peft_parts
+from sta_adapter.compatibility.seams import peft_parts, peft_targets
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone, LoRARecipe
 from sta_adapter.injection.contents import describe_adapter
 from sta_adapter.injection.handle import STAHandle
 
-__all__ = ["STALoraConfig", "recipe_config", "require_recipe", "saved_with_sta"]
+__all__ = ["STALoraConfig", "recipe_config", "require_recipe", "saved_with_sta", "targets_outside"]
 
 
 def require_recipe(backbone: Backbone) -> LoRARecipe:
@@ -107,6 +107,21 @@ def saved_with_sta(handle: STAHandle, model: nn.Module, names: Collection[str] |
             f"LoRA's settings: modules_to_save names what holds STA of the blocks {covered} alone; name the whole encoder, or no block."
         )
     return sorted(others if covered else {CHILD, *others})
+
+
+def targets_outside(model: nn.Module, config: LoraConfig) -> list[str] | str | None:
+    """The `target_modules` of settings, named one by one where PEFT would also give LoRA to layers of what is trained whole.
+
+    So it does before 0.16, though nothing computes with them.
+    """
+    targets, saved = config.target_modules, LoraOptions({"modules_to_save": [*(config.modules_to_save or ())]})
+    if not targets or not peft_targets(LoraConfig(target_modules=["b"], modules_to_save=["a"]), ["a.b"]):
+        return targets
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return [name for name in _linear_layers(model) if not saved.is_saved(name)]
+    found = sorted(peft_targets(config, [name for name, _ in model.named_modules() if name]))
+    outside = [name for name in found if not saved.is_saved(name)]
+    return targets if outside == found else outside
 
 
 def _require_linear(model: nn.Module, options: LoraOptions) -> Collection[str]:

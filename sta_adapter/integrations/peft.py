@@ -156,7 +156,7 @@ def adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) -> 
 
 def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
     """STA in front of LoRA: fresh, or as the folder has it that LoRA is loaded from."""
-    from sta_adapter.injection.lora_recipe import saved_with_sta
+    from sta_adapter.injection.lora_recipe import saved_with_sta, targets_outside
 
     loading = _loading.get()
     if get_sta(model) is None:
@@ -172,6 +172,7 @@ def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
             return
     if (handle := get_sta(model)) is not None:
         config.modules_to_save = saved_with_sta(handle, model, config.modules_to_save)
+        config.target_modules = targets_outside(model, config)
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
