@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from sta_adapter.training.checkpoints import (
     last_checkpoint,
     load_trained,
     mark_complete,
+    numpy_allowed,
     rotate,
     trained_state,
 )
@@ -128,3 +130,17 @@ def test_a_damaged_file_is_named(model, tmp_path):
     (tmp_path / TRAINED_FILE).write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match=r"can't read .*trained\.safetensors.* go on from an earlier checkpoint"):
         load_trained(model, tmp_path)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["here", "before_2.5"])
+def test_a_random_state_of_numpys_is_read_again(older, tmp_path, monkeypatch):
+    """torch 2.4 has no list of what may be read, and asks for none."""
+    if older:
+        monkeypatch.delattr(torch.serialization, "safe_globals", raising=False)
+    state = np.random.get_state()
+    torch.save(state, tmp_path / "rng_state.pth")
+    with numpy_allowed():
+        found = torch.load(
+            tmp_path / "rng_state.pth", **({"weights_only": False} if older else {})
+        )  # as transformers does
+    assert np.array_equal(found[1], state[1])

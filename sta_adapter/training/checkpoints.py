@@ -7,13 +7,14 @@ one goes on from the checkpoint before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import import_utils
@@ -29,7 +30,7 @@ __all__ = [
     "last_checkpoint",
     "load_trained",
     "mark_complete",
-    "numpy_globals",
+    "numpy_allowed",
     "require_readable",
     "rotate",
     "trained_state",
@@ -144,10 +145,17 @@ def require_readable(checkpoint: Path) -> None:
         ) from error
 
 
-def numpy_globals() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
-    """What older transformers' random state files hold, for torch versions that load weights only."""
+def numpy_allowed() -> contextlib.AbstractContextManager[object]:
+    """A context in which torch reads what older transformers' random state files hold, beside weights."""
+    allow = getattr(torch.serialization, "safe_globals", None)
+    if allow is None:  # before torch 2.5, which asks for no list
+        return contextlib.nullcontext()
     core = np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
-    return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.float64))]
+    kinds = [type(np.dtype(np.uint32)), type(np.dtype(np.float64))]
+    allowed: contextlib.AbstractContextManager[object] = allow(
+        [core.multiarray._reconstruct, np.ndarray, np.dtype, *kinds]
+    )
+    return allowed
 
 
 def _complete(folder: Path) -> list[Path]:

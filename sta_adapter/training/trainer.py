@@ -38,7 +38,7 @@ from sta_adapter.training.checkpoints import (
     TRAINED_FILE,
     load_trained,
     mark_complete,
-    numpy_globals,
+    numpy_allowed,
     rotate,
     trained_state,
 )
@@ -322,7 +322,7 @@ class AdapterTrainer(Trainer):
         load_trained(self._net, Path(str(self.args.output_dir)) / best)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with torch.serialization.safe_globals(numpy_globals()):
+        with numpy_allowed():
             super()._load_rng_state(checkpoint)
 
 
