@@ -194,6 +194,17 @@ def test_signals_to_a_worker_are_its_parents_business():
 # ---- in a DataLoader's workers
 
 
+@pytest.mark.slow
+def test_a_worker_outlasts_signals_that_was_not_forked(processor, tmp_path):
+    """As Python 3.14 and macOS start them: it shares no memory with the run."""
+    dataset = VideoDataset(write_samples(tmp_path, 4), processor, frames=AS_IS)
+    with outlasting_signals():
+        items = iter(DataLoader(dataset, None, num_workers=1, prefetch_factor=1, multiprocessing_context="spawn"))
+        next(items)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGTERM)
+        assert len(list(items)) == 3
+
+
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     return make_processor(tmp_path_factory.mktemp("tokenizer"))

@@ -20,7 +20,7 @@ from sta_adapter.data.sample_cache import SampleCache
 from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError, keep_memory
-from sta_adapter.data.worker_signals import ready_worker
+from sta_adapter.data.worker_signals import outlasts, ready_worker
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
 
@@ -47,6 +47,9 @@ class SampleEncoder:
     reader: ClipReader = field(init=False, compare=False)
     isolated: Isolated[list[Visual]] | None = field(init=False, compare=False)
     kept: SampleCache | None = field(init=False, compare=False)
+    outlasts: bool = field(
+        init=False, compare=False, default=False
+    )  # of a copy in a worker: whether it stays at signals
 
     def __post_init__(self) -> None:
         """Check the choices.
@@ -64,6 +67,10 @@ class SampleEncoder:
         self.isolated = Isolated(self.reader.read, self.decode_timeout) if self.decode_timeout and POSSIBLE else None
         self.kept = None if self.cache is None else SampleCache(self.cache, self.processor, self.reader)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Workers that are not forked get a pickle."""
+        return {**self.__dict__, "outlasts": outlasts()}
+
     def load(self, sample: Sample, index: int = 0) -> Encoded | BadSample:
         """The sample's tensors; `index` is for the shuffling of its frames.
 
@@ -71,7 +78,7 @@ class SampleEncoder:
             DataError: it can't be used, and `on_bad_sample` is "error".
         """
         if get_worker_info() is not None:
-            ready_worker()
+            ready_worker(self.outlasts)
         try:
             if sample.problem is not None:
                 raise DataError(sample.problem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import mmap
 import multiprocessing
 import os
 import signal
@@ -14,25 +13,36 @@ import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
 
-__all__ = ["die_with_parent", "end_workers", "in_main_thread", "outlasting_signals", "ready_worker"]
+__all__ = ["die_with_parent", "end_workers", "in_main_thread", "outlasting_signals", "outlasts", "ready_worker"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DYING = 10.0  # seconds that a killed process may take to be gone: on a loaded machine that is no matter of milliseconds
-SIGNALS_PASS = mmap.mmap(-1, 1)  # shared with forked workers: 1 while their run finishes its step at a signal
+
+
+class _Passing:
+    """Whether workers stay at a SIGTERM: those that begin now in this process, in a worker itself."""
+
+    now = False
 
 
 @contextlib.contextmanager
 def outlasting_signals() -> Iterator[None]:
     """Workers stay at a SIGTERM, which a cluster sends to all processes of a job; the run ends them itself."""
-    SIGNALS_PASS[0] = 1
+    _Passing.now = True
     try:
         yield
     finally:
-        SIGNALS_PASS[0] = 0
+        _Passing.now = False
 
 
-def ready_worker() -> None:
+def outlasts() -> bool:
+    """Whether a worker that begins now stays. A forked one knows; what others are given has to tell `ready_worker`."""
+    return _Passing.now
+
+
+def ready_worker(stays: bool = False) -> None:
     """Prepare a worker of a DataLoader, once: Ctrl-C is its parent's business, and without a parent it ends."""
+    _Passing.now |= stays
     _ready(os.getpid())
 
 
@@ -45,7 +55,7 @@ def _ready(pid: int) -> None:
 
 
 def _end_unless_passing(*_: object) -> None:
-    if not SIGNALS_PASS[0]:
+    if not _Passing.now:
         os._exit(0)
 
 
