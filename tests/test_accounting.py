@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
+from cases import clips_of, make_qwen2_vl, qwen2_vl_arguments, qwen2_vl_prompt, seeded
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from test_lora_options import logits, trained
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.push_check import read_checked
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.load import watch_peft
 from sta_adapter.loading import load_adapter, load_model
@@ -594,3 +595,115 @@ def test_a_model_with_activation_checkpointing_around_its_parts(part, tmp_path):
         handle.encoder.blocks[0].mlp.fc1.weight.add_(1)
     with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
         handle.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("settings", ["ours", "by hand"])
+@pytest.mark.parametrize("before", ["STA", "STA and LoRA"])
+def test_an_adapter_that_peft_saved_over_is_not_mixed_with_its_sta(before, settings, tmp_path):
+    """As `Trainer.save_model` does in stage two, in the folder of an earlier adapter: the STA that lay there was loaded with the new LoRA."""
+    first = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    (first if before == "STA" else get_sta(get_peft_model(first.model, first.lora_config()))).save_pretrained(tmp_path)
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    by_hand = LoraConfig(target_modules=["q_proj"], modules_to_save=["sta"])
+    model = randomize(get_peft_model(handle.model, handle.lora_config() if settings == "ours" else by_hand))
+    model.save_pretrained(tmp_path)
+    for read in (lambda: load_sta(seeded(make_qwen2_vl), tmp_path), lambda: read_checked(tmp_path)):
+        with pytest.raises(
+            CheckpointError, match=r"holds two adapters: PEFT saved .* Delete sta_adapter.safetensors and"
+        ):
+            read()
+    get_sta(model).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # the same once more, as by a trainer at its end
+    assert torch.equal(logits(load_sta(seeded(make_qwen2_vl), tmp_path).model), logits(model))
+    assert read_checked(tmp_path)[1] == handle.num_parameters()
+
+
+FROZEN = {
+    "PEFT": lambda handle: get_peft_model(handle.model, LoraConfig(target_modules=["q_proj"])),
+    "the encoder frozen last": lambda handle: (handle.freeze_base(), handle.encoder.requires_grad_(False), handle.model.lm_head.requires_grad_(True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", ["zero", "normal"])
+@pytest.mark.parametrize("freeze", FROZEN.values(), ids=FROZEN)
+def test_fresh_sta_that_does_not_train_is_told_of(freeze, start, tmp_path):
+    """The other weights would train on, and STA stay as it is."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init=start))
+    freeze(handle)
+    with pytest.warns(
+        STAWarning, match=r"STA is in the model as inject_sta made it, .* would not be trained while other"
+    ):
+        handle.encoder.train()(**qwen2_vl_arguments(clips_of(4)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="STA is in the model")
+        handle.encoder(**qwen2_vl_arguments(clips_of(4)))  # once is enough
+        inject_sta(seeded(make_qwen2_vl)).save_pretrained(tmp_path)
+        load_sta(seeded(make_qwen2_vl), tmp_path).encoder.train()(**qwen2_vl_arguments(clips_of(4)))  # nothing trains
+        known = inject_sta(seeded(make_qwen2_vl))
+        randomize(known.blocks[0])
+        FROZEN["PEFT"](known)
+        known.encoder.train()(**qwen2_vl_arguments(clips_of(4)))  # STA of an earlier training, left as it is
+
+
+def test_peft_without_its_adapter_is_the_base_also_once_it_was_loaded(tmp_path):
+    """As the reference of a preference training that goes on from an adapter: it had STA and no LoRA."""
+    handle = inject_sta(seeded(make_qwen2_vl))
+    get_sta(randomize(get_peft_model(handle.model, handle.lora_config(r=2)))).save_pretrained(tmp_path)
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path).model
+    trained = logits(loaded)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(seeded(make_qwen2_vl)))
+    assert torch.equal(logits(loaded), trained)
+    with contextlib.suppress(TypeError):  # PEFT before 0.14, of the entry that says that STA belongs to it
+        loaded.load_adapter(tmp_path, "second")
+        assert torch.equal(logits(loaded), trained)
+    assert torch.equal(logits(loaded.unload()), logits(load_sta(seeded(make_qwen2_vl), tmp_path).model.unload()))
+
+
+def test_lora_of_others_in_the_folder_of_sta_is_told_of(tmp_path):
+    get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    handle = inject_sta(seeded(make_qwen2_vl))
+    with pytest.warns(
+        STAWarning, match=r"adapter_config.json is of LoRA that this model doesn't have, and stays; load_sta would"
+    ):
+        handle.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* is of LoRA")
+        get_sta(trained(r=2)).save_pretrained(tmp_path)  # replaces it
+        handle.save_pretrained(tmp_path)
+    assert not (tmp_path / LORA_CONFIG).exists()
+
+
+def test_lora_around_lora_is_not_saved(tmp_path):
+    """Its names in the file were those of no model."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
+    inner = get_peft_model(handle.model, handle.lora_config(r=2))
+    outer = get_peft_model(inner, LoraConfig(target_modules=["q_proj"]), adapter_name="outer")
+    with pytest.raises(CheckpointError, match="has LoRA already, and nothing finds the weights' names again"):
+        get_sta(outer).save_pretrained(tmp_path)
+
+
+def takes_peft(model):
+    """Whether this transformers takes the PEFT that is here for its own `load_adapter`."""
+    try:
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    except (ValueError, ImportError):
+        return False
+    return True
+
+
+def test_the_loader_of_transformers_models_brings_the_values_of_sta_or_says_so(tmp_path):
+    """transformers 5.0 left STA as it was, without a word."""
+    if not takes_peft(seeded(make_qwen2_vl)):
+        pytest.skip("this transformers wants a newer PEFT")
+    model = trained(r=2)
+    get_sta(model).save_pretrained(tmp_path)
+    refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    handle = inject_sta(seeded(make_qwen2_vl), get_sta(model).config)
+    with refusing:
+        handle.model.load_adapter(str(tmp_path))
+        assert torch.equal(logits(handle.model), logits(model))
+    with pytest.raises(CheckpointError, match=r"trained with other settings than the model's: .*causal"):
+        inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True)).model.load_adapter(str(tmp_path))
+    with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
+        seeded(make_qwen2_vl).load_adapter(str(tmp_path))

@@ -309,6 +309,23 @@ def test_re_entrant_checkpointing_of_a_frozen_encoder_that_takes_a_mapping(toy):
     assert all(block.to_out.weight.grad is not None for block in handle.blocks.values())
 
 
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "no grad"])
+def test_a_block_whose_norm_was_replaced_after_injection_is_told_of(toy, how):  # noqa: F811
+    """Some of the branches alone; the others' gradients would be right."""
+    injected(toy).freeze_base()
+    if how == "checkpointed":
+        toy.checkpoint_with("call", False)
+    with torch.set_grad_enabled(how != "no grad"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", STAWarning)
+            toy(toy_pixels(A), A)
+        toy.blocks[1].norm2 = torch.nn.LayerNorm(toy.blocks[1].norm2.normalized_shape)
+        with pytest.warns(
+            STAWarning, match=r"not computed in 1 of \d blocks that ran in this forward of ToyEncoder: their 'norm2'"
+        ):
+            toy(toy_pixels(A), A)
+
+
 @styles
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 def test_a_forward_from_which_sta_gets_no_gradient_says_so(toy, style):  # noqa: F811

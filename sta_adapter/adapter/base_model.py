@@ -31,6 +31,7 @@ __all__ = [
     "BaseMarks",
     "check_base",
     "describe_base",
+    "is_as_marked",
     "is_hub_id",
     "language_sizes",
     "mark_base",
@@ -211,6 +212,12 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
             "Freeze the base (handle.freeze_base(), or LoRA with handle.lora_config(modules_to_save=[...])) and save before merging. To "
             "save it for the changed model, which you keep yourself (model.save_pretrained), pass base_changed=True."
         )
+
+
+def is_as_marked(module: nn.Module, marks: BaseMarks) -> bool:
+    """Whether a module has the numbers of its marks; False where its tensors can't be compared."""
+    found = [_same(marks[name][1], tensor) for name, tensor in _tensors(module) if name in marks]
+    return bool(found) and all(found)
 
 
 def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:

@@ -11,6 +11,7 @@ from typing import TypedDict, cast
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import finish_write
+from sta_adapter.adapter.one_save import require_one_save
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_tensors
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
@@ -100,7 +101,7 @@ def read_weights(folder: Path, description: Description | None = None) -> dict[s
 
     Raises:
         CheckpointError: missing, damaged, holding non-floating or non-finite tensors, or not belonging to
-            `description`.
+            `description`, or to the LoRA weights beside it.
     """
     path = folder / WEIGHTS
     try:
@@ -109,6 +110,7 @@ def read_weights(folder: Path, description: Description | None = None) -> dict[s
         raise CheckpointError(f"{folder} holds no {WEIGHTS}.") from None
     if description is not None:
         require_same_settings(folder, description, metadata)
+        require_one_save(folder, state)
     return state
 
 

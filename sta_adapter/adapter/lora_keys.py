@@ -20,11 +20,17 @@ from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import experts_are_out_in
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["LoraFile", "is_embedding"]
+__all__ = ["LoraFile", "is_embedding", "sta_among"]
 
 PREFIX = "base_model.model."  # of a PeftModel around its model
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized
 Shape = tuple[int, ...]
+
+
+def sta_among(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """STA's tensors among LoRA's, under the names of an adapter's file."""
+    found = ((STA_TENSOR.search(key), tensor) for key, tensor in state.items())
+    return {f"blocks.{match[1]}.{match[2]}": tensor for match, tensor in found if match}
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,7 @@ class LoraFile:
         Raises:
             CheckpointError: the file is damaged, or its tensors not finite floating-point numbers.
         """
-        found = {key: match for key in self.shapes if (match := STA_TENSOR.search(key))}
-        state, _ = read_tensors(self.path)
-        return {f"blocks.{match[1]}.{match[2]}": state[key] for key, match in found.items()}
+        return sta_among(read_tensors(self.path)[0])
 
     def place(self, model: nn.Module) -> Placement:
         """Find each tensor's place in a model, and see to it that none is missing and all ranks and shapes fit.

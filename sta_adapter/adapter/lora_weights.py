@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["LORA_CONFIG", "LORA_WEIGHTS", "load_lora", "lora_files", "lora_state", "read_lora", "require_whole_lora"]
+__all__ = [
+    "LORA_CONFIG",
+    "LORA_WEIGHTS",
+    "load_lora",
+    "lora_files",
+    "lora_state",
+    "read_lora",
+    "require_whole_lora",
+]
 
 LoraState = tuple[dict[str, object], dict[str, Tensor]]
 
@@ -100,7 +108,7 @@ def lora_state(model: nn.Module) -> LoraState | None:
 
 
 def require_whole_lora(model: nn.Module) -> None:
-    """Refuse LoRA that was put on a part of a model by itself, of which `lora_state` knows nothing.
+    """Refuse LoRA that was put on a part of a model by itself, of which `lora_state` knows nothing, or around other LoRA.
 
     Raises:
         CheckpointError: there is some, with where.
@@ -115,6 +123,17 @@ def require_whole_lora(model: nn.Module) -> None:
                 "model (get_peft_model(handle.model, handle.lora_config(target_modules=...)), with a pattern for the names of that part's layers). To "
                 "save STA without it, pass base_changed=True, and save LoRA by PEFT's own save_pretrained."
             )
+    if whole is not None and _is_wrapped_twice(model):
+        raise CheckpointError(
+            "get_peft_model was called on a model that has LoRA already, and nothing finds the weights' names again when they are loaded. Add a "
+            "second adapter by model.add_adapter(name, config), or take the first one out before (unload, or merge_and_unload)."
+        )
+
+
+def _is_wrapped_twice(model: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return sum(isinstance(module, PeftModel) for module in model.modules()) > 1
 
 
 def _saved_whole(model: nn.Module, options: Mapping[str, object]) -> list[str]:

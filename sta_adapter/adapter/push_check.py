@@ -20,9 +20,10 @@ from sta_adapter.adapter.format import (
     require_same_settings,
     saved_config,
 )
-from sta_adapter.adapter.lora_keys import LoraFile
+from sta_adapter.adapter.lora_keys import LoraFile, sta_among
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.one_save import require_same_sta
 from sta_adapter.adapter.run_file import read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
@@ -49,12 +50,15 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
     require_same_settings(folder, description, parse_metadata(contents[WEIGHTS], folder / WEIGHTS))
     if (folder / LORA_CONFIG).exists() or (folder / LORA_CONFIG).is_symlink():
         contents |= {LORA_CONFIG: _contents(folder, LORA_CONFIG), LORA_WEIGHTS: _contents(folder, LORA_WEIGHTS)}
-        options = LoraOptions.read(parse_json(contents[LORA_CONFIG], folder / LORA_CONFIG), folder / LORA_CONFIG)
+        fields = parse_json(contents[LORA_CONFIG], folder / LORA_CONFIG)
+        options = LoraOptions.read(fields, folder / LORA_CONFIG)
         lora = parse_tensors(contents[LORA_WEIGHTS], folder / LORA_WEIGHTS)
         shapes = {key: tuple(tensor.shape) for key, tensor in lora.items()}
         file = LoraFile(folder / LORA_WEIGHTS, options, shapes)
         file.require_names()
         file.require_ranks()
+        if file.holds_sta:
+            require_same_sta(folder, fields, lambda: sta_among(lora), state)
     elif description.get("lora") is True:
         raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
     return description, sum(tensor.numel() for tensor in state.values()), contents

@@ -25,7 +25,7 @@ from sta_adapter.compatibility.releases import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["adapter_files", "make_description", "replace_files", "write_adapter"]
+__all__ = ["adapter_files", "lora_of_others", "make_description", "replace_files", "write_adapter"]
 
 # settings newer than the format, as before them: left out, so that older releases read the file
 ADDED = (("window", None),)
@@ -79,6 +79,12 @@ def adapter_files(
         CONFIG: (json.dumps(description, indent=2) + "\n").encode(),
         **(others or {}),
     }
+
+
+def lora_of_others(folder: Path) -> Path | None:
+    """LoRA's settings that would stay in a folder when an adapter without LoRA is written there."""
+    config = folder / LORA_CONFIG
+    return config if os.path.isfile(config) and not _own_lora_files(folder) else None
 
 
 def _own_lora_files(folder: Path) -> tuple[str, ...]:

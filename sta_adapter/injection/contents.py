@@ -16,7 +16,7 @@ from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_weights import lora_files, lora_state, require_whole_lora
 from sta_adapter.adapter.push import Publication, push_files
 from sta_adapter.adapter.run_file import RUN_FILE
-from sta_adapter.adapter.save import adapter_files, make_description, write_adapter
+from sta_adapter.adapter.save import adapter_files, lora_of_others, make_description, write_adapter
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.distributed import full_shape, full_tensor, is_sharded, on_rank_zero
 from sta_adapter.errors import CheckpointError, InjectionError, STAWarning
@@ -49,6 +49,13 @@ def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed
         warnings.warn(
             f"{run} tells how the adapter that lay here was trained, and stays; a model card made of this folder would say it of the "
             "one that is saved now. Save into another folder, or take that file away.",
+            STAWarning,
+            stacklevel=3,
+        )
+    if not contents[2] and (others := lora_of_others(Path(folder))):
+        warnings.warn(
+            f"{others} is of LoRA that this model doesn't have, and stays; load_sta would bring it along with the STA that is saved now. "
+            "Save into another folder, or take LoRA's files away.",
             STAWarning,
             stacklevel=3,
         )

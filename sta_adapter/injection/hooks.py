@@ -26,7 +26,7 @@ from sta_adapter.injection.backbone import EncoderCall
 from sta_adapter.injection.nested import Arguments, iterate_tensors, require_grad
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
-from sta_adapter.injection.target import sta_modules
+from sta_adapter.injection.target import sta_modules, sta_trains
 from sta_adapter.injection.told import take_clip_lengths
 
 RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream
@@ -59,7 +59,7 @@ class EncoderPreHook(Hook):
             stas = (module.parameters() for module in sta_modules(encoder, injection.spec).values())
             injection.thread.averaged = require_averages(chain.from_iterable(stas), ddp, injection.thread.averaged)
         if injection.is_enabled and encoder.training and torch.is_grad_enabled():
-            injection.warn_of_training()
+            injection.warn_of_training(encoder)
             if checkpoints_reentrantly(encoder):
                 self._require_one_run()
                 return require_grad(args, kwargs)
@@ -110,7 +110,7 @@ class EncoderPostHook(Hook):
         """Follow the outputs into the backward, and end the forward; streams go on, if it has not failed.
 
         Warns:
-            STAWarning: no branch was computed, or none of those that train gets a gradient.
+            STAWarning: a branch was not computed, or none of those that train gets a gradient.
         """
         try:
             if output is not None:
@@ -130,15 +130,20 @@ class EncoderPostHook(Hook):
         if forward.checkpointed:
             require_known_flags(encoder)
         name, found = type(encoder).__name__, ""
-        if not forward.reached:
-            where = "blocks" if injection.config.order == "before_spatial" else repr(injection.spec.norm)
+        where = "blocks" if injection.config.order == "before_spatial" else repr(injection.spec.norm)
+        if not forward.branches and not forward.compiled:
             found = (
                 f"STA was not computed in this forward of {name}: it called none of its {where} that have STA. "
                 "Hooks don't see block.forward(...) called directly, nor a block that is left out."
             )
+        elif forward.branches < forward.blocks and not forward.compiled:
+            found = (
+                f"STA was not computed in {forward.blocks - forward.branches} of {forward.blocks} blocks that ran in this forward of {name}: "
+                f"their {where} was not called, or is another module than STA's hook went onto. Replace modules before injection."
+            )
         elif encoder.training and forward.with_grad and torch.is_grad_enabled():
             tensors = list(iterate_tensors(output))
-            if tensors and not any(t.requires_grad for t in tensors) and _trains(encoder, injection):
+            if tensors and not any(t.requires_grad for t in tensors) and sta_trains(encoder, injection.spec):
                 found = (
                     f"STA gets no gradient from this forward of {name}, whose output needs none: its blocks run without gradients, "
                     "or under re-entrant checkpointing of inputs that need none. Checkpoint with use_reentrant=False."
@@ -293,8 +298,3 @@ def _told_before(encoder: nn.Module) -> UnknownClipsError:
         f"a checkpoint runs the whole {type(encoder).__name__} again in the backward, when what was told of its clips is over. Checkpoint "
         "its blocks, as gradient_checkpointing_enable() does, or give its call within the checkpoint clip_lengths=[...]."
     )
-
-
-def _trains(encoder: nn.Module, injection: Injection) -> bool:
-    modules = sta_modules(encoder, injection.spec).values()
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())

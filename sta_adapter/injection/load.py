@@ -32,11 +32,14 @@ from sta_adapter.adapter.format import (
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
+from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
 from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
+from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.hooks import find_injections
 from sta_adapter.injection.plan import plan_injection
 from sta_adapter.injection.registry import get_backbone, list_backbones
 from sta_adapter.injection.text_positions import warn_of_other_rule
@@ -106,6 +109,7 @@ def load_sta(
     if (folder / LORA_CONFIG).exists():
         handle = _add_lora(handle, folder, description, is_trainable)
         _fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
+        _silence_originals(modules, handle)
     return handle
 
 
@@ -130,6 +134,7 @@ def watch_peft() -> None:
     peft = sys.modules.get("peft")
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
     load = getattr(wrapped, "__func__", None)
+    _watch_transformers()
     if peft is None or load is None or getattr(load, "brings_sta", False):
         return
 
@@ -164,6 +169,46 @@ def watch_peft() -> None:
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.load_adapter = load_adapter
+
+
+def _watch_transformers() -> None:
+    """The same for the `load_adapter` of transformers' models, which some releases (5.0, for one) load the copies of STA without, silently.
+
+    It can put no STA into a model: of a folder with STA it gives LoRA alone, and says so.
+    """
+    mixin = getattr(sys.modules.get("transformers.integrations.peft"), "PeftAdapterMixin", None)
+    load = getattr(mixin, "load_adapter", None)
+    if mixin is None or load is None or getattr(load, "looks_for_sta", False):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+        folder = None if peft_model_id is None else _folder_with_sta(peft_model_id, options)
+        handle = None if folder is None else get_sta(self)
+        if handle is not None and folder is not None:
+            _require_same_sta(folder, handle)
+        elif folder is not None:
+            _warn_of_lora_alone(peft_model_id)
+        found = load(self, peft_model_id, *args, **kwargs)
+        if handle is not None and folder is not None:
+            name = args[0] if args else kwargs.get("adapter_name")
+            _fill_copies(self, name or "default", _describe(folder)[2]())
+        return found
+
+    load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
+    mixin.load_adapter = load_adapter
+
+
+@torch.no_grad()
+def _fill_copies(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Give STA's tensors in PEFT's copies for one adapter their values."""
+    encoder, injection = find_injections(active_modules(model))[0]
+    for index, block in enumerate(encoder.get_submodule(injection.spec.blocks).children()):
+        copies = getattr(getattr(block, CHILD, None), "modules_to_save", {})
+        if name in copies:
+            for key, tensor in plain_state(copies[name]).items():
+                tensor.copy_(state[f"blocks.{index}.{key}"])
 
 
 def _warn_of_lora_alone(name: str | os.PathLike[str]) -> None:
@@ -216,6 +261,15 @@ def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) ->
             tensor.copy_(state[f"blocks.{index}.{name}"])
         if len(own) == len(module.state_dict()):
             module.requires_grad_(is_trainable)
+
+
+@torch.no_grad()
+def _silence_originals(modules: Mapping[int, TemporalAttention], handle: STAHandle) -> None:
+    """Where PEFT has STA as a copy, the module in the copy's place under `disable_adapter()` adds nothing, as before the training."""
+    for index, module in modules.items():
+        if handle.blocks[index] is not module:
+            for parameter in module.to_out.parameters():
+                parameter.zero_()
 
 
 def _require_same_sta(folder: Path, handle: STAHandle) -> None:

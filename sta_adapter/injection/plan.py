@@ -104,7 +104,7 @@ class Plan:
     def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
         target, injection = self.target, Injection(self.config, self.target.backbone)
-        injection.watch(self.model)
+        injection.watch(self.model, modules)
         try:
             for index, module in modules.items():
                 block = target.blocks[index]

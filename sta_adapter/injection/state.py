@@ -14,22 +14,24 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.base_model import BaseMarks, mark_base
+from sta_adapter.adapter.base_model import BaseMarks, is_as_marked, mark_base
 from sta_adapter.adapter.lora_weights import checked_lora, require_whole_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.target import sta_modules, sta_trains
 from sta_adapter.injection.told import Held, Told
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class EncoderForward:
 
     layout: ClipLayout | None  # of its tokens; None where the branch is switched off
     with_grad: bool  # whether it began with gradients
-    reached: bool = False  # whether a branch was asked for
+    branches: int = 0  # how many branches were asked for; in a compiled graph they are not counted
+    compiled: bool = False  # whether a branch was asked for within one
     blocks: int = 0  # how many blocks' hooks have run; none do inside of a compiled graph
     checkpointed: bool = False  # whether the branch of one of these blocks will be computed again in the backward
     output: object = None  # of the block that ran last
@@ -140,17 +143,33 @@ class Injection:
         """Tell the frames of each clip for the forwards in a `with` block."""
         return self.told.clips(lengths)
 
-    def watch(self, model: nn.Module) -> None:
-        """Remember the model that STA goes into, for `warn_of_training`; a copy or an unpickled model is not watched."""
+    def watch(self, model: nn.Module, modules: Mapping[int, TemporalAttention]) -> None:
+        """Remember model and STA as they are now, for `warn_of_training`; a copy or an unpickled model is not watched."""
         self.base_marks = mark_base(model)
-        self.__dict__["_model"] = weakref.ref(model)
+        start = {index: mark_base(module.to_out) for index, module in modules.items()}
+        self.__dict__["_model"] = weakref.ref(model), start
         self.told = Told(weakref.ref(model))
 
-    def warn_of_training(self) -> None:
-        """Say at the first forward of a training what of it an adapter can't hold, not when hours later it is saved."""
-        model = self.__dict__.pop("_model", lambda: None)()
+    def warn_of_training(self, encoder: nn.Module) -> None:
+        """Say at the first forward of a training that STA takes no part, and what of it an adapter can't hold, not hours later."""
+        reference, start = self.__dict__.pop("_model", (lambda: None, {}))
+        model = reference()
         if model is None:
             return
+        modules = sta_modules(encoder, self.spec)
+        fresh = all(is_as_marked(module.to_out, start.get(index, {})) for index, module in modules.items())
+        if (
+            fresh
+            and not sta_trains(encoder, self.spec)
+            and any(parameter.requires_grad for parameter in model.parameters())
+        ):
+            warnings.warn(
+                "STA is in the model as inject_sta made it, and no parameter of it requires a gradient, so it would not be trained while other "
+                'weights are. Build LoRA from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call '
+                "handle.freeze_base() after all else that freezes.",
+                STAWarning,
+                stacklevel=2,
+            )
         try:
             checked_lora(model)
             require_whole_lora(model)
@@ -233,7 +252,10 @@ class Injection:
         """
         thread = self.thread
         if (forward := thread.forward) is not None:
-            forward.reached = True
+            if torch.compiler.is_compiling():
+                forward.compiled = True
+            else:
+                forward.branches += 1
             if forward.with_grad and not forward.checkpointed and not torch.compiler.is_compiling():
                 forward.checkpointed = inside_checkpoint()
             return forward.layout

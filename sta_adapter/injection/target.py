@@ -58,6 +58,12 @@ def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttenti
     return {index: _active_module(child) for index, child in enumerate(children) if child is not None}
 
 
+def sta_trains(encoder: nn.Module, spec: Backbone) -> bool:
+    """Whether any of the STA at work requires a gradient."""
+    modules = sta_modules(encoder, spec).values()
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
 def _active_module(module: nn.Module) -> TemporalAttention:
     """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
     if isinstance(module, TemporalAttention):
