@@ -281,7 +281,8 @@ def page(runs: list[dict[str, Any]], text: str) -> str:
     for name in OTHERS:
         others = load(HERE / "results" / name)
         compared = [verdict(others)] if {"sta", "lora"} <= {run["run"]["arm"] for run in others} else []
-        parts[name] = "\n\n".join([*compared, main_table(others), made_of(others), made_with(others)])
+        searched = [search_table(others)] if any(not run["run"]["test"] for run in others) else []
+        parts[name] = "\n\n".join([*compared, main_table(others), *searched, made_of(others), made_with(others)])
     for name in EARLIER:
         earlier = load(HERE / "results" / "earlier" / name)
         parts[name] = "\n\n".join([main_table(earlier), search_table(earlier), made_with(earlier)])
