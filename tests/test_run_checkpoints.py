@@ -137,10 +137,8 @@ def test_a_random_state_of_numpys_is_read_again(older, tmp_path, monkeypatch):
     """torch 2.4 has no list of what may be read, and asks for none."""
     if older:
         monkeypatch.delattr(torch.serialization, "safe_globals", raising=False)
-    state = np.random.get_state()
+    state, default = np.random.get_state(), {"weights_only": False} if older else {}
     torch.save(state, tmp_path / "rng_state.pth")
     with numpy_allowed():
-        found = torch.load(
-            tmp_path / "rng_state.pth", **({"weights_only": False} if older else {})
-        )  # as transformers does
+        found = torch.load(tmp_path / "rng_state.pth", **default)  # as transformers does
     assert np.array_equal(found[1], state[1])
