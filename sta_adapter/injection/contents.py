@@ -87,9 +87,10 @@ def adapter_contents(
             "PEFT keeps this handle's vision encoder as it was, and trains a copy of it (modules_to_save): go on with get_sta(peft_model)."
         )
     model = inner_model(handle.model, handle.encoder)
-    lora = lora_state(model)
     if not base_changed:
         require_whole_lora(model)
+    lora = lora_state(model)
+    if not base_changed:
         require_same_base(model, handle._injection.base_marks, () if lora is None else lora[1])
     return adapter_state(handle), describe_adapter(handle), lora_files(model, lora)
 
