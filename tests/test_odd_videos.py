@@ -481,5 +481,6 @@ def test_recordings_that_were_joined_byte_by_byte_are_an_error(tmp_path, rate):
 def test_files_that_end_early(tmp_path, name, how, share):
     whole = write(tmp_path / name, count=40, **how)
     assert len(read_clip(whole, num_frames=1000).frames) == 40
-    with pytest.raises(VideoError, match=r"cut off|can't be read"):
+    # the last: nothing in a .ts tells that its last frame is not whole, where the cut lies between two of its packets
+    with pytest.raises(VideoError, match=r"cut off|can't be read|23 of the 24 frames asked for decode"):
         read_clip(cut(whole, share), num_frames=1000)

@@ -26,7 +26,7 @@ def require_one_save(folder: Path, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: PEFT's file holds another STA.
     """
-    if (folder / LORA_CONFIG).exists() and (lora := read_lora(folder)).holds_sta:
+    if all((folder / name).exists() for name in (LORA_CONFIG, LORA_WEIGHTS)) and (lora := read_lora(folder)).holds_sta:
         require_same_sta(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)
 
 
