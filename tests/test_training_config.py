@@ -39,7 +39,7 @@ OPTIONS = {
     },
     **{"format": "ssv2", "overwrite": True, "learning_rate": 1e-3, "batch_size": 8, "max_steps": 5},
     **{"on_bad_sample": "error", "trust_remote_code": True, "dtype": "bf16", "quantize": "4bit", "revision": "main"},
-    **{"positions": "trained", "adapter_revision": "v1", "attn_implementation": "sdpa"},
+    **{"positions": "trained", "adapter_revision": "v1", "any_base": True, "attn_implementation": "sdpa"},
     **{"early_stopping": 3, "num_workers": 1, "seed": 7, "run_name": "first", "dry_run": True, "cache": "c"},
 }
 
