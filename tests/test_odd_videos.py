@@ -471,7 +471,8 @@ def test_recordings_that_were_joined_byte_by_byte_are_an_error(tmp_path, rate):
     [
         ("cut.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
         ("cut.ogv", {"codec": "libvpx"}),
-        ("cut.ts", {}),
+        # the same bytes each time: cut between two of its packets, it would not tell that it is
+        ("cut.ts", {"options": {"mbtree": "0"}}),
         ("cut.mxf", {"codec": "mpeg2video", "rate": 25}),
         ("cut.wmv", {"codec": "wmv2"}),
         ("cut.mp4", {"container_options": {"movflags": "faststart"}}),
@@ -481,6 +482,5 @@ def test_recordings_that_were_joined_byte_by_byte_are_an_error(tmp_path, rate):
 def test_files_that_end_early(tmp_path, name, how, share):
     whole = write(tmp_path / name, count=40, **how)
     assert len(read_clip(whole, num_frames=1000).frames) == 40
-    # the last: nothing in a .ts tells that its last frame is not whole, where the cut lies between two of its packets
-    with pytest.raises(VideoError, match=r"cut off|can't be read|23 of the 24 frames asked for decode"):
+    with pytest.raises(VideoError, match=r"cut off|can't be read"):
         read_clip(cut(whole, share), num_frames=1000)

@@ -106,9 +106,8 @@ def _in_order(table: FrameTable, wanted: list[int], threads: int) -> Iterator[tu
     index_of: dict[int | None, int] = {int(pts): index for index, pts in enumerate(table.pts)} if table.seekable else {}
     with open_video(table.path) as container:
         stream, decoder = _ready(container, threads)
-        if (
-            decoder.name == "h264"
-        ):  # where a stream doesn't tell how far frames are reordered, waits for all that may come
+        if decoder.name == "h264":
+            # where a stream doesn't tell how far frames are reordered, wait for all that may come
             decoder.options = {**DECODER_LIMIT, "strict": "1"}
         decoded = (frame for packet in container.demux(stream) for frame in _frames_of(packet, decoder))
         count = 0
