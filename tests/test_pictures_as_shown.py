@@ -95,7 +95,8 @@ def test_frames_that_are_transparent_lie_on_white(tmp_path, name):
     np.testing.assert_array_equal([frame.pixels for frame in watched], clip.frames)
     assert clip.metadata.backend == "pyav"
     pytest.importorskip("decord")
-    with pytest.raises(BackendError, match=r"would not be put on white|its codec|before 18"):
+    tells_all = int(av.__version__.split(".")[0]) >= 18  # PyAV before that refuses decord for each file
+    with pytest.raises(BackendError, match=r"would not be put on white|its codec" if tells_all else "before 18"):
         read_clip(tmp_path / name, backend="decord")
 
 
