@@ -3,6 +3,8 @@ import copy
 import multiprocessing
 import os
 import pickle
+import platform
+import resource
 import signal
 import time
 from pathlib import Path
@@ -97,6 +99,24 @@ def test_a_hanging_call_is_stopped():
         isolated("hang")
     assert gone(before)
     assert isolated("give")[0] != before
+
+
+def faults_of_large_tensors():
+    """Pages that the kernel had to give for a tensor, after others as large that were let go."""
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.full((25_000_000,), 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are of GNU's C library")
+def test_memory_of_a_long_clip_stays_with_the_process():
+    # 100 MB are 24,000 pages, and above the 32 MB from which on malloc gives memory back at once by itself
+    call = Isolated(faults_of_large_tensors, timeout=60.0)
+    try:
+        assert call() < 1000
+    finally:
+        call.close()
 
 
 @pytest.mark.parametrize(

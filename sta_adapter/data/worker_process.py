@@ -35,7 +35,7 @@ GRACE = 5.0  # seconds after the limit at which the process ends itself, should 
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
 
 DEATH_TOLD = 1.0  # seconds after which the signal of a process's death has come
-KEPT = {-1: 256 << 20, -3: 32 << 20}  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+KEPT = {-1: 1 << 30, -4: 0}  # malloc.h: M_TRIM_THRESHOLD; M_MMAP_MAX, as M_MMAP_THRESHOLD goes no further than 32 MB
 SHARED = hasattr(os, "memfd_create")  # not in every build of Python
 
 
