@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from sta_adapter.data import BadSample, Collator
 from sta_adapter.data.chat_encoding import IGNORE
@@ -39,27 +38,6 @@ def test_nothing_usable_is_nothing_to_learn():
     batch = Collator(9)([BadSample("line 3", "gone")])
     assert batch.pop("bad_samples") == ["line 3: gone"]
     assert {key: value.tolist() for key, value in batch.items()} == {"labels": [[IGNORE]]}
-
-
-class _NotedSharing:
-    """A collator that adds which of a batch's tensors are in shared memory before they leave the worker."""
-
-    def __call__(self, items):
-        batch = Collator(9)(items)
-        return {**batch, "shared": {key: value.is_shared() for key, value in batch.items() if torch.is_tensor(value)}}
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-def test_clips_of_a_workers_batch_are_put_together_where_they_are_handed_over(workers, dtype):
-    items = [{**LONG, "pixel_values_videos": torch.arange(12 * n).view(n, 4, 3).to(dtype)} for n in (2, 1, 0)]
-    loader = DataLoader(items, batch_size=3, num_workers=workers, collate_fn=_NotedSharing())
-    (batch,) = loader
-    assert batch["shared"]["pixel_values_videos"] is bool(workers)
-    assert not batch["shared"]["input_ids"]
-    expected = torch.cat([item["pixel_values_videos"] for item in items])
-    assert batch["pixel_values_videos"].dtype == dtype
-    assert torch.equal(batch["pixel_values_videos"], expected)
 
 
 def test_what_is_shared_may_be_of_several_types():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,6 +10,7 @@ import torch
 
 from sta_adapter.compatibility.processors import Processor, row_tokens
 from sta_adapter.data.message import Visual
+from sta_adapter.data.tensor_handover import HAS_MEMFD, LARGE, joined_in_file
 from sta_adapter.errors import DataError
 
 __all__ = ["PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
@@ -23,7 +23,7 @@ ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")
 def put_together(key: str, values: Sequence[torch.Tensor], *, shared: bool = False) -> torch.Tensor:
     """What a processor gave under one name for several samples, one after the other.
 
-    `shared`: in memory that other processes see, where a worker's batch goes in the end; it spares a copy of large clips.
+    `shared`: in memory that other processes see, where a worker's batch goes in the end; it spares two copies of large clips.
 
     Clips `(clips, T, 3, H, W)` of unequal T are filled up with frames of NaN, which STA's backbone takes out again (a
     model without it counts too many features, and says so); tiles of pictures `(pictures, N, 3, H, W)` with black ones,
@@ -36,12 +36,10 @@ def put_together(key: str, values: Sequence[torch.Tensor], *, shared: bool = Fal
             torch.nn.functional.pad(value, (0, 0, 0, 0, 0, 0, 0, longest - value.shape[1]), value=fill)
             for value in values
         ]
-    new_shared = getattr(torch.UntypedStorage, "_new_shared", None)  # as torch's own default_collate takes it
-    if not shared or new_shared is None or len({(value.dtype, value.shape[1:]) for value in values}) > 1:
+    large = sum(value.nbytes for value in values) >= LARGE
+    if not (shared and HAS_MEMFD and large) or len({(value.dtype, value.shape[1:]) for value in values}) > 1:
         return torch.cat(list(values))
-    shape = (sum(len(value) for value in values), *values[0].shape[1:])
-    memory = new_shared(math.prod(shape) * values[0].element_size(), device="cpu")
-    return torch.cat(list(values), out=values[0].new_empty(0).set_(memory).view(shape))
+    return joined_in_file(values)
 
 
 def missing_frames(videos: torch.Tensor) -> torch.Tensor:

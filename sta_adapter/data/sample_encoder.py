@@ -18,6 +18,7 @@ from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message, Part, Visual
 from sta_adapter.data.sample_cache import SampleCache
 from sta_adapter.data.shard_clips import unpacked
+from sta_adapter.data.tensor_handover import hand_over_by_writing
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import POSSIBLE, Isolated, ProcessError, keep_memory
 from sta_adapter.data.worker_signals import outlasts, ready_worker
@@ -84,6 +85,7 @@ class SampleEncoder:
                 raise DataError(sample.problem)
             if get_worker_info() is not None:
                 keep_memory()
+                hand_over_by_writing()
             messages = sample.prompt if self.prompts else sample.messages
             thinking = has_reasoning(sample.messages)
             if not self.for_engine:

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -25,6 +24,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
+from sta_adapter.data.tensor_handover import HAS_MEMFD, mapped, written
 from sta_adapter.data.worker_signals import die_with_parent, end_workers
 from sta_adapter.errors import DataError, STAError, VideoError
 
@@ -35,8 +35,7 @@ GRACE = 5.0  # seconds after the limit at which the process ends itself, should 
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
 
 DEATH_TOLD = 1.0  # seconds after which the signal of a process's death has come
-KEPT = {-1: 1 << 30, -4: 0}  # malloc.h: M_TRIM_THRESHOLD; M_MMAP_MAX, as M_MMAP_THRESHOLD goes no further than 32 MB
-SHARED = hasattr(os, "memfd_create")  # not in every build of Python
+KEPT = {-1: 256 << 20, -4: 0}  # malloc.h: M_TRIM_THRESHOLD; M_MMAP_MAX, as M_MMAP_THRESHOLD goes no further than 32 MB
 
 
 class ProcessError(VideoError):
@@ -193,15 +192,12 @@ def _send(pipe: Connection, value: object) -> None:
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]
     sizes = [len(part) for part in raw]
-    if not (SHARED and any(sizes)):
+    if not (HAS_MEMFD and any(sizes)):
         pipe.send((data, sizes, False))
         for part in raw:
             pipe.send_bytes(part)
         return
-    with open(os.memfd_create("sta-adapter"), "wb") as file:
-        for part in raw:
-            file.write(part)
-        file.flush()
+    with written(raw) as file:
         pipe.send((data, sizes, True))
         send_handle(pipe, file.fileno(), os.getppid())
 
@@ -211,7 +207,7 @@ def _receive(pipe: Connection) -> tuple[object, Exception | None]:
     data, sizes, shared = pipe.recv()
     buffers: list[memoryview | bytearray]
     if shared:
-        memory = memoryview(_mapped(recv_handle(pipe), sum(sizes)))
+        memory = memoryview(mapped(recv_handle(pipe), sum(sizes)))
         ends = list(itertools.accumulate(sizes))
         buffers = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     else:
@@ -219,14 +215,6 @@ def _receive(pipe: Connection) -> tuple[object, Exception | None]:
         for buffer in buffers:
             pipe.recv_bytes_into(buffer)
     return cast("tuple[object, Exception | None]", pickle.loads(data, buffers=buffers))
-
-
-def _mapped(handle: int, size: int) -> mmap.mmap:
-    """Memory that another process has written; it goes with the last array in it."""
-    try:
-        return mmap.mmap(handle, size)
-    finally:
-        os.close(handle)
 
 
 def _reap(pid: int) -> int | None:
