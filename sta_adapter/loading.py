@@ -21,7 +21,8 @@ from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
-from sta_adapter.injection.load import load_sta, warn_of_sta, watch_peft
+from sta_adapter.injection.load import load_sta, watch_peft
+from sta_adapter.injection.saved_sta import warn_of_sta
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.weights import published_config
 from sta_adapter.requirements import require_device

@@ -6,45 +6,34 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sta_adapter.adapter.atomic_write import SAVED
 from sta_adapter.adapter.base_model import check_base
-from sta_adapter.adapter.format import (
-    CONFIG,
-    WEIGHTS,
-    Description,
-    compare_tensors,
-    read_description,
-    read_weights,
-    require_description,
-    saved_config,
-)
+from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, saved_config
 from sta_adapter.adapter.hub import download_options, resolve_adapter
-from sta_adapter.adapter.lora_options import OURS
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
-from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.compatibility.module_names import STA_TENSOR
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
 from sta_adapter.compatibility.releases import version
-from sta_adapter.errors import CheckpointError, ConfigError, STAError, STAWarning
-from sta_adapter.injection.backbone import active_modules
-from sta_adapter.injection.contents import plain_state
+from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.injection.handle import STAHandle, get_sta
-from sta_adapter.injection.hooks import find_injections
 from sta_adapter.injection.plan import plan_injection
-from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.saved_sta import (
+    describe,
+    fill,
+    fill_copies,
+    folder_with_sta,
+    require_same_sta,
+    silence_originals,
+)
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
-__all__ = ["load_sta", "warn_of_sta", "watch_peft"]
+__all__ = ["load_sta", "watch_peft"]
 
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
@@ -90,7 +79,7 @@ def load_sta(
     if hub_options:
         _require_known(hub_options)
     folder = resolve_adapter(folder_or_repo_id, revision, subfolder=subfolder, **hub_options)
-    description, file, read = _describe(folder)
+    description, file, read = describe(folder)
     config = saved_config(description, folder / CONFIG)
     config = config if attention is None else dataclasses.replace(config, attention=attention)
     watch_peft()
@@ -105,11 +94,11 @@ def load_sta(
         raise CheckpointError("the encoder's weights are on the meta device: load them first, then the adapter.")
     warn_of_other_rule(model, description.get("positions"))
     handle = plan.attach(modules)
-    _fill(handle, state, is_trainable)
+    fill(handle, state, is_trainable)
     if (folder / LORA_CONFIG).exists():
         handle = _add_lora(handle, folder, description, is_trainable)
-        _fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
-        _silence_originals(modules, handle)
+        fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
+        silence_originals(modules, handle)
     return handle
 
 
@@ -140,9 +129,9 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        folder, handle = _folder_with_sta(model_id, kwargs), get_sta(model)
+        folder, handle = folder_with_sta(model_id, kwargs), get_sta(model)
         if folder is not None and handle is not None:
-            _require_same_sta(folder, handle)
+            require_same_sta(folder, handle)
         if folder is None or handle is not None:
             return load(cls, model, model_id, *args, **kwargs)
         first = kwargs.get("adapter_name") in (None, "default")
@@ -159,12 +148,12 @@ def watch_peft() -> None:
 
     @functools.wraps(load_more)
     def load_adapter(self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name not in self.peft_config and (folder := _folder_with_sta(model_id, kwargs)) is not None:
+        if adapter_name not in self.peft_config and (folder := folder_with_sta(model_id, kwargs)) is not None:
             handle = get_sta(self)
             if handle is None:
                 _warn_of_lora_alone(model_id)
             else:
-                _require_same_sta(folder, handle)
+                require_same_sta(folder, handle)
         return load_more(self, model_id, adapter_name, *args, **kwargs)
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
@@ -184,31 +173,20 @@ def _watch_transformers() -> None:
     @functools.wraps(load)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
-        folder = None if peft_model_id is None else _folder_with_sta(peft_model_id, options)
+        folder = None if peft_model_id is None else folder_with_sta(peft_model_id, options)
         handle = None if folder is None else get_sta(self)
         if handle is not None and folder is not None:
-            _require_same_sta(folder, handle)
+            require_same_sta(folder, handle)
         elif folder is not None:
             _warn_of_lora_alone(peft_model_id)
         found = load(self, peft_model_id, *args, **kwargs)
         if handle is not None and folder is not None:
             name = args[0] if args else kwargs.get("adapter_name")
-            _fill_copies(self, name or "default", _describe(folder)[2]())
+            fill_copies(self, name or "default", describe(folder)[2]())
         return found
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
     mixin.load_adapter = load_adapter
-
-
-@torch.no_grad()
-def _fill_copies(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
-    """Give STA's tensors in PEFT's copies for one adapter their values."""
-    encoder, injection = find_injections(active_modules(model))[0]
-    for index, block in enumerate(encoder.get_submodule(injection.spec.blocks).children()):
-        copies = getattr(getattr(block, CHILD, None), "modules_to_save", {})
-        if name in copies:
-            for key, tensor in plain_state(copies[name]).items():
-                tensor.copy_(state[f"blocks.{index}.{key}"])
 
 
 def _warn_of_lora_alone(name: str | os.PathLike[str]) -> None:
@@ -234,99 +212,3 @@ def _add_lora(handle: STAHandle, folder: Path, description: Description, is_trai
     if loaded is None:
         raise CheckpointError(f"peft replaced the encoder with a copy while loading {folder}, which is not supported.")
     return loaded
-
-
-def _describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Tensor]]]:
-    """STA's description in a folder, and what holds and reads its tensors: an adapter's files, or those that PEFT itself saved."""
-    if (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists():
-        lora = read_lora(folder)
-        if lora.sta is not None or lora.holds_sta:
-            return require_description(lora.sta or {}, folder / LORA_CONFIG), lora.path, lora.read_sta
-    description = read_description(folder)
-    if description.get("lora") is True and not (folder / LORA_CONFIG).exists():
-        # without this, a copy that misses a file would load, and compute something else
-        raise CheckpointError(
-            f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing. Copy or download it "
-            f'again; to use STA without its LoRA, write "lora": false into {CONFIG}.'
-        )
-    return description, folder / WEIGHTS, lambda: read_weights(folder, description)
-
-
-@torch.no_grad()
-def _fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) -> None:
-    """Give STA's tensors their values; where LoRA is on STA itself, it alone goes on training."""
-    for index, module in handle.blocks.items():
-        own = plain_state(module)
-        for name, tensor in own.items():
-            tensor.copy_(state[f"blocks.{index}.{name}"])
-        if len(own) == len(module.state_dict()):
-            module.requires_grad_(is_trainable)
-
-
-@torch.no_grad()
-def _silence_originals(modules: Mapping[int, TemporalAttention], handle: STAHandle) -> None:
-    """Where PEFT has STA as a copy, the module in the copy's place under `disable_adapter()` adds nothing, as before the training."""
-    for index, module in modules.items():
-        if handle.blocks[index] is not module:
-            for parameter in module.to_out.parameters():
-                parameter.zero_()
-
-
-def _require_same_sta(folder: Path, handle: STAHandle) -> None:
-    """Refuse to have PEFT load an adapter, of which it takes what fits, into a model with STA of another kind.
-
-    Where its LoRA weights come without STA's, as `sta-adapter export` writes them, it must be the model's.
-    """
-    description, file, read = _describe(folder)
-    saved, here = saved_config(description, folder / CONFIG), handle.config
-    differ = [
-        f"{name} {getattr(saved, name)!r}, in the model {getattr(here, name)!r}"
-        for name in ("head_scale", "order", "rope_theta", "single_frames", "causal", "window", "token_order")
-        if getattr(saved, name) != getattr(here, name)
-    ]
-    if differ:
-        raise CheckpointError(
-            f"STA of {folder} was trained with other settings than the model's: {'; '.join(differ)}. Take the model's out "
-            "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
-        )
-    state = read()
-    own = {f"blocks.{i}.{name}": t.detach() for i, m in handle.blocks.items() for name, t in plain_state(m).items()}
-    compare_tensors(file, state, own)
-    if read_lora(folder).holds_sta or all(torch.equal(own[k].cpu(), t.to(own[k].dtype)) for k, t in state.items()):
-        return
-    raise CheckpointError(
-        f"the LoRA weights in {folder} were trained beside another STA than the model's, and PEFT loads them alone. Take the model's out "
-        "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
-    )
-
-
-def _folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
-    """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
-    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
-    try:
-        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
-        known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
-    except (STAError, OSError, ValueError, TypeError):
-        return None
-    return folder if known else None
-
-
-def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:
-    """Say that a model was loaded without the STA among its weights: a trainer saved it whole, or it is of the published code.
-
-    Args:
-        name: of the model.
-        unexpected: names of weights that had no place in it.
-    """
-    published = {spec.published_names.get("to_qkv") for spec in map(get_backbone, list_backbones())} - {None}
-    for key in sorted(unexpected):
-        ours = STA_TENSOR.search(key)
-        if not ours and not any(f".{part}." in key for part in published):
-            continue
-        how = "handle.save_pretrained wrote it (load_sta, --adapter)" if ours else "`sta-adapter convert` makes it"
-        warnings.warn(
-            f"the weights in {os.fspath(name)} hold STA ({key}, for one), and the model is loaded without it: give its adapter as {how}.",
-            STAWarning,
-            stacklevel=4,
-        )
-        return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.injection.load import warn_of_sta
+from sta_adapter.injection.saved_sta import warn_of_sta
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.injection.load import warn_of_sta
+from sta_adapter.injection.saved_sta import warn_of_sta
 from sta_adapter.internvideo.v2_config import LORA_TARGETS, MODEL_TYPE, read_config
 from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.weights import (

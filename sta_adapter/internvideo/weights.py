@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sta_adapter.adapter.hub import explain, patiently
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.errors import CheckpointError, ConfigError
-from sta_adapter.injection.load import warn_of_sta
+from sta_adapter.injection.saved_sta import warn_of_sta
 
 __all__ = [
     "added_tokens",

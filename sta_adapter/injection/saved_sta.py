@@ -1,0 +1,145 @@
+"""STA in a folder and in a model: what was saved, whether it is what the model has, and its values brought in."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sta_adapter.adapter.atomic_write import SAVED
+from sta_adapter.adapter.format import (
+    CONFIG,
+    WEIGHTS,
+    Description,
+    compare_tensors,
+    read_description,
+    read_weights,
+    require_description,
+    saved_config,
+)
+from sta_adapter.adapter.hub import download_options, resolve_adapter
+from sta_adapter.adapter.lora_options import OURS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, read_lora
+from sta_adapter.attention.module import CHILD, TemporalAttention
+from sta_adapter.compatibility.module_names import STA_TENSOR
+from sta_adapter.errors import CheckpointError, STAError, STAWarning
+from sta_adapter.injection.backbone import active_modules
+from sta_adapter.injection.contents import plain_state
+from sta_adapter.injection.handle import STAHandle
+from sta_adapter.injection.hooks import find_injections
+from sta_adapter.injection.registry import get_backbone, list_backbones
+
+__all__ = ["describe", "fill", "fill_copies", "folder_with_sta", "require_same_sta", "silence_originals", "warn_of_sta"]
+
+
+def describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Tensor]]]:
+    """STA's description in a folder, and what holds and reads its tensors: an adapter's files, or those that PEFT itself saved."""
+    if (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists():
+        lora = read_lora(folder)
+        if lora.sta is not None or lora.holds_sta:
+            return require_description(lora.sta or {}, folder / LORA_CONFIG), lora.path, lora.read_sta
+    description = read_description(folder)
+    if description.get("lora") is True and not (folder / LORA_CONFIG).exists():
+        # without this, a copy that misses a file would load, and compute something else
+        raise CheckpointError(
+            f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing. Copy or download it "
+            f'again; to use STA without its LoRA, write "lora": false into {CONFIG}.'
+        )
+    return description, folder / WEIGHTS, lambda: read_weights(folder, description)
+
+
+def folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
+    """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
+    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
+    try:
+        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
+        known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
+    except (STAError, OSError, ValueError, TypeError):
+        return None
+    return folder if known else None
+
+
+def require_same_sta(folder: Path, handle: STAHandle) -> None:
+    """Refuse to have PEFT load an adapter, of which it takes what fits, into a model with STA of another kind.
+
+    Where its LoRA weights come without STA's, as `sta-adapter export` writes them, it must be the model's.
+    """
+    description, file, read = describe(folder)
+    saved, here = saved_config(description, folder / CONFIG), handle.config
+    differ = [
+        f"{name} {getattr(saved, name)!r}, in the model {getattr(here, name)!r}"
+        for name in ("head_scale", "order", "rope_theta", "single_frames", "causal", "window", "token_order")
+        if getattr(saved, name) != getattr(here, name)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"STA of {folder} was trained with other settings than the model's: {'; '.join(differ)}. Take the model's out "
+            "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
+        )
+    state = read()
+    own = {f"blocks.{i}.{name}": t.detach() for i, m in handle.blocks.items() for name, t in plain_state(m).items()}
+    compare_tensors(file, state, own)
+    if read_lora(folder).holds_sta or all(torch.equal(own[k].cpu(), t.to(own[k].dtype)) for k, t in state.items()):
+        return
+    raise CheckpointError(
+        f"the LoRA weights in {folder} were trained beside another STA than the model's, and PEFT loads them alone. Take the model's out "
+        "(get_sta(model).remove()) and load the folder by sta_adapter.load_sta."
+    )
+
+
+@torch.no_grad()
+def fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) -> None:
+    """Give STA's tensors their values; where LoRA is on STA itself, it alone goes on training."""
+    for index, module in handle.blocks.items():
+        own = plain_state(module)
+        for name, tensor in own.items():
+            tensor.copy_(state[f"blocks.{index}.{name}"])
+        if len(own) == len(module.state_dict()):
+            module.requires_grad_(is_trainable)
+
+
+@torch.no_grad()
+def fill_copies(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Give STA's tensors in PEFT's copies for one adapter their values."""
+    encoder, injection = find_injections(active_modules(model))[0]
+    for index, block in enumerate(encoder.get_submodule(injection.spec.blocks).children()):
+        copies = getattr(getattr(block, CHILD, None), "modules_to_save", {})
+        if name in copies:
+            for key, tensor in plain_state(copies[name]).items():
+                tensor.copy_(state[f"blocks.{index}.{key}"])
+
+
+@torch.no_grad()
+def silence_originals(modules: Mapping[int, TemporalAttention], handle: STAHandle) -> None:
+    """Where PEFT has STA as a copy, the module in the copy's place under `disable_adapter()` adds nothing, as before the training."""
+    for index, module in modules.items():
+        if handle.blocks[index] is not module:
+            for parameter in module.to_out.parameters():
+                parameter.zero_()
+
+
+def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:
+    """Say that a model was loaded without the STA among its weights: a trainer saved it whole, or it is of the published code.
+
+    Args:
+        name: of the model.
+        unexpected: names of weights that had no place in it.
+    """
+    published = {spec.published_names.get("to_qkv") for spec in map(get_backbone, list_backbones())} - {None}
+    for key in sorted(unexpected):
+        ours = STA_TENSOR.search(key)
+        if not ours and not any(f".{part}." in key for part in published):
+            continue
+        how = "handle.save_pretrained wrote it (load_sta, --adapter)" if ours else "`sta-adapter convert` makes it"
+        warnings.warn(
+            f"the weights in {os.fspath(name)} hold STA ({key}, for one), and the model is loaded without it: give its adapter as {how}.",
+            STAWarning,
+            stacklevel=4,
+        )
+        return
