@@ -134,6 +134,12 @@ def test_stage_one_then_two_and_settings_from_the_command_line(base, data, clips
     assert "is of stage 1, without LoRA" in said
 
 
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_the_plug_in_without_its_tuner_is_an_error(base, data, tmp_path, tuner):
+    said = swift("sft", base, data, tmp_path / "out", "--tuner_type", tuner, expect=1)
+    assert f"--tuner_type {tuner} would train without STA: set --tuner_type sta" in said
+
+
 def test_two_processes(base, data, clips, tmp_path):
     swift("sft", base, data, tmp_path / "out", steps=2, NPROC_PER_NODE="2")
     check_adapter(tmp_path / "out/checkpoint-2", base, clips)

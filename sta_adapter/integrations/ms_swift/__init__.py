@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -117,6 +118,20 @@ def _merging(own: Callable[..., object]) -> Callable[..., object]:
     return merge_and_unload
 
 
+def _preparing(own: Callable[..., object]) -> Callable[..., object]:
+    """ms-swift's function that makes a model ready to be trained, which does so without STA where another tuner is named."""
+
+    @functools.wraps(own)
+    def prepare_model(cls: object, args: object, model: nn.Module, **kwargs: object) -> object:
+        if (tuner := getattr(args, "tuner_type", NAME)) != NAME:
+            raise ConfigError(
+                f"--external_plugins has STA's, and --tuner_type {tuner} would train without STA: set --tuner_type {NAME}, or leave the plug-in out."
+            )
+        return own(cls, args, model, **kwargs)
+
+    return prepare_model
+
+
 def lora_options(args: object) -> dict[str, object]:
     """Fields of `LoraConfig` that ms-swift's options ask for, where these differ from its defaults.
 
@@ -156,6 +171,9 @@ def register() -> None:
     watch_peft()  # also an adapter that is loaded without --tuner_type sta brings its STA
     tuners_map[NAME] = STATuner
     Swift.merge_and_unload = staticmethod(_merging(Swift.merge_and_unload))
+    training = sys.modules.get("swift.pipelines.train.tuner")  # a command that trains imports it before its plug-ins
+    if training is not None:
+        training.TunerMixin.prepare_model = classmethod(_preparing(training.TunerMixin.prepare_model.__func__))
     callbacks_map["sta_save"] = lambda *_: SaveAdapter()  # (trainer) in ms-swift 4.0, and then (args, trainer)
     callbacks_map["sta_gradient"] = lambda *_: RequireGradient(Settings.from_environment().patience)
 
