@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
-__all__ = ["SETTINGS", "ChatProcessor"]
-
 Conversation: TypeAlias = list[dict[str, Any]]
 """Messages with `role` and `content`, a text or parts."""
 SETTINGS = "preprocessor_config.json"
@@ -71,9 +69,7 @@ class ChatProcessor(ABC):
         text = cast("str | list[str]", written)  # as nothing is tokenized
         if not tokenize:
             return text
-        messages: Conversation = []
-        for one in conversation:
-            messages += [one] if isinstance(one, dict) else one
+        messages = [message for one in conversation for message in ([one] if isinstance(one, dict) else one)]
         parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
         held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
         options = {**self.template_options, **options}

@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from sta_adapter.errors import CheckpointError, MissingExtraError
 from sta_adapter.internvideo.weights import added_tokens, read_json
 
-__all__ = ["load_tokenizer"]
-
 CONTROL, USER_DEFINED, BPE = 3, 4, 2
 """Kinds of pieces and of models in SentencePiece's format."""
 SPACE = "▁"

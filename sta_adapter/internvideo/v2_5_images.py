@@ -31,9 +31,7 @@ class InternVideo2_5ImageProcessor:
     min_tiles: int = 1  # tiles that a picture is cut into at least
     max_tiles: int = 6  # and at most, but for the whole picture that comes with several
     use_thumbnail: bool = True  # whether it does
-    merged_frames: int = (
-        4  # rows whose tokens are merged together; clips and pictures are filled up to a multiple of it
-    )
+    merged_frames: int = 4  # rows whose tokens are merged; clips and pictures are filled up to a multiple of it
     frame_segments: bool = True  # whether N frames of a file are the middles of N segments, as in training
 
     def to_dict(self) -> dict[str, object]:
@@ -90,7 +88,8 @@ class InternVideo2_5ImageProcessor:
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Columns and rows of tiles for a picture: those nearest to its shape; of several, the more the larger it is."""
         most = range(1, self.max_tiles + 1)
-        known = {(c, r) for n in most for c in range(1, n + 1) for r in range(1, n + 1) if self._allowed(c * r)}
+        sides = ((c, r) for n in most for c in range(1, n + 1) for r in range(1, n + 1))
+        known = {(c, r) for c, r in sides if self.min_tiles <= c * r <= self.max_tiles}
         best, least = (1, 1), float("inf")
         for columns, rows in sorted(known, key=lambda pair: pair[0] * pair[1]):
             difference = abs(width / height - columns / rows)
@@ -98,9 +97,6 @@ class InternVideo2_5ImageProcessor:
             if difference < least or (difference == least and large):
                 best, least = (columns, rows), difference
         return best
-
-    def _allowed(self, tiles: int) -> bool:
-        return self.min_tiles <= tiles <= self.max_tiles
 
     def _rows(self, pictures: list[Image]) -> Tensor:
         pictures = [*pictures, *pictures[-1:] * (-len(pictures) % self.merged_frames)]

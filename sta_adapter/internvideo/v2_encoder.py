@@ -19,8 +19,6 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from sta_adapter.errors import CheckpointError, LayoutError
 
-__all__ = ["EncoderConfig", "InternVideo2Encoder"]
-
 EPS = 1e-6
 SIZES: dict[str, dict[str, float]] = {
     "internvideo2-1B": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},

@@ -14,8 +14,6 @@ from sta_adapter.data.clip_batches import put_together
 from sta_adapter.errors import DataError
 from sta_adapter.internvideo.visuals import MEAN, STD, Frames, Picture
 
-__all__ = ["InternVideo2ImageProcessor"]
-
 
 class InternVideo2ImageProcessor:
     """Makes clips (n, T, 3, size, size): one of a clip, and with tiles the parts of its picture and then the whole.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["InternVideo2Chat"]
-
 LAYER_NORM_EPS = 1e-12
 
 

@@ -20,8 +20,6 @@ from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, promp
 from sta_adapter.internvideo.visuals import Frames, Picture
 from sta_adapter.internvideo.weights import read_json
 
-__all__ = ["InternVideo2ChatProcessor"]
-
 NAME = "InternVideo2ChatProcessor"
 HD_TILES = (2, 1)
 """Columns and rows of tiles that the HD variant was published with, whatever the picture's shape."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from sta_adapter.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE", "VIDEO", "conversation", "prompt_tokens"]
+    from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
+    from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
 
 IMAGE, VIDEO = "[<IMG_PLH>]", "[<VID_PLH>]"
 """Where a picture or a clip stands in a prompt."""
@@ -44,24 +45,12 @@ CHAT_TEMPLATE = """\
 """As the published `chat` writes it: clips and pictures in a turn of their own, then the question."""
 
 
-class Placeholders(Protocol):
-    """What says how clips and pictures stand in a prompt: the configuration, or the processor."""
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """Of each clip and picture."""
-
-    @property
-    def image_token_id(self) -> int:
-        """Stands for each token of a picture."""
-
-    @property
-    def video_token_id(self) -> int:
-        """Stands for each token of a clip."""
-
-
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, config: Placeholders, *, begins: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    places: InternVideo2ChatConfig | InternVideo2ChatProcessor,
+    *,
+    begins: bool = True,
 ) -> list[int]:
     """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
 
@@ -71,7 +60,7 @@ def prompt_tokens(
     Args:
         tokenizer: the language model's.
         text: the text; a `bos_token` that it begins with isn't doubled.
-        config: says what stands for a clip or picture.
+        places: says what stands for a clip or picture.
         begins: whether it is a text from its beginning on; else it goes on where another ended, if it has no `bos_token`.
 
     Raises:
@@ -84,8 +73,8 @@ def prompt_tokens(
     tokens: list[int] = []
     for number, stretch in enumerate(re.split(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})", words)):
         if stretch in (IMAGE, VIDEO):
-            place = config.image_token_id if stretch == IMAGE else config.video_token_id
-            tokens += [place] * config.num_visual_tokens
+            place = places.image_token_id if stretch == IMAGE else places.video_token_id
+            tokens += [place] * places.num_visual_tokens
         else:
             begin = [] if goes_on and number == 0 else [tokenizer.bos_token_id]
             tokens += [*begin, *tokenizer(stretch, add_special_tokens=False)["input_ids"]]
