@@ -159,12 +159,17 @@ class Viewer:
         inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
         pixels = inputs.get("pixel_values")
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
-        return LoadedClip(visual.pixels, _times(visual), messages, encoded, inputs, in_rows, crops(self.processor))
+        told = visual.metadata
+        times = None if told is None else np.array(told["frames_indices"]) / told["fps"]
+        return LoadedClip(visual.pixels, times, messages, encoded, inputs, in_rows, crops(self.processor))
 
     def _decode(self, file: str, settings: FrameSettings) -> Visual:
         """The clip of a file; in a process of its own, where that is possible."""
-        if self.longest is not None:
-            _check_length(file, self.longest)
+        if self.longest is not None and (duration := read_frame_table(file).duration) > self.longest:
+            raise VideoError(
+                f"{Path(file).name} is {duration:g} s long, and at most {self.longest:g} s are taken. Cut out the part that "
+                "matters."
+            )
         return ClipReader.of(self.processor, settings).read([{"type": "video", "video": file}])[0]
 
     def observe(self, clip: LoadedClip, limit: AnswerLimit | None = None, patch_budget: int = BUDGET) -> Observation:
@@ -210,21 +215,6 @@ class Viewer:
 
     def _told(self, clip: LoadedClip) -> contextlib.AbstractContextManager[None]:
         return self.handle.clips([len(clip.frames)]) if clip.rows_are_frames else contextlib.nullcontext()
-
-
-def _check_length(file: str, longest: float) -> None:
-    duration = read_frame_table(file).duration
-    if duration > longest:
-        raise VideoError(
-            f"{Path(file).name} is {duration:g} s long, and at most {longest:g} s are taken. Cut out the part that matters."
-        )
-
-
-def _times(visual: Visual) -> np.ndarray | None:
-    found = visual.metadata
-    if found is None or not found.get("fps") or not found.get("frames_indices"):
-        return None
-    return np.array(found["frames_indices"]) / found["fps"]
 
 
 def crops(processor: Processor) -> bool:
