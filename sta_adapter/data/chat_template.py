@@ -58,22 +58,14 @@ def render(processor: Processor, messages: list[Message], *, prompt: bool = Fals
 
 
 def question_text(before: str, asked: str) -> str:
-    """What is added to a written conversation up to where its next answer begins; an empty place for reasoning may go from it.
-
-    Raises:
-        DataError: the template writes otherwise what was there before.
-    """
+    """What is added to a written conversation up to where its next answer begins; an empty place for reasoning may go from it."""
     bare = _NO_REASONING.sub("", before)
     start = bare if asked.startswith(bare) and not asked.startswith(before) else before
     return grown(start, asked)[len(start) :]
 
 
 def answer_text(asked: str, written: str, answer: Message) -> str:
-    """What an answer adds to the text that asks for it, in a conversation as the template writes it.
-
-    Raises:
-        DataError: the template writes otherwise what was there before.
-    """
+    """What an answer adds to the text that asks for it, in a conversation as the template writes it."""
     begun, said = asked.rstrip(), next(filter(str.strip, _texts(answer)), "")
     start = written.find(said, len(begun))
     if (
@@ -87,7 +79,7 @@ def answer_text(asked: str, written: str, answer: Message) -> str:
 
 
 def grown(shorter: str, longer: str) -> str:
-    """`longer`, if it begins with `shorter`."""
+    """`longer`, if it begins with `shorter`; else a DataError."""
     if longer.startswith(shorter):
         return longer
     same = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))

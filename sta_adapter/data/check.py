@@ -35,23 +35,14 @@ ENDLESS = 10**7  # tokenizers without a limit of their own give a larger number
 
 @dataclass
 class DataReport:
-    """What a check found.
-
-    Attributes:
-        problems: each with `source`, `kind` (record, missing, unreadable, length, batch) and `reason`.
-        samples: how many there are, bad ones included.
-        categories: how many samples each category has.
-        seconds: length of each clip.
-        frames: how many frames of each clip the model gets.
-        tokens: length of each sample, where a processor was given.
-    """
+    """What a check found; a problem has a `source`, a `kind` (record, missing, unreadable, length, batch) and a `reason`."""
 
     problems: list[dict[str, str]] = field(default_factory=list)
-    samples: int = 0
-    categories: dict[str, int] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    frames: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    samples: int = 0  # bad ones included
+    categories: dict[str, int] = field(default_factory=dict)  # how many samples each has
+    seconds: list[float] = field(default_factory=list)  # of each clip
+    frames: list[int] = field(default_factory=list)  # of each clip that the model gets
+    tokens: list[int] = field(default_factory=list)  # of each sample, where a processor was given
 
     def to_dict(self) -> dict[str, object]:
         """Plain values: the problems, counts, and least, median and largest of each length."""

@@ -76,12 +76,9 @@ class Collator:
         return [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
 
     def sort_out(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
-        """The samples, with a `BadSample` in the place of each that makes no batch with the others.
+        """The samples, with a `BadSample` (or, if `on_bad_sample` is "error", a DataError) for each that makes no batch with the others.
 
         Where their tensors differ in shape and can't be joined, those that are like most others stay.
-
-        Raises:
-            DataError: there is one, and `on_bad_sample` is "error".
         """
         good = [item for item in items if not isinstance(item, BadSample)]
         shapes = {} if self._joins(good) else _shapes(good)

@@ -92,14 +92,10 @@ def parse_sample(
     format: str | None = None,
     classes: dict[str, int] | None = None,
 ) -> Sample:
-    """Check one record and bring it into the form of `Sample`.
+    """Check one record and bring it into the form of `Sample`; errors name its `source`.
 
-    Args:
-        record: the object of one line.
-        source: how errors name it.
-        folder: what relative paths are relative to.
-        format: one of `sta_adapter.data.formats.FORMATS`; None recognises it by its keys.
-        classes: names and numbers of Something-Something v2's classes, to check against.
+    Relative paths start from `folder`. `format` is one of `sta_adapter.data.formats.FORMATS`, None for that which the keys tell;
+    `classes` are names and numbers of Something-Something v2's classes, to check against.
 
     Raises:
         DataError: with the source, what was found and what was expected.

@@ -33,11 +33,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def recognise(record: Record) -> str:
-    """The name of a record's format.
-
-    Raises:
-        DataError: it has none of the formats' keys.
-    """
+    """The name of a record's format, by its keys."""
     if "messages" in record or "conversations" in record:
         return "conversations"
     if "question" in record and (_option_keys(record) or _options_in_columns(record)):
@@ -52,11 +48,7 @@ def recognise(record: Record) -> str:
 
 
 def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Record:
-    """A record of a format, None for that which its keys tell, as one with 'messages'.
-
-    Raises:
-        DataError: the record is not of that format.
-    """
+    """A record of a format, None for that which its keys tell, as one with 'messages'."""
     return _CONVERT[format or recognise(record)](record, classes)
 
 

@@ -156,11 +156,7 @@ def _packed(encoded: Encoded, key: str, scale: tuple[object, ...]) -> bytes:
 
 
 def _unpacked(data: Bytes, key: str) -> Encoded:
-    """What `_packed` was given.
-
-    Raises:
-        ValueError: it isn't that, or of another sample; and what json and torch raise of other bytes.
-    """
+    """What `_packed` was given; a ValueError, or what json and torch raise, where the data are something else."""
     header, values = _halves(data)
     entries = json.loads(header)
     about = entries.pop("__metadata__")

@@ -53,12 +53,7 @@ class SampleEncoder:
     )  # of a copy in a worker: whether it stays at signals
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones, `seed` is negative, or `cache` is no
-                folder.
-        """
+        """Refuse choices that there are not, and make what decodes."""
         if self.frame_order not in FRAME_ORDERS:
             raise ConfigError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
         if self.seed < 0:
@@ -110,11 +105,7 @@ class SampleEncoder:
         return found
 
     def encoded(self, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None) -> Encoded:
-        """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.
-
-        Raises:
-            DataError: it can't be encoded, or has more than `max_length` tokens.
-        """
+        """The tensors of a conversation and its decoded clips, see `encode` and `encode_prompt`; a DataError if they are too many."""
         if self.prompts:
             found = encode_prompt(self.processor, messages, visuals, bool(thinking))
         else:

@@ -69,10 +69,7 @@ def open_samples(
 def given_samples(items: Sequence[Sample | Record], *, on_bad_sample: str = "skip") -> list[Sample]:
     """Samples of a list: such as were read before stay as they are, records (`dict`, one line of a file each) are parsed.
 
-    Relative paths start from the working directory.
-
-    Raises:
-        DataError: a record is no sample and `on_bad_sample` is "error".
+    Relative paths start from the working directory; of records that are no samples the same holds as for `open_samples`.
     """
     found = []
     for number, item in enumerate(items, start=1):
@@ -120,11 +117,7 @@ def scan_samples(
 
 
 def raw_records(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Where each record of a file stands, and the record as it is there.
-
-    Raises:
-        DataError: the file is missing or empty, or a record is not JSON.
-    """
+    """Where each record of a file stands, and the record as it is there; a DataError for an empty file and for what is no JSON."""
     file, empty = Path(path), True
     for source, record in read_records(file):
         if isinstance(record, DataError):
@@ -145,11 +138,7 @@ _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(?:\.\d+)?|\.\d+)")
 
 
 def weighted(text: str | Path) -> tuple[str, float]:
-    """A file and its weight, from "clips.jsonl:2"; 1 without one, and for a file whose name ends like that.
-
-    Raises:
-        ConfigError: the weight is 0.
-    """
+    """A file and its weight, from "clips.jsonl:2"; 1 without one, and for a file whose name ends like that."""
     match = _WEIGHTED.fullmatch(str(text))
     if match is None or Path(text).exists():
         return str(text), 1.0

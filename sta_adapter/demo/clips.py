@@ -190,19 +190,16 @@ def render(
     level: Difficulty | None = None,
     rest: int = 0,
 ) -> np.ndarray:
-    """Draw the clip of a label and a seed.
+    """Frames (rest + T + rest, size, size, 3) uint8 of a label and a seed; with the opposite label the same frames in reverse.
 
     Args:
         label: One of `LABELS`.
-        seed: The same seed with the opposite label gives the same frames in reverse.
+        seed: Of shape, colour, place and noise.
         look: A key of `LOOKS`.
         frames: T, the number of frames.
         size: Height and width in pixels.
         level: How hard the motion is to see; the demo's own unless given.
         rest: Frames before the motion, and as many behind it, in which the shape only shakes.
-
-    Returns:
-        Frames (rest + T + rest, size, size, 3) uint8.
 
     Raises:
         ConfigError: the label or the look is unknown, or there are too few frames.

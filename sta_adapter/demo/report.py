@@ -70,16 +70,9 @@ def print_table(results: Results) -> None:
 
 
 def write_report(folder: Path, results: Results, handle: STAHandle, test: VideoDataset) -> Path:
-    """Write `curves.png`, `attention.png` and `index.html` into the folder; the page's path.
+    """Write `curves.png`, `attention.png` and `index.html` into the demo's folder; the page's path.
 
-    Args:
-        folder: of the demo's run.
-        results: what `run_demo` gave.
-        handle: of the first seed's STA model.
-        test: the test clips.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    `handle` is of the first seed's STA model, `test` the test clips.
     """
     try:
         import matplotlib

@@ -77,11 +77,7 @@ def _made(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Confi
 
 
 def from_published(config: Mapping[str, object]) -> InternVideo2_5Config:
-    """The configuration for the contents of a published `config.json`.
-
-    Raises:
-        CheckpointError: it describes another vision encoder, language model or conversation than the published one.
-    """
+    """The configuration for a published `config.json`; a CheckpointError for parts that the published one doesn't have."""
     vision, language = config.get("vision_config"), config.get("llm_config")
     if not isinstance(vision, Mapping) or not isinstance(language, Mapping):
         raise CheckpointError("config.json has no vision_config and llm_config; expected InternVideo2.5-Chat's own.")

@@ -41,11 +41,7 @@ class InternVideo2_5ImageProcessor:
     def preprocess(
         self, images: Sequence[Picture] | None = None, videos: Sequence[Frames] | None = None
     ) -> dict[str, Tensor]:
-        """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them.
-
-        Raises:
-            DataError: there is none, or one is neither.
-        """
+        """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them."""
         rows = [(self.picture(image), False) for image in images or ()] + [(self.clip(c), True) for c in videos or ()]
         if not rows:
             raise DataError("neither pictures nor clips were given.")
@@ -53,28 +49,14 @@ class InternVideo2_5ImageProcessor:
         return {"pixel_values": torch.cat([made for made, _ in rows]), "clip_lengths": torch.tensor(lengths)}
 
     def clip(self, frames: Frames) -> Tensor:
-        """Rows (F, 3, size, size) of a clip, filled up with its last frame.
-
-        Args:
-            frames: (T, H, W, 3) or (T, 3, H, W) uint8, an array, a tensor, or a list of pictures.
-
-        Raises:
-            DataError: they are no frames.
-        """
+        """Rows (F, 3, size, size) of a clip, filled up with its last frame; a DataError if it is none."""
         pictures = [_picture(frame) for frame in frames]
         if not pictures:
             raise DataError("a clip has no frame; expected at least one.")
         return self._rows([_resized(picture, self.image_size, self.image_size) for picture in pictures])
 
     def picture(self, image: Picture) -> Tensor:
-        """Rows (F, 3, size, size) of a picture: its tiles, then the whole of it, filled up with the last of them.
-
-        Args:
-            image: (H, W, 3) or (3, H, W) uint8, an array, a tensor, or Pillow's.
-
-        Raises:
-            DataError: it is no picture.
-        """
+        """Rows (F, 3, size, size) of a picture: its tiles, then the whole of it, filled up with the last of them."""
         picture = _picture(image)
         columns, rows = self.grid(*picture.size)
         size = self.image_size

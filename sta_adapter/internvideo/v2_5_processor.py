@@ -144,9 +144,7 @@ class InternVideo2_5Processor(ChatProcessor):
     ) -> InternVideo2_5Processor:
         """The processor of a folder with published files, or of one that `save_pretrained` wrote.
 
-        Args:
-            folder: with the tokenizer's files.
-            config: contents of the model's `config.json`; None reads it from the folder.
+        `config` is the contents of the model's `config.json`; None reads it from the folder.
 
         Raises:
             CheckpointError: the tokenizer's files are missing or damaged, or the settings of both are.

@@ -175,11 +175,7 @@ class InternVisionModel(PreTrainedModel):
         return_dict: bool | None = None,
         pixel_embeds: Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
-        """`pixel_values` (F, 3, H, W), or `pixel_embeds` (F, 1 + N, C), to `last_hidden_state` (F, 1 + N, C).
-
-        Raises:
-            LayoutError: the pixels are of another shape.
-        """
+        """`pixel_values` (F, 3, H, W), or `pixel_embeds` (F, 1 + N, C), to `last_hidden_state` (F, 1 + N, C)."""
         if pixel_embeds is None:
             size = self.config.patch_size
             if pixel_values is None or pixel_values.dim() != 4 or any(side % size for side in pixel_values.shape[2:]):
@@ -197,22 +193,15 @@ class InternVisionModel(PreTrainedModel):
 
 
 def merge_tokens(tokens: Tensor, target: int, heads: int) -> Tensor:
-    """Merge the tokens of each group to a fixed number, the most alike first.
+    """Merge the tokens (G, P, C) of each group to `target` of them, (G, target, C), the most alike first.
 
     In each step, every second token may be merged into the token among the others that it is most alike, by the cosine
     of their features averaged over `heads` slices. Tokens in pairs of the greatest likeness are merged, at most half of
-    all, until `target` remain. A merged token is the mean of all that went into it.
-
-    Args:
-        tokens: (G, P, C), a group each.
-        target: tokens that remain of a group.
-        heads: by how many slices the features are averaged; divides C.
-
-    Returns:
-        (G, target, C), of the input's type: those that weren't merged, least alike last, then the others.
+    all, until `target` remain: those that weren't merged, least alike last, then the others. A merged token is the mean
+    of all that went into it.
 
     Raises:
-        LayoutError: a group has not more than `target` tokens, or C is not divisible.
+        LayoutError: a group has not more than `target` tokens, or C is not divisible by `heads`.
     """
     count, width = tokens.shape[1:]
     if count <= target:

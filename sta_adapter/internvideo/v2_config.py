@@ -90,10 +90,7 @@ class InternVideo2ChatConfig(PretrainedConfig):
 def read_config(config: Mapping[str, object], folder: Path | None = None) -> InternVideo2ChatConfig:
     """The configuration that a `config.json`, ours or a published one, describes.
 
-    Args:
-        config: its contents.
-        folder: where it lies, in which a language model's `config.json` is looked for when `pretrained_llm_path` names
-            a folder.
+    In `folder`, where it lies, a language model's `config.json` is looked for when `pretrained_llm_path` names a folder.
 
     Raises:
         CheckpointError: it isn't InternVideo2-Chat's, or of a variant that isn't known.

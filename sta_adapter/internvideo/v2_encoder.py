@@ -48,9 +48,6 @@ class EncoderConfig:
 
         The published code takes width, depth, heads and picture from the encoder's name, whatever else is written
         there; a configuration of other sizes is told by `embed_dim`, and then names them all.
-
-        Raises:
-            CheckpointError: its name is none of the known ones.
         """
         name, known = str(settings.get("name")), {field.name for field in fields(cls)}
         if "embed_dim" not in settings:
@@ -134,11 +131,7 @@ class PatchEmbed(nn.Module):
 class InternVideo2Encoder(nn.Module):
     """Clips to tokens: the class token first, then row by row of each frame.
 
-    Args:
-        config: its sizes.
-
-    Attributes:
-        gradient_checkpointing: whether training computes blocks again instead of keeping what they computed.
+    With `gradient_checkpointing`, training computes blocks again instead of keeping what they computed.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -156,11 +149,7 @@ class InternVideo2Encoder(nn.Module):
         self._gradient_checkpointing_func: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, 1 + T * N, C) of clips (B, 3, T, H, W), normalised pixels; T = 1 is a picture.
-
-        Raises:
-            LayoutError: the clips have another shape, or aren't even one patch large.
-        """
+        """Tokens (B, 1 + T * N, C) of clips (B, 3, T, H, W), normalised pixels; T = 1 is a picture. Other shapes are a LayoutError."""
         kernel = self.patch_embed.proj.kernel_size
         if x.dim() != 5 or x.shape[1] != 3 or any(size < step for size, step in zip(x.shape[2:], kernel, strict=True)):
             raise LayoutError(

@@ -88,11 +88,7 @@ def empty_model(config: Mapping[str, object], folder: Path | None = None) -> nn.
 
 
 def model_weights(weights: Weights, lora_scale: float | None) -> Iterator[tuple[str, Tensor]]:
-    """Weights by our model's names; LoRA's product, where there is one, is merged with its scale.
-
-    Raises:
-        CheckpointError: LoRA is expected and missing for a layer, or the other way round.
-    """
+    """Weights by our model's names; LoRA's product, where there is one, is merged with its scale."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for published, tensor in weights:
         name = published

@@ -167,11 +167,8 @@ class InternVideo2ChatProcessor(ChatProcessor):
     def of_folder(cls, folder: Path, config: InternVideo2ChatConfig, name: str) -> InternVideo2ChatProcessor:
         """The processor of a folder with published files, or of one that `save_pretrained` wrote.
 
-        Args:
-            folder: with the tokenizer's files.
-            config: the model's.
-            name: what the model is called, also its path in the Hub's cache; one that ends in "HD" is the HD variant,
-                whose configuration is the same.
+        `name` is what the model is called, also its path in the Hub's cache; one that ends in "HD" is the HD variant, whose
+        configuration is the same.
 
         Raises:
             CheckpointError: the tokenizer's files are missing or damaged.

@@ -54,17 +54,8 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
 
-    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's
-    beginning.
-
-    Args:
-        tokenizer: the language model's.
-        text: the text; a `bos_token` that it begins with isn't doubled.
-        places: says what stands for a clip or picture.
-        begins: whether it is a text from its beginning on; else it goes on where another ended, if it has no `bos_token`.
-
-    Raises:
-        DataError: the tokenizer has no token for a text's beginning.
+    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's beginning; a
+    `bos_token` in front isn't doubled. Without `begins`, a text that has none goes on where another ended.
     """
     if tokenizer.bos_token_id is None:
         raise DataError(f"{type(tokenizer).__name__} has no bos_token, which begins each stretch of text; set it.")
@@ -91,12 +82,8 @@ def conversation(
 ) -> str:
     """The published conversation, without the `bos_token` that begins it.
 
-    Args:
-        question: what is asked now.
-        placeholders: `IMAGE` or `VIDEO` for each picture or clip.
-        message: text behind them, such as at which seconds the frames were taken.
-        instruction: text in front of all.
-        history: questions and answers before.
+    `instruction` stands in front of all, then `placeholders`, `IMAGE` or `VIDEO` for each picture or clip, and behind them a
+    `message`, such as at which seconds the frames were taken; `history` are questions and answers before.
     """
     tags = {IMAGE: "Image", VIDEO: "Video"}
     seen = "".join(f"<{tags[place]}>{place}</{tags[place]}>" for place in placeholders)

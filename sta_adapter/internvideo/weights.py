@@ -41,11 +41,7 @@ def published_config(name: str | os.PathLike[str], revision: str | None = None) 
 
 
 def fetch_folder(name: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Path:
-    """A local folder with a model's files that fit the patterns, from the Hub or its cache where it isn't one already.
-
-    Raises:
-        CheckpointError: the repository or its revision can't be had.
-    """
+    """A local folder with a model's files that fit the patterns, from the Hub or its cache where it isn't one already."""
     text = os.fspath(name)
     if os.path.isdir(text):
         return Path(text)
@@ -60,11 +56,7 @@ def fetch_folder(name: str | os.PathLike[str], revision: str | None, patterns: S
 
 
 def refuse_quantization(name: str | os.PathLike[str]) -> NoReturn:
-    """Published weights are other tensors until they are converted.
-
-    Raises:
-        ConfigError: always.
-    """
+    """Published weights are other tensors until they are converted: a ConfigError."""
     raise ConfigError(
         f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are converted. "
         "Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load FOLDER."
@@ -72,11 +64,7 @@ def refuse_quantization(name: str | os.PathLike[str]) -> NoReturn:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Contents of a JSON file; empty where it is missing.
-
-    Raises:
-        CheckpointError: it is damaged, or holds no object.
-    """
+    """Contents of a JSON file; empty where it is missing."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,11 +93,7 @@ SHOWN = 4
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files with a checkpoint's weights: those of its index, else the one of the usual name, else the only one there is.
-
-    Raises:
-        CheckpointError: there is none, several could be meant, or one that the index names is missing.
-    """
+    """The files with a checkpoint's weights: those of its index, else the one of the usual name, else the only one there is."""
     if source.is_file():
         return [source]
     for name in NAMES:
@@ -146,11 +130,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight.
-
-    Raises:
-        CheckpointError: a file is damaged, or a pickle holds more than tensors.
-    """
+    """Name and tensor of each weight; a CheckpointError for a damaged file, or a pickle that holds more than tensors."""
     for file in files:
         yield from _pickled(file) if file.suffix in PICKLES else _mapped(file)
 
@@ -187,11 +167,7 @@ def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> torch.dtype:
-    """The type that weights are loaded in: the one asked for, with "auto" the one that `config.json` names, or bfloat16.
-
-    Raises:
-        CheckpointError: torch has no type of that name.
-    """
+    """The type that weights are loaded in: the one asked for, with "auto" the one that `config.json` names, or bfloat16."""
     if isinstance(asked, torch.dtype):
         return asked
     name = config.get("torch_dtype") or config.get("dtype") or "bfloat16" if asked == "auto" else asked

@@ -43,11 +43,7 @@ class WatchSettings:
     waiting: int = 16  # frames that may wait to be encoded
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            ConfigError: one is out of range.
-        """
+        """Refuse what is out of range."""
         for name, least in (("every", 0), ("budget", 1), ("max_new_tokens", 1), ("waiting", 1)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from {least}.")

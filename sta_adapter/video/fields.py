@@ -15,12 +15,7 @@ HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)  # profile
 
 
 class FieldPairs:
-    """Tells the second fields of frames, packet by packet.
-
-    Args:
-        codec: FFmpeg's name of it; of others than H.264 no packet is a field.
-        extradata: of the stream.
-    """
+    """Tells the second fields of frames, packet by packet; of other codecs (FFmpeg's names) than H.264 no packet is a field."""
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
         found = extradata if codec == "h264" and extradata else b""

@@ -16,12 +16,7 @@ GREY = 3
 
 
 class HiddenPackets:
-    """Tells them, packet by packet: they have times as others do, and no frame comes of them.
-
-    Args:
-        codec: FFmpeg's name of it.
-        extradata: of the stream.
-    """
+    """Tells them, packet by packet, by FFmpeg's name of the codec: they have times as others do, and no frame comes of them."""
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
         self._codec = codec

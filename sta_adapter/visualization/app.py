@@ -223,11 +223,7 @@ def _number(gradio: Any, label: str, most: int) -> Any:
 
 
 def _frame_settings(frames: float | None, tokens: float | None) -> dict[str, int]:
-    """Fields of `FrameSettings` from what the page's fields hold; the page's own bounds bind no program.
-
-    Raises:
-        ConfigError: a number is out of bounds.
-    """
+    """Fields of `FrameSettings` from what the page's fields hold; the page's own bounds bind no program."""
     for name, value, most in (("frames", frames, MOST_FRAMES), ("tokens a frame", tokens, MOST_TOKENS)):
         if value and not (isinstance(value, (int, float)) and 1 <= value <= most and value == int(value)):
             raise ConfigError(

@@ -70,12 +70,8 @@ def explorer_data(
 ) -> ExplorerData | None:
     """What the script needs, as JSON takes it; None for a clip of so many frames that not even one block fits.
 
-    Args:
-        seen: what STA did.
-        frames: (T, height, width, 3) uint8; empty where patches can't be laid on the picture.
-        times: (T,) seconds, or None.
-        block: index of the one shown first.
-        budget: bytes of the whole frames' attention, an eighth of that at most, and of the patches'.
+    Of `frames` (T, height, width, 3) there are none where patches can't be laid on the picture; `times` (T,) are seconds; `block`
+    is shown first. The patches' attention takes at most `budget` bytes, that of whole frames an eighth of it.
     """
     count, heads, steps, _ = seen.attention.shape
     first = seen.blocks.index(block)

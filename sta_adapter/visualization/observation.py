@@ -70,11 +70,7 @@ class Observation:
         return np.where(self.even[:, None] > 0, self.crossing / even, 1)
 
     def on_picture(self, values: np.ndarray) -> np.ndarray:
-        """Lay values (..., N) out as pictures (..., rows, columns).
-
-        Raises:
-            LayoutError: where the positions stand on the picture is not known.
-        """
+        """Lay values (..., N) out as pictures (..., rows, columns); a LayoutError where that is not known."""
         if self.positions is None:
             raise LayoutError(self.no_picture)
         return values[..., self.positions]

@@ -106,10 +106,10 @@ def sections(
         frames: (T, height, width, 3) uint8, the picture of each temporal step; empty leaves the overlay out.
         times: (T,) seconds, or None.
         noted: of `notes`.
-        block: index of the block whose maps are drawn; None takes the one in which STA adds most.
+        block: whose maps are drawn; None takes the one in which STA adds most.
         movie: the overlay as an MP4 file.
-        budget: bytes of attention in the part that can be clicked, see `explorer_data`.
-        framed: put that part into a frame of its own, for a page that runs no scripts out of what it is given.
+        budget: of `explorer_data`.
+        framed: put the part that can be clicked into a frame, for a page that runs no scripts out of what it is given.
     """
     strongest = strongest_block(seen)
     block = strongest if block is None else block

@@ -187,14 +187,7 @@ class Viewer:
     ) -> tuple[str, str]:
         """What the base model says to the clip's question, and what it says with the adapter.
 
-        Args:
-            clip: with its question.
-            max_new_tokens: of each answer.
-            limit: of the work.
-            said: is told both answers so far, as they grow.
-
-        Raises:
-            STAError: the limit ended it.
+        `said` is told both answers so far, as they grow; an STAError says that the `limit` ended the work.
         """
         answerer = Answerer(self.handle.model, self.processor, max_new_tokens, 1)
         found: list[str] = []
