@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from sta_adapter._validate import shown
@@ -49,7 +49,10 @@ def recognise(record: Record) -> str:
 
 def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Record:
     """A record of a format, None for that which its keys tell, as one with 'messages'."""
-    return _CONVERT[format or recognise(record)](record, classes)
+    name = format or recognise(record)
+    if name == "ssv2":
+        return _from_ssv2(record, classes)
+    return _from_choices(record) if name == "multiple-choice" else _from_question(record)
 
 
 def read_classes(path: Path) -> dict[str, int] | None:
@@ -95,7 +98,7 @@ def _from_ssv2(record: Record, classes: dict[str, int] | None) -> Record:
     }
 
 
-def _from_question(record: Record, classes: dict[str, int] | None) -> Record:
+def _from_question(record: Record) -> Record:
     """A question with its answer in words is a conversation of one turn; what has turns stays as it is."""
     if "messages" in record or "conversations" in record:
         return record
@@ -107,7 +110,7 @@ def _from_question(record: Record, classes: dict[str, int] | None) -> Record:
     return _asked(record, _question(record), answer)
 
 
-def _from_choices(record: Record, classes: dict[str, int] | None) -> Record:
+def _from_choices(record: Record) -> Record:
     """The options are listed under letters, and the answer is a letter."""
     question, keys = _question(record), _option_keys(record)
     if len(keys) > 1:
@@ -206,10 +209,3 @@ def _answer_index(answer: object, options: list[str]) -> int:
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-_CONVERT: dict[str, Callable[[Record, dict[str, int] | None], Record]] = {
-    "conversations": _from_question,
-    "multiple-choice": _from_choices,
-    "ssv2": _from_ssv2,
-}

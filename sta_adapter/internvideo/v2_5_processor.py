@@ -99,19 +99,10 @@ class InternVideo2_5Processor(ChatProcessor):
         Raises:
             DataError: texts, clips and pictures don't go together.
         """
-        if text is None or return_tensors not in ("pt", None):
-            raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}; expected a text, and 'pt'.")
         for name in ("videos_kwargs", "images_kwargs"):
             options.pop(name, None)
-        texts = [text] if isinstance(text, str) else list(text)
         pictures, clips = _listed(images), _listed(videos)
-        found = [place for one in texts for place in PLACES.findall(one)]
-        if found.count(IMAGE) != len(pictures) or found.count(VIDEO) != len(clips):
-            raise DataError(
-                f"the text has {found.count(IMAGE)} times {IMAGE} and {found.count(VIDEO)} times {VIDEO}, and there are "
-                f"{len(pictures)} pictures and {len(clips)} clips; expected one for each. Either one is missing, or the text "
-                "contains these words itself."
-            )
+        texts = self._texts(text, return_tensors, pictures, clips)
         next_picture, next_clip = iter(pictures), iter(clips)
         rows: list[Tensor] = []
         lengths: list[int] = []
