@@ -160,7 +160,7 @@ def answer_inputs(test: VideoDataset, *indices: int) -> dict[str, Tensor]:
     """The model's arguments for the prompts of these clips."""
     prompts = test.as_prompts("ordered", 0)
     batch = Collator.of(test.processor, side="left")([prompts[index] for index in indices])
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def versions() -> dict[str, str]:

@@ -156,7 +156,7 @@ class Viewer:
         encoded = encode_prompt(self.processor, messages, [[visual]])
         batch = Collator.of(self.processor, side="left")([encoded])
         device = next(self.handle.model.parameters()).device
-        inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         pixels = inputs.get("pixel_values")
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
         told = visual.metadata
