@@ -74,8 +74,8 @@ def require_placeholders(processor: Processor, text: str, visuals: list[Visual])
 
 def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Encoded:
     clips = [visual for visual in visuals if visual.kind == "video"]
-    images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
-    if clips and images and takes_one_kind(processor):
+    pictures = [visual for visual in visuals if visual.kind == "image"]
+    if clips and pictures and takes_one_kind(processor):
         raise DataError("this model takes either pictures or clips in one sample, not both; leave one of them out.")
     part = processors.visual_part(processor)
     sizes = processors.Sizes.of(part)
@@ -96,7 +96,7 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
             settings["video_metadata"] = [clip.metadata for clip in clips]
     out = processor(
         text=[text],
-        images=images or None,
+        images=[picture.pixels[0] for picture in pictures] or None,
         videos=[clip.pixels.transpose(0, 3, 1, 2) for clip in clips] or None,
         add_special_tokens=False,
         return_tensors="pt",
@@ -108,11 +108,10 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
     }
     encoded.pop("attention_mask", None)
     encoded.update({key: encoded[key][0] for key in PER_TOKEN if key in encoded})
-    _check_frames(processor, encoded, clips)
+    _check_frames(sizes.frames, encoded, clips)
     _check_sizes(part, "clip", encoded.get("video_grid_thw"), clips)
-    pictures = [visual for visual in visuals if visual.kind == "image"]
     _check_sizes(getattr(processor, "image_processor", None), "picture", encoded.get("image_grid_thw"), pictures)
-    steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
+    steps = [step_seconds(clip.metadata, sizes.frames) for clip in clips if clip.metadata is not None]
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
     return {**encoded, **row_lengths(processor, encoded, visuals)}
@@ -146,12 +145,11 @@ def _resized_by(processor: Processor, clip: Visual) -> Visual:
     return dataclasses.replace(clip, pixels=resize_frames(clip.pixels, height, width), resized=True)
 
 
-def _check_frames(processor: Processor, encoded: Encoded, clips: list[Visual]) -> None:
-    """The model must see the frames that were decoded, no fewer."""
+def _check_frames(step: int, encoded: Encoded, clips: list[Visual]) -> None:
+    """The model, which merges `step` frames into one, must see the frames that were decoded, no fewer."""
     grid = encoded.get("video_grid_thw")
     if grid is None:
         return
-    step = temporal_patch(processor)
     seen, given = [int(t) * step for t in grid[:, 0]], [len(clip.pixels) for clip in clips]
     if len(seen) == len(given) and any(t not in (n, n + -n % step) for t, n in zip(seen, given, strict=True)):
         raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
