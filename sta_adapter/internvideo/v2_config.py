@@ -22,7 +22,7 @@ MISTRAL = {
 }
 """Mistral-7B-Instruct-v0.3, which the published configuration names as `pretrained_llm_path`."""
 
-BERT: dict[str, Any] = {
+BERT = {
     **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "vocab_size": 30523,  # that of bert-base-uncased and one token more
 }
@@ -110,7 +110,7 @@ def read_config(config: Mapping[str, object], folder: Path | None = None) -> Int
             "norm, as InternVideo2-Chat-8B and its HD variant have it."
         )
     text = _language_model(llm, folder)
-    qformer = {**BERT, **bridge.get("qformer_config", {})}
+    qformer: dict[str, object] = {**BERT, **bridge.get("qformer_config", {})}
     for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         qformer[rate] = bridge.get(f"qformer_{rate}", 0.1)
     return InternVideo2ChatConfig(
