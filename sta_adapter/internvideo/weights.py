@@ -69,7 +69,7 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} can't be read as JSON: {error}; download it again.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} holds a {type(found).__name__}, expected an object; download it again.")
@@ -79,9 +79,13 @@ def read_json(file: Path) -> dict[str, Any]:
 def added_tokens(folder: Path) -> dict[str, int]:
     """Ids of the tokens that a tokenizer adds to its vocabulary, or renames in it, by their text; empty if files don't say."""
     told = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    found = {str(token["content"]): int(number) for number, token in told.items()}
-    found |= {token["content"]: token["id"] for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
-    return found | {text: int(number) for text, number in read_json(folder / "added_tokens.json").items()}
+    whole, further = read_json(folder / "tokenizer.json"), read_json(folder / "added_tokens.json")
+    try:
+        found = {str(token["content"]): int(number) for number, token in told.items()}
+        found |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        return found | {text: int(number) for text, number in further.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"tokenizer files in {folder} list no added tokens; download them again.") from error
 
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
