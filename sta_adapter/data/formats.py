@@ -134,7 +134,7 @@ def _question(record: Record) -> str:
 
 
 def _asked(record: Record, question: str, answer: str, behind: str = "", read: Collection[str] = ()) -> Record:
-    """One turn: the question, `behind` which the options stand, its answer, and in front the clips and pictures, unless placed in it.
+    """A conversation of one turn: the question, `behind` it the options, and the answer; clips and pictures in front, unless placed.
 
     `read` are further keys of the record that were read.
     """
