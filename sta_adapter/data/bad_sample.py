@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
 
-__all__ = ["BadSample", "check_on_bad_sample", "reason_of"]
+__all__ = ["BadSample", "reason_of"]
 
 _NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -37,12 +37,6 @@ class BadSample(NamedTuple):
         if on_bad_sample == "error":
             raise DataError(self.reason, source=self.source) from cause
         return self
-
-
-def check_on_bad_sample(choice: str) -> None:
-    """Refuse a choice that there isn't."""
-    if choice not in ("skip", "error"):
-        raise ConfigError(f"on_bad_sample is {choice!r}, expected 'skip' or 'error'.")
 
 
 def reason_of(error: BaseException) -> str:
