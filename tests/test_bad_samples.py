@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_qwen import make_model, make_processor, write_samples
 
-from sta_adapter.data import BadSample, FrameSettings, VideoDataset, chat_template
+from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data import chat_encoding as encoding
 from sta_adapter.data import clip_reader as clips
 from sta_adapter.data.check import check_data
@@ -30,7 +30,7 @@ RAISED = [
     ValueError("odd size"), KeyError("height"), RuntimeError("bad stride"), MemoryError(), RecursionError("deep"),
     AssertionError(), ZeroDivisionError("by zero"), OverflowError("too large"), Panic("unwrap on a None"),
 ]  # fmt: skip
-PLACES = {"reading": (clips, "read_clip"), "resizing": (clips, "fit_frames"), "template": (chat_template, "render"),
+PLACES = {"reading": (clips, "read_clip"), "resizing": (clips, "fit_frames"), "template": (encoding, "render"),
           "processor": (encoding, "process"), "encoding": (encoding, "join")}  # fmt: skip
 
 

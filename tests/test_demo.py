@@ -268,14 +268,12 @@ def test_the_table_adds_up_the_seeds(two_seeds, capsys):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures that the report has written and closed."""
-    from matplotlib import pyplot as plt
-
-    found = []
-    monkeypatch.setattr(plt, "close", found.append)
-    yield found
-    monkeypatch.undo()
-    plt.close("all")
+    """Figures that the report has made."""
+    found, make = [], report.new_figure
+    monkeypatch.setattr(
+        report, "new_figure", lambda *size, **options: found.append(make(*size, **options)) or found[-1]
+    )
+    return found
 
 
 def test_the_reports_page_and_pictures_hold_the_results(made, two_seeds, drawn):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sta_adapter.errors import CheckpointError
 from sta_adapter.loading import load_model
 
 CASES = list(tiny.CASES)
@@ -80,3 +81,9 @@ def test_a_chat_gives_the_first_of_several_answers(model):
 def test_a_checkpoint_made_from_our_names_has_the_published_ones():
     _, published, to_ours = full_size_chat.internvideo2_5()
     assert full_size_chat.full_shapes(tiny.CONFIG, published, to_ours) == published
+
+
+def test_a_conversation_of_no_known_form_is_told_of(model):
+    model.config.template = "phi3-chat"
+    with pytest.raises(CheckpointError, match="template is 'phi3-chat'; expected one of internvl2_5, internlm2-chat"):
+        model.chat(None, None, "Who?", {})

@@ -371,6 +371,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(published, change, said, tmp_
         load_model(folder, dtype="fp32", device="cpu")
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", '{"added_tokens_decoder": [7]}', '{"added_tokens_decoder": {"7": 1}}'])  # fmt: skip
+def test_damaged_settings_of_a_tokenizer_are_named(published, tmp_path, text):
+    folder = broken(published, tmp_path / "a", lambda folder: (folder / "tokenizer_config.json").write_text(text))
+    with pytest.raises(CheckpointError, match="download"):
+        load_model(folder, dtype="fp32", device="cpu")
+
+
 def test_a_missing_tokenizer_is_named(published, tmp_path):
     folder = broken(published, tmp_path / "base", lambda folder: (folder / "tokenizer.json").unlink())
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):

@@ -25,6 +25,7 @@ from sta_adapter.internvideo.v2_config import read_config
 from sta_adapter.internvideo.v2_images import MEAN, STD
 from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
 from sta_adapter.internvideo.v2_prompt import IMAGE, VIDEO, conversation, prompt_tokens
+from sta_adapter.internvideo.weights import DTYPE
 from sta_adapter.loading import load_adapter, load_model, load_processor
 
 
@@ -394,7 +395,7 @@ def test_a_quantized_model_gets_its_dtype_and_device(monkeypatch, tmp_path):
     )
     config = {"model_type": v2_loading.MODEL_TYPE}
     v2_loading.load_model("x", config, dtype=torch.float16, device="cuda:1", quantization_config={"load_in_8bit": True})
-    assert asked[v2_loading.DTYPE] is torch.float16
+    assert asked[DTYPE] is torch.float16
     assert asked["device_map"] == {"": "cuda:1"}
 
 

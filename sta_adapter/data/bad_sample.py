@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sta_adapter.errors import CompatibilityError, ConfigError, DataError, MissingExtraError, STAError
+from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
 
-__all__ = ["BadSample", "check_on_bad_sample", "reason_of"]
+__all__ = ["BadSample", "reason_of"]
 
 _NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -21,9 +21,7 @@ class BadSample(NamedTuple):
     def of(cls, source: str, error: BaseException) -> BadSample:
         """What an error says about a sample, whichever library raised it.
 
-        Raises:
-            BaseException: the error itself, if it says nothing about the sample: a package is missing, or the user has
-                had enough.
+        One that says nothing about it is raised again: a package is missing, or the user has had enough.
         """
         if isinstance(error, (MissingExtraError, CompatibilityError)) or type(error) in _NOT_OF_A_SAMPLE:
             raise error
@@ -35,20 +33,10 @@ class BadSample(NamedTuple):
         return f"{self.source}: {self.reason}"
 
     def skipped(self, on_bad_sample: str, cause: BaseException | None = None) -> BadSample:
-        """This, where bad samples are skipped.
-
-        Raises:
-            DataError: `on_bad_sample` is "error".
-        """
+        """This, where bad samples are skipped; else a DataError."""
         if on_bad_sample == "error":
             raise DataError(self.reason, source=self.source) from cause
         return self
-
-
-def check_on_bad_sample(choice: str) -> None:
-    """Refuse a choice that there isn't."""
-    if choice not in ("skip", "error"):
-        raise ConfigError(f"on_bad_sample is {choice!r}, expected 'skip' or 'error'.")
 
 
 def reason_of(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.data.chat_template import Transcript, answer_text, has_reasoning, render
+from sta_adapter.data.chat_template import answer_text, has_reasoning, question_text, render
 from sta_adapter.data.message import Message, Visual
 from sta_adapter.data.visual_processing import Encoded, join, process, require_placeholders, sized, temporal_patch
 from sta_adapter.errors import DataError
@@ -43,18 +43,14 @@ class Prompt:
     ) -> Prompt:
         """The prompt of a conversation; arguments as for `encode_prompt`."""
         flat = _flat(visuals)
-        clips = [visual for visual in flat if visual.kind == "video"]
-        resized, settings = sized(processor, clips)
-        final = iter(resized)
+        clips, settings = sized(processor, [visual for visual in flat if visual.kind == "video"])
+        final = iter(clips)
         shown = [next(final) if visual.kind == "video" else visual for visual in flat]
         tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True, thinking=thinking))
-        return cls(tokens, shown, settings, temporal_patch(processor), _placeholders(processor))
-
-
-def _placeholders(processor: Processor) -> frozenset[int]:
-    words = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
-    ids = (processor.tokenizer.convert_tokens_to_ids(word) for word in words if isinstance(word, str))
-    return frozenset(number for number in ids if isinstance(number, int))
+        words = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
+        ids = (processor.tokenizer.convert_tokens_to_ids(word) for word in words if isinstance(word, str))
+        places = frozenset(number for number in ids if isinstance(number, int))
+        return cls(tokens, shown, settings, temporal_patch(processor), places)
 
 
 class Turn(NamedTuple):
@@ -84,8 +80,7 @@ def encode(
             has some.
 
     Returns:
-        `input_ids` and `labels`, each `(L,)`, and the processor's other tensors; labels are `IGNORE` outside the
-        answers.
+        `input_ids` and `labels` (L,), which are `IGNORE` outside the answers, and the processor's other tensors.
 
     Raises:
         DataError: there is no answer, or the chat template doesn't allow to tell the answers' tokens from the rest.
@@ -110,17 +105,7 @@ def encode(
 def encode_prompt(
     processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool = False
 ) -> Encoded:
-    """Encode a conversation that waits for an answer.
-
-    Args:
-        processor: as for `encode`.
-        messages: as for `encode`.
-        visuals: as for `encode`.
-        thinking: whether reasoning is asked for, where the chat template leaves the choice.
-
-    Returns:
-        As for `encode`, without labels.
-    """
+    """A conversation that waits for an answer: arguments and tensors of `encode`, without labels."""
     return _piece(processor, Turn("", render(processor, messages, prompt=True, thinking=thinking), _flat(visuals)))
 
 
@@ -137,15 +122,16 @@ def _turns(
     processor: Processor, messages: list[Message], visuals: list[list[Visual]], thinking: bool
 ) -> Iterator[Turn]:
     """What leads to each answer and the answer itself, up to the last one."""
-    transcript, first = Transcript(processor, thinking=thinking), 0
+    text, written, first = "", "", 0  # the text so far, as it was written once, and as the template writes it now
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            done = transcript.text
-            before = transcript.ask(messages[:index])
-            after = transcript.answer(messages[: index + 1])
-            yield Turn(done, before, _flat(visuals[first:index]))
+            asked = render(processor, messages[:index], prompt=True, thinking=thinking)
+            before = text + question_text(written, asked)
+            written = render(processor, messages[: index + 1], thinking=thinking)
+            after = before + answer_text(asked, written, message)
+            yield Turn(text, before, _flat(visuals[first:index]))
             yield Turn(before, after, visuals[index], learned=message.get("loss", True))
-            first = index + 1
+            text, first = after, index + 1
 
 
 def _flat(visuals: list[list[Visual]]) -> list[Visual]:

@@ -1,4 +1,4 @@
-"""A conversation in the words of its chat template: whole, as a prompt, and as a text that grows turn by turn.
+"""A conversation in the words of its chat template: whole, as a prompt, and what each turn adds to it.
 
 Published templates differ in more than their words, and what is learned must not differ with them:
 
@@ -23,7 +23,7 @@ from sta_adapter.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Transcript", "answer_text", "grown", "has_reasoning", "render"]
+__all__ = ["answer_text", "grown", "has_reasoning", "question_text", "render"]
 
 _Plain = Record  # a message as templates take it
 _REASONED = "</think>"
@@ -36,13 +36,9 @@ def has_reasoning(messages: Sequence[Message]) -> bool:
 
 
 def render(processor: Processor, messages: list[Message], *, prompt: bool = False, thinking: bool = False) -> str:
-    """The conversation, with a placeholder for each clip or image; a `prompt` ends with words that ask for the answer.
+    """The conversation, with a placeholder for each clip or image.
 
-    Args:
-        processor: a transformers processor with a chat template.
-        messages: as in `Sample.messages`.
-        prompt: whether to ask for an answer.
-        thinking: whether to ask for its reasoning as well, where the template leaves the choice.
+    A `prompt` ends with words that ask for the answer, with `thinking` for its reasoning too, where the template leaves the choice.
 
     Raises:
         DataError: the template can't render the conversation, or a text is none that it could stand in.
@@ -61,53 +57,15 @@ def render(processor: Processor, messages: list[Message], *, prompt: bool = Fals
     return found
 
 
-class Transcript:
-    """The text of a conversation as it grows: what is written once stays.
-
-    Args:
-        processor: as for `render`.
-        thinking: as for `render`.
-    """
-
-    def __init__(self, processor: Processor, *, thinking: bool = False) -> None:
-        self.processor = processor
-        self.thinking = thinking
-        self.text = ""
-        self._rendered = ""  # the same, as the template writes it
-
-    def ask(self, messages: list[Message]) -> str:
-        """The text up to where the answer to these messages begins.
-
-        Raises:
-            DataError: the template writes otherwise what was there before.
-        """
-        found = render(self.processor, messages, prompt=True, thinking=self.thinking)
-        before = self._rendered
-        bare = _NO_REASONING.sub("", before)
-        start = bare if found.startswith(bare) and not found.startswith(before) else before
-        return self._grow(found, grown(start, found)[len(start) :])
-
-    def answer(self, messages: list[Message]) -> str:
-        """The text with the last of these messages behind what asked for it.
-
-        Raises:
-            DataError: as for `ask`.
-        """
-        found = render(self.processor, messages, thinking=self.thinking)
-        return self._grow(found, answer_text(self._rendered, found, messages[-1]))
-
-    def _grow(self, rendered: str, more: str) -> str:
-        self._rendered = rendered
-        self.text += more
-        return self.text
+def question_text(before: str, asked: str) -> str:
+    """What is added to a written conversation up to where its next answer begins; an empty place for reasoning may go from it."""
+    bare = _NO_REASONING.sub("", before)
+    start = bare if asked.startswith(bare) and not asked.startswith(before) else before
+    return grown(start, asked)[len(start) :]
 
 
 def answer_text(asked: str, written: str, answer: Message) -> str:
-    """What an answer adds to the text that asks for it, in a conversation as the template writes it.
-
-    Raises:
-        DataError: the template writes otherwise what was there before.
-    """
+    """What an answer adds to the text that asks for it, in a conversation as the template writes it."""
     begun, said = asked.rstrip(), next(filter(str.strip, _texts(answer)), "")
     start = written.find(said, len(begun))
     if (
@@ -121,7 +79,7 @@ def answer_text(asked: str, written: str, answer: Message) -> str:
 
 
 def grown(shorter: str, longer: str) -> str:
-    """`longer`, if it begins with `shorter`."""
+    """`longer`, if it begins with `shorter`; else a DataError."""
     if longer.startswith(shorter):
         return longer
     same = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
@@ -151,9 +109,8 @@ def _written(processor: Processor, messages: list[_Plain], prompt: bool, thinkin
 def _require_words(texts: list[str], found: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse tokens among words by which the template sets turns and clips off, or by which a text ends: they would act as such."""
     said = "\0".join(texts)
-    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {
-        "<unk>"
-    }  # which some captions hold, and some fill up with
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    ends.discard("<unk>")  # which some captions hold, and some tokenizers fill up with
     for token in (str(added) for added in tokenizer.added_tokens_decoder.values() if added.special):
         if token in said and (token in ends or found.count(token) > said.count(token)):
             raise DataError(

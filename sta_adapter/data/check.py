@@ -21,13 +21,11 @@ from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.collator import Collator, Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.dataset import VideoDataset
-from sta_adapter.data.message import Visual
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.data.samples import scan_samples
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
-from sta_adapter.errors import DataError
 from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["DataReport", "check_data"]
@@ -37,23 +35,14 @@ ENDLESS = 10**7  # tokenizers without a limit of their own give a larger number
 
 @dataclass
 class DataReport:
-    """What a check found.
-
-    Attributes:
-        problems: each with `source`, `kind` (record, missing, unreadable, length, batch) and `reason`.
-        samples: how many there are, bad ones included.
-        categories: how many samples each category has.
-        seconds: length of each clip.
-        frames: how many frames of each clip the model gets.
-        tokens: length of each sample, where a processor was given.
-    """
+    """What a check found; a problem has a `source`, a `kind` (record, missing, unreadable, length, batch) and a `reason`."""
 
     problems: list[dict[str, str]] = field(default_factory=list)
-    samples: int = 0
-    categories: dict[str, int] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    frames: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    samples: int = 0  # bad ones included
+    categories: dict[str, int] = field(default_factory=dict)  # how many samples each has
+    seconds: list[float] = field(default_factory=list)  # of each clip
+    frames: list[int] = field(default_factory=list)  # of each clip that the model gets
+    tokens: list[int] = field(default_factory=list)  # of each sample, where a processor was given
 
     def to_dict(self) -> dict[str, object]:
         """Plain values: the problems, counts, and least, median and largest of each length."""
@@ -84,19 +73,10 @@ def check_data(
     decode_timeout: float | None = DECODE_TIMEOUT,
     progress: bool = False,
 ) -> DataReport:
-    """Check a file of samples, or tar shards.
+    """Check a file of samples, or tar shards: `path`, `format` and `videos` are those of `read_samples`.
 
-    Args:
-        path: the file or shards, see `read_samples`; so are `format` and `videos`.
-        processor: of the model to train; with it samples are also counted in tokens.
-        format: None recognises it.
-        videos: where relative paths start.
-        frames: how clips are sampled.
-        max_length: most tokens of a sample; None takes the tokenizer's limit.
-        batch_size: samples that go into one batch, where there is a processor.
-        num_workers: processes that decode.
-        decode_timeout: seconds that one sample's clips may take.
-        progress: show a bar.
+    With a `processor`, of the model to train, samples are also counted in tokens and put into batches of `batch_size`;
+    `max_length` None takes the tokenizer's limit. `num_workers` processes decode, `decode_timeout` seconds a sample at most.
 
     Raises:
         DataError: the file can't be read at all.
@@ -161,22 +141,20 @@ class _Findings(Dataset[tuple[DataReport, Encoded | None]]):
         clips = [v.metadata for group in visuals for v in group if v.kind == "video" and v.metadata]
         found.seconds = [float(clip["duration"]) for clip in clips]
         found.frames = [len(set(clip["frames_indices"])) for clip in clips]
-        encoded = None
         try:
-            if sample.answer and self.dataset.processor is not None:
-                encoded = Loaded.of(self._encoded(sample, visuals), sample.source)
-                found.tokens = [len(encoded["input_ids"])]
+            if not sample.answer or self.dataset.processor is None:
+                return found, None
+            encoded = encode(self.dataset.processor, sample.messages, visuals)
         except BaseException as error:
-            kind = "length" if isinstance(error, _TooLongError) else "record"
-            found.problems = [_problem(BadSample.of(sample.source, error), kind)]
-        return found, encoded
-
-    def _encoded(self, sample: Sample, visuals: list[list[Visual]]) -> Encoded:
-        encoded = encode(self.dataset.processor, sample.messages, visuals)
+            found.problems = [_problem(BadSample.of(sample.source, error), "record")]
+            return found, None
         length = len(encoded["input_ids"])
         if self.limit is not None and length > self.limit:
-            raise _TooLongError(f"{length} tokens, more than the {self.limit} allowed; take fewer or smaller frames.")
-        return encoded
+            reason = f"{length} tokens, more than the {self.limit} allowed; take fewer or smaller frames."
+            found.problems = [_problem(BadSample(sample.source, reason), "length")]
+            return found, None
+        found.tokens = [length]
+        return found, Loaded.of(encoded, sample.source)
 
     def batched(self, found: Sequence[tuple[DataReport, Encoded | None]]) -> list[DataReport]:
         """Make a batch of what was encoded, as training does; only what is said of it goes on."""
@@ -188,10 +166,6 @@ class _Findings(Dataset[tuple[DataReport, Encoded | None]]):
                     report.problems.append(_problem(item, "batch"))
             self.collate(items)
         return [report for report, _ in found]
-
-
-class _TooLongError(DataError):
-    pass
 
 
 def _problem(bad: BadSample, kind: str) -> dict[str, str]:

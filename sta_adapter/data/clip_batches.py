@@ -13,9 +13,11 @@ from sta_adapter.data.message import Visual
 from sta_adapter.data.tensor_handover import HAS_MEMFD, LARGE, joined_in_file
 from sta_adapter.errors import DataError
 
-__all__ = ["PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
+__all__ = ["PER_TOKEN", "PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
 
 PIXELS = ("pixel_values_videos", "pixel_values")
+PER_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")
+"""What has one value a token; the rest goes along clips and pictures."""
 ONE_KIND = ("Glm4vProcessor", "Glm46VProcessor")
 """Of models whose clips and pictures have the same placeholder, so that one forward can't take both."""
 
@@ -81,12 +83,6 @@ def split_unequal(processor: Processor, text: str, visuals: Sequence[Visual]) ->
     return pieces
 
 
-def gives_rows(processor: Processor, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]) -> bool:
-    """Whether pictures are tiles of one size that a number of placeholders stands for, or clips came out among them."""
-    clips = any(visual.kind == "video" for visual in visuals)
-    return hasattr(processor, "image_seq_length") or (clips and PIXELS[0] not in encoded)
-
-
 def row_lengths(
     processor: Processor, encoded: dict[str, torch.Tensor], visuals: Sequence[Visual]
 ) -> dict[str, torch.Tensor]:
@@ -94,8 +90,10 @@ def row_lengths(
 
     The rows' placeholders tell which is which: each frame has a run of its own, a picture one run for all its tiles.
     """
-    pixels = encoded.get("pixel_values")
-    if pixels is None or pixels.dim() != 4 or not gives_rows(processor, encoded, visuals):
+    pixels, clips = encoded.get("pixel_values"), any(visual.kind == "video" for visual in visuals)
+    # pictures are tiles that a number of placeholders stands for, or clips came out among them
+    rows = hasattr(processor, "image_seq_length") or (clips and PIXELS[0] not in encoded)
+    if pixels is None or pixels.dim() != 4 or not rows:
         return {}
     per_row, token = row_tokens(processor)
     flags = (encoded["input_ids"] == token).tolist()

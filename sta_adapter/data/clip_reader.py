@@ -52,14 +52,21 @@ class ClipReader:
     @property
     def sizes_frames(self) -> bool:
         """Whether clips without limits of their own get their final size here, and not from the processor."""
-        return any(limit is not None for limit in self._pixel_limits({}))
+        return self.pixel_limits({}) != (None, None)
 
     def read(self, parts: Sequence[Part], index: int = 0) -> list[Visual]:
         """Decode parts of type image and video; `index` is the sample's, for the shuffling, of each clip in its own way."""
         visuals: list[Visual] = []
         chance = np.random.default_rng((self.seed, index))
         for part in parts:
-            visuals.append(self._read(part, chance))
+            try:
+                visuals.append(self._visual(part, chance))
+            except Exception as error:
+                if isinstance(error, STAError) or (isinstance(error, OSError) and error.filename is not None):
+                    raise  # it names the file
+                raise DataError(
+                    f"{part[part['type']]!r} can't be read as {part['type']}: {reason_of(error)}"
+                ) from error
             held = sum(visual.pixels.size for visual in visuals) // 3
             if held > KEPT_PIXELS:
                 raise DataError(
@@ -68,29 +75,17 @@ class ClipReader:
                 )
         return visuals
 
-    def _read(self, part: Part, chance: np.random.Generator) -> Visual:
-        """One of them; an error that doesn't name the file gets its name."""
-        try:
-            return self._visual(part, chance)
-        except Exception as error:
-            if isinstance(error, STAError) or (isinstance(error, OSError) and error.filename is not None):
-                raise
-            raise DataError(f"{part[part['type']]!r} can't be read as {part['type']}: {reason_of(error)}") from error
-
     def _visual(self, part: Part, chance: np.random.Generator) -> Visual:
-        if part["type"] == "image":
-            pixels, low, high = read_image(part["image"]), part.get("min_pixels"), part.get("max_pixels")
-            if low is not None or high is not None:
-                pixels = fit_frames(pixels, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
-            return Visual("image", pixels, resized=low is not None or high is not None)
-        low, high = self._pixel_limits(part)
-        resized = low is not None or high is not None
-
-        def resize(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-            return fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
-
-        frames, _, metadata = self._clip(part, resize if resized else None)
-        frames = frames[self._order(len(frames), chance)]
+        is_image = part["type"] == "image"
+        limits = (part.get("min_pixels"), part.get("max_pixels")) if is_image else self.pixel_limits(part)
+        resized = limits != (None, None)
+        if is_image:
+            return Visual("image", self.fit(read_image(part["image"]), *limits), resized=resized)
+        frames, _, metadata = self._clip(part, (lambda frames: self.fit(frames, *limits)) if resized else None)
+        if self.frame_order == "reversed":
+            frames = frames[::-1].copy()
+        elif self.frame_order == "shuffled":
+            frames = frames[chance.permutation(len(frames))]
         times = metadata.for_transformers()
         if pad := -len(frames) % self.temporal_patch:
             frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
@@ -99,7 +94,6 @@ class ClipReader:
 
     def _clip(self, part: Part, resize: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None) -> Clip:
         settings = self._own_settings(part)
-        least = min(settings.min_frames, settings.max_frames)
         by_time = settings.nframes is None
         threads = None if get_worker_info() is None else 1  # workers are processes enough
         read: Callable[..., Clip] = partial(read_clip, backend=settings.backend, threads=threads)
@@ -109,7 +103,7 @@ class ClipReader:
             part["video"],
             fps=settings.fps if by_time else None,
             num_frames=settings.nframes,
-            min_frames=least,
+            min_frames=min(settings.min_frames, settings.max_frames),
             max_frames=settings.max_frames,
             start=part.get("video_start"),
             end=part.get("video_end"),
@@ -148,22 +142,19 @@ class ClipReader:
                 own[least] = min(high, other)
         return replace(self.settings, **own)
 
-    def _order(self, count: int, chance: np.random.Generator) -> NDArray[np.int64] | slice:
-        if self.frame_order == "reversed":
-            return np.arange(count)[::-1]
-        if self.frame_order == "shuffled":
-            return chance.permutation(count)
-        return slice(None)  # spares a copy
+    def fit(self, frames: NDArray[np.uint8], low: int | None, high: int | None) -> NDArray[np.uint8]:
+        """Frames (T, H, W, 3) of an area between two limits in pixels; None is no limit."""
+        if low is None and high is None:
+            return frames
+        return fit_frames(frames, factor=self.factor, min_pixels=low or 1, max_pixels=high or math.inf)
 
-    def _pixel_limits(self, part: Part) -> tuple[int | None, int | None]:
+    def pixel_limits(self, part: Part) -> tuple[int | None, int | None]:
         """Limits of a frame's area: the part's own, to which those of the settings give way, if a token's size is known."""
-        area = self.factor**2
-        low, high = self.settings.min_tokens, self.settings.max_tokens
-        known = area > 1
-        high_pixels = part.get("max_pixels", high * area if known and high else None)
-        low_pixels = part.get("min_pixels", low * area if known and low else None)
-        if low_pixels is None or high_pixels is None:
-            return low_pixels, high_pixels
+        area, tokens = self.factor**2, (self.settings.min_tokens, self.settings.max_tokens)
+        low, high = (limit * area if limit and area > 1 else None for limit in tokens)
+        low, high = part.get("min_pixels", low), part.get("max_pixels", high)
+        if low is None or high is None:
+            return low, high
         if "min_pixels" in part and "max_pixels" not in part:
-            return low_pixels, max(low_pixels, high_pixels)
-        return min(low_pixels, high_pixels), high_pixels
+            return low, max(low, high)
+        return min(low, high), high

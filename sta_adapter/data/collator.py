@@ -11,12 +11,12 @@ from torch.utils.data import get_worker_info
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE, Prompt
-from sta_adapter.data.clip_batches import PIXELS, put_together, takes_one_kind
+from sta_adapter.data.clip_batches import PER_TOKEN, PIXELS, put_together, takes_one_kind
 from sta_adapter.data.visual_processing import Encoded
 
 __all__ = ["Collator", "Loaded", "kind_of"]
 
-PER_TOKEN = {"input_ids": 0, "labels": IGNORE, "mm_token_type_ids": 0, "token_type_ids": 0}  # and what fills them up
+FILL = {**dict.fromkeys(PER_TOKEN, 0), "labels": IGNORE}  # what has one value a token, and what fills it up
 
 
 class Loaded(dict[str, torch.Tensor]):
@@ -76,14 +76,13 @@ class Collator:
         return [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
 
     def sort_out(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
-        """The samples, with a `BadSample` in the place of each that makes no batch with the others.
+        """The samples, with a `BadSample` (or, if `on_bad_sample` is "error", a DataError) for each that makes no batch with the others.
 
         Where their tensors differ in shape and can't be joined, those that are like most others stay.
-
-        Raises:
-            DataError: there is one, and `on_bad_sample` is "error".
         """
-        usual = {} if self._joins(items) else _usual_shapes(items)
+        good = [item for item in items if not isinstance(item, BadSample)]
+        shapes = {} if self._joins(good) else _shapes(good)
+        usual = {key: counts.most_common(1)[0][0] for key, counts in shapes.items()}
         found = [item if isinstance(item, BadSample) else _checked(item, usual) for item in items]
         for was, item in zip(items, found, strict=True):
             if item is not was and isinstance(item, BadSample):
@@ -101,42 +100,35 @@ class Collator:
         )
         return bad.skipped(self.on_bad_sample)
 
-    def _joins(self, items: Sequence[Encoded | BadSample]) -> bool:
+    def _joins(self, items: Sequence[Encoded]) -> bool:
         """Whether the samples make a batch; it is only tried where their shapes leave a doubt."""
-        good = [item for item in items if not isinstance(item, BadSample)]
-        if all(len(shapes) == 1 for shapes in _shapes(good).values()):
+        if all(len(shapes) == 1 for shapes in _shapes(items).values()):
             return True
         try:
-            self._batch(good)
+            self._batch(items)
         except Exception:  # whatever a library says to it: which of them it is about is looked for next
             return False
         return True
 
     def _batch(self, items: Sequence[Encoded]) -> Encoded:
         batch: Encoded = {}
-        fill = {**PER_TOKEN, "input_ids": self.pad_id}
-        length = max(len(item["input_ids"]) for item in items)
+        fill = {**FILL, "input_ids": self.pad_id}
         for key in dict.fromkeys(key for item in items for key in item):
-            values = [item.get(key) for item in items]
             if key in fill:
-                batch[key] = torch.stack(
-                    [self._pad(value, fill[key], item, length) for value, item in zip(values, items, strict=True)]
-                )
+                rows = [item[key] if key in item else torch.zeros_like(item["input_ids"]) for item in items]
+                batch[key] = self._padded(rows, fill[key])
             else:
-                batch[key] = put_together(
-                    key, [value for value in values if value is not None], shared=get_worker_info() is not None
-                )
-        ones = [torch.ones_like(item["input_ids"]) for item in items]
-        batch["attention_mask"] = torch.stack(
-            [self._pad(one, 0, item, length) for one, item in zip(ones, items, strict=True)]
-        )
+                values = [item[key] for item in items if key in item]
+                batch[key] = put_together(key, values, shared=get_worker_info() is not None)
+        batch["attention_mask"] = self._padded([torch.ones_like(item["input_ids"]) for item in items], 0)
         return batch
 
-    def _pad(self, value: torch.Tensor | None, fill: int, item: Encoded, length: int) -> torch.Tensor:
-        if value is None:
-            value = torch.zeros_like(item["input_ids"])
-        missing = length - len(value)
-        return torch.nn.functional.pad(value, (missing, 0) if self.side == "left" else (0, missing), value=fill)
+    def _padded(self, rows: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+        """Rows of tokens as one tensor (B, L), filled up on the collator's side."""
+        longest, left = max(map(len, rows)), self.side == "left"
+        gaps = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
+        pad = torch.nn.functional.pad
+        return torch.stack([pad(row, gap, value=fill) for row, gap in zip(rows, gaps, strict=True)])
 
 
 def kind_of(item: Encoded) -> str:
@@ -153,20 +145,15 @@ def _shapes(items: Sequence[Encoded]) -> dict[str, Counter[tuple[int, ...]]]:
     """How often each shape comes, but for the first axis, of the tensors that are put one after the other."""
     found: dict[str, Counter[tuple[int, ...]]] = {}
     for item in items:
-        for key in item.keys() - PER_TOKEN.keys():
+        for key in item.keys() - FILL.keys():
             found.setdefault(key, Counter())[tuple(item[key].shape[1:])] += 1
     return found
-
-
-def _usual_shapes(items: Sequence[Encoded | BadSample]) -> dict[str, tuple[int, ...]]:
-    shapes = _shapes([item for item in items if not isinstance(item, BadSample)])
-    return {key: counts.most_common(1)[0][0] for key, counts in shapes.items()}
 
 
 def _checked(item: Encoded, usual: dict[str, tuple[int, ...]]) -> Encoded | BadSample:
     """The sample, if it is whole and of the usual shapes."""
     source, tokens = getattr(item, "source", Loaded.source), item.get("input_ids")
-    if tokens is None or any(item[key].shape != tokens.shape for key in item.keys() & PER_TOKEN.keys()):
+    if tokens is None or any(item[key].shape != tokens.shape for key in item.keys() & FILL.keys()):
         return BadSample(source, "it has no tokens, or not as many of them as of what goes with each.")
     for key, shape in usual.items():
         if key in item and tuple(item[key].shape[1:]) != shape:

@@ -15,22 +15,19 @@ from pathlib import Path
 
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
-from sta_adapter.data.message import Message, Part, Record
-from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, kind_of, visuals
+from sta_adapter.data.message import Message, Part, Record, text_of
+from sta_adapter.data.sample_keys import SETTINGS, VISUAL_KEYS, extra_fields, kind_of, visuals
 from sta_adapter.errors import DataError
 
 __all__ = ["Sample", "parse_sample"]
 
-_POSITIVE = {
-    **dict.fromkeys(("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels"), int),
-    **dict.fromkeys(("fps", "folder_fps"), float),  # folder_fps: of a folder of pictures in the place of a video file
-}
+_SECONDS = ("video_start", "video_end")  # which may be 0
+_FRACTIONS = ("fps", "folder_fps", *_SECONDS)  # all other settings are whole numbers
 _LARGEST = 10**12  # beyond it no number is meant, and arithmetic overflows
-_SECONDS = ("video_start", "video_end")
 _PART_KEYS = {
     "text": {"type", "text"},
     "image": {"type", "image", "min_pixels", "max_pixels"},
-    "video": {"type", "video", *_POSITIVE, *_SECONDS},
+    "video": {"type", "video", *SETTINGS},
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
 _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
@@ -76,7 +73,7 @@ class Sample:
     @property
     def answer(self) -> str:
         """The text of the last answer."""
-        return "".join(part["text"] for part in self.messages[self._last_answer()]["content"] if part["type"] == "text")
+        return text_of(self.messages[self._last_answer()])
 
     def _last_answer(self) -> int:
         for index in range(len(self.messages) - 1, -1, -1):
@@ -95,14 +92,10 @@ def parse_sample(
     format: str | None = None,
     classes: dict[str, int] | None = None,
 ) -> Sample:
-    """Check one record and bring it into the form of `Sample`.
+    """Check one record and bring it into the form of `Sample`; errors name its `source`.
 
-    Args:
-        record: the object of one line.
-        source: how errors name it.
-        folder: what relative paths are relative to.
-        format: one of `sta_adapter.data.formats.FORMATS`; None recognises it by its keys.
-        classes: names and numbers of Something-Something v2's classes, to check against.
+    Relative paths start from `folder`. `format` is one of `sta_adapter.data.formats.FORMATS`, None for that which the keys tell;
+    `classes` are names and numbers of Something-Something v2's classes, to check against.
 
     Raises:
         DataError: with the source, what was found and what was expected.
@@ -177,11 +170,9 @@ def _options(record: Record, messages: list[Message]) -> list[str] | None:
             raise DataError(f"'{key}' is {shown(given)}, expected a list of at least two texts.")
     if texts is not None and len(texts) != len(options or ()):
         raise DataError(f"'option_texts' holds {len(texts)} texts, expected one for each of 'options'.")
-    last = messages[-1]
-    if options is not None and last["role"] == "assistant":
-        said = "".join(part.get("text", "") for part in last["content"])
-        if said not in options:
-            raise DataError(f"the answer is {shown(said)}, expected one of the options {shown(options)}.")
+    said = text_of(messages[-1])
+    if options is not None and messages[-1]["role"] == "assistant" and said not in options:
+        raise DataError(f"the answer is {shown(said)}, expected one of the options {shown(options)}.")
     return options
 
 
@@ -227,13 +218,13 @@ def _message(message: object, index: int, folder: Path, paths: dict[str, list[ob
     else:
         raise DataError(f"{where} has {kind_of(content)} as content, expected a text or a list of parts.")
     checked = [_part(part, f"{where}, part {number}", folder) for number, part in enumerate(parts)]
-    if role == "assistant" and not "".join(part.get("text", "") for part in checked).strip():
-        raise DataError(f"{where} is an empty answer; expected words to learn.")
     made: Message = {"role": role, "content": checked}
+    if role == "assistant" and not text_of(made).strip():
+        raise DataError(f"{where} is an empty answer; expected words to learn.")
     if not _learned(message, where):
         return {**made, "loss": False}
-    clips = [part["type"] for part in checked if role == "assistant" and part["type"] != "text"]
-    if clips:
+    clips = [part["type"] for part in checked if part["type"] != "text"]
+    if role == "assistant" and clips:
         raise DataError(f"{where} is an answer with a {clips[0]} in it, expected words to learn, or 'loss': false.")
     return made
 
@@ -289,8 +280,8 @@ def _part(part: object, where: str, folder: Path) -> Part:
 
 
 def _check_numbers(part: Part, where: str) -> None:
-    for key in part.keys() & {*_POSITIVE, *_SECONDS}:
-        value, whole = part[key], _POSITIVE.get(key) is int
+    for key in part.keys() & set(SETTINGS):
+        value, whole = part[key], key not in _FRACTIONS
         right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not right or not 0 <= value <= _LARGEST or (key not in _SECONDS and value == 0):
             raise DataError(

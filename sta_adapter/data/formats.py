@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 
 from sta_adapter._validate import shown
@@ -33,11 +33,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def recognise(record: Record) -> str:
-    """The name of a record's format.
-
-    Raises:
-        DataError: it has none of the formats' keys.
-    """
+    """The name of a record's format, by its keys."""
     if "messages" in record or "conversations" in record:
         return "conversations"
     if "question" in record and (_option_keys(record) or _options_in_columns(record)):
@@ -52,12 +48,11 @@ def recognise(record: Record) -> str:
 
 
 def as_conversation(record: Record, format: str | None, classes: dict[str, int] | None = None) -> Record:
-    """A record of a format, None for that which its keys tell, as one with 'messages'.
-
-    Raises:
-        DataError: the record is not of that format.
-    """
-    return _CONVERT[format or recognise(record)](record, classes)
+    """A record of a format, None for that which its keys tell, as one with 'messages'."""
+    name = format or recognise(record)
+    if name == "ssv2":
+        return _from_ssv2(record, classes)
+    return _from_choices(record) if name == "multiple-choice" else _from_question(record)
 
 
 def read_classes(path: Path) -> dict[str, int] | None:
@@ -103,7 +98,7 @@ def _from_ssv2(record: Record, classes: dict[str, int] | None) -> Record:
     }
 
 
-def _from_question(record: Record, classes: dict[str, int] | None) -> Record:
+def _from_question(record: Record) -> Record:
     """A question with its answer in words is a conversation of one turn; what has turns stays as it is."""
     if "messages" in record or "conversations" in record:
         return record
@@ -112,16 +107,10 @@ def _from_question(record: Record, classes: dict[str, int] | None) -> Record:
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise DataError(f"'answer' is {shown(answer)}, expected a text.")
-    beside = _beside(record)
-    return {
-        **extra_fields(record, VISUAL_KEYS | {"question", "answer"} | _CONVERSATION),
-        **{key: record[key] for key in _CONVERSATION & record.keys()},
-        "messages": _turns(_placed(beside, _question(record)), answer),
-        **{f"{kind}s": paths for kind, paths in beside.items()},
-    }
+    return _asked(record, _question(record), answer)
 
 
-def _from_choices(record: Record, classes: dict[str, int] | None) -> Record:
+def _from_choices(record: Record) -> Record:
     """The options are listed under letters, and the answer is a letter."""
     question, keys = _question(record), _option_keys(record)
     if len(keys) > 1:
@@ -132,16 +121,9 @@ def _from_choices(record: Record, classes: dict[str, int] | None) -> Record:
     if isinstance(right, str) and f"a{right}" in columns:
         right = int(right)  # cells of a table are texts
     answer = letters[_answer_index(right, options)]
-    beside = _beside(record)
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
-    return {
-        **extra_fields(record, VISUAL_KEYS | {"question", "answer", *keys, *columns} | _CONVERSATION),
-        **{key: record[key] for key in _CONVERSATION & record.keys()},
-        "messages": _turns(f"{_placed(beside, question)}\n{listed}\n{CHOICE_REQUEST}", answer),
-        **{f"{kind}s": paths for kind, paths in beside.items()},
-        "options": letters,
-        "option_texts": options,
-    }
+    conversation = _asked(record, question, answer, f"\n{listed}\n{CHOICE_REQUEST}", {*keys, *columns})
+    return {**conversation, "options": letters, "option_texts": options}
 
 
 def _question(record: Record) -> str:
@@ -151,19 +133,22 @@ def _question(record: Record) -> str:
     return question.strip()
 
 
-def _beside(record: Record) -> dict[str, list[object]]:
-    """The clips and pictures that a question is about."""
+def _asked(record: Record, question: str, answer: str, behind: str = "", read: Collection[str] = ()) -> Record:
+    """A conversation of one turn: the question, `behind` it the options, and the answer; clips and pictures in front, unless placed.
+
+    `read` are further keys of the record that were read.
+    """
     beside = visuals(record)
     if not any(beside.values()):
         raise DataError("there is no 'video' and no 'image' that the question is about.")
-    return beside
-
-
-def _placed(beside: dict[str, list[object]], question: str) -> str:
-    """The question with its clips and pictures in front, unless it has places for them."""
-    if "<video>" in question or "<image>" in question:
-        return question
-    return "".join(f"<{kind}>" * len(paths) for kind, paths in beside.items()) + question
+    if "<video>" not in question and "<image>" not in question:
+        question = "".join(f"<{kind}>" * len(paths) for kind, paths in beside.items()) + question
+    return {
+        **extra_fields(record, VISUAL_KEYS | _CONVERSATION | {"question", "answer", *read}),
+        **{key: record[key] for key in _CONVERSATION & record.keys()},
+        "messages": _turns(question + behind, answer),
+        **{f"{kind}s": paths for kind, paths in beside.items()},
+    }
 
 
 def _option_keys(record: Record) -> list[str]:
@@ -191,15 +176,13 @@ def _options(given: object) -> list[str]:
         if [str(key).upper() for key in given] != list(_LETTERS[: len(given)]):
             raise DataError(f"'options' has the keys {', '.join(map(str, given))}, expected A, B, ... in order.")
         given = list(given.values())
-    texts = (
-        [option for option in given if isinstance(option, str) and option.strip()] if isinstance(given, list) else []
-    )
-    if not isinstance(given, list) or len(texts) < len(given) or not 2 <= len(texts) <= len(_LETTERS):
+    right = isinstance(given, list) and all(isinstance(option, str) and option.strip() for option in given)
+    if not isinstance(given, list) or not right or not 2 <= len(given) <= len(_LETTERS):
         raise DataError(f"'options' is {shown(given)}, expected a list of 2 to {len(_LETTERS)} texts.")
-    own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(_LETTERS, texts, strict=False)]
+    own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(_LETTERS, given, strict=False)]
     if all(own):
-        return [text[match.end() :].strip() for text, match in zip(texts, own, strict=True) if match]
-    return [text.strip() for text in texts]
+        return [text[match.end() :].strip() for text, match in zip(given, own, strict=True) if match]
+    return [text.strip() for text in given]
 
 
 def _answer_index(answer: object, options: list[str]) -> int:
@@ -226,10 +209,3 @@ def _answer_index(answer: object, options: list[str]) -> int:
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-_CONVERT: dict[str, Callable[[Record, dict[str, int] | None], Record]] = {
-    "conversations": _from_question,
-    "multiple-choice": _from_choices,
-    "ssv2": _from_ssv2,
-}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sta_adapter.video.reader import ClipTimes
 
-__all__ = ["Message", "Part", "Record", "Visual"]
+__all__ = ["Message", "Part", "Record", "Visual", "text_of"]
 
 Part = dict[str, Any]
 """Of a message's content: `{"type": "text" | "image" | "video", ...}`, with the clip's own settings."""
@@ -24,6 +24,11 @@ class Message(TypedDict):
     role: str
     content: list[Part]
     loss: NotRequired[bool]
+
+
+def text_of(message: Message) -> str:
+    """What a message says beside its clips and pictures."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 @dataclass(frozen=True)

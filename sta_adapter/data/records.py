@@ -23,11 +23,7 @@ _NUMBERS = (*SETTINGS, "start", "end")  # cells that are numbers; all others are
 
 
 def read_records(file: Path) -> Iterator[tuple[str, object]]:
-    """Where each record stands, and the record, or the `DataError` in its place.
-
-    Raises:
-        DataError: the file can't be read at all.
-    """
+    """Where each record stands, and the record, or the `DataError` in its place; it raises one where the file can't be read at all."""
     text = _read_text(file)
     if file.suffix.lower() in TABLES:
         yield from _rows(text, file, TABLES[file.suffix.lower()])
@@ -45,7 +41,7 @@ def load_json(text: str | bytes) -> object:
     """A JSON value.
 
     Raises:
-        DataError: it is none, it is nested too deeply, an object has a key twice, or a number has thousands of digits.
+        DataError: it is none, is nested too deeply, has an object with a key twice or a number of thousands of digits.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from sta_adapter.compatibility.processors import Processor
+from sta_adapter.compatibility.releases import version
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.fingerprint import fingerprint, fingerprint_clip, fingerprint_processor
 from sta_adapter.data.message import Message, Part
@@ -69,10 +69,7 @@ class SampleCache:
             dataclasses.asdict(reader),
         )
         part = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
-        self.scale = (
-            getattr(part, "rescale_factor", None),
-            *(getattr(part, f"image_{n}", None) for n in ("mean", "std")),
-        )
+        self.scale = tuple(getattr(part, name, None) for name in ("rescale_factor", "image_mean", "image_std"))
         self.writing = True
 
     def key(self, messages: list[Message], *rest: object) -> str | None:
@@ -121,11 +118,7 @@ class SampleCache:
 
 def _versions() -> dict[str, str]:
     """Of all packages that have a part in what comes out."""
-    found = {}
-    for name in MADE_BY:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: found for name in MADE_BY if (found := version(name)) != "not installed"}
 
 
 def _without_place(part: Part) -> Part:
@@ -163,11 +156,7 @@ def _packed(encoded: Encoded, key: str, scale: tuple[object, ...]) -> bytes:
 
 
 def _unpacked(data: Bytes, key: str) -> Encoded:
-    """What `_packed` was given.
-
-    Raises:
-        ValueError: it isn't that, or of another sample; and what json and torch raise of other bytes.
-    """
+    """What `_packed` was given; a ValueError, or what json and torch raise, where the data are something else."""
     header, values = _halves(data)
     entries = json.loads(header)
     about = entries.pop("__metadata__")

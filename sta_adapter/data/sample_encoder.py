@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.data.bad_sample import BadSample, check_on_bad_sample
+from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
 from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_reader import ClipReader
@@ -48,22 +48,16 @@ class SampleEncoder:
     reader: ClipReader = field(init=False, compare=False)
     isolated: Isolated[list[Visual]] | None = field(init=False, compare=False)
     kept: SampleCache | None = field(init=False, compare=False)
-    outlasts: bool = field(
-        init=False, compare=False, default=False
-    )  # of a copy in a worker: whether it stays at signals
+    outlasts: bool = field(init=False, compare=False, default=False)  # whether a copy in a worker stays at signals
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            ConfigError: `frame_order` or `on_bad_sample` is none of the known ones, `seed` is negative, or `cache` is no
-                folder.
-        """
+        """Refuse choices that there are not, and make what decodes."""
         if self.frame_order not in FRAME_ORDERS:
             raise ConfigError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}.")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected a number of at least 0.")
-        check_on_bad_sample(self.on_bad_sample)
+        if self.on_bad_sample not in ("skip", "error"):
+            raise ConfigError(f"on_bad_sample is {self.on_bad_sample!r}, expected 'skip' or 'error'.")
         self.reader = ClipReader.of(self.processor, self.frames, self.frame_order, self.seed)
         self.isolated = Isolated(self.reader.read, self.decode_timeout) if self.decode_timeout and POSSIBLE else None
         self.kept = None if self.cache is None else SampleCache(self.cache, self.processor, self.reader)
@@ -110,11 +104,7 @@ class SampleEncoder:
         return found
 
     def encoded(self, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None) -> Encoded:
-        """The tensors of a conversation and its decoded clips, see `sta_adapter.data.chat_encoding.encode`.
-
-        Raises:
-            DataError: it can't be encoded, or has more than `max_length` tokens.
-        """
+        """The tensors of a conversation and its decoded clips, see `encode` and `encode_prompt`; a DataError if they are too many."""
         if self.prompts:
             found = encode_prompt(self.processor, messages, visuals, bool(thinking))
         else:

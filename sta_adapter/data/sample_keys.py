@@ -48,11 +48,7 @@ _MEANT = {
 
 
 def visuals(record: Record) -> dict[str, list[object]]:
-    """The clips and pictures beside a record's words, in order; settings beside a single one go with it.
-
-    Raises:
-        DataError: they are no paths, or settings stand beside none or several.
-    """
+    """The clips and pictures beside a record's words, in order; settings beside a single one go with it."""
     found = {kind: _listed(record, kind) for kind in KINDS}
     settings = {key: record[key] for key in SETTINGS if key in record}
     for short, name in _SHORT.items():
@@ -86,11 +82,7 @@ def _listed(record: Record, kind: str) -> list[object]:
 
 
 def extra_fields(record: Record, used: Iterable[str]) -> Record:
-    """What a record holds besides the keys that are used.
-
-    Raises:
-        DataError: a key among them was certainly meant to be read.
-    """
+    """What a record holds besides the keys that are used; a DataError for a key that was certainly meant to be read."""
     extra = {key: value for key, value in record.items() if key not in used}
     for key, value in extra.items():
         if key in _NOT_READ or (key == "label" and isinstance(value, bool)):  # whether the answer is a good one

@@ -48,13 +48,7 @@ def read_samples(path: str | Path, *, format: str | None = None, videos: str | P
         DataError: the file is missing or empty, or a record is not a sample.
         ConfigError: there is no such format, or `videos` was given for shards.
     """
-    samples = []
-    for item in scan_samples(path, format=format, videos=videos):
-        if isinstance(item, BadSample):
-            item.skipped("error")
-        else:
-            samples.append(item)
-    return samples
+    return open_samples(path, format=format, videos=videos, on_bad_sample="error")
 
 
 def open_samples(
@@ -75,31 +69,21 @@ def open_samples(
 def given_samples(items: Sequence[Sample | Record], *, on_bad_sample: str = "skip") -> list[Sample]:
     """Samples of a list: such as were read before stay as they are, records (`dict`, one line of a file each) are parsed.
 
-    Relative paths start from the working directory.
-
-    Raises:
-        DataError: a record is no sample and `on_bad_sample` is "error".
+    Relative paths start from the working directory; of records that are no samples the same holds as for `open_samples`.
     """
-
-    def sample(index: int, item: Sample | Record) -> Sample:
-        if isinstance(item, Sample):
-            return item
-        source = f"record {index + 1}"
+    found = []
+    for number, item in enumerate(items, start=1):
+        source = f"record {number}"
         try:
-            return parse_sample(item, source=source)
+            found.append(item if isinstance(item, Sample) else parse_sample(item, source=source))
         except DataError as error:
             BadSample(source, error.reason).skipped(on_bad_sample)
-            return Sample([], source, problem=error.reason)
-
-    return [sample(index, item) for index, item in enumerate(items)]
+            found.append(Sample([], source, problem=error.reason))
+    return found
 
 
 def require_usable(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """The samples, if one of them at least is none with a problem.
-
-    Raises:
-        DataError: with the first one's.
-    """
+    """The samples; a DataError with the first one's problem where all of them have one."""
     if samples and all(sample.problem is not None for sample in samples):
         raise DataError(str(samples[0].problem), source=samples[0].source)
     return samples
@@ -122,7 +106,9 @@ def scan_samples(
     found: list[Sample | BadSample] = []
     for source, record in read_records(file):
         try:
-            found.append(_sample(record, source, folder, format, classes))
+            if isinstance(record, DataError):
+                raise record
+            found.append(parse_sample(record, source=source, folder=folder, format=format, classes=classes))
         except DataError as error:
             found.append(BadSample(source, error.reason))
     if not found:
@@ -131,11 +117,7 @@ def scan_samples(
 
 
 def raw_records(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Where each record of a file stands, and the record as it is there.
-
-    Raises:
-        DataError: the file is missing or empty, or a record is not JSON.
-    """
+    """Where each record of a file stands, and the record as it is there; a DataError for an empty file and for what is no JSON."""
     file, empty = Path(path), True
     for source, record in read_records(file):
         if isinstance(record, DataError):
@@ -152,21 +134,11 @@ def check_format(name: str | None) -> None:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}.")
 
 
-def _sample(record: object, source: str, folder: Path, format: str | None, classes: dict[str, int] | None) -> Sample:
-    if isinstance(record, DataError):
-        raise record
-    return parse_sample(record, source=source, folder=folder, format=format, classes=classes)
-
-
 _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(?:\.\d+)?|\.\d+)")
 
 
 def weighted(text: str | Path) -> tuple[str, float]:
-    """A file and its weight, from "clips.jsonl:2"; 1 without one, and for a file whose name ends like that.
-
-    Raises:
-        ConfigError: the weight is 0.
-    """
+    """A file and its weight, from "clips.jsonl:2"; 1 without one, and for a file whose name ends like that."""
     match = _WEIGHTED.fullmatch(str(text))
     if match is None or Path(text).exists():
         return str(text), 1.0

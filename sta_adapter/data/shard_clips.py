@@ -53,11 +53,7 @@ class Packed:
     files: dict[str, bytes | Span]  # contents, or where they lie, by the names that the record calls them by
 
     def sample(self, format: str | None = None) -> Sample:
-        """The record as a sample.
-
-        Raises:
-            DataError: it is none.
-        """
+        """The record as a sample; a DataError if it is none."""
         sample = parse_sample(self.record, source=self.source, folder=self.shard, format=format)
         return replace(
             sample, messages=[{**m, "content": [self._placed(part) for part in m["content"]]} for m in sample.messages]
@@ -74,12 +70,7 @@ class Packed:
 
 @contextlib.contextmanager
 def unpacked(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
-    """The parts of a sample with paths that a decoder can open.
-
-    Raises:
-        VideoNotFoundError: a file is not in the shard.
-        STAError: what was raised while they were used, with the names that the sample has for its files.
-    """
+    """The parts of a sample with paths that a decoder can open; errors raised meanwhile get the names that the sample has for its files."""
     if not any("packed" in part for part in parts):
         yield parts
         return

@@ -39,12 +39,7 @@ def is_shards(name: str | Path) -> bool:
 
 
 def find_shards(pattern: str | Path) -> list[Path]:
-    """The shards that a path, a glob pattern or a brace pattern means: `train-{000..009}.tar`.
-
-    Raises:
-        DataError: a shard is not there, or the pattern fits none.
-        MissingExtraError: webdataset is not installed.
-    """
+    """The shards that a path, a glob pattern or a brace pattern means: `train-{000..009}.tar`."""
     try:
         from braceexpand import braceexpand
     except ImportError as error:
@@ -72,12 +67,7 @@ def find_shards(pattern: str | Path) -> list[Path]:
 def read_shard(path: Path, *, lookup: bool = False) -> Iterator[Packed | BadSample]:
     """The records of a shard in order; a `BadSample` stands for each that can't be read, and one for a shard that is cut off.
 
-    Args:
-        path: the tar file.
-        lookup: say where clips lie in the place of their contents.
-
-    Raises:
-        DataError: with `lookup`, the shard is compressed.
+    `lookup` says where clips lie in the place of their contents, which a compressed shard can't (DataError).
     """
     from webdataset.tariterators import group_by_keys
 
@@ -98,11 +88,7 @@ def read_shard(path: Path, *, lookup: bool = False) -> Iterator[Packed | BadSamp
 
 
 def scan_shards(pattern: str | Path, *, format: str | None = None) -> list[Sample | BadSample]:
-    """Every sample of shards, in order; clips are read from where they lie when they are asked for.
-
-    Raises:
-        DataError: a shard is not there, or compressed.
-    """
+    """Every sample of shards, in order; clips are read from where they lie when they are asked for."""
     found: list[Sample | BadSample] = []
     for shard in find_shards(pattern):
         for item in read_shard(shard, lookup=True):

@@ -90,15 +90,11 @@ class StreamDataset(IterableDataset[Encoded | BadSample]):
     """Samples of tar shards, decoded and encoded as they come, pass after pass.
 
     In a pass every sample comes once, from one worker of one process; a reader with fewer samples begins its next pass
-    earlier.
+    earlier. Arguments that are not named here are those of `VideoDataset`.
 
     Args:
         shards: a path, a glob pattern or a brace pattern, see `find_shards`.
         processor: the model's processor.
-        frames: how clips are sampled.
-        on_bad_sample: "skip" gives a `BadSample` in place of an unusable one, "error" raises.
-        max_length: samples of more tokens are bad samples.
-        decode_timeout: as for `VideoDataset`.
         format: of the records; None recognises each by its keys.
         shuffle: samples that each reader holds in memory to mix them; 0 for the shards' own order.
         seed: of the order.
@@ -154,11 +150,7 @@ class StreamDataset(IterableDataset[Encoded | BadSample]):
         return made
 
     def usable_workers(self, wanted: int, processes: int) -> int:
-        """How many workers each process can have, as each needs a shard of its own.
-
-        Raises:
-            ConfigError: there are fewer shards than processes.
-        """
+        """How many workers each process can have, as each needs a shard of its own."""
         if len(self.shards) < processes:
             raise ConfigError(
                 f"{len(self.shards)} shards for {processes} processes; each needs one of its own. Write more and smaller "

@@ -14,7 +14,7 @@ import torch
 from sta_adapter.compatibility import processors
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import transformers_release
-from sta_adapter.data.clip_batches import put_together, row_lengths, split_unequal, takes_one_kind
+from sta_adapter.data.clip_batches import PER_TOKEN, put_together, row_lengths, split_unequal, takes_one_kind
 from sta_adapter.data.message import Visual
 from sta_adapter.errors import DataError
 from sta_adapter.video.reader import ClipTimes
@@ -31,7 +31,10 @@ __all__ = [
     "told_seconds",
 ]
 
+logger = logging.getLogger(__name__)
 Encoded = dict[str, torch.Tensor]
+NAMES = ("second_per_grid_ts", "video_second_per_grid")
+"""What processors call the seconds from one temporal step of a clip to the next."""
 
 
 def process(processor: Processor, text: str, visuals: list[Visual]) -> Encoded:
@@ -49,16 +52,11 @@ def join(pieces: list[Encoded]) -> Encoded:
             "or between clips of unequal lengths. Put them into one turn, in front of the clips."
         )
     for key in dict.fromkeys(key for piece in pieces for key in piece):
-        per_token = key in ("input_ids", "mm_token_type_ids", "token_type_ids")
-        parts = [
-            piece[key] if key in piece else torch.zeros_like(piece["input_ids"])
-            for piece in pieces
-            if key in piece or per_token
-        ]
-        if len(parts) == 1:
-            joined[key] = parts[0]  # pixel values are large: spares a copy
-            continue
-        joined[key] = torch.cat(parts) if per_token else put_together(key, parts)
+        if key in PER_TOKEN:
+            joined[key] = torch.cat([piece.get(key, torch.zeros_like(piece["input_ids"])) for piece in pieces])
+        else:
+            parts = [piece[key] for piece in pieces if key in piece]
+            joined[key] = put_together(key, parts) if len(parts) > 1 else parts[0]  # pixels are large: spares a copy
     return joined
 
 
@@ -76,8 +74,8 @@ def require_placeholders(processor: Processor, text: str, visuals: list[Visual])
 
 def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Encoded:
     clips = [visual for visual in visuals if visual.kind == "video"]
-    images = [visual.pixels[0] for visual in visuals if visual.kind == "image"]
-    if clips and images and takes_one_kind(processor):
+    pictures = [visual for visual in visuals if visual.kind == "image"]
+    if clips and pictures and takes_one_kind(processor):
         raise DataError("this model takes either pictures or clips in one sample, not both; leave one of them out.")
     part = processors.visual_part(processor)
     sizes = processors.Sizes.of(part)
@@ -92,32 +90,28 @@ def _process_once(processor: Processor, text: str, visuals: list[Visual]) -> Enc
             "this model's processor brings all frames to one size, and cuts pictures by its own; leave out min_pixels and max_pixels."
         )
     clips, settings = sized(processor, clips)
-    kwargs: dict[str, object] = {"videos_kwargs": settings}
     if sampled and hasattr(part, "do_sample_frames"):  # since 4.53; none samples before
         settings["do_sample_frames"] = False
         if all(clip.metadata for clip in clips):
             settings["video_metadata"] = [clip.metadata for clip in clips]
     out = processor(
         text=[text],
-        images=images or None,
+        images=[picture.pixels[0] for picture in pictures] or None,
         videos=[clip.pixels.transpose(0, 3, 1, 2) for clip in clips] or None,
         add_special_tokens=False,
         return_tensors="pt",
-        **{key: value for key, value in kwargs.items() if value and clips},
+        **({"videos_kwargs": settings} if settings and clips else {}),
     )
     # transformers 4.49 to 4.51 leave the seconds a list
     encoded = {
         key: torch.as_tensor(value) for key, value in out.items() if isinstance(value, torch.Tensor) or key in NAMES
     }
     encoded.pop("attention_mask", None)
-    for key in ("input_ids", "mm_token_type_ids", "token_type_ids"):
-        if key in encoded:
-            encoded[key] = encoded[key][0]
-    _check_frames(processor, encoded, clips)
+    encoded.update({key: encoded[key][0] for key in PER_TOKEN if key in encoded})
+    _check_frames(sizes.frames, encoded, clips)
     _check_sizes(part, "clip", encoded.get("video_grid_thw"), clips)
-    pictures = [visual for visual in visuals if visual.kind == "image"]
     _check_sizes(getattr(processor, "image_processor", None), "picture", encoded.get("image_grid_thw"), pictures)
-    steps = [step_seconds(clip.metadata, temporal_patch(processor)) for clip in clips if clip.metadata is not None]
+    steps = [step_seconds(clip.metadata, sizes.frames) for clip in clips if clip.metadata is not None]
     if len(steps) == len(clips):
         encoded.update(told_seconds(encoded, steps))
     return {**encoded, **row_lengths(processor, encoded, visuals)}
@@ -151,12 +145,11 @@ def _resized_by(processor: Processor, clip: Visual) -> Visual:
     return dataclasses.replace(clip, pixels=resize_frames(clip.pixels, height, width), resized=True)
 
 
-def _check_frames(processor: Processor, encoded: Encoded, clips: list[Visual]) -> None:
-    """The model must see the frames that were decoded, no fewer."""
+def _check_frames(step: int, encoded: Encoded, clips: list[Visual]) -> None:
+    """The model, which merges `step` frames into one, must see the frames that were decoded, no fewer."""
     grid = encoded.get("video_grid_thw")
     if grid is None:
         return
-    step = temporal_patch(processor)
     seen, given = [int(t) * step for t in grid[:, 0]], [len(clip.pixels) for clip in clips]
     if len(seen) == len(given) and any(t not in (n, n + -n % step) for t, n in zip(seen, given, strict=True)):
         raise DataError(f"the processor made {seen} frames of {given} decoded ones; expected it not to sample again.")
@@ -177,12 +170,6 @@ def _check_sizes(part: object, name: str, grids: torch.Tensor | None, visuals: l
 def temporal_patch(processor: Processor) -> int:
     """How many frames the model merges into one."""
     return processors.Sizes.of(processors.visual_part(processor)).frames
-
-
-logger = logging.getLogger(__name__)
-
-NAMES = ("second_per_grid_ts", "video_second_per_grid")
-"""What processors call the seconds from one temporal step of a clip to the next."""
 
 
 def step_seconds(metadata: ClipTimes, frames: int) -> float:

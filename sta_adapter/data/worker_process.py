@@ -232,12 +232,7 @@ def _reap(pid: int) -> int | None:
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """A context that gives errors of a DataLoader's workers in the words of their cause.
-
-    Raises:
-        STAError: what a worker raised, without the trace that came along.
-        DataError: a worker died.
-    """
+    """A context in which errors of a DataLoader's workers are raised as what a worker raised itself, or a DataError if one died."""
     others = multiprocessing.active_children()
     try:
         try:

@@ -27,7 +27,7 @@ PAIRS = (
 )
 LABELS = tuple(label for pair in PAIRS for label in pair)
 QUESTION = "What happens?"
-FRAMES, SIZE = 8, 64  # of the files; the tiny base takes 32 x 32 pixels
+FRAMES, SIZE, FPS = 8, 64, 8.0  # of the files; the tiny base takes 32 x 32 pixels
 
 SHAPES = ("square", "triangle", "bar", "half", "hook", "tee", "arrow", "cross")
 COLOURS = {
@@ -128,12 +128,8 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(_box(u, v, 0.28, 0.95), _box(u, v, 0.95, 0.28))
 
 
-def draw(scene: Scene, size: int = 32, noise: float = 0.0, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Draw a scene, with soft edges so that a tenth of a pixel shows.
-
-    Returns:
-        Frames (T, size, size, 3) uint8.
-    """
+def draw(scene: Scene, size: int, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Frames (T, size, size, 3) uint8 of a scene, with soft edges so that a tenth of a pixel shows."""
     rows, columns = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5, indexing="ij")
     dx, dy = columns[None] - scene.x[:, None, None], rows[None] - scene.y[:, None, None]
     angle, radius = np.deg2rad(scene.angle)[:, None, None], scene.radius[:, None, None]
@@ -141,8 +137,7 @@ def draw(scene: Scene, size: int = 32, noise: float = 0.0, rng: np.random.Genera
     v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
     cover = np.clip(0.5 - signed_distance(scene.shape, u, v) * radius, 0, 1) * scene.contrast[:, None, None]
     frames = scene.background + cover[..., None] * (np.array(scene.colour, dtype=float) - scene.background)
-    if rng is not None and noise > 0:
-        frames = frames + rng.normal(0, noise * size / 32, frames.shape)
+    frames = frames + rng.normal(0, noise * size / 32, frames.shape)
     return np.clip(np.round(frames), 0, 255).astype(np.uint8)
 
 
@@ -195,19 +190,16 @@ def render(
     level: Difficulty | None = None,
     rest: int = 0,
 ) -> np.ndarray:
-    """Draw the clip of a label and a seed.
+    """Frames (rest + T + rest, size, size, 3) uint8 of a label and a seed; with the opposite label the same frames in reverse.
 
     Args:
         label: One of `LABELS`.
-        seed: The same seed with the opposite label gives the same frames in reverse.
+        seed: Of shape, colour, place and noise.
         look: A key of `LOOKS`.
         frames: T, the number of frames.
         size: Height and width in pixels.
         level: How hard the motion is to see; the demo's own unless given.
         rest: Frames before the motion, and as many behind it, in which the shape only shakes.
-
-    Returns:
-        Frames (rest + T + rest, size, size, 3) uint8.
 
     Raises:
         ConfigError: the label or the look is unknown, or there are too few frames.
@@ -223,9 +215,9 @@ def render(
     return clip[::-1].copy() if _backwards(label) else clip
 
 
-def describe(label: str, seed: int, look: str = "train", frames: int = FRAMES) -> list[str]:
+def describe(label: str, seed: int) -> list[str]:
     """What `render` draws in each frame: column, row, size, tilt and contrast, a digit each, of the range that occurs."""
-    scene, _ = _course(label, seed, look, frames, 32, Difficulty(), 0)
+    scene, _ = _course(label, seed, "train", FRAMES, 32, Difficulty(), 0)
     drawn = np.stack([scene.x, scene.y, scene.radius, scene.angle, scene.contrast], 1)
     low, high = np.array([0, 0, 4, -75, 0.4]), np.array([32, 32, 10.5, 75, 1])
     digits = np.clip(10 * (drawn - low) / (high - low), 0, 9).astype(int)
@@ -259,7 +251,6 @@ def write_dataset(
     look: str = "train",
     frames: int = FRAMES,
     size: int = SIZE,
-    fps: float = 8.0,
     progress: bool = False,
 ) -> Path:
     """Write clips and their JSON Lines file; labels take turns, so every label has as many clips as its opposite.
@@ -273,7 +264,6 @@ def write_dataset(
         look: A key of `LOOKS`.
         frames: T of every clip.
         size: Height and width in pixels.
-        fps: Frames a second.
         progress: Show a bar.
 
     Returns:
@@ -286,7 +276,7 @@ def write_dataset(
     def write(index: int) -> str:
         label = LABELS[index % len(LABELS)]
         path = f"{name}/{index:04d}-{label}.mp4"
-        write_clip(folder / path, render(label, seeds[index], look, frames, size), fps)
+        write_clip(folder / path, render(label, seeds[index], look, frames, size), FPS)
         question = [{"type": "video", "video": path, "nframes": frames}, {"type": "text", "text": QUESTION}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": label}]
         return json.dumps({"messages": messages, "category": category(label)})

@@ -28,38 +28,23 @@ FRAME_SETTINGS = FrameSettings(**TINY_BASE_FRAMES)
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """How large the comparison is; the task itself is frozen in `clips.Difficulty`.
+    """How large the comparison is; the task itself is frozen in `clips.Difficulty`."""
 
-    Attributes:
-        train_clips: clips trained on, in the looks of training.
-        test_clips: clips tested on, in looks never trained on.
-        curve_clips: how many of those are asked during training, for the curves.
-        steps: optimiser steps of each method, both stages together.
-        stage_one: share of STA's steps that train STA alone. Short, since so small a frozen language model can't yet
-            use what STA adds: longer, and STA learns to shout single answers, from which stage two must first recover.
-        batch_size: clips a step.
-        points: how often the curves are measured.
-        causal: whether STA's frames attend to themselves and earlier ones alone, as for a stream.
-        order: of STA in a block.
-        rank: LoRA's rank beside STA; attn.qkv has twice as much, as published.
-        learning_rate: of LoRA.
-        sta_learning_rate: of STA in stage two.
-        stage_one_learning_rate: of STA in stage one.
-    """
-
-    train_clips: int = 2000
-    test_clips: int = 400
-    curve_clips: int = 100
-    steps: int = 900
+    train_clips: int = 2000  # trained on, in the looks of training
+    test_clips: int = 400  # tested on, in looks never trained on
+    curve_clips: int = 100  # of those, asked during training, for the curves
+    steps: int = 900  # optimiser steps of each method, both stages together
+    # Share of STA's steps that train STA alone. Short, since so small a frozen language model can't yet use what STA adds:
+    # longer, and STA learns to shout single answers, from which stage two must first recover.
     stage_one: float = 0.06
-    batch_size: int = 16
-    points: int = 6
-    causal: bool = False
-    order: str = "after_spatial"
-    rank: int = 8
-    learning_rate: float = 5e-3
-    sta_learning_rate: float = 1e-3
-    stage_one_learning_rate: float = 1e-3
+    batch_size: int = 16  # clips a step
+    points: int = 6  # how often the curves are measured
+    causal: bool = False  # whether STA's frames attend to themselves and earlier ones alone, as for a stream
+    order: str = "after_spatial"  # of STA in a block
+    rank: int = 8  # LoRA's beside STA; attn.qkv has twice as much, as published
+    learning_rate: float = 5e-3  # of LoRA
+    sta_learning_rate: float = 1e-3  # of STA in stage two
+    stage_one_learning_rate: float = 1e-3  # and in stage one
 
     @classmethod
     def quick(cls) -> DemoSettings:

@@ -30,19 +30,12 @@ SIDE = 2  # tokens of a frame, along its height and along its width
 
 @dataclass(frozen=True)
 class ReaderSettings:
-    """How long it learns.
+    """How long it learns."""
 
-    Attributes:
-        steps: in which it describes frames.
-        word_steps: more of them, at half the rate, in which it also says what may happen.
-        batch_size: frames a step.
-        learning_rate: the highest, then a cosine to zero.
-    """
-
-    steps: int = 600
-    word_steps: int = 200
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    steps: int = 600  # in which it describes frames
+    word_steps: int = 200  # more of them, at half the rate, in which it also says what may happen
+    batch_size: int = 64  # frames a step
+    learning_rate: float = 1e-3  # the highest, then a cosine to zero
 
     @classmethod
     def quick(cls) -> ReaderSettings:
@@ -55,16 +48,9 @@ def write_reader(
 ) -> Path:
     """Teach a fresh tiny base and write its folder.
 
-    It first describes frames, each at the place it has in its clip; then, in fewer steps, it also says what may happen in
-    the clip that a frame is from, as far as one frame tells: which words answer that, but not which of a pair. The vision
-    encoder below the merger stays as it is.
-
-    Args:
-        folder: gets the base.
-        settings: how long.
-        seed: of the order of frames.
-        data: the clips trained on.
-        described: the answers to `DESCRIBE`, of each frame of each clip.
+    It first describes frames, each at the place it has in its clip, as `described` has it of each frame of each clip; then, in
+    fewer steps, it also says what may happen in the clip that a frame is from, as far as one frame tells: which words answer
+    that, but not which of a pair. The vision encoder below the merger stays as it is. `seed` is of the order of frames.
     """
     model, tokenizer = tiny_model(), data.processor.tokenizer
     torch.manual_seed(seed)
@@ -102,12 +88,7 @@ def frame_batch(
 ) -> dict[str, Tensor]:
     """The model's arguments for one frame a row, where it stands in its clip.
 
-    Args:
-        tokenizer: of the tiny base.
-        question: the same for all.
-        answers: one a row, of equally many tokens.
-        pixels: (B, positions, values) of the frames.
-        place: (B,) of each among its clip's frames.
+    One question for all, answers of equally many tokens, `pixels` (B, positions, values), and `place` (B,) among the clip's frames.
     """
     count = len(answers)
     prompt = f"{BEFORE}{'<|video_pad|>' * SIDE**2}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"

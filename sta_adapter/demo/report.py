@@ -14,11 +14,10 @@ from sta_adapter.demo.clips import LABELS
 from sta_adapter.demo.methods import METHODS, DemoSettings
 from sta_adapter.demo.run import answer_inputs
 from sta_adapter.demo.scores import Results, Share, compared, summary
-from sta_adapter.errors import MissingExtraError
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.observation import temporal_attention
 from sta_adapter.visualization.patch_attention import scale_of
-from sta_adapter.visualization.theme import LIGHT
+from sta_adapter.visualization.theme import LIGHT, new_figure
 
 __all__ = ["print_table", "write_report"]
 
@@ -70,22 +69,10 @@ def print_table(results: Results) -> None:
 
 
 def write_report(folder: Path, results: Results, handle: STAHandle, test: VideoDataset) -> Path:
-    """Write `curves.png`, `attention.png` and `index.html` into the folder; the page's path.
+    """Write `curves.png`, `attention.png` and `index.html` into the demo's folder; the page's path.
 
-    Args:
-        folder: of the demo's run.
-        results: what `run_demo` gave.
-        handle: of the first seed's STA model.
-        test: the test clips.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    `handle` is of the first seed's STA model, `test` the test clips.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("the report's figures need matplotlib: pip install 'sta-adapter[viz]'") from error
-    matplotlib.use("Agg")
     draw_curves(folder / "curves.png", results)
     draw_attention(folder / "attention.png", handle, test)
     heads, rows = table(results)
@@ -110,23 +97,16 @@ def write_report(folder: Path, results: Results, handle: STAHandle, test: VideoD
 
 def draw_curves(path: Path, results: Results) -> None:
     """Accuracy over steps: a line a method (the mean), a thin one a seed."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure(7, 4.2, paper="white")
+    axes = figure.subplots()
     for method in compared(results):
+        colour = COLOURS[method]
         curves = [np.array(run["curve"]) for run in results["runs"] if run["method"] == method]
         if len(curves) > 1:
             for curve in curves:
-                axes.plot(curve[:, 0], 100 * curve[:, 1], color=COLOURS[method], alpha=0.3, linewidth=1)
+                axes.plot(curve[:, 0], 100 * curve[:, 1], color=colour, alpha=0.3, linewidth=1)
         mean = np.mean(curves, axis=0)
-        axes.plot(
-            mean[:, 0],
-            100 * mean[:, 1],
-            color=COLOURS[method],
-            marker=MARKERS[method],
-            linewidth=2,
-            label=SHORT[method],
-        )
+        axes.plot(mean[:, 0], 100 * mean[:, 1], color=colour, marker=MARKERS[method], linewidth=2, label=SHORT[method])
     axes.axhline(100 / len(LABELS), color="0.4", linestyle=":", label="chance")
     first = results["settings"]["steps"] * results["settings"]["stage_one"]
     if first:
@@ -137,13 +117,10 @@ def draw_curves(path: Path, results: Results) -> None:
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
     """Which frame looks at which in each block, against even spread, for a clip and the movement that is its opposite."""
-    from matplotlib import pyplot as plt
-
     pictures = {}
     for index in (0, 1):
         sample = test.samples[index]
@@ -152,9 +129,8 @@ def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
     relative = {label: {b: w.shape[-1] * w.mean((0, 1)) for b, w in found.items()} for label, found in pictures.items()}
     scale = scale_of(np.stack([weights for found in relative.values() for weights in found.values()]))
     end = np.log2(scale)
-    figure, axes = plt.subplots(
-        len(pictures), len(blocks), figsize=(1.5 * len(blocks) + 1, 3.6), layout="constrained", squeeze=False
-    )
+    figure = new_figure(1.5 * len(blocks) + 1, 3.6, paper="white")
+    axes = figure.subplots(len(pictures), len(blocks), squeeze=False)
     for row, (label, weights) in zip(axes, relative.items(), strict=True):
         for axis, block in zip(row, blocks, strict=True):
             shown = axis.imshow(np.log2(np.maximum(weights[block], 1e-6)), vmin=-end, vmax=end, cmap=LIGHT.colours)
@@ -166,7 +142,6 @@ def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
     bar = figure.colorbar(shown, ax=axes, label="attention, times even", shrink=0.8, ticks=[-end, 0, end])
     bar.ax.set_yticklabels([f"1/{scale:g}", "1", f"{scale:g}"])
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _percent(score: Share, *, interval: bool = False) -> str:

@@ -61,10 +61,9 @@ def run_demo(
         reader: how long the reader of single frames learns that all methods begin with.
         seeds: one comparison each.
         say: is told what is going on.
-        methods: of `METHODS`, with "sta" among them.
+        methods: of `METHODS`, with "sta" among them, else a ConfigError.
 
     Raises:
-        ConfigError: a method is not known, or "sta" is not among them.
         STAError: the adapter, loaded in a new process, gives other answers.
     """
     unknown = [method for method in methods if method not in METHODS]
@@ -161,7 +160,7 @@ def answer_inputs(test: VideoDataset, *indices: int) -> dict[str, Tensor]:
     """The model's arguments for the prompts of these clips."""
     prompts = test.as_prompts("ordered", 0)
     batch = Collator.of(test.processor, side="left")([prompts[index] for index in indices])
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def versions() -> dict[str, str]:

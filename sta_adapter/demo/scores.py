@@ -67,11 +67,9 @@ class Row(TypedDict):
     """Of the table: a method over all seeds."""
 
     method: str
-    name: str
     ordered: Share
     shuffled: Share
     pairs: dict[str, Share]
-    per_seed: list[float]
     trainable_parameters: int
     seconds: float
 
@@ -119,11 +117,9 @@ def summary(results: Results, method: str) -> Row:
     pairs = runs[0]["ordered"]["categories"]
     return {
         "method": method,
-        "name": METHODS[method],
         "ordered": _added([run["ordered"]["overall"] for run in runs]),
         "shuffled": _added([run["shuffled"]["overall"] for run in runs]),
         "pairs": {pair: _added([run["ordered"]["categories"][pair] for run in runs]) for pair in pairs},
-        "per_seed": [run["ordered"]["overall"]["accuracy"] for run in runs],
         "trainable_parameters": runs[0]["trainable_parameters"],
         "seconds": sum(run["seconds"] for run in runs) / len(runs),
     }

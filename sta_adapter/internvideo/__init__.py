@@ -47,11 +47,7 @@ class Builder(Protocol):
     def load_processor(
         self, name: str | os.PathLike[str], config: Mapping[str, object], revision: str | None
     ) -> ChatProcessor:
-        """The model's processor, from published files or from a folder that `save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: the tokenizer's files are missing or damaged.
-        """
+        """The model's processor, from published files or a folder that `save_pretrained` wrote."""
 
     def empty_model(self, config: Mapping[str, object]) -> nn.Module:
         """The model without weights, made on the device of the context that it is called in."""

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
+from sta_adapter.errors import DataError
 from sta_adapter.internvideo.visuals import Frames, Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BatchFeature, PreTrainedTokenizerBase
-
-__all__ = ["SETTINGS", "ChatProcessor"]
 
 Conversation: TypeAlias = list[dict[str, Any]]
 """Messages with `role` and `content`, a text or parts."""
@@ -27,6 +26,8 @@ class ChatProcessor(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str
+    image_token: str
+    video_token: str
     template_options: ClassVar[dict[str, object]] = {}  # for calls on what the template has written
 
     @abstractmethod
@@ -38,6 +39,26 @@ class ChatProcessor(ABC):
         **options: Any,
     ) -> BatchFeature:
         """Encode texts with the clips and pictures whose placeholders stand in them."""
+
+    def _texts(
+        self,
+        text: str | Sequence[str] | None,
+        return_tensors: str | None,
+        pictures: Sequence[Picture],
+        clips: Sequence[Frames],
+    ) -> list[str]:
+        """The texts, if they have a placeholder for each picture and clip."""
+        if text is None or return_tensors not in ("pt", None):
+            raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}; expected a text, and 'pt'.")
+        texts = [text] if isinstance(text, str) else list(text)
+        images, videos = (sum(one.count(token) for one in texts) for token in (self.image_token, self.video_token))
+        if (images, videos) != (len(pictures), len(clips)):
+            raise DataError(
+                f"the text has {images} times {self.image_token} and {videos} times {self.video_token}, and there are "
+                f"{len(pictures)} pictures and {len(clips)} clips; expected one for each. Either one is missing, or the text "
+                "contains these words itself."
+            )
+        return texts
 
     @abstractmethod
     def to_dict(self) -> dict[str, object]:
@@ -71,9 +92,7 @@ class ChatProcessor(ABC):
         text = cast("str | list[str]", written)  # as nothing is tokenized
         if not tokenize:
             return text
-        messages: Conversation = []
-        for one in conversation:
-            messages += [one] if isinstance(one, dict) else one
+        messages = [message for one in conversation for message in ([one] if isinstance(one, dict) else one)]
         parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
         held = {kind: [part[kind] for part in parts if part["type"] == kind] for kind in ("image", "video")}
         options = {**self.template_options, **options}

@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from sta_adapter.errors import CheckpointError, MissingExtraError
 from sta_adapter.internvideo.weights import added_tokens, read_json
 
-__all__ = ["load_tokenizer"]
-
 CONTROL, USER_DEFINED, BPE = 3, 4, 2
 """Kinds of pieces and of models in SentencePiece's format."""
 SPACE = "▁"
@@ -53,12 +51,7 @@ class ModelProto(Protocol):
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer whose files lie in a folder.
-
-    Raises:
-        CheckpointError: neither file is there, or one is damaged.
-        MissingExtraError: `tokenizer.model` is there alone, and protobuf, which reads it, isn't installed.
-    """
+    """The tokenizer whose files lie in a folder; `tokenizer.model` alone needs protobuf."""
     settings = read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         core = _read(folder / "tokenizer.json")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from sta_adapter.errors import ConfigError, LayoutError
-from sta_adapter.internvideo.v2_5_prompt import END, IMAGE, IMAGE_TOKEN, SYSTEM_MESSAGES, conversation, image_tokens
+from sta_adapter.errors import LayoutError
+from sta_adapter.internvideo.v2_5_prompt import END, IMAGE, IMAGE_TOKEN, conversation, image_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,8 +120,6 @@ class ChatMethods:
         generation_config: dict[str, object],
     ) -> list[str]:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if self.config.template not in SYSTEM_MESSAGES:
-            raise ConfigError(f"template is {self.config.template!r}; expected one of {', '.join(SYSTEM_MESSAGES)}.")
         self.img_context_token_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)

@@ -19,74 +19,41 @@ LANGUAGE = (
 )
 INTERNLM2 = {"vocab_size": 103168, "bias": True, "pad_token_id": 0, "rope_theta": 10000}
 """Defaults of InternLM2's configuration that differ from Llama's; the rest of `LANGUAGE` has the same ones."""
-
-
 Config = TypeVar("Config", bound=PretrainedConfig)
+VISION = {
+    **{"num_channels": 3, "patch_size": 14, "image_size": 224, "hidden_size": 3200, "intermediate_size": 12800},
+    **{"num_attention_heads": 25, "num_hidden_layers": 48, "qkv_bias": False, "qk_normalization": True},
+    **{"hidden_act": "gelu", "norm_type": "rms_norm", "layer_norm_eps": 1e-6, "initializer_range": 0.02},
+    **{"dropout": 0.0, "drop_path_rate": 0.0, "attention_dropout": 0.0, "initializer_factor": 0.1},
+}
+"""InternViT's settings, under their published names, and their defaults."""
+CHAT = {
+    "image_token_id": None,  # id of the token that stands for a visual one; None until a tokenizer has told it
+    "local_num_frames": 4,  # rows (frames, or tiles of a picture) whose tokens are merged together
+    "num_tome_tokens": 64,  # tokens that such a group is merged to
+    "downsample_ratio": 0.5,  # by which rows and columns of patches become fewer before that
+    "select_layer": -1,  # whose output of the encoder is taken
+    "ps_version": "v2",  # in "v1" `downsample_ratio`'s step turns the picture over its diagonal
+    "template": "internvl2_5",  # name of the conversation's form
+    "min_dynamic_patch": 1,  # tiles that a picture is cut into at least
+    "max_dynamic_patch": 6,  # and at most
+    "use_thumbnail": True,  # whether a picture in several tiles comes whole as well
+    "tie_word_embeddings": False,
+}
+"""The chat model's, and their defaults."""
 
 
 class InternVisionConfig(PretrainedConfig):
-    """InternViT's settings, under their published names."""
+    """InternViT's configuration: `VISION`."""
 
     model_type = "intern_vit"
 
-    def __init__(
-        self,
-        num_channels: int = 3,
-        patch_size: int = 14,
-        image_size: int = 224,
-        qkv_bias: bool = False,
-        hidden_size: int = 3200,
-        num_attention_heads: int = 25,
-        intermediate_size: int = 12800,
-        qk_normalization: bool = True,
-        num_hidden_layers: int = 48,
-        hidden_act: str = "gelu",
-        norm_type: str = "rms_norm",
-        layer_norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-        drop_path_rate: float = 0.0,
-        attention_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        initializer_factor: float = 0.1,
-        **more: Any,
-    ) -> None:
-        self.num_channels = num_channels
-        self.patch_size = patch_size
-        self.image_size = image_size
-        self.qkv_bias = qkv_bias
-        self.hidden_size = hidden_size
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.qk_normalization = qk_normalization
-        self.num_hidden_layers = num_hidden_layers
-        self.hidden_act = hidden_act
-        self.norm_type = norm_type
-        self.layer_norm_eps = layer_norm_eps
-        self.dropout = dropout
-        self.drop_path_rate = drop_path_rate
-        self.attention_dropout = attention_dropout
-        self.initializer_range = initializer_range
-        self.initializer_factor = initializer_factor
-        super().__init__(**more)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**VISION, **settings})
 
 
 class InternVideo2_5Config(PretrainedConfig):
-    """InternViT, HiCo's token merging, and a Llama.
-
-    Attributes:
-        vision_config: of the encoder.
-        text_config: of the language model.
-        image_token_id: id of the token that stands for a visual one; None until a tokenizer has told it.
-        local_num_frames: rows (frames, or tiles of a picture) whose tokens are merged together.
-        num_tome_tokens: tokens that such a group is merged to.
-        downsample_ratio: by which rows and columns of patches become fewer before that.
-        select_layer: whose output of the encoder is taken.
-        ps_version: "v2"; in "v1" that step turns the picture over its diagonal.
-        template: name of the conversation's form.
-        min_dynamic_patch: tiles that a picture is cut into at least.
-        max_dynamic_patch: and at most.
-        use_thumbnail: whether a picture in several tiles comes whole as well.
-    """
+    """InternViT, HiCo's token merging, and a Llama: `vision_config`, `text_config`, and `CHAT`."""
 
     model_type = "internvideo2_5_chat"
     sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {
@@ -98,32 +65,11 @@ class InternVideo2_5Config(PretrainedConfig):
         self,
         vision_config: InternVisionConfig | Mapping[str, object] | None = None,
         text_config: LlamaConfig | Mapping[str, object] | None = None,
-        image_token_id: int | None = None,
-        local_num_frames: int = 4,
-        num_tome_tokens: int = 64,
-        downsample_ratio: float = 0.5,
-        select_layer: int = -1,
-        ps_version: str = "v2",
-        template: str = "internvl2_5",
-        min_dynamic_patch: int = 1,
-        max_dynamic_patch: int = 6,
-        use_thumbnail: bool = True,
-        **more: Any,
+        **settings: Any,
     ) -> None:
         self.vision_config = _made(InternVisionConfig, vision_config)
         self.text_config = _made(LlamaConfig, text_config)
-        self.image_token_id = image_token_id
-        self.local_num_frames = local_num_frames
-        self.num_tome_tokens = num_tome_tokens
-        self.downsample_ratio = downsample_ratio
-        self.select_layer = select_layer
-        self.ps_version = ps_version
-        self.template = template
-        self.min_dynamic_patch = min_dynamic_patch
-        self.max_dynamic_patch = max_dynamic_patch
-        self.use_thumbnail = use_thumbnail
-        more.setdefault("tie_word_embeddings", False)
-        super().__init__(**more)
+        super().__init__(**{**CHAT, **settings})
 
 
 def _made(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Config:
@@ -131,11 +77,7 @@ def _made(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Confi
 
 
 def from_published(config: Mapping[str, object]) -> InternVideo2_5Config:
-    """The configuration for the contents of a published `config.json`.
-
-    Raises:
-        CheckpointError: it describes another vision encoder, language model or conversation than the published one.
-    """
+    """The configuration for a published `config.json`; a CheckpointError for parts that the published one doesn't have."""
     vision, language = config.get("vision_config"), config.get("llm_config")
     if not isinstance(vision, Mapping) or not isinstance(language, Mapping):
         raise CheckpointError("config.json has no vision_config and llm_config; expected InternVideo2.5-Chat's own.")
@@ -152,19 +94,13 @@ def from_published(config: Mapping[str, object]) -> InternVideo2_5Config:
     kept: dict[str, Any] = {name: config[name] for name in names if name in config}
     size = config.get("force_image_size") or vision.get("image_size", 224)
     return InternVideo2_5Config(
-        vision_config={**_plain(vision), "image_size": size},
+        vision_config={**{name: vision[name] for name in VISION if name in vision}, "image_size": size},
         text_config=TEXT[known["llm_config.architectures"][0]](language),
         ps_version=str(config.get("ps_version", "v1")),
         use_thumbnail=bool(config.get("use_thumbnail", False)),
         architectures=["InternVideo2_5ForConditionalGeneration"],
         **kept,
     )
-
-
-def _plain(config: Mapping[str, object]) -> dict[str, object]:
-    """A part's own settings, without what transformers writes into every configuration."""
-    names = InternVisionConfig.__init__.__code__.co_varnames
-    return {name: value for name, value in config.items() if name in names and name not in ("self", "more")}
 
 
 def _internlm2(language: Mapping[str, Any]) -> LlamaConfig:

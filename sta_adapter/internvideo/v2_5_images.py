@@ -31,9 +31,7 @@ class InternVideo2_5ImageProcessor:
     min_tiles: int = 1  # tiles that a picture is cut into at least
     max_tiles: int = 6  # and at most, but for the whole picture that comes with several
     use_thumbnail: bool = True  # whether it does
-    merged_frames: int = (
-        4  # rows whose tokens are merged together; clips and pictures are filled up to a multiple of it
-    )
+    merged_frames: int = 4  # rows whose tokens are merged; clips and pictures are filled up to a multiple of it
     frame_segments: bool = True  # whether N frames of a file are the middles of N segments, as in training
 
     def to_dict(self) -> dict[str, object]:
@@ -43,11 +41,7 @@ class InternVideo2_5ImageProcessor:
     def preprocess(
         self, images: Sequence[Picture] | None = None, videos: Sequence[Frames] | None = None
     ) -> dict[str, Tensor]:
-        """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them.
-
-        Raises:
-            DataError: there is none, or one is neither.
-        """
+        """Rows of all pictures, then of all clips, with `clip_lengths` as the model takes them."""
         rows = [(self.picture(image), False) for image in images or ()] + [(self.clip(c), True) for c in videos or ()]
         if not rows:
             raise DataError("neither pictures nor clips were given.")
@@ -55,28 +49,14 @@ class InternVideo2_5ImageProcessor:
         return {"pixel_values": torch.cat([made for made, _ in rows]), "clip_lengths": torch.tensor(lengths)}
 
     def clip(self, frames: Frames) -> Tensor:
-        """Rows (F, 3, size, size) of a clip, filled up with its last frame.
-
-        Args:
-            frames: (T, H, W, 3) or (T, 3, H, W) uint8, an array, a tensor, or a list of pictures.
-
-        Raises:
-            DataError: they are no frames.
-        """
+        """Rows (F, 3, size, size) of a clip, filled up with its last frame; a DataError if it is none."""
         pictures = [_picture(frame) for frame in frames]
         if not pictures:
             raise DataError("a clip has no frame; expected at least one.")
         return self._rows([_resized(picture, self.image_size, self.image_size) for picture in pictures])
 
     def picture(self, image: Picture) -> Tensor:
-        """Rows (F, 3, size, size) of a picture: its tiles, then the whole of it, filled up with the last of them.
-
-        Args:
-            image: (H, W, 3) or (3, H, W) uint8, an array, a tensor, or Pillow's.
-
-        Raises:
-            DataError: it is no picture.
-        """
+        """Rows (F, 3, size, size) of a picture: its tiles, then the whole of it, filled up with the last of them."""
         picture = _picture(image)
         columns, rows = self.grid(*picture.size)
         size = self.image_size
@@ -90,7 +70,8 @@ class InternVideo2_5ImageProcessor:
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Columns and rows of tiles for a picture: those nearest to its shape; of several, the more the larger it is."""
         most = range(1, self.max_tiles + 1)
-        known = {(c, r) for n in most for c in range(1, n + 1) for r in range(1, n + 1) if self._allowed(c * r)}
+        sides = ((c, r) for n in most for c in range(1, n + 1) for r in range(1, n + 1))
+        known = {(c, r) for c, r in sides if self.min_tiles <= c * r <= self.max_tiles}
         best, least = (1, 1), float("inf")
         for columns, rows in sorted(known, key=lambda pair: pair[0] * pair[1]):
             difference = abs(width / height - columns / rows)
@@ -98,9 +79,6 @@ class InternVideo2_5ImageProcessor:
             if difference < least or (difference == least and large):
                 best, least = (columns, rows), difference
         return best
-
-    def _allowed(self, tiles: int) -> bool:
-        return self.min_tiles <= tiles <= self.max_tiles
 
     def _rows(self, pictures: list[Image]) -> Tensor:
         pictures = [*pictures, *pictures[-1:] * (-len(pictures) % self.merged_frames)]

@@ -5,29 +5,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.injection.saved_sta import warn_of_sta
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
 from sta_adapter.internvideo.weights import (
-    DTYPE,
     TOKENIZER_FILES,
     WEIGHT_FILES,
+    Unallocated,
     Weights,
     added_tokens,
     dtype_of_weights,
     fetch_folder,
-    fill,
     iterate_weights,
-    leave_out_sta,
+    load_published,
     load_saved,
     refuse_quantization,
     weight_files,
@@ -37,8 +34,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from sta_adapter.internvideo.chat_processor import ChatProcessor
-
-__all__ = ["empty_model", "load_model", "load_processor"]
 
 RENAMED = {
     r"^language_model\.output\.": "language_model.lm_head.",
@@ -64,20 +59,20 @@ def load_model(
 ) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
     folder = fetch_folder(name, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
-    own = config.get("model_type") == InternVideo2_5Config.model_type
-    if own:
-        options: dict[str, object] = {DTYPE: dtype}
-        if quantization_config is not None:
-            options |= {"quantization_config": quantization_config, "device_map": {"": device}}
-        model = load_saved(InternVideo2_5ForConditionalGeneration, folder, name, options)
-        return model if quantization_config is not None else model.to(device)
+    if config.get("model_type") == InternVideo2_5Config.model_type:
+        return load_saved(InternVideo2_5ForConditionalGeneration, folder, name, dtype, device, quantization_config)
     if quantization_config is not None:
         refuse_quantization(name)
-    published, left = _published(folder, config, dtype, device)
-    warn_of_sta(name, left)
-    published.config._name_or_path = os.fspath(name)
-    found: nn.Module = published
-    return found.to(device)
+    made, known = from_published(config), added_tokens(folder)
+    made.image_token_id = known.get(IMAGE_TOKEN)
+    with Unallocated():
+        model = InternVideo2_5ForConditionalGeneration(made)
+    weights = convert(iterate_weights(weight_files(folder)), made.text_config)
+    loaded = load_published(model, weights, folder, name, dtype_of_weights(dtype, config), device)
+    ends = [model.generation_config.eos_token_id, known.get(END)]
+    flat = [end for found in ends if found is not None for end in (found if isinstance(found, list) else [found])]
+    model.generation_config.eos_token_id = sorted(set(flat)) or None
+    return loaded
 
 
 def load_processor(
@@ -99,36 +94,6 @@ def configuration(config: Mapping[str, object]) -> InternVideo2_5Config:
     if config.get("model_type") == InternVideo2_5Config.model_type:
         return InternVideo2_5Config.from_dict(dict(config))
     return from_published(config)
-
-
-def _published(
-    folder: Path, config: Mapping[str, object], dtype: torch.dtype | str, device: str
-) -> tuple[InternVideo2_5ForConditionalGeneration, list[str]]:
-    """The model, and names of STA's weights, which it is loaded without."""
-    left: list[str] = []
-    made, known = from_published(config), added_tokens(folder)
-    made.image_token_id = known.get(IMAGE_TOKEN)
-
-    with torch.device("meta"):
-        model = InternVideo2_5ForConditionalGeneration(made)
-    make_rotary(model, made.text_config)
-    weights = leave_out_sta(convert(iterate_weights(weight_files(folder)), made.text_config), left)
-    fill(model, weights, source=folder, dtype=dtype_of_weights(dtype, config), device=device)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    ends = [model.generation_config.eos_token_id, known.get(END)]
-    flat = [end for found in ends if found is not None for end in (found if isinstance(found, list) else [found])]
-    model.generation_config.eos_token_id = sorted(set(flat)) or None
-    model.eval()
-    return model, left
-
-
-def make_rotary(model: nn.Module, config: LlamaConfig) -> None:
-    """Rotary frequencies, which no checkpoint holds, in the place of those on the meta device."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if "RotaryEmbedding" in type(child).__name__:
-                setattr(parent, name, type(child)(config=config))
 
 
 def convert(weights: Weights, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:

@@ -85,7 +85,7 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         """Visual tokens (F, num_image_token, C) of rows (F, 3, H, W), merged over each `local_num_frames` of them.
 
         Raises:
-            LayoutError: the rows are not a multiple of that, or not of the shape that the encoder takes.
+            LayoutError: F is not a multiple of that, or the rows are of another shape.
         """
         config = self.config
         if len(pixel_values) % config.local_num_frames:
@@ -110,11 +110,10 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
         visual_features: Tensor | None = None,
         clip_lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Embeddings (B, L, C) of a prompt with the visual tokens in their places.
+        """Embeddings (B, L, C) of a prompt with the visual tokens in their places; arguments as for `forward`.
 
         Raises:
-            LayoutError: their number is not that of their places, or a clip doesn't end where a merged group of rows
-                ends.
+            LayoutError: their number is not that of their places, or a clip doesn't end where a merged group of rows ends.
         """
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         if visual_features is None and pixel_values is None:
@@ -198,10 +197,7 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
     ) -> GenerateOutput | Tensor:
         """Token ids (B, L + new), the prompt in front, as transformers' models give them; the published code leaves it out.
 
-        Arguments as for `forward`, prompts filled up on the left, and those of transformers' `generate`.
-
-        Raises:
-            LayoutError: as for `forward`.
+        Arguments and errors are those of `forward`, with prompts filled up on the left, and of transformers' `generate`.
         """
         if input_ids is None:
             raise LayoutError("generate needs input_ids, the prompt's tokens; found none.")
@@ -218,12 +214,9 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
 
 
 def fold_patches(tokens: Tensor, ratio: float, *, turned: bool) -> Tensor:
-    """Neighbouring patches (F, N, C) put side by side in the features: (F, N * ratio**2, C / ratio**2).
+    """Neighbouring patches (F, N, C) of a square put side by side in the features: (F, N * ratio**2, C / ratio**2).
 
-    Args:
-        tokens: of a square of patches.
-        ratio: 1 over the side of the squares that become one.
-        turned: whether rows and columns change places in the result, as in the first release of InternVL.
+    `turned`: whether rows and columns change places in the result, as in the first release of InternVL.
     """
     side, step = round(tokens.shape[1] ** 0.5), round(1 / ratio)
     if side**2 != tokens.shape[1] or side % step:
@@ -240,12 +233,7 @@ def fold_patches(tokens: Tensor, ratio: float, *, turned: bool) -> Tensor:
 def require_whole_groups(clip_lengths: Tensor | Sequence[int], group: int) -> None:
     """Refuse clips of several frames that share a merged group of rows with what stands beside them.
 
-    Args:
-        clip_lengths: rows of each clip, or (frames, tiles of each frame), or a tensor of the former.
-        group: rows that are merged together.
-
-    Raises:
-        LayoutError: one does.
+    `clip_lengths` are rows of each clip, or (frames, tiles of each frame); a `group` is the rows that are merged together.
     """
     lengths = clip_lengths.tolist() if isinstance(clip_lengths, Tensor) else list(clip_lengths)
     start = 0

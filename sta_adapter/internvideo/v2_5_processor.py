@@ -17,12 +17,13 @@ from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
 from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
-from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, chat_template, frames_prefix, image_tokens
+from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, frames_prefix, image_tokens
+from sta_adapter.internvideo.v2_5_prompt import chat_template as written_template
 from sta_adapter.internvideo.visuals import Frames, Picture
 from sta_adapter.internvideo.weights import read_json
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 NAME = "InternVideo2_5Processor"
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class InternVideo2_5Processor(ChatProcessor):
         self.image_processor = image_processor
         self.image_seq_length = image_seq_length
         self.template = template
-        self.chat_template = chat_template or _template_of(template, tokenizer.bos_token or "")
+        self.chat_template = chat_template or written_template(template, tokenizer.bos_token or "")
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise CheckpointError(
@@ -98,19 +99,10 @@ class InternVideo2_5Processor(ChatProcessor):
         Raises:
             DataError: texts, clips and pictures don't go together.
         """
-        if text is None or return_tensors not in ("pt", None):
-            raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}; expected a text, and 'pt'.")
         for name in ("videos_kwargs", "images_kwargs"):
             options.pop(name, None)
-        texts = [text] if isinstance(text, str) else list(text)
         pictures, clips = _listed(images), _listed(videos)
-        found = [place for one in texts for place in PLACES.findall(one)]
-        if found.count(IMAGE) != len(pictures) or found.count(VIDEO) != len(clips):
-            raise DataError(
-                f"the text has {found.count(IMAGE)} times {IMAGE} and {found.count(VIDEO)} times {VIDEO}, and there are "
-                f"{len(pictures)} pictures and {len(clips)} clips; expected one for each. Either one is missing, or the text "
-                "contains these words itself."
-            )
+        texts = self._texts(text, return_tensors, pictures, clips)
         next_picture, next_clip = iter(pictures), iter(clips)
         rows: list[Tensor] = []
         lengths: list[int] = []
@@ -123,22 +115,14 @@ class InternVideo2_5Processor(ChatProcessor):
             tokens = self.image_seq_length
             return frames_prefix(len(made), tokens) if of_clip else image_tokens(tokens * len(made))
 
-        whole = [PLACES.sub(written, one) for one in texts]
-        inputs = dict(self._tokens(whole, add_special_tokens, padding, options))
+        whole, bos = [PLACES.sub(written, one) for one in texts], self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (bos and all(one.startswith(bos) for one in whole))
+        options |= {"add_special_tokens": add_special_tokens, "padding": padding, "return_tensors": "pt"}
+        inputs = dict(self.tokenizer(whole, **options))
         if rows:
             inputs |= {"pixel_values": torch.cat(rows), "clip_lengths": torch.tensor(lengths)}
         return BatchFeature(inputs)
-
-    def _tokens(
-        self, texts: list[str], special: bool | None, padding: bool | str, options: Mapping[str, object]
-    ) -> BatchEncoding:
-        bos = self.tokenizer.bos_token
-        if special is None:
-            special = not (bos and all(text.startswith(bos) for text in texts))
-        encoded: BatchEncoding = self.tokenizer(
-            texts, add_special_tokens=special, padding=padding, return_tensors="pt", **options
-        )
-        return encoded
 
     def to_dict(self) -> dict[str, object]:
         """The settings, as they are saved."""
@@ -151,9 +135,7 @@ class InternVideo2_5Processor(ChatProcessor):
     ) -> InternVideo2_5Processor:
         """The processor of a folder with published files, or of one that `save_pretrained` wrote.
 
-        Args:
-            folder: with the tokenizer's files.
-            config: contents of the model's `config.json`; None reads it from the folder.
+        `config` is the contents of the model's `config.json`; None reads it from the folder.
 
         Raises:
             CheckpointError: the tokenizer's files are missing or damaged, or the settings of both are.
@@ -177,13 +159,6 @@ class InternVideo2_5Processor(ChatProcessor):
         )
         per_row = found.num_tome_tokens // found.local_num_frames
         return cls(load_tokenizer(folder), rows, image_seq_length=per_row, template=found.template)
-
-
-def _template_of(name: str, bos: str) -> str:
-    try:
-        return chat_template(name, bos)
-    except KeyError as error:
-        raise CheckpointError(f"template {name!r} is not known; expected internvl2_5 or internlm2-chat.") from error
 
 
 def _listed(given: Sequence[T] | None) -> list[T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sta_adapter.errors import CheckpointError
+
 IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 IMAGE, VIDEO = "<image>", "<video>"
 """What stands for a picture and for a clip in a rendered conversation, before the processor puts tokens there."""
@@ -13,12 +15,19 @@ SYSTEM_MESSAGES = {
     "internlm2-chat": "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",  # noqa: RUF001
 }
 """What the model was told of itself in training, by the published names of the conversation's form."""
-SEPARATORS = {"internvl2_5": f"{END}\n", "internlm2-chat": END}
+
+
+def _form(name: str) -> tuple[str, str]:
+    """What ends each turn, and the system's words, of a conversation's form."""
+    if name not in SYSTEM_MESSAGES:
+        raise CheckpointError(f"template is {name!r}; expected one of {', '.join(SYSTEM_MESSAGES)}.")
+    return f"{END}\n" if name == "internvl2_5" else END, SYSTEM_MESSAGES[name]
 
 
 def chat_template(name: str, bos: str) -> str:
     """The Jinja template of one of `SYSTEM_MESSAGES`; clips and pictures are parts of type "video" and "image"."""
-    end, system = SEPARATORS[name].replace("\n", "\\n"), SYSTEM_MESSAGES[name]
+    end, system = _form(name)
+    end = end.replace("\n", "\\n")
     return (
         "{{ '" + bos + "' }}"
         "{% if not messages or messages[0]['role'] != 'system' %}"
@@ -35,8 +44,8 @@ def chat_template(name: str, bos: str) -> str:
 
 def conversation(name: str, turns: list[tuple[str, str]], question: str, system: str | None = None) -> str:
     """A conversation that waits for an answer, as `chat` writes it, without the token in front."""
-    end = SEPARATORS[name]
-    said = [("system", SYSTEM_MESSAGES[name] if system is None else system)]
+    end, usual = _form(name)
+    said = [("system", usual if system is None else system)]
     said += [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     written = "".join(f"<|im_start|>{role}\n{text}{end}" for role, text in [*said, ("user", question)])
     return written + ASSISTANT

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-__all__ = ["ChatMixin"]
-
-
 class ChatMixin:
     """`chat`, for a model with `config`, `device` and `generate`."""
 

@@ -13,8 +13,6 @@ from transformers import InstructBlipQFormerConfig, MistralConfig, PretrainedCon
 from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_encoder import EncoderConfig
 
-__all__ = ["InternVideo2ChatConfig", "read_config"]
-
 MODEL_TYPE = "internvideo2_chat"
 
 MISTRAL = {
@@ -24,9 +22,11 @@ MISTRAL = {
 }
 """Mistral-7B-Instruct-v0.3, which the published configuration names as `pretrained_llm_path`."""
 
-BERT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+BERT = {
+    **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "vocab_size": 30523,  # that of bert-base-uncased and one token more
+}
 """bert-base, whose sizes the published Q-Former takes."""
-BERT_VOCABULARY = 30523  # that of bert-base-uncased and one token more
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
@@ -63,7 +63,7 @@ class InternVideo2ChatConfig(PretrainedConfig):
             text_config = MistralConfig(**_without_type(text_config or MISTRAL))
         self.text_config = text_config
         self.vision_config: dict[str, Any] = dict(vision_config or dataclasses.asdict(EncoderConfig()))
-        self.qformer_config: dict[str, object] = dict(qformer_config or {**BERT, "vocab_size": BERT_VOCABULARY})
+        self.qformer_config: dict[str, object] = dict(qformer_config or BERT)
         self.num_query_token = num_query_token
         self.extra_num_query_token = extra_num_query_token
         vocabulary = text_config.vocab_size
@@ -77,10 +77,6 @@ class InternVideo2ChatConfig(PretrainedConfig):
         """Tokens of a clip or picture, whatever its frames."""
         return self.num_query_token + self.extra_num_query_token
 
-    def get_text_config(self, *_: object, **__: object) -> MistralConfig:
-        """The language model's."""
-        return self.text_config
-
     def encoder(self) -> EncoderConfig:
         """The video encoder's."""
         return EncoderConfig(**self.vision_config)
@@ -90,19 +86,11 @@ class InternVideo2ChatConfig(PretrainedConfig):
         fixed = {"encoder_hidden_size": self.vision_config["embed_dim"], "cross_attention_frequency": 2}
         return InstructBlipQFormerConfig(**{**self.qformer_config, **fixed})
 
-    def to_dict(self) -> dict[str, object]:
-        """As `config.json` has it."""
-        kept = super().to_dict()
-        return {**kept, "text_config": self.text_config.to_dict(), "model_type": MODEL_TYPE}
-
 
 def read_config(config: Mapping[str, object], folder: Path | None = None) -> InternVideo2ChatConfig:
     """The configuration that a `config.json`, ours or a published one, describes.
 
-    Args:
-        config: its contents.
-        folder: where it lies, in which a language model's `config.json` is looked for when `pretrained_llm_path` names
-            a folder.
+    In `folder`, where it lies, a language model's `config.json` is looked for when `pretrained_llm_path` names a folder.
 
     Raises:
         CheckpointError: it isn't InternVideo2-Chat's, or of a variant that isn't known.
@@ -122,13 +110,12 @@ def read_config(config: Mapping[str, object], folder: Path | None = None) -> Int
             "norm, as InternVideo2-Chat-8B and its HD variant have it."
         )
     text = _language_model(llm, folder)
-    sizes = {**BERT, "vocab_size": BERT_VOCABULARY, **bridge.get("qformer_config", {})}
-    names = {"hidden_dropout_prob": "qformer_hidden_dropout_prob"}
-    names |= {"attention_probs_dropout_prob": "qformer_attention_probs_dropout_prob"}
-    rates = {name: bridge.get(published, 0.1) for name, published in names.items()}
+    qformer: dict[str, object] = {**BERT, **bridge.get("qformer_config", {})}
+    for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        qformer[rate] = bridge.get(f"qformer_{rate}", 0.1)
     return InternVideo2ChatConfig(
         vision_config=dataclasses.asdict(EncoderConfig.of_published(vision)),
-        qformer_config={**sizes, **rates},
+        qformer_config=qformer,
         text_config=text,
         num_query_token=bridge.get("num_query_token", 32),
         extra_num_query_token=bridge.get("extra_num_query_token", 64),

@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from sta_adapter.errors import CheckpointError, LayoutError
+from sta_adapter.internvideo.v2_5_config import InternVisionConfig
+from sta_adapter.internvideo.vision_layers import InternVisionEncoderLayer
 
-__all__ = ["EncoderConfig", "InternVideo2Encoder"]
-
-EPS = 1e-6
 SIZES: dict[str, dict[str, float]] = {
     "internvideo2-1B": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
     "internvideo2-6B": {"embed_dim": 3200, "depth": 48, "num_heads": 25, "mlp_ratio": 4},
@@ -50,9 +48,6 @@ class EncoderConfig:
 
         The published code takes width, depth, heads and picture from the encoder's name, whatever else is written
         there; a configuration of other sizes is told by `embed_dim`, and then names them all.
-
-        Raises:
-            CheckpointError: its name is none of the known ones.
         """
         name, known = str(settings.get("name")), {field.name for field in fields(cls)}
         if "embed_dim" not in settings:
@@ -63,58 +58,14 @@ class EncoderConfig:
         sizes["depth"] += 1 + settings.get("x_vis_return_idx", -1)
         return cls(**sizes)
 
-
-class Mlp(nn.Module):
-    """Two layers with a GELU between."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
-        found: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return found
-
-
-class Attention(nn.Module):
-    """Self-attention with queries and keys normalised over all heads together."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = MistralRMSNorm(width, eps=EPS)
-        self.k_norm = MistralRMSNorm(width, eps=EPS)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, C) to (B, S, C)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (rearrange(t, "b s (h d) -> b h s d", h=self.num_heads) for t in (self.q_norm(q), self.k_norm(k), v))
-        found: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
-        return found
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind an RMS norm, in front of a LayerScale and with a residual."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        width = config.embed_dim
-        self.norm1 = MistralRMSNorm(width, eps=EPS)
-        self.attn = Attention(width, config.num_heads)
-        self.ls1 = nn.Parameter(torch.full((width,), config.init_values))
-        self.norm2 = MistralRMSNorm(width, eps=EPS)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio + 1e-6))
-        self.ls2 = nn.Parameter(torch.full((width,), config.init_values))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, C) to (B, S, C)."""
-        x = x + self.ls1 * self.attn(self.norm1(x))
-        found: Tensor = x + self.ls2 * self.mlp(self.norm2(x))
-        return found
+    def layers(self) -> InternVisionConfig:
+        """The blocks are InternViT's, with its defaults but for these sizes."""
+        return InternVisionConfig(
+            hidden_size=self.embed_dim,
+            num_attention_heads=self.num_heads,
+            intermediate_size=int(self.embed_dim * self.mlp_ratio + 1e-6),
+            initializer_factor=self.init_values,
+        )
 
 
 class PatchEmbed(nn.Module):
@@ -136,11 +87,7 @@ class PatchEmbed(nn.Module):
 class InternVideo2Encoder(nn.Module):
     """Clips to tokens: the class token first, then row by row of each frame.
 
-    Args:
-        config: its sizes.
-
-    Attributes:
-        gradient_checkpointing: whether training computes blocks again instead of keeping what they computed.
+    With `gradient_checkpointing`, training computes blocks again instead of keeping what they computed.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -153,16 +100,13 @@ class InternVideo2Encoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + frames * rows * columns, width) * 0.02)
         if config.sep_image_video_pos_embed:
             self.img_pos_embed = nn.Parameter(torch.randn(1, 1 + rows * columns, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        layers = config.layers()
+        self.blocks = nn.ModuleList(InternVisionEncoderLayer(layers) for _ in range(config.depth))
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, 1 + T * N, C) of clips (B, 3, T, H, W), normalised pixels; T = 1 is a picture.
-
-        Raises:
-            LayoutError: the clips have another shape, or aren't even one patch large.
-        """
+        """Tokens (B, 1 + T * N, C) of clips (B, 3, T, H, W), normalised pixels; T = 1 is a picture. Other shapes are a LayoutError."""
         kernel = self.patch_embed.proj.kernel_size
         if x.dim() != 5 or x.shape[1] != 3 or any(size < step for size, step in zip(x.shape[2:], kernel, strict=True)):
             raise LayoutError(

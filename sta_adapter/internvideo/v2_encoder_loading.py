@@ -14,8 +14,6 @@ from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_encoder import EncoderConfig, InternVideo2Encoder
 from sta_adapter.internvideo.weights import Weights, fill, iterate_weights, weight_files
 
-__all__ = ["load_encoder"]
-
 HEADS = {1408: 16, 3200: 25}
 """Attention heads by the width of the tokens: the 1B's and the 6B's."""
 

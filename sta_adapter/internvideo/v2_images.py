@@ -14,8 +14,6 @@ from sta_adapter.data.clip_batches import put_together
 from sta_adapter.errors import DataError
 from sta_adapter.internvideo.visuals import MEAN, STD, Frames, Picture
 
-__all__ = ["InternVideo2ImageProcessor"]
-
 
 class InternVideo2ImageProcessor:
     """Makes clips (n, T, 3, size, size): one of a clip, and with tiles the parts of its picture and then the whole.
@@ -37,14 +35,7 @@ class InternVideo2ImageProcessor:
         return {"image_processor_type": type(self).__name__, **vars(self)}
 
     def clip(self, frames: Frames) -> Tensor:
-        """(n, T, 3, size, size) of a clip.
-
-        Args:
-            frames: (T, H, W, 3) or (T, 3, H, W) uint8, an array, a tensor, or a list of pictures.
-
-        Raises:
-            DataError: they are no frames.
-        """
+        """Clips (n, T, 3, size, size) of one; a DataError if it is none."""
         pixels = _frames(frames).float()
         if self.tiles is None:
             return self._normalised(self._middle(pixels / 255))[None]
@@ -57,11 +48,7 @@ class InternVideo2ImageProcessor:
         return torch.cat([parts, whole[None]])
 
     def picture(self, image: Picture) -> Tensor:
-        """(n, 3, size, size) of a picture; arguments as for `clip`, without the axis of frames.
-
-        Raises:
-            DataError: it is no picture.
-        """
+        """(n, 3, size, size) of a picture."""
         return self.clip([image])[:, 0]
 
     def preprocess(self, images: Sequence[Picture] = (), videos: Sequence[Frames] = ()) -> dict[str, Tensor]:

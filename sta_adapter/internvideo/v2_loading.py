@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.injection.saved_sta import warn_of_sta
 from sta_adapter.internvideo.v2_config import LORA_TARGETS, MODEL_TYPE, read_config
 from sta_adapter.internvideo.v2_model import InternVideo2Chat
 from sta_adapter.internvideo.weights import (
-    DTYPE,
     TOKENIZER_FILES,
     WEIGHT_FILES,
+    Unallocated,
     Weights,
     dtype_of_weights,
     fetch_folder,
-    fill,
     iterate_weights,
-    leave_out_sta,
+    load_published,
     load_saved,
     refuse_quantization,
     weight_files,
@@ -36,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from sta_adapter.internvideo.chat_processor import ChatProcessor
-
-__all__ = ["empty_model", "load_model", "load_processor", "model_weights"]
 
 OTHER_FILES = ("*/config.json", "bert/*", "bert-base-uncased/*")
 """A language model's configuration and the Q-Former's tokenizer, where a folder has them."""
@@ -69,22 +63,13 @@ def load_model(
     if quantization_config is not None:
         if config.get("model_type") != MODEL_TYPE:
             refuse_quantization(name)
-        options = {DTYPE: dtype, "quantization_config": quantization_config, "device_map": {"": device}}
-        return load_saved(InternVideo2Chat, folder, name, options)
-
+        return load_saved(InternVideo2Chat, folder, name, dtype, device, quantization_config)
     made = read_config(config, folder)
-    with _Unallocated():
+    with Unallocated():
         model = InternVideo2Chat(made)
-    left: list[str] = []
-    weights = leave_out_sta(model_weights(iterate_weights(weight_files(folder)), made.lora_scale), left)
-    fill(model, weights, source=folder, dtype=dtype_of_weights(dtype, config), device=device)
-    warn_of_sta(name, left)
-    made.lora_scale = None  # it is merged now
-    made._name_or_path = os.fspath(name)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    found: nn.Module = model
-    return found.to(device).eval()
+    weights = model_weights(iterate_weights(weight_files(folder)), made.lora_scale)
+    made.lora_scale = None  # it is merged then
+    return load_published(model, weights, folder, name, dtype_of_weights(dtype, config), device)
 
 
 def load_processor(
@@ -102,26 +87,8 @@ def empty_model(config: Mapping[str, object], folder: Path | None = None) -> nn.
     return InternVideo2Chat(read_config(config, folder))
 
 
-class _Unallocated(TorchFunctionMode):
-    """Weights that are made without a value are on the meta device; what is computed, as rotary frequencies, is real."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Collection[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        """See torch."""
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
-
-
 def model_weights(weights: Weights, lora_scale: float | None) -> Iterator[tuple[str, Tensor]]:
-    """Weights by our model's names; LoRA's product, where there is one, is merged with its scale.
-
-    Raises:
-        CheckpointError: LoRA is expected and missing for a layer, or the other way round.
-    """
+    """Weights by our model's names; LoRA's product, where there is one, is merged with its scale."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for published, tensor in weights:
         name = published

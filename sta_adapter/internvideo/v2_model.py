@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["InternVideo2Chat"]
-
 LAYER_NORM_EPS = 1e-12
 
 
@@ -104,11 +102,7 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
         pixel_values: Tensor | None = None,
         instruction: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
-        """Embeddings (B, L, C) of text, clips and pictures; arguments as for `forward`.
-
-        Raises:
-            DataError: placeholders and pixels don't go together.
-        """
+        """Embeddings (B, L, C) of text, clips and pictures; arguments and errors are those of `forward`."""
         if input_ids is None:
             raise DataError("neither input_ids nor inputs_embeds were given; expected one of them.")
         config = self.config
@@ -134,11 +128,7 @@ class InternVideo2Chat(ChatMixin, PreTrainedModel):
     def encode(
         self, clips: Tensor, qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None
     ) -> Tensor:
-        """What the language model reads of clips (n, T, 3, H, W), pictures with T = 1: (n, queries, C).
-
-        Raises:
-            DataError: the tensor has another shape, or a clip has no frame.
-        """
+        """What the language model reads of clips (n, T, 3, H, W), pictures with T = 1: (n, queries, C)."""
         if clips.dim() != 5 or clips.shape[2] != 3:
             raise DataError(
                 f"clips have the shape {tuple(clips.shape)}; expected (clips, frames, 3, height, width) of pixel_values_videos, "

@@ -20,8 +20,6 @@ from sta_adapter.internvideo.v2_prompt import CHAT_TEMPLATE, IMAGE, VIDEO, promp
 from sta_adapter.internvideo.visuals import Frames, Picture
 from sta_adapter.internvideo.weights import read_json
 
-__all__ = ["InternVideo2ChatProcessor"]
-
 NAME = "InternVideo2ChatProcessor"
 HD_TILES = (2, 1)
 """Columns and rows of tiles that the HD variant was published with, whatever the picture's shape."""
@@ -107,19 +105,10 @@ class InternVideo2ChatProcessor(ChatProcessor):
         Raises:
             DataError: texts, clips and pictures don't go together.
         """
-        unknown = options.keys() - {"videos_kwargs", "images_kwargs"}
-        if text is None or return_tensors not in ("pt", None) or unknown:
-            told = f", and {', '.join(sorted(unknown))}" if unknown else ""
-            raise DataError(f"text is {text!r} and return_tensors {return_tensors!r}{told}; expected a text, and 'pt'.")
-        texts = [text] if isinstance(text, str) else list(text)
+        if unknown := options.keys() - {"videos_kwargs", "images_kwargs"}:
+            raise DataError(f"{', '.join(sorted(unknown))} has no effect here; leave it out.")
         pictures, clips = list(images or ()), list(videos if videos is not None else ())
-        places = [found[0] for one in texts for found in PLACES.finditer(one)]
-        counts = [sum(place_token in place for place in places) for place_token in (IMAGE, VIDEO)]
-        if counts != [len(pictures), len(clips)]:
-            raise DataError(
-                f"the text has {counts[0]} times {IMAGE} and {counts[1]} times {VIDEO}, and there are {len(pictures)} pictures and "
-                f"{len(clips)} clips; expected one for each. Either one is missing, or the text contains these words itself."
-            )
+        texts = self._texts(text, return_tensors, pictures, clips)
         repeated = [PLACES.sub(lambda found: found[0] * self.image_processor.per_clip, one) for one in texts]
         inputs = self._padded(
             [prompt_tokens(self.tokenizer, one, self, begins=add_special_tokens) for one in repeated], padding
@@ -169,11 +158,8 @@ class InternVideo2ChatProcessor(ChatProcessor):
     def of_folder(cls, folder: Path, config: InternVideo2ChatConfig, name: str) -> InternVideo2ChatProcessor:
         """The processor of a folder with published files, or of one that `save_pretrained` wrote.
 
-        Args:
-            folder: with the tokenizer's files.
-            config: the model's.
-            name: what the model is called, also its path in the Hub's cache; one that ends in "HD" is the HD variant,
-                whose configuration is the same.
+        `name` is what the model is called, also its path in the Hub's cache; one that ends in "HD" is the HD variant, whose
+        configuration is the same.
 
         Raises:
             CheckpointError: the tokenizer's files are missing or damaged.

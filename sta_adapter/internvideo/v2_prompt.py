@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from sta_adapter.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE", "VIDEO", "conversation", "prompt_tokens"]
+    from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
+    from sta_adapter.internvideo.v2_processor import InternVideo2ChatProcessor
 
 IMAGE, VIDEO = "[<IMG_PLH>]", "[<VID_PLH>]"
 """Where a picture or a clip stands in a prompt."""
@@ -44,38 +45,17 @@ CHAT_TEMPLATE = """\
 """As the published `chat` writes it: clips and pictures in a turn of their own, then the question."""
 
 
-class Placeholders(Protocol):
-    """What says how clips and pictures stand in a prompt: the configuration, or the processor."""
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """Of each clip and picture."""
-
-    @property
-    def image_token_id(self) -> int:
-        """Stands for each token of a picture."""
-
-    @property
-    def video_token_id(self) -> int:
-        """Stands for each token of a clip."""
-
-
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, config: Placeholders, *, begins: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    places: InternVideo2ChatConfig | InternVideo2ChatProcessor,
+    *,
+    begins: bool = True,
 ) -> list[int]:
     """Token ids of a text with `IMAGE` and `VIDEO` in it, each of them as many placeholders as there are visual tokens.
 
-    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's
-    beginning.
-
-    Args:
-        tokenizer: the language model's.
-        text: the text; a `bos_token` that it begins with isn't doubled.
-        config: says what stands for a clip or picture.
-        begins: whether it is a text from its beginning on; else it goes on where another ended, if it has no `bos_token`.
-
-    Raises:
-        DataError: the tokenizer has no token for a text's beginning.
+    As in training, each stretch of text is tokenized by itself, so that each begins with the token of a text's beginning; a
+    `bos_token` in front isn't doubled. Without `begins`, a text that has none goes on where another ended.
     """
     if tokenizer.bos_token_id is None:
         raise DataError(f"{type(tokenizer).__name__} has no bos_token, which begins each stretch of text; set it.")
@@ -84,8 +64,8 @@ def prompt_tokens(
     tokens: list[int] = []
     for number, stretch in enumerate(re.split(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})", words)):
         if stretch in (IMAGE, VIDEO):
-            place = config.image_token_id if stretch == IMAGE else config.video_token_id
-            tokens += [place] * config.num_visual_tokens
+            place = places.image_token_id if stretch == IMAGE else places.video_token_id
+            tokens += [place] * places.num_visual_tokens
         else:
             begin = [] if goes_on and number == 0 else [tokenizer.bos_token_id]
             tokens += [*begin, *tokenizer(stretch, add_special_tokens=False)["input_ids"]]
@@ -102,12 +82,8 @@ def conversation(
 ) -> str:
     """The published conversation, without the `bos_token` that begins it.
 
-    Args:
-        question: what is asked now.
-        placeholders: `IMAGE` or `VIDEO` for each picture or clip.
-        message: text behind them, such as at which seconds the frames were taken.
-        instruction: text in front of all.
-        history: questions and answers before.
+    `instruction` stands in front of all, then `placeholders`, `IMAGE` or `VIDEO` for each picture or clip, and behind them a
+    `message`, such as at which seconds the frames were taken; `history` are questions and answers before.
     """
     tags = {IMAGE: "Image", VIDEO: "Video"}
     seen = "".join(f"<{tags[place]}>{place}</{tags[place]}>" for place in placeholders)

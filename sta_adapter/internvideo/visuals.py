@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-__all__ = ["MEAN", "STD", "Frames", "Picture"]
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours."""
 Picture: TypeAlias = "Image | NDArray[np.uint8] | Tensor"

@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sta_adapter.adapter.hub import explain, patiently
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.saved_sta import warn_of_sta
 
-__all__ = [
-    "added_tokens",
-    "dtype_of_weights",
-    "fetch_folder",
-    "fill",
-    "iterate_weights",
-    "published_config",
-    "read_json",
-    "weight_files",
-]
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt", "chat_template*", "preprocessor_config.json")
 Weights = Iterable[tuple[str, Tensor]]
@@ -48,11 +41,7 @@ def published_config(name: str | os.PathLike[str], revision: str | None = None) 
 
 
 def fetch_folder(name: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Path:
-    """A local folder with a model's files that fit the patterns, from the Hub or its cache where it isn't one already.
-
-    Raises:
-        CheckpointError: the repository or its revision can't be had.
-    """
+    """A local folder with a model's files that fit the patterns, from the Hub or its cache where it isn't one already."""
     text = os.fspath(name)
     if os.path.isdir(text):
         return Path(text)
@@ -67,11 +56,7 @@ def fetch_folder(name: str | os.PathLike[str], revision: str | None, patterns: S
 
 
 def refuse_quantization(name: str | os.PathLike[str]) -> NoReturn:
-    """Published weights are other tensors until they are converted.
-
-    Raises:
-        ConfigError: always.
-    """
+    """Published weights are other tensors until they are converted: a ConfigError."""
     raise ConfigError(
         f"the weights of {os.fspath(name)!r} have their published names, and can't be quantized while they are converted. "
         "Save the model once (load_model(...).save_pretrained(FOLDER), and the processor likewise), and load FOLDER."
@@ -79,16 +64,12 @@ def refuse_quantization(name: str | os.PathLike[str]) -> NoReturn:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Contents of a JSON file; empty where it is missing.
-
-    Raises:
-        CheckpointError: it is damaged, or holds no object.
-    """
+    """Contents of a JSON file; empty where it is missing."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} can't be read as JSON: {error}; download it again.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} holds a {type(found).__name__}, expected an object; download it again.")
@@ -98,11 +79,13 @@ def read_json(file: Path) -> dict[str, Any]:
 def added_tokens(folder: Path) -> dict[str, int]:
     """Ids of the tokens that a tokenizer adds to its vocabulary, or renames in it, by their text; empty if files don't say."""
     told = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    found = {str(token["content"]): int(number) for number, token in told.items()}
-    found.update(
-        {token["content"]: token["id"] for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
-    )
-    return {**found, **{text: int(number) for text, number in read_json(folder / "added_tokens.json").items()}}
+    whole, further = read_json(folder / "tokenizer.json"), read_json(folder / "added_tokens.json")
+    try:
+        found = {str(token["content"]): int(number) for number, token in told.items()}
+        found |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        return found | {text: int(number) for text, number in further.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"tokenizer files in {folder} list no added tokens; download them again.") from error
 
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -114,11 +97,7 @@ SHOWN = 4
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files with a checkpoint's weights: those of its index, else the one of the usual name, else the only one there is.
-
-    Raises:
-        CheckpointError: there is none, several could be meant, or one that the index names is missing.
-    """
+    """The files with a checkpoint's weights: those of its index, else the one of the usual name, else the only one there is."""
     if source.is_file():
         return [source]
     for name in NAMES:
@@ -155,11 +134,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight.
-
-    Raises:
-        CheckpointError: a file is damaged, or a pickle holds more than tensors.
-    """
+    """Name and tensor of each weight; a CheckpointError for a damaged file, or a pickle that holds more than tensors."""
     for file in files:
         yield from _pickled(file) if file.suffix in PICKLES else _mapped(file)
 
@@ -196,11 +171,7 @@ def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> torch.dtype:
-    """The type that weights are loaded in: the one asked for, with "auto" the one that `config.json` names, or bfloat16.
-
-    Raises:
-        CheckpointError: torch has no type of that name.
-    """
+    """The type that weights are loaded in: the one asked for, with "auto" the one that `config.json` names, or bfloat16."""
     if isinstance(asked, torch.dtype):
         return asked
     name = config.get("torch_dtype") or config.get("dtype") or "bfloat16" if asked == "auto" else asked
@@ -210,42 +181,70 @@ def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> 
     return found
 
 
-def load_saved(
-    cls: type[PreTrainedModel], folder: Path, name: str | os.PathLike[str], options: Mapping[str, object]
-) -> nn.Module:
-    """A model of ours from the `folder` in which `save_pretrained` wrote it; STA among its weights is told of.
+class Unallocated(TorchFunctionMode):
+    """Weights that are made without a value are on the meta device; what is computed, as rotary frequencies, is real."""
 
-    Args:
-        cls: its class.
-        folder: with its files.
-        name: what the user called it.
-        options: of `from_pretrained`.
-    """
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """See torch."""
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def load_published(
+    model: PreTrainedModel,
+    weights: Weights,
+    folder: Path,
+    name: str | os.PathLike[str],
+    dtype: torch.dtype,
+    device: str,
+) -> nn.Module:
+    """A model made in `Unallocated` with the published weights of a `folder`; STA among them is left out and told of."""
+    left: list[str] = []
+
+    def without_sta() -> Iterator[tuple[str, Tensor]]:
+        for weight, tensor in weights:
+            if STA_TENSOR.search(weight):
+                left.append(weight)
+            else:
+                yield weight, tensor
+
+    fill(model, without_sta(), source=folder, dtype=dtype, device=device)
+    warn_of_sta(name, left)
+    model.config._name_or_path = os.fspath(name)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    found: nn.Module = model.eval()
+    return found.to(device)
+
+
+def load_saved(
+    cls: type[PreTrainedModel],
+    folder: Path,
+    name: str | os.PathLike[str],
+    dtype: torch.dtype | str,
+    device: str,
+    quantization_config: BitsAndBytesConfig | None,
+) -> nn.Module:
+    """A model of ours from the `folder` in which `save_pretrained` wrote it; STA among its weights is told of."""
+    options: dict[str, object] = {DTYPE: dtype}
+    if quantization_config is not None:
+        options |= {"quantization_config": quantization_config, "device_map": {"": device}}
     loaded = cast("Any", cls).from_pretrained(folder, output_loading_info=True, **options)
     model: nn.Module = loaded[0]
     warn_of_sta(name, loaded[1]["unexpected_keys"])
     cast(PreTrainedModel, model).config._name_or_path = os.fspath(name)
-    return model
-
-
-def leave_out_sta(weights: Weights, left: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """The weights but those of STA, whose names go into `left`: a trainer saved the model whole."""
-    for name, tensor in weights:
-        if STA_TENSOR.search(name):
-            left.append(name)
-        else:
-            yield name, tensor
+    return model if quantization_config is not None else model.to(device)
 
 
 def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Give a model on the meta device its weights, each in memory of its own.
+    """Give a model on the meta device its weights, each in memory of its own, those of floating point as `dtype`.
 
-    Args:
-        model: made on the meta device; buffers that no checkpoint holds (rotary frequencies) must be real already.
-        weights: by the model's names.
-        source: what an error calls the checkpoint.
-        dtype: of floating-point weights.
-        device: where to.
+    Buffers that no checkpoint holds (rotary frequencies) must be real already. Errors call the checkpoint `source`.
 
     Raises:
         CheckpointError: naming weights that are missing, have no place, or are of another shape.
@@ -261,7 +260,8 @@ def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dty
             shapes.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(places[name].shape)}")
             continue
         kept = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-        _put(model, name, kept.contiguous())
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path).load_state_dict({last: kept.contiguous()}, strict=False, assign=True)
     problems = [
         *([f"{_few(sorted(missing))} missing"] if missing else []),
         *([f"{_few(sorted(foreign))} without a place in the model"] if foreign else []),
@@ -272,17 +272,6 @@ def fill(model: nn.Module, weights: Weights, *, source: object, dtype: torch.dty
             f"the weights in {source} don't fit its configuration: {'; '.join(problems)}. Either config.json or the weights "
             "are of another model or release; download both again."
         )
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    if last in module._parameters:
-        parameter = module._parameters[last]
-        wanted = parameter is None or parameter.requires_grad
-        module._parameters[last] = nn.Parameter(tensor, requires_grad=wanted and tensor.is_floating_point())
-    else:
-        module._buffers[last] = tensor
 
 
 def _few(names: list[str]) -> str:

@@ -16,17 +16,10 @@ WAIT = 0.05
 
 
 class Feed:
-    """Frames of a source in order, the newest `capacity` of those that wait.
+    """Frames of a source in order, the newest `capacity` of those that wait; `dropped` counts the others.
 
     The rule: where encoding can't keep up, the frame that has waited longest is dropped. Of a `fast` source none is:
     the reader waits.
-
-    Args:
-        source: of the frames.
-        capacity: frames that may wait.
-
-    Attributes:
-        dropped: how many were.
     """
 
     def __init__(self, source: LiveSource, capacity: int) -> None:
@@ -53,8 +46,7 @@ class Feed:
     def frames(self) -> Iterator[LiveFrame | None]:
         """The frames until the source ends; None where none has come for a moment.
 
-        Raises:
-            VideoError: it broke, after its last frame, or nothing comes from it any more.
+        A source that broke is a VideoError behind its last frame, one that stalls is one as well.
         """
         while True:
             with self._changed:

@@ -85,18 +85,15 @@ class LiveSource:
         import av
 
         due, clock, converter = 0.0, _Clock(self), av.video.reformatter.VideoReformatter()
-        container = self._open(av)
-        with container:
+        with self._open(av) as container:
             stream = _pictures(container)
             for index, frame in enumerate(self._decoded(av, container, stream)):
                 if stopped():
                     return
                 self.heard = time.monotonic()
                 told = None if self.is_camera else frame.time
-                if told is None and not (
-                    self.is_camera or self.is_remote
-                ):  # a bare stream of H.264, as some cameras write
-                    told = float(index / frame_rate(stream))
+                if told is None and not self.is_camera and not self.is_remote:
+                    told = float(index / frame_rate(stream))  # a bare stream of H.264, as some cameras write
                 seconds = clock.seconds(told)
                 if seconds < due - 1e-6:
                     continue
@@ -119,9 +116,7 @@ class LiveSource:
                 "(pip install av --no-binary av, with FFmpeg's libraries on the machine), or serve the camera over RTSP."
             )
         try:
-            found: InputContainer = av.open(
-                self.name, format=kind, options=options, timeout=(self.timeout, self.timeout)
-            )
+            found: InputContainer = av.open(self.name, format=kind, options=options, timeout=(self.timeout,) * 2)
             return found
         except av.error.ExitError as error:
             raise VideoError(f"{_shown(self.name)} did not answer within {self.timeout:g} seconds.") from error

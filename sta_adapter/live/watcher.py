@@ -25,7 +25,6 @@ from sta_adapter.live.memory import FrameMemory, Step
 from sta_adapter.live.source import LiveFrame, LiveSource, masked
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.reader import TICKS, ClipTimes
-from sta_adapter.video.resize import fit_frames
 
 __all__ = ["WatchSettings", "Watcher"]
 
@@ -44,11 +43,7 @@ class WatchSettings:
     waiting: int = 16  # frames that may wait to be encoded
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            ConfigError: one is out of range.
-        """
+        """Refuse what is out of range."""
         for name, least in (("every", 0), ("budget", 1), ("max_new_tokens", 1), ("waiting", 1)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from {least}.")
@@ -64,7 +59,6 @@ class Watcher:
     def __init__(self, handle: STAHandle, processor: Processor, frames: FrameSettings, settings: WatchSettings) -> None:
         self.handle = handle
         self.settings = settings
-        self.frames = frames
         window = (handle.config.window or 64) if settings.window is None else settings.window
         self.stream = handle.stream(window=window, name="watch")
         self.memory = FrameMemory(settings.budget)
@@ -87,12 +81,8 @@ class Watcher:
         """
         question, answered, told = self.settings.question, 0.0, 0
         failed: VideoError | None = None
-        yield {
-            "event": "start",
-            "source": masked(source.name),
-            "window": self.stream.window,
-            "budget": self.settings.budget,
-        }
+        windows = {"window": self.stream.window, "budget": self.settings.budget}
+        yield {"event": "start", "source": masked(source.name), **windows}
         with Feed(source, max(self.settings.waiting, self.step)) as feed:
             try:
                 for chunk in chunks(feed.frames(), self.step):
@@ -112,13 +102,8 @@ class Watcher:
                 yield {"event": "error", "seconds": self._now, "error": str(error)}
             if self.memory.steps:
                 yield self._answer(question)
-            yield {
-                "event": "end",
-                "seconds": self._now,
-                "dropped": feed.dropped,
-                **self._seen(),
-                "broken": source.broken,
-            }
+            lost = {"dropped": feed.dropped, **self._seen(), "broken": source.broken}
+            yield {"event": "end", "seconds": self._now, **lost}
         if failed is not None:
             raise failed
         if not self.stream.frames:
@@ -136,7 +121,8 @@ class Watcher:
     def _take(self, chunk: list[LiveFrame]) -> Iterator[Event]:
         """Encode the next frames; where they have another size than those before, all begins anew."""
         began = time.perf_counter()
-        pixels = [self._fitted(frame.pixels) for frame in chunk]
+        limits = self._reader.pixel_limits({})
+        pixels = [self._reader.fit(frame.pixels[None], *limits)[0] for frame in chunk]
         sizes = {picture.shape[:2] for picture in pixels}
         if (self._size is not None and sizes != {self._size}) or len(sizes) > 1:
             yield {"event": "restart", "seconds": chunk[-1].seconds, "reason": f"frames are now {sorted(sizes)} pixels"}
@@ -149,18 +135,6 @@ class Watcher:
         output = self._encode(prompt)
         self.memory.add(Step(seconds, output, self._visual_tokens(prompt)))
         self._encoding = time.perf_counter() - began
-
-    def _fitted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A frame in the size that the model gets."""
-        area = self._reader.factor**2
-        low, high = self.frames.min_tokens, self.frames.max_tokens
-        if area == 1 or (low is None and high is None):
-            return pixels
-        most = high * area if high else float("inf")
-        found: NDArray[np.uint8] = fit_frames(
-            pixels[None], factor=self._reader.factor, min_pixels=min((low or 0) * area or 1, most), max_pixels=most
-        )[0]
-        return found
 
     def _prompt(self, pixels: NDArray[np.uint8], seconds: tuple[float, ...], question: str) -> Encoded:
         """The question behind a clip of these frames (T, H, W, 3)."""

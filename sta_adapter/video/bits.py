@@ -1,6 +1,20 @@
-"""Bits of a header, from the left."""
+"""Parts of a packet, and the bits of a part's header from the left."""
 
-__all__ = ["Bits"]
+from collections.abc import Iterator
+
+__all__ = ["Bits", "units"]
+
+
+def units(data: bytes, width: int) -> Iterator[bytes]:
+    """What stands in a packet one after the other, with lengths of `width` bytes in front; 0 for start codes."""
+    if not width:
+        yield from data.split(b"\0\0\1")[1:]
+        return
+    at = 0
+    while at + width < len(data):
+        length = int.from_bytes(data[at : at + width], "big")
+        yield data[at + width : at + width + length]
+        at += width + length
 
 
 class Bits:

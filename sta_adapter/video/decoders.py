@@ -270,12 +270,9 @@ def _made_smaller(
 def decode(
     table: FrameTable, indices: NDArray[np.int64], backend: str, threads: int = 0, resize: Resize | None = None
 ) -> tuple[Pixels, str, str]:
-    """Decode the frames `indices` (T,) of a file by so many threads; 0 lets the decoder choose.
+    """The frames `indices` (T,) of a file, (T, H, W, 3), the backend that decoded them, and why it was that one.
 
-    `resize` makes frames (t, H, W, 3) of their full size into those that are kept.
-
-    Returns:
-        The frames (T, H, W, 3), the backend that decoded them, and why it was that one.
+    `threads` 0 lets the decoder choose; `resize` makes frames (t, H, W, 3) of their full size into those that are kept.
     """
     name = AUTOMATIC if backend == "auto" else backend
     try:

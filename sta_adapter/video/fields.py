@@ -1,9 +1,8 @@
 """Interlaced H.264 whose frames come as two packets, a field each (AVCHD, broadcasts): which packets begin a frame."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from sta_adapter.video.bits import Bits
+from sta_adapter.video.bits import Bits, units
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -12,22 +11,16 @@ if TYPE_CHECKING:
 __all__ = ["FieldPairs"]
 
 SLICES, SEQUENCE = (1, 5), 7  # kinds of NAL units
-# profiles whose headers tell of colour
-HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
+HIGH = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)  # profiles whose headers tell of colour
 
 
 class FieldPairs:
-    """Tells the second fields of frames, packet by packet.
-
-    Args:
-        codec: FFmpeg's name of it; of others than H.264 no packet is a field.
-        extradata: of the stream.
-    """
+    """Tells the second fields of frames, packet by packet; of other codecs (FFmpeg's names) than H.264 no packet is a field."""
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
         found = extradata if codec == "h264" and extradata else b""
         self._width = (found[4] & 3) + 1 if len(found) > 8 and found[0] == 1 else 0  # of a length; 0 for start codes
-        headers = [found[8:]] if self._width else _units(found, 0)
+        headers = [found[8:]] if self._width else units(found, 0)
         self._form = next((_form(header) for header in headers if header[:1] and header[0] & 31 == SEQUENCE), None)
         self._open: tuple[int, int] | None = None  # number and parity of a field that lacks its other half
 
@@ -40,7 +33,7 @@ class FieldPairs:
         """Whether the packet is the other half of the one before it."""
         if self._form is None:
             return False
-        fields = {field for unit in _units(bytes(packet), self._width) if (field := _field(unit, self._form))}
+        fields = {field for unit in units(bytes(packet), self._width) if (field := _field(unit, self._form))}
         field = fields.pop() if len(fields) == 1 else None  # else a frame, or both of its fields
         second = field is not None and self._open == (field[0], 1 - field[1])
         self._open = None if second else field
@@ -52,18 +45,6 @@ class _Form(NamedTuple):
 
     number_bits: int
     planes: int  # bits that name a colour plane
-
-
-def _units(data: bytes, width: int) -> Iterator[bytes]:
-    """NAL units, with lengths of `width` bytes in front, or start codes."""
-    if not width:
-        yield from data.split(b"\0\0\1")[1:]
-        return
-    at = 0
-    while at + width < len(data):
-        length = int.from_bytes(data[at : at + width], "big")
-        yield data[at + width : at + width + length]
-        at += width + length
 
 
 def _bits(unit: bytes) -> Bits:

@@ -33,11 +33,7 @@ class FrameSettings:
     backend: str = "auto"  # what decodes: auto (pyav), decord, pyav or torchcodec
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            ConfigError: one is of another type or out of range.
-        """
+        """Refuse values of another type or out of range."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is None and name in OPTIONAL:

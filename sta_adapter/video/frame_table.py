@@ -125,7 +125,7 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
 
 
 def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) -> None:
-    """Refuse a single picture, which FFmpeg would read as a video of one frame, and half an animation. `frames` are those of the file, once known."""
+    """Refuse half an animation, and a single picture, which FFmpeg would read as a video of one frame; `frames` once they are known."""
     kinds = set(container.format.name.split(","))
     with path.open("rb") as file:
         brand = file.read(12)[4:]

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sta_adapter.video.bits import Bits
+from sta_adapter.video.bits import Bits, units
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -16,12 +16,7 @@ GREY = 3
 
 
 class HiddenPackets:
-    """Tells them, packet by packet: they have times as others do, and no frame comes of them.
-
-    Args:
-        codec: FFmpeg's name of it.
-        extradata: of the stream.
-    """
+    """Tells them, packet by packet, by FFmpeg's name of the codec: they have times as others do, and no frame comes of them."""
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
         self._codec = codec
@@ -46,11 +41,11 @@ class HiddenPackets:
 
     def _read(self, data: bytes) -> list[bytes]:
         """The pictures in it; what a header says of their times is kept."""
-        units = [unit for unit in data.split(b"\0\0\1")[1:] if unit]
-        for unit in units:
+        found = [unit for unit in units(data, 0) if unit]
+        for unit in found:
             if unit[0] in LAYERS:
                 self._clock = _clock_bits(Bits(unit[1:32]))
-        return [unit for unit in units if unit[0] == PICTURE]
+        return [unit for unit in found if unit[0] == PICTURE]
 
 
 def _clock_bits(bits: Bits) -> int:

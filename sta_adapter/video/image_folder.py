@@ -31,8 +31,7 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
         sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.
 
     Raises:
-        VideoError: No folder, no picture in it, pictures of several sizes, names that tell no order, or none within the
-            range.
+        VideoError: No folder, no picture in it or in the range, several sizes, or names that tell no order.
         ConfigError: `rate` or what says how to sample is out of range.
     """
     check_number("rate", rate, above=0)
@@ -67,9 +66,7 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
 def _in_order(folder: Path, files: list[Path]) -> list[Path]:
     """The pictures as their names tell.
 
-    Raises:
-        VideoError: there are several series among them (a film and its optical flow, a picture in two formats), or
-            their numbers can be read in two ways.
+    Several series among them (a film and its optical flow, a picture in two formats), and numbers that can be read in two ways, are errors.
     """
     series: dict[tuple[str, ...], Path] = {}
     for file in sorted(files):

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from sta_adapter.video.bits import units
+
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
@@ -35,15 +37,9 @@ def begins_afresh(codec: str, extradata: bytes | None, packet: "Packet[VideoStre
     size_at = {"h264": 4, "hevc": 21}[codec]  # where the extradata hold the width of a unit's length, less one
     if not extradata or extradata[0] != 1 or len(extradata) <= size_at:
         return False
-    data, width = bytes(packet), (extradata[size_at] & 3) + 1
     shift, mask = _KIND_BITS[codec]
-    at = 0
-    while at + width < len(data):
-        kind = data[at + width] >> shift & mask
-        if kind in _PICTURE_KINDS[codec]:
-            return kind in _FRESH_KINDS[codec]
-        at += width + int.from_bytes(data[at : at + width], "big")
-    return False
+    kinds = (unit[0] >> shift & mask for unit in units(bytes(packet), (extradata[size_at] & 3) + 1) if unit)
+    return next((kind in _FRESH_KINDS[codec] for kind in kinds if kind in _PICTURE_KINDS[codec]), False)
 
 
 def keys_are_fresh(rows: Sequence[PacketRow]) -> bool:

@@ -36,11 +36,7 @@ def rgb(frame: "VideoFrame", converter: "VideoReformatter") -> Pixels:
 
 
 def display_matrix(frame: "VideoFrame") -> Matrix:
-    """How the frame is to be turned and mirrored.
-
-    Raises:
-        VideoError: it is, and PyAV doesn't tell how.
-    """
+    """How the frame is to be turned and mirrored; a VideoError where it is and PyAV doesn't tell how."""
     try:
         data = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
     except ValueError as error:  # PyAV gives up at side data that it doesn't know, such as a camera's EXIF

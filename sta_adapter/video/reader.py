@@ -99,12 +99,11 @@ def read_clip(
     within [start, end) are taken, and none twice, so a file (or range) with fewer frames than asked for gives fewer:
     a one-frame file gives one. The choice depends on the file's timestamps alone, so every backend returns the same
     frames, bit for bit: decord and torchcodec decline files that they would read differently than PyAV, or that are not
-    known to be read alike (colour of more than 8 bits, transparency, 4:2:0 with an odd height, interlaced pictures, several video
-    streams, rare codecs and containers; decord also turned pictures, very narrow ones, and key frames that later
-    frames refer across).
+    known to be read alike.
 
     Of a file that is cut off, what is there can be read with an explicit `end`; reading past it is an error. Damage
-    inside a file is an error where the decoder reports it; most decoders paint over small damage silently.
+    inside a file is an error where the decoder reports it; most decoders paint over small damage silently. Frames of more
+    than 8192x4320 pixels, and more frames than about 3 GB, are refused before memory is taken for them.
 
     Args:
         path: A video file.
@@ -115,13 +114,10 @@ def read_clip(
         start: First second wanted, counted from the first frame.
         end: Second before which the wanted frames begin; past the file's end means up to it.
         backend: "auto" is PyAV, which takes the least time; or by name "decord", "pyav" or "torchcodec".
-        threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the
-            quickest.
+        threads: How many threads decode; None leaves it to the decoder. Where several processes read, 1 is the quickest.
         resize: Makes some frames (t, H, W, 3) into those that are kept, so that never all are there in their full size.
         segments: `num_frames` segments give the middle of each, counted in frames, as in InternVL's training; else
             their first.
-
-    Frames of more than 8192x4320 pixels, and more frames than about 3 GB, are refused before memory is taken for them.
 
     Raises:
         VideoError: The file is missing (then also a FileNotFoundError), no video, cut off or damaged where frames are

@@ -119,17 +119,16 @@ def choose_frames(times: NDArray[np.float64], duration: float, sampling: Samplin
             f"(excluded); the video lasts {duration:g} s and the frames nearest to the start begin at {nearest} s. "
             "Choose start and end within it."
         )
+    count, step, least = sampling.plan(end - start)
     if sampling.segments and sampling.num_frames is not None:
         chosen = _middles(inside, len(times), sampling.num_frames)
-        missing = min(sampling.num_frames, inside.size) - chosen.size
-        return np.sort(np.append(chosen, _farthest(times, inside, chosen, missing))).astype(np.int64)
-    count, step, least = sampling.plan(end - start)
-    if count > MOST_TARGETS:
-        count, step = MOST_TARGETS, step * (count / MOST_TARGETS)
-    gaps = np.diff(times)
-    slack = min(ROUNDING, float(np.median(gaps)) / 4) if gaps.size else 0.0
-    shown = np.searchsorted(times, start + step * np.arange(count) + slack, side="right") - 1
-    chosen = np.unique(shown.clip(inside[0], inside[-1]))
+    else:
+        if count > MOST_TARGETS:
+            count, step = MOST_TARGETS, step * (count / MOST_TARGETS)
+        gaps = np.diff(times)
+        slack = min(ROUNDING, float(np.median(gaps)) / 4) if gaps.size else 0.0
+        shown = np.searchsorted(times, start + step * np.arange(count) + slack, side="right") - 1
+        chosen = np.unique(shown.clip(inside[0], inside[-1]))
     missing = min(least, inside.size) - chosen.size
     return np.sort(np.append(chosen, _farthest(times, inside, chosen, missing))).astype(np.int64)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sta_adapter.errors import ConfigError, MissingExtraError, STAError
 from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization import report
-from sta_adapter.visualization.local_paths import subject
+from sta_adapter.visualization.local_paths import subject, without_folders
 from sta_adapter.visualization.page_guard import AnswerLimit, SameOrigin, trusted_hosts
 from sta_adapter.visualization.viewer import LoadedClip, Viewer
 
@@ -201,7 +201,7 @@ def _functions(
         try:
             yield from _ask(viewer, path, question, _frame_settings(frames, tokens), limit)
         except STAError as error:
-            said = html.escape(_without_folder(str(error), path))
+            said = html.escape(without_folders(str(error), [Path(path).parent] if path else ()))
             alert = f'<div class="sta-look message" role="alert"><strong>That did not work.</strong> {said}</div>'
             yield "", "", alert
         finally:
@@ -223,11 +223,7 @@ def _number(gradio: Any, label: str, most: int) -> Any:
 
 
 def _frame_settings(frames: float | None, tokens: float | None) -> dict[str, int]:
-    """Fields of `FrameSettings` from what the page's fields hold; the page's own bounds bind no program.
-
-    Raises:
-        ConfigError: a number is out of bounds.
-    """
+    """Fields of `FrameSettings` from what the page's fields hold; the page's own bounds bind no program."""
     for name, value, most in (("frames", frames, MOST_FRAMES), ("tokens a frame", tokens, MOST_TOKENS)):
         if value and not (isinstance(value, (int, float)) and 1 <= value <= most and value == int(value)):
             raise ConfigError(
@@ -277,11 +273,6 @@ def _growing(viewer: Viewer, clip: LoadedClip, limit: AnswerLimit) -> Iterator[t
             if not answers.done() and said is not None:
                 limit.stopped.set()
         yield answers.result()
-
-
-def _without_folder(message: str, path: str | None) -> str:
-    """An error without the server's folders."""
-    return message.replace(str(path), Path(path).name) if path else message
 
 
 def _examples(page: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from sta_adapter.visualization.figures import shades
+from sta_adapter.visualization.figures import data_uri, shades
 from sta_adapter.visualization.observation import Observation
 from sta_adapter.visualization.patch_attention import BUDGET, HIDDEN, decode, encode, may_see, scale_of
 
@@ -70,12 +70,8 @@ def explorer_data(
 ) -> ExplorerData | None:
     """What the script needs, as JSON takes it; None for a clip of so many frames that not even one block fits.
 
-    Args:
-        seen: what STA did.
-        frames: (T, height, width, 3) uint8; empty where patches can't be laid on the picture.
-        times: (T,) seconds, or None.
-        block: index of the one shown first.
-        budget: bytes of the whole frames' attention, an eighth of that at most, and of the patches'.
+    Of `frames` (T, height, width, 3) there are none where patches can't be laid on the picture; `times` (T,) are seconds; `block`
+    is shown first. The patches' attention takes at most `budget` bytes, that of whole frames an eighth of it.
     """
     count, heads, steps, _ = seen.attention.shape
     first = seen.blocks.index(block)
@@ -83,9 +79,6 @@ def explorer_data(
     rows = sorted(by_strength[: budget // 8 // (heads * steps**2)])
     if not rows or first not in rows:
         return None
-    with_patches: list[int] = []
-    if seen.patches is not None and seen.pooling is not None and len(frames):
-        with_patches = [row for row in sorted(by_strength[: seen.pooling.blocks]) if row in rows]
     data: ExplorerData = {
         "frames": steps,
         "times": None if times is None else [round(float(time), 3) for time in times],
@@ -97,7 +90,10 @@ def explorer_data(
         "patches": None,
         "sprite": _sprite(frames) if len(frames) else None,
     }
-    if with_patches and seen.patches is not None and seen.pooling is not None:
+    if seen.patches is None or seen.pooling is None or not len(frames):
+        return data
+    with_patches = [row for row in sorted(by_strength[: seen.pooling.blocks]) if row in rows]
+    if with_patches:
         kept = seen.patches[with_patches]
         data["scale"] = max(data["scale"], scale_of(_sampled(kept)))
         data["patches"] = {
@@ -139,7 +135,7 @@ def _sprite(frames: np.ndarray) -> Sprite:
             whole.paste(small, (index % across * size[0], index // across * size[1]))
         buffer = io.BytesIO()
         whole.save(buffer, "JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return data_uri("image/jpeg", buffer.getvalue())
 
     grey = (255 * shades(frames)).astype(np.uint8)
     return {"source": sheet(frames), "grey": sheet(grey), "width": size[0], "height": size[1], "across": across}

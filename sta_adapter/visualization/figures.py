@@ -6,6 +6,7 @@ can tell apart; sizes in viridis, which stays in order in grey.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "data_uri",
     "draw_attention",
     "draw_branch",
     "draw_maps",
@@ -65,10 +67,9 @@ class Quantity:
 def quantities(seen: Observation, block: int) -> list[Quantity]:
     """The three maps, of one block (an index in the encoder) and of the encoder's output."""
     row = seen.blocks.index(block)
+    crossing = seen.relative_crossing[row]
     return [
-        Quantity(
-            "crossing", "attention to other\nframes (times even)", seen.relative_crossing[row], 0.04, relative=True
-        ),
+        Quantity("crossing", "attention to other\nframes (times even)", crossing, 0.04, relative=True),
         Quantity("branch", "STA's part against\nthe residual (%)", 100 * seen.branch[row], 0.1),
         Quantity("change", "encoder's output, STA on\nagainst off (%)", 100 * seen.change, 0.1),
     ]
@@ -91,7 +92,7 @@ def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
     inch, scale = min(1.3, 5.2 / across), np.log2(scale_of(values))
     figure = new_figure(across * inch + 1.1, down * inch * 1.22 + 0.6)
     axes = figure.add_subplot()
-    gap, size, ticks = frames * 0.28, frames, _ticks(frames)
+    gap, size, ticks, small = frames * 0.28, frames, _ticks(frames), {"fontsize": 7, "color": theme.faint}
     for place, (b, h) in enumerate(tiles):
         column, row = place % across, place // across
         x, y = column * (size + gap * 0.5), row * (size + gap)
@@ -101,19 +102,9 @@ def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
         axes.text(x, y - gap * 0.1, name, fontsize=9, color=theme.text, va="bottom")
         for tick in ticks:  # frames of the squares at the left and at the bottom
             if column == 0:
-                axes.text(
-                    x - gap * 0.1, y + tick + 0.5, str(tick), fontsize=7, color=theme.faint, ha="right", va="center"
-                )
+                axes.text(x - gap * 0.1, y + tick + 0.5, str(tick), small, ha="right", va="center")
             if place + across >= len(tiles):
-                axes.text(
-                    x + tick + 0.5,
-                    y + size + gap * 0.1,
-                    str(tick),
-                    fontsize=7,
-                    color=theme.faint,
-                    ha="center",
-                    va="top",
-                )
+                axes.text(x + tick + 0.5, y + size + gap * 0.1, str(tick), small, ha="center", va="top")
     axes.set(xlim=(-gap * 0.6, across * (size + gap * 0.5)), ylim=(down * (size + gap) - gap + gap * 0.7, -gap))
     axes.set_axis_off()
     where = "" if heads == 1 else "above each square: block \u00b7 head; "
@@ -213,6 +204,11 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, transparent=True)
     return buffer.getvalue()
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file as a page holds it; `kind` is its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def write_moving(folder: str | os.PathLike[str], name: str, pictures: np.ndarray, fps: float = 2.0) -> list[Path]:

@@ -70,11 +70,7 @@ class Observation:
         return np.where(self.even[:, None] > 0, self.crossing / even, 1)
 
     def on_picture(self, values: np.ndarray) -> np.ndarray:
-        """Lay values (..., N) out as pictures (..., rows, columns).
-
-        Raises:
-            LayoutError: where the positions stand on the picture is not known.
-        """
+        """Lay values (..., N) out as pictures (..., rows, columns); a LayoutError where that is not known."""
         if self.positions is None:
             raise LayoutError(self.no_picture)
         return values[..., self.positions]
@@ -100,17 +96,16 @@ def observe(
     def summarise(weights: Tensor) -> tuple[Tensor, Tensor, np.ndarray | None]:
         own = weights.diagonal(dim1=-2, dim2=-1)  # (heads, positions, T)
         (heads, _, frames, _), positions = weights.shape, recorder.recording.positions
-        pooling, cells = None, None
+        cells = None
         if positions is not None:
             rows, columns = positions.shape
             pooling = choose_pooling(len(handle.blocks), heads, (rows, columns), frames, patch_budget)
-        if pooling is not None and positions is not None:
-            kept.append(pooling)
-            cells = encode(pool(weights, positions, pooling), may_see(_even(handle, frames)))
+            if pooling is not None:
+                kept.append(pooling)
+                cells = encode(pool(weights, positions, pooling), may_see(_even(handle, frames)))
         return weights.mean(1).cpu(), (1 - own).mean(0).t().cpu(), cells
 
     kept: list[Pooling] = []
-
     recorder = AttentionRecorder(handle, clip, summarise)
     with recorder, torch.no_grad():
         handle.model(**inputs)

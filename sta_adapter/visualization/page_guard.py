@@ -26,11 +26,7 @@ SHARED = "*.gradio.live"  # of Gradio's own servers, for share=True
 
 
 class AnswerLimit:
-    """Ends a question's work: after some seconds, or when its asker stops it.
-
-    Args:
-        seconds: from now; None sets no limit.
-    """
+    """Ends a question's work: so many seconds from now (None: never), or when its asker stops it."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
@@ -38,11 +34,7 @@ class AnswerLimit:
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def check(self, *_: object) -> None:
-        """Go on, or not.
-
-        Raises:
-            STAError: the time is up, or the question was stopped.
-        """
+        """Go on, or raise an STAError that says why not."""
         if self.stopped.is_set():
             raise STAError("The question was stopped.")
         if self._end is not None and time.monotonic() > self._end:

@@ -46,11 +46,7 @@ class Pooling:
 def choose_pooling(
     blocks: int, heads: int, picture: tuple[int, int], frames: int, budget: int = BUDGET
 ) -> Pooling | None:
-    """The finest that fits: patches are pooled before blocks are left out, and heads are averaged last.
-
-    Returns:
-        None where nothing fits.
-    """
+    """The finest that fits, or None: patches are pooled before blocks are left out, and heads are averaged last."""
     fewest = min(FEWEST_CELLS, picture[0] * picture[1])
     for by_head in (True, False) if heads > 1 else (True,):
         kept = blocks
@@ -102,9 +98,7 @@ def encode(weights: Tensor | np.ndarray, sees: np.ndarray) -> np.ndarray:
 def decode(codes: np.ndarray, frames: int | None = None) -> np.ndarray:
     """The inverse of `encode`: multiples of even spread, float32, NaN where a frame may not look.
 
-    Args:
-        codes: (..., T, T) uint8, or any of them with `frames` given.
-        frames: T, where the last axis is not that long.
+    Of codes (..., T, T) uint8, or of any of them where T is given as `frames`.
     """
     base = max(2, codes.shape[-1] if frames is None else frames)
     relative = np.power(np.float32(base), (codes.astype(np.float32) - EVEN) / EVEN)

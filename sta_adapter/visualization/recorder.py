@@ -47,10 +47,8 @@ class Recording(Generic[Kept]):
 class AttentionRecorder(Generic[Kept]):
     """Context in which the forwards of a model are recorded; `rewind()` in front of a second one, with STA off.
 
-    Args:
-        handle: of the injected model.
-        clip: which clip, counted over all calls of the encoder within one forward of the model.
-        reduce: from attention weights (heads, positions, T, T), on their device, to what is kept of them.
+    `clip` is counted over all calls of the encoder within one forward of the model. `reduce` makes of attention weights
+    (heads, positions, T, T), on their device, what is kept of them.
 
     Attributes:
         recording: what STA did.

@@ -6,7 +6,6 @@ its head, for an app that has a page already.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -15,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from sta_adapter.visualization.explorer import SCRIPT, ExplorerData, explorer_data, script_hash
-from sta_adapter.visualization.figures import draw_attention, draw_branch, draw_maps, png, strongest_block
+from sta_adapter.visualization.figures import data_uri, draw_attention, draw_branch, draw_maps, png, strongest_block
 from sta_adapter.visualization.observation import Observation
 from sta_adapter.visualization.patch_attention import BUDGET
 from sta_adapter.visualization.theme import DARK, LIGHT, Theme
@@ -66,6 +65,7 @@ class Summary(TypedDict):
 def summary(seen: Observation, notes: list[str], block: int) -> Summary:
     """The figures behind the pictures, for scripts: means over tokens, in shares of 1."""
     heads, frames = seen.attention.shape[1:3]
+    means = zip(seen.blocks, seen.crossing.mean((1, 2)), seen.branch.mean((1, 2)), strict=True)
     return {
         "frames": frames,
         "positions": seen.crossing.shape[-1],
@@ -75,9 +75,7 @@ def summary(seen: Observation, notes: list[str], block: int) -> Summary:
         "change": round(float(seen.change.mean()), 6),
         "blocks": [
             {"block": index, "crossing": round(float(crossing), 6), "branch": round(float(branch), 6)}
-            for index, crossing, branch in zip(
-                seen.blocks, seen.crossing.mean((1, 2)), seen.branch.mean((1, 2)), strict=True
-            )
+            for index, crossing, branch in means
         ],
         "notes": notes,
     }
@@ -108,28 +106,24 @@ def sections(
         frames: (T, height, width, 3) uint8, the picture of each temporal step; empty leaves the overlay out.
         times: (T,) seconds, or None.
         noted: of `notes`.
-        block: index of the block whose maps are drawn; None takes the one in which STA adds most.
+        block: whose maps are drawn; None takes the one in which STA adds most.
         movie: the overlay as an MP4 file.
-        budget: bytes of attention in the part that can be clicked, see `explorer_data`.
-        framed: put that part into a frame of its own, for a page that runs no scripts out of what it is given.
+        budget: of `explorer_data`.
+        framed: put the part that can be clicked into a frame, for a page that runs no scripts out of what it is given.
     """
     strongest = strongest_block(seen)
     block = strongest if block is None else block
     row = seen.blocks.index(block)
     own = np.nanmean(seen.relative.mean(1).diagonal(axis1=1, axis2=2), axis=1)
     data = explorer_data(seen, frames, times, block, budget)
-    clickable = {
-        "data": data,
-        "script": SCRIPT,
-        "kept": _kept(seen, data) if data else "",
-        "script_hash": script_hash(),
-    }
+    kept = _kept(seen, data) if data else ""
+    clickable = {"data": data, "script": SCRIPT, "kept": kept, "script_hash": script_hash()}
     return TEMPLATES.get_template("sections.html").render(
         notes=noted,
         block=block,
         is_strongest=block == strongest and seen.branch.any(),
         maps=_in_both_themes(lambda theme: draw_maps(seen, frames, times, block, theme)) if len(frames) else None,
-        movie=_data_uri("video/mp4", movie) if movie else None,
+        movie=data_uri("video/mp4", movie) if movie else None,
         attention=_in_both_themes(lambda theme: draw_attention(seen, theme)),
         branch=_in_both_themes(lambda theme: draw_branch(seen, theme)),
         frames=seen.attention.shape[-1],
@@ -145,11 +139,7 @@ def sections(
 
 def _in_both_themes(draw: Callable[[Theme], Figure]) -> dict[str, str]:
     """A figure in light and dark, narrow enough to be read on a small screen."""
-    return {theme.name: _data_uri("image/png", png(draw(theme))) for theme in (LIGHT, DARK)}
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return {theme.name: data_uri("image/png", png(draw(theme))) for theme in (LIGHT, DARK)}
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:

@@ -156,15 +156,20 @@ class Viewer:
         encoded = encode_prompt(self.processor, messages, [[visual]])
         batch = Collator.of(self.processor, side="left")([encoded])
         device = next(self.handle.model.parameters()).device
-        inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         pixels = inputs.get("pixel_values")
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
-        return LoadedClip(visual.pixels, _times(visual), messages, encoded, inputs, in_rows, crops(self.processor))
+        told = visual.metadata
+        times = None if told is None else np.array(told["frames_indices"]) / told["fps"]
+        return LoadedClip(visual.pixels, times, messages, encoded, inputs, in_rows, crops(self.processor))
 
     def _decode(self, file: str, settings: FrameSettings) -> Visual:
         """The clip of a file; in a process of its own, where that is possible."""
-        if self.longest is not None:
-            _check_length(file, self.longest)
+        if self.longest is not None and (duration := read_frame_table(file).duration) > self.longest:
+            raise VideoError(
+                f"{Path(file).name} is {duration:g} s long, and at most {self.longest:g} s are taken. Cut out the part that "
+                "matters."
+            )
         return ClipReader.of(self.processor, settings).read([{"type": "video", "video": file}])[0]
 
     def observe(self, clip: LoadedClip, limit: AnswerLimit | None = None, patch_budget: int = BUDGET) -> Observation:
@@ -182,14 +187,7 @@ class Viewer:
     ) -> tuple[str, str]:
         """What the base model says to the clip's question, and what it says with the adapter.
 
-        Args:
-            clip: with its question.
-            max_new_tokens: of each answer.
-            limit: of the work.
-            said: is told both answers so far, as they grow.
-
-        Raises:
-            STAError: the limit ended it.
+        `said` is told both answers so far, as they grow; an STAError says that the `limit` ended the work.
         """
         answerer = Answerer(self.handle.model, self.processor, max_new_tokens, 1)
         found: list[str] = []
@@ -210,21 +208,6 @@ class Viewer:
 
     def _told(self, clip: LoadedClip) -> contextlib.AbstractContextManager[None]:
         return self.handle.clips([len(clip.frames)]) if clip.rows_are_frames else contextlib.nullcontext()
-
-
-def _check_length(file: str, longest: float) -> None:
-    duration = read_frame_table(file).duration
-    if duration > longest:
-        raise VideoError(
-            f"{Path(file).name} is {duration:g} s long, and at most {longest:g} s are taken. Cut out the part that matters."
-        )
-
-
-def _times(visual: Visual) -> np.ndarray | None:
-    found = visual.metadata
-    if found is None or not found.get("fps") or not found.get("frames_indices"):
-        return None
-    return np.array(found["frames_indices"]) / found["fps"]
 
 
 def crops(processor: Processor) -> bool:
