@@ -154,6 +154,56 @@ def test_an_adapter_with_lora_goes_on(model, processor, tmp_path):
         prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path)), r=4)
 
 
+NARROW = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def dtypes(handle):
+    return {parameter.dtype for parameter in handle.parameters()}
+
+
+@NARROW
+def test_sta_trains_in_32_bits_on_a_narrow_base(narrow, processor, tmp_path, recwarn):
+    """As LoRA does by PEFT; in 16 bits most steps are rounded away."""
+    handle, lora = prepare_model(make_model(processor.tokenizer).to(narrow), Settings())
+    handle = get_sta(get_peft_model(handle.model, lora))
+    assert dtypes(handle) == {torch.float32}
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(1e-6)  # nothing that the base's dtype can hold
+    handle.save_pretrained(tmp_path)
+    for again in (
+        prepare_model(make_model(processor.tokenizer).to(narrow), Settings(adapter=str(tmp_path)))[0],
+        load_sta(make_model(processor.tokenizer).to(narrow), tmp_path, is_trainable=True),
+    ):
+        assert dtypes(again) == {torch.float32}
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), handle.parameters(), strict=True))
+    assert dtypes(load_sta(make_model(processor.tokenizer).to(narrow), tmp_path)) == {narrow}
+    assert not any("16 bits" in str(warning.message) for warning in recwarn)
+
+
+@NARROW
+def test_sta_that_peft_trains_is_32_bits_wide(narrow, model, processor, tmp_path, installed):
+    installed()
+    trained = get_peft_model(model.to(narrow), LoraConfig(target_modules=["q_proj"]))
+    assert dtypes(get_sta(trained)) == {torch.float32}
+    trained.save_pretrained(tmp_path)
+    for is_trainable, expected in ((True, torch.float32), (False, narrow)):
+        base = make_model(processor.tokenizer).to(narrow)
+        again = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=is_trainable)
+        assert dtypes(get_sta(again)) == {expected}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["as it is", "in 32 bits"])
+def test_a_loop_that_trains_sta_in_16_bits_is_told(wide, model, data, processor, recwarn):
+    handle = inject_sta(model.to(torch.bfloat16)).freeze_base()
+    if wide:
+        for parameter in handle.parameters():
+            parameter.data = parameter.data.float()
+    model.train()(**collate(processor)([data[0]])).loss.backward()
+    told = [str(warning.message) for warning in recwarn if "STA trains in 16 bits" in str(warning.message)]
+    assert len(told) == (0 if wide else 1)
+
+
 def test_no_pixels_is_said_and_then_an_error(model, data, processor, tmp_path, caplog):
     handle, lora = prepare_model(model, Settings())
     blind = collate(processor, ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from inspect import getattr_static
 from typing import cast
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
+from sta_adapter.compatibility.seams import active_ddp
 from sta_adapter.distributed import full_shape
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import Backbone
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,22 @@ def sta_trains(encoder: nn.Module, spec: Backbone) -> bool:
     """Whether any of the STA at work requires a gradient."""
     modules = sta_modules(encoder, spec).values()
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Put what will train in 16 bits into float32, as PEFT puts LoRA: most steps would be rounded away.
+
+    ZeRO-3's parts stay, of which DeepSpeed trains copies in float32.
+    """
+    for parameter in parameters:
+        if parameter.dtype in NARROW and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
+def trains_rounded(modules: Iterable[nn.Module]) -> bool:
+    """Whether anything trains in 16 bits by itself; of what FSDP2 and DeepSpeed show in a forward they train wide copies."""
+    alone = not (distributed.is_available() and distributed.is_initialized()) or active_ddp() is not None
+    return alone and any(p.requires_grad and p.dtype in NARROW for module in modules for p in module.parameters())
 
 
 def _active_module(module: nn.Module) -> TemporalAttention:
