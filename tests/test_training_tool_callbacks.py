@@ -204,6 +204,99 @@ def test_a_loop_that_trains_sta_in_16_bits_is_told(wide, model, data, processor,
     assert len(told) == (0 if wide else 1)
 
 
+def test_an_optimizer_without_sta_is_an_error(model, data, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings())
+    optimizer = torch.optim.AdamW(handle.parameters())  # PEFT then trains copies
+    trained = get_peft_model(handle.model, lora)
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
+    options = {"train_dataset": data, "data_collator": collate(processor), "callbacks": sta_callbacks()}
+    trainer = transformers.Trainer(trained, args, optimizers=(optimizer, None), **options)
+    with pytest.raises(ConfigError, match="the optimizer has none of STA's parameters"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("optim", "told"), [("apollo_adamw", 1), ("galore_adamw", 0), ("adamw_torch", 0)])
+def test_an_optimizer_that_does_not_move_what_starts_at_zero_is_told(optim, told, model, tmp_path, caplog):
+    inject_sta(model).freeze_base()
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args.optim = optim  # of itself transformers asks for its package
+    RequireGradient().on_train_begin(args, TrainerState(), None, model=model)
+    assert caplog.text.count("nothing moves for some thousand steps") == told
+
+
+class Averaging(torch.optim.SGD):
+    """What schedule-free optimizers do: train weights, and give their average."""
+
+    def __init__(self, parameters):
+        super().__init__([{"params": list(parameters), "train_mode": True}], lr=0.1)
+
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            count = state["count"] = state.get("count", torch.zeros(())) + 1
+            average = state.get("other", torch.zeros_like(parameter))
+            state["other"] = average.lerp(parameter.detach(), 1 / count.item())
+
+    def _show(self, train_mode):
+        for group in self.param_groups:
+            if group["train_mode"] != train_mode:
+                group["train_mode"] = train_mode
+                for parameter in group["params"]:
+                    state = self.state[parameter]
+                    shown, state["other"] = state["other"], parameter.detach().clone()
+                    parameter.data.copy_(shown)
+
+    def train(self):
+        self._show(True)
+
+    def eval(self):
+        self._show(False)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_of_averaged_weights_the_average_is_saved(stage, data, processor, tmp_path):
+    def run(resume=None):
+        handle, lora = prepare_model(make_model(processor.tokenizer), Settings(stage=stage))
+        model = handle.model if lora is None else get_peft_model(handle.model, lora)
+        optimizer = Averaging(p for p in model.parameters() if p.requires_grad)
+        settings = {"per_device_train_batch_size": 2, "max_steps": 3, "save_steps": 2, "lr_scheduler_type": "constant"}
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            remove_unused_columns=False,
+            save_strategy="steps",
+            **settings,
+        )
+        options = {"train_dataset": data, "data_collator": collate(processor), "callbacks": sta_callbacks()}
+        trainer = transformers.Trainer(model, args, optimizers=(optimizer, None), **options)
+        seen = []
+        trainer.add_callback(Recorder(lambda: seen.append([p.detach().clone() for p in get_sta(model).parameters()])))
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    torch.manual_seed(0)
+    steps = run()
+    assert not all(torch.equal(a, b) for a, b in zip(steps[0], steps[2], strict=True))
+    for count, folder in ((2, tmp_path / "checkpoint-2"), (3, tmp_path)):
+        saved = load_sta(make_model(processor.tokenizer), folder)
+        for found, *values in zip(saved.parameters(), *steps[:count], strict=True):
+            assert torch.allclose(found, torch.stack(values).mean(0), atol=1e-6)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(run(tmp_path / "checkpoint-2")[0], steps[2], strict=True))
+
+
+class Recorder(transformers.TrainerCallback):
+    """Calls a function after each step of the optimizer."""
+
+    def __init__(self, record):
+        self.record = record
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.record()
+
+
 def test_no_pixels_is_said_and_then_an_error(model, data, processor, tmp_path, caplog):
     handle, lora = prepare_model(model, Settings())
     blind = collate(processor, ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"))
