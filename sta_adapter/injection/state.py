@@ -31,7 +31,7 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
-from sta_adapter.injection.target import sta_modules, sta_trains, trains_rounded
+from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
 from sta_adapter.injection.told import Held, Told
 
 if TYPE_CHECKING:
@@ -168,11 +168,8 @@ class Injection:
                 'weights are. Build LoRA from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call '
                 "handle.freeze_base() after all else that freezes."
             )
-        if trains and trains_rounded(modules.values()):
-            yield (
-                "STA trains in 16 bits, in which small steps are rounded away: at usual rates most of its q, k and v never moves. Before the "
-                "optimizer is made: for p in handle.parameters(): p.data = p.data.float(), as PEFT does with LoRA."
-            )
+        if trains and (reason := lost_steps(modules.values())):
+            yield reason
         try:
             checked_lora(model)
             require_whole_lora(model)

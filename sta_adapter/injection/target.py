@@ -12,7 +12,7 @@ from torch import distributed, nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import active_ddp
-from sta_adapter.distributed import full_shape
+from sta_adapter.distributed import execution_device, full_shape
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import Backbone
 
@@ -78,10 +78,23 @@ def widen(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data = parameter.data.float()
 
 
-def trains_rounded(modules: Iterable[nn.Module]) -> bool:
-    """Whether anything trains in 16 bits by itself; of what FSDP2 and DeepSpeed show in a forward they train wide copies."""
+def lost_steps(modules: Iterable[nn.Module]) -> str:
+    """Why some steps of what trains here would be lost, and what to do; empty where none are."""
+    modules = list(modules)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if any(p.is_meta for p in trained) and any(execution_device(module) for module in modules):
+        return (
+            "STA's weights are offloaded by accelerate, which brings them for each forward and drops their gradients, so they would not be trained. "
+            "Offload the base first (device_map), then inject."
+        )
+    # of what FSDP2 and DeepSpeed show in a forward they train wide copies
     alone = not (distributed.is_available() and distributed.is_initialized()) or active_ddp() is not None
-    return alone and any(p.requires_grad and p.dtype in NARROW for module in modules for p in module.parameters())
+    if alone and any(p.dtype in NARROW for p in trained):
+        return (
+            "STA trains in 16 bits, in which small steps are rounded away: at usual rates most of its q, k and v never moves. Before the "
+            "optimizer is made: for p in handle.parameters(): p.data = p.data.float(), as PEFT does with LoRA."
+        )
+    return ""
 
 
 def _active_module(module: nn.Module) -> TemporalAttention:

@@ -47,13 +47,18 @@ class ShowAverage(TrainerCallback):
 def require_steps(
     model: nn.Module, trained: Sequence[nn.Parameter], optimizer: Optimizer | None, args: TrainingArguments
 ) -> None:
-    """Look for what gets gradients and no steps.
+    """Look for what gets gradients and no steps, and tell of it.
 
     Raises:
         ConfigError: the optimizer has parameters of the model, and none of STA's.
     """
     held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-    if any(id(p) in held for p in model.parameters()) and not any(id(p) in held for p in trained):
+    missing = [p for p in trained if id(p) not in held] if any(id(p) in held for p in model.parameters()) else []
+    if 0 < len(missing) < len(trained):
+        logger.warning(
+            "the optimizer has not all of STA's parameters: %d of %d stay as they are", len(missing), len(trained)
+        )
+    elif missing:
         raise ConfigError(
             "the optimizer has none of STA's parameters that require a gradient, so it would not train them. Was it made before LoRA was "
             "added, when PEFT copies STA's modules? Make it of those of get_sta(model).parameters(), model being the one that is trained."
