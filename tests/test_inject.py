@@ -190,6 +190,21 @@ def test_an_offloaded_block_gives_the_device_that_it_runs_on(toy):  # noqa: F811
     assert [m.to_qkv.weight.device.type for m in handle.blocks.values()] == ["meta", "cpu", "cpu"]
 
 
+@pytest.mark.parametrize("first", ["offloaded", "injected"])
+def test_training_sta_whose_weights_are_offloaded_is_told(toy, first, recwarn):  # noqa: F811
+    """accelerate accumulates the gradients of weights that it drops."""
+    accelerate = pytest.importorskip("accelerate")
+    if first == "offloaded":
+        accelerate.cpu_offload(toy, torch.device("cpu"))
+    handle = inject_sta(toy).freeze_base()
+    if first == "injected":
+        accelerate.cpu_offload(toy, torch.device("cpu"))
+    toy.train()(toy_pixels(((4, 2),))).sum().backward()
+    trained = all(parameter.grad is not None for parameter in handle.parameters())
+    told = [warning for warning in recwarn if "STA's weights are offloaded by accelerate" in str(warning.message)]
+    assert (trained, len(told)) == ((True, 0) if first == "offloaded" else (False, 1))
+
+
 def test_normal_initialisation(toy):  # noqa: F811
     handle = inject_sta(toy, STAConfig(init="normal", head_scale=8))
     for module in handle.blocks.values():

@@ -18,6 +18,7 @@ from sta_adapter.errors import CheckpointError, ConfigError, DataError, Injectio
 from sta_adapter.integrations import peft as hook
 from sta_adapter.integrations.callbacks import ReportBadClips, RequireGradient, SaveAdapter, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
+from sta_adapter.training.checkpoints import numpy_allowed
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,160 @@ def test_an_adapter_with_lora_goes_on(model, processor, tmp_path):
         prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path), stage=1))
     with pytest.raises(ConfigError, match="r: the LoRA that is there goes on as it is"):
         prepare_model(make_model(processor.tokenizer), Settings(adapter=str(tmp_path)), r=4)
+
+
+NARROW = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def dtypes(handle):
+    return {parameter.dtype for parameter in handle.parameters()}
+
+
+@NARROW
+def test_sta_trains_in_32_bits_on_a_narrow_base(narrow, processor, tmp_path, recwarn):
+    """As LoRA does by PEFT; in 16 bits most steps are rounded away."""
+    handle, lora = prepare_model(make_model(processor.tokenizer).to(narrow), Settings())
+    handle = get_sta(get_peft_model(handle.model, lora))
+    assert dtypes(handle) == {torch.float32}
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(1e-6)  # nothing that the base's dtype can hold
+    handle.save_pretrained(tmp_path)
+    for again in (
+        prepare_model(make_model(processor.tokenizer).to(narrow), Settings(adapter=str(tmp_path)))[0],
+        load_sta(make_model(processor.tokenizer).to(narrow), tmp_path, is_trainable=True),
+    ):
+        assert dtypes(again) == {torch.float32}
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), handle.parameters(), strict=True))
+    assert dtypes(load_sta(make_model(processor.tokenizer).to(narrow), tmp_path)) == {narrow}
+    assert not any("16 bits" in str(warning.message) for warning in recwarn)
+
+
+@NARROW
+def test_sta_that_peft_trains_is_32_bits_wide(narrow, model, processor, tmp_path, installed):
+    installed()
+    trained = get_peft_model(model.to(narrow), LoraConfig(target_modules=["q_proj"]))
+    assert dtypes(get_sta(trained)) == {torch.float32}
+    trained.save_pretrained(tmp_path)
+    for is_trainable, expected in ((True, torch.float32), (False, narrow)):
+        base = make_model(processor.tokenizer).to(narrow)
+        again = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=is_trainable)
+        assert dtypes(get_sta(again)) == {expected}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["as it is", "in 32 bits"])
+def test_a_loop_that_trains_sta_in_16_bits_is_told(wide, model, data, processor, recwarn):
+    handle = inject_sta(model.to(torch.bfloat16)).freeze_base()
+    if wide:
+        for parameter in handle.parameters():
+            parameter.data = parameter.data.float()
+    model.train()(**collate(processor)([data[0]])).loss.backward()
+    told = [str(warning.message) for warning in recwarn if "STA trains in 16 bits" in str(warning.message)]
+    assert len(told) == (0 if wide else 1)
+
+
+def test_an_optimizer_without_sta_is_an_error(model, data, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings())
+    optimizer = torch.optim.AdamW(handle.parameters())  # PEFT then trains copies
+    trained = get_peft_model(handle.model, lora)
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
+    options = {"train_dataset": data, "data_collator": collate(processor), "callbacks": sta_callbacks()}
+    trainer = transformers.Trainer(trained, args, optimizers=(optimizer, None), **options)
+    with pytest.raises(ConfigError, match="the optimizer has none of STA's parameters"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("least", "told"), [(1, ""), (2, "8 of 12 stay as they are")], ids=["all", "matrices"])
+def test_an_optimizer_of_a_part_of_sta_is_told(least, told, model, tmp_path, caplog):
+    handle = inject_sta(model).freeze_base()
+    optimizer = torch.optim.SGD([p for p in handle.parameters() if p.ndim >= least], lr=0.1)
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    RequireGradient().on_train_begin(args, TrainerState(), None, model=model, optimizer=optimizer)
+    assert ("stay as they are" in caplog.text) == bool(told)
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(("optim", "told"), [("apollo_adamw", 1), ("galore_adamw", 0), ("adamw_torch", 0)])
+def test_an_optimizer_that_does_not_move_what_starts_at_zero_is_told(optim, told, model, tmp_path, caplog):
+    inject_sta(model).freeze_base()
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args.optim = optim  # of itself transformers asks for its package
+    RequireGradient().on_train_begin(args, TrainerState(), None, model=model)
+    assert caplog.text.count("nothing moves for some thousand steps") == told
+
+
+class Averaging(torch.optim.SGD):
+    """What schedule-free optimizers do: train weights, and give their average."""
+
+    def __init__(self, parameters):
+        super().__init__([{"params": list(parameters), "train_mode": True}], lr=0.1)
+
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            count = state["count"] = state.get("count", torch.zeros(())) + 1
+            average = state.get("other", torch.zeros_like(parameter))
+            state["other"] = average.lerp(parameter.detach(), 1 / count.item())
+
+    def _show(self, train_mode):
+        for group in self.param_groups:
+            if group["train_mode"] != train_mode:
+                group["train_mode"] = train_mode
+                for parameter in group["params"]:
+                    state = self.state[parameter]
+                    shown, state["other"] = state["other"], parameter.detach().clone()
+                    parameter.data.copy_(shown)
+
+    def train(self):
+        self._show(True)
+
+    def eval(self):
+        self._show(False)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_of_averaged_weights_the_average_is_saved(stage, data, processor, tmp_path):
+    def run(resume=None):
+        handle, lora = prepare_model(make_model(processor.tokenizer), Settings(stage=stage))
+        model = handle.model if lora is None else get_peft_model(handle.model, lora)
+        optimizer = Averaging(p for p in model.parameters() if p.requires_grad)
+        settings = {"per_device_train_batch_size": 2, "max_steps": 3, "save_steps": 2, "lr_scheduler_type": "constant"}
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            remove_unused_columns=False,
+            save_strategy="steps",
+            **settings,
+        )
+        options = {"train_dataset": data, "data_collator": collate(processor), "callbacks": sta_callbacks()}
+        trainer = transformers.Trainer(model, args, optimizers=(optimizer, None), **options)
+        seen = []
+        trainer.add_callback(Recorder(lambda: seen.append([p.detach().clone() for p in get_sta(model).parameters()])))
+        with numpy_allowed():  # of which transformers 4.45 writes something
+            trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    torch.manual_seed(0)
+    steps = run()
+    assert not all(torch.equal(a, b) for a, b in zip(steps[0], steps[2], strict=True))
+    for count, folder in ((2, tmp_path / "checkpoint-2"), (3, tmp_path)):
+        saved = load_sta(make_model(processor.tokenizer), folder)
+        for found, *values in zip(saved.parameters(), *steps[:count], strict=True):
+            assert torch.allclose(found, torch.stack(values).mean(0), atol=1e-6)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(run(tmp_path / "checkpoint-2")[0], steps[2], strict=True))
+
+
+class Recorder(transformers.TrainerCallback):
+    """Calls a function after each step of the optimizer."""
+
+    def __init__(self, record):
+        self.record = record
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.record()
 
 
 def test_no_pixels_is_said_and_then_an_error(model, data, processor, tmp_path, caplog):

@@ -58,7 +58,8 @@ def load_sta(
         folder_or_repo_id: a folder, or the id of a repository on the Hub.
         revision: branch, tag or commit on the Hub.
         subfolder: of the folder or the repository, in which the adapter lies.
-        is_trainable: whether to go on training; otherwise nothing of the adapter requires a gradient.
+        is_trainable: whether to go on training, in float32 on a base in 16 bits; otherwise nothing of the adapter
+            requires a gradient.
         base_model: "any" takes every model whose vision encoder fits, such as a renamed or fine-tuned copy; by default
             another language model, or another Hub id, is refused (see `sta_adapter.adapter.base_model`).
         attention: the kernel to compute with here (`STAConfig.attention`), in place of the one that the adapter names.

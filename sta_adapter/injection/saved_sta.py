@@ -34,6 +34,7 @@ from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import find_injections
 from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.target import widen
 
 __all__ = ["describe", "fill", "fill_copies", "folder_with_sta", "require_same_sta", "silence_originals", "warn_of_sta"]
 
@@ -97,6 +98,8 @@ def require_same_sta(folder: Path, handle: STAHandle) -> None:
 def fill(handle: STAHandle, state: Mapping[str, Tensor], is_trainable: bool) -> None:
     """Give STA's tensors their values; where LoRA is on STA itself, it alone goes on training."""
     for index, module in handle.blocks.items():
+        if is_trainable:
+            widen(module.parameters())
         own = plain_state(module)
         for name, tensor in own.items():
             tensor.copy_(state[f"blocks.{index}.{name}"])

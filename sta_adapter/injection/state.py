@@ -31,7 +31,7 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
-from sta_adapter.injection.target import sta_modules, sta_trains
+from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
 from sta_adapter.injection.told import Held, Told
 
 if TYPE_CHECKING:
@@ -153,28 +153,28 @@ class Injection:
     def warn_of_training(self, encoder: nn.Module) -> None:
         """Say at the first forward of a training that STA takes no part, and what of it an adapter can't hold, not hours later."""
         reference, start = self.__dict__.pop("_model", (lambda: None, {}))
-        model = reference()
-        if model is None:
+        if (model := reference()) is None:
             return
+        for remark in self._remarks(encoder, model, start):
+            warnings.warn(remark, STAWarning, stacklevel=2)
+
+    def _remarks(self, encoder: nn.Module, model: nn.Module, start: Mapping[int, BaseMarks]) -> Iterator[str]:
         modules = sta_modules(encoder, self.spec)
         fresh = all(is_as_marked(module.to_out, start.get(index, {})) for index, module in modules.items())
-        if (
-            fresh
-            and not sta_trains(encoder, self.spec)
-            and any(parameter.requires_grad for parameter in model.parameters())
-        ):
-            warnings.warn(
+        trains = sta_trains(encoder, self.spec)
+        if fresh and not trains and any(parameter.requires_grad for parameter in model.parameters()):
+            yield (
                 "STA is in the model as inject_sta made it, and no parameter of it requires a gradient, so it would not be trained while other "
                 'weights are. Build LoRA from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call '
-                "handle.freeze_base() after all else that freezes.",
-                STAWarning,
-                stacklevel=2,
+                "handle.freeze_base() after all else that freezes."
             )
+        if trains and (reason := lost_steps(modules.values())):
+            yield reason
         try:
             checked_lora(model)
             require_whole_lora(model)
         except CheckpointError as error:
-            warnings.warn(f"handle.save_pretrained can't save what is trained here: {error}", STAWarning, stacklevel=2)
+            yield f"handle.save_pretrained can't save what is trained here: {error}"
 
     def streaming(self, streams: Sequence[Stream]) -> contextlib.AbstractContextManager[None]:
         """The forwards in a `with` block bring the next frames of these streams."""

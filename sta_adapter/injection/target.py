@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from inspect import getattr_static
 from typing import cast
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.distributed import full_shape
+from sta_adapter.compatibility.seams import active_ddp
+from sta_adapter.distributed import execution_device, full_shape
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import Backbone
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,35 @@ def sta_trains(encoder: nn.Module, spec: Backbone) -> bool:
     """Whether any of the STA at work requires a gradient."""
     modules = sta_modules(encoder, spec).values()
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Put what will train in 16 bits into float32, as PEFT puts LoRA: most steps would be rounded away.
+
+    ZeRO-3's parts stay, of which DeepSpeed trains copies in float32.
+    """
+    for parameter in parameters:
+        if parameter.dtype in NARROW and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
+def lost_steps(modules: Iterable[nn.Module]) -> str:
+    """Why some steps of what trains here would be lost, and what to do; empty where none are."""
+    modules = list(modules)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if any(p.is_meta for p in trained) and any(execution_device(module) for module in modules):
+        return (
+            "STA's weights are offloaded by accelerate, which brings them for each forward and drops their gradients, so they would not be trained. "
+            "Offload the base first (device_map), then inject."
+        )
+    # of what FSDP2 and DeepSpeed show in a forward they train wide copies
+    alone = not (distributed.is_available() and distributed.is_initialized()) or active_ddp() is not None
+    if alone and any(p.dtype in NARROW for p in trained):
+        return (
+            "STA trains in 16 bits, in which small steps are rounded away: at usual rates most of its q, k and v never moves. Before the "
+            "optimizer is made: for p in handle.parameters(): p.data = p.data.float(), as PEFT does with LoRA."
+        )
+    return ""
 
 
 def _active_module(module: nn.Module) -> TemporalAttention:

@@ -18,6 +18,7 @@ from sta_adapter.attention.module import CHILD
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.inject import inject_sta
+from sta_adapter.injection.target import widen
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings, merging_loses_sta, prepare_model
 
@@ -55,7 +56,7 @@ class STAPlugin(BasePlugin):
         if cfg.lora_model_dir:
             description = read_description(Path(cfg.lora_model_dir))
             settings.require_branch(description, cfg.lora_model_dir)
-            inject_sta(model, STAConfig.from_dict(description["config"]))
+            widen(inject_sta(model, STAConfig.from_dict(description["config"])).parameters())
         else:
             handle, lora = prepare_model(model, settings)
             if lora is None or handle.model is not model:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,6 +21,7 @@ from sta_adapter.distributed import FLATTENS, is_fsdp1, is_parallel, is_sharded,
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.integrations.optimizers import ShowAverage, require_steps, show_average
 from sta_adapter.integrations.settings import Settings
 
 __all__ = ["ReportBadClips", "RequireGradient", "SaveAdapter", "sta_callbacks"]
@@ -33,7 +35,7 @@ def sta_callbacks(settings: Settings | None = None) -> list[TrainerCallback]:
     return [SaveAdapter(), RequireGradient((settings or Settings()).patience)]
 
 
-class SaveAdapter(TrainerCallback):
+class SaveAdapter(ShowAverage):
     """Makes every checkpoint, and the output folder, an adapter that `load_sta`, `evaluate` and `push` take as it is.
 
     Every process calls it, as sharded weights are gathered by all; process 0 writes.
@@ -75,9 +77,12 @@ class SaveAdapter(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: object,
     ) -> None:
         """Write the adapter into the output folder."""
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):  # else the weights are that one's
+            show_average(optimizer)
         _save(model, Path(str(args.output_dir)))
 
 
@@ -104,10 +109,11 @@ class RequireGradient(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: object,
     ) -> None:
         """Look at what requires a gradient, and begin to watch it."""
-        _, handle = _trained(model)
+        net, handle = _trained(model)
         warn_of_lora_on_sta(handle)
         trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
         if not trained:
@@ -115,6 +121,7 @@ class RequireGradient(TrainerCallback):
                 "STA is in the model, but no parameter of it requires a gradient, so it would not be trained. Build LoRA "
                 'from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call handle.freeze_base().'
             )
+        require_steps(net, trained, optimizer, args)
         self.steps, self.found = 0, False
         self._hooks = [parameter.register_hook(self._look) for parameter in trained]  # also sees what ZeRO takes away
 

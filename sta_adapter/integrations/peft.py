@@ -26,6 +26,7 @@ from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.inject import inject_sta
+from sta_adapter.injection.target import widen
 from sta_adapter.integrations.settings import Settings, prepare_model
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
     if (handle := get_sta(model)) is not None:
         config.modules_to_save = saved_with_sta(handle, model, config.modules_to_save)
         config.target_modules = targets_outside(model, config)
+        if not config.inference_mode:
+            widen(handle.parameters())
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:

@@ -20,6 +20,7 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.injection.load import load_sta
+from sta_adapter.injection.target import widen
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -121,7 +122,7 @@ def merging_loses_sta(command: str) -> ConfigError:
 
 
 def prepare_model(model: nn.Module, settings: Settings, **lora: object) -> tuple[STAHandle, LoraConfig | None]:
-    """Put STA into a model that a tool has loaded, as the settings say.
+    """Put STA into a model that a tool has loaded, as the settings say; it trains in float32 on a base in 16 bits, as PEFT's LoRA does.
 
     Args:
         model: the base model, or one that has STA already.
@@ -143,6 +144,7 @@ def prepare_model(model: nn.Module, settings: Settings, **lora: object) -> tuple
         handle = load_sta(model, settings.adapter, is_trainable=True)
     elif handle is None:
         handle = inject_sta(model, settings.config)
+    widen(handle.parameters())
     has_lora = bool(getattr(handle.model, "peft_config", None))
     if settings.stage == 1:
         if has_lora:

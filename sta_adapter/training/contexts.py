@@ -13,6 +13,7 @@ from sta_adapter.compatibility.checkpointing import checkpointing_methods
 from sta_adapter.compatibility.seams import ADAPTER_FLAG, has_adapter
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.registry import locate
+from sta_adapter.injection.target import NARROW, widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +37,8 @@ def kept_random_state() -> Iterator[None]:
 @contextlib.contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Train in float32 what is 16 bit wide: small steps would be rounded away."""
-    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
+    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in NARROW}
+    widen(narrow)
     try:
         yield
     finally:
