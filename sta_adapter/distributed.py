@@ -15,20 +15,6 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-__all__ = [
-    "agree",
-    "assign",
-    "average",
-    "end_processes",
-    "full_tensor",
-    "is_rank_zero",
-    "is_sharded",
-    "of_rank_zero",
-    "on_rank_zero",
-    "shard_groups",
-]
-
-
 T = TypeVar("T")
 FLATTENS = "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from sta_adapter.errors import ConfigError, MissingExtraError
 
-__all__ = ["require_device", "require_free", "require_packages", "require_reporters", "reporters", "require_writable"]
-
 
 def require_packages(what: str, extras: Mapping[str, Sequence[str]]) -> None:
     """Refuse to begin without packages.

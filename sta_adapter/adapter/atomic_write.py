@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["atomic_folder_write", "finish_write"]
-
 SAVING, SAVED, REMOVED = ".saving-", ".saved", ".removed"
 DAY = 86_400  # seconds after which what a killed process left is thrown away
 

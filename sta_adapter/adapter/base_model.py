@@ -26,20 +26,6 @@ from sta_adapter.adapter.format import Description
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError
 
-__all__ = [
-    "ANY",
-    "BaseMarks",
-    "check_base",
-    "describe_base",
-    "is_as_marked",
-    "is_hub_id",
-    "language_sizes",
-    "mark_base",
-    "require_frozen_base",
-    "require_same_base",
-    "saved_base",
-]
-
 ANY = "any"
 MERGED_LORA: Final = (
     "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it

@@ -22,8 +22,6 @@ from sta_adapter.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["ADAPTER_FILES", "branch_contents", "download_options", "explain", "prepare_branch", "resolve_adapter"]
-
 logger = logging.getLogger(__name__)
 
 MAIN = "main"

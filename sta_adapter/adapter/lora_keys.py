@@ -20,8 +20,6 @@ from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import experts_are_out_in
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["LoraFile", "is_embedding", "sta_among"]
-
 PREFIX = "base_model.model."  # of a PeftModel around its model
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT saves them along when they were resized
 Shape = tuple[int, ...]

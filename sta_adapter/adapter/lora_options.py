@@ -17,8 +17,6 @@ from typing import TypeGuard, TypeVar, cast
 from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
 from sta_adapter.errors import CheckpointError, STAError
 
-__all__ = ["LoraOptions", "SUPPORTED", "checked_options"]
-
 T = TypeVar("T")
 MAX_RANK = 8192
 MAX_ALPHA = 1e6
@@ -159,6 +157,7 @@ def named(names: Collection[str], module: str) -> bool:
 
 
 def is_off(value: object) -> bool:
+    """Whether an option with this value does nothing."""
     return value is None or value is False or (isinstance(value, (str, list, tuple, dict, set)) and not value)
 
 

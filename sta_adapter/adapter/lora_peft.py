@@ -22,8 +22,6 @@ from sta_adapter.errors import CheckpointError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["adapter_tensors", "patterns_at_work", "peft_config", "peft_fields", "trained_biases"]
-
 CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules get LoRA
 Fields = dict[str, Any]  # of a `LoraConfig`
 Values = Mapping[str, tuple[int, float]]  # rank and alpha by module

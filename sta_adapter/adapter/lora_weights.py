@@ -28,16 +28,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = [
-    "LORA_CONFIG",
-    "LORA_WEIGHTS",
-    "load_lora",
-    "lora_files",
-    "lora_state",
-    "read_lora",
-    "require_whole_lora",
-]
-
 LoraState = tuple[dict[str, object], dict[str, Tensor]]
 
 LORA_CONFIG = "adapter_config.json"

@@ -30,8 +30,6 @@ from sta_adapter.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-__all__ = ["CardFacts", "make_card", "read_run"]
-
 RESULT_FILE, RESULTS_FILE = "result.json", "results.json"
 OTHER_RESULTS = "{file} {whose}, and is no part of the card; evaluate again, or name a file of results (--results)."
 OTHER_RECIPE = (

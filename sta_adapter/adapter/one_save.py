@@ -13,8 +13,6 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, STA_BESI
 from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["require_one_save", "require_same_sta"]
-
 
 def require_one_save(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Refuse a folder in which PEFT itself saved over an adapter: LoRA and STA are of another training than our files.

@@ -22,8 +22,6 @@ from sta_adapter.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Publication", "push_files", "push_folder"]
-
 CARD = "README.md"
 NO_LICENSE = "the card names no licence: without one others may not use the adapter; give license (--license)."
 NOT_LOOKED_UP = "a dry run asks nobody: a README that the repository has would be kept, and LoRA of an adapter before would be removed."

@@ -28,8 +28,6 @@ from sta_adapter.adapter.run_file import read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["read_checked"]
-
 STA_KEY = re.compile(r"blocks\.\d+\.(?:(?:norm|to_qkv|to_out)\.(?:weight|bias)|gamma)")
 
 

@@ -17,8 +17,6 @@ from sta_adapter.adapter.safe_read import read_json
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["RUN_FILE", "read_about", "read_frames", "read_results", "read_run_file", "read_settings", "read_stage"]
-
 RUN_FILE = "run.json"
 RECORDS_FIELD: Final = "frames_of_records"  # where `frames` are not those of every clip
 RECORDS = {

@@ -20,21 +20,6 @@ from sta_adapter.errors import CheckpointError
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-__all__ = [
-    "compare_shapes",
-    "parse_json",
-    "parse_metadata",
-    "parse_tensors",
-    "read_bytes",
-    "read_header",
-    "read_json",
-    "read_shapes",
-    "read_tensors",
-    "require_plain_pattern",
-    "require_plain_patterns",
-    "shown",
-]
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.10 calls the parser sre_parse
     try:

@@ -25,8 +25,6 @@ from sta_adapter.compatibility.releases import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["adapter_files", "lora_of_others", "make_description", "replace_files", "write_adapter"]
-
 # settings newer than the format, as before them: left out, so that older releases read the file
 ADDED = (("window", None),)
 

@@ -12,8 +12,6 @@ from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
 
-__all__ = ["weights_digest"]
-
 
 def weights_digest(folder: Path) -> str:
     """SHA-256, in hexadecimal, of an adapter's tensors, LoRA's as well, and of the settings that STA's depend on.

@@ -13,8 +13,6 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.compatibility.seams import parameter_names
 
-__all__ = ["checkpointing_methods", "checkpoints_reentrantly", "inside_checkpoint", "require_known_flags"]
-
 # of transformers; of code that models bring along; of timm
 FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint", "grad_checkpointing")
 FUNCTION = "_gradient_checkpointing_func"

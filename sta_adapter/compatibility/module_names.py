@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["STA_TENSOR", "canonical", "name_in_state"]
-
 # Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
 # `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.
 RENAMED = (

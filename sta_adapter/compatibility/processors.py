@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
-__all__ = ["Processor", "Sizes", "fingerprint_parts", "placeholder", "row_tokens", "visual_part"]
-
 PARTS = ("video_processor", "image_processor")
 # what the names of a processor's outputs end with, where it packs patches of all sizes into one tensor
 GRID = "_grid_thw"

@@ -11,8 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sta_adapter.errors import InjectionError
 
-__all__ = ["require_averages"]
-
 KEY = "sta_adapter"
 
 

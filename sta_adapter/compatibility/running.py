@@ -7,8 +7,6 @@ from types import FrameType
 
 from torch import nn
 
-__all__ = ["is_running"]
-
 
 def is_running(module: nn.Module | None) -> bool:
     """Whether a call of a module, which runs its hooks, is at work in this thread.
