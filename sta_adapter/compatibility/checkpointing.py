@@ -28,11 +28,7 @@ class Checkpointing(NamedTuple):
 
 
 def checkpointing_methods(model: object) -> Checkpointing:
-    """The model's methods, under the name that its release has for them ("activation" since transformers 5.24).
-
-    Raises:
-        CompatibilityError: it has neither, or they take no keywords for the checkpoint function.
-    """
+    """The model's methods, under the name that its release has for them ("activation" since transformers 5.24)."""
     for name in ("activation", "gradient"):
         enable = getattr(model, f"{name}_checkpointing_enable", None)
         disable = getattr(model, f"{name}_checkpointing_disable", None)
@@ -63,7 +59,12 @@ def require_known_flags(encoder: nn.Module) -> None:
         CompatibilityError: it is a model of transformers that checkpoints, and no module of it has a flag that we know. STA
             would get no gradient under re-entrant checkpointing.
     """
-    if _says_that_it_checkpoints(encoder) and next(_modules_that_checkpoint(encoder), None) is None:
+    if not hasattr(type(encoder), "from_pretrained"):
+        return
+    name = next((name for name in PROPERTIES if hasattr(type(encoder), name)), None)
+    if name is None:
+        raise incompatible("transformers", f"{type(encoder).__name__} has neither {' nor '.join(PROPERTIES)}")
+    if getattr(encoder, name) and next(_modules_that_checkpoint(encoder), None) is None:
         raise incompatible(
             "transformers",
             f"{type(encoder).__name__} checkpoints, and none of its modules has one of the flags {', '.join(FLAGS)}",
@@ -85,16 +86,6 @@ def _modules_that_checkpoint(encoder: nn.Module) -> Iterator[nn.Module]:
             yield module
         if children := own["_modules"]:
             waiting.extend([child for child in reversed(children.values()) if child is not None])
-
-
-def _says_that_it_checkpoints(encoder: nn.Module) -> bool:
-    """What a model of transformers says itself; False for another module."""
-    if not hasattr(type(encoder), "from_pretrained"):
-        return False
-    name = next((name for name in PROPERTIES if hasattr(type(encoder), name)), None)
-    if name is None:
-        raise incompatible("transformers", f"{type(encoder).__name__} has neither {' nor '.join(PROPERTIES)}")
-    return bool(getattr(encoder, name))
 
 
 def inside_checkpoint() -> bool:

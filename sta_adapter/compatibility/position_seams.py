@@ -58,20 +58,12 @@ def _length(cache: object, what: str) -> int:
 
 
 def has_generation_method(head: type) -> bool:
-    """Whether a generating model prepares positions by a method of its own (since 5.2), which we then replace.
-
-    Raises:
-        CompatibilityError: such a release has no such method, or one with other parameters.
-    """
+    """Whether a generating model prepares positions by a method of its own (since 5.2), which we then replace."""
     return hasattr(head, "generate") and _has_method(head, GENERATION_METHOD, ("self", "inputs_tensor", "model_kwargs"))
 
 
 def rope_index_parameters(owner: nn.Module) -> tuple[str, ...]:
-    """Parameters of the model's `get_rope_index`, of which each is known.
-
-    Raises:
-        CompatibilityError: one is missing or new, or the model doesn't keep `rope_deltas`.
-    """
+    """Parameters of the model's `get_rope_index`, of which each is known."""
     what = f"{type(owner).__name__}.{ROPE_INDEX}"
     if not hasattr(owner, "rope_deltas"):
         raise incompatible("transformers", f"{type(owner).__name__} has no rope_deltas")
@@ -88,11 +80,7 @@ def forget_earlier_batches(model: nn.Module, batch: Mapping[str, object]) -> Non
 
 
 def has_frequency_method(rotary: type) -> bool:
-    """Whether a class of rotary embeddings mixes its axes by a method (since 5.17), or leaves it to attention.
-
-    Raises:
-        CompatibilityError: such a release has no such method, or one with other parameters.
-    """
+    """Whether a class of rotary embeddings mixes its axes by a method (since 5.17), or leaves it to attention."""
     return _has_method(rotary, FREQUENCY_METHOD, ("self", "freq"))
 
 

@@ -43,11 +43,7 @@ class VisualPart(Protocol):
 
 
 def visual_part(processor: object) -> VisualPart:
-    """What processes clips: the video processor; before transformers 4.52 the image processor.
-
-    Raises:
-        CompatibilityError: it has neither.
-    """
+    """What processes clips: the video processor; before transformers 4.52 the image processor."""
     part: VisualPart | None = next(
         (found for name in PARTS if (found := getattr(processor, name, None)) is not None), None
     )
@@ -57,11 +53,7 @@ def visual_part(processor: object) -> VisualPart:
 
 
 def takes_clips(processor: Processor) -> bool:
-    """Whether clips have a processor of their own, which is told not to sample; before 4.52 the image processor took them.
-
-    Raises:
-        CompatibilityError: there is none, and the image processor takes no clips.
-    """
+    """Whether clips have a processor of their own, which is told not to sample; before 4.52 the image processor took them."""
     if getattr(processor, "video_processor", None) is not None:
         return True
     part = visual_part(processor)
@@ -94,11 +86,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, part: object) -> Sizes:
-        """Of what `visual_part` gives.
-
-        Raises:
-            CompatibilityError: it packs patches, and their sizes stand under other names.
-        """
+        """Of what `visual_part` gives."""
         if not any(name.endswith(GRID) for name in _outputs(part)):
             return cls(1, getattr(part, "merged_frames", 1), False)
         names = ("patch_size", "merge_size", "temporal_patch_size")
@@ -146,11 +134,7 @@ def _is_token(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
 
 
 def row_tokens(processor: object) -> tuple[int, int]:
-    """(tokens of a row, the id of their placeholder) of a processor that gives frames and tiles as rows of one tensor.
-
-    Raises:
-        CompatibilityError: they stand under other names.
-    """
+    """(tokens of a row, the id of their placeholder) of a processor that gives frames and tiles as rows of one tensor."""
     row, token = (getattr(processor, name, None) for name in ("image_seq_length", "image_token_id"))
     if not isinstance(row, int) or not isinstance(token, int):
         raise incompatible(
@@ -161,11 +145,7 @@ def row_tokens(processor: object) -> tuple[int, int]:
 
 
 def fingerprint_parts(processor: object) -> list[dict[str, object]]:
-    """The settings of all that processes clips and pictures.
-
-    Raises:
-        CompatibilityError: there is nothing of the kind, or it doesn't tell its settings.
-    """
+    """The settings of all that processes clips and pictures."""
     visual_part(processor)
     settings = []
     for name in PARTS:

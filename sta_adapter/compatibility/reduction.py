@@ -26,9 +26,6 @@ def require_averages(
         parameters: of STA.
         ddp: whose forward runs.
         known: what the last call gave: with the same parameters nothing is looked at.
-
-    Raises:
-        InjectionError: there are such.
     """
     training = [p for p in parameters if p.requires_grad]
     found = (id(ddp), *map(id, training))

@@ -32,11 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def parameter_names(function: Callable[..., object], what: str, package: str = "transformers") -> tuple[str, ...]:
-    """Names of a function's parameters, in order, without * and **.
-
-    Raises:
-        CompatibilityError: they can't be read.
-    """
+    """Names of a function's parameters, in order, without * and **."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
@@ -47,11 +43,7 @@ def parameter_names(function: Callable[..., object], what: str, package: str = "
 def known_parameters(
     function: Callable[..., object], what: str, needed: Collection[str], known: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Names of a function's parameters, all of which we know, with those in `needed` among them.
-
-    Raises:
-        CompatibilityError: one is missing or new.
-    """
+    """Names of a function's parameters, all of which we know, with those in `needed` among them."""
     names = parameter_names(function, what)
     if missing := sorted(set(needed) - set(names)):
         raise incompatible("transformers", f"{what} has no parameter {', '.join(missing)}; it takes {', '.join(names)}")
@@ -63,11 +55,7 @@ def known_parameters(
 def given_arguments(
     function: Callable[..., object], what: str, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, object]:
-    """Arguments of a call by name, those passed by position too.
-
-    Raises:
-        CompatibilityError: there are more than the function is known to take.
-    """
+    """Arguments of a call by name, those passed by position too."""
     names = parameter_names(function, what)
     if len(args) > len(names):
         raise incompatible(
@@ -77,11 +65,7 @@ def given_arguments(
 
 
 def graph_task() -> int:
-    """The number of the backward pass that runs in this thread; -1 outside of one.
-
-    Raises:
-        CompatibilityError: torch no longer tells it.
-    """
+    """The number of the backward pass that runs in this thread; -1 outside of one."""
     function: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
     if function is None:
         raise incompatible(
@@ -91,11 +75,7 @@ def graph_task() -> int:
 
 
 def active_ddp() -> DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward runs; None outside of one.
-
-    Raises:
-        CompatibilityError: torch no longer tells it, or the object is built otherwise.
-    """
+    """The DistributedDataParallel whose forward runs; None outside of one."""
     from torch.nn.parallel import DistributedDataParallel
 
     function = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
@@ -109,11 +89,7 @@ def active_ddp() -> DistributedDataParallel | None:
 
 
 def disable_dynamo() -> Callable[[Function], Function]:
-    """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler before the first call.
-
-    Raises:
-        CompatibilityError: torch has no such function.
-    """
+    """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler before the first call."""
     compiler = importlib.import_module("torch._compile")
     function: Callable[[Function], Function] | None = getattr(compiler, "_disable_dynamo", None)
     if function is None:
@@ -122,11 +98,7 @@ def disable_dynamo() -> Callable[[Function], Function]:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether transformers' trainer takes a quantised model for one with an adapter: `ADAPTER_FLAG` says so.
-
-    Raises:
-        CompatibilityError: models of transformers have no such flag.
-    """
+    """Whether transformers' trainer takes a quantised model for one with an adapter: `ADAPTER_FLAG` says so."""
     found = getattr(model, ADAPTER_FLAG, None)
     if not isinstance(found, bool):
         raise incompatible(
@@ -136,11 +108,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def hook_table(module: nn.Module, name: str) -> dict[int, object]:
-    """A module's hooks by their numbers; `name` is one of `HOOK_TABLES` or `HOOK_OPTIONS`.
-
-    Raises:
-        CompatibilityError: torch keeps them otherwise.
-    """
+    """A module's hooks by their numbers; `name` is one of `HOOK_TABLES` or `HOOK_OPTIONS`."""
     table = getattr(module, name, None)
     if not isinstance(table, dict):
         raise incompatible("torch", f"{type(module).__name__}.{name} is a {type(table).__name__}, expected a dict")
@@ -148,11 +116,7 @@ def hook_table(module: nn.Module, name: str) -> dict[int, object]:
 
 
 def add_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Call `hook(module, state_dict, prefix, ...)` before `load_state_dict` gives the module its tensors.
-
-    Raises:
-        CompatibilityError: torch takes no such hook.
-    """
+    """Call `hook(module, state_dict, prefix, ...)` before `load_state_dict` gives the module its tensors."""
     for name, options in (
         ("register_load_state_dict_pre_hook", {}),  # since torch 2.5
         ("_register_load_state_dict_pre_hook", {"with_module": True}),
@@ -165,22 +129,14 @@ def add_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
 
 
 def remove_load_hooks(module: nn.Module, chosen: Callable[[object], bool]) -> None:
-    """Take the hooks of `add_load_hook` off a module that are chosen.
-
-    Raises:
-        CompatibilityError: torch keeps them otherwise.
-    """
+    """Take the hooks of `add_load_hook` off a module that are chosen."""
     table = hook_table(module, LOAD_HOOKS)
     for key in [key for key, hook in table.items() if chosen(getattr(hook, "hook", hook))]:
         del table[key]
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks of any kind, which see what goes in and out of it.
-
-    Raises:
-        CompatibilityError: torch keeps them otherwise.
-    """
+    """Whether a module has hooks of any kind, which see what goes in and out of it."""
     try:
         return bool(
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -190,11 +146,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def calls_are_watched() -> bool:
-    """Whether hooks on the calls of all modules are at work, as profilers set them.
-
-    Raises:
-        CompatibilityError: torch no longer tells it.
-    """
+    """Whether hooks on the calls of all modules are at work, as profilers set them."""
     module = nn.modules.module
     try:
         return bool(
@@ -208,11 +160,7 @@ def calls_are_watched() -> bool:
 
 
 def operations_are_watched() -> bool:
-    """Whether a tracer, a transform of torch.func or forward-mode derivatives are at work on torch's operations.
-
-    Raises:
-        CompatibilityError: torch no longer tells it.
-    """
+    """Whether a tracer, a transform of torch.func or forward-mode derivatives are at work on torch's operations."""
     try:
         return bool(torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or has_forward_derivatives())
     except AttributeError as error:
@@ -225,11 +173,7 @@ def has_forward_derivatives() -> bool:
 
 
 def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:
-    """PEFT's classes of a layer that an adapter wraps, and of a module that is trained as a copy.
-
-    Raises:
-        CompatibilityError: they lie elsewhere, or are built otherwise.
-    """
+    """PEFT's classes of a layer that an adapter wraps, and of a module that is trained as a copy."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import ModulesToSaveWrapper
@@ -241,11 +185,7 @@ def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:
 
 
 def peft_targets(config: LoraConfig, names: Iterable[str]) -> set[str]:
-    """Those of a model's modules to which the installed PEFT gives LoRA.
-
-    Raises:
-        CompatibilityError: its rule lies elsewhere.
-    """
+    """Those of a model's modules to which the installed PEFT gives LoRA."""
     try:
         from peft.tuners.tuners_utils import check_target_module_exists
     except ImportError as error:
@@ -257,9 +197,6 @@ def experts_are_out_in(module: nn.Module) -> bool:
     """Whether PEFT takes a module's stacked weights of three axes for (experts, out, in), else for (experts, in, out).
 
     It does since 0.19, but where the module says that it `is_transposed`.
-
-    Raises:
-        CompatibilityError: PEFT has no LoRA on parameters, or keeps it elsewhere.
     """
     from peft.tuners.lora import layer
 
@@ -270,11 +207,7 @@ def experts_are_out_in(module: nn.Module) -> bool:
 
 
 def peft_hook() -> Callable[..., None]:
-    """PEFT's own hook that runs on a model just before LoRA is put into it.
-
-    Raises:
-        CompatibilityError: LoRA has none, or one with other parameters.
-    """
+    """PEFT's own hook that runs on a model just before LoRA is put into it."""
     from peft import LoraModel
 
     hook: Callable[..., None] | None = getattr(LoraModel, "_pre_injection_hook", None)
