@@ -110,5 +110,10 @@ def picture_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[st
 def pixel_dummy(encoder: nn.Module, frames: int = 2) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A clip of black frames, of the size that the encoder's configuration names."""
     sides, channels = sizes_of(encoder.config, "image_size"), number_of(encoder.config, "num_channels", default=3)
+    return (), {"pixel_values": black(encoder, frames, channels, sides[0], sides[-1])}
+
+
+def black(encoder: nn.Module, *shape: int) -> torch.Tensor:
+    """Zeros on the encoder's device, in the dtype that it computes in."""
     parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    return (), {"pixel_values": parameter.new_zeros(frames, channels, sides[0], sides[-1])}
+    return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)  # `new_zeros` of a sharded one is sharded

@@ -32,8 +32,8 @@ PLACEHOLDER = re.compile(r"(?:\bframe[\s_-]*(\d+)\s*:?\s*)?<image>", re.IGNORECA
 def vit_layout(call: EncoderCall) -> ClipLayout:
     """Layout of rows (F, 1 + N, C), from `pixel_values` (F, 3, H, W) or `pixel_embeds` (F, 1 + N, C)."""
     if isinstance(embeds := call.arguments.get("pixel_embeds"), torch.Tensor):
-        return row_clips(len(embeds), embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)  # type: ignore[no-any-return]
-    return pixel_layout(must_be_told=False)(call)  # type: ignore[no-any-return]
+        return row_clips(len(embeds), embeds.shape[1] - 1, call.clip_lengths, prefix=1, must_be_told=False)
+    return pixel_layout(must_be_told=False)(call)
 
 
 def chat_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:

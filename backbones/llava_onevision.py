@@ -15,7 +15,7 @@ from torch import nn
 
 from sta_adapter.attention.layout import EACH_ROW, ClipLengths
 from sta_adapter.backbones.llava_onevision_unequal import REPEAT, packed_videos, repeated_videos
-from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER
+from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER, picture_clips
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
 from sta_adapter.data.clip_batches import missing_frames
@@ -38,11 +38,6 @@ def video_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLength
     if not isinstance(videos, torch.Tensor) or videos.dim() != 5:
         return None
     return tuple((~missing_frames(videos)).sum(1).tolist())
-
-
-def picture_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
-    """Pictures: each tile is a clip of one frame."""
-    return EACH_ROW
 
 
 def no_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.backbones.frames import black
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, VLLMTower, number_of
@@ -58,12 +59,10 @@ def config_heads(encoder: nn.Module) -> int:
 def grid_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A black clip of two frames, 2x2 patches after merging one by one."""
     merge = number_of(encoder.config, "spatial_merge_size")
-    grid = torch.tensor([[2, merge, merge]], device=next(encoder.parameters()).device)
     size = number_of(encoder.config, "in_channels", "in_chans", default=3)
     size *= number_of(encoder.config, "temporal_patch_size") * number_of(encoder.config, "patch_size") ** 2
-    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    pixels = torch.zeros(2 * merge * merge, size, device=parameter.device, dtype=parameter.dtype)
-    return (pixels,), {"grid_thw": grid}
+    pixels = black(encoder, 2 * merge * merge, size)
+    return (pixels,), {"grid_thw": torch.tensor([[2, merge, merge]], device=pixels.device)}
 
 
 def tower_heads(encoder: nn.Module) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +37,7 @@ def native_rule(owner: nn.Module) -> str:
         for name, rule in RULES.items():
             clip, after = rule(tokens_per_second(owner)).clip(2, FRAMES, 1, 1, SECONDS)
             if torch.equal(found, torch.cat([text, clip, text + int(after)], dim=1)):
-                return cast("str", name)
+                return name
     return UNKNOWN
 
 
@@ -58,4 +56,4 @@ def _ask(owner: nn.Module) -> Tensor:
     method = getattr(type(owner), ROPE_INDEX)
     names = parameter_names(method, f"{type(owner).__name__}.{ROPE_INDEX}")
     positions, _ = method(owner, **{name: value for name, value in known.items() if name in names})
-    return cast("Tensor", positions[:, 0])
+    return positions[:, 0]

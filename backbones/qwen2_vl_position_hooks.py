@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class FillPositions:
         past = cached_tokens(class_method(model), FORWARD, given)
         if not past:
             positions, model.rope_deltas = model.get_rope_index(**given)
-            return cast("Tensor", positions)
+            return positions
         if model.rope_deltas is None:
             raise LayoutError(
                 f"the cache holds {past} tokens of which this model has not seen the positions, so those of the tokens "
@@ -46,12 +46,12 @@ class FillPositions:
         batch, length = tokens.shape[:2]
         deltas = model.rope_deltas.to(tokens.device).repeat_interleave(batch // len(model.rope_deltas), dim=0)
         if given.get("pixel_values") is None and given.get("pixel_values_videos") is None:
-            return cast("Tensor", (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1))
+            return (torch.arange(past, past + length, device=tokens.device) + deltas).expand(3, -1, -1)
         mask = given.get("attention_mask")  # of the cached tokens as well
         new = {**given, "attention_mask": None if mask is None else mask[:, -length:]}
         positions, more = model.get_rope_index(**new)
         model.rope_deltas = deltas + more
-        return cast("Tensor", positions + past + deltas)
+        return positions + past + deltas
 
 
 class GenerationPositions:
@@ -76,10 +76,8 @@ class GenerationPositions:
             elif not has_tokens:  # transformers takes embeddings for text
                 found, head.model.rope_deltas = head.model.get_rope_index(**{**model_kwargs, "input_ids": None})
                 positions = torch.cat([positions[:1].to(found), found])
-            return cast("Tensor", positions)
-        return cast(
-            "Tensor", (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]
-        )
+            return positions
+        return (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]
 
 
 def drop_hooks(module: nn.Module, kind: type) -> None:

@@ -69,10 +69,8 @@ def install(model: nn.Module, rule: PositionRule) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo `install`; nothing happens where there is no rule."""
+    """Undo `install`."""
     owner: Any = find_owner(model)
-    if installed_rule(owner) is None:
-        return
     vars(owner).pop(ROPE_INDEX)
     drop_hooks(owner, FillPositions)
     owner.rope_deltas = None

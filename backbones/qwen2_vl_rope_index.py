@@ -38,7 +38,8 @@ class RopeIndex:
             raise LayoutError("positions need an attention_mask of the shape (batch, tokens), or pass position_ids.")
         ids = self._token_ids(given)
         grids = {kind: self._grids(given.get(f"{kind}_grid_thw")) for kind in ("image", "video")}
-        seconds = self._seconds(given.get("second_per_grid_ts"))
+        steps = given.get("second_per_grid_ts")
+        seconds: Iterator[float] = iter(() if steps is None else torch.as_tensor(steps).flatten().tolist())
         positions = torch.ones(3, *ids.shape, dtype=self.rule.dtype, device=ids.device)
         deltas = []
         for row, tokens in enumerate(ids):
@@ -78,10 +79,6 @@ class RopeIndex:
                 left -= size
         return torch.cat(parts, dim=1), start
 
-    def _seconds(self, seconds: object) -> Iterator[float]:
-        """Seconds of a temporal step, for each video of the batch."""
-        return iter(() if seconds is None else torch.as_tensor(seconds).flatten().tolist())
-
     def _grids(self, grid: object) -> Iterator[list[int]]:
         """(frames, rows, columns) of each clip in merged tokens."""
         merge = self.config.vision_config.spatial_merge_size
@@ -93,17 +90,12 @@ class RopeIndex:
         if isinstance(ids, Tensor):
             return ids
         if isinstance(types, Tensor):
-            ids = torch.full_like(types, -1)
-            return ids.masked_fill(types == 1, self.config.image_token_id).masked_fill(
-                types == 2, self.config.video_token_id
-            )
+            ids = torch.full_like(types, -1).masked_fill(types == 1, self.config.image_token_id)
+            return ids.masked_fill(types == 2, self.config.video_token_id)
         mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
         shape = embeds[..., 0] if isinstance(embeds, Tensor) else mask
-        if (
-            not isinstance(shape, Tensor)
-            or given.get("image_grid_thw") is not None
-            or given.get("video_grid_thw") is not None
-        ):
+        seen = any(given.get(f"{kind}_grid_thw") is not None for kind in ("image", "video"))
+        if seen or not isinstance(shape, Tensor):
             raise LayoutError(
                 "the places of images and clips can't be known without input_ids; pass them or position_ids."
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 
 from sta_adapter.backbones.qwen2_vl_early_positions import asks_for_none, fill_early, fills_early
@@ -27,9 +25,9 @@ def rule_in_use(model: nn.Module) -> str | None:
     if owner is None:
         return None
     if asks_for_none(owner):
-        return cast("str", (OriginalPositions if fills_early(owner) else Sequential).name)
+        return (OriginalPositions if fills_early(owner) else Sequential).name
     installed = installed_rule(owner)
-    return cast("str", native_rule(owner) if installed is None else installed.name)
+    return native_rule(owner) if installed is None else installed.name
 
 
 def rule_of_training(model: nn.Module) -> str | None:
@@ -43,11 +41,11 @@ def rule_of_training(model: nn.Module) -> str | None:
         return None
     installed = installed_rule(owner)
     if installed is not None and installed.name not in RULES:
-        return cast("str | None", installed.name)
+        return installed.name
     name = getattr(owner.config, "text_positions", None) or OriginalPositions.name
     if name not in RULES:
         raise ConfigError(f"the model's config.json says text_positions: {name!r}; expected one of {', '.join(RULES)}.")
-    return cast("str | None", name)
+    return name
 
 
 def use_rule(model: nn.Module, name: str | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbones.frames import (
     attention_heads,
+    black,
     picture_dummy,
     pixel_layout,
     pixel_positions,
@@ -39,7 +38,7 @@ def holds_blocks(model: nn.Module, encoder: nn.Module) -> bool:
 def siglip_layout(call: EncoderCall) -> ClipLayout:
     """Layout from pixels (F, 3, H, W), or from padded patches (F, patches, C) with their `spatial_shapes` (F, 2)."""
     if "spatial_shapes" not in call.arguments:
-        return cast("ClipLayout", _fixed_layout(call))
+        return _fixed_layout(call)
     pixels, shapes = call.tensor("pixel_values"), call.tensor("spatial_shapes").tolist()
     lengths = call.clip_lengths
     if lengths is None and len(pixels) > 1:
@@ -51,13 +50,13 @@ def siglip_layout(call: EncoderCall) -> ClipLayout:
         if any(shape != shapes[start] for shape in shapes[start:stop]):
             raise LayoutError(f"the frames of a clip have the spatial_shapes {shapes[start:stop]}; expected all alike.")
         start = stop
-    return cast("ClipLayout", layout)
+    return layout
 
 
 def siglip_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor | None]:
     """Positions of each clip, row by row; of padded patches, those in front are the picture."""
     if "spatial_shapes" not in call.arguments:
-        return cast("list[torch.Tensor | None]", pixel_positions(call, layout))
+        return pixel_positions(call, layout)
     shapes, per_row = call.tensor("spatial_shapes").tolist(), call.tensor("pixel_values").shape[1]
     found: list[torch.Tensor | None] = []
     start = 0
@@ -71,11 +70,10 @@ def siglip_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor
 def siglip_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """One black picture."""
     if not hasattr(encoder.config, "num_patches"):
-        return cast("tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]", picture_dummy(encoder))
-    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    shape = (1, 1, number_of(encoder.config, "num_channels") * number_of(encoder.config, "patch_size") ** 2)
-    pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-    sizes = torch.ones(1, 2, dtype=torch.long, device=parameter.device)
+        return picture_dummy(encoder)
+    numbers = number_of(encoder.config, "num_channels") * number_of(encoder.config, "patch_size") ** 2
+    pixels = black(encoder, 1, 1, numbers)
+    sizes = torch.ones(1, 2, dtype=torch.long, device=pixels.device)
     return (pixels, sizes[:, :1], sizes), {}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbones.frames import attention_heads
+from sta_adapter.backbones.frames import attention_heads, black
 from sta_adapter.backbones.qwen2_vl import grid_layout, grid_rows, merged_positions
 from sta_adapter.backbones.siglip import SIGLIP_LORA
 from sta_adapter.injection.backbone import Backbone, EncoderCall, number_of
@@ -14,10 +14,8 @@ from sta_adapter.injection.backbone import Backbone, EncoderCall, number_of
 
 def merged_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """A black clip of two frames of 2x2 patches."""
-    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    shape = (8, number_of(encoder.config, "num_channels") * number_of(encoder.config, "patch_size") ** 2)
-    pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-    grid = torch.tensor([[2, 2, 2]], device=parameter.device)
+    pixels = black(encoder, 8, number_of(encoder.config, "num_channels") * number_of(encoder.config, "patch_size") ** 2)
+    grid = torch.tensor([[2, 2, 2]], device=pixels.device)
     return (), {"pixel_values": pixels, "grid_thw": grid, "merge_sizes": grid.new_tensor([2])}
 
 

@@ -104,14 +104,11 @@ def uses_videorope(model: nn.Module, encoder: nn.Module) -> bool:
     """
     for module in model.modules():
         applied = isinstance(installed_rule(module), VideoRopePositions)
-        published = hasattr(module, "get_t_scale_rope_index") and _names_videorope(getattr(module, "which_rope", None))
+        named = getattr(module, "which_rope", None)
+        published = hasattr(module, "get_t_scale_rope_index") and (named is None or "videorope" in str(named))
         if (applied or published) and any(m is encoder for m in module.modules()):
             return True
     return False
-
-
-def _names_videorope(which_rope: object) -> bool:
-    return which_rope is None or "videorope" in str(which_rope)
 
 
 BACKBONE = dataclasses.replace(QWEN2_VL, name="videorope", accepts=uses_videorope, priority=10, vllm=None)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 
 from sta_adapter.attention.layout import ALL_ROWS
 from sta_adapter.backbone import EncoderCall
@@ -101,3 +103,16 @@ def test_dummy_clips(config, shape):
     assert args == ()
     assert (kwargs["pixel_values"].shape, kwargs["pixel_values"].dtype) == (shape, torch.bfloat16)
     assert not kwargs["pixel_values"].any()
+
+
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="FSDP2 is torch's since 2.6")
+def test_a_dummy_clip_is_no_shard_of_one():
+    """Where the layer that takes the pixels is a unit of FSDP's own, `new_zeros` of its weight can't go into it."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        tower = nn.Sequential(nn.Conv2d(3, 2, 2))
+        tower.config = SimpleNamespace(image_size=4)
+        fsdp.fully_shard(tower[0], mesh=init_device_mesh("cpu", (1,)))
+        assert tower(pixel_dummy(tower)[1]["pixel_values"]).shape == (2, 2, 3, 3)
+    finally:
+        torch.distributed.destroy_process_group()
