@@ -1,5 +1,6 @@
 """Stacked temporal attention (STA, arXiv 2510.26027) as a plug-in for video language models."""
 
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from sta_adapter._lazy import lazy
@@ -43,18 +44,5 @@ __getattr__, __dir__ = lazy(
         "sta_adapter.injection.load": ["load_sta"],
         "sta_adapter.injection.registry": ["list_backbones", "register_backbone"],
     },
-    modules=(
-        *(
-            "attention",
-            "adapter",
-            "backbones",
-            "compatibility",
-            "config",
-            "data",
-            "distributed",
-            "errors",
-            "evaluation",
-        ),
-        *("injection", "inspection", "loading", "training", "video", "visualization"),
-    ),
+    modules=[*(module.name for module in iter_modules(__path__)), "backbones"],  # which may lie elsewhere
 )

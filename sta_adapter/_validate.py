@@ -22,7 +22,10 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """A value for an error's text: its repr, cut where it is long or deep."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # which Python raises of an integer so long
+        return "a number of thousands of digits"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -147,11 +147,7 @@ def _checked(name: str, value: object) -> object:
 
 
 def checked_window(value: object) -> int:
-    """A window, in frames.
-
-    Raises:
-        ConfigError: it is no whole number above 0.
-    """
+    """A window, in frames; a ConfigError where it is no whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(
             f"window={value!r}: expected a whole number of frames above 0; a window of 1 is the frame itself."

@@ -84,7 +84,7 @@ def shard_groups(modules: Iterable[nn.Module]) -> list[Group]:
     """The groups over which the modules' own parameters are sharded, in the same order on all processes."""
     groups: dict[int, Group] = {}
     for module in modules:
-        found = [_fsdp1_group(module)] if is_fsdp1(module) else []
+        found = [Group(module.process_group, cast("torch.device", module.compute_device))] if is_fsdp1(module) else []
         for parameter in module.parameters(recurse=False):
             mesh = getattr(parameter, "device_mesh", None)
             if mesh is not None:
@@ -120,10 +120,6 @@ def is_fsdp1(module: nn.Module) -> TypeGuard[FullyShardedDataParallel]:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
 
 
-def _fsdp1_group(module: FullyShardedDataParallel) -> Group:
-    return Group(module.process_group, cast("torch.device", module.compute_device))
-
-
 def is_parallel() -> bool:
     """Whether this is one of several processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
@@ -147,26 +143,22 @@ def end_processes() -> None:
 
 
 def on_rank_zero(write: Callable[[], None]) -> None:
-    """Run `write` on process 0 while the others wait for it; alone, just run it.
+    """Run `write` on process 0 while the others wait for it.
 
     Raises:
         CheckpointError: on the other processes, when process 0 failed; there its own error is raised.
     """
-    if not is_parallel():
-        write()
-        return
     failure: Exception | None = None
-    if distributed.get_rank() == 0:
+    if is_rank_zero():
         try:
             write()
         except Exception as error:
             failure = error
-    report = [None if failure is None else str(failure)]
-    distributed.broadcast_object_list(report, src=0)
+    report = of_rank_zero(None if failure is None else str(failure))
     if failure is not None:
         raise failure
-    if report[0] is not None:
-        raise CheckpointError(f"process 0 could not save: {report[0]}")
+    if report is not None:
+        raise CheckpointError(f"process 0 could not save: {report}")
 
 
 def of_rank_zero(value: T) -> T:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sta_adapter.adapter.hub import is_path
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.compatibility.releases import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.plan import Plan, plan_injection
@@ -31,21 +33,10 @@ FORMULA = (
 )
 STREAM_FORMULA = "bytes = 2 x heads of STA x head size x positions x window x blocks with STA x bytes of a number"
 POSITIONS = (
-    "transformers {version} numbers the text after a clip {rule}. sta_adapter.text_positions.use_positions(model) brings "
-    "the rule of its training back; the commands do so by themselves (--positions)."
+    "transformers {version} numbers the text after a clip by the rule {rule!r}, and the model was trained with {trained!r} "
+    "(docs/compatibility.md has the rules). sta_adapter.text_positions.use_positions(model) brings that back; the commands do "
+    "so by themselves (--positions)."
 )
-OTHER_RULES = {
-    "rows-and-columns": (
-        "from the larger of the clip's rows and columns (merged patches); the model was trained with the largest of frames, "
-        "rows and columns, as in transformers 4. With more temporal steps than rows and columns the text overlaps the "
-        "clip's positions"
-    ),
-    "sequential": (
-        "behind one position for each of its tokens, except where it generates; the model was trained with the largest of "
-        "frames, rows and columns"
-    ),
-    "whole-seconds": "by whole seconds; the model was trained with their fractions, so that a clip at 2 frames a second has one time",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +98,7 @@ def empty_model(
     if path.is_dir() and not (path / "config.json").exists():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
         raise CheckpointError(f"{name} holds no config.json; found: {there}. Pass a model's folder, not an adapter's.")
-    if not path.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix == ".json"):
+    if not path.exists() and (is_path(name) or path.suffix == ".json"):
         raise CheckpointError(
             f"there is no folder or file {name!r}, and it is no repository id on the Hub (user/name)."
         )
@@ -307,15 +298,11 @@ def _why_no_stream(plan: Plan) -> str:
 
 def _warnings(plan: Plan) -> list[str]:
     """What the user should know about this model before training."""
-    import transformers
-
     found = []
     target = plan.target
     rules = target.backbone.text_positions
-    if rules is not None and (rule := rules.in_use(plan.model)) != rules.of_training(plan.model):
-        what = "; and ".join(text for name, text in OTHER_RULES.items() if name in str(rule))
-        what = what or f"by a rule that is not known ({rule}), and not by that of the model's training"
-        found.append(POSITIONS.format(version=transformers.__version__, rule=what))
+    if rules is not None and (rule := rules.in_use(plan.model)) != (trained := rules.of_training(plan.model)):
+        found.append(POSITIONS.format(version=version("transformers"), rule=rule, trained=trained))
     if plan.config.window is not None and (reason := _why_no_stream(plan)):
         found.append(reason)
     if target.backbone.clip_source is not None and target.encoder is plan.model:

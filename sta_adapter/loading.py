@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from sta_adapter.adapter.atomic_write import SAVED
-from sta_adapter.adapter.format import CONFIG, read_description
+from sta_adapter.adapter.format import CONFIG, is_lora_alone, read_description
 from sta_adapter.adapter.hub import resolve_adapter
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
+from sta_adapter.adapter.lora_weights import load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import transformers_release
@@ -156,6 +155,7 @@ def load_processor(
     """
     from transformers import AutoProcessor
 
+    what = f"the processor of {os.fspath(name)!r}"
     published = {} if trust_remote_code else published_config(name, revision)
     if (builder := builder_of(published)) is not None:
         return builder.load_processor(name, published, revision)
@@ -165,20 +165,16 @@ def load_processor(
         )
     except ImportError as error:  # transformers names packages, and not what brings them
         packages = ", ".join(name for name in ("torchvision", "PIL") if name in str(error)) or str(error).split("\n")[0]
-        raise MissingExtraError(
-            f"the processor of {os.fspath(name)!r} needs more packages ({packages}): pip install 'sta-adapter[train]'"
-        ) from error
+        raise MissingExtraError(f"{what} needs more packages ({packages}): pip install 'sta-adapter[train]'") from error
     except OSError as error:
-        raise CheckpointError(f"can't load the processor of {os.fspath(name)!r}: {error}") from error
+        raise CheckpointError(f"can't load {what}: {error}") from error
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"can't load the processor of {os.fspath(name)!r}: {error}. {OWN_LOOP}") from error
+        raise CheckpointError(f"can't load {what}: {error}. {OWN_LOOP}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or template is None:
         missing = "tokenizer" if tokenizer is None else "chat template"
-        raise CheckpointError(
-            f"the processor of {os.fspath(name)!r} has no {missing}; expected a chat model's processor. {OWN_LOOP}"
-        )
+        raise CheckpointError(f"{what} has no {missing}; expected a chat model's processor. {OWN_LOOP}")
     return processor
 
 
@@ -206,10 +202,9 @@ def load_adapter(
         CheckpointError: no adapter, or one for another model.
     """
     folder = resolve_adapter(name, revision)
-    with_sta = (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists()
-    if with_sta or read_lora(folder).sta is not None:
-        return load_sta(model, folder, is_trainable=is_trainable, base_model=base_model).model.eval()
-    return load_lora(model, folder, is_trainable).eval()
+    if is_lora_alone(folder) and read_lora(folder).sta is None:
+        return load_lora(model, folder, is_trainable).eval()
+    return load_sta(model, folder, is_trainable=is_trainable, base_model=base_model).model.eval()
 
 
 def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:

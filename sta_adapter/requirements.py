@@ -109,11 +109,7 @@ _REPORTER_CHECKS = {"wandb": _check_wandb, "mlflow": _check_mlflow}
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder, and refuse one that can't be written into.
-
-    Raises:
-        ConfigError: with what the system says.
-    """
+    """Make a folder, and refuse one that can't be written into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -131,9 +127,6 @@ def require_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
         folder: need not exist.
         names: of files and folders in it that would be lost.
         overwrite: whether that is wanted.
-
-    Raises:
-        ConfigError: says what would be lost.
     """
     there = [name for name in names if os.path.lexists(folder / name)]
     if there and not overwrite:

@@ -282,6 +282,8 @@ def test_values_out_of_range_are_refused(name, value):
 def test_a_refusal_says_what_is_expected():
     with pytest.raises(CheckpointError, match=r"lora_dropout.*1\.0.*expected a number from 0 to below 1"):
         checked_options({"peft_type": "LORA", "target_modules": ["a"], "lora_dropout": 1.0}, "here")
+    with pytest.raises(CheckpointError, match="r is a number of thousands of digits, expected a whole number"):
+        checked_options({"peft_type": "LORA", "target_modules": ["a"], "r": 10**5000}, "here")
 
 
 def test_layers_go_with_names():

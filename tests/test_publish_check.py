@@ -120,7 +120,10 @@ def test_why_a_description_is_not_pushed(folder):
     good = json.loads(path.read_text())
     for change, message in (
         ({"config": {**good["config"], "head_scale": -1}}, r"sta_config\.json: head_scale=-1"),
-        ({"encoder": {**good["encoder"], "depth": (1 << 20) + 1}}, "encoder is not what an adapter has there"),
+        (
+            {"encoder": {**good["encoder"], "depth": (1 << 20) + 1}},
+            "depth of the encoder must be whole numbers from 1 to 1048576",
+        ),
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(CheckpointError, match=message):

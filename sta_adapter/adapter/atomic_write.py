@@ -65,11 +65,7 @@ def _declare_saved(staging: Path, folder: Path) -> None:
 
 
 def finish_write(folder: Path) -> None:
-    """Move what an interrupted `atomic_folder_write` had already declared saved into its place.
-
-    Raises:
-        OSError: the folder can't be written.
-    """
+    """Move what an interrupted `atomic_folder_write` had already declared saved into its place."""
     saved = folder / SAVED
     if not saved.is_dir() or saved.is_symlink():
         return

@@ -27,9 +27,8 @@ from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError
 
 ANY = "any"
-MERGED_LORA: Final = (
-    "sta_merged_lora"  # digest of the LoRA weights in a base, in its configuration and in the STA beside it
-)
+# digest of the LoRA weights in a base, in its configuration and in the STA beside it
+MERGED_LORA: Final = "sta_merged_lora"
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with one of these is a language model's too
@@ -77,11 +76,7 @@ def check_base(
         description: contents of its `sta_config.json`.
         model: the model at hand.
         encoder: of its vision encoder, `backbone`, `width`, `depth`, and the branch's `num_heads` and `head_dim`.
-        base_model: None, or "any" to take every model whose encoder fits.
-
-    Raises:
-        CheckpointError: it is another model.
-        ConfigError: for another `base_model`.
+        base_model: None, or "any" to take every model whose encoder fits; another is a ConfigError.
     """
     if base_model not in (None, ANY):
         raise ConfigError(f"base_model is {base_model!r}, expected {ANY!r} to take any model that fits, or None.")
@@ -176,9 +171,6 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
         model: with STA, and with LoRA or without.
         marks: what `mark_base` gave before.
         saved: names of the base's tensors that are saved with LoRA; these may be others.
-
-    Raises:
-        CheckpointError: as said, with how many tensors and which.
     """
     merged = {name: m.merged for name, m in model.named_modules() if isinstance(getattr(m, "merged", None), bool)}
     parts = {f"{name}.base_layer.{part}": at_work for name, at_work in merged.items() for part in ("weight", "bias")}

@@ -10,7 +10,8 @@ from typing import TypedDict, cast
 
 from torch import Tensor
 
-from sta_adapter.adapter.atomic_write import finish_write
+from sta_adapter.adapter.atomic_write import SAVED, finish_write
+from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.adapter.one_save import require_one_save
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_tensors
 from sta_adapter.config import STAConfig
@@ -40,12 +41,13 @@ class Description(TypedDict, total=False):
     frames_of_records: object
 
 
-def saved_config(description: Description, path: Path) -> STAConfig:
-    """STA's settings in a description.
+def is_lora_alone(folder: Path) -> bool:
+    """Whether a folder holds LoRA and none of our files: a baseline, or what PEFT itself saved."""
+    return (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists()
 
-    Raises:
-        CheckpointError: they are none, naming the file.
-    """
+
+def saved_config(description: Description, path: Path) -> STAConfig:
+    """STA's settings in the description at `path`, or a CheckpointError."""
     try:
         return STAConfig.from_dict(description["config"])
     except ConfigError as error:
@@ -77,11 +79,7 @@ def read_description(folder: Path) -> Description:
 
 
 def require_description(found: Mapping[str, object], path: Path) -> Description:
-    """The description of an adapter, `found` in the file at `path`, if it is one.
-
-    Raises:
-        CheckpointError: it has no version, a newer one, or lacks something.
-    """
+    """What was `found` in the file at `path` as a description; a CheckpointError where it has another version, or lacks something."""
     if type(found.get("format_version")) is not int:
         raise CheckpointError(f"{path} has no format_version; it is not an adapter's configuration.")
     if found["format_version"] != FORMAT_VERSION:

@@ -67,7 +67,7 @@ def resolve_adapter(
         return Path(text, subfolder or "")
     if os.path.exists(text):
         raise CheckpointError(f"{text!r} is a file; expected the folder that holds it, or a repository id on the Hub.")
-    if text.count("/") > 1 or text.startswith((".", "/", "~")):
+    if is_path(text):
         raise CheckpointError(f"there is no folder {text!r}, and it is no repository id on the Hub (user/name).")
     from huggingface_hub import snapshot_download
 
@@ -85,6 +85,11 @@ def resolve_adapter(
         ) from error
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path, and no id on the Hub."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~"))
+
+
 def download_options(given: Mapping[str, object]) -> dict[str, object]:
     """Those of another loader's arguments that `resolve_adapter` passes on, such as a token or the cache's folder."""
     from huggingface_hub import snapshot_download
@@ -98,9 +103,6 @@ def prepare_branch(api: HfApi, repo_id: str, revision: str, private: bool | None
 
     Returns:
         The repository's id with its owner.
-
-    Raises:
-        CheckpointError: the repository is public, and `private` is True.
     """
     visible = functools.partial(api.create_repo, repo_id, exist_ok=True)
     repo_id = (visible() if private is None else visible(private=private)).repo_id

@@ -74,11 +74,7 @@ class LoraFile:
                 raise CheckpointError(f"{self.path}: {key[:200]!r} has the shape {shape}, expected the rank {rank}.")
 
     def read_sta(self) -> dict[str, Tensor]:
-        """STA's tensors under the names of an adapter's file.
-
-        Raises:
-            CheckpointError: the file is damaged, or its tensors not finite floating-point numbers.
-        """
+        """STA's tensors under the names of an adapter's file; errors as `read_tensors`."""
         return sta_among(read_tensors(self.path)[0])
 
     def place(self, model: nn.Module) -> Placement:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeGuard, TypeVar, cast
 
-from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns, shown
+from sta_adapter._validate import shown
+from sta_adapter.adapter.safe_read import MAX_NAMES, require_plain_patterns
 from sta_adapter.errors import CheckpointError, STAError
 
 T = TypeVar("T")
@@ -87,11 +88,7 @@ class LoraOptions:
 
     @classmethod
     def read(cls, fields: Mapping[str, object], path: Path) -> LoraOptions:
-        """Those of an adapter's `adapter_config.json`.
-
-        Raises:
-            CheckpointError: as `checked_options`, or the options can't stand in a file.
-        """
+        """Those of an adapter's `adapter_config.json`; errors as `checked_options`."""
         options = checked_options(fields, str(path))
         if options["target_modules"] == ALL_LINEAR:
             raise CheckpointError(
@@ -216,11 +213,6 @@ def _targets(value: object) -> bool:
     return _text(value) or _names(value)
 
 
-def _layer_names(value: object) -> bool:
-    names = [value] if isinstance(value, str) else value
-    return _module_names(names)
-
-
 def _one_of(values: tuple[object, ...]) -> Callable[[object], bool]:
     return lambda value: any(value is known or (isinstance(value, str) and value == known) for known in values)
 
@@ -236,7 +228,10 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "rank_pattern": (_or_none(_mapping(_rank)), f"patterns for names of modules, each with {_RANKS}"),
     "alpha_pattern": (_or_none(_mapping(_alpha)), f"patterns for names of modules, each with {_ALPHAS}"),
     "layers_to_transform": (_or_none(_layers), "indices of layers"),
-    "layers_pattern": (_or_none(_layer_names), "names of modules"),
+    "layers_pattern": (
+        lambda value: value is None or _module_names([value] if isinstance(value, str) else value),
+        "names of modules",
+    ),
     "modules_to_save": (_or_none(_module_names), "names of modules, at most 64"),
     "bias": (_one_of(BIASES), f"one of {', '.join(BIASES)}"),
     "init_lora_weights": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +26,6 @@ from sta_adapter.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
 LoraState = tuple[dict[str, object], dict[str, Tensor]]
 
@@ -42,25 +41,27 @@ WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT giv
 def lora_files(model: nn.Module, lora: LoraState | None) -> dict[str, bytes]:
     """Contents of LoRA's configuration and weights, by file name; nothing when the model has no LoRA.
 
-    Sharded weights are gathered: then all processes must call this.
-
-    Raises:
-        CheckpointError: a weight is not finite.
+    Sharded weights are gathered: then all processes must call this. Raises what `weights_file` raises.
     """
     if lora is None:
         return {}
-    from safetensors.torch import save
-
     config, state = lora
     tensors = {key: full_tensor(value).detach().to("cpu").contiguous() for key, value in state.items()}
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CheckpointError(f"{len(broken)} LoRA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     if any(isinstance(module, TemporalAttention) for module in model.modules()):
         fields[OURS] = STA_BESIDE
     text = json.dumps({**fields, "inference_mode": True}, indent=2, default=str)
-    return {LORA_WEIGHTS: save(tensors, {"format": "pt"}), LORA_CONFIG: (text + "\n").encode()}
+    return {LORA_WEIGHTS: weights_file(tensors, "LoRA"), LORA_CONFIG: (text + "\n").encode()}
+
+
+def weights_file(tensors: dict[str, Tensor], of: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Contents of a safetensors file of tensors on the CPU, `of` STA or LoRA; a CheckpointError where one is not finite."""
+    from safetensors.torch import save
+
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{len(broken)} {of} tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
+    return save(tensors, {"format": "pt", **(metadata or {})})
 
 
 def lora_state(model: nn.Module) -> LoraState | None:
@@ -98,11 +99,7 @@ def lora_state(model: nn.Module) -> LoraState | None:
 
 
 def require_whole_lora(model: nn.Module) -> None:
-    """Refuse LoRA that was put on a part of a model by itself, of which `lora_state` knows nothing, or around other LoRA.
-
-    Raises:
-        CheckpointError: there is some, with where.
-    """
+    """Refuse LoRA that was put on a part of a model by itself, of which `lora_state` knows nothing, or around other LoRA."""
     whole = getattr(model, "peft_config", None)
     for name, module in model.named_modules():
         own = vars(module).get("peft_config", whole)
@@ -113,17 +110,15 @@ def require_whole_lora(model: nn.Module) -> None:
                 "model (get_peft_model(handle.model, handle.lora_config(target_modules=...)), with a pattern for the names of that part's layers). To "
                 "save STA without it, pass base_changed=True, and save LoRA by PEFT's own save_pretrained."
             )
-    if whole is not None and _is_wrapped_twice(model):
+    if whole is None:
+        return
+    from peft import PeftModel
+
+    if sum(isinstance(module, PeftModel) for module in model.modules()) > 1:
         raise CheckpointError(
             "get_peft_model was called on a model that has LoRA already, and nothing finds the weights' names again when they are loaded. Add a "
             "second adapter by model.add_adapter(name, config), or take the first one out before (unload, or merge_and_unload)."
         )
-
-
-def _is_wrapped_twice(model: nn.Module) -> bool:
-    from peft import PeftModel
-
-    return sum(isinstance(module, PeftModel) for module in model.modules()) > 1
 
 
 def _saved_whole(model: nn.Module, options: Mapping[str, object]) -> list[str]:
@@ -136,8 +131,7 @@ def _saved_whole(model: nn.Module, options: Mapping[str, object]) -> list[str]:
 def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, object]] | None:
     """The name of a model's LoRA, its settings, and of these the supported ones; None when it has no LoRA.
 
-    Raises:
-        CheckpointError: what PEFT has added can't be saved and loaded as LoRA.
+    What PEFT has added and can't be saved and loaded as LoRA is a CheckpointError.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping) or not configs:
@@ -151,20 +145,14 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, ob
             f"LoRA is on a layer of class {type(other).__name__}, and only that on linear layers can be loaded again; leave it out of "
             "target_modules, or train it whole (modules_to_save)."
         )
-    name = _active_adapter(layers, configs)
-    fields = configs[name].to_dict()
-    return name, fields, checked_options(fields, "the LoRA of this model")
-
-
-def _active_adapter(layers: Iterable[BaseTunerLayer], configs: Mapping[str, object]) -> str:
-    """The one adapter that is at work; a file holds one."""
     names: list[str] = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) != 1 or names[0] not in configs:
         raise CheckpointError(
             f"{len(names)} of PEFT's adapters are at work in this model ({', '.join(names)}), and a file holds one: choose it with "
             "model.set_adapter(...)."
         )
-    return names[0]
+    fields = configs[names[0]].to_dict()
+    return names[0], fields, checked_options(fields, "the LoRA of this model")
 
 
 def read_lora(folder: Path) -> LoraFile:

@@ -14,7 +14,6 @@ from sta_adapter.adapter.run_file import (
     VARIANTS,
     Results,
     Run,
-    Stage,
     Variant,
     read_about,
     read_frames,
@@ -96,7 +95,8 @@ def read_run(folder: Path, results: Path | None = None) -> Run:
         return {"results": scores, "left_out": [OTHER_RECIPE.format(run=run), *notes]}
     found = read_run_file(run)
     parts = {name: part for name in ("1", "2") if isinstance(part := found.get(f"stage{name}"), Mapping)}
-    stages = {name: _stage(folder / f"stage{name}" / RESULT_FILE) for name in ("1", "2")}
+    files = {name: folder / f"stage{name}" / RESULT_FILE for name in ("1", "2")}
+    stages = {name: read_stage(read_run_file(file), file) for name, file in files.items()}
     return {
         "settings": read_settings(found, RECIPE, run),
         "of_stages": {name: read_settings(part, RECIPE, run) for name, part in parts.items()},
@@ -130,10 +130,6 @@ def _of_another(folder: Path, digest: str | None) -> bool:
         with contextlib.suppress(CheckpointError):
             ends.append(weights_digest(folder / f"stage{name}"))
     return bool(ends) and digest not in ends
-
-
-def _stage(file: Path) -> Stage:
-    return read_stage(read_run_file(file), file)
 
 
 def make_card(description: Description, facts: CardFacts) -> str:
@@ -254,9 +250,7 @@ def _training(facts: CardFacts) -> str:
     for name, result in facts.run.get("stages", {}).items():
         losses = [entry["loss"] for entry in result["history"]]
         loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
-        rows.append(
-            (f"stage {name}", f"{result['trainable_parameters']:,} parameters, {result['steps']} steps{loss}"),
-        )
+        rows.append((f"stage {name}", f"{result['trainable_parameters']:,} parameters, {result['steps']} steps{loss}"))
     if facts.datasets:
         rows.insert(0, ("data", ", ".join(facts.datasets)))
     return f"## Training\n\n{_table(('setting', 'value'), rows)}" if rows else ""
@@ -285,12 +279,11 @@ def _evaluation(facts: CardFacts) -> str:
 def _files(description: Description, facts: CardFacts) -> str:
     config, encoder = STAConfig.from_dict(description["config"]), description["encoder"]
     layers = encoder["depth"] if config.layers == "all" else len(config.layers)
-    rope = "none" if config.rope_theta is None else f"{config.rope_theta:g}"
     rows = [
         ("blocks with STA", f"{layers} of {encoder['depth']}, {encoder['width']} wide"),
         ("heads of STA", f"{encoder['num_heads']} of {encoder['head_dim']}"),
         ("order", config.order),
-        ("RoPE over frames", rope),
+        ("RoPE over frames", "none" if config.rope_theta is None else f"{config.rope_theta:g}"),
         ("parameters of STA", f"{facts.parameters:,}"),
         ("LoRA beside it", "yes" if facts.lora else "no"),
         ("made with", f"sta-adapter {description.get('sta_adapter_version', '')}".strip()),

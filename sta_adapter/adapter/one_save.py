@@ -17,12 +17,7 @@ from sta_adapter.errors import CheckpointError
 def require_one_save(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Refuse a folder in which PEFT itself saved over an adapter: LoRA and STA are of another training than our files.
 
-    Args:
-        folder: the adapter's.
-        state: its STA's tensors, under our file's names.
-
-    Raises:
-        CheckpointError: PEFT's file holds another STA.
+    `state` has the tensors of our file, under its names.
     """
     if all((folder / name).exists() for name in (LORA_CONFIG, LORA_WEIGHTS)) and (lora := read_lora(folder)).holds_sta:
         require_same_sta(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)

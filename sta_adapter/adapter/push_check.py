@@ -18,13 +18,12 @@ from sta_adapter.adapter.format import (
     read_description,
     require_description,
     require_same_settings,
-    saved_config,
 )
 from sta_adapter.adapter.lora_keys import LoraFile, sta_among
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.one_save import require_same_sta
-from sta_adapter.adapter.run_file import read_frames
+from sta_adapter.adapter.run_file import read_about, read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
 
@@ -41,8 +40,8 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
     read_description(folder)  # and finishes a saving that was cut off
     contents = {CONFIG: _contents(folder, CONFIG), WEIGHTS: _contents(folder, WEIGHTS)}
     description = require_description(parse_json(contents[CONFIG], folder / CONFIG), folder / CONFIG)
-    _require_plain(description, folder / CONFIG)
-    saved_config(description, folder / CONFIG)
+    read_about(description, folder / CONFIG)
+    read_frames(description.get("frames") or {}, folder / CONFIG)
     state = parse_tensors(contents[WEIGHTS], folder / WEIGHTS)
     _require_sta(state, description, folder / WEIGHTS)
     require_same_settings(folder, description, parse_metadata(contents[WEIGHTS], folder / WEIGHTS))
@@ -74,18 +73,6 @@ def _contents(folder: Path, name: str) -> bytes:
     except FileNotFoundError as error:
         pickles = "; pickled weights are not pushed" if name == LORA_WEIGHTS else ""
         raise CheckpointError(f"{folder} holds no {name}{pickles}.") from error
-
-
-def _require_plain(description: Description, path: Path) -> None:
-    """What the card says of the description are numbers and words."""
-    texts = {"backbone": description["backbone"], "sta_adapter_version": description.get("sta_adapter_version", "")}
-    wrong = [
-        name for name, text in texts.items() if not isinstance(text, str) or not re.fullmatch(r"[\w.+-]{0,60}", text)
-    ]
-    sizes = [description["encoder"].get(name) for name in ("width", "depth", "num_heads", "head_dim")]
-    if wrong or not all(type(size) is int and 0 < size <= 1 << 20 for size in sizes):
-        raise CheckpointError(f"{path}: {wrong[0] if wrong else 'encoder'} is not what an adapter has there.")
-    read_frames(description.get("frames") or {}, path)
 
 
 def _require_sta(state: Mapping[str, Tensor], description: Description, path: Path) -> None:

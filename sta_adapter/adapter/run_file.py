@@ -1,7 +1,7 @@
 """What training and evaluation leave beside an adapter, read as a file from anybody: `run.json`, `result.json`, `results.json`.
 
-Numbers are numbers, within their ranges, and text has no more than
-its characters, so that neither ends up in code or as markup.
+Numbers are numbers, within their ranges, and text has no more than its characters, so that neither ends up in code or as
+markup; what has another form is a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ RECORDS = {
     "unknown": "its records, in tar shards, may have set how their clips are sampled themselves",
 }
 MAX_BYTES = 64 << 20  # a stage's history has a line for each step that was logged
+MAX_SIZE = 1 << 20  # of an encoder
 SCORES = ("accuracy", "low", "high", "total")
 NAMES = ("backbone", "sta_adapter_version", "positions")
 Variant = Literal["base", "adapter"]
@@ -63,20 +64,12 @@ class Run(TypedDict, total=False):
 
 
 def read_run_file(path: Path) -> dict[str, object]:
-    """The object in one of these files; empty where there is none.
-
-    Raises:
-        CheckpointError: it is no regular file, too large, no JSON, or holds numbers or depths that no run has.
-    """
+    """The object in one of these files; empty where there is none."""
     return read_json(path, MAX_BYTES) if path.exists() else {}
 
 
 def read_frames(found: object, path: Path) -> dict[str, object]:
-    """Settings of frames, those of them that are given and known.
-
-    Raises:
-        CheckpointError: a value is of another type or out of range.
-    """
+    """Settings of frames, those of them that are given and known."""
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path}: frames is a {type(found).__name__}, expected settings of frames.")
     known = {key: value for key, value in found.items() if key in FrameSettings.__dataclass_fields__}
@@ -88,11 +81,7 @@ def read_frames(found: object, path: Path) -> dict[str, object]:
 
 
 def read_settings(found: Mapping[str, object], names: Mapping[str, str], path: Path) -> dict[str, object]:
-    """The settings of a run with these names, and those of its frames.
-
-    Raises:
-        CheckpointError: one is neither a number nor a few words.
-    """
+    """The settings of a run with these names, and those of its frames."""
     settings: dict[str, object] = {
         name: _plain(found[name], name, path) for name in names if found.get(name) is not None
     }
@@ -103,18 +92,13 @@ def read_settings(found: Mapping[str, object], names: Mapping[str, str], path: P
     return settings
 
 
-def read_about(description: Description) -> Description:
-    """What a page shows of an adapter's `sta_config.json`: names of a few words, whole numbers, and the settings of STA.
-
-    Raises:
-        CheckpointError: one is something else.
-    """
-    path = Path("sta_config.json")
+def read_about(description: Description, path: Path = Path("sta_config.json")) -> Description:
+    """What a page shows of an adapter's `sta_config.json`: names of a few words, whole numbers, and the settings of STA."""
     encoder = description["encoder"]
     sizes = {name: encoder.get(name) for name in ("depth", "width", "num_heads", "head_dim")}
-    wrong = [name for name, value in sizes.items() if type(value) is not int]
+    wrong = [name for name, value in sizes.items() if type(value) is not int or not 0 < value <= MAX_SIZE]
     if wrong:
-        raise CheckpointError(f"{path}: {', '.join(wrong)} of the encoder must be whole numbers.")
+        raise CheckpointError(f"{path}: {', '.join(wrong)} of the encoder must be whole numbers from 1 to {MAX_SIZE}.")
     names = {name: _plain(description.get(name) or "", name, path) for name in NAMES}
     config = saved_config(description, path)
     told: Description = {
@@ -126,11 +110,7 @@ def read_about(description: Description) -> Description:
 
 
 def read_stage(found: Mapping[str, object], path: Path) -> Stage:
-    """Sizes and losses of a finished stage; empty where there is none.
-
-    Raises:
-        CheckpointError: they are no numbers.
-    """
+    """Sizes and losses of a finished stage; empty where there is none."""
     if not found:
         return {}
     history = found.get("history", [])
@@ -145,11 +125,7 @@ def read_stage(found: Mapping[str, object], path: Path) -> Stage:
 
 
 def read_results(found: Mapping[str, object], path: Path) -> Results:
-    """Scores of an evaluation and how they are to be read; only such parts as have that form.
-
-    Raises:
-        CheckpointError: a score is no number.
-    """
+    """Scores of an evaluation and how they are to be read; only such parts as have that form."""
     results: Results = {}
     for variant in VARIANTS:
         runs = found.get(variant)

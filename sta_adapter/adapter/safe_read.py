@@ -109,13 +109,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors in the contents of a safetensors file; `path` is named in errors, which are those of `read_tensors`."""
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    try:
+    with _damage_named(path):
         state = load(content)
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     _require_weights(state, path)
     return state
 
@@ -141,17 +138,23 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with _damage_named(path):
         _size(path)
         with safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError:
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (FileNotFoundError, CheckpointError):
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
@@ -162,14 +165,6 @@ def _require_weights(state: Mapping[str, Tensor], path: Path) -> None:
             f"{path}: {len(wrong)} tensors are not finite floating-point numbers of 16, 32 or 64 bits, "
             f"the first is {wrong[0]!r}."
         )
-
-
-def shown(value: object) -> str:
-    """A value in a message: not all of a long one, and of an integer of thousands of digits, which Python prints not, none."""
-    try:
-        return repr(str(value)[:80])
-    except ValueError:
-        return "a number of thousands of digits"
 
 
 def _size(path: Path) -> int:

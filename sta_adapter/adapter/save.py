@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import atomic_folder_write
@@ -20,7 +19,7 @@ from sta_adapter.adapter.format import (
     description_digest,
     read_description,
 )
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, weights_file
 from sta_adapter.compatibility.releases import version
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
@@ -66,14 +65,9 @@ def adapter_files(
     tensors: dict[str, Tensor], description: Description, others: Mapping[str, bytes] | None = None
 ) -> dict[str, bytes]:
     """Contents of an adapter's files by name; arguments and errors as `write_adapter`."""
-    from safetensors.torch import save
-
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CheckpointError(f"{len(broken)} STA tensors hold NaN or infinity, the first is {broken[0]}; not saved.")
     description = {**description, "lora": bool(others)}
     return {
-        WEIGHTS: save(tensors, {"format": "pt", "sta_config_sha256": description_digest(description)}),
+        WEIGHTS: weights_file(tensors, "STA", {"sta_config_sha256": description_digest(description)}),
         CONFIG: (json.dumps(description, indent=2) + "\n").encode(),
         **(others or {}),
     }

@@ -6,9 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from sta_adapter.adapter.atomic_write import SAVED
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, description_digest, read_description
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.format import WEIGHTS, description_digest, is_lora_alone, read_description
+from sta_adapter.adapter.lora_weights import LORA_WEIGHTS
 from sta_adapter.adapter.safe_read import parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
 
@@ -18,12 +17,9 @@ def weights_digest(folder: Path) -> str:
 
     The same adapter saved or published again has the same: the files' metadata, the base's name and frames are no part. Of
     LoRA without our files (a baseline, what PEFT itself saves) it is that of LoRA's tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
     """
     found, lora = hashlib.sha256(), folder / LORA_WEIGHTS
-    if (folder / CONFIG).exists() or (folder / SAVED).exists() or not (folder / LORA_CONFIG).exists():
+    if not is_lora_alone(folder):
         found.update(description_digest(read_description(folder)).encode())
         found.update(_tensors_digest(folder / WEIGHTS))
         if not lora.exists():

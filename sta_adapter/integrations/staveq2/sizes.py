@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sta_adapter._validate import shown
 from sta_adapter.adapter.lora_options import MAX_LAYER
-from sta_adapter.adapter.safe_read import shown
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.integrations.staveq2.published import Source
