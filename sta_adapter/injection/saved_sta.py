@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.atomic_write import SAVED
 from sta_adapter.adapter.format import (
     CONFIG,
     WEIGHTS,
     Description,
     compare_tensors,
+    is_lora_alone,
     read_description,
     read_weights,
     require_description,
@@ -41,7 +41,7 @@ __all__ = ["describe", "fill", "fill_copies", "folder_with_sta", "require_same_s
 
 def describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Tensor]]]:
     """STA's description in a folder, and what holds and reads its tensors: an adapter's files, or those that PEFT itself saved."""
-    if (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists():
+    if is_lora_alone(folder):
         lora = read_lora(folder)
         if lora.sta is not None or lora.holds_sta:
             return require_description(lora.sta or {}, folder / LORA_CONFIG), lora.path, lora.read_sta
