@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -18,6 +18,12 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
+
+
+def unknown_names(names: Iterable[object], known: Collection[str]) -> str:
+    """Unknown names, each with the known one that it is nearest to."""
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in map(str, names)}
+    return ", ".join(f"{name!r}" + (f" (did you mean {hit[0]!r}?)" if hit else "") for name, hit in near.items())
 
 
 def shown(value: object) -> str:

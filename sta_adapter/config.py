@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar, cast
 
+from sta_adapter._validate import unknown_names
 from sta_adapter.errors import ConfigError
 
 T = TypeVar("T")
@@ -111,10 +111,8 @@ class STAConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"an STA configuration is a mapping of fields, not {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [str(name) for name in values if name not in known]
-        if unknown:
-            hints = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
-            named = ", ".join(f"{n!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for n, h in hints.items())
+        if unknown := [name for name in values if name not in known]:
+            named = unknown_names(unknown, known)
             raise ConfigError(f"unknown STA configuration field {named}; known: {', '.join(known)}.")
         return cls(**values)
 

@@ -19,7 +19,7 @@ from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import DataError, STAWarning
 from sta_adapter.evaluation import evaluate
-from sta_adapter.evaluation.answering import Answerer, Question
+from sta_adapter.evaluation.answering import Answerer, Question, option_tokens
 from sta_adapter.text_positions import use_positions
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
@@ -208,7 +208,8 @@ def test_an_options_score_is_that_of_the_answer_in_training(family, parts, folde
         asked = Answerer(parts[1], parts[0], 3, batch_size)
         asked.write([data[0]])
         questions = [
-            Question(index, sample, data[index], asked.options(sample)) for index, sample in enumerate(samples)
+            Question(index, sample, data[index], option_tokens(parts[0], sample, "loglikelihood"))
+            for index, sample in enumerate(samples)
         ]
         with torch.no_grad():
             answered = list(asked.answer(questions))

@@ -16,7 +16,6 @@ from sta_adapter.demo import TINY_BASE
 from sta_adapter.training import TrainingConfig, open_data
 from sta_adapter.training import plan as planning
 from sta_adapter.training.contexts import activation_checkpointing
-from sta_adapter.training.memory import Peak
 from sta_adapter.training.plan import Machine, plan_stage, sample_lengths
 from sta_adapter.training.stage import Stage
 
@@ -135,8 +134,8 @@ def test_what_fits(samples, processor, monkeypatch):
 
 
 PEAKS = {
-    False: Peak({"weights": 1000, "gradients": 10, "optimizer": 20, "activations": 500, "logits": 100}),
-    True: Peak({"weights": 1000, "gradients": 10, "optimizer": 20, "activations": 50, "logits": 100}),
+    False: {"weights": 1000, "gradients": 10, "optimizer": 20, "activations": 500, "logits": 100},
+    True: {"weights": 1000, "gradients": 10, "optimizer": 20, "activations": 50, "logits": 100},
 }
 
 
@@ -152,9 +151,7 @@ def test_a_gpu_computes_in_16_bit(samples, processor):
             with torch.device("meta"):
                 return Qwen2VLForConditionalGeneration(shape)
 
-        return planning._one_clip(Stage("1", config, samples.parent, dataset), empty, sample, machine, False, False)[
-            0
-        ].parts
+        return planning._one_clip(Stage("1", config, samples.parent, dataset), empty, sample, machine, False, False)[0]
 
     wide, gpu = parts(HERE), parts(Machine(24e9, True, "bf16", torch.bfloat16))
     assert gpu["weights"] < 0.6 * wide["weights"]

@@ -436,7 +436,7 @@ def peak(**how):
     assert all(p.grad is None for p in model.parameters())
     assert not model.head.weight._post_accumulate_grad_hooks
     assert not model.norm._forward_pre_hooks
-    return found.parts, model
+    return found, model
 
 
 def test_the_parts_of_a_peak():
@@ -458,7 +458,7 @@ def test_gradients_of_earlier_parts_of_a_step_are_there():
 
 def test_half_precision_takes_half():
     model, (wide, _) = Words().bfloat16(), peak()
-    narrow = step_peak(model, {"tokens": torch.arange(TOKENS)}, without_values(model), precision="bf16").parts
+    narrow = step_peak(model, {"tokens": torch.arange(TOKENS)}, without_values(model), precision="bf16")
     for part in ("weights", "optimizer", "logits"):
         assert narrow[part] == wide[part] // 2
 
@@ -502,7 +502,7 @@ def test_pixels_are_there_during_the_step():
     for count in (SMALL + 1, 2 * SMALL):  # of which neither is made real
         model = Seeing()
         batch = {"tokens": torch.arange(TOKENS), "pixels": torch.ones(count)}
-        sizes.append(step_peak(model, batch, without_values(model)).parts["activations"])
+        sizes.append(step_peak(model, batch, without_values(model))["activations"])
     assert sizes[1] - sizes[0] == 4 * (SMALL - 1)
 
 

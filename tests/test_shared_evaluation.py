@@ -195,7 +195,7 @@ def test_the_bar_counts_samples(monkeypatch, shown, said):
     lengths = [5, 50, 0, 6, 51, 7, 3, 4]
     assert sum(map(len, batches(Items(lengths), [range(6), range(6, 8)], 2, 0, shown))) == 8
     (bar,) = bars
-    assert bar.how == {"total": 8, "desc": f"{said}, ordered frames", "dynamic_ncols": True}
+    assert bar.how == {"total": 8, "desc": f"{said}, ordered frames", "dynamic_ncols": True, "disable": False}
     assert bar.done == 8
 
 
@@ -295,7 +295,7 @@ def test_generation_stops_there(folder):
     question = Question(0, sample, {"input_ids": torch.tensor(tokenizer("Which?")["input_ids"])}, [])
     for stops, said in ((True, "B."), (False, "B. left")):
         steps.clear()
-        [found] = Answerer(model, processor, len(script), 2, "generate", stop_at_letter=stops).answer([question])
+        [found] = Answerer(model, processor, len(script), 2, stop_at_letter=stops).answer([question])
         assert (found.prediction, found.correct) == (said, True)
 
 

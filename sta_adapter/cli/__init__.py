@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import sys
@@ -11,6 +10,8 @@ import warnings
 from typing import TYPE_CHECKING, TextIO
 
 import click
+
+from sta_adapter._validate import suggestion
 
 DEBUG = "--debug"
 COMMANDS = {
@@ -57,9 +58,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for an unknown one."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"no command {args[0]!r}.{hint} Known: {', '.join(COMMANDS)}.", ctx)
+            raise click.UsageError(f"no command {args[0]!r}. {suggestion(args[0], COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

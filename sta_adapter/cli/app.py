@@ -25,20 +25,6 @@ if TYPE_CHECKING:
 
     from sta_adapter.cli.option_types import ModelOptions
 
-    class Options(ModelOptions):
-        """Those of the command, but for the ones that it names itself."""
-
-        model: str | None
-        adapter: str | None
-        host: str | None
-        port: int | None
-        share: bool
-        fps: float | None
-        nframes: int | None
-        longest: float
-        time_limit: float
-
-
 __all__ = ["command"]
 
 HELP = """\b
@@ -63,23 +49,32 @@ options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
 @option("Page", "--time-limit", type=float, metavar="S", default=300, help="Seconds of an answer. [default: 300]")
 @model_options
 @adapter_options
-def command(**options: Unpack[Options]) -> None:
+def command(
+    model: str | None,
+    adapter: str | None,
+    host: str | None,
+    port: int | None,
+    share: bool,
+    fps: float | None,
+    nframes: int | None,
+    longest: float,
+    time_limit: float,
+    **options: Unpack[ModelOptions],
+) -> None:
     """Serve the page."""
     from sta_adapter.visualization.app import serve
 
     require_device(options["device"])
-    frames = frame_rate(options["fps"], options["nframes"])
-    adapter = find_adapter(options["adapter"], options["adapter_revision"], options["any_base"])
-    title = subject(*model_and_adapter(options["model"], options["adapter"]))
+    frames = frame_rate(fps, nframes)
     serve(
-        options["model"],
-        adapter,
-        host=options["host"],
-        port=options["port"],
-        share=options["share"],
-        longest=options["longest"],
-        title=title,
-        time_limit=options["time_limit"],
+        model,
+        find_adapter(adapter, options["adapter_revision"], options["any_base"]),
+        host=host,
+        port=port,
+        share=share,
+        longest=longest,
+        title=subject(*model_and_adapter(model, adapter)),
+        time_limit=time_limit,
         say=click.echo,
         frames=frames,
         **viewer_settings(options),

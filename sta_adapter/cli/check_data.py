@@ -6,21 +6,18 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 import click
 
+from sta_adapter.cli.option_types import RUN_OPTIONS
 from sta_adapter.cli.options import Grouped, data_options, option, with_usual_frames
 from sta_adapter.errors import ConfigError
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["command"]
 
 SHOWN = 20  # problems, and categories, in the printed report; --json has all
 LINE = 80
-OF_THE_MODEL = ("max-length", "revision", "trust-remote-code")
 
 HELP = """\b
 Example: sta-adapter check-data train.jsonl \\
@@ -43,15 +40,26 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 @option("How", "--revision", metavar="NAME", help="The model's branch, tag or commit on the Hub.")
 @option("How", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
-def command(file: str, model: str | None, config: str | None, as_json: bool, **options: Unpack[Options]) -> None:
+def command(
+    file: str,
+    model: str | None,
+    config: str | None,
+    as_json: bool,
+    format: str | None,
+    videos: str | None,
+    max_length: int | None,
+    num_workers: int,
+    decode_timeout: float | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
     """Check and print what was found."""
-    from sta_adapter.cli.train import RUN_OPTIONS
     from sta_adapter.data.check import check_data
     from sta_adapter.loading import load_processor
     from sta_adapter.training.config import TrainingConfig, read_yaml
 
-    given = (options["max_length"], options["revision"], options["trust_remote_code"])
-    idle = [name for name, value in zip(OF_THE_MODEL, given, strict=True) if value]
+    of_model = {"max-length": max_length, "revision": revision, "trust-remote-code": trust_remote_code}
+    idle = [name for name, value in of_model.items() if value]
     if idle and not model:
         raise ConfigError(
             f"--{idle[0]} has no effect without --model, whose processor counts tokens; add it, or leave --{idle[0]} out."
@@ -59,21 +67,16 @@ def command(file: str, model: str | None, config: str | None, as_json: bool, **o
     of_file = read_yaml(config) if config else {}
     values = {name: value for name, value in of_file.items() if name not in RUN_OPTIONS}
     settings = TrainingConfig.from_dict(with_usual_frames(values, model))
-    timeout = options["decode_timeout"]
     report = check_data(
         file,
-        processor=(
-            load_processor(model, revision=options["revision"], trust_remote_code=options["trust_remote_code"])
-            if model
-            else None
-        ),
-        format=options["format"] or _text(of_file, "format"),
-        videos=options["videos"] or _text(of_file, "videos"),
+        processor=load_processor(model, revision=revision, trust_remote_code=trust_remote_code) if model else None,
+        format=format or _text(of_file, "format"),
+        videos=videos or _text(of_file, "videos"),
         frames=settings.frames,
-        max_length=options["max_length"] or settings.max_length,
+        max_length=max_length or settings.max_length,
         batch_size=settings.device_batches()[0],
-        num_workers=options["num_workers"],
-        decode_timeout=settings.decode_timeout if timeout is None else timeout,
+        num_workers=num_workers,
+        decode_timeout=settings.decode_timeout if decode_timeout is None else decode_timeout,
         progress=sys.stderr.isatty(),
     ).to_dict()
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
@@ -87,18 +90,6 @@ def _text(values: Mapping[str, object], name: str) -> str | None:
     if found is not None and not isinstance(found, str):
         raise ConfigError(f"{name} is {found!r}, expected a text.")
     return found
-
-
-class Options(TypedDict):
-    """Those of the command, but for the ones that it names itself."""
-
-    format: str | None
-    videos: str | None
-    max_length: int | None
-    num_workers: int
-    decode_timeout: float | None
-    revision: str | None
-    trust_remote_code: bool
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:

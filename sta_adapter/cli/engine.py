@@ -43,30 +43,25 @@ class EngineReport(TypedDict):
 
 
 def check_options(options: AskOptions) -> dict[str, object]:
-    """The engine's own options.
-
-    Raises:
-        ConfigError: they are no JSON object, there is no engine for them, or an option is for transformers alone.
-    """
+    """The engine's own options; those that are for another engine are refused."""
     text = options["engine_options"]
     if options["engine"] != "vllm":
         for name, value in (("engine-options", text), ("check", options["check"])):
             if value is not None:
                 raise ConfigError(f"--{name} is for --engine vllm.")
         return {}
-    hints = (
-        ("quantize", options["quantize"], "--engine-options '{\"quantization\": ...}'"),
-        ("device", options["device"], "CUDA_VISIBLE_DEVICES"),
+    refused = (
+        (options["quantize"], "--quantize is for transformers; vLLM takes --engine-options '{\"quantization\": ...}'."),
+        (options["device"], "--device is for transformers; vLLM takes CUDA_VISIBLE_DEVICES."),
+        (
+            options["cache"],
+            "--cache keeps samples as transformers takes them, of which vLLM takes none; leave it out.",
+        ),
+        (options["stop_at_letter"], "--stop-at-letter is for transformers; leave it out."),
     )
-    for name, given, hint in hints:
-        if given is not None:
-            raise ConfigError(f"--{name} is for transformers; vLLM takes {hint}.")
-    if options["cache"] is not None:
-        raise ConfigError(
-            "--cache keeps samples as transformers takes them, and vLLM processes clips by itself; leave it out."
-        )
-    if options["stop_at_letter"]:
-        raise ConfigError("--stop-at-letter is for transformers; leave it out.")
+    for given, reason in refused:
+        if given not in (None, False):
+            raise ConfigError(reason)
     if options["positions"] == "transformers":
         raise ConfigError("--positions transformers: vLLM numbers text as the base was trained; leave the option out.")
     try:
@@ -130,7 +125,7 @@ def _some(dataset: VideoDataset, count: int) -> VideoDataset:
 
 def _most(samples: list[Sample]) -> dict[str, int]:
     """The most clips and pictures of a sample."""
-    kinds = [[part["type"] for message in s.messages for part in message["content"]] for s in samples]
+    kinds = [[part["type"] for part in sample.visuals] for sample in samples]
     return {kind: max((found.count(kind) for found in kinds), default=0) for kind in ("video", "image")}
 
 

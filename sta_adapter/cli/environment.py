@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 from urllib.parse import urlsplit
 
+import huggingface_hub
 import torch
 
 from sta_adapter.attention.kernels import choose_kernel
@@ -29,15 +30,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM, FRAMES = 80, 8  # Qwen2-VL's head size; any number of frames gets the same kernel
 
 
-class SeamFacts(TypedDict):
-    """Of a `Seam`."""
-
-    name: str
-    package: str
-    found: str
-    differs: bool
-
-
 class Environment(TypedDict):
     """What `sta-adapter env --json` prints."""
 
@@ -48,7 +40,7 @@ class Environment(TypedDict):
     kernels: list[dict[str, str]]
     decoders: dict[str, str]
     backbones: dict[str, str]
-    seams: list[SeamFacts]
+    seams: list[dict[str, object]]
     hub: dict[str, str]
 
 
@@ -66,10 +58,7 @@ def describe_environment() -> Environment:
         "kernels": [_kernel(device["type"], dtype) for device in devices for dtype in DTYPES],
         "decoders": {name: _decoder(module) for name, module in DECODERS.items()},
         "backbones": {name: _source(name) for name in list_backbones()},
-        "seams": [
-            {"name": seam.name, "package": seam.package, "found": seam.found, "differs": seam.differs}
-            for seam in seams()
-        ],
+        "seams": [{**seam._asdict(), "differs": seam.differs} for seam in seams()],
         "hub": _hub(),
     }
 
@@ -117,13 +106,7 @@ def _source(name: str) -> str:
 
 def _hub() -> dict[str, str]:
     found = {name: _without_secrets(os.environ[name]) for name in HUB_SETTINGS if name in os.environ}
-    try:
-        from huggingface_hub import get_token
-
-        found["token"] = "set" if get_token() else "not set"
-    except ImportError:
-        found["token"] = "unknown: huggingface-hub isn't installed"
-    return found
+    return {**found, "token": "set" if huggingface_hub.get_token() else "not set"}
 
 
 def _without_secrets(value: str) -> str:
@@ -155,7 +138,7 @@ def format_environment(found: Environment) -> str:
     section("Backbones", found["backbones"])
     section(
         "What STA leans on in other packages",
-        {seam["name"]: f"{'DIFFERS: ' if seam['differs'] else ''}{seam['found']}" for seam in found["seams"]},
+        {str(seam["name"]): f"{'DIFFERS: ' if seam['differs'] else ''}{seam['found']}" for seam in found["seams"]},
     )
     section("Hugging Face Hub", found["hub"])
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from sta_adapter.cli.engine import ENGINES, AskOptions, EngineReport, ask_engine, check_options, sentences
-from sta_adapter.cli.measurement import Arguments, Measurement
+from sta_adapter.cli.measurement import Measurement
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     Grouped,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
         revision: str | None
         trust_remote_code: bool
         dtype: str | None
-        shared: bool  # found out by the command
 
     class About(TypedDict, total=False):
         """What results.json says of itself."""
@@ -128,7 +127,13 @@ def command(
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
 
-    about = _about(model, adapter, options)
+    about: About = {  # without folders of this machine, as such files are published
+        "model": public_name(model),
+        "adapter_id": None if adapter is None else public_name(adapter),
+        "data": public_name(options["data"]),
+        "benchmark": options["benchmark"],
+        "seed": options["seed"],
+    }
     require_device(options["device"])
     check_options(options)
     if options["overwrite"] and not out:
@@ -137,7 +142,7 @@ def command(
         raise ConfigError(
             "--stop-at-letter is for answers that are written, as with --benchmark; options are scored here."
         )
-    options["shared"] = _joined(options)
+    shared = _joined(options)
     runs = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
     if out:
         _require_results_free(Path(out), about, runs, options)
@@ -148,9 +153,9 @@ def command(
     source = ModelSource.of({"model": model, **options}, folder)
     dataset = _dataset(samples, model, source.load_processor(), folder, options)
 
-    kept = Path(out) if out else None
+    kept, how = Path(out) if out else None, _arguments(options, shared)
     measurement = Measurement(
-        source, dataset, runs, _orders(options), options["device"], kept, options["overwrite"], _arguments(options)
+        source, dataset, runs, _orders(options), options["device"], kept, options["overwrite"], how
     )
     if options["engine"] == "vllm":
         results, engine = ask_engine(measurement, options)
@@ -171,12 +176,21 @@ def command(
     click.echo(json.dumps(public, indent=1) if as_json else as_text(report))
 
 
-def _joined(options: Options) -> bool:
-    """Whether this is one of several processes that share the samples, each of which then works on a device of its own.
+def _arguments(options: Options, shared: bool) -> dict[str, object]:
+    """Those of `sta_adapter.evaluation.evaluate` that are the same for all runs."""
+    return {
+        "seed": options["seed"],
+        "batch_size": options["batch_size"] or (64 if options["engine"] == "vllm" else 8),
+        "max_new_tokens": options["max_new_tokens"],
+        "choose": "generate" if options["benchmark"] else "loglikelihood",
+        "num_workers": options["num_workers"],
+        "stop_at_letter": options["stop_at_letter"],
+        "shared": shared,
+    }
 
-    Raises:
-        ConfigError: an option would have them all on one device.
-    """
+
+def _joined(options: Options) -> bool:
+    """Whether this is one of several processes that share the samples, each of which then works on a device of its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
     if options["engine"] == "vllm":
@@ -189,17 +203,6 @@ def _joined(options: Options) -> bool:
     device = str(join_processes().device)
     options["device"] = options["device"] or device
     return True
-
-
-def _about(model: str, adapter: str | None, options: Options) -> About:
-    """What results.json says of itself, without folders of this machine, as such files are published."""
-    return {
-        "model": public_name(model),
-        "adapter_id": None if adapter is None else public_name(adapter),
-        "data": public_name(options["data"]),
-        "benchmark": options["benchmark"],
-        "seed": options["seed"],
-    }
 
 
 def _require_results_free(folder: Path, about: About, planned: list[str], options: Options) -> None:
@@ -280,16 +283,3 @@ def _write(report: Results, folder: Path) -> None:
         draw(report, folder / "results.png")
     except Exception as error:  # a picture must not cost the outcome of hours, whatever its library can't draw
         click.secho(f"No results.png: {error}", fg="yellow", err=True)
-
-
-def _arguments(options: Options) -> Arguments:
-    """Those of `sta_adapter.evaluation.evaluate` that are the same for all runs."""
-    return {
-        "seed": options["seed"],
-        "batch_size": options["batch_size"] or (64 if options["engine"] == "vllm" else 8),
-        "max_new_tokens": options["max_new_tokens"],
-        "choose": "generate" if options["benchmark"] else "loglikelihood",
-        "num_workers": options["num_workers"],
-        "stop_at_letter": options["stop_at_letter"],
-        "shared": options["shared"],
-    }

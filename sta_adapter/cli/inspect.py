@@ -67,11 +67,7 @@ def command(
 
 
 def parse_layers(text: str) -> Literal["all"] | tuple[int, ...]:
-    """`"all"`, or the indices in a list such as "0-3,8".
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """`"all"`, or the indices in a list such as "0-3,8"."""
     if text.strip() == "all":
         return "all"
     found: list[int] = []

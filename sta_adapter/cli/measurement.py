@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from sta_adapter.cli.model_source import ModelSource
 
@@ -23,18 +24,6 @@ __all__ = ["ORDERED", "Measurement"]
 ORDERED = "ordered"
 
 
-class Arguments(TypedDict):
-    """Those of `sta_adapter.evaluation.evaluate` that are the same for all runs."""
-
-    seed: int
-    batch_size: int
-    max_new_tokens: int
-    choose: str
-    num_workers: int
-    stop_at_letter: bool
-    shared: bool
-
-
 @dataclass(frozen=True)
 class Measurement:
     """The runs of an evaluation ("base", "adapter" or both), each asked in all orders of frames; `out` keeps predictions."""
@@ -46,7 +35,7 @@ class Measurement:
     device: str | None
     out: Path | None
     overwrite: bool
-    arguments: Arguments
+    arguments: Mapping[str, Any]  # of `evaluate`, the same for all runs
 
     def ask(self, answerer: nn.Module | Engine, run: str, some: VideoDataset | None = None) -> Orders:
         """The results of a run by the order of frames; with `some` of these alone, frames in order, and nothing is kept."""

@@ -34,19 +34,15 @@ class ModelSource:
     @classmethod
     def of(cls, options: Mapping[str, object], adapter: Path | None) -> ModelSource:
         """The one that a command's options name, with the adapter's folder (of `find_adapter`)."""
-
-        def text(name: str) -> str | None:
-            value = options.get(name)
-            return None if value is None else str(value)
-
+        given = {name: str(value) for name, value in options.items() if value is not None}
         return cls(
-            str(options["model"]),
-            text("revision"),
+            given["model"],
+            given.get("revision"),
             bool(options.get("trust_remote_code")),
-            text("dtype") or "auto",
-            text("quantize"),
-            text("positions"),
-            text("attn_implementation"),
+            given.get("dtype", "auto"),
+            given.get("quantize"),
+            given.get("positions"),
+            given.get("attn_implementation"),
             adapter,
             bool(options.get("any_base")),
         )

@@ -1,10 +1,10 @@
-"""The options that several commands share, as their functions get them."""
+"""The options that several commands share, as their functions get them; `RUN_OPTIONS` are the names of a `Run`'s."""
 
 from __future__ import annotations
 
 from typing import TypedDict
 
-__all__ = ["FrameRate", "ModelOptions", "Run", "ViewerSettings"]
+__all__ = ["RUN_OPTIONS", "ModelOptions", "Run"]
 
 
 class ModelOptions(TypedDict):
@@ -17,24 +17,6 @@ class ModelOptions(TypedDict):
     dtype: str | None
     any_base: bool
     adapter_revision: str | None
-
-
-class ViewerSettings(TypedDict):
-    """Arguments of `Viewer.load`."""
-
-    base_model: str | None
-    dtype: str
-    device: str | None
-    revision: str | None
-    positions: str | None
-    trust_remote_code: bool
-
-
-class FrameRate(TypedDict, total=False):
-    """Fields of `FrameSettings`."""
-
-    fps: float
-    nframes: int | None
 
 
 class Run(TypedDict):
@@ -59,3 +41,6 @@ class Run(TypedDict):
     trust_remote_code: bool
     dry_run: bool
     any_base: bool
+
+
+RUN_OPTIONS = tuple(Run.__annotations__)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from sta_adapter.cli.option_types import FrameRate, ModelOptions, Run, ViewerSettings
+from sta_adapter.cli.option_types import RUN_OPTIONS, ModelOptions, Run
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 from sta_adapter.tiny_base import usual_frames
@@ -37,8 +37,7 @@ class _GroupedOption(click.Option):
 class Grouped(click.Command):
     """A command whose help begins with its example and lists options under headings, short enough for a screen.
 
-    Args:
-        needs: modules that it can't work without, by the extra that brings them.
+    It can't work without the modules that it `needs`, by the extra that brings them.
     """
 
     def __init__(self, *args: Any, needs: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
@@ -104,7 +103,7 @@ quantize_option = option("Model", "--quantize", type=BITS, metavar="BITS", help=
 stage_option = option("Run", "--stage", type=STAGE, metavar="STAGE", help=STAGES)
 
 
-def viewer_settings(options: ModelOptions) -> ViewerSettings:
+def viewer_settings(options: ModelOptions) -> dict[str, Any]:
     """The arguments of `Viewer.load` for which the options of model and adapter stand."""
     return {
         "base_model": base_model_of(options["any_base"]),
@@ -116,12 +115,8 @@ def viewer_settings(options: ModelOptions) -> ViewerSettings:
     }
 
 
-def frame_rate(fps: float | None, nframes: int | None) -> FrameRate:
-    """The fields of `FrameSettings` that --fps or --nframes set.
-
-    Raises:
-        ConfigError: both are given.
-    """
+def frame_rate(fps: float | None, nframes: int | None) -> dict[str, Any]:
+    """The fields of `FrameSettings` that --fps or --nframes set, of which one may be given."""
     if fps is not None and nframes is not None:
         raise ConfigError("--fps and --nframes exclude each other; give one of them.")
     if fps is not None:
@@ -130,12 +125,7 @@ def frame_rate(fps: float | None, nframes: int | None) -> FrameRate:
 
 
 def find_adapter(adapter: str | None, revision: str | None, any_base: bool = False) -> Path | None:
-    """The adapter's folder, looked for and downloaded once, before anything takes time.
-
-    Raises:
-        ConfigError: there is an option about an adapter and no adapter.
-        CheckpointError: it can't be had.
-    """
+    """The adapter's folder, looked for and downloaded once, before anything takes time; its options need an adapter."""
     if adapter is None:
         if revision is not None:
             raise ConfigError(f"--adapter-revision {revision}: there is no --adapter.")
@@ -169,11 +159,7 @@ def data_options(command: Decorated) -> Decorated:
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
-    """`("lora_rank=8", "frames.fps=2")` as nested values, read as YAML would.
-
-    Raises:
-        ConfigError: a pair has no "=".
-    """
+    """`("lora_rank=8", "frames.fps=2")` as nested values, read as YAML would."""
     import yaml
 
     values: dict[str, object] = {}
@@ -197,24 +183,11 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
 
 
 def read_run(
-    config: str | None,
-    pairs: tuple[str, ...],
-    options: Mapping[str, object],
-    names: Sequence[str],
-    needed: Sequence[str],
+    config: str | None, pairs: tuple[str, ...], options: Mapping[str, object], needed: Sequence[str]
 ) -> tuple[Run, dict[str, object]]:
-    """A run's own options and its settings: of a YAML file, of --set, and of options, of which the later ones win.
+    """A run's own options and its settings of training: of a YAML file, of --set, and of options, of which the later ones win.
 
-    Args:
-        config: the file.
-        pairs: of --set.
-        options: what was not given is None, False or empty.
-        names: of the run's own options; all others are settings.
-        needed: those of them that must be given.
-
-    Raises:
-        ConfigError: the file or a pair can't be read.
-        UsageError: a needed option is missing.
+    Of `options`, what was not given is None, False or empty; those that are `needed` must be given in one of the three.
     """
     from sta_adapter.training.config import LENGTH, read_yaml
 
@@ -224,7 +197,7 @@ def read_run(
     if not given.keys().isdisjoint(LENGTH):  # steps instead of the file's epochs, or the other way round
         values = {name: value for name, value in values.items() if name not in LENGTH}
     values = merged(values, given)
-    run: dict[str, Any] = {name: values.pop(name, None) for name in names}
+    run: dict[str, Any] = {name: values.pop(name, None) for name in RUN_OPTIONS}
     run["data"] = one_or_several(run["data"])
     values = with_usual_frames(values, run.get("model"))
     missing = [f"--{name}" for name in needed if not run[name]]
@@ -244,11 +217,7 @@ def with_usual_frames(values: dict[str, object], model: str | None) -> dict[str,
 
 
 def one_or_several(data: object) -> str | list[str] | None:
-    """`--data` as `open_data` takes it: a name, or a list of at least two.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """`--data` as `open_data` takes it: a name, or a list of at least two."""
     if data is None or isinstance(data, str):
         return data
     if not isinstance(data, (list, tuple)) or not data or not all(isinstance(name, str) for name in data):

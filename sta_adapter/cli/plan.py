@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 import click
 
+from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import BITS, DTYPE, TRAINING, Grouped, data_options, option, read_run, stage_option
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ Example: sta-adapter plan --model Qwen/Qwen2-VL-7B-Instruct \\
 Shows parameters, steps, lengths and the memory of a training step, part
 by part, and the settings that fit. With a GPU, one step is measured.
 """
-RUN = ("model", "data", "stage", "videos", "format", "revision", "trust_remote_code", "dtype", "quantize")
-# of train, which a file for both may hold
-OF_TRAIN = (
-    *("out", "eval_data", "adapter", "adapter_revision", "overwrite", "positions", "attn_implementation", "dry_run"),
-    *("cache", "any_base"),
-)
 
 
 class MachineReport(TypedDict):
@@ -82,7 +77,7 @@ def command(
     """Plan, and print it."""
     from sta_adapter.training.config import TrainingConfig
 
-    run, values = read_run(config, pairs, options, (*RUN, *OF_TRAIN), ("model", "data"))
+    run, values = read_run(config, pairs, options, ("model", "data"))  # a file may hold those of train as well
     settings = TrainingConfig.from_dict(values)
     report = plan_run(run, settings, memory=memory, processes=processes, samples=samples, measure=measure)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
@@ -101,37 +96,31 @@ def plan_run(
     import torch
 
     from sta_adapter.inspection import empty_model
-    from sta_adapter.loading import load_model, load_processor
     from sta_adapter.training.plan import measure_step, plan_stage, sample_lengths
     from sta_adapter.training.stage import Stage
     from sta_adapter.training.two_stage import open_data, stage_names
 
-    revision, trusted = run["revision"], bool(run["trust_remote_code"])
+    source = ModelSource.of(run, None)
     names = stage_names(str(run["stage"] or ("both" if settings.sta else "2")), settings)
     machine = _machine(run, settings, memory, processes)
-    processor = load_processor(run["model"], revision=revision, trust_remote_code=trusted)
+    processor = source.load_processor()
     opened = open_data(run["data"], processor, settings, format=run["format"], videos=run["videos"], stream=False)
     dataset = cast("VideoDataset", opened)  # as it is no stream
     lengths = sample_lengths(dataset, samples, settings.num_workers)
     configs = {name: settings.for_stage(name) for name in names}
 
     def make_model() -> nn.Module:
-        return empty_model(run["model"], revision=revision, trust_remote_code=trusted)
+        return empty_model(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     stages = {n: plan_stage(n, config, make_model, dataset, lengths, machine) for n, config in configs.items()}
     here = memory is None and torch.cuda.is_available()
     if here or measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for name, config in configs.items():
-            model = load_model(
-                run["model"],
-                revision=revision,
-                trust_remote_code=trusted,
-                dtype=run["dtype"] or "auto",
-                quantize=run["quantize"],
-            )
+            model = source.load(None)
             found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device, processes)
-            stages[name]["measured"], stages[name]["hours"] = found, _hours(stages[name], found)
+            steps = stages[name]["steps"] * stages[name]["accumulation"]
+            stages[name]["measured"], stages[name]["hours"] = found, steps * found["seconds"] / 3600
             del model
     about: MachineReport = {
         "memory": machine.memory,
@@ -160,10 +149,6 @@ def _machine(run: Run, settings: TrainingConfig, memory: float | None, processes
     dtype = DTYPES.get(run["dtype"] or "auto", auto)
     size = here if memory is None else memory * GB
     return Machine(size, cuda, precision, dtype, processes, run["quantize"])
-
-
-def _hours(stage: StagePlan, measured: dict[str, float]) -> float:
-    return stage["steps"] * stage["accumulation"] * measured["seconds"] / 3600
 
 
 def describe(report: PlanReport) -> list[str]:

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import click
 
 from sta_adapter.cli.options import Grouped, option
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from sta_adapter.adapter.push import Publication
-
-    class Options(TypedDict):
-        """What `push_folder` takes as it is."""
-
-        revision: str | None
-        commit_message: str | None
-        create_pr: bool
-        license: str | None
-        base_model: str | None
-        datasets: tuple[str, ...]
-        results: str | None
-        dry_run: bool
-
 
 __all__ = ["command"]
 
@@ -54,15 +39,15 @@ write access: HF_TOKEN, or a login.
 @option("Card", "--results", metavar="FILE", help="results.json of evaluate. [default: FOLDER's]")
 @option("Result", "--dry-run", is_flag=True, help="Upload nothing; show what would be, and the card.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON.")
-def command(folder: str, repo_id: str, private: bool, as_json: bool, **options: Unpack[Options]) -> None:
+def command(folder: str, repo_id: str, private: bool, dry_run: bool, as_json: bool, **options: object) -> None:
     """Push and say what was uploaded."""
     from sta_adapter.adapter.push import push_folder
 
-    done = push_folder(folder, repo_id, private=private or None, **options)
+    done = push_folder(folder, repo_id, private=private or None, dry_run=dry_run, **options)
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=1))
         return
-    click.echo("\n".join(describe(done, options["dry_run"])))
+    click.echo("\n".join(describe(done, dry_run)))
 
 
 def describe(done: Publication, dry_run: bool) -> list[str]:

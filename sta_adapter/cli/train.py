@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,20 +34,13 @@ from sta_adapter.requirements import require_reporters, require_writable
 
 if TYPE_CHECKING:
     from sta_adapter.cli.option_types import Run
-    from sta_adapter.data.dataset import VideoDataset
-    from sta_adapter.data.stream import StreamDataset
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.two_stage import TrainingResult
 
 __all__ = ["command"]
 
-# options that are settings of the run itself, not of TrainingConfig
 FLAGS: tuple[Literal["overwrite", "trust_remote_code", "dry_run", "any_base"], ...]
 FLAGS = ("overwrite", "trust_remote_code", "dry_run", "any_base")
-RUN_OPTIONS = (
-    *("model", "revision", "dtype", "quantize", "attn_implementation", "positions", "adapter", "adapter_revision"),
-    *("data", "eval_data", "videos", "format", "cache", "out", "stage", *FLAGS),
-)
 HELP = """\b
 Example: sta-adapter train --model Qwen/Qwen2-VL-2B-Instruct \\
              --data clips.jsonl --out my-adapter
@@ -85,7 +79,7 @@ def command(config: str | None, pairs: tuple[str, ...], **options: object) -> No
     """Train as the options and the file of settings say."""
     from sta_adapter.training.config import TrainingConfig
 
-    run, values = read_run(config, pairs, options, RUN_OPTIONS, ("model", "data", "out"))
+    run, values = read_run(config, pairs, options, ("model", "data", "out"))
     try:
         _check_flags(run)
         settings = TrainingConfig.from_dict(values)
@@ -117,14 +111,10 @@ def _train(run: Run, settings: TrainingConfig) -> None:
     source = ModelSource.of(run, find_adapter(run["adapter"], run["adapter_revision"], run["any_base"]))
     processor = source.load_processor()
 
-    def opened(files: str | list[str], stream: bool = True) -> VideoDataset | StreamDataset:
-        how = (run["format"], run["videos"], run["cache"])
-        return open_data(files, processor, settings, format=how[0], videos=how[1], stream=stream, cache=how[2])
-
-    data = opened(run["data"])
-    eval_data = opened(run["eval_data"], stream=False) if run["eval_data"] else None
+    opened = partial(open_data, format=run["format"], videos=run["videos"], cache=run["cache"])
+    data = opened(run["data"], processor, settings)
+    eval_data = opened(run["eval_data"], processor, settings, stream=False) if run["eval_data"] else None
     model = source.load(_device(run["quantize"]), is_trainable=True)
-    overwrite = run["overwrite"]
     try:
         result = train(
             model,
@@ -133,7 +123,7 @@ def _train(run: Run, settings: TrainingConfig) -> None:
             stage=str(run["stage"]),
             config=settings,
             eval_data=eval_data,
-            overwrite=overwrite,
+            overwrite=run["overwrite"],
         )
     except TrainingStopped as stopped:
         if is_rank_zero():

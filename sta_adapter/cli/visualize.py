@@ -30,14 +30,6 @@ if TYPE_CHECKING:
     from sta_adapter.visualization.report import Summary
     from sta_adapter.visualization.viewer import Viewer
 
-    class Options(ModelOptions):
-        """Those of the command, but for the ones that it names itself."""
-
-        model: str | None
-        overwrite: bool
-        fps: float | None
-        nframes: int | None
-
     class Look(Summary):
         """What --json prints."""
 
@@ -73,19 +65,28 @@ one file, to click in), PNG, MP4, GIF, arrays.npz and numbers.json.
 @model_options
 @adapter_options
 def command(
-    clip: str, out: str, adapter: str | None, block: int | None, as_json: bool, **options: Unpack[Options]
+    clip: str,
+    out: str,
+    overwrite: bool,
+    model: str | None,
+    adapter: str | None,
+    block: int | None,
+    fps: float | None,
+    nframes: int | None,
+    as_json: bool,
+    **options: Unpack[ModelOptions],
 ) -> None:
     """Look at a clip and write what was seen."""
     from sta_adapter.visualization.viewer import Viewer
 
-    frames = frame_rate(options["fps"], options["nframes"])
+    frames = frame_rate(fps, nframes)
     require_device(options["device"])
-    require_free(Path(out), MADE, options["overwrite"])
+    require_free(Path(out), MADE, overwrite)
     require_writable(Path(out))
-    model, shown = model_and_adapter(options["model"], adapter)
+    base, shown = model_and_adapter(model, adapter)
     folder = find_adapter(adapter, options["adapter_revision"], options["any_base"]) or shown
-    viewer = Viewer.load(model, folder, frames=frames, **viewer_settings(options))
-    numbers = write_look(viewer, clip, Path(out), block, subject(model, shown))
+    viewer = Viewer.load(base, folder, frames=frames, **viewer_settings(options))
+    numbers = write_look(viewer, clip, Path(out), block, subject(base, shown))
     click.echo(json.dumps(numbers, indent=1) if as_json else describe(numbers, out))
 
 

@@ -56,7 +56,7 @@ class DataReport:
             "bad": len(self.problems),
             "problems": self.problems,
             "categories": self.categories,
-            **{name: _spread(values) for name, values in lengths.items() if values},
+            **{name: spread(values) for name, values in lengths.items() if values},
         }
 
 
@@ -172,5 +172,5 @@ def _problem(bad: BadSample, kind: str) -> dict[str, str]:
     return {"source": bad.source, "kind": kind, "reason": bad.reason}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"least": min(values), "median": statistics.median(values), "largest": max(values)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import get_worker_info
@@ -14,7 +15,9 @@ from sta_adapter.data.chat_encoding import IGNORE, Prompt
 from sta_adapter.data.clip_batches import PER_TOKEN, PIXELS, put_together, takes_one_kind
 from sta_adapter.data.visual_processing import Encoded
 
-__all__ = ["Collator", "Loaded", "kind_of"]
+__all__ = ["Collator", "Loaded", "kind_of", "uncollated"]
+
+T = TypeVar("T")
 
 FILL = {**dict.fromkeys(PER_TOKEN, 0), "labels": IGNORE}  # what has one value a token, and what fills it up
 
@@ -129,6 +132,11 @@ class Collator:
         gaps = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
         pad = torch.nn.functional.pad
         return torch.stack([pad(row, gap, value=fill) for row, gap in zip(rows, gaps, strict=True)])
+
+
+def uncollated(item: T) -> T:
+    """Of a `DataLoader` that gives samples as they are."""
+    return item
 
 
 def kind_of(item: Encoded) -> str:

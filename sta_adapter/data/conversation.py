@@ -66,6 +66,11 @@ class Sample:
         return [] if self.problem is not None else self.messages[: self._last_answer()]
 
     @property
+    def visuals(self) -> list[Part]:
+        """The clips and pictures of all messages, in their order."""
+        return [part for message in self.messages for part in message["content"] if part["type"] != "text"]
+
+    @property
     def answered(self) -> bool:
         """Whether there is an answer to learn or to compare with."""
         return any(message["role"] == "assistant" for message in self.messages)

@@ -74,11 +74,7 @@ def judge(index: int, sample: Sample, said: str, scores: list[float] | None = No
 
 
 def most_likely(index: int, sample: Sample, scores: list[float]) -> Prediction:
-    """The option of the highest log-likelihood as the answer.
-
-    Raises:
-        DivergenceError: one of them is no number, and the first option would be the answer.
-    """
+    """The option of the highest log-likelihood as the answer; one that is no number is refused, as the first would win."""
     if any(map(math.isnan, scores)):
         raise DivergenceError(f"{sample.source}: {NO_NUMBERS}")
     options = sample.options or []
@@ -87,23 +83,16 @@ def most_likely(index: int, sample: Sample, scores: list[float]) -> Prediction:
 
 @dataclass(frozen=True)
 class Question:
-    """A sample to be answered.
+    """A sample to be answered."""
 
-    Attributes:
-        index: the sample's.
-        sample: its answer is not shown to the model.
-        prompt: encoded.
-        options: as tokens; none where the answer is generated.
-    """
-
-    index: int
-    sample: Sample
+    index: int  # the sample's
+    sample: Sample  # its answer is not shown to the model
     prompt: Encoded
-    options: list[torch.Tensor]
+    options: list[torch.Tensor]  # as tokens; none where the answer is generated
 
 
 def option_tokens(processor: Processor, sample: Sample, choose: str) -> list[torch.Tensor]:
-    """A sample's options as tokens; none where its answer is generated.
+    """A sample's options as tokens; none where its answer is generated, as `choose` may say.
 
     Raises:
         DataError: the chat template or the tokenizer can't take one of them.
@@ -126,10 +115,7 @@ class Numbers(LogitsProcessor):
 class AtLetter(StoppingCriteria):
     """Ends the rows that begin with an option's letter and a mark behind it, which a word that begins with it has not.
 
-    Args:
-        tokenizer: of the tokens.
-        start: where the answers begin.
-        options: how many each row's question has; 0 lets it go on.
+    Answers begin at `start`; `options` are how many each row's question has, 0 to let it go on.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, options: Sequence[int]) -> None:
@@ -150,17 +136,7 @@ def _begins_with_letter(said: str, options: int) -> bool:
 
 
 class Answerer:
-    """Answers of a model to encoded prompts, in batches padded on the left.
-
-    Args:
-        model: the model.
-        processor: its processor.
-        max_new_tokens: longest generated answer.
-        batch_size: samples, or options of samples, at a time.
-        choose: how a question with options is answered: "loglikelihood" or "generate", see
-            `sta_adapter.evaluation.evaluator.evaluate`.
-        stop_at_letter: a generated answer ends with an option's letter at its start, see there.
-    """
+    """Answers of a model to encoded prompts, in batches padded on the left; arguments as for `evaluate`."""
 
     def __init__(
         self,
@@ -168,21 +144,15 @@ class Answerer:
         processor: Processor,
         max_new_tokens: int,
         batch_size: int,
-        choose: str = "loglikelihood",
         stop_at_letter: bool = False,
     ) -> None:
         self.model: Any = model  # of a class that generates
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self.choose = choose
         self.stop_at_letter = stop_at_letter
         self.collate = Collator.of(processor, side="left")
         self.device = next(model.parameters()).device
-
-    def options(self, sample: Sample) -> list[torch.Tensor]:
-        """See `option_tokens`."""
-        return option_tokens(self.processor, sample, self.choose)
 
     def answer(self, questions: list[Question]) -> Iterator[Prediction]:
         """Predictions, those of generated answers first."""
@@ -221,10 +191,8 @@ class Answerer:
     ) -> list[str]:
         """What the model writes behind each prompt, greedily.
 
-        Args:
-            prompts: encoded.
-            said: is told the text of a single prompt so far, as it grows.
-            options: how many each prompt has, whose letter then ends the answer; 0 for those that go on.
+        `said` is told the text of a single prompt so far, as it grows. `options` are how many each prompt has, whose letter
+        then ends the answer; 0 for those that go on.
         """
         batch, told = self.batch(prompts)
         tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.utils.data import DataLoader, Subset
 
 from sta_adapter.data.bad_sample import BadSample
+from sta_adapter.data.collator import uncollated
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
@@ -28,13 +28,16 @@ def batches(
     dataset: VideoDataset, shares: Sequence[Sequence[int]], size: int, num_workers: int, progress: bool | str
 ) -> Iterator[list[tuple[int, Encoded | BadSample]]]:
     """Batches of samples of about one length, so that little is padded: those of a unit, from the longest on."""
+    from tqdm.auto import tqdm
+
     indices = [index for unit in shares for index in unit]
     workers = 0 if dataset.cached else num_workers
     ahead = 2 * size if workers else None
     loader = DataLoader(
-        Subset(dataset, indices), batch_size=None, num_workers=workers, collate_fn=_as_it_is, prefetch_factor=ahead
+        Subset(dataset, indices), batch_size=None, num_workers=workers, collate_fn=uncollated, prefetch_factor=ahead
     )
-    with worker_errors(), _progress(progress, len(indices), dataset.encoder.frame_order) as advance:
+    what = f"{progress if isinstance(progress, str) else 'answers'}, {dataset.encoder.frame_order} frames"
+    with worker_errors(), tqdm(total=len(indices), desc=what, dynamic_ncols=True, disable=not progress) as bar:
         items = iter(loader)
         for unit in shares:
             held: list[tuple[int, Encoded | BadSample]] = []
@@ -42,10 +45,10 @@ def batches(
                 held.append((index, next(items)))
                 if sum(map(_bytes, held)) > HELD_BYTES:
                     yield from _sorted_batches(held, size)
-                    advance(len(held))
+                    bar.update(len(held))
                     held = []
             yield from _sorted_batches(held, size)
-            advance(len(held))
+            bar.update(len(held))
 
 
 def _sorted_batches(
@@ -64,19 +67,3 @@ def _bytes(entry: tuple[int, Encoded | BadSample]) -> int:
     prompt = getattr(item, "prompt", None)
     pixels = [] if prompt is None else [visual.pixels for visual in prompt.visuals]
     return sum(array.nbytes for array in (*item.values(), *pixels))
-
-
-def _as_it_is(item: object) -> object:
-    return item
-
-
-@contextlib.contextmanager
-def _progress(shown: bool | str, total: int, frame_order: str) -> Iterator[Callable[[int], object]]:
-    if not shown:
-        yield lambda count: None
-        return
-    from tqdm.auto import tqdm
-
-    what = shown if isinstance(shown, str) else "answers"
-    with tqdm(total=total, desc=f"{what}, {frame_order} frames", dynamic_ncols=True) as bar:
-        yield bar.update

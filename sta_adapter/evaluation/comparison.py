@@ -71,12 +71,7 @@ class Contrast(NamedTuple):
 
 def clips_of(samples: Sequence[Sample]) -> list[Hashable]:
     """Which clips each sample is about; questions about the same ones are not independent of each other."""
-    return [
-        tuple(
-            part[part["type"]] for message in sample.messages for part in message["content"] if part["type"] != "text"
-        )
-        for sample in samples
-    ]
+    return [tuple(part[part["type"]] for part in sample.visuals) for sample in samples]
 
 
 def chance(samples: Sequence[Sample]) -> Chance | None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict, cast
 
-import torch
-
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.data.collator import Collator, Loaded
-from sta_adapter.data.conversation import Sample
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely, option_tokens
+from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely
 from sta_adapter.evaluation.result import EvaluationResult
 
 __all__ = ["Engine", "EngineAnswerer", "agreement"]
@@ -35,39 +32,23 @@ class Engine(Protocol):
         """The tokens that are written behind each prompt, greedily; with each comes the prompt as transformers makes it.
 
         Raises:
-            CompatibilityError: the engine makes other tokens of a prompt.
+            CompatibilityError: the engine makes other tokens of a prompt; so in `log_likelihoods`.
         """
 
     def log_likelihoods(
         self, prompts: Sequence[tuple[Prompt, list[int]]], options: Sequence[list[list[int]]]
     ) -> list[list[float]]:
-        """The log-likelihood of each of a prompt's options, in nats.
-
-        Raises:
-            CompatibilityError: the engine makes other tokens of a prompt.
-        """
+        """The log-likelihood of each of a prompt's options, in nats."""
 
 
 class EngineAnswerer:
-    """Answers of an engine to encoded prompts: as `Answerer` has them of a model.
+    """Answers of an engine to encoded prompts: as `Answerer` has them of a model."""
 
-    Args:
-        engine: the engine.
-        processor: the base's processor.
-        max_new_tokens: longest generated answer.
-        choose: how a question with options is answered, see `sta_adapter.evaluation.evaluate`.
-    """
-
-    def __init__(self, engine: Engine, processor: Processor, max_new_tokens: int, choose: str) -> None:
+    def __init__(self, engine: Engine, processor: Processor, max_new_tokens: int) -> None:
         self.engine = engine
         self.processor = processor
         self.max_new_tokens = max_new_tokens
-        self.choose = choose
         self.collate = Collator.of(processor)
-
-    def options(self, sample: Sample) -> list[torch.Tensor]:
-        """See `option_tokens`."""
-        return option_tokens(self.processor, sample, self.choose)
 
     def require_possible(self, question: Question) -> None:
         """Raise DataError for a prompt that the engine has no room for, with its options or the longest answer."""
@@ -101,23 +82,14 @@ def _prompt(item: Encoded) -> tuple[Prompt, list[int]]:
 class Agreement(TypedDict):
     """How far an engine's answers are those of transformers."""
 
-    samples: int
-    equal: int
-    correct: dict[str, int]
-    largest_difference: float | None
+    samples: int  # that both could use
+    equal: int  # answers among them
+    correct: dict[str, int]  # of the "engine" and of "transformers"
+    largest_difference: float | None  # of an option's log-likelihood, in nats, where options were scored
 
 
 def agreement(found: EvaluationResult, expected: EvaluationResult) -> Agreement:
-    """How far an engine's answers are those of transformers.
-
-    Args:
-        found: by the engine.
-        expected: by transformers, to the same questions.
-
-    Returns:
-        `samples` that both could use, `equal` answers among them, those that are `correct` here and there, and the
-        `largest_difference` of an option's log-likelihood in nats, where options were scored.
-    """
+    """How far an engine's answers are those of transformers to the same questions, which are expected."""
     ours, theirs = ({p.index: p for p in result.predictions} for result in (found, expected))
     pairs = [(ours[index], theirs[index]) for index in sorted(ours.keys() & theirs.keys())]
     differences = [

@@ -24,7 +24,7 @@ from sta_adapter.data.fingerprint import fingerprint_processor, fingerprint_samp
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
-from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge
+from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge, option_tokens
 from sta_adapter.evaluation.batches import batches, units
 from sta_adapter.evaluation.engine import Engine, EngineAnswerer
 from sta_adapter.evaluation.eval_mode import eval_mode
@@ -116,14 +116,19 @@ def evaluate(
 
         first, *_ = processes.gather(read_log)
         log.open(first)  # all of them go on from what the first one has read
-        answerer = _answerer(model, dataset.processor, max_new_tokens, batch_size, choose, stop_at_letter)
-        _answer_missing(answerer, dataset, log, processes, batch_size, num_workers, progress)
+        answerer: Answerer | EngineAnswerer
+        if isinstance(model, nn.Module):
+            answerer = Answerer(model, dataset.processor, max_new_tokens, batch_size, stop_at_letter)
+        else:
+            answerer = EngineAnswerer(model, dataset.processor, max_new_tokens)
+        _answer_missing(answerer, choose, dataset, log, processes, batch_size, num_workers, progress)
         predictions = [Prediction(**known) for known in log.done.values()]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
 
 
 def _answer_missing(
     answerer: Answerer | EngineAnswerer,
+    choose: str,
     dataset: VideoDataset,
     log: PredictionLog,
     processes: Processes,
@@ -138,7 +143,7 @@ def _answer_missing(
     def work() -> tuple[dict[int, Kept], dict[int, str]]:
         shown = progress if processes.rank == 0 else False
         for batch in batches(dataset, shares, batch_size, num_workers, shown):
-            _answer(answerer, dataset, batch, log)
+            _answer(answerer, choose, dataset, batch, log)
         return log.done, log.bad
 
     found = processes.gather(work)
@@ -172,6 +177,8 @@ def _check_arguments(
         raise ConfigError(
             "stop_at_letter has no effect where options are scored; leave it out, or pass choose='generate'."
         )
+    if stop_at_letter and not isinstance(model, nn.Module):
+        raise ConfigError("stop_at_letter is for models; an engine stops by itself.")
     if shared and (not isinstance(model, nn.Module) or is_sharded(model.parameters())):
         raise ConfigError(
             "shared=True is for models that each process has whole; leave it out for an engine or sharded weights."
@@ -200,21 +207,6 @@ def _check_idle(
                 f"{name} has no effect on a VideoDataset, which was made with another; leave it out, or make the data set "
                 "with it."
             )
-
-
-def _answerer(
-    model: nn.Module | Engine,
-    processor: Processor,
-    max_new_tokens: int,
-    batch_size: int,
-    choose: str,
-    stop_at_letter: bool,
-) -> Answerer | EngineAnswerer:
-    if isinstance(model, nn.Module):
-        return Answerer(model, processor, max_new_tokens, batch_size, choose, stop_at_letter)
-    if stop_at_letter:
-        raise ConfigError("stop_at_letter is for models; an engine stops by itself.")
-    return EngineAnswerer(model, processor, max_new_tokens, choose)
 
 
 def _prediction_log(
@@ -267,6 +259,7 @@ def _fingerprints(dataset: VideoDataset, choose: str) -> list[str]:
 
 def _answer(
     answerer: Answerer | EngineAnswerer,
+    choose: str,
     dataset: VideoDataset,
     batch: Sequence[tuple[int, Encoded | BadSample]],
     log: PredictionLog,
@@ -277,7 +270,7 @@ def _answer(
         sample = dataset.samples[index]
         try:
             if not isinstance(item, BadSample):
-                question = Question(index, sample, item, answerer.options(sample))
+                question = Question(index, sample, item, option_tokens(dataset.processor, sample, choose))
                 answerer.require_possible(question)
                 good.append(question)
                 continue

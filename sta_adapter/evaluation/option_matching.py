@@ -24,31 +24,18 @@ _NEAR = 90  # characters before a label in which its lead-in stands
 
 @dataclass(frozen=True)
 class _Mention:
-    """An option's label in an answer.
+    """An option's label in an answer."""
 
-    Attributes:
-        index: the option's.
-        start: where it begins.
-        end: where it ends, its option's own text included if that follows.
-        before: what stands before it, as far as it matters.
-        after: all that stands behind it.
-        short: a single letter or figure.
-        phrase: several words, which stand in no sentence by chance.
-        own_text: whether its option's own text follows.
-        capital: it can be no word of the sentence.
-        denied: whether it is said not to be the answer.
-    """
-
-    index: int
-    start: int
-    end: int
-    before: str
-    after: str
-    short: bool
-    phrase: bool
-    own_text: bool
-    capital: bool
-    denied: bool
+    index: int  # the option's
+    start: int  # where it begins
+    end: int  # where it ends, its option's own text included if that follows
+    before: str  # what stands before it, as far as it matters
+    after: str  # all that stands behind it
+    short: bool  # a single letter or figure
+    phrase: bool  # several words, which stand in no sentence by chance
+    own_text: bool  # whether its option's own text follows
+    capital: bool  # it can be no word of the sentence
+    denied: bool  # whether it is said not to be the answer
 
     @property
     def marked(self) -> bool:

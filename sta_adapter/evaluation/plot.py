@@ -33,11 +33,7 @@ LINE_HEIGHT = 0.21  # inches
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the picture of what `sta_adapter.evaluation.comparison.compare` gives, a .png.
-
-    Raises:
-        MissingExtraError: matplotlib is missing.
-    """
+    """Write the picture of what `sta_adapter.evaluation.comparison.compare` gives, a .png."""
     figure_of(report).savefig(path, dpi=150, facecolor="white")
 
 

@@ -34,10 +34,6 @@ class PredictionLog:
         renew: makes of a prediction read from the file, and the question's index, what it says today.
         overwrite: throw the file's predictions away.
         part: the process's number.
-
-    Attributes:
-        done: the predictions by sample index.
-        bad: why samples could not be used, by sample index.
     """
 
     def __init__(
@@ -56,16 +52,12 @@ class PredictionLog:
         self.questions = list(questions)
         self.renew = renew
         self.overwrite = overwrite
-        self.done: dict[int, Kept] = {}
-        self.bad: dict[int, str] = {}
+        self.done: dict[int, Kept] = {}  # by sample index
+        self.bad: dict[int, str] = {}  # why samples could not be used
         self._file: TextIO | None = None
 
     def __enter__(self) -> PredictionLog:
-        """Read what is there; the first process does.
-
-        Raises:
-            ConfigError: the file is of another evaluation.
-        """
+        """Read what is there; the first process does. A file of another evaluation is refused."""
         if self.path is None:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)

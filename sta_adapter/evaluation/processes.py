@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import distributed
 
@@ -44,11 +44,7 @@ class Processes:
         return units[self.rank :: self.size]
 
     def gather(self, make: Callable[[], Value]) -> list[Value]:
-        """What each process makes, by rank. One that fails does so in all of them, when the others are done.
-
-        Raises:
-            STAError: another process failed; here its own error is raised.
-        """
+        """What each process makes, by rank. Where one fails, all fail when the others are done: they with a STAError."""
         if self.size == 1:
             return [make()]
         failure: Exception | None = None
@@ -57,11 +53,11 @@ class Processes:
             mine = (True, make())
         except Exception as error:  # whatever it is, the others must hear of it
             failure, mine = error, (False, f"{type(error).__name__}: {error}")
-        found: list[Any] = [None] * self.size
+        found = [mine] * self.size
         distributed.all_gather_object(found, mine, group=self.group)
         if failure is not None:
             raise failure
         for rank, (worked, value) in enumerate(found):
             if not worked:
                 raise STAError(f"process {rank} failed: {value}")
-        return [value for _, value in found]
+        return [cast(Value, value) for _, value in found]

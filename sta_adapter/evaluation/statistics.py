@@ -20,19 +20,15 @@ _AT_ONCE = 2_000_000  # counts in memory
 
 
 def mean_interval(
-    values: Sequence[float], clips: Sequence[Hashable], *, seed: int = 0, draws: int = DRAWS, level: float = 0.95
+    values: Sequence[float], clips: Sequence[Hashable], *, seed: int = 0, draws: int = DRAWS
 ) -> tuple[float, float, float]:
-    """Mean and its bootstrap percentile interval.
+    """Mean, lower and upper end of its 95 % bootstrap percentile interval; zeros where there is no question.
 
     Args:
         values: one a question.
         clips: which clip each question is about.
         seed: of the drawing; the same seed gives the same interval.
         draws: how many samples are drawn.
-        level: share of the drawn means within the interval.
-
-    Returns:
-        Mean, lower and upper end; zeros where there is no question.
     """
     if len(values) == 0:
         return 0.0, 0.0, 0.0
@@ -45,5 +41,5 @@ def mean_interval(
         rows = min(max(1, _AT_ONCE // count), draws - start)
         times = generator.multinomial(count, np.full(count, 1 / count), size=rows)
         means.append((times @ sums) / (times @ sizes))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(np.mean(values)), float(low), float(high)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import os
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sta_adapter._validate import unknown_names
 from sta_adapter.adapter.base_model import check_base
 from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, saved_config
 from sta_adapter.adapter.hub import download_options, resolve_adapter
@@ -108,11 +108,8 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
     from huggingface_hub import snapshot_download
 
     known = ["subfolder", "is_trainable", "base_model", "attention", *inspect.signature(snapshot_download).parameters]
-    for name in hub_options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"load_sta has no argument {name!r}{hint}; known: {', '.join(known)}.")
+    if unknown := [name for name in hub_options if name not in known]:
+        raise ConfigError(f"load_sta has no argument {unknown_names(unknown, known)}; known: {', '.join(known)}.")
 
 
 def watch_peft() -> None:

@@ -71,11 +71,7 @@ class STAPlugin(BasePlugin):
 
 
 def take_settings(cfg: DictDefault) -> Settings:
-    """STA's settings in a configuration of axolotl, else those of STA_SETTINGS.
-
-    Raises:
-        ConfigError: unknown or wrong settings, or a run that STA can't train in.
-    """
+    """STA's settings in a configuration of axolotl, else those of STA_SETTINGS; a run that STA can't train in is refused."""
     given = cfg.get("sta")
     settings = Settings.from_environment() if given is None else Settings.from_mapping(given)
     if settings.stage == 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.compatibility.releases import version
@@ -42,12 +42,7 @@ class SaveAdapter(ShowAverage):
     """
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object
     ) -> None:
         """Refuse what could not be saved, before anything is trained."""
         net, handle = _trained(model)
@@ -61,12 +56,7 @@ class SaveAdapter(ShowAverage):
         SAVED.add(handle)
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object
     ) -> None:
         """Write the adapter into the checkpoint that was just made."""
         _save(model, _checkpoint(args, state))
@@ -75,7 +65,7 @@ class SaveAdapter(ShowAverage):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: object,
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
         **kwargs: object,
@@ -107,7 +97,7 @@ class RequireGradient(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: object,
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
         **kwargs: object,
@@ -128,14 +118,7 @@ class RequireGradient(TrainerCallback):
     def _look(self, gradient: Tensor) -> None:
         self.found = self.found or bool(gradient.any())
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: object, model: nn.Module | None = None, **kwargs: object) -> None:
         """Count the steps in which STA has no gradient, until one has."""
         if not self._hooks:
             return
@@ -157,14 +140,7 @@ class RequireGradient(TrainerCallback):
         if self.steps == 1:
             logger.warning("STA got no gradient in the first step: %s", reason)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_train_end(self, *_: object, model: nn.Module | None = None, **kwargs: object) -> None:
         """A run shorter than the patience must not end in silence either."""
         if self._hooks and self.steps:
             logger.warning(
@@ -196,18 +172,16 @@ class ReportBadClips(TrainerCallback):
         self.count = count
         self.told = 0
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(self, *_: object, **kwargs: object) -> None:
         """Tell when there are more than before."""
         bad, good = self.count()
         if bad > self.told:
             self.told = bad
             logger.warning("left out %d bad samples so far, beside %d good ones", bad, good)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, *_: object, **kwargs: object) -> None:
         """Tell the final number."""
-        self.on_log(args, state, control)
+        self.on_log()
 
 
 def warn_of_lora_on_sta(handle: STAHandle) -> None:

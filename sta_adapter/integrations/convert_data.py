@@ -93,8 +93,7 @@ def convert_data(
         atomic_folder_write(target.parent, files)
     except OSError as error:
         raise DataError(f"can't write {str(target)!r}: {error}") from error
-    clips = sum(part["type"] != "text" for sample in samples for m in sample.messages for part in m["content"])
-    return Converted(target, len(samples), clips, dict(lost))
+    return Converted(target, len(samples), sum(len(sample.visuals) for sample in samples), dict(lost))
 
 
 def _read(file: Path, format: str | None, folder: Path) -> list[Sample]:
@@ -130,13 +129,7 @@ def _dataset_info(target: Path, records: list[Record], pairs: bool) -> bytes:
         raise DataError(f"{file} holds a {type(known).__name__}, expected an object of data sets by name.")
     columns = {"messages": "messages"}
     columns |= {key: key for key in ("videos", "images", "chosen", "rejected") if any(key in r for r in records)}
-    tags = {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "system_tag": "system",
-    }
+    tags = {f"{name}_tag": name for name in ("role", "content", "user", "assistant", "system")}
     entry = {"file_name": target.name, "formatting": "sharegpt", "columns": columns, "tags": tags}
     known[target.stem] = {**entry, "ranking": True} if pairs else entry
     return (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode()

@@ -69,11 +69,10 @@ def install(settings: Settings | STAConfig | None = None) -> None:
         import peft
     except ImportError as error:
         raise MissingExtraError("this hook is in peft: pip install 'sta-adapter[train]'") from error
-    LoraModel, PeftModel = peft.LoraModel, peft.PeftModel
-    load: Any = PeftModel.from_pretrained
-    _replace(LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))
-    _replace(PeftModel, "save_pretrained", _saving(PeftModel.save_pretrained))
-    _replace(PeftModel, "from_pretrained", classmethod(_bringing_sta(load.__func__, settings)))
+    load = vars(peft.PeftModel)["from_pretrained"].__func__
+    _replace(peft.LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))
+    _replace(peft.PeftModel, "save_pretrained", _saving(peft.PeftModel.save_pretrained))
+    _replace(peft.PeftModel, "from_pretrained", classmethod(_bringing_sta(load, settings)))
 
 
 def _replace(owner: type, name: str, value: object) -> None:

@@ -87,10 +87,9 @@ def _plain_part(part: object) -> object:
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
     if kind in ("video", "image") and kind not in part:
-        for key in PATH_KEYS:
-            if key in part:
-                part[kind] = part.pop(key)
-                break
+        named = next((key for key in PATH_KEYS if key in part), None)
+        if named is not None:
+            part[kind] = part.pop(named)
     if kind in ("video", "image") and str(part.get(kind, "")).startswith(("http://", "https://", "data:")):
         raise DataError(f"{kind} {str(part[kind])[:60]!r} is no file; download it and give its path.")
     return part
@@ -109,10 +108,6 @@ def _text(answer: object, name: str) -> str:
     return answer
 
 
-def _visuals(sample: Sample) -> list[Record]:
-    return [part for message in sample.messages for part in message["content"] if part["type"] != "text"]
-
-
 def _settings(part: Mapping[str, object]) -> Record:
     """How a clip is sampled, where the record says so."""
     return {key: value for key, value in part.items() if key not in ("type", part["type"])}
@@ -126,7 +121,7 @@ def settings_lost(sample: Sample, tool: str) -> set[str]:
     # of a pair the last answer alone counts
     knows_loss = tool in ("ms-swift", "trl") and "rejected" not in sample.extra
     lost = {"loss"} if answers and not knows_loss else set()
-    visuals = _visuals(sample)
+    visuals = sample.visuals
     if tool == "trl" or (tool == "ms-swift" and _common(visuals) is not None):  # TRL's rows are read by our collator
         return lost
     return lost.union(*map(_settings, visuals))
@@ -172,7 +167,7 @@ def _ms_swift(sample: Sample) -> Record:
     for turn, message in zip(turns, sample.messages, strict=True):
         turn |= {"loss": message["loss"]} if "loss" in message else {}
     record: Record = {"messages": turns, **paths}
-    if settings := _common(_visuals(sample)):
+    if settings := _common(sample.visuals):
         record["chat_template_kwargs"] = settings
     rejected = sample.extra.get("rejected")
     return record if rejected is None else {**record, "rejected_response": rejected}

@@ -7,13 +7,13 @@ The settings are one mapping: fields of `STAConfig`, and beside them `stage`, `a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sta_adapter._validate import unknown_names
 from sta_adapter.adapter.format import Description
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
@@ -84,15 +84,12 @@ class Settings:
             raise ConfigError(f"the settings of STA are {values!r}, expected a mapping such as {{stage: 1}}.")
         own = {field.name for field in dataclasses.fields(cls)} - {"config"}
         branch = {field.name for field in dataclasses.fields(STAConfig)}
-        unknown = [str(name) for name in values if name not in own | branch]
-        if unknown:
-            near = {name: difflib.get_close_matches(name, own | branch, n=1) for name in unknown}
-            named = ", ".join(f"{n!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for n, h in near.items())
-            raise ConfigError(f"unknown setting {named}; known: {', '.join(sorted(own | branch))}.")
+        if unknown := [name for name in values if name not in own | branch]:
+            known = sorted(own | branch)
+            raise ConfigError(f"unknown setting {unknown_names(unknown, known)}; known: {', '.join(known)}.")
         fields = {name: value for name, value in values.items() if name in branch}
-        config = STAConfig.from_dict(fields) if fields else None
         rest: dict[str, Any] = {name: value for name, value in values.items() if name in own}
-        return cls(config=config, **rest)
+        return cls(config=STAConfig.from_dict(fields) if fields else None, **rest)
 
     @classmethod
     def from_environment(cls) -> Settings:

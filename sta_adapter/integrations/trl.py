@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import incompatible, numbers, version
@@ -177,14 +177,8 @@ class Arguments(TypedDict):
 class RefuseIdle(TrainerCallback):
     """Refuses settings of the trainer's config that would have no effect beside these collators."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Before anything is trained.
-
-        Raises:
-            ConfigError: there is one.
-        """
+    def on_train_begin(self, args: TrainingArguments, *_: object, **kwargs: object) -> None:
+        """Before anything is trained."""
         for name, (idle, instead) in IDLE.items():
             if (value := getattr(args, name, idle[0])) not in idle:
                 raise ConfigError(
@@ -282,11 +276,7 @@ def prepare(
 
 
 def refuse_blind_grpo() -> None:
-    """Refuse a GRPO trainer whose loss sees no clips: there STA gets no gradient at all, without an error.
-
-    Raises:
-        CompatibilityError: the installed TRL is one of those.
-    """
+    """Refuse a GRPO trainer whose loss sees no clips: there STA gets no gradient at all, without an error."""
     function = getattr(importlib.import_module("trl").GRPOTrainer, "_get_per_token_logps_and_entropies", None)
     names = () if function is None else parameter_names(function, "GRPOTrainer", "trl")
     if not {"pixel_values_videos", "video_grid_thw"} <= set(names):

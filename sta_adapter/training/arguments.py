@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from accelerate import PartialState
@@ -24,19 +23,15 @@ LOGS = 10  # a run logs its loss so many times at least
 def training_arguments(
     config: TrainingConfig, folder: Path, steps: int, workers: int, measured: str | None, streamed: bool
 ) -> TrainingArguments:
-    """The settings of a stage in the trainer's words.
+    """The settings of a stage of so many steps in the trainer's words.
 
-    Args:
-        config: the settings.
-        folder: for checkpoints.
-        steps: of the stage.
-        workers: processes that decode.
-        measured: what evaluations measure, "eval_loss" or "eval_score"; None if there are none.
-        streamed: whether the data are a stream.
+    `measured` is what evaluations measure, "eval_loss" or "eval_score"; None if there are none.
     """
     device_batch, accumulation = config.device_batches(join_processes().num_processes)
     precision = precision_of(config.precision)
     require_reporters(config.report_to)
+    evaluating = "no" if measured is None else "steps" if config.eval_steps else "epoch"
+    keeps_best = measured is not None and config.keep_best  # for which every evaluation needs a checkpoint
     # the settings decide: else what a launcher, or on older transformers the run before, has asked for would hold
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     arguments = TrainingArguments(
@@ -68,41 +63,16 @@ def training_arguments(
         report_to=reporters(config.report_to),
         disable_tqdm=True,
         run_name=config.run_name,
-        **_saving(config, measured),
+        eval_strategy=evaluating,
+        eval_steps=config.eval_steps,
+        save_strategy=evaluating if keeps_best else "steps",
+        save_steps=config.eval_steps if keeps_best and config.eval_steps else config.save_steps,
+        load_best_model_at_end=keeps_best,
+        metric_for_best_model=measured if keeps_best else None,
+        greater_is_better=measured != "eval_loss" if keeps_best else None,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never nn.DataParallel, whose copies of modules lose the hooks' state
     return arguments
-
-
-class Saving(TypedDict, total=False):
-    """When `TrainingArguments` save and evaluate."""
-
-    save_strategy: str
-    save_steps: int
-    eval_strategy: str
-    eval_steps: int
-    load_best_model_at_end: bool
-    metric_for_best_model: str
-    greater_is_better: bool
-
-
-def _saving(config: TrainingConfig, measured: str | None) -> Saving:
-    """When to save and to evaluate; the best checkpoint can only be kept if every evaluation has one."""
-    if measured is None:
-        return {"save_strategy": "steps", "save_steps": config.save_steps, "eval_strategy": "no"}
-    evaluating: Saving = {"eval_strategy": "steps" if config.eval_steps else "epoch"}
-    if config.eval_steps:
-        evaluating["eval_steps"] = config.eval_steps
-    if not config.keep_best:
-        return {"save_strategy": "steps", "save_steps": config.save_steps, **evaluating}
-    return {
-        **evaluating,
-        "save_strategy": evaluating["eval_strategy"],
-        "save_steps": config.eval_steps or config.save_steps,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": measured,
-        "greater_is_better": measured != "eval_loss",
-    }
 
 
 def join_processes() -> PartialState:
@@ -111,11 +81,7 @@ def join_processes() -> PartialState:
 
 
 def refuse_flattening(plugin: object) -> None:
-    """Refuse FSDP's first version; `plugin` is accelerate's settings of FSDP, None without it.
-
-    Raises:
-        ConfigError: it is asked for.
-    """
+    """Refuse FSDP's first version; `plugin` is accelerate's settings of FSDP, None without it."""
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
         raise ConfigError(FLATTENS)
 
@@ -126,11 +92,7 @@ def has_accelerator() -> bool:
 
 
 def precision_of(asked: str) -> str:
-    """The precision in force: "bf16", "fp16" or "fp32".
-
-    Raises:
-        ConfigError: the device can't compute in it.
-    """
+    """The precision in force: "bf16", "fp16" or "fp32"; one that the device can't compute in is refused."""
     if asked == "fp16" and not has_accelerator():
         raise ConfigError("precision fp16 needs a GPU: on the CPU it would be fp32 silently; take bf16, fp32 or auto.")
     if asked != "auto":

@@ -51,12 +51,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put what `trained_state` gave back into the model.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or names other parameters than the model trains; nothing is
-            changed.
-    """
+    """Put what `trained_state` gave back into the model: all of it, or a CheckpointError before anything is changed."""
     file = folder / TRAINED_FILE
     try:
         saved = load_file(file)
@@ -80,11 +75,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Declare a checkpoint written, after its files have reached the disk.
-
-    Raises:
-        OSError: what the file system says; the checkpoint doesn't count then.
-    """
+    """Declare a checkpoint written, after its files have reached the disk; after an OSError it doesn't count."""
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
@@ -128,11 +119,7 @@ def rotate(folder: Path, keep: int, best: str | None = None) -> None:
 
 
 def require_readable(checkpoint: Path) -> None:
-    """Refuse to go on where transformers would not read the optimizer's state: since 4.52, with a torch before 2.6.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Refuse to go on where transformers would not read the optimizer's state: since 4.52, with a torch before 2.6."""
     check = getattr(import_utils, "check_torch_load_is_safe", None)
     try:
         if check is not None:

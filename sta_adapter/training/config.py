@@ -6,14 +6,13 @@ The defaults are the published recipe.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sta_adapter._validate import shown
+from sta_adapter._validate import shown, suggestion
 from sta_adapter.adapter.lora_options import MAX_ALPHA, MAX_RANK
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.errors import ConfigError, MissingExtraError
@@ -33,25 +32,13 @@ CHOICES = {
 }
 _ABOVE_ZERO = ("learning_rate", "epochs")  # at 0 nothing would be trained
 _NOT_NEGATIVE = (  # all other numbers are at least 1
-    "sta_learning_rate",
-    "weight_decay",
-    "warmup",
-    "max_grad_norm",
-    "num_workers",
-    "seed",
-    "shuffle_buffer",
-    "lora_dropout",
-    "decode_timeout",
-    "save_minutes",
+    *("sta_learning_rate", "weight_decay", "warmup", "max_grad_norm", "num_workers", "seed", "shuffle_buffer"),
+    *("lora_dropout", "decode_timeout", "save_minutes"),
 )
 _AT_MOST = {  # a share; what NumPy takes; what a file of LoRA may say
     **{"warmup": 1, "seed": 2**32 - 1},
-    **{
-        "lora_rank": MAX_RANK,
-        "lora_qkv_rank": MAX_RANK,
-        "lora_alpha": int(MAX_ALPHA),
-        "lora_qkv_alpha": int(MAX_ALPHA),
-    },
+    **dict.fromkeys(("lora_rank", "lora_qkv_rank"), MAX_RANK),
+    **dict.fromkeys(("lora_alpha", "lora_qkv_alpha"), int(MAX_ALPHA)),
 }
 _BELOW = {"lora_dropout": 1}
 # of the whole run: both stages share model, STA and data
@@ -183,6 +170,11 @@ class TrainingConfig:
                 own[other] = DEFAULTS[other]
         return dataclasses.replace(self, **{**own, "stage1": {}, "stage2": {}})
 
+    @property
+    def length(self) -> dict[str, float | None]:
+        """How long to train."""
+        return {name: getattr(self, name) for name in LENGTH}
+
     def device_batches(self, processes: int = 1) -> tuple[int, int]:
         """How many clips a device takes at a time, and how many times for each step.
 
@@ -252,9 +244,7 @@ def _check_names(values: Mapping[str, object], where: str = "the settings", know
     names = [entry.name for entry in dataclasses.fields(known)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
-            raise ConfigError(f"{where}: unknown setting {name!r}. {hint}")
+            raise ConfigError(f"{where}: unknown setting {name!r}. {suggestion(name, names)}")
 
 
 def _check_type(name: str, kind: str, value: object) -> None:

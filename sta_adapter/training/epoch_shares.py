@@ -53,10 +53,8 @@ class FilledUp(Sampler[int | None]):
 def fill_up(loader: DataLoader[object], epoch: Callable[[], int] = lambda: 0, batches: int = 1) -> DataLoader[object]:
     """Let a loader of a `Fillable` that accelerate has prepared give nothing in the place of samples that came before.
 
-    Args:
-        loader: of one of the processes, with its share of the batches.
-        epoch: which one it is, asked when it begins.
-        batches: of which each process gets a multiple.
+    The loader is of one of the processes, with its share of the batches; each of them gets a multiple of `batches`.
+    `epoch` is asked which one it is when it begins.
     """
     if isinstance(loader.dataset, Fillable):
         shard = loader.batch_sampler

@@ -22,7 +22,6 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.text_positions import rule_in_use
 from sta_adapter.requirements import require_free
 from sta_adapter.training.config import HARMLESS, LENGTH, TrainingConfig
-from sta_adapter.video.frame_settings import FrameSettings
 
 __all__ = ["claim", "identity_of", "write_json"]
 
@@ -55,35 +54,24 @@ def identity_of(
     return plain
 
 
-def _of_weights(values: Mapping[str, Any]) -> dict[str, object]:
+def _of_weights(values: Mapping[str, object]) -> dict[str, object]:
     """Settings without those that don't change the weights that come out, of all stages and of each."""
     kept = {key: value for key, value in values.items() if key not in HARMLESS}
-    return {**kept, **{name: _of_weights(kept[name]) for name in ("stage1", "stage2") if name in kept}}
+    stages = {name: of for name in ("stage1", "stage2") if isinstance(of := kept.get(name), dict)}
+    return {**kept, **{name: _of_weights(of) for name, of in stages.items()}}
 
 
 def _made_with(dataset: Data) -> dict[str, object]:
     """How a data set makes tensors of its samples, which may have been said when it was made."""
     encoder = dataset.encoder
     order = {} if encoder.frame_order == "ordered" else {"frame_order": [encoder.frame_order, encoder.seed]}
-    frames = dataclasses.asdict(_frames_in_force(dataset))
-    return {"frames": frames, **_frames_of_records(dataset), "max_length": encoder.max_length, **order}
-
-
-def _frames_in_force(dataset: Data) -> FrameSettings:
-    """How the run samples its clips, for whoever looks at one afterwards: records may say it themselves."""
     if isinstance(dataset, StreamDataset):
-        return dataset.frames  # the records are not known yet
-    messages = (message for sample in dataset.samples for message in sample.messages)
-    return dataset.encoder.reader.settings_of(part for message in messages for part in message["content"])
-
-
-def _frames_of_records(dataset: Data) -> dict[str, str]:
-    """That the settings above are not those of every clip, where records say it themselves, each otherwise."""
-    if isinstance(dataset, StreamDataset):
-        return {RECORDS_FIELD: "unknown"}
-    messages = (message for sample in dataset.samples for message in sample.messages)
-    differ = dataset.encoder.reader.differ(part for message in messages for part in message["content"])
-    return {RECORDS_FIELD: "differ"} if differ else {}
+        frames, of_records = dataset.frames, {RECORDS_FIELD: "unknown"}  # records may say it themselves
+    else:
+        clips = [part for sample in dataset.samples for part in sample.visuals]
+        frames = encoder.reader.settings_of(clips)
+        of_records = {RECORDS_FIELD: "differ"} if encoder.reader.differ(clips) else {}
+    return {"frames": dataclasses.asdict(frames), **of_records, "max_length": encoder.max_length, **order}
 
 
 def claim(folder: Path, identity: Mapping[str, object], overwrite: bool) -> None:

@@ -23,18 +23,9 @@ def check_idle(
     eval_dataset: VideoDataset | StreamDataset | None,
     eval_fn: Callable[..., object] | None,
 ) -> None:
-    """Look at a run's settings beside the rest of it.
+    """Refuse settings of a run, or of one of its stages, that have no effect on what it is trained and measured on.
 
-    Args:
-        config: of the run.
-        stages: the settings in force in each stage.
-        dataset: what is trained on.
-        eval_dataset: what the loss is measured on.
-        eval_fn: what is measured instead.
-
-    Raises:
-        ConfigError: a setting has no effect, which is named with what to do.
-        DataError: STA would be trained on texts alone.
+    STA that would be trained on texts alone is a DataError.
     """
     if eval_fn is not None and eval_dataset is not None:
         raise ConfigError("eval_data has no effect beside eval_fn, which is measured instead; leave one of them out.")
@@ -42,16 +33,13 @@ def check_idle(
         _check_evaluation(stage, evaluated=eval_fn is not None or eval_dataset is not None)
     if not isinstance(dataset, StreamDataset) and config.shuffle_buffer != DEFAULTS["shuffle_buffer"]:
         raise ConfigError("shuffle_buffer is of tar shards, and has no effect on a file of samples; leave it out.")
-    if config.sta and isinstance(dataset, VideoDataset) and not _has_visuals(dataset):
+    if config.sta and isinstance(dataset, VideoDataset) and not any(s.visuals for s in dataset.samples):
         raise DataError(
             f"none of the {len(dataset)} samples has a clip or a picture, so that STA, which is in the vision encoder, would learn nothing: "
             "give each its 'video', or train LoRA alone (sta: false)."
         )
-    encoder = dataset.encoder
-    made_with: dict[str, object] = {
-        "frames": dataset.frames,
-        **{name: getattr(encoder, name) for name in OF_THE_ENCODER},
-    }
+    of_encoder = {name: getattr(dataset.encoder, name) for name in OF_THE_ENCODER}
+    made_with: dict[str, object] = {"frames": dataset.frames, **of_encoder}
     if isinstance(dataset, StreamDataset):
         made_with["shuffle_buffer"] = dataset.shuffle
     for name, found in made_with.items():
@@ -61,11 +49,6 @@ def check_idle(
                 f"{name} is {asked!r}, but the data set was made with {found!r}, which holds; make it with that, or leave "
                 f"{name} out."
             )
-
-
-def _has_visuals(dataset: VideoDataset) -> bool:
-    messages = (message for sample in dataset.samples for message in sample.messages)
-    return any(part["type"] != "text" for message in messages for part in message["content"])
 
 
 def _check_evaluation(stage: TrainingConfig, *, evaluated: bool) -> None:

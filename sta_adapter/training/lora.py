@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict, cast
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from sta_adapter.adapter.lora_options import named
+from sta_adapter.adapter.lora_peft import trained_biases
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.handle import STAHandle
@@ -16,17 +19,6 @@ from sta_adapter.injection.registry import locate
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 
 __all__ = ["lora_config", "mark_trained", "require_effect", "require_same_lora"]
-
-
-class Fields(TypedDict):
-    """Of `LoraConfig`, which the settings say."""
-
-    target_modules: list[str]
-    r: int
-    lora_alpha: int
-    lora_dropout: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, int]
 
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
@@ -42,25 +34,21 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
         targets = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in encoder and _ends(name, recipe.target_modules)
+            if isinstance(module, nn.Linear) and id(module) not in encoder and named(recipe.target_modules, name)
         ]
-    fields: Fields = {
-        "target_modules": targets,
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-    }
-    return LoraConfig(bias="none", **fields) if handle is None else handle.lora_config(**fields)
+    make: Callable[..., LoraConfig] = partial(LoraConfig, bias="none") if handle is None else handle.lora_config
+    return make(
+        target_modules=targets,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
 
 
 def require_effect(backbone: Backbone, config: TrainingConfig) -> None:
-    """Refuse stage two's settings for a backbone that they have no effect on.
-
-    Raises:
-        ConfigError: the backbone has no recipe, or no `attn.qkv` with a rank of its own.
-    """
+    """Refuse a backbone without a recipe, and ranks of `attn.qkv` where the backbone has none of its own."""
     recipe = require_recipe(backbone)
     for name, pattern in (("lora_qkv_rank", recipe.rank_pattern), ("lora_qkv_alpha", recipe.alpha_pattern)):
         if getattr(config, name) != DEFAULTS[name] and not pattern:
@@ -71,11 +59,7 @@ def require_effect(backbone: Backbone, config: TrainingConfig) -> None:
 
 
 def require_same_lora(model: PeftModel, config: TrainingConfig) -> None:
-    """Refuse settings of LoRA that a model which brings its own leaves without effect.
-
-    Raises:
-        ConfigError: one is another than that of the model's LoRA.
-    """
+    """Refuse settings of LoRA that are other than those of a model which brings its own."""
     found = cast(LoraConfig, model.peft_config[model.active_adapter])
     has = {"lora_rank": found.r, "lora_alpha": found.lora_alpha, "lora_dropout": found.lora_dropout}
     for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_qkv_rank", "lora_qkv_alpha", "lora_targets"):
@@ -92,11 +76,6 @@ def mark_trained(model: PeftModel) -> None:
     model.requires_grad_(False)
     model.set_adapter(model.active_adapter)
     bias = cast(LoraConfig, model.peft_config[model.active_adapter]).bias
-    for name, parameter in model.named_parameters():
-        of_the_base = "bias" in name.rpartition(".")[2] and ".original_module." not in name and ".lora_" not in name
-        if of_the_base and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
+    for name, parameter in trained_biases(dict(model.named_parameters()), bias).items():
+        if ".original_module." not in name:
             parameter.requires_grad_(True)
-
-
-def _ends(name: str, suffixes: Sequence[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)

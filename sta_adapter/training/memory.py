@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,23 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Peak", "step_peak", "without_values"]
+__all__ = ["step_peak", "without_values"]
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 SMALL = 1 << 16  # numbers; tables up to this size are real, as some models read them
-
-
-@dataclass(frozen=True)
-class Peak:
-    """What is alive at the moment of a step at which most is."""
-
-    # bytes by what they are for: weights, gradients, optimizer, activations, logits
-    parts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(self.parts.values())
 
 
 class _Bookkeeping(TorchDispatchMode):
@@ -146,8 +132,8 @@ def step_peak(
     precision: str = "fp32",
     like_cuda: bool = False,
     accumulates: bool = False,
-) -> Peak:
-    """The peak of a step's forward and backward, with the optimizer's two moments (AdamW) beside it.
+) -> dict[str, float]:
+    """What is alive at the peak of a step's forward and backward, with the optimizer's two moments (AdamW) beside it.
 
     Args:
         model: from `without_values`, with what trains marked, in its training contexts.
@@ -156,6 +142,9 @@ def step_peak(
         precision: "fp32", "bf16" or "fp16" autocast.
         like_cuda: cast as CUDA's autocast does.
         accumulates: gradients of earlier parts of the step are there already.
+
+    Returns:
+        Bytes of each of `PARTS`.
     """
     vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     books = _Bookkeeping(mode, vocabulary)
@@ -186,7 +175,7 @@ def step_peak(
         for parameter in trained:
             parameter.grad = None
     moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    return Peak({part: books.peak.get(part, 0) for part in PARTS} | {"optimizer": moments})
+    return {part: moments if part == "optimizer" else books.peak.get(part, 0) for part in PARTS}
 
 
 def _norms_like_cuda(model: nn.Module) -> list[RemovableHandle]:

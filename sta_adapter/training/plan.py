@@ -5,7 +5,6 @@ Memory is that of a step on the longest sample that was found, part by part, see
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,17 +17,18 @@ from torch.utils.data import DataLoader, Subset
 
 from sta_adapter.config import STAConfig
 from sta_adapter.data.bad_sample import BadSample
-from sta_adapter.data.collator import Collator
+from sta_adapter.data.check import spread
+from sta_adapter.data.collator import Collator, uncollated
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.errors import DataError
-from sta_adapter.injection.handle import get_sta
+from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
 from sta_adapter.training.arguments import precision_of
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import activation_checkpointing, full_precision
-from sta_adapter.training.memory import Peak, step_peak, without_values
+from sta_adapter.training.memory import step_peak, without_values
 from sta_adapter.training.stage import Stage
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Fit(TypedDict):
 
 
 class StagePlan(TypedDict):
-    """What one stage would do and need, see `plan_stage`."""
+    """What one stage would do and need; memory in bytes."""
 
     trainable: int
     parameters: int
@@ -90,8 +90,8 @@ class StagePlan(TypedDict):
     parts: dict[str, float]
     needs: float
     fits: bool
-    choices: list[Fit]
-    suggested: Fit | None
+    choices: list[Fit]  # the largest device batch that fits without and with checkpointing, 0 for none
+    suggested: Fit | None  # without checkpointing where a clip fits, as that computes less; None where nothing fits
     measured: NotRequired[dict[str, float]]
     hours: NotRequired[float]
 
@@ -106,21 +106,18 @@ class Lengths:
 
     def to_dict(self) -> LengthsReport:
         """Plain values."""
-        spread = {"least": min(self.tokens), "median": statistics.median(self.tokens), "largest": max(self.tokens)}
-        return {"samples": self.samples, "looked_at": len(self.tokens), "tokens": spread}
+        return {"samples": self.samples, "looked_at": len(self.tokens), "tokens": spread(self.tokens)}
 
 
 def sample_lengths(dataset: VideoDataset, count: int, workers: int = 0) -> Lengths:
-    """Decode and encode up to so many samples, spread evenly.
-
-    Raises:
-        DataError: none of them can be used.
-    """
+    """Decode and encode up to so many samples, spread evenly; a DataError where none of them can be used."""
     every = max(1, -(-len(dataset) // count))
     tokens: list[int] = []
     longest: Encoded | None = None
     bad = ""
-    loader = DataLoader(Subset(dataset, range(0, len(dataset), every)), None, num_workers=workers, collate_fn=_as_it_is)
+    loader = DataLoader(
+        Subset(dataset, range(0, len(dataset), every)), None, num_workers=workers, collate_fn=uncollated
+    )
     with worker_errors():
         for item in loader:
             if isinstance(item, BadSample):
@@ -133,10 +130,6 @@ def sample_lengths(dataset: VideoDataset, count: int, workers: int = 0) -> Lengt
     return Lengths(tokens, longest, len(dataset))
 
 
-def _as_it_is(item: object) -> object:
-    return item
-
-
 def plan_stage(
     name: str,
     config: TrainingConfig,
@@ -145,35 +138,21 @@ def plan_stage(
     lengths: Lengths,
     machine: Machine,
 ) -> StagePlan:
-    """What one stage would do and need.
+    """What one stage, "1" or "2", would do and need under the settings in force in it.
 
-    Args:
-        name: "1" or "2".
-        config: the settings in force in it.
-        make_model: gives a fresh base without weights, see `sta_adapter.inspection.empty_model`.
-        dataset: what it trains on.
-        lengths: of its samples.
-        machine: what it is planned for.
-
-    Returns:
-        Plain values, memory in bytes: `trainable`, `parameters`, `samples`, `steps`, `device_batch_size`,
-        `accumulation`, `gradient_checkpointing`, `parts`, `needs`, `fits`, `choices` (for each kind of checkpointing
-        the largest device batch that fits, 0 for none) and `suggested` (settings that fit; None where none do).
+    `make_model` gives a fresh base without weights, see `sta_adapter.inspection.empty_model`; `lengths` are of the samples.
     """
     stage = Stage(name, config, Path(), dataset)
-    kinds = [False, config.gradient_checkpointing or True]
     device_batch, accumulation = config.device_batches(machine.processes)
     share = config.batch_size // machine.processes
-    found: dict[bool, Peak] = {}
-    counts: dict[str, int] = {}
-    for kind in kinds:
-        found[bool(kind)], counts = _one_clip(stage, make_model, lengths.longest, machine, kind, share > 1)
-    fits = {
-        checkpointed: max(
-            (b for b in _divisors(share) if machine.needs(_of_clips(peak, b)) <= machine.memory), default=0
-        )
-        for checkpointed, peak in found.items()
-    }
+    sizes = [size for size in range(1, min(share, MOST) + 1) if share % size == 0]
+    found: dict[bool, dict[str, float]] = {}
+    choices: list[Fit] = []
+    for kind in (False, config.gradient_checkpointing or True):
+        peak, counts = _one_clip(stage, make_model, lengths.longest, machine, kind, share > 1)
+        found[bool(kind)] = peak
+        fits = max((size for size in sizes if machine.needs(_of_clips(peak, size)) <= machine.memory), default=0)
+        choices.append({"device_batch_size": fits, "gradient_checkpointing": bool(kind)})
     parts = _of_clips(found[bool(config.gradient_checkpointing)], device_batch)
     return {
         "trainable": counts["trainable"],
@@ -187,17 +166,9 @@ def plan_stage(
         "parts": parts,
         "needs": machine.needs(parts),
         "fits": machine.needs(parts) <= machine.memory,
-        "choices": [{"gradient_checkpointing": kind, "device_batch_size": size} for kind, size in fits.items()],
-        "suggested": _suggested(fits),
+        "choices": choices,
+        "suggested": next((choice for choice in choices if choice["device_batch_size"]), None),
     }
-
-
-def _suggested(fits: dict[bool, int]) -> Fit | None:
-    """Without checkpointing where a clip fits, as that computes less; None where nothing fits."""
-    for checkpointed, size in fits.items():
-        if size:
-            return {"device_batch_size": size, "gradient_checkpointing": checkpointed}
-    return None
 
 
 def _one_clip(
@@ -207,32 +178,40 @@ def _one_clip(
     machine: Machine,
     kind: bool | str,
     accumulates: bool,
-) -> tuple[Peak, dict[str, int]]:
-    """The peak with one clip, and the stage's numbers of parameters."""
-    config = stage.config
+) -> tuple[dict[str, float], dict[str, int]]:
+    """The parts of the peak with one clip, and the stage's numbers of parameters."""
     model = make_model()
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point() and value.is_meta:
             value.data = value.data.to(machine.dtype)
-    handle = inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None
-    model, handle = stage.prepare(model if handle is None else handle.model, handle)
-    batch = Collator.of(stage.dataset.processor)([sample])
-    del batch["bad_samples"]
-    if get_sta(model) is None:
-        batch.pop("clip_lengths", None)
+    model, handle = _prepared(stage, model)
+    batch = _batch(stage, [sample], handle)
     with full_precision(model), activation_checkpointing(model, handle, kind):
         narrower = _saved_by_quantizing(model, machine)
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         counts = {"trainable": sum(trained), "parameters": sum(p.numel() for p in model.parameters())}
         mode = without_values(model.train())
-        peak = step_peak(
+        parts = step_peak(
             model, batch, mode, precision=machine.precision, like_cuda=machine.cuda, accumulates=accumulates
         )
-    parts = dict(peak.parts)
     parts["weights"] -= narrower
     if machine.processes > 1:
         parts["gradients"] += 4 * counts["trainable"]  # the buckets in which processes exchange them
-    return Peak(parts), counts
+    return parts, counts
+
+
+def _prepared(stage: Stage, model: nn.Module) -> tuple[nn.Module, STAHandle | None]:
+    """The model as it trains in the stage."""
+    config = stage.config
+    handle = get_sta(model) or (inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None)
+    return stage.prepare(model if handle is None else handle.model, handle)
+
+
+def _batch(stage: Stage, samples: list[Encoded], handle: STAHandle | None) -> dict[str, torch.Tensor]:
+    """The samples as the model takes them, `clip_lengths` among them where it has STA."""
+    found = Collator.of(stage.dataset.processor)(samples)
+    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in tensors.items() if key != "clip_lengths" or handle is not None}
 
 
 def _saved_by_quantizing(model: nn.Module, machine: Machine) -> int:
@@ -245,31 +224,22 @@ def _saved_by_quantizing(model: nn.Module, machine: Machine) -> int:
     return round(frozen * (machine.dtype.itemsize - QUANTIZED[machine.quantize]))
 
 
-def _of_clips(peak: Peak, clips: int) -> dict[str, float]:
+def _of_clips(parts: dict[str, float], clips: int) -> dict[str, float]:
     """The parts for so many clips: what a clip takes comes as often, the rest once."""
     by_clip = ("activations", "logits")
-    return {part: size * clips if part in by_clip else size for part, size in peak.parts.items()}
-
-
-def _divisors(share: int) -> list[int]:
-    return [size for size in range(1, min(share, MOST) + 1) if share % size == 0]
+    return {part: size * clips if part in by_clip else size for part, size in parts.items()}
 
 
 def measure_step(
     stage: Stage, model: nn.Module, sample: Encoded, device: torch.device, processes: int = 1
 ) -> dict[str, float]:
     """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample."""
-    config = stage.config
-    size, _ = config.device_batches(processes)
-    handle = get_sta(model) or (inject_sta(model, STAConfig.from_dict(config.sta_config)) if config.sta else None)
-    model, handle = stage.prepare(model if handle is None else handle.model, handle)
-    batch = Collator.of(stage.dataset.processor)([sample] * size)
-    inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    if handle is None:
-        inputs.pop("clip_lengths", None)
+    size, _ = stage.config.device_batches(processes)
+    model, handle = _prepared(stage, model)
+    inputs = {key: value.to(device) for key, value in _batch(stage, [sample] * size, handle).items()}
     cuda = device.type == "cuda"
     model.to(device).train()
-    with full_precision(model), activation_checkpointing(model, handle, config.gradient_checkpointing):
+    with full_precision(model), activation_checkpointing(model, handle, stage.config.gradient_checkpointing):
         seconds = min(_timed(model, inputs, device, stage) for _ in range(2))  # the first one warms up
     return {"seconds": seconds, **({"bytes": float(torch.cuda.max_memory_allocated(device))} if cuda else {})}
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
-from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import full_shape
 from sta_adapter.requirements import reporters
@@ -57,9 +56,7 @@ class Progress(TrainerCallback):
         self._rate = 0.0
         self._shows = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Open the bar."""
         self._shows = state.is_world_process_zero
         self._ends.append(self.clock())
@@ -67,12 +64,7 @@ class Progress(TrainerCallback):
             self.bar = _bar(state.max_steps, state.global_step, self.label, BAR)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: LRScheduler | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, lr_scheduler: LRScheduler | None = None, **_: object
     ) -> None:
         """One step on."""
         self._ends.append(self.clock())
@@ -83,12 +75,7 @@ class Progress(TrainerCallback):
             self.bar.set_postfix_str(" ".join([*self._now(), *self._found()]))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: dict[str, float] | None = None, **_: object
     ) -> None:
         """Show what was measured; without a terminal, a line."""
         found = {key: value for key, value in (logs or {}).items() if key.startswith("eval_")}
@@ -99,14 +86,7 @@ class Progress(TrainerCallback):
             shown = self._found() if found else [*self._now(), f"left {self._left(state)}"]
             self.say(f"{self.label}: step {state.global_step}/{state.max_steps}, {', '.join(shown)}")
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Sized = (),
-        **kwargs: object,
-    ) -> None:
+    def on_prediction_step(self, *_: object, eval_dataloader: Sized = (), **kwargs: object) -> None:
         """One batch of an evaluation on."""
         if self._shows and not self.measuring:
             self.measuring, total, text = True, len(eval_dataloader), f"{self.label}: measuring {self.measured}"
@@ -117,9 +97,7 @@ class Progress(TrainerCallback):
         if self.inner is not None:
             self.inner.update()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, *_: object, **kwargs: object) -> None:
         """The evaluation is over."""
         self._close_inner()
 
@@ -182,34 +160,29 @@ def describe(stage: Stage, model: nn.Module, checkpoint: Path | None) -> list[st
     counts = [(torch.Size(full_shape(p)).numel(), p.requires_grad) for p in model.parameters()]
     trained, whole = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
     device_batch, times = config.device_batches(processes)
-    steps = stage.steps()
+    steps, data = stage.steps(), stage.dataset
+    amount = f"{len(data.shards)} shards" if isinstance(data, StreamDataset) else f"{len(data):,} samples"
+    shared = f" and {processes - 1} more processes" if processes > 1 else ""
     what = WHAT[stage.name] if config.sta else "LoRA"
     batch = f"{device_batch} on a device at a time" + (f", {times} times" if times > 1 else "")
     saved = [f"{config.save_steps} steps"] if stage.saves_by_steps() else ["evaluation"]
     saved += [f"{config.save_minutes:g} minutes"] if config.save_minutes is not None else []
     lines = {
         "trains": f"{what}: {_millions(trained)} of {_millions(whole)} parameters",
-        "data": f"{_amount(stage.dataset)}, {steps} steps of {config.batch_size} clips ({batch})",
+        "data": f"{amount}, {steps} steps of {config.batch_size} clips ({batch})",
         "rate": f"{config.learning_rate:g}, {config.schedule}, rising for {config.warmup:.0%} of the steps",
-        "computes": f"in {precision_of(config.precision)} on {_device()}{_shared(processes)}, gradient checkpointing "
+        "computes": f"in {precision_of(config.precision)} on {_device()}{shared}, gradient checkpointing "
         f"{'on' if config.gradient_checkpointing else 'off'}",
         "saves": f"into {shlex.quote(str(stage.folder))}, every {' or '.join(saved)}",
     }
     if stage.evaluates():
-        lines["measures"] = stage.measured() + (
-            f" every {config.eval_steps} steps" if config.eval_steps else " each epoch"
-        )
+        often = f"every {config.eval_steps} steps" if config.eval_steps else "each epoch"
+        lines["measures"] = f"{stage.measured()} {often}"
     if "tensorboard" in reporters(config.report_to):
         lines["shows"] = f"tensorboard --logdir {shlex.quote(str(stage.folder))}"
     if checkpoint is not None:
         lines["goes on"] = f"from {checkpoint.name}"
     return [f"stage {stage.name}", *(f"  {name:<9} {text}" for name, text in lines.items())]
-
-
-def _amount(dataset: VideoDataset | StreamDataset) -> str:
-    if isinstance(dataset, StreamDataset):
-        return f"{len(dataset.shards)} shards"
-    return f"{len(dataset):,} samples"
 
 
 def _millions(count: int) -> str:
@@ -221,7 +194,3 @@ def _device() -> str:
         return "the CPU"
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{found.name} ({found.total_memory / 1e9:.0f} GB)"
-
-
-def _shared(processes: int) -> str:
-    return f" and {processes - 1} more processes" if processes > 1 else ""

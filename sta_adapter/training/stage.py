@@ -22,7 +22,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from sta_adapter.adapter.lora_weights import lora_files, lora_state
 from sta_adapter.adapter.save import adapter_files
@@ -37,7 +37,7 @@ from sta_adapter.injection.contents import adapter_contents
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.training.arguments import join_processes, training_arguments
 from sta_adapter.training.checkpoints import drop_incomplete, last_checkpoint, load_trained, require_readable
-from sta_adapter.training.config import LENGTH, TrainingConfig
+from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import (
     activation_checkpointing,
     full_precision,
@@ -108,7 +108,7 @@ class Stage:
         if not file.exists():
             return None
         found: StageResult = json.loads(file.read_text(encoding="utf-8"))
-        longer = found.get("length", self._length()) != self._length()
+        longer = found.get("length", self.config.length) != self.config.length
         return None if longer and self.extends else found
 
     def run(
@@ -118,12 +118,7 @@ class Stage:
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
     ) -> StageResult:
-        """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds.
-
-        Raises:
-            DivergenceError: the loss is not finite, or has grown a hundredfold.
-            TrainingStopped: a signal came, and what was trained is saved.
-        """
+        """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds. Errors are those of `train`."""
         found = self.finished()
         if found is not None:
             logger.info("stage %s is finished already in %s", self.name, self.folder)
@@ -139,7 +134,7 @@ class Stage:
             "trainable_parameters": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
             "bad_samples": trainer.counts.of_all()["bad_samples"],
             "history": trainer.state.log_history,
-            "length": self._length(),
+            "length": self.config.length,
         }
         on_rank_zero(lambda: write_json(self.folder / RESULT_FILE, result))
         return result
@@ -204,12 +199,10 @@ class Stage:
 
     def _smaller(self) -> TrainingConfig | None:
         """Half of the clips at a time, or gradient checkpointing; None where that is used up, or other processes would wait."""
-        processes = join_processes().num_processes
-        size, _ = self.config.device_batches(processes)
-        share = self.config.batch_size // processes
-        half = next((part for part in range(size // 2, 0, -1) if share % part == 0), None)
-        if processes > 1:
+        if join_processes().num_processes > 1:
             return None
+        size, _ = self.config.device_batches()
+        half = next((part for part in range(size // 2, 0, -1) if self.config.batch_size % part == 0), None)
         if half is not None:
             return dataclasses.replace(self.config, device_batch_size=half)
         if not self.config.gradient_checkpointing:
@@ -227,10 +220,6 @@ class Stage:
             checkpoint=last,
         )
 
-    def _length(self) -> dict[str, float | None]:
-        """How long the stage is by its settings."""
-        return {name: getattr(self.config, name) for name in LENGTH}
-
     def evaluates(self) -> bool:
         """Whether anything is measured."""
         return self.eval_fn is not None or self.eval_dataset is not None
@@ -242,7 +231,9 @@ class Stage:
     def steps(self) -> int:
         """How many steps the stage has."""
         config = self.config
-        return config.max_steps or math.ceil(config.epochs * math.ceil(self._samples() / config.batch_size))
+        return config.max_steps or math.ceil(
+            config.epochs * math.ceil(len(cast(Sized, self.dataset)) / config.batch_size)
+        )
 
     def measured(self) -> str:
         """What evaluations measure, in words."""
@@ -276,17 +267,12 @@ class Stage:
     def _arguments(self) -> TrainingArguments:
         """The settings in the trainer's words."""
         measured = "eval_score" if self.eval_fn is not None else None if self.eval_dataset is None else "eval_loss"
-        streamed = isinstance(self.dataset, StreamDataset)
-        return training_arguments(self.config, self.folder, self.steps(), self._workers(), measured, streamed)
-
-    def _samples(self) -> int:
-        return len(cast(Sized, self.dataset))
-
-    def _workers(self) -> int:
-        wanted = self.config.num_workers
+        workers, streamed = self.config.num_workers, isinstance(self.dataset, StreamDataset)
         if isinstance(self.dataset, StreamDataset):
-            return self.dataset.usable_workers(wanted, join_processes().num_processes)
-        return 0 if self.dataset.cached else wanted
+            workers = self.dataset.usable_workers(workers, join_processes().num_processes)
+        elif self.dataset.cached:
+            workers = 0
+        return training_arguments(self.config, self.folder, self.steps(), workers, measured, streamed)
 
 
 class _EndWorkers(TrainerCallback):
@@ -295,7 +281,7 @@ class _EndWorkers(TrainerCallback):
     def __init__(self, watch: Watch, others: Sequence[BaseProcess]) -> None:
         self.watch, self.others = watch, others
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, *_: object, **kwargs: object) -> None:
         """End the workers."""
         if self.watch.stopped:
             end_workers(self.others)

@@ -42,7 +42,7 @@ from sta_adapter.training.checkpoints import (
     rotate,
     trained_state,
 )
-from sta_adapter.training.config import LENGTH, TrainingConfig
+from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import kept_random_state
 from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.optimizer import parameter_groups
@@ -59,13 +59,8 @@ Batch = dict[str, Any]
 class AdapterTrainer(Trainer):
     """A `Trainer` that trains, saves and loads only what requires a gradient.
 
-    Args:
-        config: learning rates and weight decay.
-        sta_parameters: which parameters are STA's, asked when the optimizer is made.
-        adapter_files: gives contents of the adapter's files by name; called on all processes.
-        watch: looks at the loss of each step; it is one of the callbacks.
-        eval_fn: what `evaluate` gives instead of the loss, from the model to names and values.
-        kwargs: of `Trainer`.
+    `sta_parameters` is asked when the optimizer is made, `adapter_files` (contents by name) on all processes; `eval_fn`
+    gives what `evaluate` measures instead of the loss. All else is of `Trainer`.
     """
 
     def __init__(
@@ -219,11 +214,7 @@ class AdapterTrainer(Trainer):
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As the base class, where each batch counts once; here each token does in the loss, as in training.
-
-        Raises:
-            DataError: there is none in the data.
-        """
+        """As the base class, where each batch counts once; here each token does in the loss, as in training, and must be there."""
         self.measured = (0.0, 0.0)
         outcome = super().evaluation_loop(*args, **kwargs)
         loss, tokens = average(self.measured, self.args.device) if is_parallel() else self.measured
@@ -247,12 +238,10 @@ class AdapterTrainer(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained parameters and the adapter: all processes gather, process 0 writes.
-
-        Raises:
-            CheckpointError: the weights are not finite, or the folder can't be written; what was there stays.
-        """
-        counts = json.dumps({**self.counts.of_all(), "place": self.position.saved(), "length": self._length()}).encode()
+        """Write the trained parameters and the adapter, all or nothing: all processes gather, process 0 writes."""
+        counts = json.dumps(
+            {**self.counts.of_all(), "place": self.position.saved(), "length": self.config.length}
+        ).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
         on_rank_zero(lambda: replace_files(output_dir or str(self.args.output_dir), files))
 
@@ -297,9 +286,6 @@ class AdapterTrainer(Trainer):
             saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))["place"]
             self.position = self.position.resumed(saved, step, self.args.gradient_accumulation_steps)
 
-    def _length(self) -> dict[str, object]:
-        return {name: getattr(self.config, name) for name in LENGTH}
-
     def ended_in(self, checkpoint: Path, steps: int) -> bool:
         """Whether a checkpoint is of the last step; then it is loaded, as the base class would train a step too many."""
         saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))
@@ -308,7 +294,7 @@ class AdapterTrainer(Trainer):
         early = patience is not None and stopped_early(
             state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), patience
         )
-        last = state.max_steps if saved.get("length", self._length()) == self._length() else steps
+        last = state.max_steps if saved.get("length", self.config.length) == self.config.length else steps
         if state.global_step < last and not early:
             return False
         self.state = state

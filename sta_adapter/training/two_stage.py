@@ -113,7 +113,8 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
-        from sta_adapter.training.stage import join_processes
+        from sta_adapter.training.stage import Stage, join_processes
+        from sta_adapter.training.watch import Signals
     except ImportError as error:
         raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
@@ -122,45 +123,28 @@ def train(
     names = stage_names(stage, config)
     dataset = _opened(data, processor, config)
     eval_dataset = None if eval_data is None else _opened(eval_data, processor, config, stream=False)
-    _check_settings(config, names, model, dataset, eval_dataset, eval_fn)
+    signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
+    parts = [
+        Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, eval_fn, signals)
+        for name in names
+    ]
+    _check_settings(config, parts, model)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
     on_rank_zero(
         lambda: claim(folder, identity_of(stage, config, dataset, eval_dataset, start, result.model), overwrite)
     )
-    parts = _stages(names, config, folder, dataset, eval_dataset, eval_fn, progress)
-    with parts[0].signals:
+    with signals:
         _run(parts, result, callbacks, progress)
     on_rank_zero(lambda: _publish(parts[-1].folder, folder))
     result.model.eval()
     return result
 
 
-def _stages(
-    names: Sequence[str],
-    config: TrainingConfig,
-    folder: Path,
-    dataset: VideoDataset | StreamDataset,
-    eval_dataset: VideoDataset | StreamDataset | None,
-    eval_fn: Callable[[nn.Module], dict[str, float]] | None,
-    progress: bool,
-) -> list[Stage]:
-    """The stages of a run, which the same signals end."""
-    from sta_adapter.training.stage import Stage
-    from sta_adapter.training.watch import Signals
-
-    signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
-    parts = [
-        Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, eval_fn, signals)
-        for name in names
-    ]
-    if len(parts) > 1:  # what stands on stage one needs it as it is
-        parts[0].extends = last_checkpoint(parts[1].folder) is None
-    return parts
-
-
 def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[TrainerCallback], progress: bool) -> None:
     """Train the stages one after the other."""
+    if len(parts) > 1:  # what stands on stage one needs it as it is
+        parts[0].extends = last_checkpoint(parts[1].folder) is None
     for part in parts:
         if part.finished():
             result.finished_before.append(part.name)
@@ -171,11 +155,7 @@ def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[Tra
 
 
 def stage_names(stage: str, config: TrainingConfig) -> tuple[str, ...]:
-    """The stages of a run, in order.
-
-    Raises:
-        ConfigError: there is no such stage, or it would train nothing.
-    """
+    """The stages of a run, in order; one that there is not, or that would train nothing, is refused."""
     if stage not in STAGES:
         raise ConfigError(f"stage is {stage!r}, expected one of {', '.join(map(repr, STAGES))}.")
     if not config.sta and stage != "2":
@@ -266,32 +246,25 @@ def open_data(
     )
 
 
-def _check_settings(
-    config: TrainingConfig,
-    names: Sequence[str],
-    model: nn.Module | STAHandle,
-    dataset: VideoDataset | StreamDataset,
-    eval_dataset: VideoDataset | StreamDataset | None,
-    eval_fn: Callable[[nn.Module], dict[str, float]] | None,
-) -> None:
+def _check_settings(config: TrainingConfig, parts: Sequence[Stage], model: nn.Module | STAHandle) -> None:
     """Refuse at once, and not when stage one has been trained, what can't be or has no effect in any stage."""
     from sta_adapter.training.lora import require_effect
 
-    stages = [config.for_stage(name) for name in names]
-    if isinstance(eval_dataset, StreamDataset):
+    last = parts[-1]
+    if isinstance(last.eval_dataset, StreamDataset):
         raise ConfigError(
             "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
         )
-    if isinstance(dataset, StreamDataset) and not all(config.max_steps for config in stages):
+    if isinstance(last.dataset, StreamDataset) and not all(part.config.max_steps for part in parts):
         raise ConfigError(
             "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
             "max_steps (--max-steps 1000)."
         )
-    check_idle(config, stages, dataset, eval_dataset, eval_fn)
-    if "2" in names:
+    check_idle(config, [part.config for part in parts], last.dataset, last.eval_dataset, last.eval_fn)
+    if last.name == "2":
         handle = model if isinstance(model, STAHandle) else get_sta(model)
         backbone = locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
-        require_effect(backbone, stages[-1])
+        require_effect(backbone, last.config)
 
 
 def _tell(text: str) -> None:
@@ -305,7 +278,10 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
         if handle is not None:
             raise ConfigError("the settings say sta: false, but the model has STA; call handle.remove() first.")
         return model, None  # type: ignore[return-value]
-    if handle is not None:
+    if handle is None:
+        torch.manual_seed(config.seed)
+        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
+    else:
         asked = STAConfig.from_dict(config.sta_config).with_defaults(handle._injection.spec.defaults)
         wrong = [name for name in config.sta_config if getattr(asked, name) != getattr(handle.config, name)]
         if wrong:
@@ -313,9 +289,6 @@ def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.
                 f"sta_config.{wrong[0]} is {getattr(asked, wrong[0])!r}, but the model has STA with "
                 f"{getattr(handle.config, wrong[0])!r} already, where it has no effect; leave it out, or start without that adapter."
             )
-    if handle is None:
-        torch.manual_seed(config.seed)
-        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
     return handle.model, handle
 
 

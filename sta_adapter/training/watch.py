@@ -37,14 +37,10 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Signals:
-    """Ctrl-C and SIGTERM are noted, for the run to end after its step; a second Ctrl-C interrupts at once.
-
-    Attributes:
-        received: the number of the first; 0 before.
-    """
+    """Ctrl-C and SIGTERM are noted, for the run to end after its step; a second Ctrl-C interrupts at once."""
 
     def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.received = 0
+        self.received = 0  # the number of the first
         self._tell = tell
         self._previous: dict[int, Handler] = {}
 
@@ -72,19 +68,7 @@ class Signals:
 
 
 class Watch(TrainerCallback):
-    """Ends a stage whose loss diverges, or after a signal; saves checkpoints by time.
-
-    Args:
-        label: of the stage, for messages.
-        config: its settings.
-        folder: of its checkpoints.
-        signals: that end the run.
-        clock: gives seconds.
-
-    Attributes:
-        loss: of the latest step, the mean over processes; None before.
-        stopped: whether a signal has ended the stage.
-    """
+    """Ends a stage whose loss diverges, or after a signal; saves checkpoints by time, which `clock` gives in seconds."""
 
     def __init__(
         self,
@@ -97,8 +81,8 @@ class Watch(TrainerCallback):
         self.label, self.config, self.folder = label, config, folder
         self.signals = signals or Signals()
         self.clock = clock
-        self.loss: float | None = None
-        self.stopped = False
+        self.loss: float | None = None  # of the latest step, the mean over processes
+        self.stopped = False  # by a signal
         self._parts: list[torch.Tensor] = []
         self._whole = True
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -110,20 +94,12 @@ class Watch(TrainerCallback):
         self._parts.append(loss.detach())
         self._whole = self._whole and usable
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, *_: object, **kwargs: object) -> None:
         """Time runs from here."""
         self._saved = self.clock()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Look at the step's loss, at signals and at the clock; measure after the last step, as transformers does since 5.4.
-
-        Raises:
-            DivergenceError: the loss is not finite, or has grown a hundredfold.
-        """
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Look at the step's loss, at signals and at the clock; measure after the last step, as transformers does since 5.4."""
         found = self._judge(args)
         minutes = self.config.save_minutes
         due = minutes is not None and self.clock() - self._saved >= 60 * minutes
@@ -140,14 +116,12 @@ class Watch(TrainerCallback):
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """A stage that was stopped in the middle of an epoch is not at its end, where it would evaluate."""
         if self.stopped and not float(state.epoch or 0).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, *_: object, **kwargs: object) -> None:
         """The next one is due so many minutes later."""
         self._saved = self.clock()
 
@@ -196,12 +170,7 @@ class Resumption(TrainerCallback):
     """Mends what transformers makes of a checkpoint: when it logs and saves, and the rate of the next step."""
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: object = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: object, lr_scheduler: object = None, **_: object
     ) -> None:
         """The settings hold; those of the run before came with the checkpoint, as did the rate of its schedule."""
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
@@ -216,9 +185,7 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Count from what is logged, which checkpoints keep."""
         if stopped_early(
             state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), self.patience

@@ -29,12 +29,7 @@ KINDS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def read_file(file: Path) -> object:
-    """What a file holds; parquet needs pyarrow.
-
-    Raises:
-        DataError: it is not what its ending says.
-        MissingExtraError: pyarrow is missing.
-    """
+    """What a file holds, which must be what its ending says; parquet needs pyarrow."""
     try:
         if file.suffix == ".parquet":
             return _parquet(file)
@@ -50,11 +45,7 @@ def read_file(file: Path) -> object:
 
 
 def read_annotations(file: Path) -> list[Record]:
-    """The records of a file, see `read_file`.
-
-    Raises:
-        DataError: it holds no list of records.
-    """
+    """The records of a file, see `read_file`."""
     rows = read_file(file)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file} holds no list of records; expected the benchmark's own annotation file.")
@@ -88,11 +79,7 @@ def first_folder(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def field(row: Record, name: str, source: str) -> str:
-    """A record's words that must be there.
-
-    Raises:
-        DataError: they are missing (the fields that are there are named), or are no text.
-    """
+    """A record's words that must be there; if not, the error names the fields that are."""
     _require(row, name, source)
     found = row[name]
     if not isinstance(found, str):
@@ -101,11 +88,7 @@ def field(row: Record, name: str, source: str) -> str:
 
 
 def options_field(row: Record, name: str, source: str) -> list[str]:
-    """A record's options: at least two texts, no more than there are letters.
-
-    Raises:
-        DataError: they are missing or something else.
-    """
+    """A record's options: at least two texts, no more than there are letters."""
     _require(row, name, source)
     options = row[name]
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
@@ -116,11 +99,7 @@ def options_field(row: Record, name: str, source: str) -> list[str]:
 
 
 def seconds_field(row: Record, name: str, source: str) -> float:
-    """A record's time in a clip.
-
-    Raises:
-        DataError: it is no number of seconds.
-    """
+    """A record's time in a clip."""
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_SECONDS:
         raise DataError(f"{source}: {name!r} is {shown(value)}, expected seconds in the clip.")

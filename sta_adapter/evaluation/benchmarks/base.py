@@ -47,19 +47,11 @@ def question(
     before: str | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> Sample:
-    """A sample that asks about a clip.
+    """A sample that asks about a clip, which is a file or a folder of pictures.
 
-    Args:
-        clip: its file, or its folder of pictures.
-        text: the whole prompt, as the benchmark words it.
-        labels: what the options are called; the answer is one of them.
-        texts: what they say.
-        right: index of the right one.
-        source: where the annotation stands.
-        category: what results are grouped by.
-        settings: of the clip, such as `video_start`.
-        before: words in front of the clip.
-        extra: other fields to group by.
+    `before` stands in front of the clip, `text` behind it, as the benchmark words them. Options are called `labels`, and
+    say `texts`; the answer is the label `right`. `settings` are the clip's, such as `video_start`; `extra` are further
+    fields to group results by.
     """
     lead = [{"type": "text", "text": before}] if before else []
     user: list[Part] = [

@@ -91,14 +91,7 @@ def run_exp(
 
 
 def refuse_merging(args: object = None) -> None:
-    """Refuse to export an adapter with STA; LoRA alone may go into the base.
-
-    Args:
-        args: as LLaMA-Factory's `export_model` takes them.
-
-    Raises:
-        ConfigError: as said.
-    """
+    """Refuse to export an adapter with STA; LoRA alone may go into the base. `args` are those of LLaMA-Factory's `export_model`."""
     from llamafactory.hparams import get_infer_args
 
     model = get_infer_args(args)[0]
@@ -108,11 +101,7 @@ def refuse_merging(args: object = None) -> None:
 
 
 def take_settings(values: object) -> Settings:
-    """Our settings out of LLaMA-Factory's, where they would be unknown; else those of STA_SETTINGS.
-
-    Raises:
-        ConfigError: unknown or wrong settings, or a run that adds no LoRA.
-    """
+    """Our settings out of LLaMA-Factory's, where they would be unknown; else those of STA_SETTINGS. A run without LoRA is refused."""
     given = values if isinstance(values, dict) else _of_words(cast("Sequence[str]", values))
     ours = values.pop(KEY, None) if isinstance(values, dict) else None
     settings = Settings.from_environment() if ours is None else Settings.from_mapping(ours)

@@ -12,9 +12,5 @@ class Simple(WithAdapter, InternVideo2_5):
     """`internvideo2_5_sta`."""
 
     def generate_until_multi_round(self, requests: list[object]) -> list[str]:
-        """Refuse. lmms-eval 0.7.3 asks for the method and its own class has none, so that it can't be made without.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Refuse. lmms-eval 0.7.3 asks for the method and its own class has none, so that it can't be made without."""
         raise ConfigError("InternVideo2.5 answers questions of one round; take another task or another model.")

@@ -133,11 +133,7 @@ def _preparing(own: Callable[..., object]) -> Callable[..., object]:
 
 
 def lora_options(args: object) -> dict[str, object]:
-    """Fields of `LoraConfig` that ms-swift's options ask for, where these differ from its defaults.
-
-    Raises:
-        ConfigError: an option is among them that has no place here.
-    """
+    """Fields of `LoraConfig` that ms-swift's options ask for, where these differ from its defaults; what has no place is refused."""
     given = {name: getattr(args, name, default) for name, (default, _) in OPTIONS.items()}
     given = {name: value for name, value in given.items() if value not in (OPTIONS[name][0], None)}
     lists = [value for value in given.values() if isinstance(value, list)]

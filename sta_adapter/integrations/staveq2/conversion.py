@@ -17,7 +17,6 @@ from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.adapter.base_model import BaseModel, language_sizes, saved_base
 from sta_adapter.adapter.format import (
     CONFIG,
-    WEIGHTS,
     Description,
     compare_tensors,
     read_description,
@@ -25,7 +24,7 @@ from sta_adapter.adapter.format import (
     require_description,
     saved_config,
 )
-from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
+from sta_adapter.adapter.hub import ADAPTER_FILES
 from sta_adapter.adapter.safe_read import parse_json
 from sta_adapter.adapter.save import make_description, write_adapter
 from sta_adapter.attention.module import TemporalAttention
@@ -43,7 +42,7 @@ from sta_adapter.integrations.staveq2.published import (
 from sta_adapter.integrations.staveq2.sizes import branch_facts, encoder_facts, layers_of, require_sizes
 from sta_adapter.requirements import require_free
 
-ADAPTER = (WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS, "adapter_model.bin", "run.json", "stage1", "stage2")
+ADAPTER = (*ADAPTER_FILES, "adapter_model.bin", "run.json", "stage1", "stage2")
 HEADER = "sta_config"  # our description, in the header of published files that we write
 PUBLISHED = "staveq2.safetensors"
 Order = Literal["after_spatial", "before_spatial"]

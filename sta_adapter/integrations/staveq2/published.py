@@ -37,11 +37,7 @@ class Source:
     metadata: Mapping[str, str]  # header fields of the first file
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
-        """These tensors, and no other, on the CPU.
-
-        Raises:
-            CheckpointError: a file is damaged.
-        """
+        """These tensors, and no other, on the CPU."""
         from safetensors import safe_open
 
         found = {}
@@ -55,11 +51,7 @@ class Source:
 
 
 def open_source(source: str | Path, config: str | Path | None = None) -> Source:
-    """List the tensors of a checkpoint: a folder, in one piece or sharded, or one file; its `config` may lie elsewhere.
-
-    Raises:
-        CheckpointError: there is no safetensors file, or one is missing or damaged, or the configuration is.
-    """
+    """List the tensors of a checkpoint: a folder, in one piece or sharded, or one file; its `config` may lie elsewhere."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     metadata: dict[str, str] = {}
@@ -73,9 +65,10 @@ def open_source(source: str | Path, config: str | Path | None = None) -> Source:
                 f"{twice[0]!r} stands in {files[twice[0]].name} and in {file.name}; pass the file that is meant."
             )
         files |= dict.fromkeys(keys, file)
-    return Source(
-        folder, files, _read_config(Path(config) if config else folder / "config.json", bool(config)), metadata
-    )
+    settings = Path(config) if config else folder / "config.json"
+    if config and not settings.exists():
+        raise CheckpointError(f"there is no configuration {settings}.")
+    return Source(folder, files, read_json(settings) if settings.exists() else {}, metadata)
 
 
 def _safetensors(path: Path) -> list[Path]:
@@ -100,7 +93,8 @@ def _safetensors(path: Path) -> list[Path]:
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise CheckpointError(_pickle_message(pickles[0]))
-    raise CheckpointError(f"{path} holds no safetensors file; found: {_listing(path)}.")
+    others = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+    raise CheckpointError(f"{path} holds no safetensors file; found: {others}.")
 
 
 def _files_of(index: Path) -> set[str]:
@@ -109,10 +103,6 @@ def _files_of(index: Path) -> set[str]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: weight_map must name a file for each tensor.")
     return set(names.values())
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
 
 
 def _pickle_message(path: Path) -> str:
@@ -126,14 +116,6 @@ def _pickle_message(path: Path) -> str:
         f"{path} is a pickle, which can run code when it is opened and is never read here. If you trust it, make "
         f"safetensors of it once: {command}"
     )
-
-
-def _read_config(path: Path, must_exist: bool) -> dict[str, object]:
-    if not path.exists():
-        if must_exist:
-            raise CheckpointError(f"there is no configuration {path}.")
-        return {}
-    return read_json(path)
 
 
 def published_keys(spec: Backbone) -> dict[str, str]:
@@ -150,10 +132,7 @@ def match_keys(spec: Backbone, keys: Iterable[str]) -> tuple[dict[str, str], lis
 
     Returns:
         (from our key, `blocks.{i}.to_qkv.weight`, to the checkpoint's; keys below STA's modules that we have no place
-        for).
-
-    Raises:
-        CheckpointError: a tensor stands there twice, as with several PEFT adapters.
+        for). A tensor that stands there twice, as with several PEFT adapters, is refused.
     """
     block = rf"(?:^|\.){re.escape(spec.blocks)}\.(\d{{1,6}})\."
     patterns = {n: re.compile(f"{block}{_with_wrappers(p)}$") for n, p in published_keys(spec).items()}

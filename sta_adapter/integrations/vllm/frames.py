@@ -34,11 +34,7 @@ def media_io_kwargs(reader: ClipReader) -> dict[str, object]:
 
 
 def register_loader() -> None:
-    """Make the loader known to vLLM by its name.
-
-    Raises:
-        CompatibilityError: vLLM has no registry of loaders.
-    """
+    """Make the loader known to vLLM by its name."""
     try:
         from vllm.multimodal.video import VIDEO_LOADER_REGISTRY as registry
     except ImportError as error:
@@ -81,15 +77,11 @@ class TrainedFrames:
 
 
 def clip_facts(clip: Visual, temporal_patch: int) -> dict[str, object]:
-    """What vLLM is told of a clip: its times as training had them, and that no frames are to be chosen again.
+    """What vLLM is told of a decoded clip: its times as training had them, and that no frames are to be chosen again.
 
-    Processors take the seconds of a temporal step from the share of the file's frames that was sampled, which is right
-    for frames spread evenly over the whole file; the total is given such that the clip's own step comes out, whatever
-    was read.
-
-    Args:
-        clip: the decoded clip.
-        temporal_patch: how many frames the model merges into one.
+    Processors take the seconds of a temporal step, in which the model merges `temporal_patch` frames into one, from the
+    share of the file's frames that was sampled. That is right for frames spread evenly over the whole file; the total is
+    given such that the clip's own step comes out, whatever was read.
     """
     facts = {**(clip.metadata or {}), "video_backend": LOADER, "do_sample_frames": False}
     if clip.metadata is not None:

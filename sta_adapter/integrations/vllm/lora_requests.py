@@ -22,11 +22,7 @@ READ = "from_local_dir"
 
 
 def check_lora_requests() -> None:
-    """Have each folder of LoRA weights looked at before vLLM reads it; twice is fine.
-
-    Raises:
-        CompatibilityError: vLLM reads them otherwise.
-    """
+    """Have each folder of LoRA weights looked at before vLLM reads it; twice is fine."""
     helper = lora_reader()
     read = getattr(helper, READ).__func__
     if getattr(read, "asks_for_sta", False):
@@ -42,11 +38,7 @@ def check_lora_requests() -> None:
 
 
 def lora_reader() -> type:
-    """VLLM's class that reads the settings of LoRA weights from their folder.
-
-    Raises:
-        CompatibilityError: there is none.
-    """
+    """VLLM's class that reads the settings of LoRA weights from their folder; a CompatibilityError where it is otherwise."""
     try:
         from vllm.lora.peft_helper import PEFTHelper
     except ImportError as error:

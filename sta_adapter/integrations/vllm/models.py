@@ -35,11 +35,7 @@ def __getattr__(name: str) -> type:
 
 @functools.cache
 def serving_class(path: str) -> type:
-    """A subclass of vLLM's model at "module:Class" that serves STA where the engine was asked to.
-
-    Raises:
-        CompatibilityError: there is no such class, or it is built or loaded otherwise.
-    """
+    """A subclass of vLLM's model at "module:Class" that serves STA where the engine was asked to."""
     module, name = path.split(":")
     try:
         base: Any = getattr(importlib.import_module(module), name)
@@ -80,11 +76,7 @@ def serving_class(path: str) -> type:
 
 
 def with_digest(model_class: type) -> object:
-    """The processor factories of vLLM's class, whose processors put the digest behind each identifier.
-
-    Raises:
-        CompatibilityError: the class has no such factories.
-    """
+    """The processor factories of vLLM's class, whose processors put the digest behind each identifier."""
     factories: Any = getattr(model_class, FACTORIES, None)
     is_known = dataclasses.is_dataclass(factories) and callable(getattr(factories, "processor", None))
     if not is_known:
@@ -102,11 +94,7 @@ def with_digest(model_class: type) -> object:
 
 
 def add_digest(processor: object, digest: str) -> None:
-    """Put the digest behind each identifier that a processor makes.
-
-    Raises:
-        CompatibilityError: it makes them otherwise.
-    """
+    """Put the digest behind each identifier that a processor makes."""
     original = getattr(processor, HASHES, None)
     if not callable(original):
         raise incompatible("vllm", f"{type(processor).__name__} has no {HASHES}")

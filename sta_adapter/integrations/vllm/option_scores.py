@@ -18,11 +18,7 @@ class Node:
 
 
 class OptionTree:
-    """The options of several prompts, what they begin with in common held once.
-
-    Args:
-        options: of each prompt, the tokens of each of its options.
-    """
+    """The options of several prompts, as the tokens of each; what they begin with in common is held once."""
 
     def __init__(self, options: Sequence[Sequence[Sequence[int]]]) -> None:
         self.options = options

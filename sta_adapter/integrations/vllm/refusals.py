@@ -20,11 +20,7 @@ TOWERS = ("visual", "vision_tower", "vision_model")  # what the encoder is calle
 
 
 def setting(config: object, name: str) -> Any:
-    """A field of one of vLLM's configurations, or of its model.
-
-    Raises:
-        CompatibilityError: there is no such field.
-    """
+    """A field of one of vLLM's configurations, or of its model; a CompatibilityError where there is none."""
     try:
         return getattr(config, name)
     except AttributeError as error:
@@ -32,12 +28,7 @@ def setting(config: object, name: str) -> Any:
 
 
 def check_encoder_settings(adapter: ServedAdapter, vllm_config: object) -> None:
-    """Refuse a compiled or captured encoder, frames split among ranks, and LoRA that nobody serves.
-
-    Raises:
-        InjectionError: the engine's settings.
-        CheckpointError: the adapter's LoRA.
-    """
+    """Refuse a compiled or captured encoder, frames split among ranks, and LoRA that nobody serves."""
     compilation = setting(vllm_config, "compilation_config")
     for option, how in ENCODER_OPTIONS.items():
         if setting(compilation, option):
@@ -83,13 +74,7 @@ def encodes_elsewhere(vllm_config: object) -> bool:
 
 
 def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
-    """Refuse an engine without a tower, branches at a place that vLLM's blocks pass by, and LoRA that it has no place for.
-
-    Raises:
-        InjectionError: the tower.
-        CheckpointError: the LoRA weights.
-        CompatibilityError: the model has no methods that tell the clips.
-    """
+    """Refuse an engine without a tower, branches at a place that vLLM's blocks pass by, and LoRA that it has no place for."""
     spec = adapter.backbone
     encoder = spec.find_encoder(model)
     if encoder is None:

@@ -35,11 +35,7 @@ def architectures() -> dict[str, str]:
 
 
 def register_models() -> None:
-    """Put our classes in the place of vLLM's, and look at what engines are configured for.
-
-    Raises:
-        CompatibilityError: vLLM's registry is otherwise than tested.
-    """
+    """Put our classes in the place of vLLM's, and look at what engines are configured for."""
     registry = model_registry()
     for name in architectures():
         registry.register_model(name, f"{MODELS}:{name}")
@@ -50,11 +46,7 @@ def register_models() -> None:
 
 
 def model_registry() -> Registry:
-    """VLLM's registry, with the methods that we use.
-
-    Raises:
-        CompatibilityError: it has others.
-    """
+    """VLLM's registry, with the methods that we use; a CompatibilityError where it has others."""
     import vllm
 
     registry = cast(Registry, getattr(vllm, "ModelRegistry", None))

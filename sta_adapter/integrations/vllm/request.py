@@ -8,11 +8,11 @@ must have that digest again.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sta_adapter._validate import suggestion
 from sta_adapter.adapter.base_model import MERGED_LORA
 from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights, saved_config
 from sta_adapter.adapter.hub import resolve_adapter
@@ -52,19 +52,13 @@ class ServedAdapter:
 
 
 def asks_for_sta(hf_config: PretrainedConfig) -> bool:
-    """Whether the engine was given an adapter.
-
-    Raises:
-        ConfigError: a setting of another type, one that doesn't exist, or one without an adapter.
-    """
+    """Whether the engine was given an adapter; wrong settings, and settings without one, are refused."""
     found = {k: v for k, v in vars(hf_config).items() if k.replace("-", "_").startswith("sta_") and v is not None}
     for name, value in found.items():
         if name in (DIGEST, MERGED_LORA):
             continue
         if name not in SETTINGS:
-            near = difflib.get_close_matches(name, SETTINGS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"hf_overrides: there is no setting {name!r}.{hint} Known: {', '.join(SETTINGS)}.")
+            raise ConfigError(f"hf_overrides: there is no setting {name!r}. {suggestion(name, SETTINGS)}")
         if type(value) is not SETTINGS[name] or value == "":
             wanted = "a folder or the id of a repository on the Hub" if name == ADAPTER else SETTINGS[name].__name__
             raise ConfigError(f"hf_overrides: {name} is {value!r}, expected {wanted}.")
@@ -75,11 +69,7 @@ def asks_for_sta(hf_config: PretrainedConfig) -> bool:
 
 
 def requested(hf_config: PretrainedConfig) -> ServedAdapter:
-    """The adapter that the engine was given; its digest is pinned in the configuration.
-
-    Raises:
-        CheckpointError: it can't be had, its files are missing or damaged, or are not those that were pinned.
-    """
+    """The adapter that the engine was given; its digest is pinned in the configuration, and its files must be those pinned."""
     folder = resolve_adapter(hf_config.sta_adapter, getattr(hf_config, REVISION, None))
     description = read_description(folder)
     digest = adapter_digest(folder)
@@ -107,12 +97,7 @@ def adapter_digest(folder: Path) -> str:
 
 
 def check_architecture(adapter: ServedAdapter, architecture: str) -> None:
-    """Refuse a base that has no tower of the adapter's kind in vLLM.
-
-    Raises:
-        InjectionError: as said.
-        UnknownBackboneError: vLLM doesn't serve the adapter's backbone.
-    """
+    """Refuse a base that has no tower of the adapter's kind in vLLM."""
     served = getattr(adapter.backbone.vllm, "architectures", {})
     if architecture not in served:
         raise InjectionError(

@@ -32,20 +32,10 @@ def serve_line(
     reader: ClipReader | None = None,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """The words of the line.
+    """The words of the line; `extra` are further options of `vllm serve`, which must not be those that it sets.
 
-    Args:
-        model: the base's folder, or its id on the Hub.
-        adapter: the adapter's.
-        revision: of the adapter on the Hub.
-        any_base: take another base than the adapter names, if it fits.
-        reader: how clips are read; None leaves vLLM's own way.
-        extra: further options of `vllm serve`.
-
-    Raises:
-        CheckpointError: there is no such adapter, or vLLM has other text positions than it was trained with.
-        UnknownBackboneError: vLLM doesn't serve its backbone.
-        ConfigError: an option in `extra` sets what this line sets.
+    Base and adapter are folders or ids on the Hub, `revision` is of the adapter. The `reader` says how clips are read; None
+    leaves vLLM's own way.
     """
     folder = resolve_adapter(adapter, revision)
     description = read_description(folder)
@@ -76,11 +66,7 @@ def serve_line(
 def trained_reader(
     model: str, adapter: str, revision: str | None = None, *, model_revision: str | None = None
 ) -> ClipReader:
-    """How the adapter's run read its clips; the published recipe where it isn't known.
-
-    Raises:
-        CheckpointError: the base has no processor, or there is no such adapter.
-    """
+    """How the adapter's run read its clips; the published recipe where it isn't known."""
     from sta_adapter.loading import load_processor, saved_frame_settings
 
     settings = FrameSettings(**saved_frame_settings(adapter, revision=revision))

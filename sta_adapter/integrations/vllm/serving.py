@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 
 def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
-    """Put STA into a model that has no weights yet; None when the engine was given no adapter, or encodes elsewhere.
-
-    Raises:
-        CheckpointError: the adapter can't be had, is damaged, or is for another base.
-        InjectionError: STA can't be right under the engine's settings.
-    """
+    """Put STA into a model that has no weights yet; None when the engine was given no adapter, or encodes elsewhere."""
     hf_config: PretrainedConfig = setting(setting(vllm_config, "model_config"), "hf_config")
     if not asks_for_sta(hf_config):
         return None
@@ -73,8 +68,7 @@ class ServedSTA:
     def of_the_base(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Weights without STA's, which come from the adapter alone; a base that was saved as a whole may hold some.
 
-        Raises:
-            CheckpointError: STA is sent to a running engine, as trainers send what they have trained.
+        STA that is sent to a running engine, as trainers send what they have trained, is refused.
         """
         for name, values in weights:
             if CHILD not in name.split("."):
@@ -86,14 +80,7 @@ class ServedSTA:
                 )
 
     def load(self) -> set[str]:
-        """Fill STA from the adapter's files, at the start and at each reload of the base.
-
-        Returns:
-            The parameters' names in the model.
-
-        Raises:
-            CheckpointError: the files are not those that the engine began with.
-        """
+        """Fill STA from the adapter's files, at the start and at each reload of the base; gives the parameters' names in the model."""
         adapter = requested(self.hf_config)
         state = read_weights(adapter.folder, adapter.description)
         loaded = set()
@@ -110,12 +97,7 @@ class ServedSTA:
         return loaded
 
     def check(self) -> None:
-        """Check that STA has its weights and that the blocks are as the backbone declares, in a run.
-
-        Raises:
-            CheckpointError: the base's weights came without STA's.
-            InjectionError: the blocks are otherwise; lists all that was found.
-        """
+        """Check that STA has its weights and that the blocks are as the backbone declares, in a run."""
         if not self.is_loaded:
             raise CheckpointError(
                 "the base's weights came in a way that passes by its load_weights, and so STA's were not loaded. "
