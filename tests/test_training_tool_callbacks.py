@@ -366,7 +366,7 @@ def test_frozen_sta_is_an_error(model, data, processor, tmp_path):
 
 def test_lora_on_stas_own_layers_is_told(model, data, processor, tmp_path, caplog):
     inject_sta(model)
-    trained = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj", "to_qkv", "to_out"]))
     train(trained, data, collate(processor), tmp_path, 1)
     assert re.search(r"LoRA lies on \d+ of STA's own layers, first blocks\.0\.sta\.to_", caplog.text)
     loaded = load_sta(make_model(processor.tokenizer), tmp_path)

@@ -152,6 +152,8 @@ class _Bounded:
 
 
 def _next(tar: tarfile.TarFile, file: _Bounded) -> tarfile.TarInfo | None:
+    if tar.offset == 0:  # nothing is in it; Python 3.10 would seek in front of its beginning
+        return None
     file.at_once = MOST_HEADER
     member = tar.next()
     file.at_once = sys.maxsize

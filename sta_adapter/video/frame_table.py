@@ -6,7 +6,6 @@ import math
 import os
 import stat
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
@@ -24,6 +23,7 @@ from sta_adapter.video.packet_scan import (
     leap_back,
     scan_packets,
     that_decode,
+    time_base,
     without_gaps,
 )
 from sta_adapter.video.picture import Matrix, display_matrix, is_transposed
@@ -226,7 +226,7 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
             "order of its frames can't be known. Write it again, as `ffmpeg -i OLD -c copy NEW.mkv` does."
         )
     pts, keys, seekable = frames_in_order(stream, rows, formats)
-    base = Fraction(stream.time_base or 1)
+    base = time_base(stream)
     times = (pts - pts[0]) * float(base.numerator) / base.denominator  # rounded once: 1.25 s are 1.25
     matrix = display_matrix(first)
     turned = is_transposed(matrix)
@@ -252,7 +252,7 @@ def _duration(
     """Seconds up to the end of the last frame; where that isn't known, a frame lasts as long as most do."""
     last = int(pts[-1]) - int(pts[0]) + next((row.duration for row in rows if row.pts == pts[-1]), 0)
     gap = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(frame_rate(stream))
-    end = float(last * Fraction(stream.time_base or 1))
+    end = float(last * time_base(stream))
     duration = end if end > times[-1] else float(times[-1]) + gap
     if not 0 < duration < math.inf or (np.diff(times) < 0).any():
         raise VideoError(f"{path} has timestamps that tell no order of its frames; write it again.")

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = ["PacketScan", "frame_rate", "frames_in_order", "leap_back", "scan_packets", "that_decode", "without_gaps"]
+__all__ = [
+    "PacketScan",
+    "frame_rate",
+    "frames_in_order",
+    "leap_back",
+    "scan_packets",
+    "that_decode",
+    "time_base",
+    "without_gaps",
+]
 
 MADE_UP = frozenset({"avi", "asf", "mxf"})
 """Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
@@ -115,7 +124,14 @@ def frames_in_order(
 
 def frame_rate(stream: "VideoStream") -> Fraction:
     """Frames a second of a stream without timestamps: as its pictures say, whatever FFmpeg takes for the average."""
-    return Fraction(stream.guessed_rate or stream.average_rate or 25)
+    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+    return Fraction(rate.numerator, rate.denominator)  # before PyAV 19 a Fraction already
+
+
+def time_base(stream: "VideoStream") -> Fraction:
+    """Seconds that one tick of a stream's timestamps lasts."""
+    tick = stream.time_base or Fraction(1)
+    return Fraction(tick.numerator, tick.denominator)
 
 
 def _stamps_in_file_order(stream: "VideoStream", rows: list[PacketRow]) -> NDArray[np.int64]:

@@ -151,7 +151,7 @@ def _farthest(
     distance[np.isin(inside, chosen)] = -1.0
     more: list[int] = []
     for _ in range(missing):
-        place = int(distance.argmax())
+        place = int(np.argmax(distance))
         more.append(int(inside[place]))
         distance = np.minimum(distance, np.abs(times[inside] - times[inside[place]]))
         distance[place] = -1.0

@@ -77,7 +77,7 @@ def quantities(seen: Observation, block: int) -> list[Quantity]:
 
 def strongest_block(seen: Observation) -> int:
     """The block in which STA adds most, relative to the residual stream."""
-    return seen.blocks[int(seen.branch.mean((1, 2)).argmax())]
+    return seen.blocks[int(np.argmax(seen.branch.mean((1, 2))))]
 
 
 def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
