@@ -207,7 +207,7 @@ def cpu_rates(
 @click.command(help=__doc__)
 @benchmark_options
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--clips", type=click.IntRange(8), default=40, show_default=True, help="Clips a round.")
+@click.option("--clips", type=click.IntRange(8), default=120, show_default=True, help="Clips a round.")
 @click.option(
     "--clock/--no-clock", default=True, help="Leave out what other work on the machine changes: clips a second."
 )
