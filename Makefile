@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-old test-releases test-peft test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu lint docs build audit sbom clean
+.PHONY: demo demo-real test test-old test-releases test-peft test-floor test-newest test-newest-contract lock test-lmms-eval notebook test-vllm test-tools test-trl test-ms-swift test-llamafactory test-axolotl torture gpu style lint docs build audit sbom clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sta-adapter demo --out $(OUT) $(DEMO_ARGS)
@@ -125,11 +125,13 @@ torture: $(VENV)/.ready
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py $(GPU_ARGS)
 
-lint: $(VENV)/.ready
+style: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy sta_adapter backbones
 	$(BIN)/lint-imports
+
+lint: style
+	$(BIN)/mypy sta_adapter backbones
 
 # The site, in build/site. Each warning is an error; no network is needed.
 docs: $(VENV)/.ready

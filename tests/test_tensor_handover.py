@@ -79,6 +79,7 @@ def test_clips_of_a_workers_batch_are_put_together_where_they_are_handed_over(wo
     (batch,) = DataLoader(items, batch_size=3, num_workers=workers, collate_fn=Collator(9))
     pixels = batch["pixel_values_videos"]
     assert in_files(pixels) is bool(workers)
+    assert not in_files(batch["input_ids"])
     assert pixels.dtype == dtype
     assert torch.equal(pixels, torch.cat([item["pixel_values_videos"] for item in items]))
 
