@@ -435,8 +435,11 @@ def test_flags_of_code_that_models_bring_along(flag):
     assert checkpointing.checkpoints_reentrantly(module)
 
 
+@pytest.mark.parametrize("asked", ["hooks", "refusal"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_what_runs_within_a_checkpoint_is_told(reentrant):
+def test_what_runs_within_a_checkpoint_is_told(reentrant, asked, monkeypatch):
+    if asked == "refusal":
+        monkeypatch.setattr(checkpointing, "TOP_HOOKS", None)
     told, tensor = [], torch.ones(2, requires_grad=True)
 
     def run(x):

@@ -336,7 +336,7 @@ def test_parts_of_the_positions_give_what_all_of_them_give(clips, part, config, 
         with torch.no_grad():
             return (
                 frame_attention.mix_frames(qkv, layout, heads, settings),
-                frame_attention.mix_frames_gradient(grad, qkv, layout, heads, settings),
+                frame_attention.FrameAttention(layout, heads, settings, qkv).gradient(grad, qkv),
             )
 
     whole = both()

@@ -47,6 +47,40 @@ def test_gather_brings_equal_lengths_together_and_scatter_undoes_it(pairs):
 
 
 @given(clips)
+def test_batches_are_whole_clips_of_one_length(pairs):
+    layout = ClipLayout(pairs)
+    tokens = places(layout)
+    if layout.is_gathered:
+        tokens = [tokens[i] for i in layout.gather_index(cpu)]
+    start = 0
+    for count, frames, positions in layout.batches:
+        for _ in range(count):
+            clip = tokens[start : start + frames * positions]
+            start += frames * positions
+            for position in range(positions):
+                sequence = clip[position::positions]
+                assert [frame for _, frame, _ in sequence] == list(range(frames))
+                assert len({(clip, place) for clip, _, place in sequence}) == 1
+                assert {pairs[clip][0] for clip, _, _ in sequence} == {frames}
+    assert start == len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batches", "is_gathered"),
+    [
+        ([(2, 3), (2, 3), (4, 5)], [(2, 2, 3), (1, 4, 5)], False),
+        ([(1, 3), (1, 4), (2, 5)], [(1, 1, 7), (1, 2, 5)], False),
+        ([(2, 3), (2, 4)], [(1, 2, 7)], True),
+        ([(2, 3), (4, 3), (2, 3)], [(1, 2, 6), (1, 4, 3)], True),
+    ],
+    ids=["neighbours", "pictures", "sizes", "apart"],
+)
+def test_only_clips_of_a_length_that_lie_apart_are_brought_together(pairs, batches, is_gathered):
+    layout = ClipLayout(pairs)
+    assert (layout.batches, layout.is_gathered) == (batches, is_gathered)
+
+
+@given(clips)
 def test_published_order_swaps_frames_and_positions_within_each_clip(pairs):
     layout = ClipLayout(pairs)
     tokens = places(layout)

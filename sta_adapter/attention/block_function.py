@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sta_adapter.attention.frame_attention import mix_frames, mix_frames_gradient
+from sta_adapter.attention.frame_attention import FrameAttention, mix_frames
 from sta_adapter.attention.kernels import step_back
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.compatibility.seams import calls_are_watched, is_hooked, operations_are_watched
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Weights", "block_branch", "is_autocast", "weights_or_reason"]
 
-PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the last ones have shapes and no values, for `sta-adapter plan`
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last ones have shapes and no values, for `sta-adapter plan`
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -43,17 +43,28 @@ class Weights(NamedTuple):
     gamma: Tensor | None
 
 
-class Call(NamedTuple):
-    """What a call of a branch needs beside tensors."""
+class Call:
+    """What a branch needs beside tensors: one for all blocks of a kind in a forward, as some of it takes time to find."""
 
-    layout: ClipLayout  # where each token stands
-    eps: float | None  # of the norm
-    heads: int  # their number
-    config: STAConfig  # the settings in force
-    recompute: bool  # whether the tokens alone are kept
-    # of the layers' arithmetic, autocast's where that is at work. All casts are written out, as a backward runs outside
-    # of autocast
-    dtype: torch.dtype
+    def __init__(
+        self,
+        layout: ClipLayout,
+        heads: int,
+        config: STAConfig,
+        eps: float | None,
+        recompute: bool,
+        like: Tensor,
+    ) -> None:
+        self.layout = layout  # where each token stands
+        self.heads = heads  # their number
+        self.config = config  # the settings in force
+        self.eps = eps  # of the norm
+        self.recompute = recompute  # whether the tokens alone are kept
+        # of the layers' arithmetic, autocast's where that is at work. All casts are written out, as a backward runs outside
+        # of autocast
+        self.dtype = like.dtype
+        self.attention = FrameAttention(layout, heads, config, like)
+        self.skips_pictures = not config.single_frames and any(frames == 1 for frames, _ in layout.clips)
 
 
 class _Context(Protocol):
@@ -96,49 +107,61 @@ def weights_or_reason(branch: TemporalAttention, tokens: Tensor, layout: ClipLay
         return "a compiler, a tracer, a transform of torch.func or a forward-mode derivative looks at the operations"
     if layout.past is not None or not layout.clips:
         return "the clips go on from earlier frames, or there are none"
-    norm, to_qkv, to_out = layers = layers_of(branch)
+    children = cast("dict[str, nn.Module]", branch._modules)
+    layers = norm, to_qkv, to_out = children["norm"], children["to_qkv"], children["to_out"]
     if type(norm) not in NORMS or type(to_qkv) is not nn.Linear or type(to_out) is not nn.Linear:
         return "a layer is of another class, such as LoRA's"
     if calls_are_watched():
         return "hooks on the calls of all modules are at work"
+    found: list[Tensor | None] = []
     for layer in layers:
-        if is_hooked(layer) or "forward" in layer.__dict__:
+        own = layer.__dict__
+        if is_hooked(layer) or "forward" in own:
             return "a layer has hooks, or a forward of its own"
+        # `layer.weight` and `layer.bias`, without the detour that costs as much as an operator
+        parameters = own["_parameters"]
+        found += [own[name] if name in own else parameters.get(name) for name in ("weight", "bias")]
     if type(tokens) not in PLAIN:
         return "the tokens are of a class that decides itself how it computes"
-    found = [_own(layer, name) for layer in layers for name in ("weight", "bias")]
-    weights = Weights._make([*found, branch.gamma])
-    dtype = weights.to_qkv.dtype
-    for parameter in weights:
-        if parameter is not None and (type(parameter) not in PLAIN or parameter.dtype != dtype):
+    found.append(branch.gamma)
+    weights = Weights._make(found)
+    dtype = weights.norm.dtype
+    for parameter in found:
+        if parameter is not None and (type(parameter) not in PLAIN or parameter.dtype is not dtype):
             return "a parameter is of a class that decides itself how it computes, or of another dtype than the others"
     return weights
 
 
-def layers_of(branch: TemporalAttention) -> list[nn.Module]:
-    """Norm, `to_qkv` and `to_out`."""
-    children = branch._modules
-    return cast("list[nn.Module]", [children[name] for name in ("norm", "to_qkv", "to_out")])
-
-
-def _own(module: nn.Module, name: str) -> Tensor | None:
-    """`getattr(module, name)` of a plain layer's parameter, without the detour that costs as much as an operator."""
-    found: Tensor | None = module.__dict__.get(name, module._parameters.get(name))
-    return found
-
-
 def block_branch(branch: TemporalAttention, weights: Weights, tokens: Tensor, layout: ClipLayout) -> Tensor:
     """As `TemporalAttention.forward`, with what `weights_or_reason` gave."""
-    dtype, device = weights.to_qkv.dtype, tokens.device.type
-    if (autocast := is_autocast(device)) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    norm = cast("nn.LayerNorm", branch._modules["norm"])
-    call = Call(layout, norm.eps, branch.num_heads, branch.config, branch.recompute, dtype)
+    dtype, device = weights.to_qkv.dtype, tokens.device
+    if (autocast := is_autocast(device.type)) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    call = _call(branch, layout, dtype, device)
     if torch.is_grad_enabled():
         return cast("Tensor", _Branch.apply(call, tokens, *weights))
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        qkv = _project(tokens, weights, call)
-        return _finish(mix_frames(qkv, layout, call.heads, call.config), weights, call).view_as(tokens)
+    if autocast:
+        with torch.autocast(device.type, enabled=False):
+            return _compute(tokens, weights, call)[2]
+    return _compute(tokens, weights, call)[2]
+
+
+def _call(branch: TemporalAttention, layout: ClipLayout, dtype: torch.dtype, device: torch.device) -> Call:
+    """That of the branch's kind; the layout keeps it."""
+    eps, config = cast("nn.LayerNorm", branch._modules["norm"]).eps, branch.config
+    kind = (branch.num_heads, branch.head_dim, id(config), eps, branch.recompute, dtype, device)
+    if (call := layout.calls.get(kind)) is None:  # it holds the configuration, so that no other one has this id
+        like = torch.empty(0, 3 * branch.num_heads * branch.head_dim, dtype=dtype, device=device)
+        call = layout.calls[kind] = Call(layout, branch.num_heads, config, eps, branch.recompute, like)
+    return call
+
+
+def _compute(tokens: Tensor, weights: Weights, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k and v, and the heads' output, each (tokens, its width); the branch, shaped as the tokens)."""
+    qkv = _project(tokens, weights, call)
+    heads = call.attention.mix(qkv)
+    out = _finish(heads, weights, call)
+    return qkv, heads, out if tokens.dim() == 2 else out.view(tokens.shape)
 
 
 def is_autocast(device: str) -> bool:
@@ -158,17 +181,24 @@ def _normalize(tokens: Tensor, scale: Tensor, shift: Tensor | None, eps: float |
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, which takes as long as an operator where there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.linear(_as(x, dtype), _as(weight, dtype), None if bias is None else _as(bias, dtype))
+    if weight.dtype is not dtype:  # the bias has the weight's
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return F.linear(x if x.dtype is dtype else x.to(dtype), weight, bias)
 
 
 def _project(tokens: Tensor, w: Weights, call: Call) -> Tensor:
     """Norm and `to_qkv`: (..., C) -> (tokens, 3 * heads * head size)."""
     normed = _normalize(_as(tokens, w.norm.dtype), w.norm, w.norm_bias, call.eps)
-    return _linear(normed.flatten(0, -2), w.to_qkv, w.qkv_bias, call.dtype)
+    return _linear(_rows(normed), w.to_qkv, w.qkv_bias, call.dtype)
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """(..., C) -> (tokens, C)."""
+    return tokens if tokens.dim() == 2 else tokens.flatten(0, -2)
 
 
 def _finish(heads: Tensor, w: Weights, call: Call) -> Tensor:
@@ -181,9 +211,7 @@ def _finish(heads: Tensor, w: Weights, call: Call) -> Tensor:
 
 def _pictures(call: Call, device: torch.device) -> Tensor | None:
     """Booleans (tokens, 1) of the tokens that get no branch; None where all do."""
-    if call.config.single_frames or all(frames > 1 for frames, _ in call.layout.clips):
-        return None
-    return call.layout.single_frame_mask(device)
+    return call.layout.single_frame_mask(device) if call.skips_pictures else None
 
 
 class _Branch(torch.autograd.Function):
@@ -193,9 +221,7 @@ class _Branch(torch.autograd.Function):
     def forward(ctx: _Context, call: Call, tokens: Tensor, *parameters: Tensor | None) -> Tensor:
         weights = Weights._make(parameters)
         with _without_autocast(tokens.device.type):
-            qkv = _project(tokens, weights, call)
-            heads = mix_frames(qkv, call.layout, call.heads, call.config)
-            out = _finish(heads, weights, call)
+            qkv, heads, out = _compute(tokens, weights, call)
         needs = Needs(*ctx.needs_input_grad)
         ctx.call = call
         ctx.save_for_backward(
@@ -204,7 +230,7 @@ class _Branch(torch.autograd.Function):
             heads if needs.heads and not call.recompute else None,
             *parameters,
         )
-        return out.view_as(tokens)
+        return out
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,8 +247,8 @@ def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     if call.recompute:
         qkv = _project(tokens, weights, call)
         if needs.heads:
-            heads = mix_frames(qkv, call.layout, call.heads, call.config)
-    grad = grad.reshape(call.layout.num_tokens, -1)
+            heads = call.attention.mix(qkv)
+    grad = _rows(grad)
     if (mask := _pictures(call, grad.device)) is not None:
         grad = grad.masked_fill(mask, 0)
     to_gamma = None
@@ -240,7 +266,7 @@ def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     if not needs.qkv:
         return [None] * 5 + to_end
     to_heads = grad @ _as(weights.to_out, call.dtype)
-    to_qkv = mix_frames_gradient(to_heads, qkv, call.layout, call.heads, call.config)
+    to_qkv = call.attention.gradient(to_heads, qkv)
     return _projection_gradients(needs, call, weights, tokens, to_qkv) + to_end
 
 
@@ -262,7 +288,7 @@ def _projection_gradients(needs: Needs, call: Call, w: Weights, tokens: Tensor, 
         with torch.set_grad_enabled(through):
             normed = _normalize(inputs, scale, shift, call.eps)
         if needs.to_qkv:
-            to_weight = _as(grad.t() @ _as(normed.detach().flatten(0, -2), call.dtype), w.to_qkv.dtype)
+            to_weight = _as(grad.t() @ _as(_rows(normed.detach()), call.dtype), w.to_qkv.dtype)
         if through:
             to_normed = _as(grad @ _as(w.to_qkv, call.dtype), normed.dtype).view_as(normed)
             found = iter(step_back(normed, leaves, to_normed))

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from sta_adapter.attention import xformers_kernels
 from sta_adapter.attention.weights import attention_weights, visible_keys
+from sta_adapter.compatibility.seams import softmax_gradient
 from sta_adapter.errors import BackendError, ConfigError
 
 BACKENDS = ("auto", "xformers", "sdpa", "eager")
+NARROW = (torch.bfloat16, torch.float16)
 CUDA_BATCH_LIMIT = 65535  # the kernels' grids have one entry per batch row in a dimension of 16 bits
 
 
@@ -61,7 +63,7 @@ def attend_by_head(
             keys = k.shape[2]
         causal, window = _bounds(queries, keys, window)
     kernel = _KERNELS[_name(q, backend)]
-    if _is_split(q):
+    if q.is_cuda and _is_split(q):
         parts = zip(*(torch.split(x, CUDA_BATCH_LIMIT) for x in (q, k, v)), strict=True)
         return torch.cat([kernel(a, b, c, causal, window) for a, b, c in parts])
     return kernel(q, k, v, causal, window)
@@ -118,15 +120,13 @@ def _products_gradient(
     The weights are (P * H, T, T): with T at most D no more than q is.
     """
     shape, scale = q.shape, q.shape[-1] ** -0.5
-    grad, q, k, v = (x.flatten(0, 1) for x in (grad, q, k, v))
-    hidden = q.new_zeros(())
+    grad, q, k, v = grad.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
     if causal:
-        seen = visible_keys(shape[2], shape[2], window, q.device)
-        hidden = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    weights = torch.baddbmm(hidden, q, k.transpose(1, 2), beta=int(causal), alpha=scale).softmax(-1)
+        scores.masked_fill_(~visible_keys(shape[2], shape[2], window, q.device), float("-inf"))
+    weights = scores.softmax(-1)
     to_v = torch.bmm(weights.transpose(1, 2), grad)
-    to_scores = torch.bmm(grad, v.transpose(1, 2)).mul_(weights)
-    to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
+    to_scores = softmax_gradient(torch.bmm(grad, v.transpose(1, 2)), weights)
     both = q.new_empty((2, *q.shape))
     to_q, to_k = both.unbind()
     torch.baddbmm(to_v, to_scores, k, beta=0, alpha=scale, out=to_q)
@@ -213,16 +213,16 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None)
 
 def _widens(device: str, dtype: torch.dtype) -> bool:
     """Whether SDPA gets float32 copies: its 16-bit CPU kernel takes up to ten times as long (benchmarks/kernels.py)."""
-    return dtype in (torch.bfloat16, torch.float16) and device == "cpu"
+    return dtype in NARROW and device == "cpu"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
-    dtype = q.dtype
-    if wide := _widens(q.device.type, dtype):
-        q, k, v = q.float(), k.float(), v.float()
-    mask, causal = _sdpa_mask(q, k, causal, window) if causal else (None, False)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out.to(dtype) if wide else out
+    if q.dtype in NARROW and _widens(q.device.type, q.dtype):
+        return _sdpa(q.float(), k.float(), v.float(), causal, window).to(q.dtype)
+    if not causal:
+        return F.scaled_dot_product_attention(q, k, v)
+    mask, causal = _sdpa_mask(q, k, causal, window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def _sdpa_mask(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[Tensor | None, bool]:

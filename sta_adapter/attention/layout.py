@@ -12,6 +12,7 @@ from sta_adapter.attention.rotary import rotary_tables
 from sta_adapter.errors import LayoutError
 
 if TYPE_CHECKING:
+    from sta_adapter.attention.block_function import Call
     from sta_adapter.attention.explain import KernelCall
     from sta_adapter.attention.module import TemporalAttention
 
@@ -61,6 +62,11 @@ class ClipLayout:
         num_tokens: tokens in all clips, without the prefix ones.
         max_frames: frames of the longest clip.
         is_uniform: whether all clips have the same number of frames and positions.
+        is_gathered: whether clips of equal length lie apart, or have frames of several sizes, so that `gather_index` brings
+            them together.
+        batches: (clips, frames, positions) of the tokens that attention takes at once, in their own order or in that of
+            `gather_index`.
+        calls: what the blocks of a kind share in this forward, see `block_function`.
 
     Raises:
         LayoutError: when a clip has no frame or no position.
@@ -86,7 +92,11 @@ class ClipLayout:
         self.num_tokens = sum(t * n for t, n in self.clips)
         self.max_frames = max(totals, default=0)
         self.is_uniform = len(set(self.clips)) <= 1
+        neighbours = _neighbours(self.clips)
+        self.is_gathered = len(neighbours) > len(self.groups) > 0
+        self.batches = [(1, *group) for group in self.groups] if self.is_gathered else neighbours
         self._tables: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self.calls: dict[tuple[object, ...], Call] = {}
 
     def __repr__(self) -> str:
         return f"ClipLayout({list(self.clips)}, prefix={self.prefix})"
@@ -172,6 +182,19 @@ class ClipLayout:
             with torch.inference_mode(False):  # the layout may be kept for a call that trains
                 self._tables[kind, device] = (make().to(device),)
         return self._tables[kind, device][0]
+
+
+def _neighbours(clips: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(clips, frames, positions) of clips that follow each other and have one size; pictures of any size are one."""
+    found: list[tuple[int, int, int]] = []
+    for frames, positions in clips:
+        if found and frames == 1 == found[-1][1]:
+            found[-1] = (1, 1, found[-1][2] + positions)
+        elif found and found[-1][1:] == (frames, positions):
+            found[-1] = (found[-1][0] + 1, frames, positions)
+        else:
+            found.append((1, frames, positions))
+    return found or [(1, 1, 0)]
 
 
 def checked_lengths(lengths: Sequence[int]) -> ClipLengths:

@@ -130,9 +130,11 @@ class TemporalAttention(nn.Module):
     @property
     def placement(self) -> tuple[torch.device, torch.dtype]:
         """Where the branch computes, and in which dtype."""
-        weight: object = self.to_qkv.weight
+        # asked of each block in each forward, and `self.to_qkv` takes a detour
+        layers = cast("dict[str, nn.Module]", self._modules)
+        weight: object = layers["to_qkv"].weight
         if not isinstance(weight, Tensor):  # a method, of torch's quantised layers, which compute as the norm does
-            weight = self.norm.weight
+            weight = cast("Tensor", layers["norm"].weight)
         device = weight.device
         if device.type == "meta":  # accelerate brings the weights when they are needed
             device = execution_device(self) or device
@@ -153,7 +155,7 @@ class TemporalAttention(nn.Module):
         like = torch.empty((1, 1, self.num_heads, self.head_dim), device=device, dtype=dtype)
         if layout.past is not None:
             return layout.past.prepare(self, like)
-        if not layout.is_uniform:
+        if layout.is_gathered:
             layout.scatter_index(device)
             layout.gather_index(device)
         if self.config.token_order == "published":

@@ -16,6 +16,8 @@ from sta_adapter.compatibility.seams import parameter_names
 # of transformers; of code that models bring along; of timm
 FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint", "grad_checkpointing")
 FUNCTION = "_gradient_checkpointing_func"
+# of those that take hold of what autograd saves, in few steps; torch 2.4 has no such function
+TOP_HOOKS: Callable[[bool], object] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 PROPERTIES = ("is_activation_checkpointing", "is_gradient_checkpointing")  # since transformers 5.24, and before
 
 
@@ -96,6 +98,8 @@ def inside_checkpoint() -> bool:
     """
     if not torch.is_grad_enabled():
         return True
+    if TOP_HOOKS is not None:
+        return TOP_HOOKS(True) is not None
     try:
         with disable_saved_tensors_hooks("looked for"):  # refused while there are any
             return False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sta_adapter.compatibility.releases import incompatible
 
@@ -170,6 +170,14 @@ def operations_are_watched() -> bool:
 def has_forward_derivatives() -> bool:
     """Whether forward-mode derivatives are at work."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def softmax_gradient(grad: Tensor, weights: Tensor) -> Tensor:
+    """The gradient in front of a softmax over the last axis, from that behind it and what it gave: one operator, where autograd has one."""
+    try:
+        return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+    except AttributeError as error:
+        raise incompatible("torch", "it has no _softmax_backward_data") from error
 
 
 def peft_parts() -> tuple[type[BaseTunerLayer], type[ModulesToSaveWrapper]]:

@@ -254,9 +254,9 @@ class Injection:
         if (forward := thread.forward) is not None:
             if torch.compiler.is_compiling():
                 forward.compiled = True
-            else:
-                forward.branches += 1
-            if forward.with_grad and not forward.checkpointed and not torch.compiler.is_compiling():
+                return forward.layout
+            forward.branches += 1
+            if forward.with_grad and not forward.checkpointed:
                 forward.checkpointed = inside_checkpoint()
             return forward.layout
         task, layout = thread.backward

@@ -58,7 +58,7 @@ def resolve_target(spec: Backbone, encoder: nn.Module) -> InjectionTarget:
 
 def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttention]:
     """The STA module at work in each block of an injected encoder, by the block's index."""
-    children = (getattr(block, CHILD, None) for block in encoder.get_submodule(spec.blocks).children())
+    children = (block._modules.get(CHILD) for block in encoder.get_submodule(spec.blocks).children())
     return {index: _active_module(child) for index, child in enumerate(children) if child is not None}
 
 
