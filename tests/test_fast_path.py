@@ -334,10 +334,9 @@ def test_parts_of_the_positions_give_what_all_of_them_give(clips, part, config, 
 
     def both():
         with torch.no_grad():
-            return (
-                frame_attention.mix_frames(qkv, layout, heads, settings),
-                frame_attention.FrameAttention(layout, heads, settings, qkv).gradient(grad, qkv),
-            )
+            attention = frame_attention.FrameAttention(layout, heads, settings, qkv)
+            out, rotated = attention.mix_in_place(qkv.clone())
+            return frame_attention.mix_frames(qkv, layout, heads, settings), out, attention.gradient(grad, rotated)
 
     whole = both()
     with pytest.MonkeyPatch.context() as patch:

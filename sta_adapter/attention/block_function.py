@@ -157,11 +157,10 @@ def _call(branch: TemporalAttention, layout: ClipLayout, dtype: torch.dtype, dev
 
 
 def _compute(tokens: Tensor, weights: Weights, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k and v, and the heads' output, each (tokens, its width); the branch, shaped as the tokens)."""
-    qkv = _project(tokens, weights, call)
-    heads = call.attention.mix(qkv)
+    """(q, k and v as attention leaves them, and the heads' output, each (tokens, its width); the branch, shaped as the tokens)."""
+    heads, rotated = call.attention.mix_in_place(_project(tokens, weights, call))
     out = _finish(heads, weights, call)
-    return qkv, heads, out if tokens.dim() == 2 else out.view(tokens.shape)
+    return rotated, heads, out if tokens.dim() == 2 else out.view(tokens.shape)
 
 
 def is_autocast(device: str) -> bool:
@@ -221,12 +220,12 @@ class _Branch(torch.autograd.Function):
     def forward(ctx: _Context, call: Call, tokens: Tensor, *parameters: Tensor | None) -> Tensor:
         weights = Weights._make(parameters)
         with _without_autocast(tokens.device.type):
-            qkv, heads, out = _compute(tokens, weights, call)
+            rotated, heads, out = _compute(tokens, weights, call)
         needs = Needs(*ctx.needs_input_grad)
         ctx.call = call
         ctx.save_for_backward(
             tokens if needs.qkv or call.recompute else None,
-            qkv if needs.qkv and not call.recompute else None,
+            rotated if needs.qkv and not call.recompute else None,
             heads if needs.heads and not call.recompute else None,
             *parameters,
         )
@@ -240,14 +239,12 @@ class _Branch(torch.autograd.Function):
 
 def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     """Of the tokens and of each parameter that needs one."""
-    tokens, qkv, heads, *parameters = ctx.saved_tensors
+    tokens, rotated, heads, *parameters = ctx.saved_tensors
     needs, call, weights = Needs(*ctx.needs_input_grad), ctx.call, Weights(*parameters)
     if torch.is_grad_enabled():  # they are to be differentiated
         return _differentiable_gradients(needs, call, weights, tokens, heads, grad)
     if call.recompute:
-        qkv = _project(tokens, weights, call)
-        if needs.heads:
-            heads = call.attention.mix(qkv)
+        heads, rotated = call.attention.mix_in_place(_project(tokens, weights, call))
     grad = _rows(grad)
     if (mask := _pictures(call, grad.device)) is not None:
         grad = grad.masked_fill(mask, 0)
@@ -266,7 +263,7 @@ def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     if not needs.qkv:
         return [None] * 5 + to_end
     to_heads = grad @ _as(weights.to_out, call.dtype)
-    to_qkv = call.attention.gradient(to_heads, qkv)
+    to_qkv = call.attention.gradient(to_heads, rotated)
     return _projection_gradients(needs, call, weights, tokens, to_qkv) + to_end
 
 

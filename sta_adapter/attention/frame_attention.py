@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sta_adapter.attention.kernels import attend_by_head, attend_by_head_gradient
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.attention.rotary import apply_rotary, rotary_gradient
+from sta_adapter.attention.rotary import apply_rotary, rotary_gradient, rotate_
 from sta_adapter.compatibility.seams import operations_are_watched
 from sta_adapter.config import STAConfig
 
 __all__ = ["FrameAttention", "mix_frames"]
 
 PART = 2**17  # numbers of q that a core of the CPU computes at once: half a MiB in float32, as much of k, v and others
-POSITIONS = -4  # their axis, in folded tokens
+POSITIONS = -4  # their axis, in tokens (b) t n k h d
 
 
 def mix_frames(qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
@@ -44,35 +44,43 @@ class FrameAttention:
 
     def mix(self, qkv: Tensor) -> Tensor:
         """(tokens, 3 * heads * head size) of all tokens of the layout -> (tokens, heads * head size), in the same dtype."""
-        layout = self.layout
-        if layout.is_gathered:
-            qkv = qkv.index_select(0, layout.gather_index(qkv.device))
-        if len(self.batches) == 1:
-            out = self.batches[0].mix(qkv)
-        else:
-            parts = zip(self.batches, torch.split(qkv, self.sizes), strict=True)
-            out = torch.cat([batch.mix(part) for batch, part in parts])
-        if layout.is_gathered:
-            out = out.index_select(0, layout.scatter_index(qkv.device))
-        if self.config.token_order == "published":
-            out = out.index_select(0, layout.published_index(out.device))
-        return out
+        return self._mix(self._gathered(qkv), in_place=False)
 
-    def gradient(self, grad: Tensor, qkv: Tensor) -> Tensor:
-        """The gradient at `qkv` of `mix`, all of whose steps are computed again; itself without a gradient."""
+    def mix_in_place(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """As `mix`, and what `gradient` needs: `qkv`, which is written to, or a copy. To be called without gradients."""
+        rotated = self._gathered(qkv)
+        return self._mix(rotated, in_place=True), rotated
+
+    def gradient(self, grad: Tensor, rotated: Tensor) -> Tensor:
+        """The gradient at `qkv` of `mix`; attention is computed again, and the gradient has none itself."""
         layout = self.layout
         if self.config.token_order == "published":
             grad = torch.empty_like(grad).index_copy_(0, layout.published_index(grad.device), grad)
-        if layout.is_gathered:
-            grad, qkv = (x.index_select(0, layout.gather_index(qkv.device)) for x in (grad, qkv))
-        found = torch.empty_like(qkv)
+        grad, found = self._gathered(grad), torch.empty_like(rotated)
         if len(self.batches) == 1:
-            self.batches[0].write_gradient(grad, qkv, found)
+            self.batches[0].write_gradient(grad, rotated, found)
         else:
-            parts = (torch.split(x, self.sizes) for x in (grad, qkv, found))
+            parts = (torch.split(x, self.sizes) for x in (grad, rotated, found))
             for batch, *part in zip(self.batches, *parts, strict=True):
                 batch.write_gradient(*part)
-        return found.index_select(0, layout.scatter_index(qkv.device)) if layout.is_gathered else found
+        return self._scattered(found)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.layout.gather_index(x.device)) if self.layout.is_gathered else x
+
+    def _scattered(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.layout.scatter_index(x.device)) if self.layout.is_gathered else x
+
+    def _mix(self, qkv: Tensor, in_place: bool) -> Tensor:
+        if len(self.batches) == 1:
+            out = self.batches[0].mix(qkv, in_place)
+        else:
+            parts = zip(self.batches, torch.split(qkv, self.sizes), strict=True)
+            out = torch.cat([batch.mix(part, in_place) for batch, part in parts])
+        out = self._scattered(out)
+        if self.config.token_order == "published":
+            out = out.index_select(0, self.layout.published_index(out.device))
+        return out
 
 
 class _Batch:
@@ -92,44 +100,44 @@ class _Batch:
         self.frames = frames
         self.positions = positions
         self.width = like.shape[-1] // 3
-        size = self.width // heads
         self.is_one = clips == 1
         self.shape = (frames, positions) if self.is_one else (clips, frames, positions)
-        self.heads = heads, size
-        self.tables: tuple[Tensor, Tensor] | None = None  # cos and sin (frames, head size)
-        if config.rope_theta is not None and frames > 1:
-            cos, sin = layout.rotary_tables(size, config.rope_theta, like)
-            self.tables = (cos, sin) if frames == layout.max_frames else (cos[:frames], sin[:frames])
+        self.heads = heads, self.width // heads
+        self.is_rotated = config.rope_theta is not None and frames > 1
+        if config.rope_theta is not None and self.is_rotated:
+            cos, sin = (x[:frames] for x in layout.rotary_tables(self.heads[1], config.rope_theta, like))
+            self.tables = cos, sin  # for folded tokens
+            self.token_tables = cos[:, None, None, None], sin[:, None, None, None]
 
-    def mix(self, qkv: Tensor) -> Tensor:
-        """(b t n) (3 h d) -> (b t n) (h d)."""
+    def mix(self, qkv: Tensor, in_place: bool) -> Tensor:
+        """(b t n) (3 h d) -> (b t n) (h d); `in_place` leaves the rotated q and k in `qkv`."""
         if self.frames == 1:
             return qkv[:, 2 * self.width :]  # v: a softmax over one frame is 1
-        fold = self._fold(qkv, 3)
+        tokens = qkv.view(*self.shape, 3, *self.heads)
         step = self._positions_at_once(qkv)
         if step >= self.positions:
-            return self._unfold(self._attend(fold))
+            return self._unfold(self._attend(tokens, in_place))
         out = qkv.new_empty(qkv.shape[0], self.width)
-        folds = fold, self._fold(out, 1).select(0, 0)
-        for part, into in zip(*(x.split(step, POSITIONS) for x in folds), strict=True):
-            into.copy_(self._attend(part).view(into.shape))
+        wholes = tokens, out.view(*self.shape, 1, *self.heads)
+        for part, into in zip(*(x.split(step, POSITIONS) for x in wholes), strict=True):
+            into = self._fold(into).select(0, 0)
+            into.copy_(self._attend(part, in_place).view(into.shape))
         return out
 
-    def write_gradient(self, grad: Tensor, qkv: Tensor, found: Tensor) -> None:
-        """Write the gradient of `mix` at `qkv` into `found`, which is shaped as it is."""
+    def write_gradient(self, grad: Tensor, rotated: Tensor, found: Tensor) -> None:
+        """Write the gradient of `mix` at its q, k and v into `found`; `rotated` is what `mix` has left of them."""
         if self.frames == 1:
             found[:, : 2 * self.width] = 0
             found[:, 2 * self.width :] = grad
             return
-        folds = self._fold(qkv, 3), self._fold(grad, 1).select(0, 0), self._fold(found, 3)
-        step = self._positions_at_once(qkv)
-        parts = [folds] if step >= self.positions else zip(*(x.split(step, POSITIONS) for x in folds), strict=True)
-        for fold, to_out, to_qkv in parts:
-            self._write_attention_gradient(fold, to_out, to_qkv)
+        wholes = [x.view(*self.shape, k, *self.heads) for x, k in ((rotated, 3), (grad, 1), (found, 3))]
+        step = self._positions_at_once(rotated)
+        parts = [wholes] if step >= self.positions else zip(*(x.split(step, POSITIONS) for x in wholes), strict=True)
+        for part in parts:
+            self._write_attention_gradient(*part)
 
-    def _fold(self, x: Tensor, parts: int) -> Tensor:
-        """(b t n) (k h d) -> k b n h t d, a view, of one clip without b: k are q, k and v, or one alone."""
-        x = x.view(*self.shape, parts, *self.heads)
+    def _fold(self, x: Tensor) -> Tensor:
+        """(b) t n k h d -> k (b) n h t d, a view: k are q, k and v, or one alone."""
         return x.permute(2, 1, 3, 0, 4) if self.is_one else x.permute(3, 0, 2, 4, 1, 5)
 
     def _unfold(self, x: Tensor) -> Tensor:
@@ -150,32 +158,31 @@ class _Batch:
             return self.positions
         return max(1, self.positions * PART * torch.get_num_threads() // size)
 
-    def _queries_keys_values(self, fold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q and k, rotated, and v: k (b) n h t d -> three of (b n) h t d."""
-        both, v = fold.narrow(0, 0, 2), fold.select(0, 2)
-        if self.tables is not None:
-            both = apply_rotary(both, *self.tables)
-        q, k = both.unbind()
-        return (q, k, v) if self.is_one else (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-
-    def _attend(self, fold: Tensor) -> Tensor:
-        """What the heads give, (b n) h t d."""
-        q, k, v = self._queries_keys_values(fold)
+    def _attend(self, tokens: Tensor, in_place: bool) -> Tensor:
+        """What the heads give, (b n) h t d, from (b) t n 3 h d."""
+        if self.is_rotated and in_place:
+            rotate_(tokens.narrow(-3, 0, 2), *self.token_tables)
+        q, k, v = self._fold(tokens).unbind()
+        if self.is_rotated and not in_place:
+            q, k = self._fold(apply_rotary(tokens.narrow(-3, 0, 2), *self.token_tables)).unbind()
+        if not self.is_one:
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         config = self.config
         return attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
 
-    def _write_attention_gradient(self, fold: Tensor, to_out: Tensor, to_qkv: Tensor) -> None:
-        """Write the gradient of `_attend` at `fold` into `to_qkv`, from that at what it gives, (b) n h t d."""
-        q, k, v = self._queries_keys_values(fold)
-        grad = to_out if self.is_one else to_out.flatten(0, 1)
+    def _write_attention_gradient(self, rotated: Tensor, to_out: Tensor, to_qkv: Tensor) -> None:
+        """Write the gradient of `_attend` at its tokens into `to_qkv`, from that at what it gives, (b) t n 1 h d."""
+        qkv, grad, into = self._fold(rotated), self._fold(to_out).select(0, 0), self._fold(to_qkv)
+        if not self.is_one:
+            qkv, grad = qkv.flatten(1, 2), grad.flatten(0, 1)
         config = self.config
         to_both, to_v = attend_by_head_gradient(
-            grad, q, k, v, causal=config.causal, window=config.window, backend=config.attention
+            grad, qkv, causal=config.causal, window=config.window, backend=config.attention
         )
-        into, into_v = to_qkv.narrow(0, 0, 2), to_qkv.select(0, 2)
-        to_both = to_both.view(into.shape)
-        if self.tables is None:
-            into.copy_(to_both)
+        both, into_v = into.narrow(0, 0, 2), into.select(0, 2)
+        to_both = to_both.view(both.shape)
+        if self.is_rotated:
+            rotary_gradient(to_both, *self.tables, out=both)
         else:
-            rotary_gradient(to_both, *self.tables, out=into)
+            both.copy_(to_both)
         into_v.copy_(to_v.view(into_v.shape))

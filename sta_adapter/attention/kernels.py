@@ -77,50 +77,42 @@ def _bounds(queries: int, keys: int, window: int | None) -> tuple[bool, int | No
 
 
 def attend_by_head_gradient(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    backend: str = "auto",
+    grad: Tensor, qkv: Tensor, *, causal: bool = False, window: int | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `attend_by_head` at q and k (2, P, H, T, D) and at v (P, H, T, D), from that at its output.
 
-    The attention is computed again. To be called without gradients; q, k and v are used up: they may require one afterwards.
+    The attention is computed again, of `qkv` (3, P, H, T, D). To be called without gradients.
     """
-    sdpa = _name(q, backend) == "sdpa" and not _is_split(q)
-    wide = sdpa and _widens(q.device.type, q.dtype)
-    leaves = [x.float() for x in (q, k, v)] if wide else [q, k, v]
-    grad = grad.float() if wide else grad
+    frames, size = qkv.shape[-2:]
+    sdpa = _name(qkv, backend) == "sdpa" and not _is_split(qkv[0])
+    dtype = qkv.dtype
+    if wide := sdpa and _widens(qkv.device.type, dtype):
+        grad, qkv = grad.float(), qkv.float()
     if causal:
-        causal, window = _bounds(q.shape[2], q.shape[2], window)
-    if sdpa and q.device.type == "cpu" and q.shape[2] <= q.shape[3]:
-        both, to_v = _products_gradient(grad, leaves[0], leaves[1], leaves[2], causal, window)
+        causal, window = _bounds(frames, frames, window)
+    if sdpa and qkv.device.type == "cpu" and frames <= size:
+        both, to_v = _products_gradient(grad, qkv, causal, window)
     else:
-        for leaf in leaves:
-            leaf.requires_grad_()
+        leaves = [leaf.requires_grad_() for leaf in qkv.detach().unbind()]
         with torch.enable_grad():
             if sdpa:
-                mask, causal = _sdpa_mask(q, k, causal, window) if causal else (None, False)
+                mask, causal = _sdpa_mask(leaves[0], leaves[1], causal, window) if causal else (None, False)
                 out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], attn_mask=mask, is_causal=causal)
             else:
                 out = attend_by_head(leaves[0], leaves[1], leaves[2], causal=causal, window=window, backend=backend)
         to_q, to_k, to_v = step_back(out, leaves, grad)
         both = torch.stack([to_q, to_k])
-    return (both.to(q.dtype), to_v.to(q.dtype)) if wide else (both, to_v)
+    return (both.to(dtype), to_v.to(dtype)) if wide else (both, to_v)
 
 
-def _products_gradient(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
-) -> tuple[Tensor, Tensor]:
+def _products_gradient(grad: Tensor, qkv: Tensor, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
     """As `attend_by_head_gradient`, by batched matrix products: for few frames faster than SDPA on the CPU.
 
     The weights are (P * H, T, T): with T at most D no more than q is.
     """
-    shape, scale = q.shape, q.shape[-1] ** -0.5
-    grad, q, k, v = grad.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    shape, scale = grad.shape, grad.shape[-1] ** -0.5
+    q, k, v = qkv.flatten(1, 2).unbind()
+    grad = grad.flatten(0, 1)
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
     if causal:
         scores.masked_fill_(~visible_keys(shape[2], shape[2], window, q.device), float("-inf"))

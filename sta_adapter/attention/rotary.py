@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rotary", "rotary_gradient", "rotary_tables"]
+__all__ = ["apply_rotary", "rotary_gradient", "rotary_tables", "rotate_"]
 
 
 def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,11 @@ def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> t
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (..., D) by tables (T, D), which fit it by broadcasting."""
     return x.roll((x.shape[-1] // 2,), (-1,)).mul_(sin).addcmul_(x, cos)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`apply_rotary` in place."""
+    torch.addcmul(x.roll((x.shape[-1] // 2,), (-1,)).mul_(sin), x, cos, out=x)
 
 
 def rotary_gradient(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

@@ -9,7 +9,6 @@ import copy
 import warnings
 from collections.abc import Iterable
 from itertools import chain
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +206,7 @@ class NormPreHook(Hook):
         if layout is None:
             return None
         summand = args[0]
-        sta = cast("nn.Module", self.block._modules[CHILD])
+        sta = getattr(self.block, CHILD)
         if isinstance(residual := kwargs.get(RESIDUAL), Tensor):
             summand, stream = residual.clone(), summand + residual
             layout.patches(summand).add_(sta(layout.patches(stream), layout))
