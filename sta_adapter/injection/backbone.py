@@ -241,6 +241,12 @@ def sizes_of(owner: object, name: str) -> tuple[int, ...]:
     return sizes
 
 
+def black(encoder: nn.Module, *shape: int) -> torch.Tensor:
+    """Zeros on the encoder's device, in the dtype that it computes in."""
+    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
+    return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)  # `new_zeros` of a sharded one is sharded
+
+
 def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
