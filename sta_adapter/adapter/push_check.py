@@ -18,11 +18,11 @@ from sta_adapter.adapter.format import (
     read_description,
     require_description,
     require_same_settings,
+    require_same_sta,
 )
 from sta_adapter.adapter.lora_keys import LoraFile, sta_among
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.one_save import require_same_sta
 from sta_adapter.adapter.run_file import read_about, read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
