@@ -190,13 +190,13 @@ class Backbone:
     def __deepcopy__(self, memo: dict[int, object]) -> Backbone:
         return self
 
-    def find_encoder(self, model: nn.Module) -> nn.Module | None:
-        """The encoder in `model`, or None.
+    def find_encoder(self, model: nn.Module, active: Sequence[nn.Module] | None = None) -> nn.Module | None:
+        """The encoder in `model`, or None; `active` are its `active_modules`, where they have been looked up already.
 
         Raises:
             InjectionError: when there are several.
         """
-        found = [m for m in active_modules(model) if self._is_encoder(m)]
+        found = [m for m in active or active_modules(model) if self._is_encoder(m)]
         if self.accepts is not None:
             found = [m for m in found if self.accepts(model, m)]
         if len(found) > 1:

@@ -13,7 +13,7 @@ from importlib import metadata
 from torch import nn
 
 from sta_adapter.errors import ConfigError, UnknownBackboneError
-from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.backbone import Backbone, active_modules
 from sta_adapter.injection.target import InjectionTarget, resolve_target
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None, preferred: 
         UnknownBackboneError: when no backbone fits; lists those known.
         InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference.
     """
+    active = active_modules(model)
     for spec in _candidates(backbone, preferred):
-        encoder = spec.find_encoder(model)
+        encoder = spec.find_encoder(model, active)
         if encoder is not None:
             return resolve_target(spec, encoder)
     if backbone is not None:
