@@ -129,10 +129,10 @@ def require_one_save(folder: Path, state: Mapping[str, Tensor]) -> None:
     `state` has the tensors of our file, under its names.
     """
     if all((folder / name).exists() for name in (LORA_CONFIG, LORA_WEIGHTS)) and (lora := read_lora(folder)).holds_sta:
-        require_same_sta(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)
+        require_sta_of_same_save(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)
 
 
-def require_same_sta(
+def require_sta_of_same_save(
     folder: Path, fields: Mapping[str, object], read: Callable[[], Mapping[str, Tensor]], state: Mapping[str, Tensor]
 ) -> None:
     """`require_one_save`, of LoRA's settings and of the STA beside LoRA, which is read only where PEFT itself saved it."""

@@ -18,7 +18,7 @@ from sta_adapter.adapter.format import (
     read_description,
     require_description,
     require_same_settings,
-    require_same_sta,
+    require_sta_of_same_save,
 )
 from sta_adapter.adapter.lora_keys import LoraFile, sta_among
 from sta_adapter.adapter.lora_options import LoraOptions
@@ -55,7 +55,7 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
         file.require_names()
         file.require_ranks()
         if file.holds_sta:
-            require_same_sta(folder, fields, lambda: sta_among(lora), state)
+            require_sta_of_same_save(folder, fields, lambda: sta_among(lora), state)
     elif description.get("lora") is True:
         raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
     return description, sum(tensor.numel() for tensor in state.values()), contents
