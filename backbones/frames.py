@@ -13,7 +13,7 @@ from torch import nn
 from sta_adapter.attention.layout import EACH_ROW as EACH_ROW
 from sta_adapter.attention.layout import AllRows, ClipLayout, ClipLengths, EachRow
 from sta_adapter.errors import LayoutError, UnknownClipsError
-from sta_adapter.injection.backbone import EncoderCall, number_of, sizes_of
+from sta_adapter.injection.backbone import EncoderCall, black, number_of, sizes_of
 
 
 def row_clips(
@@ -111,9 +111,3 @@ def pixel_dummy(encoder: nn.Module, frames: int = 2) -> tuple[tuple[torch.Tensor
     """A clip of black frames, of the size that the encoder's configuration names."""
     sides, channels = sizes_of(encoder.config, "image_size"), number_of(encoder.config, "num_channels", default=3)
     return (), {"pixel_values": black(encoder, frames, channels, sides[0], sides[-1])}
-
-
-def black(encoder: nn.Module, *shape: int) -> torch.Tensor:
-    """Zeros on the encoder's device, in the dtype that it computes in."""
-    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
-    return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)  # `new_zeros` of a sharded one is sharded

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbones.frames import black
 from sta_adapter.backbones.qwen2_vl_text_positions import TEXT_POSITIONS
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, VLLMTower, number_of
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, VLLMTower, black, number_of
 
 QWEN_LORA = LoRARecipe(
     target_modules=(

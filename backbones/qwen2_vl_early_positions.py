@@ -10,7 +10,6 @@ from sta_adapter.backbones.qwen2_vl_position_hooks import drop_hooks
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.compatibility.position_seams import cached_tokens
-from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.compatibility.seams import given_arguments, hook_table
 from sta_adapter.compatibility.signatures import class_method
 from sta_adapter.compatibility.uncompiled import uncompiled
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 
 HEAD = "Qwen2VLForConditionalGeneration"
 FORWARD = f"{HEAD}.forward"
-ASKS_SINCE = (4, 49)
-
-
-def asks_for_none(head: nn.Module) -> bool:
-    """Whether this is a Qwen2-VL whose forward doesn't ask `get_rope_index`, so that tokens are numbered one after another."""
-    return transformers_release() < ASKS_SINCE and any(cls.__name__ == HEAD for cls in type(head).__mro__)
 
 
 def fills_early(head: nn.Module) -> bool:

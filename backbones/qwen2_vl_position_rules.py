@@ -29,12 +29,8 @@ class PositionRule(Protocol):
     ) -> tuple[Tensor, float]:
         """Positions (3, frames * rows * columns) of a clip on temporal, row and column axis, and the next free one.
 
-        Args:
-            start: the first free position.
-            frames: temporal steps.
-            rows: rows of merged tokens.
-            columns: columns of merged tokens.
-            seconds: of a temporal step, where the rule counts time.
+        `start` is the first free position. Frames are temporal steps, rows and columns those of merged tokens, and `seconds`
+        those of a step, where the rule counts time.
 
         Raises:
             LayoutError: the rule needs seconds that are not known.
@@ -49,6 +45,12 @@ class OriginalPositions:
     tokens_per_second: float | None = dataclasses.field(default=None, repr=False)
     name = "original"
     dtype = torch.long
+
+    @classmethod
+    def of(cls, owner: PreTrainedModel) -> OriginalPositions:
+        """The rule for the model that computes positions."""
+        counts = any("Qwen2VL" in kind.__name__ for kind in type(owner).__mro__)  # or a class of one's own, as ColQwen2
+        return cls(None if counts else owner.config.vision_config.tokens_per_second)
 
     def clip(
         self, start: float, frames: int, rows: int, columns: int, seconds: float | None = None
@@ -110,9 +112,7 @@ class Sequential(OriginalPositions):
         return (torch.arange(tokens) + start).expand(3, -1), start + tokens
 
 
-def tokens_per_second(owner: PreTrainedModel) -> float | None:
-    """Positions on the temporal axis for a second in Qwen2.5-VL; None for Qwen2-VL, which counts steps."""
-    if any("Qwen2VL" in cls.__name__ for cls in type(owner).__mro__):  # also for a class of one's own, such as ColQwen2
-        return None
-    rate: float = owner.config.vision_config.tokens_per_second
-    return rate
+RULES = {
+    rule.name: rule
+    for rule in (OriginalPositions, RowsAndColumns, WholeSeconds, WholeSecondsRowsAndColumns, Sequential)
+}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions, drop_hooks
-from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule, tokens_per_second
+from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.compatibility.position_seams import GENERATION_METHOD as PREPARE
 from sta_adapter.compatibility.position_seams import ROPE_INDEX, has_generation_method, rope_index_parameters
@@ -36,7 +36,7 @@ def restore_original_positions(model: nn.Module) -> nn.Module:
         InjectionError: the model is neither of transformers 4.52 or newer, or has a position rule already.
         CompatibilityError: this transformers computes positions in a way that is not known.
     """
-    install(model, OriginalPositions(tokens_per_second(find_owner(model))))
+    install(model, OriginalPositions.of(find_owner(model)))
     return model
 
 

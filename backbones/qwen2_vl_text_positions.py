@@ -1,19 +1,24 @@
-"""Which rule a Qwen2-VL or Qwen2.5-VL numbers its text by, and switching between the rules."""
+"""Which rule a Qwen2-VL or Qwen2.5-VL numbers its text by, found by asking it, and switching between the rules."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sta_adapter.backbones.qwen2_vl_early_positions import asks_for_none, fill_early, fills_early
-from sta_adapter.backbones.qwen2_vl_native_positions import RULES, native_rule
-from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, Sequential, tokens_per_second
+from sta_adapter.backbones.qwen2_vl_early_positions import fill_early, fills_early
+from sta_adapter.backbones.qwen2_vl_position_rules import RULES, OriginalPositions, Sequential
 from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
+from sta_adapter.compatibility.releases import transformers_release
+from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import ConfigError
-from sta_adapter.injection.backbone import TextPositions
+from sta_adapter.injection.backbone import TextPositions, number_of
 
 # before transformers 4.52, the head computes positions itself
 HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+# of the clip that a model is asked about: the rules differ in where its text goes on, and when
+FRAMES, SECONDS = 4, 1.75
+UNKNOWN = "unknown"
 
 
 def rule_in_use(model: nn.Module) -> str | None:
@@ -24,10 +29,10 @@ def rule_in_use(model: nn.Module) -> str | None:
     owner = _computing(model)
     if owner is None:
         return None
-    if asks_for_none(owner):
+    if _asks_for_none(owner):
         return (OriginalPositions if fills_early(owner) else Sequential).name
     installed = installed_rule(owner)
-    return native_rule(owner) if installed is None else installed.name
+    return _native_rule(owner) if installed is None else installed.name
 
 
 def rule_of_training(model: nn.Module) -> str | None:
@@ -55,13 +60,13 @@ def use_rule(model: nn.Module, name: str | None) -> None:
         return
     if name is not None and name not in RULES:
         raise ConfigError(f"no rule for text positions {name!r}; expected one of {', '.join(RULES)}.")
-    if asks_for_none(owner) and name in (None, Sequential.name, OriginalPositions.name):
+    if _asks_for_none(owner) and name in (None, Sequential.name, OriginalPositions.name):
         fill_early(owner, name == OriginalPositions.name)
         return
     if isinstance(installed_rule(owner), OriginalPositions):
         uninstall(model)
-    if name is not None and (installed_rule(owner) is not None or native_rule(owner) != name):
-        install(model, RULES[name](tokens_per_second(find_owner(model))))
+    if name is not None and (installed_rule(owner) is not None or _native_rule(owner) != name):
+        install(model, RULES[name].of(find_owner(model)))
 
 
 def _computing(model: nn.Module) -> nn.Module | None:
@@ -72,6 +77,43 @@ def _computing(model: nn.Module) -> nn.Module | None:
             if known and hasattr(module.config, "video_token_id"):
                 return None if hasattr(module, "get_t_scale_rope_index") else module
     return None
+
+
+def _asks_for_none(owner: nn.Module) -> bool:
+    """Whether this is a Qwen2-VL whose forward doesn't ask `get_rope_index`, so that tokens are numbered one after another."""
+    return any(cls.__name__ == HEADS[0] for cls in type(owner).__mro__) and transformers_release() < (4, 49)
+
+
+def _native_rule(owner: nn.Module) -> str:
+    """Which rule the installed transformers has, by what it answers for one clip."""
+    with torch.device("cpu"):
+        try:
+            found = _ask(owner)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            return UNKNOWN  # of which inject_sta and load_sta warn, as of every rule that isn't the training's
+        text = torch.arange(2).expand(3, -1)
+        for name, rule in RULES.items():
+            clip, after = rule.of(owner).clip(2, FRAMES, 1, 1, SECONDS)
+            if torch.equal(found, torch.cat([text, clip, text + int(after)], dim=1)):
+                return name
+    return UNKNOWN
+
+
+def _ask(owner: nn.Module) -> Tensor:
+    """The positions (3, tokens) that transformers' own method gives to a clip between two tokens of text each."""
+    merge = number_of(getattr(owner.config, "vision_config", None), "spatial_merge_size")
+    start, video, end = (number_of(owner.config, f"{x}_token_id") for x in ("vision_start", "video", "vision_end"))
+    ids = torch.tensor([[0, start, *[video] * FRAMES, end, 0]])
+    known: dict[str, Tensor] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "video_grid_thw": torch.tensor([[FRAMES, merge, merge]]),
+        "second_per_grid_ts": torch.tensor([SECONDS]),
+        "mm_token_type_ids": 2 * (ids == video).int(),
+    }
+    method = getattr(type(owner), ROPE_INDEX)
+    names = parameter_names(method, f"{type(owner).__name__}.{ROPE_INDEX}")
+    return method(owner, **{name: value for name, value in known.items() if name in names})[0][:, 0]
 
 
 TEXT_POSITIONS = TextPositions(in_use=rule_in_use, of_training=rule_of_training, use=use_rule)

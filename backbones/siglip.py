@@ -8,7 +8,6 @@ from torch import nn
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.backbones.frames import (
     attention_heads,
-    black,
     picture_dummy,
     pixel_layout,
     pixel_positions,
@@ -16,7 +15,7 @@ from sta_adapter.backbones.frames import (
     unknown_clips,
 )
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, number_of
+from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, black, number_of
 
 VISION_QKV = r"encoder\.layers\.\d+\.self_attn\.[qkv]_proj"
 SIGLIP_LORA = LoRARecipe(

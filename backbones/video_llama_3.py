@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.backbones.frames import attention_heads, black
+from sta_adapter.backbones.frames import attention_heads
 from sta_adapter.backbones.qwen2_vl import grid_layout, grid_rows, merged_positions
 from sta_adapter.backbones.siglip import SIGLIP_LORA
-from sta_adapter.injection.backbone import Backbone, EncoderCall, number_of
+from sta_adapter.injection.backbone import Backbone, EncoderCall, black, number_of
 
 
 def merged_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:

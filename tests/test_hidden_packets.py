@@ -10,8 +10,8 @@ from make_videos import decode_all, h264_unit, number_bits, pictures, write
 
 from sta_adapter.errors import VideoError
 from sta_adapter.video import decoders, read_clip
-from sta_adapter.video.bits import Bits
 from sta_adapter.video.frame_table import read_frame_table
+from sta_adapter.video.packet_bytes import Bits
 
 STEP = 40  # milliseconds from a frame to the next
 PACKED = b"\0\0\1\xb2DivX503b1393p"  # what XviD and DivX say of their AVI files

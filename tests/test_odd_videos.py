@@ -16,9 +16,8 @@ from sta_adapter.errors import BackendError, ConfigError, VideoError
 from sta_adapter.live.source import LiveSource
 from sta_adapter.video import Sampling, choose_frames, frame_table, read_clip
 from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
-from sta_adapter.video.fields import FieldPairs
 from sta_adapter.video.frame_table import VideoNotFoundError, _containers, decoder_of, open_video, video_stream
-from sta_adapter.video.keyframes import PacketRow, begins_afresh, keys_are_fresh
+from sta_adapter.video.packet_bytes import FieldPairs, PacketRow, begins_afresh, keys_are_fresh
 from sta_adapter.video.packet_scan import scan_packets, without_gaps
 
 

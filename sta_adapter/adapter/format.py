@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+import torch
 from torch import Tensor
 
 from sta_adapter.adapter.atomic_write import SAVED, finish_write
-from sta_adapter.adapter.lora_weights import LORA_CONFIG
-from sta_adapter.adapter.one_save import require_one_save
+from sta_adapter.adapter.lora_options import OURS
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, STA_BESIDE, read_lora
 from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_tensors
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
@@ -119,6 +120,30 @@ def require_same_settings(folder: Path, description: Description, metadata: Mapp
         raise CheckpointError(
             f"{WEIGHTS} and {CONFIG} in {folder} were not saved together: the weights belong to other settings. "
             "Copy both files again from where they come from."
+        )
+
+
+def require_one_save(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse a folder in which PEFT itself saved over an adapter: LoRA and STA are of another training than our files.
+
+    `state` has the tensors of our file, under its names.
+    """
+    if all((folder / name).exists() for name in (LORA_CONFIG, LORA_WEIGHTS)) and (lora := read_lora(folder)).holds_sta:
+        require_sta_of_same_save(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)
+
+
+def require_sta_of_same_save(
+    folder: Path, fields: Mapping[str, object], read: Callable[[], Mapping[str, Tensor]], state: Mapping[str, Tensor]
+) -> None:
+    """`require_one_save`, of LoRA's settings and of the STA beside LoRA, which is read only where PEFT itself saved it."""
+    if fields.get(OURS) == STA_BESIDE:
+        return
+    theirs = read()
+    if theirs.keys() != state.keys() or any(not torch.equal(t.to(state[k].dtype), state[k]) for k, t in theirs.items()):
+        raise CheckpointError(
+            f"{folder} holds two adapters: PEFT saved LoRA and STA into {LORA_WEIGHTS}, and {WEIGHTS}, which "
+            f"handle.save_pretrained wrote, holds another STA. Delete {WEIGHTS} and {CONFIG} to load what PEFT saved, or "
+            "save again by handle.save_pretrained."
         )
 
 

@@ -18,11 +18,11 @@ from sta_adapter.adapter.format import (
     read_description,
     require_description,
     require_same_settings,
+    require_sta_of_same_save,
 )
 from sta_adapter.adapter.lora_keys import LoraFile, sta_among
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.one_save import require_same_sta
 from sta_adapter.adapter.run_file import read_about, read_frames
 from sta_adapter.adapter.safe_read import MAX_JSON_BYTES, parse_json, parse_metadata, parse_tensors, read_bytes
 from sta_adapter.errors import CheckpointError
@@ -55,7 +55,7 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
         file.require_names()
         file.require_ranks()
         if file.holds_sta:
-            require_same_sta(folder, fields, lambda: sta_among(lora), state)
+            require_sta_of_same_save(folder, fields, lambda: sta_among(lora), state)
     elif description.get("lora") is True:
         raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
     return description, sum(tensor.numel() for tensor in state.values()), contents

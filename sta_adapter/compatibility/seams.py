@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -157,6 +159,20 @@ def calls_are_watched() -> bool:
         )
     except AttributeError as error:
         raise incompatible("torch", f"the hooks on the calls of all modules can't be found ({error})") from error
+
+
+def is_running(module: nn.Module | None) -> bool:
+    """Whether a call of a module, which runs its hooks, is at work in this thread.
+
+    No hook hears of a call's end by an interrupt, or by an error where it is compiled. Frames are looked at and none is
+    kept, as that would keep all tensors of a call that has ended.
+    """
+    frame: FrameType | None = None if module is None else sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == nn.modules.module.__name__ and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def operations_are_watched() -> bool:

@@ -76,7 +76,8 @@ class Collator:
 
     def of_one_batch(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
         """As `sort_out`, and of a model that takes either pictures or clips in one forward the usual kind alone."""
-        return [self._of_kind(item, _usual_kind(items)) for item in self.sort_out(items)]
+        usual = _usual_kind(items)
+        return [self._of_kind(item, usual) for item in self.sort_out(items)]
 
     def sort_out(self, items: Sequence[Encoded | BadSample]) -> list[Encoded | BadSample]:
         """The samples, with a `BadSample` (or, if `on_bad_sample` is "error", a DataError) for each that makes no batch with the others.

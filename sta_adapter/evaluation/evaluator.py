@@ -25,12 +25,11 @@ from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.evaluation.answering import Answerer, Prediction, Question, judge, option_tokens
-from sta_adapter.evaluation.batches import batches, units
 from sta_adapter.evaluation.engine import Engine, EngineAnswerer
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.evaluation.prediction_log import Kept, PredictionLog
-from sta_adapter.evaluation.processes import Processes
 from sta_adapter.evaluation.result import EvaluationResult
+from sta_adapter.evaluation.shares import Processes, batches, units
 from sta_adapter.injection.fingerprint import fingerprint_model
 from sta_adapter.video.frame_settings import FrameSettings
 

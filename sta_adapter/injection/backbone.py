@@ -190,13 +190,13 @@ class Backbone:
     def __deepcopy__(self, memo: dict[int, object]) -> Backbone:
         return self
 
-    def find_encoder(self, model: nn.Module) -> nn.Module | None:
-        """The encoder in `model`, or None.
+    def find_encoder(self, model: nn.Module, active: Sequence[nn.Module] | None = None) -> nn.Module | None:
+        """The encoder in `model`, or None; `active` are its `active_modules`, where they have been looked up already.
 
         Raises:
             InjectionError: when there are several.
         """
-        found = [m for m in active_modules(model) if self._is_encoder(m)]
+        found = [m for m in active or active_modules(model) if self._is_encoder(m)]
         if self.accepts is not None:
             found = [m for m in found if self.accepts(model, m)]
         if len(found) > 1:
@@ -239,6 +239,12 @@ def sizes_of(owner: object, name: str) -> tuple[int, ...]:
     if not sizes or not all(map(_is_whole, sizes)):
         raise incompatible("transformers", f"{type(owner).__name__} has no size {name}, but {found!r}")
     return sizes
+
+
+def black(encoder: nn.Module, *shape: int) -> torch.Tensor:
+    """Zeros on the encoder's device, in the dtype that it computes in."""
+    parameter = next(p for p in encoder.parameters() if p.is_floating_point())
+    return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)  # `new_zeros` of a sharded one is sharded
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

@@ -13,7 +13,7 @@ from importlib import metadata
 from torch import nn
 
 from sta_adapter.errors import ConfigError, UnknownBackboneError
-from sta_adapter.injection.backbone import Backbone
+from sta_adapter.injection.backbone import Backbone, active_modules
 from sta_adapter.injection.target import InjectionTarget, resolve_target
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None, preferred: 
         UnknownBackboneError: when no backbone fits; lists those known.
         InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference.
     """
+    active = active_modules(model)
     for spec in _candidates(backbone, preferred):
-        encoder = spec.find_encoder(model)
+        encoder = spec.find_encoder(model, active)
         if encoder is not None:
             return resolve_target(spec, encoder)
     if backbone is not None:
@@ -96,7 +97,7 @@ def in_vllm(spec: Backbone) -> Backbone:
         UnknownBackboneError: vLLM doesn't serve it; lists those that it does.
     """
     if spec.vllm is None:
-        served = [name for name in list_backbones() if get_backbone(name).vllm is not None]
+        served = [known.name for known in all_backbones() if known.vllm is not None]
         raise UnknownBackboneError(
             f"STA with the backbone {spec.name!r} can't be served by vLLM; backbones that can: {', '.join(served)}."
         )
@@ -126,8 +127,13 @@ copyreg.pickle(Backbone, _reduce)
 
 def list_backbones() -> list[str]:
     """Names of all backbones: the built-in ones, those of plug-ins, those registered."""
+    return [spec.name for spec in all_backbones()]
+
+
+def all_backbones() -> list[Backbone]:
+    """Those that `list_backbones` names, in its order."""
     _load_entry_points()
-    return sorted(_REGISTRY)
+    return sorted(_REGISTRY.values(), key=lambda spec: spec.name)
 
 
 def get_backbone(name: str) -> Backbone:
@@ -144,12 +150,12 @@ def get_backbone(name: str) -> Backbone:
 
 
 def _candidates(backbone: str | Backbone | None, preferred: str = "") -> list[Backbone]:
-    _load_entry_points()
     if isinstance(backbone, Backbone):  # used without registering it
+        _load_entry_points()
         return [_checked(backbone)]
     if backbone is not None:
         return [get_backbone(backbone)]
-    return sorted(_REGISTRY.values(), key=lambda spec: (-spec.priority, spec.name != preferred, spec.name))
+    return sorted(all_backbones(), key=lambda spec: (-spec.priority, spec.name != preferred))
 
 
 def _load_entry_points() -> None:

@@ -33,7 +33,7 @@ from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import find_injections
-from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.registry import all_backbones
 from sta_adapter.injection.target import widen
 
 __all__ = ["describe", "fill", "fill_copies", "folder_with_sta", "require_same_sta", "silence_originals", "warn_of_sta"]
@@ -134,7 +134,7 @@ def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None
         name: of the model.
         unexpected: names of weights that had no place in it.
     """
-    published = {spec.published_names.get("to_qkv") for spec in map(get_backbone, list_backbones())} - {None}
+    published = {spec.published_names.get("to_qkv") for spec in all_backbones()} - {None}
     for key in sorted(unexpected):
         ours = STA_TENSOR.search(key)
         if not ours and not any(f".{part}." in key for part in published):

@@ -148,7 +148,7 @@ class Injection:
         self.base_marks = mark_base(model)
         start = {index: mark_base(module.to_out) for index, module in modules.items()}
         self.__dict__["_model"] = weakref.ref(model), start
-        self.told = Told(weakref.ref(model))
+        self.told.model = weakref.ref(model)
 
     def warn_of_training(self, encoder: nn.Module) -> None:
         """Say at the first forward of a training that STA takes no part, and what of it an adapter can't hold, not hours later."""

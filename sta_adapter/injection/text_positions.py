@@ -13,7 +13,7 @@ from torch import nn
 
 from sta_adapter.errors import ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.backbone import TextPositions
-from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.registry import all_backbones
 
 __all__ = ["CHOICES", "rule_in_use", "use_positions", "use_positions_of", "warn_of_other_rule"]
 
@@ -90,7 +90,7 @@ def warn_of_other_rule(model: nn.Module, saved: object = None) -> None:
 
 def _family(model: nn.Module) -> tuple[TextPositions, str] | None:
     """The rules of the family that a model belongs to, and the one that it computes now, for which it is asked."""
-    for rules in {get_backbone(name).text_positions for name in list_backbones()}:
+    for rules in dict.fromkeys(spec.text_positions for spec in all_backbones()):
         if rules is not None and (computed := rules.in_use(model)) is not None:
             return rules, computed
     return None

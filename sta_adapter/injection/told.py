@@ -13,7 +13,7 @@ from typing import Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths, checked_lengths
-from sta_adapter.compatibility.running import is_running
+from sta_adapter.compatibility.seams import is_running
 from sta_adapter.compatibility.signatures import takes
 
 __all__ = ["Held", "Told", "take_clip_lengths"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
-from sta_adapter.video.keyframes import PacketRow, keys_are_fresh
+from sta_adapter.video.packet_bytes import PacketRow, keys_are_fresh
 from sta_adapter.video.packet_scan import (
     frame_rate,
     frames_in_order,

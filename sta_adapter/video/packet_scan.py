@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter.video.budget import DECODER_LIMIT
-from sta_adapter.video.fields import FieldPairs
-from sta_adapter.video.hidden import HiddenPackets
-from sta_adapter.video.keyframes import PacketRow, begins_afresh
+from sta_adapter.video.packet_bytes import FieldPairs, HiddenPackets, PacketRow, begins_afresh
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -31,7 +31,7 @@ from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.registry import all_backbones, get_backbone
 from sta_adapter.integrations.staveq2.published import (
     Source,
     match_keys,
@@ -153,7 +153,7 @@ def convert_to_published(
     spec = get_backbone(description["backbone"])
     if not spec.published_names:
         raise CheckpointError(
-            f"the published code has no {spec.name!r}; it has {', '.join(_published_backbones()) or 'no backbone'}."
+            f"the published code has no {spec.name!r}; it has {', '.join(s.name for s in _published_backbones()) or 'no backbone'}."
         )
     names = published_keys(spec)
     start = spec.published_prefix if prefix is None else prefix
@@ -175,8 +175,8 @@ def convert_to_published(
     return path
 
 
-def _published_backbones() -> list[str]:
-    return [name for name in list_backbones() if get_backbone(name).published_names]
+def _published_backbones() -> list[Backbone]:
+    return [spec for spec in all_backbones() if spec.published_names]
 
 
 def _described(checkpoint: Source) -> Described | None:
@@ -203,7 +203,7 @@ def _described(checkpoint: Source) -> Described | None:
 
 def _backbone(checkpoint: Source, name: str | None) -> Backbone:
     """The backbone whose published names are in the checkpoint."""
-    candidates = [get_backbone(n) for n in ([name] if name else _published_backbones())]
+    candidates = [get_backbone(name)] if name else _published_backbones()
     fitting = [spec for spec in candidates if _has_branch(spec, checkpoint)]
     if not fitting:
         shown = ", ".join(

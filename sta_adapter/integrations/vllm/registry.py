@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.errors import InjectionError
-from sta_adapter.injection.registry import get_backbone, list_backbones
+from sta_adapter.injection.registry import all_backbones
 from sta_adapter.integrations.vllm.frames import register_loader
 from sta_adapter.integrations.vllm.lora_requests import check_lora_requests
 from sta_adapter.integrations.vllm.request import asks_for_sta, check_architecture, requested
@@ -30,7 +30,7 @@ class Registry(Protocol):
 
 def architectures() -> dict[str, str]:
     """VLLM's class, "module:Class", of each architecture that a backbone names."""
-    towers = [tower for name in list_backbones() if (tower := get_backbone(name).vllm) is not None]
+    towers = [spec.vllm for spec in all_backbones() if spec.vllm is not None]
     return {name: path for tower in towers for name, path in tower.architectures.items()}
 
 
