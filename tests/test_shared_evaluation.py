@@ -17,10 +17,10 @@ from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Visual
 from sta_adapter.errors import ConfigError, STAError
-from sta_adapter.evaluation import evaluate, shares
+from sta_adapter.evaluation import evaluate, sharding
 from sta_adapter.evaluation.answering import Answerer, AtLetter, Question
 from sta_adapter.evaluation.prediction_log import PredictionLog
-from sta_adapter.evaluation.shares import Processes, batches, units
+from sta_adapter.evaluation.sharding import Processes, batches, units
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 
@@ -137,7 +137,7 @@ def test_batches_are_of_about_one_length(monkeypatch):
     found = list(batches(Items(lengths), [range(6), range(6, 8)], 2, 0, False))
     assert [[index for index, _ in batch] for batch in found] == [[4, 1], [5, 3], [0, 2], [7, 6]]
     assert all(len(item["input_ids"]) == lengths[index] for batch in found for index, item in batch if lengths[index])
-    monkeypatch.setattr("sta_adapter.evaluation.shares.HELD_BYTES", 8 * 54)
+    monkeypatch.setattr("sta_adapter.evaluation.sharding.HELD_BYTES", 8 * 54)
     found = list(batches(Items(lengths), [range(6), range(6, 8)], 2, 0, False))
     assert [[index for index, _ in batch] for batch in found] == [[1, 0], [4, 3], [2], [5], [7, 6]]
 
@@ -151,7 +151,7 @@ def test_what_an_engine_is_to_have_counts_among_what_is_held(monkeypatch):
             item.prompt = Prompt([0], [Visual("video", np.zeros((1, 2, 2, 3), np.uint8))] * self.lengths[index], {})
             return item
 
-    monkeypatch.setattr("sta_adapter.evaluation.shares.HELD_BYTES", 60)
+    monkeypatch.setattr("sta_adapter.evaluation.sharding.HELD_BYTES", 60)
     found = list(batches(Clips([1, 2, 3, 5, 1]), [range(5)], 2, 0, False))
     assert [[index for index, _ in batch] for batch in found] == [[0, 1], [2], [3], [4]]
 
@@ -164,7 +164,7 @@ def test_workers_encode_a_batch_ahead(monkeypatch, cached, workers, ahead):
         asked.update(how)
         return [dataset[index] for index in range(len(dataset))]
 
-    monkeypatch.setattr("sta_adapter.evaluation.shares.DataLoader", loader)
+    monkeypatch.setattr("sta_adapter.evaluation.sharding.DataLoader", loader)
     items = Items([3, 4])
     items.cached = cached
     assert len(list(batches(items, [range(2)], 2, 3, False))) == 1
@@ -190,7 +190,7 @@ def test_the_bar_counts_samples(monkeypatch, shown, said):
             self.done += count
 
     monkeypatch.setattr("tqdm.auto.tqdm", Bar)
-    monkeypatch.setattr("sta_adapter.evaluation.shares.HELD_BYTES", 8 * 54)
+    monkeypatch.setattr("sta_adapter.evaluation.sharding.HELD_BYTES", 8 * 54)
     lengths = [5, 50, 0, 6, 51, 7, 3, 4]
     assert sum(map(len, batches(Items(lengths), [range(6), range(6, 8)], 2, 0, shown))) == 8
     (bar,) = bars
@@ -207,14 +207,14 @@ def test_a_process_alone():
 
 def test_processes_that_have_found_each_other_talk_in_a_group_of_their_own(monkeypatch):
     made, ended = [], []
-    monkeypatch.setattr(shares, "is_parallel", lambda: True)
-    monkeypatch.setattr(shares.distributed, "new_group", lambda **how: made.append(how) or "group")
-    monkeypatch.setattr(shares.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(shares.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(shares.distributed, "destroy_process_group", ended.append)
+    monkeypatch.setattr(sharding, "is_parallel", lambda: True)
+    monkeypatch.setattr(sharding.distributed, "new_group", lambda **how: made.append(how) or "group")
+    monkeypatch.setattr(sharding.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(sharding.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(sharding.distributed, "destroy_process_group", ended.append)
     found = Processes.joined()
     assert (found.rank, found.size, found.group) == (1, 3, "group")
-    assert made == [{"backend": "gloo", "timeout": shares.PATIENCE}]
+    assert made == [{"backend": "gloo", "timeout": sharding.PATIENCE}]
     found.close()
     assert ended == ["group"]
 
@@ -226,7 +226,7 @@ def test_what_processes_tell_each_other(monkeypatch):
         told.append((mine, group))
         found[:] = [mine, *other]
 
-    monkeypatch.setattr(shares.distributed, "all_gather_object", exchange)
+    monkeypatch.setattr(sharding.distributed, "all_gather_object", exchange)
     two = Processes(0, 2, "group")
     assert two.gather(lambda: 5) == [5, 7]
     with pytest.raises(ZeroDivisionError):

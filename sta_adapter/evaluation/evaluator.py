@@ -29,7 +29,7 @@ from sta_adapter.evaluation.engine import Engine, EngineAnswerer
 from sta_adapter.evaluation.eval_mode import eval_mode
 from sta_adapter.evaluation.prediction_log import Kept, PredictionLog
 from sta_adapter.evaluation.result import EvaluationResult
-from sta_adapter.evaluation.shares import Processes, batches, units
+from sta_adapter.evaluation.sharding import Processes, batches, units
 from sta_adapter.injection.fingerprint import fingerprint_model
 from sta_adapter.video.frame_settings import FrameSettings
 
