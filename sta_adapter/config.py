@@ -101,6 +101,10 @@ class STAConfig:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> STAConfig:
+        """Itself, as it can't change: blocks that PEFT has copied still have the same settings, and share what hangs on them."""
+        return self
+
     @classmethod
     def from_dict(cls, values: object) -> STAConfig:
         """The inverse of `to_dict`.

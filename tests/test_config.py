@@ -1,5 +1,6 @@
 """STAConfig: what it takes, what it refuses, and how a backbone's defaults come in."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -121,3 +122,8 @@ def test_values_in_errors_are_cut_where_they_are_long_or_deep():
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         STAConfig().causal = True
+
+
+def test_copies_are_the_same_settings():
+    config = STAConfig(causal=True)
+    assert copy.deepcopy([config])[0] is config

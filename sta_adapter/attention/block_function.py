@@ -1,8 +1,8 @@
 """The branch of one block as a single autograd function, with a written backward; and where it can't stand for the layers.
 
 A branch of separate operations costs the host more than the arithmetic of a short clip does. Of each branch the forward
-keeps the tokens, their q, k and v and the heads' output; the normed tokens, the rotated q and k and the attention weights
-are as large and cheap to compute again. What needs no gradient gets none computed.
+keeps the tokens, their v, their q and k, rotated, and the heads' output; the normed tokens and the attention weights are as
+large and cheap to compute again. What needs no gradient gets none computed.
 """
 
 from __future__ import annotations

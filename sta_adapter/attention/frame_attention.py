@@ -39,7 +39,7 @@ class FrameAttention:
     def __init__(self, layout: ClipLayout, heads: int, config: STAConfig, like: Tensor) -> None:
         self.layout = layout
         self.config = config
-        self.batches = [_Batch(layout, *batch, heads, config, like) for batch in layout.batches]
+        self.batches = [_Batch(layout, batch, heads, config, like) for batch in layout.batches]
         self.sizes = [clips * frames * positions for clips, frames, positions in layout.batches]
 
     def mix(self, qkv: Tensor) -> Tensor:
@@ -87,15 +87,9 @@ class _Batch:
     """Attention over the frames of clips of one size, without mask or padding."""
 
     def __init__(
-        self,
-        layout: ClipLayout,
-        clips: int,
-        frames: int,
-        positions: int,
-        heads: int,
-        config: STAConfig,
-        like: Tensor,
+        self, layout: ClipLayout, batch: tuple[int, int, int], heads: int, config: STAConfig, like: Tensor
     ) -> None:
+        clips, frames, positions = batch
         self.config = config
         self.frames = frames
         self.positions = positions
@@ -103,10 +97,10 @@ class _Batch:
         self.is_one = clips == 1
         self.shape = (frames, positions) if self.is_one else (clips, frames, positions)
         self.heads = heads, self.width // heads
-        self.is_rotated = config.rope_theta is not None and frames > 1
-        if config.rope_theta is not None and self.is_rotated:
+        self.tables: tuple[Tensor, Tensor] | None = None  # cos and sin for folded tokens; `token_tables` for t n k h d
+        if config.rope_theta is not None and frames > 1:
             cos, sin = (x[:frames] for x in layout.rotary_tables(self.heads[1], config.rope_theta, like))
-            self.tables = cos, sin  # for folded tokens
+            self.tables = cos, sin
             self.token_tables = cos[:, None, None, None], sin[:, None, None, None]
 
     def mix(self, qkv: Tensor, in_place: bool) -> Tensor:
@@ -160,10 +154,10 @@ class _Batch:
 
     def _attend(self, tokens: Tensor, in_place: bool) -> Tensor:
         """What the heads give, (b n) h t d, from (b) t n 3 h d."""
-        if self.is_rotated and in_place:
+        if self.tables is not None and in_place:
             rotate_(tokens.narrow(-3, 0, 2), *self.token_tables)
         q, k, v = self._fold(tokens).unbind()
-        if self.is_rotated and not in_place:
+        if self.tables is not None and not in_place:
             q, k = self._fold(apply_rotary(tokens.narrow(-3, 0, 2), *self.token_tables)).unbind()
         if not self.is_one:
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
@@ -181,7 +175,7 @@ class _Batch:
         )
         both, into_v = into.narrow(0, 0, 2), into.select(0, 2)
         to_both = to_both.view(both.shape)
-        if self.is_rotated:
+        if self.tables is not None:
             rotary_gradient(to_both, *self.tables, out=both)
         else:
             both.copy_(to_both)
