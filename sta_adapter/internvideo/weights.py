@@ -30,6 +30,7 @@ TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt", "chat_templ
 Weights = Iterable[tuple[str, Tensor]]
 DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # what this release of transformers calls it
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "generation_config.json")
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)  # of parameters
 
 
 def published_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, object]:
@@ -182,7 +183,7 @@ def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> 
 
 
 class Unallocated(TorchFunctionMode):
-    """Weights that are made without a value are on the meta device; what is computed, as rotary frequencies, is real."""
+    """New parameters are on the meta device; what is computed, as rotary frequencies, is real, and so are tables of numbers."""
 
     def __torch_function__(
         self,
@@ -192,7 +193,10 @@ class Unallocated(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         """See torch."""
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        kwargs = kwargs or {}
+        if func in MAKERS and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def load_published(
