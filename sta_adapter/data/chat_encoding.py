@@ -22,8 +22,6 @@ from sta_adapter.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt"]
-
 IGNORE = -100
 
 

@@ -13,8 +13,6 @@ from sta_adapter.data.message import Visual
 from sta_adapter.data.tensor_handover import HAS_MEMFD, LARGE, joined_in_file
 from sta_adapter.errors import DataError
 
-__all__ = ["PER_TOKEN", "PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
-
 PIXELS = ("pixel_values_videos", "pixel_values")
 PER_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")
 """What has one value a token; the rest goes along clips and pictures."""

@@ -25,8 +25,6 @@ from sta_adapter.video.frame_settings import BY_TIME, LIMITS, FrameSettings
 from sta_adapter.video.image import read_image
 from sta_adapter.video.resize import fit_frames
 
-__all__ = ["ClipReader"]
-
 
 @dataclass(frozen=True)
 class ClipReader:

@@ -15,8 +15,6 @@ from sta_adapter.data.chat_encoding import IGNORE, Prompt
 from sta_adapter.data.clip_batches import PER_TOKEN, PIXELS, put_together, takes_one_kind
 from sta_adapter.data.visual_processing import Encoded
 
-__all__ = ["Collator", "Loaded", "kind_of", "uncollated"]
-
 T = TypeVar("T")
 
 FILL = {**dict.fromkeys(PER_TOKEN, 0), "labels": IGNORE}  # what has one value a token, and what fills it up

@@ -19,8 +19,6 @@ from sta_adapter.data.message import Message, Part, Record, text_of
 from sta_adapter.data.sample_keys import SETTINGS, VISUAL_KEYS, extra_fields, kind_of, visuals
 from sta_adapter.errors import DataError
 
-__all__ = ["Sample", "parse_sample"]
-
 _SECONDS = ("video_start", "video_end")  # which may be 0
 _FRACTIONS = ("fps", "folder_fps", *_SECONDS)  # all other settings are whole numbers
 _LARGEST = 10**12  # beyond it no number is meant, and arithmetic overflows

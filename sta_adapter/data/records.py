@@ -15,8 +15,6 @@ from sta_adapter._validate import shown
 from sta_adapter.data.sample_keys import SETTINGS
 from sta_adapter.errors import DataError
 
-__all__ = ["load_json", "or_error", "read_records"]
-
 EXPECTED = "Expected a JSON Lines file, a JSON array or a CSV file."
 TABLES = {".csv": ",", ".tsv": "\t"}
 _NUMBERS = (*SETTINGS, "start", "end")  # cells that are numbers; all others are texts

@@ -29,8 +29,6 @@ from sta_adapter.data.message import Message, Part
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError
 
-__all__ = ["SampleCache"]
-
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = 6  # raised when the same settings mean other tensors than before, or entries have another form

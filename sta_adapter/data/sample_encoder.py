@@ -25,8 +25,6 @@ from sta_adapter.data.worker_signals import outlasts, ready_worker
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["DECODE_TIMEOUT", "FRAME_ORDERS", "SampleEncoder"]
-
 FRAME_ORDERS = ("ordered", "shuffled", "reversed")
 DECODE_TIMEOUT = 60.0
 

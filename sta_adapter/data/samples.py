@@ -20,18 +20,6 @@ from sta_adapter.data.records import read_records
 from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
 
-__all__ = [
-    "check_format",
-    "given_samples",
-    "mixed_samples",
-    "open_samples",
-    "raw_records",
-    "read_samples",
-    "require_usable",
-    "scan_samples",
-    "weighted",
-]
-
 EMPTY = "no sample in it; expected one JSON object a line, a JSON array of them, or rows of a table."
 
 
