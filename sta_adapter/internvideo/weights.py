@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sta_adapter.adapter.hub import explain, patiently
+from sta_adapter.adapter.safe_read import read_index
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.saved_sta import warn_of_sta
@@ -104,7 +105,7 @@ def weight_files(source: Path) -> list[Path]:
     for name in NAMES:
         index = source / f"{name}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return read_index(index)
         if (source / name).is_file():
             return [source / name]
     found = sorted(path for path in source.glob("*") if path.suffix in (".safetensors", *PICKLES))
@@ -115,23 +116,6 @@ def weight_files(source: Path) -> list[Path]:
         f"{source} {held}; expected {' or '.join(NAMES)}, or one of them in parts with its .index.json. Name the file, or "
         "download the checkpoint again."
     )
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(table.values()))
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ValueError("it names files outside of its folder, or none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.name} names {len(names)} files of weights, and {', '.join(missing)} is not in {index.parent}; "
-            "download the checkpoint again."
-        )
-    return [index.parent / name for name in names]
 
 
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.safe_read import read_json, read_shapes
+from sta_adapter.adapter.safe_read import read_header, read_json
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.injection.backbone import Backbone
@@ -130,4 +130,4 @@ def _is_for_tower(adapter: ServedAdapter) -> bool:
     """Whether LoRA weights in the adapter's folder are the vision encoder's."""
     if not (adapter.folder / LORA_CONFIG).exists():
         return False
-    return any(set(TOWERS) & set(key.split(".")) for key in read_shapes(adapter.folder / LORA_WEIGHTS))
+    return any(set(TOWERS) & set(key.split(".")) for key in read_header(adapter.folder / LORA_WEIGHTS)[0])
