@@ -117,7 +117,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: there is no such file.
         CheckpointError: damaged, or a tensor is not of a floating dtype of 16, 32 or 64 bits, or not finite.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = dict(file.metadata() or {})
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     _require_weights(state, path)
@@ -143,13 +143,14 @@ def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shapes of a safetensors file's tensors, and its metadata; no tensor is read. Errors as `read_tensors`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes, dict(file.metadata() or {})
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, whose tensors are read one by one. Errors as `read_tensors`, but for the tensors' values."""
     from safetensors import safe_open
 
     with _damage_named(path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sta_adapter.adapter.safe_read import read_header, read_index, read_json
+from sta_adapter.adapter.safe_read import opened, read_header, read_index, read_json
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, STAWarning
 from sta_adapter.injection.backbone import Backbone
@@ -37,15 +37,10 @@ class Source:
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
         """These tensors, and no other, on the CPU."""
-        from safetensors import safe_open
-
         found = {}
         for file in sorted({self.files[key] for key in keys}):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    found.update({key: opened.get_tensor(key) for key in keys if self.files[key] == file})
-            except (OSError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{file} is damaged: {error}") from error
+            with opened(file) as tensors:
+                found.update({key: tensors.get_tensor(key) for key in keys if self.files[key] == file})
         return found
 
 
