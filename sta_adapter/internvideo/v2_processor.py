@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, MistralConfig, PreTrainedTokenizerBase
 
+from sta_adapter._validate import one_line
 from sta_adapter.adapter.base_model import CACHED
 from sta_adapter.data.collator import padded
 from sta_adapter.errors import CheckpointError, DataError
@@ -186,7 +187,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             or "no file of a tokenizer"
         )
         raise CheckpointError(
-            f"the tokenizer in {folder} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); the folder holds "
+            f"the tokenizer in {folder} can't be loaded ({one_line(error)}); the folder holds "
             f"{held}, expected tokenizer.json, or tokenizer.model with the package sentencepiece, and tokenizer_config.json. "
             "InternVideo2-Chat's is that of mistralai/Mistral-7B-Instruct-v0.3."
         ) from error

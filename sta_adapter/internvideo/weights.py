@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from sta_adapter._validate import one_line
 from sta_adapter.adapter.hub import explain, patiently
 from sta_adapter.adapter.safe_read import read_index
 from sta_adapter.compatibility.module_names import STA_TENSOR
@@ -145,7 +146,7 @@ def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
             held = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:  # whatever the unpickler says
         raise CheckpointError(
-            f"{file} can't be read as weights alone: {type(error).__name__}: {str(error).splitlines()[0]}. It is damaged, or "
+            f"{file} can't be read as weights alone: {one_line(error)}. It is damaged, or "
             "holds objects whose code would have to run, which is never done; get the checkpoint as safetensors."
         ) from error
     inner = [key for key in NESTED if isinstance(held, Mapping) and isinstance(held.get(key), Mapping)]
