@@ -53,8 +53,7 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
         lora = parse_tensors(contents[LORA_WEIGHTS], folder / LORA_WEIGHTS)
         shapes = {key: tuple(tensor.shape) for key, tensor in lora.items()}
         file = LoraFile(folder / LORA_WEIGHTS, options, shapes)
-        file.require_names()
-        file.require_ranks()
+        file.require_parts()
         if file.holds_sta:
             require_sta_of_same_save(folder, fields, lambda: sta_among(lora), state)
     else:
