@@ -12,7 +12,8 @@ from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import read_classes
 from sta_adapter.data.message import Record
-from sta_adapter.data.samples import check_format, raw_records
+from sta_adapter.data.records import read_records
+from sta_adapter.data.samples import EMPTY, check_format
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
@@ -102,12 +103,16 @@ def _read(file: Path, format: str | None, folder: Path) -> list[Sample]:
         raise DataError(f"{file}: shards hold their clips inside, and other tools read files; unpack them first.")
     folder, classes = folder.resolve(), read_classes(file)
     samples = []
-    for source, record in raw_records(file):
+    for source, record in read_records(file):
         try:
+            if isinstance(record, DataError):
+                raise record
             ours = as_ours(record) if isinstance(record, dict) else record
         except DataError as error:
-            raise DataError(f"{source}: {error}") from error
+            raise DataError(error.reason, source=source) from error
         samples.append(parse_sample(ours, source=source, folder=folder, format=format, classes=classes))
+    if not samples:
+        raise DataError(f"{file}: {EMPTY}")
     return samples
 
 
