@@ -86,7 +86,7 @@ def convert_data(
     pairs = sum("rejected" in sample.extra for sample in samples)
     if pairs not in (0, len(samples)):
         raise DataError(f"{pairs} of {len(samples)} samples have a 'rejected' answer, expected all or none.")
-    records = [_written(sample, to) for sample in samples]
+    records = [to_record(sample, to) for sample in samples]
     files = {target.name: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()}
     if to == "llamafactory":
         files[INFO] = _dataset_info(target, records, bool(pairs))
@@ -114,13 +114,6 @@ def _read(file: Path, format: str | None, folder: Path) -> list[Sample]:
     if not samples:
         raise DataError(f"{file}: {EMPTY}")
     return samples
-
-
-def _written(sample: Sample, to: str) -> Record:
-    try:
-        return to_record(sample, to)
-    except DataError as error:
-        raise DataError(f"{sample.source}: {error}") from error
 
 
 def _dataset_info(target: Path, records: list[Record], pairs: bool) -> bytes:

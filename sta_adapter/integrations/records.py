@@ -139,9 +139,12 @@ def _meant_for(kind: str, settings: Record) -> Record:
 
 
 def to_record(sample: Sample, tool: str) -> Record:
-    """A sample as the tool's own record; what `settings_lost` names is left out."""
+    """A sample as the tool's own record; what `settings_lost` names is left out, and what can't be left out is a DataError."""
     kept = {"category": sample.category, "options": sample.options}
-    return {**_WRITE[tool](sample), **{key: value for key, value in kept.items() if value is not None}}
+    try:
+        return {**_WRITE[tool](sample), **{key: value for key, value in kept.items() if value is not None}}
+    except DataError as error:
+        raise DataError(error.reason, source=sample.source) from error
 
 
 def _tagged(messages: list[Message]) -> tuple[list[Record], dict[str, list[str]]]:
