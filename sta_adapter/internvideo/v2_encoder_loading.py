@@ -43,12 +43,11 @@ def load_encoder(
     Raises:
         CheckpointError: the file can't be read, holds no InternVideo2 encoder, or one whose heads aren't known.
     """
-    files = weight_files(Path(source))
-    shapes = {name: tensor.shape for name, tensor in _named(iterate_weights(files))}
-    config = _config(shapes, num_heads, img_size, source)
+    weights = dict(_named(iterate_weights(weight_files(Path(source)))))
+    config = _config({name: tensor.shape for name, tensor in weights.items()}, num_heads, img_size, source)
     with torch.device("meta"):
         model = InternVideo2Encoder(config)
-    fill(model, _named(iterate_weights(files)), source=source, dtype=dtype)
+    fill(model, weights.items(), source=source, dtype=dtype)
     return model.eval()
 
 
