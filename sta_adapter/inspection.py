@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from sta_adapter.adapter.hub import is_path
 from sta_adapter.attention.module import TemporalAttention
@@ -20,12 +18,12 @@ from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.plan import Plan, plan_injection
 from sta_adapter.injection.stream import check_streaming
 from sta_adapter.internvideo import builder_of
+from sta_adapter.internvideo.weights import Unallocated
 from sta_adapter.loading import auto_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 FORMULA = (
     "percent = 100 L' (4 C H + 2 T H) / (L (W + 2 N C) + E), in multiplications per token: C width, H = heads of STA x "
     "head size, T frames, N patches of a frame, W numbers in a block's weight matrices, E in the patch embedding, L "
@@ -63,22 +61,6 @@ class ClipSize:
         return f"{self.frames} frames of {self.rows}x{self.columns} patches"
 
 
-class _WithoutWeights(TorchFunctionMode):
-    """Makes new parameters on the meta device; small tables of numbers stay real, as some models read them."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = dict(kwargs or {})
-        if func in MAKERS and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
 def empty_model(
     source: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
@@ -106,7 +88,7 @@ def empty_model(
         found, _ = transformers.PretrainedConfig.get_config_dict(name, revision=revision)
         kind, builder = found.get("model_type"), None if trust_remote_code else builder_of(found)
         if builder is not None:
-            with _WithoutWeights():
+            with Unallocated():
                 return builder.empty_model(found).eval()
         if "auto_map" in found and kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
             raise CheckpointError(
@@ -114,7 +96,7 @@ def empty_model(
                 "(--trust-remote-code)."
             )
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        with _WithoutWeights():
+        with Unallocated():
             return _make(config, trust_remote_code).eval()
     except CheckpointError:
         raise

@@ -18,12 +18,11 @@ from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.injection.load import load_sta, watch_peft
 from sta_adapter.injection.saved_sta import warn_of_sta
 from sta_adapter.internvideo import builder_of
-from sta_adapter.internvideo.weights import published_config
+from sta_adapter.internvideo.weights import DTYPE, published_config
 from sta_adapter.requirements import require_device
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         loader = auto_class(transformers, config)
-        kwargs = {"dtype" if transformers_release() >= (4, 56) else "torch_dtype": wanted, **narrow, **options}
+        kwargs = {DTYPE: wanted, **narrow, **options}
         model = _load(loader, name, kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error

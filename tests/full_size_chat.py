@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from sta_adapter import inject_sta
 from sta_adapter.internvideo import builder_of
-from sta_adapter.internvideo.v2_5_loading import configuration, convert
+from sta_adapter.internvideo.v2_5_config import read_config
+from sta_adapter.internvideo.v2_5_loading import convert
 from sta_adapter.internvideo.v2_config import LORA_TARGETS
 from sta_adapter.internvideo.v2_loading import model_weights
 from sta_adapter.loading import load_model
@@ -43,7 +44,7 @@ def internvideo2_5():
     tiny = internvideo2_5_chat
     vision = {**tiny.VISION, **INTERNVIT, "image_size": 448}
     config = {**tiny.CONFIG, "vision_config": vision, "llm_config": {**tiny.LANGUAGE, **INTERNLM2}}
-    tiny_text = configuration(tiny.CONFIG).text_config
+    tiny_text = read_config(tiny.CONFIG).text_config
     return config, tiny.shapes(), lambda weights: convert(weights, tiny_text)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_qwen import make_processor, moving_square, write_video
 
-from sta_adapter.data import FrameSettings, VideoDataset, samples
+from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.data.formats import FORMATS, recognise
@@ -165,10 +165,6 @@ def test_settings_beside_the_question_are_the_clips(key):
     sample = parse_sample({**CHOICE, key: 4}, folder="/v")
     assert sample.messages[0]["content"][0] == {"type": "video", "video": "/v/a.mp4", key: 4}
     assert sample.extra == {"option_texts": ["left", "right", "up"]}
-
-
-def test_what_samples_offers_is_there():
-    assert all(hasattr(samples, name) for name in samples.__all__)
 
 
 def test_a_picture_alone():

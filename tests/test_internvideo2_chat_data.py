@@ -363,6 +363,14 @@ def test_a_checkpoints_own_config_is_not_taken_for_the_language_models(path, tmp
     assert read_config(config, tmp_path).text_config.vocab_size == 32768
 
 
+@pytest.mark.parametrize("text", ["{", "[]"], ids=["no JSON", "no object"])
+def test_a_damaged_config_of_the_language_model_is_told(text, tmp_path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"llm/config\.json .*download it again"):
+        read_config(CONFIG, tmp_path)
+
+
 def test_published_weights_are_quantized_only_after_saving(base):
     with pytest.raises(ConfigError, match="Save the model once"):
         v2_loading.load_model(base, CONFIG, quantization_config={"load_in_8bit": True})

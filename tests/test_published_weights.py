@@ -97,6 +97,13 @@ def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"\x80\x02}q\x00"], ids=["empty", "begun", "cut off"])
+def test_a_pickle_of_which_little_is_there_is_damaged(tmp_path, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin can't be read as weights alone: EOFError"):
+        filled(tmp_path)
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="holds no weights"):
         filled(tmp_path)

@@ -241,11 +241,8 @@ def test_a_cache_that_is_a_file(clips, processor):
 
 def test_values_that_are_no_bytes_stay_as_they_are(tmp_path):
     odd = torch.rand(4, 12)
-    packed = np.array(
-        bytearray(
-            sample_cache._packed({"pixel_values": odd, "labels": torch.arange(3)}, "k", (1 / 255, [0.5] * 3, [0.5] * 3))
-        )
-    )
+    values = {"pixel_values": odd, "labels": torch.arange(3)}
+    packed = sample_cache._packed(values, "k", (1 / 255, [0.5] * 3, [0.5] * 3))
     found = sample_cache._unpacked(packed, "k")
     assert torch.equal(found["pixel_values"], odd)
     assert found["labels"].tolist() == [0, 1, 2]
@@ -284,19 +281,19 @@ def blocks_swapped(data, number):
 def test_no_damage_goes_unnoticed(damage):
     values = {"values": torch.from_numpy(np.random.default_rng(0).integers(0, 256, 5 * 4096 + 40, np.uint8))}
     good = sample_cache._packed({**values, "ids": torch.arange(700)}, "k", (None, None, None))
-    assert torch.equal(sample_cache._unpacked(np.array(bytearray(good)), "k")["values"], values["values"])
+    assert torch.equal(sample_cache._unpacked(good, "k")["values"], values["values"])
     for number in range(1, 2000):
         data = np.array(bytearray(good))
         found = damage(data, number)
         with pytest.raises(sample_cache.DAMAGE):
-            sample_cache._unpacked(data if found is None else found, "k")
+            sample_cache._unpacked((data if found is None else found).tobytes(), "k")
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.int32, torch.int16, torch.int8, torch.bool])
 def test_tensors_of_other_kinds_are_kept(kind):
     values = {"whole": torch.arange(6).view(2, 3).to(kind), "none": torch.zeros(0, 3, dtype=kind), "one": torch.tensor(1, dtype=kind)}  # fmt: skip
     packed = sample_cache._packed(values, "k", (None, None, None))
-    same(sample_cache._unpacked(np.array(bytearray(packed)), "k"), values)
+    same(sample_cache._unpacked(packed, "k"), values)
     assert list(safetensors.torch.load(packed)) != []  # others can read it
 
 

@@ -47,6 +47,15 @@ def is_lora_alone(folder: Path) -> bool:
     return (folder / LORA_CONFIG).exists() and not (folder / CONFIG).exists() and not (folder / SAVED).exists()
 
 
+def require_lora(folder: Path, description: Description) -> None:
+    """Refuse a folder without the LoRA that was saved with it: a copy that lacks a file would load, and compute something else."""
+    if description.get("lora") is True and not (folder / LORA_CONFIG).exists():
+        raise CheckpointError(
+            f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing. Copy or download it "
+            f'again; to use STA without its LoRA, write "lora": false into {CONFIG}.'
+        )
+
+
 def saved_config(description: Description, path: Path) -> STAConfig:
     """STA's settings in the description at `path`, or a CheckpointError."""
     try:

@@ -54,9 +54,10 @@ class LoraFile:
         """Whether tensors of STA are among them."""
         return any(STA_TENSOR.search(key) for key in self.shapes)
 
-    def require_names(self) -> None:
-        """Refuse a file with other tensors than LoRA's and those that are saved along, as far as their names tell."""
-        for key in self.shapes:
+    def require_parts(self) -> None:
+        """Refuse tensors that are not LoRA's or saved along, and ranks other than the options', as far as it shows without a model."""
+        experts = self.options.get("target_parameters", list[str]())
+        for key, shape in self.shapes.items():
             name = key.removeprefix(PREFIX)
             module, last = _module(name), name.rpartition(".")[2]
             known = ".lora_" in name or self.options.is_saved(module) or "bias" in last or is_embedding(name)
@@ -64,12 +65,7 @@ class LoraFile:
                 raise CheckpointError(
                     f"{self.path}: {key[:200]!r} is no tensor of LoRA, and none that is saved with it."
                 )
-
-    def require_ranks(self) -> None:
-        """Refuse a file whose ranks are not those of the options, as far as can be told without a model."""
-        experts = self.options.get("target_parameters", list[str]())
-        for key, shape in self.shapes.items():
-            rank = self.options.rank(_module(key.removeprefix(PREFIX)))
+            rank = self.options.rank(module)
             if key.endswith(".lora_A.weight") and not experts and shape[:1] != (rank,):
                 raise CheckpointError(f"{self.path}: {key[:200]!r} has the shape {shape}, expected the rank {rank}.")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sta_adapter.adapter.lora_keys import PREFIX, LoraFile, is_embedding
 from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.adapter.lora_peft import adapter_tensors, patterns_at_work, peft_config, trained_biases
-from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_shapes, read_tensors
+from sta_adapter.adapter.safe_read import compare_shapes, read_header, read_json, read_tensors
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import FLATTENS, execution_device, full_tensor, is_fsdp1
@@ -170,7 +170,7 @@ def read_lora(folder: Path) -> LoraFile:
     options = LoraOptions.read(fields, config)
     sta = fields.get(OURS)
     try:
-        return LoraFile(weights, options, read_shapes(weights), sta if isinstance(sta, dict) else None)
+        return LoraFile(weights, options, read_header(weights)[0], sta if isinstance(sta, dict) else None)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds {LORA_CONFIG} but no {weights.name}; pickled weights are never read."

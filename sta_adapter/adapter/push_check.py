@@ -17,6 +17,7 @@ from sta_adapter.adapter.format import (
     Description,
     read_description,
     require_description,
+    require_lora,
     require_same_settings,
     require_sta_of_same_save,
 )
@@ -52,12 +53,11 @@ def read_checked(folder: Path) -> tuple[Description, int, dict[str, bytes]]:
         lora = parse_tensors(contents[LORA_WEIGHTS], folder / LORA_WEIGHTS)
         shapes = {key: tuple(tensor.shape) for key, tensor in lora.items()}
         file = LoraFile(folder / LORA_WEIGHTS, options, shapes)
-        file.require_names()
-        file.require_ranks()
+        file.require_parts()
         if file.holds_sta:
             require_sta_of_same_save(folder, fields, lambda: sta_among(lora), state)
-    elif description.get("lora") is True:
-        raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
+    else:
+        require_lora(folder, description)
     return description, sum(tensor.numel() for tensor in state.values()), contents
 
 

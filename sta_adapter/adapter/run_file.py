@@ -115,12 +115,12 @@ def read_stage(found: Mapping[str, object], path: Path) -> Stage:
         return {}
     history = found.get("history", [])
     entries = history if isinstance(history, list) else [history]
-    losses = [entry["loss"] if isinstance(entry, Mapping) else entry for entry in entries if not _lacks_loss(entry)]
+    logged = (entry if isinstance(entry, Mapping) else {"loss": entry} for entry in entries)
     where = f"{path}: trainable_parameters, steps and losses"
     return {
         "trainable_parameters": _number(found.get("trainable_parameters"), where),
         "steps": _number(found.get("steps"), where),
-        "history": [{"loss": _number(loss, where)} for loss in losses],
+        "history": [{"loss": _number(entry["loss"], where)} for entry in logged if "loss" in entry],
     }
 
 
@@ -146,10 +146,6 @@ def read_results(found: Mapping[str, object], path: Path) -> Results:
     if lines:
         results["reading"] = [_as_text(line) for line in lines[:100]]
     return results
-
-
-def _lacks_loss(entry: object) -> bool:
-    return isinstance(entry, Mapping) and "loss" not in entry
 
 
 def _number(value: object, where: str) -> float:

@@ -28,6 +28,7 @@ with warnings.catch_warnings():
         import sre_parse as _parser
 
 MAX_JSON_BYTES = 1 << 20
+MAX_INDEX_BYTES = 64 << 20
 MAX_JSON_DEPTH = 32
 MAX_JSON_NUMBER = 1 << 63
 MAX_PATTERNS = 256  # each is tried on every module of a model
@@ -46,6 +47,22 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
             not finite or beyond 64 bits.
     """
     return parse_json(read_bytes(path, max_bytes), path)
+
+
+def read_index(path: Path) -> list[Path]:
+    """The files that the index of weights in parts names, all of which must lie beside it; errors as `read_json`."""
+    table = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{path}: weight_map must name a file for each tensor.")
+    names = sorted(set(table.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{path} names {outside[0]!r}, which is outside of its folder.")
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise CheckpointError(
+            f"{path.name} names {len(names)} files of weights, and {', '.join(missing)} is not in {path.parent}; download the "
+            "checkpoint again."
+        )
+    return [path.parent / name for name in names]
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, object]:
@@ -100,7 +117,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: there is no such file.
         CheckpointError: damaged, or a tensor is not of a floating dtype of 16, 32 or 64 bits, or not finite.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = dict(file.metadata() or {})
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     _require_weights(state, path)
@@ -124,20 +141,16 @@ def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors, from its header; no tensor is read. Errors as `read_tensors`."""
-    return read_header(path)[0]
-
-
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shapes of a safetensors file's tensors, and its metadata. Errors as `read_tensors`."""
-    with _opened(path) as file:
+    """The shapes of a safetensors file's tensors, and its metadata; no tensor is read. Errors as `read_tensors`."""
+    with opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes, dict(file.metadata() or {})
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, whose tensors are read one by one. Errors as `read_tensors`, but for the tensors' values."""
     from safetensors import safe_open
 
     with _damage_named(path):

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, STAError
 
-__all__ = ["BadSample", "reason_of"]
-
 _NOT_OF_A_SAMPLE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from sta_adapter.compatibility.processors import Processor
+from sta_adapter.compatibility.processors import Processor, placeholder
 from sta_adapter.data.chat_template import answer_text, has_reasoning, question_text, render
+from sta_adapter.data.clip_batches import tokens_of
 from sta_adapter.data.message import Message, Visual
 from sta_adapter.data.visual_processing import Encoded, join, process, require_placeholders, sized, temporal_patch
 from sta_adapter.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["IGNORE", "Prompt", "encode", "encode_answer", "encode_prompt"]
 
 IGNORE = -100
 
@@ -46,10 +45,9 @@ class Prompt:
         clips, settings = sized(processor, [visual for visual in flat if visual.kind == "video"])
         final = iter(clips)
         shown = [next(final) if visual.kind == "video" else visual for visual in flat]
-        tokens = _tokens(processor.tokenizer, render(processor, messages, prompt=True, thinking=thinking))
-        words = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
-        ids = (processor.tokenizer.convert_tokens_to_ids(word) for word in words if isinstance(word, str))
-        places = frozenset(number for number in ids if isinstance(number, int))
+        tokens = tokens_of(processor, render(processor, messages, prompt=True, thinking=thinking))
+        words = [word for kind in ("image", "video") if (word := placeholder(processor, kind)) is not None]
+        places = frozenset(cast("list[int]", processor.tokenizer.convert_tokens_to_ids(words)))
         return cls(tokens, shown, settings, temporal_patch(processor), places)
 
 
@@ -138,13 +136,9 @@ def _flat(visuals: list[list[Visual]]) -> list[Visual]:
     return [visual for group in visuals for visual in group]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
 def _piece(processor: Processor, turn: Turn) -> Encoded:
     """Encode what a turn adds: each clip is processed once, in the turn that it stands in."""
-    start, tokens = _tokens(processor.tokenizer, turn.before), _tokens(processor.tokenizer, turn.after)
+    start, tokens = tokens_of(processor, turn.before), tokens_of(processor, turn.after)
     if tokens[: len(start)] != start:
         mend = (
             "The model is asked for its reasoning: begin the answer with it, <think>...</think>, or take a model that answers at once."
@@ -159,7 +153,7 @@ def _piece(processor: Processor, turn: Turn) -> Encoded:
     require_placeholders(processor, turn.text, turn.visuals)
     if not turn.visuals:
         return {"input_ids": torch.tensor(added, dtype=torch.long)}
-    if start and _tokens(processor.tokenizer, turn.text) != added:
+    if start and tokens_of(processor, turn.text) != added:
         raise DataError(
             f"the tokenizer reads {turn.text[:40]!r} differently on its own; clips after the first answer need that."
         )

@@ -23,8 +23,6 @@ from sta_adapter.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["answer_text", "grown", "has_reasoning", "question_text", "render"]
-
 _Plain = Record  # a message as templates take it
 _REASONED = "</think>"
 _NO_REASONING = re.compile(r"<think>\s*</think>\s*")

@@ -28,8 +28,6 @@ from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["DataReport", "check_data"]
-
 ENDLESS = 10**7  # tokenizers without a limit of their own give a larger number
 
 
@@ -173,4 +171,5 @@ def _problem(bad: BadSample, kind: str) -> dict[str, str]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """The ends of a list of numbers, and its middle."""
     return {"least": min(values), "median": statistics.median(values), "largest": max(values)}

@@ -13,8 +13,6 @@ from sta_adapter.data.message import Visual
 from sta_adapter.data.tensor_handover import HAS_MEMFD, LARGE, joined_in_file
 from sta_adapter.errors import DataError
 
-__all__ = ["PER_TOKEN", "PIXELS", "missing_frames", "put_together", "row_lengths", "split_unequal", "takes_one_kind"]
-
 PIXELS = ("pixel_values_videos", "pixel_values")
 PER_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")
 """What has one value a token; the rest goes along clips and pictures."""
@@ -54,6 +52,11 @@ def takes_one_kind(processor: Processor) -> bool:
     return any(cls.__name__ in ONE_KIND for cls in type(processor).__mro__)
 
 
+def tokens_of(processor: Processor, text: str) -> list[int]:
+    """The ids of a text, without such as the tokenizer would put in front of it."""
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
 def split_unequal(processor: Processor, text: str, visuals: Sequence[Visual]) -> list[tuple[str, list[Visual]]]:
     """The text in pieces of one clip each, where the processor stacks clips and these are of unequal lengths or sizes."""
     part = getattr(processor, "video_processor", None)
@@ -69,13 +72,8 @@ def split_unequal(processor: Processor, text: str, visuals: Sequence[Visual]) ->
         (text[cuts[number] : cuts[number + 1]], list(visuals[first:last]))
         for number, (first, last) in enumerate(bounds)
     ]
-
-    def tokens(words: str) -> list[int]:
-        return processor.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-
-    if [kind for _, kind in places] != [visual.kind for visual in visuals] or tokens(text) != [
-        token for piece, _ in pieces for token in tokens(piece)
-    ]:
+    apart = [token for piece, _ in pieces for token in tokens_of(processor, piece)]
+    if [kind for _, kind in places] != [visual.kind for visual in visuals] or tokens_of(processor, text) != apart:
         raise DataError(
             "this model's processor takes clips of unequal lengths only one by one, and its tokenizer can't read the text "
             "around each by itself. Give all clips of the sample the same nframes."

@@ -25,8 +25,6 @@ from sta_adapter.video.frame_settings import BY_TIME, LIMITS, FrameSettings
 from sta_adapter.video.image import read_image
 from sta_adapter.video.resize import fit_frames
 
-__all__ = ["ClipReader"]
-
 
 @dataclass(frozen=True)
 class ClipReader:
@@ -111,17 +109,11 @@ class ClipReader:
             segments=self.segments and not by_time,
         )
 
-    def settings_of(self, parts: Iterable[Part]) -> FrameSettings:
-        """The settings in force for clips, where all of them set their own alike; else those of the reader."""
-        found = self._settings_of_clips(parts)
-        return found.pop() if len(found) == 1 else self.settings
-
-    def differ(self, parts: Iterable[Part]) -> bool:
-        """Whether clips set their own, each otherwise."""
-        return len(self._settings_of_clips(parts)) > 1
-
-    def _settings_of_clips(self, parts: Iterable[Part]) -> set[FrameSettings]:
-        return {self._own_settings(part) for part in parts if part["type"] == "video"}
+    def settings_of(self, parts: Iterable[Part]) -> tuple[FrameSettings, bool]:
+        """The settings in force for clips, those of the reader where clips set their own, each otherwise; and whether they do so."""
+        found = {self._own_settings(part) for part in parts if part["type"] == "video"}
+        differ = len(found) > 1
+        return self.settings if differ or not found else found.pop(), differ
 
     def _own_settings(self, part: Part) -> FrameSettings:
         """The settings for one clip: what it sets itself comes first, and the settings' other limit gives way to it."""

@@ -15,8 +15,6 @@ from sta_adapter.data.chat_encoding import IGNORE, Prompt
 from sta_adapter.data.clip_batches import PER_TOKEN, PIXELS, put_together, takes_one_kind
 from sta_adapter.data.visual_processing import Encoded
 
-__all__ = ["Collator", "Loaded", "kind_of", "uncollated"]
-
 T = TypeVar("T")
 
 FILL = {**dict.fromkeys(PER_TOKEN, 0), "labels": IGNORE}  # what has one value a token, and what fills it up
@@ -120,19 +118,20 @@ class Collator:
         for key in dict.fromkeys(key for item in items for key in item):
             if key in fill:
                 rows = [item[key] if key in item else torch.zeros_like(item["input_ids"]) for item in items]
-                batch[key] = self._padded(rows, fill[key])
+                batch[key] = padded(rows, fill[key], self.side)
             else:
                 values = [item[key] for item in items if key in item]
                 batch[key] = put_together(key, values, shared=get_worker_info() is not None)
-        batch["attention_mask"] = self._padded([torch.ones_like(item["input_ids"]) for item in items], 0)
+        batch["attention_mask"] = padded([torch.ones_like(item["input_ids"]) for item in items], 0, self.side)
         return batch
 
-    def _padded(self, rows: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
-        """Rows of tokens as one tensor (B, L), filled up on the collator's side."""
-        longest, left = max(map(len, rows)), self.side == "left"
-        gaps = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
-        pad = torch.nn.functional.pad
-        return torch.stack([pad(row, gap, value=fill) for row, gap in zip(rows, gaps, strict=True)])
+
+def padded(rows: Sequence[torch.Tensor], fill: int, side: str) -> torch.Tensor:
+    """Rows of tokens as one tensor (B, L), filled up on the "left" or "right" side."""
+    longest, left = max(map(len, rows)), side == "left"
+    gaps = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
+    pad = torch.nn.functional.pad
+    return torch.stack([pad(row, gap, value=fill) for row, gap in zip(rows, gaps, strict=True)])
 
 
 def uncollated(item: T) -> T:

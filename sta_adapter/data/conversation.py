@@ -7,7 +7,6 @@ Two ways of writing a conversation are understood: visual parts inside the messa
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ from sta_adapter.data.formats import as_conversation
 from sta_adapter.data.message import Message, Part, Record, text_of
 from sta_adapter.data.sample_keys import SETTINGS, VISUAL_KEYS, extra_fields, kind_of, visuals
 from sta_adapter.errors import DataError
-
-__all__ = ["Sample", "parse_sample"]
 
 _SECONDS = ("video_start", "video_end")  # which may be 0
 _FRACTIONS = ("fps", "folder_fps", *_SECONDS)  # all other settings are whole numbers
@@ -34,7 +31,7 @@ _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
 _RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
 _PLACEHOLDER = re.compile(r"<(video|image)>")
 _MEANT_AS_ONE = re.compile(  # also as Qwen-VL and VideoChat write it
-    r"(?P<image><image(here)?>|<img>[^<>]+</img>)|(?P<video><video(here)?>)", re.IGNORECASE
+    r"(?P<image><image(here)?>|<img>[^<>\0]+</img>)|(?P<video><video(here)?>)", re.IGNORECASE
 )
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)
 
@@ -135,15 +132,14 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
                 f"'{key}' holds {len(left)} more than there are <{kind}> in the text, first {shown(left[0])}."
             )
     _require_clips(messages)
-    options = _options(record, messages)
-    return Sample(messages, source, _category(record), options, extra_fields(record, _RECORD_KEYS))
+    return Sample(messages, source, _category(record), _options(record, messages), extra_fields(record, _RECORD_KEYS))
 
 
 def _require_clips(messages: list[Message]) -> None:
     """Refuse words among parts that were to become a clip where there is none: they would be learned as words."""
     parts = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
-    texts = (part["text"] for part in parts if part["type"] == "text")
-    for place in itertools.chain.from_iterable(map(_MEANT_AS_ONE.finditer, texts)):
+    said = "\0".join(part["text"] for part in parts if part["type"] == "text")
+    for place in _MEANT_AS_ONE.finditer(said):
         kind = str(place.lastgroup)
         if all(part["type"] != kind for part in parts):
             raise DataError(

@@ -24,8 +24,6 @@ from sta_adapter.data.samples import given_samples, open_samples
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["VideoDataset"]
-
 
 class VideoDataset(Dataset[Encoded | BadSample]):
     """Samples of a file or of tar shards, decoded and encoded when asked for.

@@ -12,15 +12,6 @@ from pathlib import Path
 from sta_adapter.compatibility.processors import Processor, fingerprint_parts
 from sta_adapter.data.message import Message, Part
 
-__all__ = [
-    "fingerprint",
-    "fingerprint_clip",
-    "fingerprint_file",
-    "fingerprint_processor",
-    "fingerprint_samples",
-    "without_names",
-]
-
 ENDS = 1 << 16  # bytes at the beginning and at the end of a clip's file that stand for it, with its size
 THREADS = 8
 MISSING = "missing"

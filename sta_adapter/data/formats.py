@@ -17,8 +17,6 @@ from sta_adapter.data.message import Record
 from sta_adapter.data.sample_keys import VISUAL_KEYS, extra_fields, visuals
 from sta_adapter.errors import DataError
 
-__all__ = ["FORMATS", "as_conversation", "read_classes", "recognise"]
-
 FORMATS = {
     "conversations": "'messages' (or 'conversations'), a list of turns; or 'question' and 'answer', with the clip as 'video'",
     "multiple-choice": "'question', 'options' (or 'candidates', 'choices') and 'answer', with the clip as 'video'",

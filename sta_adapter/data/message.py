@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from sta_adapter.video.reader import ClipTimes
 
-__all__ = ["Message", "Part", "Record", "Visual", "text_of"]
-
 Part = dict[str, Any]
 """Of a message's content: `{"type": "text" | "image" | "video", ...}`, with the clip's own settings."""
 

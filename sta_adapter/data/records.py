@@ -15,8 +15,6 @@ from sta_adapter._validate import shown
 from sta_adapter.data.sample_keys import SETTINGS
 from sta_adapter.errors import DataError
 
-__all__ = ["load_json", "or_error", "read_records"]
-
 EXPECTED = "Expected a JSON Lines file, a JSON array or a CSV file."
 TABLES = {".csv": ",", ".tsv": "\t"}
 _NUMBERS = (*SETTINGS, "start", "end")  # cells that are numbers; all others are texts
@@ -107,28 +105,25 @@ def _whole(text: str, file: Path) -> list[object] | None:
 def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[str, object]]:
     """The rows of a table whose first one names the columns; empty cells are left out."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns: list[str] | None = None
+    try:
+        head = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{file}: no table ({error}); expected a first line with the columns' names.") from error
+    columns = [name.strip() for name in head]
+    if not all(columns) or len(set(columns)) < len(columns):
+        raise DataError(
+            f"{file}: the first line is {shown(head)}, expected a name for each column, none twice, such as video,question,answer."
+        )
     while True:
         source = f"{file}, line {reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            if columns is None:
-                raise DataError(
-                    f"{file}: no table ({error}); expected a first line with the columns' names."
-                ) from error
             yield source, DataError(f"no row of a table ({error}); expected cells in quotes to end.")
             continue
         if cells is None:
             return
-        if columns is None:
-            columns = [name.strip() for name in cells]
-            if not all(columns) or len(set(columns)) < len(columns):
-                raise DataError(
-                    f"{file}: the first line is {shown(cells)}, expected a name for each column, none twice, such as "
-                    "video,question,answer."
-                )
-        elif any(cells):
+        if any(cells):
             yield source, _row(columns, cells)
 
 

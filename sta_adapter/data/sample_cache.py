@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import version
@@ -28,8 +29,6 @@ from sta_adapter.data.fingerprint import fingerprint, fingerprint_clip, fingerpr
 from sta_adapter.data.message import Message, Part
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError
-
-__all__ = ["SampleCache"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +39,7 @@ CODES, AFFINE = "bytes of ", "shift and scale of "
 CHANNELS = 3
 ROW = 4096  # bytes of a row of the checksum's words
 UNKNOWN = "-" * 64  # in the checksum's place while it is taken
-DTYPES = {  # as safetensors calls them
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
-DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
-Bytes = NDArray[np.uint8]
+DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
 
 
 class SampleCache:
@@ -86,7 +80,7 @@ class SampleCache:
         """A sample's tensors; None where there are none, or what is there is damaged."""
         path = self._path(key)
         try:
-            data = np.fromfile(path, np.uint8)
+            data = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -151,37 +145,32 @@ def _packed(encoded: Encoded, key: str, scale: tuple[object, ...]) -> bytes:
         else:
             tensors[CODES + name], tensors[AFFINE + name] = coded
     data = save(tensors, {"key": key, "order": json.dumps(list(encoded)), "checksum": UNKNOWN})
-    header, values = _halves(np.frombuffer(data, np.uint8))
+    header, values = _halves(data)
     return data.replace(UNKNOWN.encode(), _checksum(header, values).encode(), 1)
 
 
-def _unpacked(data: Bytes, key: str) -> Encoded:
-    """What `_packed` was given; a ValueError, or what json and torch raise, where the data are something else."""
+def _unpacked(data: bytes, key: str) -> Encoded:
+    """What `_packed` was given; a ValueError, or what json and safetensors raise, where the data are something else."""
     header, values = _halves(data)
-    entries = json.loads(header)
-    about = entries.pop("__metadata__")
+    about = json.loads(header)["__metadata__"]
     if about["key"] != key:
         raise ValueError("it is of another sample")
     if _checksum(header.replace(about["checksum"].encode(), UNKNOWN.encode()), values) != about["checksum"]:
         raise ValueError("its checksum differs")
-    whole = torch.from_numpy(values)  # safetensors' own reading would copy it
-    tensors = {
-        name: whole[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        for name, entry in entries.items()
-    }
+    tensors = load(data)
     return {
-        name: tensors[name].clone() if name in tensors else _from_bytes(tensors[CODES + name], tensors[AFFINE + name])
+        name: tensors[name] if name in tensors else _from_bytes(tensors[CODES + name], tensors[AFFINE + name])
         for name in json.loads(about["order"])
     }
 
 
-def _halves(data: Bytes) -> tuple[bytes, Bytes]:
+def _halves(data: bytes) -> tuple[bytes, NDArray[np.uint8]]:
     """The header and the values of a safetensors file."""
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    return data[8:start].tobytes(), data[start:]
+    start = 8 + int.from_bytes(data[:8], "little")
+    return data[8:start], np.frombuffer(data, np.uint8)[start:]
 
 
-def _checksum(header: bytes, values: Bytes) -> str:
+def _checksum(header: bytes, values: NDArray[np.uint8]) -> str:
     """SHA-256 of the header and of the values' sums, as 64-bit words by rows of 4 KB and by columns.
 
     It takes a quarter of CRC-32's time. Whatever changes up to three words is noticed for certain, as is a run of bytes of up to

@@ -25,8 +25,6 @@ from sta_adapter.data.worker_signals import outlasts, ready_worker
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["DECODE_TIMEOUT", "FRAME_ORDERS", "SampleEncoder"]
-
 FRAME_ORDERS = ("ordered", "shuffled", "reversed")
 DECODE_TIMEOUT = 60.0
 
@@ -74,12 +72,11 @@ class SampleEncoder:
         """
         if get_worker_info() is not None:
             ready_worker(self.outlasts)
+            keep_memory()
+            hand_over_by_writing()
         try:
             if sample.problem is not None:
                 raise DataError(sample.problem)
-            if get_worker_info() is not None:
-                keep_memory()
-                hand_over_by_writing()
             messages = sample.prompt if self.prompts else sample.messages
             thinking = has_reasoning(sample.messages)
             if not self.for_engine:
@@ -93,14 +90,13 @@ class SampleEncoder:
 
     def _once(self, messages: list[Message], index: int, thinking: bool) -> Encoded:
         """The tensors of a conversation, from the cache if it has them."""
-        kept, place = self.kept, index if self.frame_order == "shuffled" else None
-        key = None if kept is None else kept.key(messages, self.prompts, self.max_length, place, thinking)
-        if kept is None or key is None:
-            return self.encoded(messages, self.visuals(messages, index), thinking)
-        found = kept.read(key)
+        place = index if self.frame_order == "shuffled" else None
+        key = self.kept and self.kept.key(messages, self.prompts, self.max_length, place, thinking)
+        found = self.kept.read(key) if self.kept and key else None
         if found is None:
             found = self.encoded(messages, self.visuals(messages, index), thinking)
-            kept.write(key, found)
+            if self.kept and key:
+                self.kept.write(key, found)
         return found
 
     def encoded(self, messages: list[Message], visuals: list[list[Visual]], thinking: bool | None = None) -> Encoded:

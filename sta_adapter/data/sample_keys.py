@@ -14,8 +14,6 @@ from sta_adapter._validate import shown
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
 
-__all__ = ["SETTINGS", "VISUAL_KEYS", "extra_fields", "kind_of", "visuals"]
-
 SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end", "folder_fps")  # fmt: skip
 _SHORT = {"start": "video_start", "end": "video_end"}  # as MVBench has them
 KINDS = ("video", "image")

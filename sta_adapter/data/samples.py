@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sta_adapter.data.bad_sample import BadSample
@@ -19,18 +19,6 @@ from sta_adapter.data.message import Record
 from sta_adapter.data.records import read_records
 from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
-
-__all__ = [
-    "check_format",
-    "given_samples",
-    "mixed_samples",
-    "open_samples",
-    "raw_records",
-    "read_samples",
-    "require_usable",
-    "scan_samples",
-    "weighted",
-]
 
 EMPTY = "no sample in it; expected one JSON object a line, a JSON array of them, or rows of a table."
 
@@ -114,18 +102,6 @@ def scan_samples(
     if not found:
         raise DataError(f"{file}: {EMPTY}")
     return found
-
-
-def raw_records(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Where each record of a file stands, and the record as it is there; a DataError for an empty file and for what is no JSON."""
-    file, empty = Path(path), True
-    for source, record in read_records(file):
-        if isinstance(record, DataError):
-            raise DataError(record.reason, source=source)
-        empty = False
-        yield source, record
-    if empty:
-        raise DataError(f"{file}: {EMPTY}")
 
 
 def check_format(name: str | None) -> None:

@@ -17,8 +17,6 @@ from sta_adapter.data.message import Part
 from sta_adapter.errors import STAError
 from sta_adapter.video import VideoNotFoundError
 
-__all__ = ["Packed", "Span", "unpacked"]
-
 
 @dataclass(frozen=True)
 class Span:

@@ -23,8 +23,6 @@ from sta_adapter.data.records import or_error
 from sta_adapter.data.shard_clips import Packed, Span
 from sta_adapter.errors import DataError, MissingExtraError
 
-__all__ = ["find_shards", "is_shards", "read_shard", "scan_shards"]
-
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes
 MOST_INFLATED = 1 << 30  # bytes of one member of a compressed shard, whose claims the size on disk doesn't bound

@@ -29,8 +29,6 @@ from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["StreamDataset", "StreamPosition", "stream_loader"]
-
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 100

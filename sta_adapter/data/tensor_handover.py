@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.multiprocessing import get_sharing_strategy
 from torch.multiprocessing.reductions import reduce_tensor
 
-__all__ = ["HAS_MEMFD", "LARGE", "hand_over_by_writing", "joined_in_file", "mapped", "written"]
-
 HAS_MEMFD = hasattr(os, "memfd_create")  # Linux, and not every build of Python
 LARGE = 1 << 20  # bytes
 FILE = "sta_file"  # a tensor's attribute, an `_OpenFile`
@@ -38,7 +36,8 @@ class _OpenFile:
 class Handle(Protocol):
     """A file that another process has opened."""
 
-    def detach(self) -> int: ...
+    def detach(self) -> int:
+        """Its number in this process."""
 
 
 def hand_over_by_writing() -> None:

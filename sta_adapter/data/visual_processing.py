@@ -20,17 +20,6 @@ from sta_adapter.errors import DataError
 from sta_adapter.video.reader import ClipTimes
 from sta_adapter.video.resize import resize_frames
 
-__all__ = [
-    "Encoded",
-    "join",
-    "process",
-    "require_placeholders",
-    "sized",
-    "step_seconds",
-    "temporal_patch",
-    "told_seconds",
-]
-
 logger = logging.getLogger(__name__)
 Encoded = dict[str, torch.Tensor]
 NAMES = ("second_per_grid_ts", "video_second_per_grid")

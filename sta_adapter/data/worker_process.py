@@ -28,8 +28,6 @@ from sta_adapter.data.tensor_handover import HAS_MEMFD, mapped, written
 from sta_adapter.data.worker_signals import die_with_parent, end_workers
 from sta_adapter.errors import DataError, STAError, VideoError
 
-__all__ = ["Isolated", "POSSIBLE", "ProcessError", "worker_errors"]
-
 T = TypeVar("T")
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit

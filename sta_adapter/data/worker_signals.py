@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
 
-__all__ = ["die_with_parent", "end_workers", "in_main_thread", "outlasting_signals", "outlasts", "ready_worker"]
-
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DYING = 10.0  # seconds that a killed process may take to be gone: on a loaded machine that is no matter of milliseconds
 

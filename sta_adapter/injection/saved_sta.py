@@ -21,6 +21,7 @@ from sta_adapter.adapter.format import (
     read_description,
     read_weights,
     require_description,
+    require_lora,
     saved_config,
 )
 from sta_adapter.adapter.hub import download_options, resolve_adapter
@@ -46,12 +47,7 @@ def describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Te
         if lora.sta is not None or lora.holds_sta:
             return require_description(lora.sta or {}, folder / LORA_CONFIG), lora.path, lora.read_sta
     description = read_description(folder)
-    if description.get("lora") is True and not (folder / LORA_CONFIG).exists():
-        # without this, a copy that misses a file would load, and compute something else
-        raise CheckpointError(
-            f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing. Copy or download it "
-            f'again; to use STA without its LoRA, write "lora": false into {CONFIG}.'
-        )
+    require_lora(folder, description)
     return description, folder / WEIGHTS, lambda: read_weights(folder, description)
 
 

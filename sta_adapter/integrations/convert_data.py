@@ -12,7 +12,8 @@ from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import read_classes
 from sta_adapter.data.message import Record
-from sta_adapter.data.samples import check_format, raw_records
+from sta_adapter.data.records import read_records
+from sta_adapter.data.samples import EMPTY, check_format
 from sta_adapter.data.shards import is_shards
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.integrations.records import TOOLS, as_ours, settings_lost, to_record
@@ -85,7 +86,7 @@ def convert_data(
     pairs = sum("rejected" in sample.extra for sample in samples)
     if pairs not in (0, len(samples)):
         raise DataError(f"{pairs} of {len(samples)} samples have a 'rejected' answer, expected all or none.")
-    records = [_written(sample, to) for sample in samples]
+    records = [to_record(sample, to) for sample in samples]
     files = {target.name: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()}
     if to == "llamafactory":
         files[INFO] = _dataset_info(target, records, bool(pairs))
@@ -102,20 +103,17 @@ def _read(file: Path, format: str | None, folder: Path) -> list[Sample]:
         raise DataError(f"{file}: shards hold their clips inside, and other tools read files; unpack them first.")
     folder, classes = folder.resolve(), read_classes(file)
     samples = []
-    for source, record in raw_records(file):
+    for source, record in read_records(file):
         try:
+            if isinstance(record, DataError):
+                raise record
             ours = as_ours(record) if isinstance(record, dict) else record
         except DataError as error:
-            raise DataError(f"{source}: {error}") from error
+            raise DataError(error.reason, source=source) from error
         samples.append(parse_sample(ours, source=source, folder=folder, format=format, classes=classes))
+    if not samples:
+        raise DataError(f"{file}: {EMPTY}")
     return samples
-
-
-def _written(sample: Sample, to: str) -> Record:
-    try:
-        return to_record(sample, to)
-    except DataError as error:
-        raise DataError(f"{sample.source}: {error}") from error
 
 
 def _dataset_info(target: Path, records: list[Record], pairs: bool) -> bytes:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message, Record
+from sta_adapter.data.sample_keys import SETTINGS
 from sta_adapter.errors import DataError
 
 __all__ = ["TOOLS", "as_ours", "settings_lost", "to_record"]
 
 PATH_KEYS = ("path", "url")  # what a part is also called by, beside its type
-CLIP_SETTINGS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "video_start", "video_end")
 
 
 def as_ours(record: Mapping[str, object]) -> Record:
@@ -31,7 +31,7 @@ def as_ours(record: Mapping[str, object]) -> Record:
     elif isinstance(found.get("prompt"), list):
         found["messages"] = [*found.pop("prompt"), *(found.pop("completion", None) or [])]
     for key in ("video", "image") if isinstance(found.get("chat_template_kwargs"), Mapping) else ():
-        given = {k: v for k, v in found["chat_template_kwargs"].items() if k in CLIP_SETTINGS and v is not None}
+        given = {k: v for k, v in found["chat_template_kwargs"].items() if k in SETTINGS and v is not None}
         paths = found.get(f"{key}s") or []
         found[f"{key}s"] = [{key: path, **_meant_for(key, given)} for path in paths if isinstance(path, str)] or paths
     found.pop("chat_template_kwargs", None)
@@ -139,9 +139,12 @@ def _meant_for(kind: str, settings: Record) -> Record:
 
 
 def to_record(sample: Sample, tool: str) -> Record:
-    """A sample as the tool's own record; what `settings_lost` names is left out."""
+    """A sample as the tool's own record; what `settings_lost` names is left out, and what can't be left out is a DataError."""
     kept = {"category": sample.category, "options": sample.options}
-    return {**_WRITE[tool](sample), **{key: value for key, value in kept.items() if value is not None}}
+    try:
+        return {**_WRITE[tool](sample), **{key: value for key, value in kept.items() if value is not None}}
+    except DataError as error:
+        raise DataError(error.reason, source=sample.source) from error
 
 
 def _tagged(messages: list[Message]) -> tuple[list[Record], dict[str, list[str]]]:

@@ -68,8 +68,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(
         tokenizer_object=core, **words, clean_up_tokenization_spaces=False, model_input_names=names
     )
-    further = [token for token in _special(core) if token not in words.values()]
-    made.add_special_tokens({"additional_special_tokens": further})
+    special = [token.content for _, token in sorted(core.get_added_tokens_decoder().items()) if token.special]
+    made.add_special_tokens({"additional_special_tokens": [text for text in special if text not in words.values()]})
     template = folder / "chat_template.jinja"
     made.chat_template = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
     return made
@@ -78,11 +78,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _text(token: object) -> str | None:
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else None
-
-
-def _special(core: Tokenizer) -> list[str]:
-    added = core.get_added_tokens_decoder()
-    return [added[number].content for number in sorted(added) if added[number].special]
 
 
 def _read(file: Path) -> Tokenizer:

@@ -76,6 +76,13 @@ def _made(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Confi
     return given if isinstance(given, kind) else kind(**(given or {}))
 
 
+def read_config(config: Mapping[str, object]) -> InternVideo2_5Config:
+    """The configuration that a `config.json`, ours or a published one, describes."""
+    if config.get("model_type") == InternVideo2_5Config.model_type:
+        return InternVideo2_5Config.from_dict(dict(config))
+    return from_published(config)
+
+
 def from_published(config: Mapping[str, object]) -> InternVideo2_5Config:
     """The configuration for a published `config.json`; a CheckpointError for parts that the published one doesn't have."""
     vision, language = config.get("vision_config"), config.get("llm_config")

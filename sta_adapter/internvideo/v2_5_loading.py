@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
+from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published, read_config
 from sta_adapter.internvideo.v2_5_model import InternVideo2_5ForConditionalGeneration
 from sta_adapter.internvideo.v2_5_prompt import END, IMAGE_TOKEN
 from sta_adapter.internvideo.weights import (
@@ -86,14 +86,7 @@ def load_processor(
 
 def empty_model(config: Mapping[str, object]) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
-    return InternVideo2_5ForConditionalGeneration(configuration(config))
-
-
-def configuration(config: Mapping[str, object]) -> InternVideo2_5Config:
-    """The configuration for the contents of a `config.json`, published or our own."""
-    if config.get("model_type") == InternVideo2_5Config.model_type:
-        return InternVideo2_5Config.from_dict(dict(config))
-    return from_published(config)
+    return InternVideo2_5ForConditionalGeneration(read_config(config))
 
 
 def convert(weights: Weights, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:

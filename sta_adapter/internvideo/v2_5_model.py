@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,6 @@ class InternVideo2_5ForConditionalGeneration(ChatMethods, PreTrainedModel, Gener
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
-    _supports_cache_class = True
-    _tied_weights_keys: Any = None
 
     def __init__(self, config: InternVideo2_5Config) -> None:
         super().__init__(config)

@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
 from sta_adapter.internvideo.internlm2_tokenizer import load_tokenizer
-from sta_adapter.internvideo.v2_5_config import InternVideo2_5Config, from_published
+from sta_adapter.internvideo.v2_5_config import read_config
 from sta_adapter.internvideo.v2_5_images import InternVideo2_5ImageProcessor
 from sta_adapter.internvideo.v2_5_prompt import IMAGE, IMAGE_TOKEN, VIDEO, frames_prefix, image_tokens
 from sta_adapter.internvideo.v2_5_prompt import chat_template as written_template
@@ -147,9 +147,7 @@ class InternVideo2_5Processor(ChatProcessor):
             told = {key: value for key, value in saved["image_processor"].items() if key != "image_processor_type"}
             kept = {key: saved[key] for key in ("image_seq_length", "template")}
             return cls(tokenizer, InternVideo2_5ImageProcessor(**told), chat_template=tokenizer.chat_template, **kept)
-        config = read_json(folder / "config.json") if config is None else config
-        own = config.get("model_type") == InternVideo2_5Config.model_type
-        found = InternVideo2_5Config.from_dict(dict(config)) if own else from_published(config)
+        found = read_config(read_json(folder / "config.json") if config is None else config)
         rows = InternVideo2_5ImageProcessor(
             found.vision_config.image_size,
             found.min_dynamic_patch,

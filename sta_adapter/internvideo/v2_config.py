@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import InstructBlipQFormerConfig, MistralConfig, PretrainedCon
 
 from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.v2_encoder import EncoderConfig
+from sta_adapter.internvideo.weights import read_json
 
 MODEL_TYPE = "internvideo2_chat"
 
@@ -132,8 +132,7 @@ def _language_model(llm: Mapping[str, object], folder: Path | None) -> dict[str,
     if named:  # else the folder itself would be meant, whose config.json is the chat model's
         for place in (*([folder / str(named)] if folder else []), Path(str(named))):
             if (place / "config.json").is_file():
-                found: dict[str, object] = json.loads((place / "config.json").read_text(encoding="utf-8"))
-                return found
+                return read_json(place / "config.json")
     return dict(MISTRAL)
 
 

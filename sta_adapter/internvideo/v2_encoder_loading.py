@@ -11,12 +11,11 @@ import torch
 from torch import Size
 
 from sta_adapter.errors import CheckpointError
-from sta_adapter.internvideo.v2_encoder import EncoderConfig, InternVideo2Encoder
+from sta_adapter.internvideo.v2_encoder import SIZES, EncoderConfig, InternVideo2Encoder
 from sta_adapter.internvideo.weights import Weights, fill, iterate_weights, weight_files
 
-HEADS = {1408: 16, 3200: 25}
-"""Attention heads by the width of the tokens: the 1B's and the 6B's."""
-
+HEADS = {int(size["embed_dim"]): int(size["num_heads"]) for size in SIZES.values()}
+"""By the width of the tokens."""
 TOWER = "vision_encoder."
 OTHERS = re.compile(
     r"^(clip_pos_embed|clip_img_pos_embed|clip_projector|clip_decoder|final_clip_decoder|mae_pos_embed|mae_decoder|mae_|head|fc_norm|fc_dropout)"
@@ -44,12 +43,11 @@ def load_encoder(
     Raises:
         CheckpointError: the file can't be read, holds no InternVideo2 encoder, or one whose heads aren't known.
     """
-    files = weight_files(Path(source))
-    shapes = {name: tensor.shape for name, tensor in _named(iterate_weights(files))}
-    config = _config(shapes, num_heads, img_size, source)
+    weights = dict(_named(iterate_weights(weight_files(Path(source)))))
+    config = _config({name: tensor.shape for name, tensor in weights.items()}, num_heads, img_size, source)
     with torch.device("meta"):
         model = InternVideo2Encoder(config)
-    fill(model, _named(iterate_weights(files)), source=source, dtype=dtype)
+    fill(model, weights.items(), source=source, dtype=dtype)
     return model.eval()
 
 

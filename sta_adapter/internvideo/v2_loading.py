@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,9 +81,9 @@ def load_processor(
     return InternVideo2ChatProcessor.of_folder(folder, read_config(config, folder), str(name))
 
 
-def empty_model(config: Mapping[str, object], folder: Path | None = None) -> nn.Module:
+def empty_model(config: Mapping[str, object]) -> nn.Module:
     """See `sta_adapter.internvideo.Builder`."""
-    return InternVideo2Chat(read_config(config, folder))
+    return InternVideo2Chat(read_config(config))
 
 
 def model_weights(weights: Weights, lora_scale: float | None) -> Iterator[tuple[str, Tensor]]:

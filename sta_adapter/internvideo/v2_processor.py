@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, MistralConfig, PreTrainedTokenizerBase
 
+from sta_adapter._validate import one_line
 from sta_adapter.adapter.base_model import CACHED
+from sta_adapter.data.collator import padded
 from sta_adapter.errors import CheckpointError, DataError
 from sta_adapter.internvideo.chat_processor import SETTINGS, ChatProcessor
 from sta_adapter.internvideo.v2_config import InternVideo2ChatConfig
@@ -110,27 +112,18 @@ class InternVideo2ChatProcessor(ChatProcessor):
         pictures, clips = list(images or ()), list(videos if videos is not None else ())
         texts = self._texts(text, return_tensors, pictures, clips)
         repeated = [PLACES.sub(lambda found: found[0] * self.image_processor.per_clip, one) for one in texts]
-        inputs = self._padded(
-            [prompt_tokens(self.tokenizer, one, self, begins=add_special_tokens) for one in repeated], padding
-        )
-        inputs |= self.image_processor.preprocess(pictures, clips)
+        rows = [torch.tensor(prompt_tokens(self.tokenizer, one, self, begins=add_special_tokens)) for one in repeated]
+        if padding is False and len({len(row) for row in rows}) > 1:
+            raise DataError(f"texts have {sorted({len(row) for row in rows})} tokens; expected padding=True for these.")
+        side = self.tokenizer.padding_side
+        inputs = {
+            "input_ids": padded(rows, self.tokenizer.pad_token_id, side),
+            "attention_mask": padded([torch.ones_like(row) for row in rows], 0, side),
+            **self.image_processor.preprocess(pictures, clips),
+        }
         if instruction:
             inputs |= self._instruction(instruction)
         return BatchFeature(inputs)
-
-    def _padded(self, rows: list[list[int]], padding: bool | str) -> dict[str, Tensor]:
-        longest = max(map(len, rows))
-        if padding is False and any(len(row) != longest for row in rows):
-            raise DataError(f"texts have {sorted({len(row) for row in rows})} tokens; expected padding=True for these.")
-        right = self.tokenizer.padding_side == "right"
-
-        def filled(row: list[int], fill: int) -> list[int]:
-            more = [fill] * (longest - len(row))
-            return row + more if right else more + row
-
-        ids = [filled(row, self.tokenizer.pad_token_id) for row in rows]
-        mask = [filled([1] * len(row), 0) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     def _instruction(self, instruction: str) -> dict[str, Tensor]:
         if self.qformer_tokenizer is None:
@@ -194,7 +187,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             or "no file of a tokenizer"
         )
         raise CheckpointError(
-            f"the tokenizer in {folder} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); the folder holds "
+            f"the tokenizer in {folder} can't be loaded ({one_line(error)}); the folder holds "
             f"{held}, expected tokenizer.json, or tokenizer.model with the package sentencepiece, and tokenizer_config.json. "
             "InternVideo2-Chat's is that of mistralai/Mistral-7B-Instruct-v0.3."
         ) from error

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from sta_adapter._validate import one_line
 from sta_adapter.adapter.hub import explain, patiently
+from sta_adapter.adapter.safe_read import read_index
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.saved_sta import warn_of_sta
@@ -30,6 +32,7 @@ TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt", "chat_templ
 Weights = Iterable[tuple[str, Tensor]]
 DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # what this release of transformers calls it
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.index.json", "generation_config.json")
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)  # of parameters
 
 
 def published_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, object]:
@@ -103,7 +106,7 @@ def weight_files(source: Path) -> list[Path]:
     for name in NAMES:
         index = source / f"{name}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return read_index(index)
         if (source / name).is_file():
             return [source / name]
     found = sorted(path for path in source.glob("*") if path.suffix in (".safetensors", *PICKLES))
@@ -114,23 +117,6 @@ def weight_files(source: Path) -> list[Path]:
         f"{source} {held}; expected {' or '.join(NAMES)}, or one of them in parts with its .index.json. Name the file, or "
         "download the checkpoint again."
     )
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(table.values()))
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ValueError("it names files outside of its folder, or none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.name} names {len(names)} files of weights, and {', '.join(missing)} is not in {index.parent}; "
-            "download the checkpoint again."
-        )
-    return [index.parent / name for name in names]
 
 
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -160,7 +146,7 @@ def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
             held = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:  # whatever the unpickler says
         raise CheckpointError(
-            f"{file} can't be read as weights alone: {type(error).__name__}: {str(error).splitlines()[0]}. It is damaged, or "
+            f"{file} can't be read as weights alone: {one_line(error)}. It is damaged, or "
             "holds objects whose code would have to run, which is never done; get the checkpoint as safetensors."
         ) from error
     inner = [key for key in NESTED if isinstance(held, Mapping) and isinstance(held.get(key), Mapping)]
@@ -182,7 +168,7 @@ def dtype_of_weights(asked: torch.dtype | str, config: Mapping[str, object]) -> 
 
 
 class Unallocated(TorchFunctionMode):
-    """Weights that are made without a value are on the meta device; what is computed, as rotary frequencies, is real."""
+    """New parameters are on the meta device; what is computed, as rotary frequencies, is real, and so are tables of numbers."""
 
     def __torch_function__(
         self,
@@ -192,7 +178,10 @@ class Unallocated(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         """See torch."""
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        kwargs = kwargs or {}
+        if func in MAKERS and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def load_published(

@@ -69,8 +69,8 @@ def _made_with(dataset: Data) -> dict[str, object]:
         frames, of_records = dataset.frames, {RECORDS_FIELD: "unknown"}  # records may say it themselves
     else:
         clips = [part for sample in dataset.samples for part in sample.visuals]
-        frames = encoder.reader.settings_of(clips)
-        of_records = {RECORDS_FIELD: "differ"} if encoder.reader.differ(clips) else {}
+        frames, differ = encoder.reader.settings_of(clips)
+        of_records = {RECORDS_FIELD: "differ"} if differ else {}
     return {"frames": dataclasses.asdict(frames), **of_records, "max_length": encoder.max_length, **order}
 
 

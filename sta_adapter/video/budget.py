@@ -2,8 +2,6 @@
 
 from sta_adapter.errors import VideoError
 
-__all__ = ["CHUNK_PIXELS", "DECODER_LIMIT", "KEPT_PIXELS", "check_frame", "check_kept"]
-
 FRAME_PIXELS = 8192 * 4320
 """Area of a video's frame: 8K."""
 

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = ["has_alpha", "seeks_exactly", "why_unlike"]
-
 CONTAINERS = frozenset({"mov", "matroska", "avi"})  # seeking in others ends up at other frames
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg", "ffv1", "huffyuv", "png"})
 FRAMES = 10_000_000  # decord reserves memory for as many frames as times or header announce, and aborts if it gets none

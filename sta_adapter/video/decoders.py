@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = ["Resize", "check_backend", "check_threads", "decode"]
-
 Resize = Callable[[Pixels], Pixels]
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields
 from sta_adapter._validate import shown
 from sta_adapter.errors import ConfigError
 
-__all__ = ["BY_TIME", "LIMITS", "FrameSettings"]
-
 RANGES: dict[str, tuple[float, int]] = {
     "fps": (1e-6, 1000),
     "nframes": (1, 16_384),

@@ -34,18 +34,6 @@ if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
-__all__ = [
-    "FrameTable",
-    "VideoNotFoundError",
-    "decoder_of",
-    "import_av",
-    "open_video",
-    "probing",
-    "read_frame_table",
-    "video_stream",
-]
-
-
 POINTERS = frozenset({"hls", "concat", "concatf", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "lavfi"})
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 ATTACHED = 0x400  # FFmpeg's mark of a cover picture

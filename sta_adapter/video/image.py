@@ -13,8 +13,6 @@ from sta_adapter.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MOST_PIXELS", "natural_order", "on_white", "read_image"]
-
 MOST_PIXELS = 2**26
 """Area of a picture that is decoded at most: 8192x8192."""
 

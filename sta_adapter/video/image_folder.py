@@ -15,8 +15,6 @@ from sta_adapter.video.image import natural_order, read_image
 from sta_adapter.video.reader import Clip, ClipMetadata
 from sta_adapter.video.sampling import Sampling, check_number, choose_frames
 
-__all__ = ["read_folder"]
-
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 

@@ -7,8 +7,6 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
-__all__ = ["FieldPairs", "HiddenPackets", "PacketRow", "begins_afresh", "keys_are_fresh"]
-
 _KIND_BITS = {"h264": (0, 31), "hevc": (1, 63)}  # shift and mask of a NAL unit's kind in its first byte
 _PICTURE_KINDS = {"h264": range(1, 6), "hevc": range(32)}
 _FRESH_KINDS = {"h264": (5,), "hevc": (19, 20)}  # IDR: nothing after it refers to anything before it

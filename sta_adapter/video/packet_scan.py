@@ -17,17 +17,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = [
-    "PacketScan",
-    "frame_rate",
-    "frames_in_order",
-    "leap_back",
-    "scan_packets",
-    "that_decode",
-    "time_base",
-    "without_gaps",
-]
-
 MADE_UP = frozenset({"avi", "asf", "mxf"})
 """Containers that keep no presentation timestamps; FFmpeg makes them up, wrongly where frames are reordered."""
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
 
-__all__ = ["UNTURNED", "Matrix", "Pixels", "display_matrix", "is_transposed", "rgb", "upright"]
-
 Pixels = NDArray[np.uint8]
 Matrix = tuple[int, int, int, int]
 """The upper left 2x2 part of a display matrix, in FFmpeg's 16.16 fixed point."""

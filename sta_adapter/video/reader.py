@@ -13,8 +13,6 @@ from sta_adapter.video.decoders import Resize, check_backend, check_threads, dec
 from sta_adapter.video.frame_table import FrameTable, read_frame_table
 from sta_adapter.video.sampling import Sampling, choose_frames
 
-__all__ = ["Clip", "ClipMetadata", "TICKS", "read_clip"]
-
 TICKS = 1_000_000
 """A second, counted as finely as any container's timestamps are worth."""
 

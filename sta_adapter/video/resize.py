@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from sta_adapter.errors import DataError
 from sta_adapter.video.image import MOST_PIXELS
 
-__all__ = ["fit_frames", "resize_frames"]
-
 
 def fit_frames(frames: NDArray[np.uint8], *, factor: int, min_pixels: float, max_pixels: float) -> NDArray[np.uint8]:
     """Resize frames so that both edges are multiples of `factor` and the area is within the limits, about in proportion.

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from sta_adapter.errors import ConfigError, VideoError
 
-__all__ = ["Sampling", "check_number", "choose_frames"]
-
 ROUNDING = 1e-3
 """Seconds by which containers round timestamps (Matroska counts milliseconds); no frame is missed or doubled for it."""
 

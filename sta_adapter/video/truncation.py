@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["cut_off"]
-
 
 def cut_off(path: Path, formats: set[str]) -> bool:
     """Whether the file lacks its end. `formats` are FFmpeg's names of its container."""

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video.frame_table import import_av
 
-__all__ = ["write_clip"]
-
 ENCODERS: dict[str, dict[str, str]] = {
     "libx264": {"crf": "18", "mbtree": "0"},  # whose macroblock trees read memory that nobody has written
     "libopenh264": {},

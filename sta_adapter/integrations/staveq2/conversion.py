@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 from torch import Tensor
 
@@ -48,16 +48,6 @@ PUBLISHED = "staveq2.safetensors"
 Order = Literal["after_spatial", "before_spatial"]
 
 
-class Described(TypedDict):
-    """What a file says that `convert_to_published` wrote."""
-
-    backbone: str
-    encoder: dict[str, int]
-    config: Mapping[str, object]
-    base: BaseModel
-    positions: str | None
-
-
 def convert_published(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -93,8 +83,8 @@ def convert_published(
     """
     require_free(Path(out), ADAPTER, overwrite)
     checkpoint = open_source(os.fspath(source), None if config is None else os.fspath(config))
-    known = _described(checkpoint)
-    spec = _backbone(checkpoint, backbone or (known["backbone"] if known else None))
+    known, sizes = _described(checkpoint)
+    spec = _backbone(checkpoint, backbone or known.get("backbone"))
     found, unknown = match_keys(spec, checkpoint.files)
     if unknown:
         raise CheckpointError(
@@ -103,16 +93,17 @@ def convert_published(
         )
     read = checkpoint.read(list(found.values()))
     state = {ours: read[key] for ours, key in found.items()}
-    facts = known["encoder"] if known else encoder_facts(checkpoint, spec, state, heads)
+    facts = sizes or encoder_facts(checkpoint, spec, state, heads)
     settings = _settings(spec, state, facts, known, order)
     encoder = {"width": facts["width"], "depth": facts["depth"], **branch_facts(state, facts)}
     compare_tensors(Path(os.fspath(source)), state, _expected(spec, encoder, settings, state))
-    name, positions = checkpoint.config.get("_name_or_path"), known["positions"] if known else None
-    base: BaseModel = {
+    name, positions = checkpoint.config.get("_name_or_path"), known.get("positions")
+    named: BaseModel = {
         "id": name if isinstance(name, str) else None,
         "language_model": language_sizes(checkpoint.config),
     }
-    made = make_description(spec.name, encoder, settings, known["base"] if known else base, positions)
+    base = saved_base(known) if known else named
+    made = make_description(spec.name, encoder, settings, base, positions if isinstance(positions, str) else None)
     description: Description = {**made, "converted": True}
     write_adapter(out, state, description)
     for name in ADAPTER[2:]:  # of the adapter before
@@ -179,24 +170,17 @@ def _published_backbones() -> list[Backbone]:
     return [spec for spec in all_backbones() if spec.published_names]
 
 
-def _described(checkpoint: Source) -> Described | None:
-    """Our own description in the header of a file that `convert_to_published` wrote."""
+def _described(checkpoint: Source) -> tuple[Description, dict[str, int]]:
+    """Our own description in the header of a file that `convert_to_published` wrote, and the sizes in it; of other files nothing."""
     if HEADER not in checkpoint.metadata:
-        return None
+        return {}, {}
     try:
         found = require_description(
             parse_json(checkpoint.metadata[HEADER].encode(), checkpoint.folder), checkpoint.folder
         )
         encoder = {k: int(str(found["encoder"][k])) for k in ("width", "depth", "num_heads", "head_dim")}
         require_sizes(encoder, checkpoint.folder)
-        positions = found.get("positions")
-        return {
-            "backbone": found["backbone"],
-            "encoder": encoder,
-            "config": found["config"],
-            "base": saved_base(found),
-            "positions": positions if isinstance(positions, str) else None,
-        }
+        return found, encoder
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the header field {HEADER!r} in {checkpoint.folder} is damaged: {error}") from error
 
@@ -234,7 +218,7 @@ def _settings(
     spec: Backbone,
     state: Mapping[str, Tensor],
     facts: Mapping[str, int],
-    known: Described | None,
+    known: Description,
     order: Order | None,
 ) -> STAConfig:
     """The configuration that these weights were trained with, as far as it can be known."""

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sta_adapter.adapter.safe_read import read_header, read_json
+from sta_adapter.adapter.safe_read import opened, read_header, read_index, read_json
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_INDEX_BYTES = 64 << 20
 PARAMETERS = {
     "norm": ("weight", "bias"),
     "to_qkv": ("weight", "bias"),
@@ -38,15 +37,10 @@ class Source:
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
         """These tensors, and no other, on the CPU."""
-        from safetensors import safe_open
-
         found = {}
         for file in sorted({self.files[key] for key in keys}):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    found.update({key: opened.get_tensor(key) for key in keys if self.files[key] == file})
-            except (OSError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{file} is damaged: {error}") from error
+            with opened(file) as tensors:
+                found.update({key: tensors.get_tensor(key) for key in keys if self.files[key] == file})
         return found
 
 
@@ -82,11 +76,7 @@ def _safetensors(path: Path) -> list[Path]:
     if not path.is_dir():
         raise CheckpointError(f"there is no file or folder {path}.")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        names = sorted(_files_of(index))
-        wrong = [n for n in names if Path(n).name != n or not (path / n).is_file()]
-        if wrong or not names:
-            raise CheckpointError(f"{index} names {', '.join(map(repr, wrong)) or 'no file'}, not found in {path}.")
-        return [path / name for name in names]
+        return read_index(index)
     found = sorted(path.glob("*.safetensors"))
     if found:
         return found
@@ -95,14 +85,6 @@ def _safetensors(path: Path) -> list[Path]:
         raise CheckpointError(_pickle_message(pickles[0]))
     others = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
     raise CheckpointError(f"{path} holds no safetensors file; found: {others}.")
-
-
-def _files_of(index: Path) -> set[str]:
-    """Names of the files that the index of a sharded checkpoint has."""
-    names = read_json(index, MAX_INDEX_BYTES).get("weight_map", {})
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{index}: weight_map must name a file for each tensor.")
-    return set(names.values())
 
 
 def _pickle_message(path: Path) -> str:

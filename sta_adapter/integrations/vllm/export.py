@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sta_adapter.adapter.base_model import MERGED_LORA
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights
+from sta_adapter.adapter.format import CONFIG, WEIGHTS, Description, read_description, read_weights, require_lora
 from sta_adapter.adapter.hub import ADAPTER_FILES, resolve_adapter
 from sta_adapter.adapter.lora_options import LoraOptions
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
@@ -59,6 +59,7 @@ def export_adapter(
     require_free(Path(out), ADAPTER_FILES, overwrite)
     description = read_description(folder)
     read_weights(folder, description)
+    require_lora(folder, description)
     told = {**read_json(folder / CONFIG), **_frames(folder)}
     files = {WEIGHTS: (folder / WEIGHTS).read_bytes(), CONFIG: (json.dumps(told, indent=2) + "\n").encode()}
     has_lora = (folder / LORA_CONFIG).exists()
@@ -80,8 +81,6 @@ def export_adapter(
         kept = {key: value.contiguous() for key, value in tensors.items() if f".{CHILD}." not in key}
         files[LORA_WEIGHTS] = save(kept, {"format": "pt"})
         files[LORA_CONFIG] = (json.dumps({**fields, "modules_to_save": None}, indent=2) + "\n").encode()
-    elif description.get("lora") is True:
-        raise CheckpointError(f"the adapter in {folder} was saved with LoRA weights, but {LORA_CONFIG} is missing.")
     replace_files(out, files)
     return has_lora
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from sta_adapter.adapter.format import require_lora
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.adapter.safe_read import read_json, read_shapes
+from sta_adapter.adapter.safe_read import read_header, read_json
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import CheckpointError, InjectionError
 from sta_adapter.injection.backbone import Backbone
@@ -102,11 +103,8 @@ def check_tower(adapter: ServedAdapter, model: nn.Module) -> None:
 
 def _check_lora(adapter: ServedAdapter, lora_config: object) -> None:
     file = adapter.folder / LORA_CONFIG
+    require_lora(adapter.folder, adapter.description)
     if not file.exists():
-        if adapter.description.get("lora") is True:
-            raise CheckpointError(
-                f"the adapter in {adapter.folder} was saved with LoRA weights, but {file.name} is missing. Copy it again."
-            )
         return
     export = f"sta-adapter export {adapter.folder} OUT"
     if lora_config is None:
@@ -130,4 +128,4 @@ def _is_for_tower(adapter: ServedAdapter) -> bool:
     """Whether LoRA weights in the adapter's folder are the vision encoder's."""
     if not (adapter.folder / LORA_CONFIG).exists():
         return False
-    return any(set(TOWERS) & set(key.split(".")) for key in read_shapes(adapter.folder / LORA_WEIGHTS))
+    return any(set(TOWERS) & set(key.split(".")) for key in read_header(adapter.folder / LORA_WEIGHTS)[0])
