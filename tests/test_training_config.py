@@ -93,6 +93,13 @@ def test_flags_in_the_file_are_true_or_false(tmp_path, monkeypatch):
         settings_of(tmp_path, monkeypatch, {**OPTIONS, "trust_remote_code": "no"})
 
 
+def test_options_in_the_file_are_texts(tmp_path, monkeypatch):
+    assert settings_of(tmp_path, monkeypatch, {**OPTIONS, "stage": 2})[0]["stage"] == "2"
+    for name in ("out", "model", "adapter", "videos"):
+        with pytest.raises(ConfigError, match=rf"run\.yaml: {name} is 2026, expected a text"):
+            settings_of(tmp_path, monkeypatch, {**OPTIONS, name: 2026})
+
+
 def test_settings_from_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(

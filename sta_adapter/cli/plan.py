@@ -75,10 +75,7 @@ def command(
     **options: object,
 ) -> None:
     """Plan, and print it."""
-    from sta_adapter.training.config import TrainingConfig
-
-    run, values = read_run(config, pairs, options, ("model", "data"))  # a file may hold those of train as well
-    settings = TrainingConfig.from_dict(values)
+    run, settings = read_run(config, pairs, options, ("model", "data"))  # a file may hold those of train as well
     report = plan_run(run, settings, memory=memory, processes=processes, samples=samples, measure=measure)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
 
@@ -101,7 +98,7 @@ def plan_run(
     from sta_adapter.training.two_stage import open_data, stage_names
 
     source = ModelSource.of(run, None)
-    names = stage_names(str(run["stage"] or ("both" if settings.sta else "2")), settings)
+    names = stage_names(run["stage"], settings)
     machine = _machine(run, settings, memory, processes)
     processor = source.load_processor()
     opened = open_data(run["data"], processor, settings, format=run["format"], videos=run["videos"], stream=False)
