@@ -108,7 +108,9 @@ def agree(numbers: Sequence[int], groups: Iterable[Group]) -> list[int]:
 
 
 def average(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The mean of each number over all processes, which must all call this."""
+    """The mean of each number over all processes, which must all call this; of a single one the numbers themselves."""
+    if not is_parallel():
+        return list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
     distributed.all_reduce(tensor)
     found: list[float] = (tensor / distributed.get_world_size()).tolist()

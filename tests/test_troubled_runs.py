@@ -72,7 +72,9 @@ def steps_of(watch, losses, step=0):
     control = TrainerControl()
     for step, loss in enumerate(losses, start=step + 1):
         watch.add(torch.tensor(loss))
-        watch.on_step_end(None, TrainerState(global_step=step, max_steps=1000), control)
+        watch.on_step_end(
+            types.SimpleNamespace(device=torch.device("cpu")), TrainerState(global_step=step, max_steps=1000), control
+        )
     return control
 
 

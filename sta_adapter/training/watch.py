@@ -129,13 +129,10 @@ class Watch(TrainerCallback):
         """What is wrong with the loss of the step that ends, which is the mean over processes; None if nothing is."""
         if not self._parts:
             return None
-        loss, whole = float(torch.stack([part.float() for part in self._parts]).sum()), self._whole
+        loss = float(torch.stack([part.float() for part in self._parts]).sum())
+        # a process without a clip has a share of zero in the mean; with none of them it says nothing
+        loss, whole = average([loss, float(self._whole)], args.device)
         self._parts, self._whole = [], True
-        if is_parallel():
-            loss, share = average([loss, float(whole)], args.device)
-            whole = (
-                share > 0
-            )  # a process without a clip has a share of zero in the mean; with none of them it says nothing
         if not math.isfinite(loss):
             return f"is not finite ({loss:g})"
         if not whole:
