@@ -20,7 +20,7 @@ from sta_adapter.data import FrameSettings
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
-from sta_adapter.training import TrainingConfig, sample_counts, train, trainer
+from sta_adapter.training import TrainingConfig, sample_counts, token_loss, train
 from sta_adapter.training.arguments import refuse_flattening, training_arguments
 from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.identity import claim
@@ -29,7 +29,7 @@ from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, s
 from sta_adapter.training.progress import describe
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.stage import Stage
-from sta_adapter.training.trainer import placeholder
+from sta_adapter.training.token_loss import TokenTrainer, placeholder
 from sta_adapter.training.two_stage import _opened, _publish
 
 # ---- settings without effect
@@ -354,10 +354,10 @@ def test_a_run_that_goes_on_within_an_epoch_has_that_epochs_order(processes, tol
 
 def test_one_of_several_processes_without_an_answer_has_a_loss_of_zero(monkeypatch):
     """Not the model's own loss, a mean over no token; the gradients are there, as the others wait for them."""
-    monkeypatch.setattr(trainer, "is_parallel", lambda: True)
+    monkeypatch.setattr(token_loss, "is_parallel", lambda: True)
     weight = torch.ones(3, requires_grad=True)
     model = lambda input_ids, attention_mask: {"logits": input_ids.float().sum() * weight}  # noqa: E731
-    loss = trainer.AdapterTrainer.compute_loss(None, model, placeholder(torch.device("cpu")))
+    loss = TokenTrainer.compute_loss(None, model, placeholder(torch.device("cpu")))
     loss.backward()
     assert loss == 0
     assert weight.grad.tolist() == [0, 0, 0]
