@@ -86,6 +86,14 @@ def test_options_win_over_the_file(tmp_path, monkeypatch):
     assert (settings.frames.fps, settings.frames.max_frames) == (3, 8)
 
 
+@pytest.mark.parametrize(
+    "value", ["[", "2024-13-45", "{fps: 1, fps: 2}", "9" * 5000], ids=["open", "date", "twice", "digits"]
+)
+def test_a_value_that_is_no_yaml(tmp_path, monkeypatch, value):
+    with pytest.raises(ConfigError, match=r"^--set 'frames=.* is not a YAML value\."):
+        settings_of(tmp_path, monkeypatch, {}, "--set", f"frames={value}")
+
+
 def test_flags_in_the_file_are_true_or_false(tmp_path, monkeypatch):
     run, _ = settings_of(tmp_path, monkeypatch, {"model": "m", "data": "d", "out": "o", "overwrite": False})
     assert (run["overwrite"], run["trust_remote_code"]) == (False, False)
@@ -280,7 +288,7 @@ def test_missing_settings_file(tmp_path):
     ids=["twice", "twice-inside", "date", "deep", "digits"],
 )
 def test_settings_that_are_no_yaml(tmp_path, text, message):
-    from sta_adapter.training.config import read_yaml
+    from sta_adapter.training.yaml_file import read_yaml
 
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):

@@ -164,7 +164,7 @@ def data_options(command: Decorated) -> Decorated:
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
     """`("lora_rank=8", "frames.fps=2")` as nested values, read as YAML would."""
-    import yaml
+    from sta_adapter.training.yaml_file import parse_yaml
 
     values: dict[str, object] = {}
     for pair in pairs:
@@ -172,8 +172,8 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
         if not equals or not name:
             raise ConfigError(f"--set {pair!r}: expected NAME=VALUE, such as --set lora_rank=8.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"--set {pair!r}: {text!r} is not a YAML value.") from error
         *path, last = name.split(".")
         place = values
@@ -193,7 +193,8 @@ def read_run(
 
     Of `options`, what was not given is None, False or empty; those that are `needed` must be given in one of the three.
     """
-    from sta_adapter.training.config import LENGTH, TrainingConfig, read_yaml
+    from sta_adapter.training.config import LENGTH, TrainingConfig
+    from sta_adapter.training.yaml_file import read_yaml
 
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
     given = merged(parse_settings(pairs), given)
