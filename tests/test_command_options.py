@@ -240,10 +240,10 @@ def test_a_model_source_is_what_the_options_name(replaced):
         replaced("sta_adapter.loading.load_model", "net"),
         replaced("sta_adapter.loading.load_adapter", "both"),
     )
-    told = replaced("sta_adapter.injection.text_positions.use_positions_of")
+    told = replaced("sta_adapter.loading.use_positions_of")
     replaced("sta_adapter.loading.saved_positions", "saved")
     assert source.load("cpu", is_trainable=True) == "both"
-    assert puts == [(("net", Path("adapter")), {"is_trainable": True, "base_model": "any"})]
+    assert puts == [(("net", Path("adapter")), {"revision": None, "is_trainable": True, "base_model": "any"})]
     assert told == [(("net", "trained", "saved"), {})]
     assert loads[0][1]["attn_implementation"] == "sdpa"
     assert ModelSource("org/base").load(None) == "net"

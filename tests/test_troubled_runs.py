@@ -248,7 +248,7 @@ def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, samples, processor
 
     for name in ("load_model", "load_processor"):
         monkeypatch.setattr(f"sta_adapter.loading.{name}", lambda *a, **o: processor)
-    monkeypatch.setattr("sta_adapter.injection.text_positions.use_positions_of", lambda *a: None)
+    monkeypatch.setattr("sta_adapter.loading.use_positions_of", lambda *a: None)
     monkeypatch.setattr(two_stage, "train", stopped)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     words = ["train", "--model", "m", "--data", str(samples), "--out", str(tmp_path / "my out")]

@@ -263,13 +263,9 @@ def _dataset(
 ) -> VideoDataset:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data.dataset import VideoDataset
-    from sta_adapter.loading import saved_frame_settings
-    from sta_adapter.tiny_base import usual_frames
-    from sta_adapter.video.frame_settings import FrameSettings
+    from sta_adapter.loading import frames_in_force
 
-    chosen = frame_rate(options["fps"], options["nframes"])
-    trained = saved_frame_settings(adapter) if adapter else {}
-    frames = FrameSettings(**{**(trained or usual_frames(model)), **chosen})
+    frames = frames_in_force(model, adapter, frame_rate(options["fps"], options["nframes"]))
     bad, cache = options["on_bad_sample"], options["cache"] or False
     return VideoDataset(samples, processor, frames=frames, on_bad_sample=bad, cache=cache)
 

@@ -55,8 +55,7 @@ class ModelSource:
 
     def load(self, device: str | None, is_trainable: bool = False) -> nn.Module:
         """The base with its text positions and, if there is one, its adapter."""
-        from sta_adapter.injection.text_positions import use_positions_of
-        from sta_adapter.loading import load_adapter, load_model, saved_positions
+        from sta_adapter.loading import load_model, with_adapter
 
         net = load_model(
             self.model,
@@ -67,7 +66,5 @@ class ModelSource:
             quantize=self.quantize,
             attn_implementation=self.attn_implementation,
         )
-        use_positions_of(net, self.positions, saved_positions(self.adapter) if self.adapter else None)
-        if self.adapter is None:
-            return net
-        return load_adapter(net, self.adapter, is_trainable=is_trainable, base_model=base_model_of(self.any_base))
+        how = {"positions": self.positions, "base_model": base_model_of(self.any_base)}
+        return with_adapter(net, self.adapter, is_trainable=is_trainable, **how)

@@ -26,9 +26,7 @@ from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.evaluation.eval_mode import without_adapter
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
-from sta_adapter.injection.text_positions import use_positions_of
-from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
-from sta_adapter.tiny_base import usual_frames
+from sta_adapter.loading import frames_in_force, load_model, load_processor, with_adapter
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.frame_table import read_frame_table
 from sta_adapter.visualization.observation import Observation, observe
@@ -125,19 +123,14 @@ class Viewer:
         folder = None if adapter is None else resolve_adapter(adapter)
         source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         processor = load_processor(model, **source)
-        net = load_model(model, **options)
-        use_positions_of(net, positions, saved_positions(folder) if folder else None)
-        sampling = saved_frame_settings(folder) if folder else {}
-        settings = FrameSettings(**{**(sampling or usual_frames(model)), **(frames or {})})
-        if folder is None:
-            return cls(inject_sta(net), processor, settings, trained=False, longest=longest)
-        net = load_adapter(net, folder, base_model=base_model)
-        handle = get_sta(net)
+        net = with_adapter(load_model(model, **options), folder, positions=positions, base_model=base_model)
+        settings = frames_in_force(model, folder, frames)
+        handle = inject_sta(net) if folder is None else get_sta(net)
         if handle is None:
             raise CheckpointError(
-                f"{os.fspath(adapter or folder)!r} holds LoRA weights and no STA, so there is nothing to see."
+                f"{str(adapter)!r} holds LoRA weights and no STA, so there is nothing to see."
             )
-        return cls(handle, processor, settings, longest=longest)
+        return cls(handle, processor, settings, trained=folder is not None, longest=longest)
 
     def read(
         self, path: str | os.PathLike[str], question: str = QUESTION, frames: Mapping[str, Any] | None = None
