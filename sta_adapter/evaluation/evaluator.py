@@ -106,14 +106,8 @@ def evaluate(
         processes = stack.enter_context(contextlib.closing(Processes.joined() if shared else Processes()))
         if isinstance(model, nn.Module):
             stack.enter_context(eval_mode(model))
-        log: PredictionLog
-
-        def read_log() -> dict[int, Kept]:
-            nonlocal log
-            log = stack.enter_context(_prediction_log(predictions_file, settings, model, dataset, overwrite, processes))
-            return log.done
-
-        first, *_ = processes.gather(read_log)
+        log = stack.enter_context(PredictionLog(predictions_file, processes.rank, overwrite))
+        first, *_ = processes.gather(lambda: _kept(log, settings, model, dataset))
         log.open(first)  # all of them go on from what the first one has read
         answerer: Answerer | EngineAnswerer
         if isinstance(model, nn.Module):
@@ -208,23 +202,18 @@ def _check_idle(
             )
 
 
-def _prediction_log(
-    path: str | Path | None,
-    settings: Mapping[str, object],
-    model: nn.Module | Engine,
-    dataset: VideoDataset,
-    overwrite: bool,
-    processes: Processes,
-) -> PredictionLog:
-    """The predictions that the file holds of this evaluation, ready for more; without a file nothing is fingerprinted."""
-    if path is None:
-        return PredictionLog(None, {}, part=processes.rank)
+def _kept(
+    log: PredictionLog, settings: Mapping[str, object], model: nn.Module | Engine, dataset: VideoDataset
+) -> dict[int, Kept]:
+    """The predictions that the file holds of this evaluation; without a file nothing is fingerprinted."""
+    if log.path is None:
+        return {}
 
     def renew(index: int, kept: Kept) -> Kept:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
     questions = _fingerprints(dataset, str(settings["choose"]))
-    return PredictionLog(path, {**settings, **_settings(model, dataset)}, questions, renew, overwrite, processes.rank)
+    return log.read({**settings, **_settings(model, dataset)}, questions, renew)
 
 
 def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, object]:
