@@ -181,6 +181,21 @@ def test_a_step_is_measured_in_its_precision(samples, processor, monkeypatch, pr
     assert seen == [dtype]
 
 
+def test_a_step_is_measured_where_the_model_was_loaded(samples, processor, monkeypatch):
+    """8-bit weights can't be moved: their `to` is an error before transformers 5."""
+    stage, model = (
+        Stage("1", settings(), samples.parent, open_data(samples, processor, settings())),
+        make_model(processor.tokenizer),
+    )
+
+    def to(*_):
+        raise ValueError("`.to` is not supported for `8-bit` bitsandbytes models.")
+
+    monkeypatch.setattr(model, "to", to)
+    longest = sample_lengths(stage.dataset, 2).longest
+    assert planning.measure_step(stage, model, longest, 1)["seconds"] > 0
+
+
 def test_the_command_and_the_dry_run(samples, tmp_path):
     words = ["--model", str(TINY_BASE), "--data", str(samples), "--stage", "1", "--set", "num_workers=0"]
     words += ["--set", "frames.min_tokens=null", "--set", "frames.max_tokens=null"]

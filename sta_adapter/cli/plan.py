@@ -110,12 +110,10 @@ def plan_run(
         return empty_model(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     stages = {n: plan_stage(n, config, make_model, dataset, lengths, machine) for n, config in configs.items()}
-    here = memory is None and torch.cuda.is_available()
-    if here or measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if measure or (memory is None and torch.cuda.is_available()):
         for name, config in configs.items():
             model = source.load(None)
-            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device, processes)
+            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, processes)
             steps = stages[name]["steps"] * stages[name]["accumulation"]
             stages[name]["measured"], stages[name]["hours"] = found, steps * found["seconds"] / 3600
             del model

@@ -127,9 +127,7 @@ class Viewer:
         settings = frames_in_force(model, folder, frames)
         handle = inject_sta(net) if folder is None else get_sta(net)
         if handle is None:
-            raise CheckpointError(
-                f"{str(adapter)!r} holds LoRA weights and no STA, so there is nothing to see."
-            )
+            raise CheckpointError(f"{str(adapter)!r} holds LoRA weights and no STA, so there is nothing to see.")
         return cls(handle, processor, settings, trained=folder is not None, longest=longest)
 
     def read(
