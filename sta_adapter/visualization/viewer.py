@@ -53,7 +53,7 @@ class LoadedClip:
     cropped: bool  # whether the processor cuts something off the frames, or adds to them
 
     def step_frames(self, seen: Observation) -> tuple[np.ndarray, np.ndarray | None, str]:
-        """The frame that begins each temporal step: (T, height, width, 3), times (T,), and why there is no overlay."""
+        """The frame that begins each temporal step: (T, height, width, 3), times (T,), and why there is no overlay; then no frames."""
         steps = seen.attention.shape[-1]
         stride, rest = divmod(len(self.frames), steps)
         if rest or not stride:
@@ -62,7 +62,8 @@ class LoadedClip:
         reason = seen.no_picture
         if not reason and self.cropped:
             reason = "the processor crops or pads frames, so where its patches stand on the picture can't be known."
-        return self.frames[::stride], None if self.times is None else self.times[::stride], reason
+        frames = self.frames[:0] if reason else self.frames[::stride]
+        return frames, None if self.times is None else self.times[::stride], reason
 
 
 class Viewer:
