@@ -170,16 +170,14 @@ def _opened(
     stream: bool = True,
 ) -> VideoDataset | StreamDataset:
     """Files as a data set; whatever else has samples is one already."""
-    named = isinstance(data, (str, Path)) or (
-        isinstance(data, (list, tuple)) and all(isinstance(d, (str, Path)) for d in data)
-    )
-    if isinstance(data, (list, tuple)) and not named:
+    files = [data] if isinstance(data, (str, Path)) else data
+    if not isinstance(files, (list, tuple)):
+        return cast("VideoDataset | StreamDataset", files)
+    if not all(isinstance(file, (str, Path)) for file in files):
         raise ConfigError(
             "data is a list of records, expected a file, several, or a data set: VideoDataset(records, processor)."
         )
-    if not named:
-        return cast("VideoDataset | StreamDataset", data)
-    return open_data(cast("str | Path | Sequence[str | Path]", data), processor, config, stream=stream)
+    return open_data(files, processor, config, stream=stream)
 
 
 def open_data(
