@@ -353,7 +353,9 @@ def test_early_stopping(tmp_path, run):
 )
 def test_when_a_stage_has_stopped_early(values, more, patience, ends):
     history = [entry for value in values for entry in ({"loss": 9.0}, {"m": float(value)})]
-    assert stopped_early(history, "m", more, patience) is ends
+    args = types.SimpleNamespace(metric_for_best_model="m", greater_is_better=more)
+    assert stopped_early(TrainerState(log_history=history), args, patience) is ends
+    assert not stopped_early(TrainerState(log_history=history), args, None)
 
 
 # ---- too little memory

@@ -48,7 +48,7 @@ from sta_adapter.training.identity import write_json
 from sta_adapter.training.lora import lora_config, mark_trained, require_same_lora
 from sta_adapter.training.progress import Progress, describe
 from sta_adapter.training.trainer import AdapterTrainer
-from sta_adapter.training.watch import EarlyStopping, Resumption, Signals, Watch
+from sta_adapter.training.watch import Resumption, Signals, Watch
 
 __all__ = ["Stage"]
 
@@ -234,8 +234,6 @@ class Stage:
         return "the loss" if self.eval_dataset is None else f"the loss on {len(cast(Sized, self.eval_dataset))} samples"
 
     def _trainer(self, model: nn.Module, handle: STAHandle | None, watch: Watch, shown: Progress) -> AdapterTrainer:
-        patience = self.config.early_stopping
-        callbacks = [*self.callbacks, *([shown] if self.progress else [])]
         with trainable_when_quantized(model):
             trainer = AdapterTrainer(
                 model=model,
@@ -243,7 +241,7 @@ class Stage:
                 train_dataset=self.dataset,
                 eval_dataset=self.eval_dataset or (self.dataset if self.eval_fn else None),
                 data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.dataset.encoder.on_bad_sample),
-                callbacks=[watch, Resumption(), *callbacks, *([] if patience is None else [EarlyStopping(patience)])],
+                callbacks=[watch, Resumption(), *self.callbacks, *([shown] if self.progress else [])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
                 adapter_files=lambda: (

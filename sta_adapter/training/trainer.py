@@ -176,16 +176,13 @@ class AdapterTrainer(TokenTrainer):
         if isinstance(self.train_dataset, StreamDataset):
             parts = self.args.gradient_accumulation_steps
             self.position = self.position.resumed(saved["place"], state.global_step, parts)
-        patience, args = self.config.early_stopping, self.args
-        early = patience is not None and stopped_early(
-            state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), patience
-        )
+        early = stopped_early(state, self.args, self.config.early_stopping)
         last = state.max_steps if saved["length"] == self.config.length else steps
         if state.global_step < last and not early:
             return False
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
-        if args.load_best_model_at_end and state.best_model_checkpoint:
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
         return True
 
