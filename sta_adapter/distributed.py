@@ -163,6 +163,15 @@ def on_rank_zero(write: Callable[[], None]) -> None:
         raise CheckpointError(f"process 0 could not save: {report}")
 
 
+def of_all_ranks(value: T) -> list[T]:
+    """The value that each process has, by rank; all must call this."""
+    found = [value]
+    if is_parallel():
+        found *= distributed.get_world_size()
+        distributed.all_gather_object(found, value)
+    return found
+
+
 def of_rank_zero(value: T) -> T:
     """The value that process 0 has, on all, which must all call this: what each finds by itself may differ."""
     told = [value]

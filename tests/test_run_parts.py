@@ -15,12 +15,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
+from sta_adapter import distributed
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.data import FrameSettings
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
-from sta_adapter.training import TrainingConfig, sample_counts, token_loss, train
+from sta_adapter.training import TrainingConfig, token_loss, train
 from sta_adapter.training.arguments import refuse_flattening, training_arguments
 from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.identity import claim
@@ -269,9 +270,9 @@ def test_what_was_used_is_added_up_over_processes(monkeypatch):
         assert len(found) == 2
         found[:] = [own, (3, ["line 3: torn", "line 9: gone"])]
 
-    monkeypatch.setattr(sample_counts, "is_parallel", lambda: True)
-    monkeypatch.setattr(sample_counts.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(sample_counts.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "is_parallel", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     assert counts.of_all() == {"batches_used": 5, "bad_samples": ["line 3: torn", "line 9: gone"]}
 
 
