@@ -302,6 +302,19 @@ def test_orders_of_frames(order):
     assert set(_orders({"frames": "all" if len(order) > 1 else "ordered"})) == set(order)
 
 
+def test_no_picture_stays_of_results_before(tmp_path, monkeypatch, capsys):
+    from sta_adapter.cli.evaluate import _write
+
+    def draw(report, path):
+        raise ValueError("too many categories")
+
+    monkeypatch.setattr("sta_adapter.evaluation.plot.draw", draw)
+    (tmp_path / "results.png").write_text("of results before")
+    _write({"seed": 0}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert "No results.png: too many categories" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--format", "--videos"])
 def test_a_benchmark_has_its_own_layout(option, tmp_path):
     words = ["--format", "ssv2"] if option == "--format" else ["--videos", str(tmp_path)]

@@ -275,6 +275,7 @@ def _write(report: Results, folder: Path) -> None:
     from sta_adapter.evaluation.plot import draw
 
     (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.png").unlink(missing_ok=True)  # of results before
     try:
         draw(report, folder / "results.png")
     except Exception as error:  # a picture must not cost the outcome of hours, whatever its library can't draw

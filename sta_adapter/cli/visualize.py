@@ -106,6 +106,8 @@ def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject:
     frames, times, why = loaded.step_frames(seen)
     noted = look_page.notes(seen, why, trained=viewer.trained)
     out.mkdir(parents=True, exist_ok=True)
+    for name in MADE:  # of a clip before, which may have had an overlay
+        (out / name).unlink(missing_ok=True)
     figures = {"attention": pictures.draw_attention(seen), "branch": pictures.draw_branch(seen)}
     movie, files = None, []
     if not why:
