@@ -114,36 +114,21 @@ def evaluate(
             answerer = Answerer(model, dataset.processor, max_new_tokens, batch_size, stop_at_letter)
         else:
             answerer = EngineAnswerer(model, dataset.processor, max_new_tokens)
-        _answer_missing(answerer, choose, dataset, log, processes, batch_size, num_workers, progress)
+        missing = [index for index in range(len(dataset)) if index not in log.done]
+        shares, shown = processes.share(units(missing, batch_size)), progress if processes.rank == 0 else False
+
+        def work() -> tuple[dict[int, Kept], dict[int, str]]:
+            for batch in batches(dataset, shares, batch_size, num_workers, shown):
+                _answer(answerer, choose, dataset, batch, log)
+            return log.done, log.bad
+
+        done, bad = (
+            {index: value for part in parts for index, value in part.items()}
+            for parts in zip(*processes.gather(work), strict=True)
+        )
+        processes.gather(lambda: log.finish(done, bad))
         predictions = [Prediction(**known) for known in log.done.values()]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
-
-
-def _answer_missing(
-    answerer: Answerer | EngineAnswerer,
-    choose: str,
-    dataset: VideoDataset,
-    log: PredictionLog,
-    processes: Processes,
-    batch_size: int,
-    num_workers: int,
-    progress: bool | str,
-) -> None:
-    """Answer this process's share of what the log doesn't know; then it holds what all of them have answered."""
-    missing = [index for index in range(len(dataset)) if index not in log.done]
-    shares = processes.share(units(missing, batch_size))
-
-    def work() -> tuple[dict[int, Kept], dict[int, str]]:
-        shown = progress if processes.rank == 0 else False
-        for batch in batches(dataset, shares, batch_size, num_workers, shown):
-            _answer(answerer, choose, dataset, batch, log)
-        return log.done, log.bad
-
-    found = processes.gather(work)
-    done, bad = (
-        {index: value for part in parts for index, value in part.items()} for parts in zip(*found, strict=True)
-    )
-    processes.gather(lambda: log.finish(done, bad))
 
 
 def _dataset(
