@@ -46,8 +46,7 @@ class LoadedClip:
 
     frames: np.ndarray  # (F, height, width, 3) uint8, what the processor got
     times: np.ndarray | None  # (F,) seconds from the file's start; None if not known
-    messages: list[Message]  # the question as a conversation
-    encoded: dict[str, Tensor]  # what the processor made of one such conversation
+    encoded: dict[str, Tensor]  # what the processor made of both
     inputs: dict[str, Tensor]  # keyword arguments of the model, a batch of one
     rows_are_frames: bool  # whether the model gets the frames as a batch of pictures, so that STA must be told the clip
     cropped: bool  # whether the processor cuts something off the frames, or adds to them
@@ -153,7 +152,7 @@ class Viewer:
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
         told = visual.metadata
         times = None if told is None else np.array(told["frames_indices"]) / told["fps"]
-        return LoadedClip(visual.pixels, times, messages, encoded, inputs, in_rows, crops(self.processor))
+        return LoadedClip(visual.pixels, times, encoded, inputs, in_rows, crops(self.processor))
 
     def _decode(self, file: str, settings: FrameSettings) -> Visual:
         """The clip of a file; in a process of its own, where that is possible."""
