@@ -108,7 +108,7 @@ def without_values(model: nn.Module) -> FakeTensorMode:
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
-                if value is None or (not value.is_floating_point() and not value.is_meta) or _is_table(module, value):
+                if value is None or (not value.is_floating_point() and not value.is_meta) or _is_table(value):
                     continue
                 if id(value) not in made:
                     with mode:
@@ -120,7 +120,7 @@ def without_values(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def _is_table(module: nn.Module, value: torch.Tensor) -> bool:
+def _is_table(value: torch.Tensor) -> bool:
     return not isinstance(value, nn.Parameter) and not value.is_meta and value.numel() <= SMALL
 
 
