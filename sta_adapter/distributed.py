@@ -108,7 +108,9 @@ def agree(numbers: Sequence[int], groups: Iterable[Group]) -> list[int]:
 
 
 def average(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The mean of each number over all processes, which must all call this."""
+    """The mean of each number over all processes, which must all call this; of a single one the numbers themselves."""
+    if not is_parallel():
+        return list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
     distributed.all_reduce(tensor)
     found: list[float] = (tensor / distributed.get_world_size()).tolist()
@@ -159,6 +161,15 @@ def on_rank_zero(write: Callable[[], None]) -> None:
         raise failure
     if report is not None:
         raise CheckpointError(f"process 0 could not save: {report}")
+
+
+def of_all_ranks(value: T) -> list[T]:
+    """The value that each process has, by rank; all must call this."""
+    found = [value]
+    if is_parallel():
+        found *= distributed.get_world_size()
+        distributed.all_gather_object(found, value)
+    return found
 
 
 def of_rank_zero(value: T) -> T:

@@ -21,9 +21,12 @@ from sta_adapter.compatibility.processors import Processor
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.injection.load import load_sta, watch_peft
 from sta_adapter.injection.saved_sta import warn_of_sta
+from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.weights import DTYPE, published_config
 from sta_adapter.requirements import require_device
+from sta_adapter.tiny_base import usual_frames
+from sta_adapter.video.frame_settings import FrameSettings
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig
@@ -204,6 +207,37 @@ def load_adapter(
     if is_lora_alone(folder) and read_lora(folder).sta is None:
         return load_lora(model, folder, is_trainable).eval()
     return load_sta(model, folder, is_trainable=is_trainable, base_model=base_model).model.eval()
+
+
+def with_adapter(
+    model: nn.Module,
+    name: str | os.PathLike[str] | None,
+    *,
+    positions: str | None = None,
+    revision: str | None = None,
+    is_trainable: bool = False,
+    base_model: str | None = None,
+) -> nn.Module:
+    """A base as commands work on it: with the text positions that are asked for, else the adapter's own; and the adapter, if there is one.
+
+    `positions` is "trained" or "transformers" (see `sta_adapter.text_positions`); all else is as for `load_adapter`.
+    """
+    use_positions_of(model, positions, None if name is None else saved_positions(name, revision=revision))
+    if name is None:
+        return model
+    return load_adapter(model, name, revision=revision, is_trainable=is_trainable, base_model=base_model)
+
+
+def frames_in_force(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    revision: str | None = None,
+) -> FrameSettings:
+    """How commands sample clips: by fields that are `given`, over those of the adapter's training, else those that the model was made for."""
+    trained = {} if adapter is None else saved_frame_settings(adapter, revision=revision)
+    return FrameSettings(**{**(trained or usual_frames(model)), **(given or {})})
 
 
 def saved_frame_settings(name: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:

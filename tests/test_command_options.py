@@ -240,10 +240,10 @@ def test_a_model_source_is_what_the_options_name(replaced):
         replaced("sta_adapter.loading.load_model", "net"),
         replaced("sta_adapter.loading.load_adapter", "both"),
     )
-    told = replaced("sta_adapter.injection.text_positions.use_positions_of")
+    told = replaced("sta_adapter.loading.use_positions_of")
     replaced("sta_adapter.loading.saved_positions", "saved")
     assert source.load("cpu", is_trainable=True) == "both"
-    assert puts == [(("net", Path("adapter")), {"is_trainable": True, "base_model": "any"})]
+    assert puts == [(("net", Path("adapter")), {"revision": None, "is_trainable": True, "base_model": "any"})]
     assert told == [(("net", "trained", "saved"), {})]
     assert loads[0][1]["attn_implementation"] == "sdpa"
     assert ModelSource("org/base").load(None) == "net"
@@ -300,6 +300,19 @@ def test_orders_of_frames(order):
     from sta_adapter.cli.evaluate import _orders
 
     assert set(_orders({"frames": "all" if len(order) > 1 else "ordered"})) == set(order)
+
+
+def test_no_picture_stays_of_results_before(tmp_path, monkeypatch, capsys):
+    from sta_adapter.cli.evaluate import _write
+
+    def draw(report, path):
+        raise ValueError("too many categories")
+
+    monkeypatch.setattr("sta_adapter.evaluation.plot.draw", draw)
+    (tmp_path / "results.png").write_text("of results before")
+    _write({"seed": 0}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert "No results.png: too many categories" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--format", "--videos"])

@@ -13,6 +13,7 @@ from sta_adapter import inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator
 from sta_adapter.demo import TINY_BASE
+from sta_adapter.errors import ConfigError
 from sta_adapter.training import TrainingConfig, open_data
 from sta_adapter.training import plan as planning
 from sta_adapter.training.contexts import activation_checkpointing
@@ -180,6 +181,21 @@ def test_a_step_is_measured_in_its_precision(samples, processor, monkeypatch, pr
     assert seen == [dtype]
 
 
+def test_a_step_is_measured_where_the_model_was_loaded(samples, processor, monkeypatch):
+    """8-bit weights can't be moved: their `to` is an error before transformers 5."""
+    stage, model = (
+        Stage("1", settings(), samples.parent, open_data(samples, processor, settings())),
+        make_model(processor.tokenizer),
+    )
+
+    def to(*_):
+        raise ValueError("`.to` is not supported for `8-bit` bitsandbytes models.")
+
+    monkeypatch.setattr(model, "to", to)
+    longest = sample_lengths(stage.dataset, 2).longest
+    assert planning.measure_step(stage, model, longest, 1)["seconds"] > 0
+
+
 def test_the_command_and_the_dry_run(samples, tmp_path):
     words = ["--model", str(TINY_BASE), "--data", str(samples), "--stage", "1", "--set", "num_workers=0"]
     words += ["--set", "frames.min_tokens=null", "--set", "frames.max_tokens=null"]
@@ -197,6 +213,14 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     assert dry.exit_code == 0, dry.output
     assert "fits, gradient checkpointing off" in dry.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_takes_flags_of_the_file_as_train_does(samples, tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text('trust_remote_code: "no"\n')
+    words = ["plan", "--model", str(TINY_BASE), "--data", str(samples), "--config", str(file)]
+    with pytest.raises(ConfigError, match=r"train\.yaml: trust_remote_code is 'no', expected true or false"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
 
 
 def test_what_is_measured_is_what_one_of_several_processes_takes(samples, monkeypatch):

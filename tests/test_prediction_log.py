@@ -1,5 +1,6 @@
 """The file that predictions are kept in: what it holds, and what a later evaluation takes from it."""
 
+import contextlib
 import json
 
 import pytest
@@ -11,11 +12,19 @@ SETTINGS = {"model": "m", "seed": None}
 QUESTIONS = ["left", "right", "left", "up"]
 
 
+@contextlib.contextmanager
+def opened(path, *about, overwrite=False):
+    """A log that has read its file."""
+    with PredictionLog(path, overwrite=overwrite) as log:
+        log.read(*about)
+        yield log
+
+
 @pytest.fixture
 def path(tmp_path):
     """A file with predictions for three of four questions, of which two are the same."""
     path = tmp_path / "deep" / "predictions.jsonl"
-    with PredictionLog(path, SETTINGS, QUESTIONS) as log:
+    with opened(path, SETTINGS, QUESTIONS) as log:
         log.open(log.done)
         for index in (2, 1, 0):
             log.add(index, {"said": f"é{index}"})
@@ -39,14 +48,14 @@ def test_a_line_a_prediction(path):
 
 
 def test_a_prediction_is_in_the_file_at_once(path):
-    with PredictionLog(path, SETTINGS, QUESTIONS) as log:
+    with opened(path, SETTINGS, QUESTIONS) as log:
         log.open(log.done)
         log.add(3, {"said": "up"})
         assert lines(path)[-1] == {"index": 3, "question": "up", "prediction": {"said": "up"}}
 
 
 def test_what_is_still_asked_is_taken(path):
-    with PredictionLog(path, SETTINGS, ["down", "right", "left"], lambda index, kept: {**kept, "at": index}) as log:
+    with opened(path, SETTINGS, ["down", "right", "left"], lambda index, kept: {**kept, "at": index}) as log:
         assert log.done == {1: {"said": "é1", "at": 1}, 2: {"said": "é2", "at": 2}}
     assert [line.get("question") for line in lines(path)] == [None, "right", "left"]
 
@@ -54,10 +63,10 @@ def test_what_is_still_asked_is_taken(path):
 def test_a_line_that_was_cut_off_ends_the_file(path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
-    with PredictionLog(path, SETTINGS, QUESTIONS) as log:
+    with opened(path, SETTINGS, QUESTIONS) as log:
         assert sorted(log.done) == [0, 1]  # the first "left" gets what there is
     path.write_bytes(whole[:-3] + b"\r" + whole.splitlines(keepends=True)[-1])
-    with PredictionLog(path, SETTINGS, QUESTIONS) as log:
+    with opened(path, SETTINGS, QUESTIONS) as log:
         assert len(log.done) == 2
 
 
@@ -69,11 +78,11 @@ def test_other_settings_are_named(path, settings, differ):
     before = path.read_bytes()
     with (
         pytest.raises(ConfigError, match=rf"that differs in {differ}\. Take"),
-        PredictionLog(path, settings, QUESTIONS),
+        opened(path, settings, QUESTIONS),
     ):
         pass
     assert path.read_bytes() == before
-    with PredictionLog(path, settings, QUESTIONS, overwrite=True) as log:
+    with opened(path, settings, QUESTIONS, overwrite=True) as log:
         assert not log.done
     assert lines(path) == [{"settings": settings}]
 
@@ -83,12 +92,12 @@ def test_a_file_of_something_else(path, first):
     path.write_text(f"{first}\n")
     with (
         pytest.raises(ConfigError, match=r"predictions of an evaluation that differs|line 1 is not a prediction"),
-        PredictionLog(path, SETTINGS, QUESTIONS),
+        opened(path, SETTINGS, QUESTIONS),
     ):
         pass
 
 
 def test_without_a_file_predictions_are_kept_in_memory():
-    with PredictionLog(None, SETTINGS) as log:
+    with opened(None, SETTINGS, []) as log:
         log.add(4, {"said": "a"})
     assert log.done == {4: {"said": "a"}}

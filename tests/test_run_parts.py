@@ -15,12 +15,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
+from sta_adapter import distributed
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.data import FrameSettings
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
-from sta_adapter.training import TrainingConfig, sample_counts, train, trainer
+from sta_adapter.training import TrainingConfig, token_loss, train
 from sta_adapter.training.arguments import refuse_flattening, training_arguments
 from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.identity import claim
@@ -29,7 +30,7 @@ from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, s
 from sta_adapter.training.progress import describe
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.stage import Stage
-from sta_adapter.training.trainer import placeholder
+from sta_adapter.training.token_loss import TokenTrainer, placeholder
 from sta_adapter.training.two_stage import _opened, _publish
 
 # ---- settings without effect
@@ -269,9 +270,9 @@ def test_what_was_used_is_added_up_over_processes(monkeypatch):
         assert len(found) == 2
         found[:] = [own, (3, ["line 3: torn", "line 9: gone"])]
 
-    monkeypatch.setattr(sample_counts, "is_parallel", lambda: True)
-    monkeypatch.setattr(sample_counts.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(sample_counts.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "is_parallel", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     assert counts.of_all() == {"batches_used": 5, "bad_samples": ["line 3: torn", "line 9: gone"]}
 
 
@@ -354,10 +355,10 @@ def test_a_run_that_goes_on_within_an_epoch_has_that_epochs_order(processes, tol
 
 def test_one_of_several_processes_without_an_answer_has_a_loss_of_zero(monkeypatch):
     """Not the model's own loss, a mean over no token; the gradients are there, as the others wait for them."""
-    monkeypatch.setattr(trainer, "is_parallel", lambda: True)
+    monkeypatch.setattr(token_loss, "is_parallel", lambda: True)
     weight = torch.ones(3, requires_grad=True)
     model = lambda input_ids, attention_mask: {"logits": input_ids.float().sum() * weight}  # noqa: E731
-    loss = trainer.AdapterTrainer.compute_loss(None, model, placeholder(torch.device("cpu")))
+    loss = TokenTrainer.compute_loss(None, model, placeholder(torch.device("cpu")))
     loss.backward()
     assert loss == 0
     assert weight.grad.tolist() == [0, 0, 0]

@@ -240,14 +240,15 @@ def test_what_processes_tell_each_other(monkeypatch):
 def test_a_log_takes_over_the_parts_of_others(tmp_path):
     about = ({"a": 1}, ["q0", "q1", "q2"])
     path = tmp_path / "log.jsonl"
-    with PredictionLog(path, *about) as first, PredictionLog(path, *about, part=1) as second:
-        first.open(first.done)
+    with PredictionLog(path) as first, PredictionLog(path, part=1) as second:
+        first.open(first.read(*about))
+        second.read(*about)
         second.open(first.done)
         second.add(0, {"said": "zero"})
         first.add(2, {"said": "two"})
     assert (tmp_path / "log.jsonl.part1").exists()
-    with PredictionLog(path, *about) as log:  # as after a crash
-        assert log.done == {0: {"said": "zero"}, 2: {"said": "two"}}
+    with PredictionLog(path) as log:  # as after a crash
+        assert log.read(*about) == {0: {"said": "zero"}, 2: {"said": "two"}}
         assert not (tmp_path / "log.jsonl.part1").exists()
         log.open(log.done)
         log.finish({2: {"said": "two"}, 1: {"said": "one"}, 0: {"said": "zero"}}, {})

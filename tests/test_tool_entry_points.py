@@ -306,10 +306,10 @@ def test_lmms_eval_is_told_every_class_under_its_models_name(imported):
 def test_lmms_eval_puts_the_adapter_in(monkeypatch):
     told = []
     monkeypatch.setattr("sta_adapter.loading.saved_positions", lambda name, revision=None: (name, revision))
-    monkeypatch.setattr("sta_adapter.injection.text_positions.use_positions_of", lambda *given: told.append(given))
+    monkeypatch.setattr("sta_adapter.loading.use_positions_of", lambda *given: told.append(given))
     monkeypatch.setattr("sta_adapter.loading.load_adapter", lambda *given, **how: (*given, how))
     found = Adapted(sta="org/adapter", sta_revision="v1", positions="trained", pretrained="org/base")
-    assert found._model == ("base", "org/adapter", {"revision": "v1"})
+    assert found._model == ("base", "org/adapter", {"revision": "v1", "is_trainable": False, "base_model": None})
     assert found.arguments == {"pretrained": "org/base"}
     assert told == [("base", "trained", ("org/adapter", "v1"))]
     with pytest.raises(ConfigError, match="no adapter; add sta="):

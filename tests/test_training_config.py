@@ -86,11 +86,26 @@ def test_options_win_over_the_file(tmp_path, monkeypatch):
     assert (settings.frames.fps, settings.frames.max_frames) == (3, 8)
 
 
+@pytest.mark.parametrize(
+    "value", ["[", "2024-13-45", "{fps: 1, fps: 2}", "9" * 5000], ids=["open", "date", "twice", "digits"]
+)
+def test_a_value_that_is_no_yaml(tmp_path, monkeypatch, value):
+    with pytest.raises(ConfigError, match=r"^--set 'frames=.* is not a YAML value\."):
+        settings_of(tmp_path, monkeypatch, {}, "--set", f"frames={value}")
+
+
 def test_flags_in_the_file_are_true_or_false(tmp_path, monkeypatch):
     run, _ = settings_of(tmp_path, monkeypatch, {"model": "m", "data": "d", "out": "o", "overwrite": False})
     assert (run["overwrite"], run["trust_remote_code"]) == (False, False)
     with pytest.raises(ConfigError, match=r"run\.yaml: trust_remote_code is 'no', expected true or false"):
         settings_of(tmp_path, monkeypatch, {**OPTIONS, "trust_remote_code": "no"})
+
+
+def test_options_in_the_file_are_texts(tmp_path, monkeypatch):
+    assert settings_of(tmp_path, monkeypatch, {**OPTIONS, "stage": 2})[0]["stage"] == "2"
+    for name in ("out", "model", "adapter", "videos"):
+        with pytest.raises(ConfigError, match=rf"run\.yaml: {name} is 2026, expected a text"):
+            settings_of(tmp_path, monkeypatch, {**OPTIONS, name: 2026})
 
 
 def test_settings_from_yaml(tmp_path):
@@ -273,7 +288,7 @@ def test_missing_settings_file(tmp_path):
     ids=["twice", "twice-inside", "date", "deep", "digits"],
 )
 def test_settings_that_are_no_yaml(tmp_path, text, message):
-    from sta_adapter.training.config import read_yaml
+    from sta_adapter.training.yaml_file import read_yaml
 
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):

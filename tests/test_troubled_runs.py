@@ -72,7 +72,9 @@ def steps_of(watch, losses, step=0):
     control = TrainerControl()
     for step, loss in enumerate(losses, start=step + 1):
         watch.add(torch.tensor(loss))
-        watch.on_step_end(None, TrainerState(global_step=step, max_steps=1000), control)
+        watch.on_step_end(
+            types.SimpleNamespace(device=torch.device("cpu")), TrainerState(global_step=step, max_steps=1000), control
+        )
     return control
 
 
@@ -246,7 +248,7 @@ def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, samples, processor
 
     for name in ("load_model", "load_processor"):
         monkeypatch.setattr(f"sta_adapter.loading.{name}", lambda *a, **o: processor)
-    monkeypatch.setattr("sta_adapter.injection.text_positions.use_positions_of", lambda *a: None)
+    monkeypatch.setattr("sta_adapter.loading.use_positions_of", lambda *a: None)
     monkeypatch.setattr(two_stage, "train", stopped)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     words = ["train", "--model", "m", "--data", str(samples), "--out", str(tmp_path / "my out")]
@@ -351,7 +353,9 @@ def test_early_stopping(tmp_path, run):
 )
 def test_when_a_stage_has_stopped_early(values, more, patience, ends):
     history = [entry for value in values for entry in ({"loss": 9.0}, {"m": float(value)})]
-    assert stopped_early(history, "m", more, patience) is ends
+    args = types.SimpleNamespace(metric_for_best_model="m", greater_is_better=more)
+    assert stopped_early(TrainerState(log_history=history), args, patience) is ends
+    assert not stopped_early(TrainerState(log_history=history), args, None)
 
 
 # ---- too little memory

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
+from sta_adapter.cli.visualize import write_look
 from sta_adapter.data.visual_processing import temporal_patch
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.demo.clips import render
@@ -28,7 +29,7 @@ from sta_adapter.video import read_clip, write_clip
 from sta_adapter.visualization import Observation, observe
 from sta_adapter.visualization import figures as pictures
 from sta_adapter.visualization import report as look_page
-from sta_adapter.visualization.viewer import Viewer, crops
+from sta_adapter.visualization.viewer import LoadedClip, Viewer, crops
 
 FILES = {
     "index.html",
@@ -178,6 +179,15 @@ def test_what_cant_be_laid_on_the_picture_is_left_out(viewer, clip, reason):
     assert "Where in the picture" not in text
     assert expected in text
     assert "Which frame looks at which" in text
+
+
+def test_no_picture_of_a_clip_before_stays(viewer, clip, tmp_path, monkeypatch):
+    for name in ("overlay.png", "overlay.mp4", "overlay.gif"):
+        (tmp_path / name).write_text("of another clip")
+    monkeypatch.setattr(LoadedClip, "step_frames", lambda self, seen: (self.frames[:0], None, "nobody knows."))
+    numbers = write_look(viewer, clip, tmp_path, None, "")
+    assert {file.name for file in tmp_path.iterdir()} == set(numbers["files"])
+    assert "overlay.png" not in numbers["files"]
 
 
 def test_internvideo2_chat_sees_a_part_of_the_picture():

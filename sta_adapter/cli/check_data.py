@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from sta_adapter.cli.option_types import RUN_OPTIONS
-from sta_adapter.cli.options import Grouped, data_options, option, with_usual_frames
+from sta_adapter.cli.options import Grouped, data_options, option, read_run
 from sta_adapter.errors import ConfigError
 
 __all__ = ["command"]
@@ -56,7 +55,6 @@ def command(
     """Check and print what was found."""
     from sta_adapter.data.check import check_data
     from sta_adapter.loading import load_processor
-    from sta_adapter.training.config import TrainingConfig, read_yaml
 
     of_model = {"max-length": max_length, "revision": revision, "trust-remote-code": trust_remote_code}
     idle = [name for name, value in of_model.items() if value]
@@ -64,32 +62,29 @@ def command(
         raise ConfigError(
             f"--{idle[0]} has no effect without --model, whose processor counts tokens; add it, or leave --{idle[0]} out."
         )
-    of_file = read_yaml(config) if config else {}
-    values = {name: value for name, value in of_file.items() if name not in RUN_OPTIONS}
-    settings = TrainingConfig.from_dict(with_usual_frames(values, model))
+    own = {
+        "model": model,
+        "format": format,
+        "videos": videos,
+        "max_length": max_length,
+        "decode_timeout": decode_timeout,
+    }
+    run, settings = read_run(config, (), own, needed=())
     report = check_data(
         file,
         processor=load_processor(model, revision=revision, trust_remote_code=trust_remote_code) if model else None,
-        format=format or _text(of_file, "format"),
-        videos=videos or _text(of_file, "videos"),
+        format=run["format"],
+        videos=run["videos"],
         frames=settings.frames,
-        max_length=max_length or settings.max_length,
+        max_length=settings.max_length,
         batch_size=settings.device_batches()[0],
         num_workers=num_workers,
-        decode_timeout=settings.decode_timeout if decode_timeout is None else decode_timeout,
+        decode_timeout=settings.decode_timeout,
         progress=sys.stderr.isatty(),
     ).to_dict()
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
     if report["bad"]:
         sys.exit(1)
-
-
-def _text(values: Mapping[str, object], name: str) -> str | None:
-    """How the data is read, as the file of settings says it."""
-    found = values.get(name)
-    if found is not None and not isinstance(found, str):
-        raise ConfigError(f"{name} is {found!r}, expected a text.")
-    return found
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:

@@ -10,12 +10,10 @@ from sta_adapter.cli.measurement import ORDERED, Measurement
 from sta_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sta_adapter.cli.measurement import Orders
     from sta_adapter.data.conversation import Sample
     from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.evaluation.engine import Agreement
-    from sta_adapter.evaluation.result import EvaluationResult
-
-    Orders = dict[str, EvaluationResult]
 
 ENGINES = ("transformers", "vllm")
 

@@ -263,13 +263,9 @@ def _dataset(
 ) -> VideoDataset:
     """The data, with the frames that the adapter was trained with unless options say otherwise."""
     from sta_adapter.data.dataset import VideoDataset
-    from sta_adapter.loading import saved_frame_settings
-    from sta_adapter.tiny_base import usual_frames
-    from sta_adapter.video.frame_settings import FrameSettings
+    from sta_adapter.loading import frames_in_force
 
-    chosen = frame_rate(options["fps"], options["nframes"])
-    trained = saved_frame_settings(adapter) if adapter else {}
-    frames = FrameSettings(**{**(trained or usual_frames(model)), **chosen})
+    frames = frames_in_force(model, adapter, frame_rate(options["fps"], options["nframes"]))
     bad, cache = options["on_bad_sample"], options["cache"] or False
     return VideoDataset(samples, processor, frames=frames, on_bad_sample=bad, cache=cache)
 
@@ -279,6 +275,7 @@ def _write(report: Results, folder: Path) -> None:
     from sta_adapter.evaluation.plot import draw
 
     (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.png").unlink(missing_ok=True)  # of results before
     try:
         draw(report, folder / "results.png")
     except Exception as error:  # a picture must not cost the outcome of hours, whatever its library can't draw

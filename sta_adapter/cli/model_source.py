@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelSource"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ModelSource:
     """A base and its adapter, of which nothing is loaded yet: what `load_model` and `load_adapter` are to be given."""
 
@@ -34,18 +34,9 @@ class ModelSource:
     @classmethod
     def of(cls, options: Mapping[str, object], adapter: Path | None) -> ModelSource:
         """The one that a command's options name, with the adapter's folder (of `find_adapter`)."""
-        given = {name: str(value) for name, value in options.items() if value is not None}
-        return cls(
-            given["model"],
-            given.get("revision"),
-            bool(options.get("trust_remote_code")),
-            given.get("dtype", "auto"),
-            given.get("quantize"),
-            given.get("positions"),
-            given.get("attn_implementation"),
-            adapter,
-            bool(options.get("any_base")),
-        )
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        given = {name: value for name, value in options.items() if name in names and value is not None}
+        return cls(**{**given, "adapter": adapter})  # type: ignore[arg-type]
 
     def load_processor(self) -> Processor:
         """The base's processor."""
@@ -55,8 +46,7 @@ class ModelSource:
 
     def load(self, device: str | None, is_trainable: bool = False) -> nn.Module:
         """The base with its text positions and, if there is one, its adapter."""
-        from sta_adapter.injection.text_positions import use_positions_of
-        from sta_adapter.loading import load_adapter, load_model, saved_positions
+        from sta_adapter.loading import load_model, with_adapter
 
         net = load_model(
             self.model,
@@ -67,7 +57,5 @@ class ModelSource:
             quantize=self.quantize,
             attn_implementation=self.attn_implementation,
         )
-        use_positions_of(net, self.positions, saved_positions(self.adapter) if self.adapter else None)
-        if self.adapter is None:
-            return net
-        return load_adapter(net, self.adapter, is_trainable=is_trainable, base_model=base_model_of(self.any_base))
+        how = {"positions": self.positions, "base_model": base_model_of(self.any_base)}
+        return with_adapter(net, self.adapter, is_trainable=is_trainable, **how)

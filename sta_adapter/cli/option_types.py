@@ -1,10 +1,10 @@
-"""The options that several commands share, as their functions get them; `RUN_OPTIONS` are the names of a `Run`'s."""
+"""The options that several commands share, as their functions get them; `RUN_OPTIONS` and `FLAGS` are names of a `Run`'s."""
 
 from __future__ import annotations
 
 from typing import TypedDict
 
-__all__ = ["RUN_OPTIONS", "ModelOptions", "Run"]
+__all__ = ["FLAGS", "RUN_OPTIONS", "ModelOptions", "Run"]
 
 
 class ModelOptions(TypedDict):
@@ -36,7 +36,7 @@ class Run(TypedDict):
     format: str | None
     cache: str | None
     out: str
-    stage: str | None
+    stage: str
     overwrite: bool
     trust_remote_code: bool
     dry_run: bool
@@ -44,3 +44,4 @@ class Run(TypedDict):
 
 
 RUN_OPTIONS = tuple(Run.__annotations__)
+FLAGS = ("overwrite", "trust_remote_code", "dry_run", "any_base")

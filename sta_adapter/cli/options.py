@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from sta_adapter.cli.option_types import RUN_OPTIONS, ModelOptions, Run
+from sta_adapter._validate import shown
+from sta_adapter.cli.option_types import FLAGS, RUN_OPTIONS, ModelOptions, Run
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 from sta_adapter.tiny_base import usual_frames
+
+if TYPE_CHECKING:
+    from sta_adapter.training.config import TrainingConfig
 
 POSITIONS = "trained or transformers. [default: as trained]"
 SHOWN_ADAPTER = "Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]"
@@ -160,7 +164,7 @@ def data_options(command: Decorated) -> Decorated:
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
     """`("lora_rank=8", "frames.fps=2")` as nested values, read as YAML would."""
-    import yaml
+    from sta_adapter.training.yaml_file import parse_yaml
 
     values: dict[str, object] = {}
     for pair in pairs:
@@ -168,8 +172,8 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
         if not equals or not name:
             raise ConfigError(f"--set {pair!r}: expected NAME=VALUE, such as --set lora_rank=8.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"--set {pair!r}: {text!r} is not a YAML value.") from error
         *path, last = name.split(".")
         place = values
@@ -184,12 +188,13 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
 
 def read_run(
     config: str | None, pairs: tuple[str, ...], options: Mapping[str, object], needed: Sequence[str]
-) -> tuple[Run, dict[str, object]]:
+) -> tuple[Run, TrainingConfig]:
     """A run's own options and its settings of training: of a YAML file, of --set, and of options, of which the later ones win.
 
     Of `options`, what was not given is None, False or empty; those that are `needed` must be given in one of the three.
     """
-    from sta_adapter.training.config import LENGTH, read_yaml
+    from sta_adapter.training.config import LENGTH, TrainingConfig
+    from sta_adapter.training.yaml_file import read_yaml
 
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
     given = merged(parse_settings(pairs), given)
@@ -197,14 +202,31 @@ def read_run(
     if not given.keys().isdisjoint(LENGTH):  # steps instead of the file's epochs, or the other way round
         values = {name: value for name, value in values.items() if name not in LENGTH}
     values = merged(values, given)
-    run: dict[str, Any] = {name: values.pop(name, None) for name in RUN_OPTIONS}
-    run["data"] = one_or_several(run["data"])
-    values = with_usual_frames(values, run.get("model"))
-    missing = [f"--{name}" for name in needed if not run[name]]
-    if missing:
-        command = click.get_current_context().info_name
-        raise click.UsageError(f"Missing option {', '.join(missing)}; see the example in sta-adapter {command} --help.")
-    return cast(Run, run), values
+    try:
+        found = {name: _own_option(name, values.pop(name, None)) for name in RUN_OPTIONS}
+        run, missing = cast(Run, found), [f"--{name}" for name in needed if not found[name]]
+        if missing:
+            command = click.get_current_context().info_name
+            raise click.UsageError(
+                f"Missing option {', '.join(missing)}; see the example in sta-adapter {command} --help."
+            )
+        settings = TrainingConfig.from_dict(with_usual_frames(values, run["model"]))
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}" if config else str(error)) from error
+    run["stage"] = run["stage"] or ("both" if settings.sta else "2")
+    return run, settings
+
+
+def _own_option(name: str, value: object) -> object:
+    """One of a run's own options, of which a file may say anything: a flag is true or false, any other a text."""
+    if name == "data":
+        return one_or_several(value)
+    if name == "stage" and isinstance(value, int):
+        return str(value)
+    kind, expected = (bool, "true or false") if name in FLAGS else (str, "a text")
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name} is {shown(value)}, expected {expected}.")
+    return bool(value) if name in FLAGS else value
 
 
 def with_usual_frames(values: dict[str, object], model: str | None) -> dict[str, object]:

@@ -75,10 +75,7 @@ def command(
     **options: object,
 ) -> None:
     """Plan, and print it."""
-    from sta_adapter.training.config import TrainingConfig
-
-    run, values = read_run(config, pairs, options, ("model", "data"))  # a file may hold those of train as well
-    settings = TrainingConfig.from_dict(values)
+    run, settings = read_run(config, pairs, options, ("model", "data"))  # a file may hold those of train as well
     report = plan_run(run, settings, memory=memory, processes=processes, samples=samples, measure=measure)
     click.echo(json.dumps(report, indent=1) if as_json else "\n".join(describe(report)))
 
@@ -101,7 +98,7 @@ def plan_run(
     from sta_adapter.training.two_stage import open_data, stage_names
 
     source = ModelSource.of(run, None)
-    names = stage_names(str(run["stage"] or ("both" if settings.sta else "2")), settings)
+    names = stage_names(run["stage"], settings)
     machine = _machine(run, settings, memory, processes)
     processor = source.load_processor()
     opened = open_data(run["data"], processor, settings, format=run["format"], videos=run["videos"], stream=False)
@@ -113,12 +110,10 @@ def plan_run(
         return empty_model(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
     stages = {n: plan_stage(n, config, make_model, dataset, lengths, machine) for n, config in configs.items()}
-    here = memory is None and torch.cuda.is_available()
-    if here or measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if measure or (memory is None and torch.cuda.is_available()):
         for name, config in configs.items():
             model = source.load(None)
-            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, device, processes)
+            found = measure_step(Stage(name, config, Path(), dataset), model, lengths.longest, processes)
             steps = stages[name]["steps"] * stages[name]["accumulation"]
             stages[name]["measured"], stages[name]["hours"] = found, steps * found["seconds"] / 3600
             del model

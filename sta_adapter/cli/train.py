@@ -11,7 +11,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,7 +29,7 @@ from sta_adapter.cli.options import (
     read_run,
     stage_option,
 )
-from sta_adapter.errors import ConfigError, TrainingStopped
+from sta_adapter.errors import TrainingStopped
 from sta_adapter.requirements import require_reporters, require_writable
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-FLAGS: tuple[Literal["overwrite", "trust_remote_code", "dry_run", "any_base"], ...]
-FLAGS = ("overwrite", "trust_remote_code", "dry_run", "any_base")
 HELP = """\b
 Example: sta-adapter train --model Qwen/Qwen2-VL-2B-Instruct \\
              --data clips.jsonl --out my-adapter
@@ -77,24 +75,8 @@ Trains STA in the model's vision encoder, then LoRA beside it.
 @adapter_options
 def command(config: str | None, pairs: tuple[str, ...], **options: object) -> None:
     """Train as the options and the file of settings say."""
-    from sta_adapter.training.config import TrainingConfig
-
-    run, values = read_run(config, pairs, options, ("model", "data", "out"))
-    try:
-        _check_flags(run)
-        settings = TrainingConfig.from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{config}: {error}" if config else str(error)) from error
-    run["stage"] = str(run["stage"] or ("both" if settings.sta else "2"))
+    run, settings = read_run(config, pairs, options, ("model", "data", "out"))
     _train(run, settings)
-
-
-def _check_flags(run: Run) -> None:
-    """What is a flag on the command line is true or false in a file."""
-    for name in FLAGS:
-        if run[name] is not None and not isinstance(run[name], bool):
-            raise ConfigError(f"{name} is {run[name]!r}, expected true or false.")
-        run[name] = bool(run[name])
 
 
 def _train(run: Run, settings: TrainingConfig) -> None:
@@ -120,7 +102,7 @@ def _train(run: Run, settings: TrainingConfig) -> None:
             model,
             data,
             output_dir=run["out"],
-            stage=str(run["stage"]),
+            stage=run["stage"],
             config=settings,
             eval_data=eval_data,
             overwrite=run["overwrite"],

@@ -106,6 +106,8 @@ def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject:
     frames, times, why = loaded.step_frames(seen)
     noted = look_page.notes(seen, why, trained=viewer.trained)
     out.mkdir(parents=True, exist_ok=True)
+    for name in MADE:  # of a clip before, which may have had an overlay
+        (out / name).unlink(missing_ok=True)
     figures = {"attention": pictures.draw_attention(seen), "branch": pictures.draw_branch(seen)}
     movie, files = None, []
     if not why:
@@ -120,7 +122,7 @@ def write_look(viewer: Viewer, clip: str, out: Path, block: int | None, subject:
     np.savez_compressed(out / "arrays.npz", **arrays)
     numbers = look_page.summary(seen, noted, shown)
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    content = look_page.sections(seen, frames if not why else frames[:0], times, noted=noted, block=shown, movie=movie)
+    content = look_page.sections(seen, frames, times, noted=noted, block=shown, movie=movie)
     made = f"Made by sta-adapter {sta_adapter.__version__}. The arrays are in arrays.npz, the numbers in numbers.json."
     page = look_page.page(f"What STA does with {Path(clip).name}", subject, made, content)
     (out / "index.html").write_text(page, encoding="utf-8")

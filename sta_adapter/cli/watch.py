@@ -7,7 +7,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,11 +79,8 @@ def command(source: str, adapter: str, as_json: bool, **options: Unpack[Options]
     require_device(options["device"])
     if not 0 < options["timeout"] < float("inf"):
         raise ConfigError(f"--timeout {options['timeout']}: expected seconds above 0.")
-    settings = WatchSettings(every=options["every"], budget=options["budget"])
-    if options["ask"] is not None:
-        settings = replace(settings, question=options["ask"])
-    if options["window"] is not None:
-        settings = replace(settings, window=options["window"])
+    question = WatchSettings.question if options["ask"] is None else options["ask"]
+    settings = WatchSettings(question, options["every"], options["window"], options["budget"])
     viewer = load_viewer(adapter, options)
     live = LiveSource(source, fps=viewer.settings.fps, timeout=options["timeout"], fast=options["fast"])
     watcher = Watcher(viewer.handle, viewer.processor, viewer.settings, settings)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
@@ -55,7 +56,7 @@ def attend_frames_at_once(model: nn.Module) -> None:
     """Spare the CPU transformers' loop over frames in the vision encoder; releases before 5 stay as they are."""
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    if transformers_release() >= (5, 0):
         transformers.AttentionInterface.register(ATTENTION, _attend)
         visual = cast("transformers.PreTrainedModel", model.get_submodule("model.visual"))
         visual.config._attn_implementation = ATTENTION

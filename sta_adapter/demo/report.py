@@ -13,7 +13,8 @@ from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.demo.clips import LABELS
 from sta_adapter.demo.methods import METHODS, DemoSettings
 from sta_adapter.demo.run import answer_inputs
-from sta_adapter.demo.scores import Results, Share, compared, summary
+from sta_adapter.demo.scores import Results, compared, summary
+from sta_adapter.evaluation.result import ScoreReport
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.observation import temporal_attention
 from sta_adapter.visualization.patch_attention import scale_of
@@ -144,7 +145,7 @@ def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _percent(score: Share, *, interval: bool = False) -> str:
+def _percent(score: ScoreReport, *, interval: bool = False) -> str:
     text = f"{100 * score['accuracy']:.1f}"
     return f"{text}\n{100 * score['low']:.1f} to {100 * score['high']:.1f}" if interval else text
 

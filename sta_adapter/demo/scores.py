@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from sta_adapter.data import VideoDataset
 from sta_adapter.demo.clips import LABELS, PAIRS
 from sta_adapter.demo.methods import METHODS
-from sta_adapter.evaluation import Prediction, evaluate, wilson
+from sta_adapter.evaluation import Prediction, Score, evaluate
 from sta_adapter.evaluation.result import RunReport, ScoreReport
 from sta_adapter.training import TrainingResult
 
@@ -54,22 +54,13 @@ class Results(TypedDict, total=False):
     seconds: float
 
 
-class Share(TypedDict):
-    """A share of right answers with its interval."""
-
-    accuracy: float
-    low: float
-    high: float
-    total: int
-
-
 class Row(TypedDict):
     """Of the table: a method over all seeds."""
 
     method: str
-    ordered: Share
-    shuffled: Share
-    pairs: dict[str, Share]
+    ordered: ScoreReport
+    shuffled: ScoreReport
+    pairs: dict[str, ScoreReport]
     trainable_parameters: int
     seconds: float
 
@@ -125,7 +116,5 @@ def summary(results: Results, method: str) -> Row:
     }
 
 
-def _added(scores: list[ScoreReport]) -> Share:
-    correct, total = sum(score["correct"] for score in scores), sum(score["total"] for score in scores)
-    low, high = wilson(correct, total)
-    return {"accuracy": correct / total, "low": low, "high": high, "total": total}
+def _added(scores: list[ScoreReport]) -> ScoreReport:
+    return Score(sum(score["correct"] for score in scores), sum(score["total"] for score in scores)).to_dict()

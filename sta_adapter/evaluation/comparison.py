@@ -188,7 +188,8 @@ def as_text(report: Report) -> str:
         cells = [[c, *(_cell(run["categories"].get(c)) for run in shown.values()), str(totals[c])] for c in totals]
         frames = ", ".join(dict.fromkeys(run["frames"] for run in shown.values()))
         blocks.append(_columns([[f"by category, {frames}", *shown, "of"], *cells], NAME))
-    blocks.append(_paragraphs([*report.get("reading", []), *report.get("notes", []), *_faults(runs)]))
+    said = [*report.get("reading", []), *report.get("notes", []), *_faults(runs)]
+    blocks.append("\n".join(textwrap.fill(s, LINE, break_long_words=False, break_on_hyphens=False) for s in said))
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -205,10 +206,6 @@ def _faults(runs: Mapping[str, RunReport]) -> list[str]:
         examples = next(run["unmatched_examples"] for run in runs.values() if run.get("unmatched"))
         said += [f"  {json.dumps(example['said'], ensure_ascii=False)} ({example['source']})" for example in examples]
     return said
-
-
-def _paragraphs(sentences: Sequence[str]) -> str:
-    return "\n".join(textwrap.fill(s, LINE, break_long_words=False, break_on_hyphens=False) for s in sentences)
 
 
 def _columns(rows: list[list[str]], name_width: int = LINE) -> str:

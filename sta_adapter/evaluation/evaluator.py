@@ -106,50 +106,29 @@ def evaluate(
         processes = stack.enter_context(contextlib.closing(Processes.joined() if shared else Processes()))
         if isinstance(model, nn.Module):
             stack.enter_context(eval_mode(model))
-        log: PredictionLog
-
-        def read_log() -> dict[int, Kept]:
-            nonlocal log
-            log = stack.enter_context(_prediction_log(predictions_file, settings, model, dataset, overwrite, processes))
-            return log.done
-
-        first, *_ = processes.gather(read_log)
+        log = stack.enter_context(PredictionLog(predictions_file, processes.rank, overwrite))
+        first, *_ = processes.gather(lambda: _kept(log, settings, model, dataset))
         log.open(first)  # all of them go on from what the first one has read
         answerer: Answerer | EngineAnswerer
         if isinstance(model, nn.Module):
             answerer = Answerer(model, dataset.processor, max_new_tokens, batch_size, stop_at_letter)
         else:
             answerer = EngineAnswerer(model, dataset.processor, max_new_tokens)
-        _answer_missing(answerer, choose, dataset, log, processes, batch_size, num_workers, progress)
+        missing = [index for index in range(len(dataset)) if index not in log.done]
+        shares, shown = processes.share(units(missing, batch_size)), progress if processes.rank == 0 else False
+
+        def work() -> tuple[dict[int, Kept], dict[int, str]]:
+            for batch in batches(dataset, shares, batch_size, num_workers, shown):
+                _answer(answerer, choose, dataset, batch, log)
+            return log.done, log.bad
+
+        done, bad = (
+            {index: value for part in parts for index, value in part.items()}
+            for parts in zip(*processes.gather(work), strict=True)
+        )
+        processes.gather(lambda: log.finish(done, bad))
         predictions = [Prediction(**known) for known in log.done.values()]
         return EvaluationResult(predictions, list(log.bad.values()), frame_order, time.perf_counter() - started)
-
-
-def _answer_missing(
-    answerer: Answerer | EngineAnswerer,
-    choose: str,
-    dataset: VideoDataset,
-    log: PredictionLog,
-    processes: Processes,
-    batch_size: int,
-    num_workers: int,
-    progress: bool | str,
-) -> None:
-    """Answer this process's share of what the log doesn't know; then it holds what all of them have answered."""
-    missing = [index for index in range(len(dataset)) if index not in log.done]
-    shares = processes.share(units(missing, batch_size))
-
-    def work() -> tuple[dict[int, Kept], dict[int, str]]:
-        shown = progress if processes.rank == 0 else False
-        for batch in batches(dataset, shares, batch_size, num_workers, shown):
-            _answer(answerer, choose, dataset, batch, log)
-        return log.done, log.bad
-
-    found = processes.gather(work)
-    done, bad = (
-        {index: value for part in parts for index, value in part.items()} for parts in zip(*found, strict=True)
-    )
-    processes.gather(lambda: log.finish(done, bad))
 
 
 def _dataset(
@@ -208,23 +187,18 @@ def _check_idle(
             )
 
 
-def _prediction_log(
-    path: str | Path | None,
-    settings: Mapping[str, object],
-    model: nn.Module | Engine,
-    dataset: VideoDataset,
-    overwrite: bool,
-    processes: Processes,
-) -> PredictionLog:
-    """The predictions that the file holds of this evaluation, ready for more; without a file nothing is fingerprinted."""
-    if path is None:
-        return PredictionLog(None, {}, part=processes.rank)
+def _kept(
+    log: PredictionLog, settings: Mapping[str, object], model: nn.Module | Engine, dataset: VideoDataset
+) -> dict[int, Kept]:
+    """The predictions that the file holds of this evaluation; without a file nothing is fingerprinted."""
+    if log.path is None:
+        return {}
 
     def renew(index: int, kept: Kept) -> Kept:
         return dataclasses.asdict(judge(index, dataset.samples[index], kept["prediction"], kept["scores"]))
 
     questions = _fingerprints(dataset, str(settings["choose"]))
-    return PredictionLog(path, {**settings, **_settings(model, dataset)}, questions, renew, overwrite, processes.rank)
+    return log.read({**settings, **_settings(model, dataset)}, questions, renew)
 
 
 def _settings(model: nn.Module | Engine, dataset: VideoDataset) -> dict[str, object]:

@@ -63,7 +63,7 @@ def figure_of(report: Report) -> Figure:
     guessed_all = [chance["overall"] if chance else None] * len(orders)
     panels.append(("All questions, by order of the frames", orders, scores, guessed_all))
 
-    heights = [_height(labels) for _, labels, *_ in panels]
+    heights = [LINE_HEIGHT * sum(map(_lines, labels)) for _, labels, *_ in panels]
     figure = Figure(figsize=(8, sum(heights) + 1.0 * len(panels) + 0.5), facecolor="white", layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
@@ -88,15 +88,16 @@ def _wrapped(label: str) -> str:
     return "\n".join(textwrap.wrap(label, WRAP)) or label
 
 
-def _height(labels: list[str]) -> float:
-    return LINE_HEIGHT * sum(max(2, _wrapped(label).count("\n") + 1.6) for label in labels)
+def _lines(label: str) -> float:
+    """How many lines tall a label's row is."""
+    return max(2, _wrapped(label).count("\n") + 1.6)
 
 
 def _panel(axis: Axes, title: str, labels: list[str], scores: Scores, chances: list[float | None]) -> None:
     """One row a label, as tall as its name; a mark with its interval for each model, and where guessing would be."""
     middles, edge, told = [], 0.0, None
     for label, chance in zip(labels, chances, strict=True):
-        height = max(2, _wrapped(label).count("\n") + 1.6) / 2
+        height = _lines(label) / 2
         middles.append(edge + height / 2)
         if chance is not None:
             axis.plot(

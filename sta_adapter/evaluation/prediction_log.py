@@ -12,9 +12,9 @@ import glob
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
+from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.errors import ConfigError
 
 __all__ = ["PredictionLog"]
@@ -29,44 +29,46 @@ class PredictionLog:
 
     Args:
         path: the file; None keeps them in memory only.
-        settings: what all of the file's predictions must have been made with.
-        questions: the fingerprint of each question, by its index: of whatever its prediction depends on besides.
-        renew: makes of a prediction read from the file, and the question's index, what it says today.
-        overwrite: throw the file's predictions away.
         part: the process's number.
+        overwrite: throw the file's predictions away.
     """
 
-    def __init__(
-        self,
-        path: str | Path | None,
-        settings: Mapping[str, object],
-        questions: Sequence[str] = (),
-        renew: Callable[[int, Kept], Kept] = lambda index, prediction: prediction,
-        overwrite: bool = False,
-        part: int = 0,
-    ) -> None:
-        self.whole = None if path is None else Path(path)
-        self.path = self.whole.with_name(f"{self.whole.name}.part{part}") if self.whole and part else self.whole
+    def __init__(self, path: str | Path | None, part: int = 0, overwrite: bool = False) -> None:
+        self.path = None if path is None else Path(f"{path}.part{part}" if part else path)
         self.part = part
-        self.settings = json.loads(json.dumps(settings))
-        self.questions = list(questions)
-        self.renew = renew
         self.overwrite = overwrite
         self.done: dict[int, Kept] = {}  # by sample index
         self.bad: dict[int, str] = {}  # why samples could not be used
         self._file: TextIO | None = None
 
     def __enter__(self) -> PredictionLog:
-        """Read what is there; the first process does. A file of another evaluation is refused."""
-        if self.path is None:
-            return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.part == 0:
-            for path in [self.path, *self._parts()]:
-                if path.exists() and not self.overwrite:
-                    self._read(path)
-            self._write_all()
         return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def read(
+        self,
+        settings: Mapping[str, object],
+        questions: Sequence[str],
+        renew: Callable[[int, Kept], Kept] = lambda index, prediction: prediction,
+    ) -> dict[int, Kept]:
+        """What the file holds of an evaluation, by sample index; the first process reads, and refuses a file of another one.
+
+        Args:
+            settings: what all predictions must have been made with.
+            questions: the fingerprint of each question, by its index: of whatever its prediction depends on besides.
+            renew: makes of a prediction read from the file, and the question's index, what it says today.
+        """
+        self.settings = json.loads(json.dumps(settings))
+        self.questions = list(questions)
+        if self.path is not None and not self.part:
+            for path in [self.path, *self._parts(self.path)]:
+                if path.exists() and not self.overwrite:
+                    self._read(path, renew)
+            self._write_all(self.path)
+        return self.done
 
     def open(self, done: dict[int, Kept]) -> None:
         """Begin to write, with what the first process has read."""
@@ -83,31 +85,21 @@ class PredictionLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self.path is not None and self.part == 0:
-            self._write_all()
+        if self.path is not None and not self.part:
+            self._write_all(self.path)
 
-    def _parts(self) -> list[Path]:
+    @staticmethod
+    def _parts(path: Path) -> list[Path]:
         """Of other processes, now or of an evaluation that was cut off."""
-        path = self.path
-        return [] if path is None else sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
+        return sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
 
-    def _write_all(self) -> None:
+    def _write_all(self, path: Path) -> None:
         """One file of all that is known; the parts' predictions are in it."""
-        if self.path is None:
-            return
         lines = [{"settings": self.settings}, *(self._line(index) for index in sorted(self.done))]
-        fresh = self.path.with_name(f"{self.path.name}.tmp")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        fresh.replace(self.path)
-        for part in self._parts():
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        atomic_folder_write(path.parent, {path.name: content.encode()})
+        for part in self._parts(path):
             part.unlink()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
 
     def add(self, index: int, prediction: Kept) -> None:
         """Keep a prediction."""
@@ -123,7 +115,7 @@ class PredictionLog:
     def _line(self, index: int) -> dict[str, object]:
         return {"index": index, "question": self.questions[index], "prediction": self.done[index]}
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, renew: Callable[[int, Kept], Kept]) -> None:
         """Take over the file's predictions for the questions that are asked."""
         asked: dict[str, list[int]] = {}
         for index, question in enumerate(self.questions):
@@ -140,7 +132,7 @@ class PredictionLog:
                 places = [index for index in asked.get(entry["question"], []) if index not in self.done]
                 if places:
                     index = places[0]
-                    self.done[index] = self.renew(index, kept)
+                    self.done[index] = renew(index, kept)
             except ConfigError:
                 raise
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
-from sta_adapter.distributed import FLATTENS, is_fsdp1, is_parallel, is_sharded, on_rank_zero
+from sta_adapter.distributed import FLATTENS, is_fsdp1, is_sharded, of_all_ranks, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
@@ -123,11 +123,11 @@ class RequireGradient(TrainerCallback):
         if not self._hooks:
             return
         net, handle = _trained(model)
-        if _anywhere(self.found or any(map(_differs_from_zero, handle.parameters()))):
+        if any(of_all_ranks(self.found or any(map(_differs_from_zero, handle.parameters())))):
             self._end()
             self._note_single_frames(handle)
             return
-        if not _anywhere(not _is_idle(net, handle)):
+        if all(of_all_ranks(_is_idle(net, handle))):
             return
         self.steps += 1
         reason = _reason(handle)
@@ -245,15 +245,6 @@ def _is_idle(model: nn.Module, handle: STAHandle) -> bool:
     sta = {id(parameter) for parameter in handle.parameters()}
     others = [p for p in model.parameters() if p.grad is not None and id(p) not in sta]
     return bool(others) and not any(map(_differs_from_zero, others))
-
-
-def _anywhere(found: bool) -> bool:
-    """Whether any of the processes found it; all must call this."""
-    if not is_parallel():
-        return found
-    answers: list[bool | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(answers, found)
-    return any(answers)
 
 
 def _reason(handle: STAHandle) -> str:

@@ -1,7 +1,4 @@
-"""What can be set about a training run, checked, and read from YAML.
-
-The defaults are the published recipe.
-"""
+"""What can be set about a training run, and the checks of it; the defaults are the published recipe."""
 
 from __future__ import annotations
 
@@ -10,16 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.adapter.lora_options import MAX_ALPHA, MAX_RANK
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.errors import ConfigError
+from sta_adapter.training.yaml_file import read_yaml
 from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
-
-if TYPE_CHECKING:
-    import yaml
 
 __all__ = ["TrainingConfig"]
 
@@ -203,41 +198,6 @@ class TrainingConfig:
 
 
 DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(TrainingConfig)}
-
-
-def read_yaml(path: str | Path) -> dict[str, object]:
-    """A mapping from a YAML file."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("reading YAML needs PyYAML: pip install 'sta-adapter[train]'.") from error
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _single_keys())  # a SafeLoader
-    except OSError as error:
-        raise ConfigError(f"can't read the settings in {str(path)!r}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad dates and numbers of thousands of digits, too
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:500]}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, expected lines like 'learning_rate: 1.0e-4'.")
-    return values
-
-
-def _single_keys() -> type[yaml.SafeLoader]:
-    """A safe loader that refuses a key which stands twice, of which YAML would take the last."""
-    import yaml
-
-    class SingleKeys(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise yaml.YAMLError(f"{twice!r} stands twice in it, line {node.start_mark.line + 1} and after")
-            found: dict[object, object] = super().construct_mapping(node, deep)
-            return found
-
-    return SingleKeys
 
 
 def _check_names(values: Mapping[str, object], where: str = "the settings", known: type = TrainingConfig) -> None:

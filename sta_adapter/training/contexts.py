@@ -49,14 +49,13 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def kept_configuration(model: nn.Module) -> Iterator[None]:
     """Keep the model's use of a cache, which the trainer of transformers 5 switches off: a base is known again by its configuration."""
-    config = getattr(model, "config", None)
-    before = {} if config is None else {name: value for name, value in vars(config).items() if name == "use_cache"}
+    values = {} if (config := getattr(model, "config", None)) is None else vars(config)
+    before = {name: values[name] for name in ("use_cache",) if name in values}
     try:
         yield
     finally:
-        if config is not None:
-            vars(config).pop("use_cache", None)
-            vars(config).update(before)
+        values.pop("use_cache", None)
+        values.update(before)
 
 
 @contextlib.contextmanager

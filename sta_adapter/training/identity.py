@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.adapter.format import WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.run_file import RECORDS_FIELD, RUN_FILE, read_run_file
@@ -123,7 +124,4 @@ def _is_longer(found: Mapping[str, Any], identity: Mapping[str, Any], differ: li
 
 def write_json(path: Path, values: object) -> None:
     """Write a JSON file all at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    atomic_folder_write(path.parent, {path.name: f"{json.dumps(values, indent=1)}\n".encode()})

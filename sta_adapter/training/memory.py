@@ -108,7 +108,10 @@ def without_values(model: nn.Module) -> FakeTensorMode:
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
-                if value is None or (not value.is_floating_point() and not value.is_meta) or _is_table(module, value):
+                if value is None:
+                    continue
+                small = value.numel() <= SMALL and not isinstance(value, nn.Parameter)
+                if not value.is_meta and (small or not value.is_floating_point()):
                     continue
                 if id(value) not in made:
                     with mode:
@@ -118,10 +121,6 @@ def without_values(model: nn.Module) -> FakeTensorMode:
                     made[id(value)] = (fake, value)
                 table[name] = made[id(value)][0]
     return mode
-
-
-def _is_table(module: nn.Module, value: torch.Tensor) -> bool:
-    return not isinstance(value, nn.Parameter) and not value.is_meta and value.numel() <= SMALL
 
 
 def step_peak(

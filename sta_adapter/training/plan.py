@@ -230,18 +230,17 @@ def _of_clips(parts: dict[str, float], clips: int) -> dict[str, float]:
     return {part: size * clips if part in by_clip else size for part, size in parts.items()}
 
 
-def measure_step(
-    stage: Stage, model: nn.Module, sample: Encoded, device: torch.device, processes: int = 1
-) -> dict[str, float]:
-    """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample."""
+def measure_step(stage: Stage, model: nn.Module, sample: Encoded, processes: int) -> dict[str, float]:
+    """Seconds, and on CUDA the peak in bytes, of one forward and backward on a device batch of the longest sample, where the model is."""
     size, _ = stage.config.device_batches(processes)
     model, handle = _prepared(stage, model)
+    device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in _batch(stage, [sample] * size, handle).items()}
-    cuda = device.type == "cuda"
-    model.to(device).train()
+    model.train()
     with full_precision(model), activation_checkpointing(model, handle, stage.config.gradient_checkpointing):
         seconds = min(_timed(model, inputs, device, stage) for _ in range(2))  # the first one warms up
-    return {"seconds": seconds, **({"bytes": float(torch.cuda.max_memory_allocated(device))} if cuda else {})}
+    peak = {"bytes": float(torch.cuda.max_memory_allocated(device))} if device.type == "cuda" else {}
+    return {"seconds": seconds, **peak}
 
 
 def _timed(model: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device, stage: Stage) -> float:

@@ -43,7 +43,7 @@ class Progress(TrainerCallback):
         label: str,
         watch: Watch,
         clips: int,
-        measured: str = "loss",
+        measured: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label, self.watch, self.clips, self.measured, self.clock = label, watch, clips, measured, clock

@@ -6,9 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import TypedDict
 
-from torch import distributed
-
-from sta_adapter.distributed import is_parallel
+from sta_adapter.distributed import of_all_ranks
 from sta_adapter.errors import DataError
 
 __all__ = ["SampleCounts"]
@@ -54,9 +52,6 @@ class SampleCounts:
 
     def of_all(self) -> Counts:
         """`batches_used` and `bad_samples` of all processes, which must all call this."""
-        counts: list[tuple[int, list[str]]] = [(self.batches_used, list(self.bad_samples))]
-        if is_parallel():
-            counts *= distributed.get_world_size()
-            distributed.all_gather_object(counts, counts[0])
+        counts = of_all_ranks((self.batches_used, list(self.bad_samples)))
         bad = dict.fromkeys(sample for _, samples in counts for sample in samples)
         return {"batches_used": sum(used for used, _ in counts), "bad_samples": list(bad)}

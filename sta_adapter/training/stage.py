@@ -48,7 +48,7 @@ from sta_adapter.training.identity import write_json
 from sta_adapter.training.lora import lora_config, mark_trained, require_same_lora
 from sta_adapter.training.progress import Progress, describe
 from sta_adapter.training.trainer import AdapterTrainer
-from sta_adapter.training.watch import EarlyStopping, Resumption, Signals, Watch
+from sta_adapter.training.watch import Resumption, Signals, Watch
 
 __all__ = ["Stage"]
 
@@ -79,6 +79,8 @@ class Stage:
     eval_dataset: VideoDataset | StreamDataset | None = None  # what the loss is measured on
     eval_fn: Callable[[nn.Module], dict[str, float]] | None = None  # what is measured instead
     signals: Signals = field(default_factory=Signals)  # that end the run
+    callbacks: Sequence[TrainerCallback] = ()
+    progress: bool = True  # whether a summary and bars are shown
     extends: bool = True  # whether a finished stage goes on, when it is to be longer now
 
     def prepare(self, model: nn.Module, handle: STAHandle | None) -> tuple[nn.Module, STAHandle | None]:
@@ -108,16 +110,10 @@ class Stage:
         if not file.exists():
             return None
         found: StageResult = json.loads(file.read_text(encoding="utf-8"))
-        longer = found.get("length", self.config.length) != self.config.length
+        longer = found["length"] != self.config.length
         return None if longer and self.extends else found
 
-    def run(
-        self,
-        model: nn.Module,
-        handle: STAHandle | None,
-        callbacks: Sequence[TrainerCallback] = (),
-        progress: bool = True,
-    ) -> StageResult:
+    def run(self, model: nn.Module, handle: STAHandle | None) -> StageResult:
         """Train, or take what an earlier call finished; gives what `TrainingResult.stages` holds. Errors are those of `train`."""
         found = self.finished()
         if found is not None:
@@ -127,7 +123,7 @@ class Stage:
         started = time.perf_counter()
         trainer = None
         while trainer is None:
-            trainer = self._attempt(model, handle, callbacks, progress)
+            trainer = self._attempt(model, handle)
         result: StageResult = {
             "steps": trainer.state.global_step,
             "seconds": round(time.perf_counter() - started, 3),
@@ -139,25 +135,20 @@ class Stage:
         on_rank_zero(lambda: write_json(self.folder / RESULT_FILE, result))
         return result
 
-    def _attempt(
-        self, model: nn.Module, handle: STAHandle | None, callbacks: Sequence[TrainerCallback], progress: bool
-    ) -> AdapterTrainer | None:
+    def _attempt(self, model: nn.Module, handle: STAHandle | None) -> AdapterTrainer | None:
         """Train to the end; None where the memory was not enough, and smaller parts of a step are to be tried."""
         checkpointed = activation_checkpointing(model, handle, self.config.gradient_checkpointing)
         with full_precision(model), checkpointed, kept_configuration(model):
             watch = Watch(f"stage {self.name}", self.config, self.folder, self.signals)
             shown = Progress(f"stage {self.name}", watch, self.config.batch_size, self.measured())
-            trainer = self._trainer(model, handle, watch, [*callbacks, *([shown] if progress else [])])
+            trainer = self._trainer(model, handle, watch, shown)
             on_rank_zero(lambda: drop_incomplete(self.folder))
             checkpoint = last_checkpoint(self.folder)
             if checkpoint is None and (self.folder / RESULT_FILE).exists():
                 raise CheckpointError(f"{self.folder} holds a finished stage without a checkpoint to go on from.")
-            if checkpoint is not None:
-                logger.info("going on from %s", checkpoint)
-                trainer.go_on_after(checkpoint)
-            if progress and is_rank_zero():
+            if self.progress and is_rank_zero():
                 shown.say("\n".join(describe(self, model, checkpoint)))
-            if checkpoint is None or not trainer.ended_in(checkpoint, self.steps()):
+            if checkpoint is None or not trainer.take_up(checkpoint, self.steps()):
                 smaller = self._train(trainer, checkpoint, shown)
                 if smaller is not None:
                     trainer.keep_for_smaller_parts()
@@ -172,6 +163,7 @@ class Stage:
     def _train(self, trainer: AdapterTrainer, checkpoint: Path | None, shown: Progress) -> TrainingConfig | None:
         """Train; gives settings that take less memory at a time if there was too little of it."""
         if checkpoint is not None:
+            logger.info("going on from %s", checkpoint)
             require_readable(checkpoint)
         others = multiprocessing.active_children()
         trainer.add_callback(_EndWorkers(trainer.watch, others))
@@ -241,10 +233,7 @@ class Stage:
             return "what eval_fn measures"
         return "the loss" if self.eval_dataset is None else f"the loss on {len(cast(Sized, self.eval_dataset))} samples"
 
-    def _trainer(
-        self, model: nn.Module, handle: STAHandle | None, watch: Watch, callbacks: Sequence[TrainerCallback]
-    ) -> AdapterTrainer:
-        patience = self.config.early_stopping
+    def _trainer(self, model: nn.Module, handle: STAHandle | None, watch: Watch, shown: Progress) -> AdapterTrainer:
         with trainable_when_quantized(model):
             trainer = AdapterTrainer(
                 model=model,
@@ -252,7 +241,7 @@ class Stage:
                 train_dataset=self.dataset,
                 eval_dataset=self.eval_dataset or (self.dataset if self.eval_fn else None),
                 data_collator=Collator.of(self.dataset.processor, on_bad_sample=self.dataset.encoder.on_bad_sample),
-                callbacks=[watch, Resumption(), *callbacks, *([] if patience is None else [EarlyStopping(patience)])],
+                callbacks=[watch, Resumption(), *self.callbacks, *([shown] if self.progress else [])],
                 config=self.config,
                 sta_parameters=lambda: iter(()) if handle is None else handle.parameters(),
                 adapter_files=lambda: (

@@ -1,13 +1,11 @@
 """The Hugging Face trainer, taught what an adapter needs.
 
-Checkpoints hold the trained parameters (exactly) and the adapter, never the frozen base, and count only when complete;
-bad samples are counted; STA has its own learning rate, and vectors (norms, biases, gamma) no weight decay.
+Checkpoints hold the trained parameters (exactly) and the adapter, never the frozen base, and count only when complete; STA
+has its own learning rate, and vectors (norms, biases, gamma) no weight decay. The loss is that of `TokenTrainer`.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
 import json
 import math
 import shutil
@@ -16,22 +14,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import save
 from torch import distributed, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerState
 
 from sta_adapter.adapter.save import replace_files
-from sta_adapter.compatibility.position_seams import forget_earlier_batches
 from sta_adapter.compatibility.releases import transformers_release
-from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.stream import StreamDataset, StreamPosition, stream_loader
-from sta_adapter.distributed import average, is_parallel, of_rank_zero, on_rank_zero
-from sta_adapter.errors import CheckpointError, DataError, STAError
+from sta_adapter.distributed import is_parallel, of_rank_zero, on_rank_zero
+from sta_adapter.errors import CheckpointError, STAError
 from sta_adapter.evaluation.eval_mode import eval_mode
-from sta_adapter.injection.handle import get_sta
 from sta_adapter.training.arguments import refuse_flattening
 from sta_adapter.training.checkpoints import (
     SAMPLES_FILE,
@@ -47,20 +42,17 @@ from sta_adapter.training.contexts import kept_random_state
 from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.optimizer import parameter_groups
 from sta_adapter.training.sample_counts import SampleCounts
-from sta_adapter.training.watch import Watch, stopped_early
+from sta_adapter.training.token_loss import TokenTrainer
+from sta_adapter.training.watch import stopped_early
 
 __all__ = ["AdapterTrainer"]
 
 
-Batch = dict[str, Any]
-"""Tensors by name, and `bad_samples`."""
-
-
-class AdapterTrainer(Trainer):
-    """A `Trainer` that trains, saves and loads only what requires a gradient.
+class AdapterTrainer(TokenTrainer):
+    """A trainer that trains, saves and loads only what requires a gradient.
 
     `sta_parameters` is asked when the optimizer is made, `adapter_files` (contents by name) on all processes; `eval_fn`
-    gives what `evaluate` measures instead of the loss. All else is of `Trainer`.
+    gives what `evaluate` measures instead of the loss.
     """
 
     def __init__(
@@ -69,7 +61,6 @@ class AdapterTrainer(Trainer):
         config: TrainingConfig,
         sta_parameters: Callable[[], Iterator[nn.Parameter]],
         adapter_files: Callable[[], dict[str, bytes]],
-        watch: Watch,
         eval_fn: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,17 +70,11 @@ class AdapterTrainer(Trainer):
         }
         super().__init__(**{**kwargs, **filled})
         refuse_flattening(getattr(self.accelerator.state, "fsdp_plugin", None))
-        # whatever the model takes, a step's tokens are counted, for `compute_loss`
-        self.model_accepts_loss_kwargs = True
-        if (5, 2) <= transformers_release() <= (5, 4):  # there it divides gradients again
-            self.accelerator.gradient_accumulation_steps = 1
-        self.watch = watch
         self.config = config
+        self.folder = Path(str(self.args.output_dir))
         self.sta_parameters = sta_parameters
         self.adapter_files = adapter_files
         self.eval_fn = eval_fn
-        self.counts = SampleCounts()
-        self.measured = (0.0, 0.0)  # the loss of all tokens that an evaluation has come to, and their number
         self.position = StreamPosition(  # in a stream
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -107,10 +92,6 @@ class AdapterTrainer(Trainer):
     def _train_batch_size(self, size: int) -> None:
         pass
 
-    @property
-    def _net(self) -> nn.Module:
-        return cast(nn.Module, self.model)
-
     def get_train_dataloader(self) -> DataLoader[object]:
         """As the base class, but no sample comes twice; streams are shared out by themselves, before anything is decoded."""
         if not isinstance(self.train_dataset, StreamDataset):
@@ -125,104 +106,16 @@ class AdapterTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[object]:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[object] | None = None) -> DataLoader[object]:
         """As the base class, but no sample comes twice."""
-        return fill_up(super().get_eval_dataloader(*args, **kwargs))
+        return fill_up(super().get_eval_dataloader(eval_dataset))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""
         if self.optimizer is None:
             groups = parameter_groups(model or self._net, set(map(id, self.sta_parameters())), self.config)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
         return self.optimizer
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, *_: object
-    ) -> tuple[list[Batch], torch.Tensor]:
-        """The batches of a step, and how many tokens all processes together learn in it, which older releases count otherwise."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        learned = torch.zeros((), dtype=torch.long, device=self.args.device)
-        for batch in batches:
-            learned += (batch["labels"] != IGNORE).sum()
-        if is_parallel():
-            distributed.all_reduce(learned)
-        return batches, learned
-
-    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A step on the usable samples of the batch; without any there is nothing to learn from.
-
-        One of several processes must take part in the others' exchange all the same: it runs on two tokens with zero
-        weight.
-        """
-        self.counts.add_bad(inputs.pop("bad_samples", []))
-        usable = "input_ids" in inputs
-        self.counts.batches_used += usable
-        if not usable:
-            self.counts.require_good_start()
-        if usable or is_parallel():
-            inputs = inputs if usable else placeholder(self.args.device)
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        else:
-            loss = torch.zeros((), device=self.args.device)
-        self.watch.add(loss, usable)
-        return loss
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """As the base class; only a model with STA takes `clip_lengths`."""
-        if get_sta(self._net) is None:
-            inputs.pop("clip_lengths", None)
-        forget_earlier_batches(self._net, inputs)
-        return super()._prepare_inputs(inputs)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """As the base class, but each token of a step counts once whatever the model makes of `num_items_in_batch`.
-
-        Many (Qwen2.5-VL, Qwen3-VL, GLM) give the mean over the batch that they see, of which a step may have several. A
-        batch that nothing trained takes part in (text alone, in stage one) has zero gradients.
-        """
-        learned = (inputs["labels"] != IGNORE).sum()
-        if is_parallel() and not learned:
-            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-            loss = outputs["logits"].sum() * 0  # a mean over no token would not be a number
-            return (loss, outputs) if return_outputs else loss
-        outcome = super().compute_loss(model, inputs, return_outputs)
-        loss, *rest = outcome if isinstance(outcome, tuple) else (outcome,)
-        if num_items_in_batch is not None and torch.is_grad_enabled():  # of all processes, whose gradients are averaged
-            loss = loss * (learned * self.args.world_size / num_items_in_batch)
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            loss = loss + 0 * sum(p.sum() for p in self._net.parameters() if p.requires_grad)
-        return (loss, *rest) if rest else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """As the base class, on the usable samples; the others are counted as in training."""
-        self.counts.add_bad(inputs.pop("bad_samples", []))
-        usable = "input_ids" in inputs
-        if not usable and not is_parallel():
-            return None, None, None
-        inputs = inputs if usable else placeholder(self.args.device)  # with a loss of zero
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and (learned := int((inputs["labels"] != IGNORE).sum())):
-            self.measured = (self.measured[0] + float(loss) * learned, self.measured[1] + learned)
-        return loss, logits, labels
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As the base class, where each batch counts once; here each token does in the loss, as in training, and must be there."""
-        self.measured = (0.0, 0.0)
-        outcome = super().evaluation_loop(*args, **kwargs)
-        loss, tokens = average(self.measured, self.args.device) if is_parallel() else self.measured
-        if not tokens:
-            bad = self.counts.of_all()["bad_samples"]
-            raise DataError(f"there is nothing to measure the loss on: all samples are bad, the latest {bad[-1:]}")
-        cast("dict[str, float]", outcome.metrics)[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
-        return outcome
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `eval_fn` gives, logged as `eval_...`, or else the loss on the evaluation data."""
@@ -243,12 +136,11 @@ class AdapterTrainer(Trainer):
             {**self.counts.of_all(), "place": self.position.saved(), "length": self.config.length}
         ).encode()
         files = {TRAINED_FILE: save(trained_state(self._net)), SAMPLES_FILE: counts, **self.adapter_files()}
-        on_rank_zero(lambda: replace_files(output_dir or str(self.args.output_dir), files))
+        on_rank_zero(lambda: replace_files(output_dir or self.folder, files))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the base class; the checkpoint counts, and older ones go, only when all processes have written theirs."""
-        parent = Path(str(self.args.output_dir))
-        folder = parent / f"checkpoint-{self.state.global_step}"
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -261,16 +153,14 @@ class AdapterTrainer(Trainer):
                 f"can't save {folder} ({error}). The checkpoints before it are whole. When the cause is gone (a full disk, for "
                 "example), the same command goes on from them."
             ) from error
-        on_rank_zero(lambda: rotate(parent, self.config.keep_checkpoints, self.state.best_model_checkpoint))
+        on_rank_zero(lambda: rotate(self.folder, self.config.keep_checkpoints, self.state.best_model_checkpoint))
 
     def keep_for_smaller_parts(self) -> None:
         """After a step that the memory was not enough for: drop what it left, and save what the steps before it made."""
         self._net.zero_grad(set_to_none=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         step = self.state.global_step
-        if step and not (Path(str(self.args.output_dir)) / f"checkpoint-{step}").is_dir():
+        if step and not (self.folder / f"checkpoint-{step}").is_dir():
             self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -279,22 +169,15 @@ class AdapterTrainer(Trainer):
         counts = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
         self.counts = SampleCounts(counts["batches_used"], counts["bad_samples"])
 
-    def go_on_after(self, checkpoint: Path) -> None:
-        """Find the position in a stream again that a checkpoint was made at."""
-        if isinstance(self.train_dataset, StreamDataset):
-            step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
-            saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))["place"]
-            self.position = self.position.resumed(saved, step, self.args.gradient_accumulation_steps)
-
-    def ended_in(self, checkpoint: Path, steps: int) -> bool:
-        """Whether a checkpoint is of the last step; then it is loaded, as the base class would train a step too many."""
+    def take_up(self, checkpoint: Path, steps: int) -> bool:
+        """Go on after a checkpoint; whether it is of the last step. Then it is loaded: the base class would train a step too many."""
         saved = json.loads((checkpoint / SAMPLES_FILE).read_text(encoding="utf-8"))
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        patience, args = self.config.early_stopping, self.args
-        early = patience is not None and stopped_early(
-            state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), patience
-        )
-        last = state.max_steps if saved.get("length", self.config.length) == self.config.length else steps
+        if isinstance(self.train_dataset, StreamDataset):
+            parts = self.args.gradient_accumulation_steps
+            self.position = self.position.resumed(saved["place"], state.global_step, parts)
+        early = stopped_early(state, self.args, self.config.early_stopping)
+        last = state.max_steps if saved["length"] == self.config.length else steps
         if state.global_step < last and not early:
             return False
         self.state = state
@@ -305,14 +188,8 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint)).name  # the run's folder may have moved
-        load_trained(self._net, Path(str(self.args.output_dir)) / best)
+        load_trained(self._net, self.folder / best)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with numpy_allowed():
             super()._load_rng_state(checkpoint)
-
-
-def placeholder(device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch of two tokens with nothing to learn from."""
-    ones = torch.ones((1, 2), dtype=torch.long, device=device)
-    return {"input_ids": ones, "attention_mask": ones, "labels": IGNORE * ones}

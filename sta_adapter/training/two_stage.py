@@ -124,10 +124,8 @@ def train(
     dataset = _opened(data, processor, config)
     eval_dataset = None if eval_data is None else _opened(eval_data, processor, config, stream=False)
     signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
-    parts = [
-        Stage(name, config.for_stage(name), folder / f"stage{name}", dataset, eval_dataset, eval_fn, signals)
-        for name in names
-    ]
+    of_all = (dataset, eval_dataset, eval_fn, signals, callbacks, progress)
+    parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
     _check_settings(config, parts, model)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
@@ -135,13 +133,13 @@ def train(
         lambda: claim(folder, identity_of(stage, config, dataset, eval_dataset, start, result.model), overwrite)
     )
     with signals:
-        _run(parts, result, callbacks, progress)
+        _run(parts, result)
     on_rank_zero(lambda: _publish(parts[-1].folder, folder))
     result.model.eval()
     return result
 
 
-def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[TrainerCallback], progress: bool) -> None:
+def _run(parts: Sequence[Stage], result: TrainingResult) -> None:
     """Train the stages one after the other."""
     if len(parts) > 1:  # what stands on stage one needs it as it is
         parts[0].extends = last_checkpoint(parts[1].folder) is None
@@ -149,7 +147,7 @@ def _run(parts: Sequence[Stage], result: TrainingResult, callbacks: Sequence[Tra
         if part.finished():
             result.finished_before.append(part.name)
         result.model, result.handle = part.prepare(result.model, result.handle)
-        result.stages[part.name] = part.run(result.model, result.handle, callbacks, progress)
+        result.stages[part.name] = part.run(result.model, result.handle)
         if part.signals.received and part is not parts[-1]:
             raise part.stopped()
 
@@ -172,16 +170,14 @@ def _opened(
     stream: bool = True,
 ) -> VideoDataset | StreamDataset:
     """Files as a data set; whatever else has samples is one already."""
-    named = isinstance(data, (str, Path)) or (
-        isinstance(data, (list, tuple)) and all(isinstance(d, (str, Path)) for d in data)
-    )
-    if isinstance(data, (list, tuple)) and not named:
+    files = [data] if isinstance(data, (str, Path)) else data
+    if not isinstance(files, (list, tuple)):
+        return cast("VideoDataset | StreamDataset", files)
+    if not all(isinstance(file, (str, Path)) for file in files):
         raise ConfigError(
             "data is a list of records, expected a file, several, or a data set: VideoDataset(records, processor)."
         )
-    if not named:
-        return cast("VideoDataset | StreamDataset", data)
-    return open_data(cast("str | Path | Sequence[str | Path]", data), processor, config, stream=stream)
+    return open_data(files, processor, config, stream=stream)
 
 
 def open_data(

@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +25,7 @@ from sta_adapter.errors import DivergenceError
 from sta_adapter.training.checkpoints import last_checkpoint
 from sta_adapter.training.config import TrainingConfig
 
-__all__ = ["EarlyStopping", "Resumption", "Signals", "Watch", "stopped_early"]
+__all__ = ["Resumption", "Signals", "Watch", "stopped_early"]
 
 GROWTH = 100.0  # so many times its lowest value, a loss has diverged
 RECENT = 5  # steps whose median is the loss, as single batches may be odd
@@ -68,7 +68,7 @@ class Signals:
 
 
 class Watch(TrainerCallback):
-    """Ends a stage whose loss diverges, or after a signal; saves checkpoints by time, which `clock` gives in seconds."""
+    """Ends a stage whose loss diverges or gets no better, or after a signal; saves checkpoints by time, `clock`'s in seconds."""
 
     def __init__(
         self,
@@ -116,6 +116,11 @@ class Watch(TrainerCallback):
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """End a stage that gets no better; the log, from which that is counted, is in its checkpoints."""
+        if stopped_early(state, args, self.config.early_stopping):
+            control.should_training_stop = True
+
     def on_epoch_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """A stage that was stopped in the middle of an epoch is not at its end, where it would evaluate."""
         if self.stopped and not float(state.epoch or 0).is_integer():
@@ -129,13 +134,10 @@ class Watch(TrainerCallback):
         """What is wrong with the loss of the step that ends, which is the mean over processes; None if nothing is."""
         if not self._parts:
             return None
-        loss, whole = float(torch.stack([part.float() for part in self._parts]).sum()), self._whole
+        loss = float(torch.stack([part.float() for part in self._parts]).sum())
+        # a process without a clip has a share of zero in the mean; with none of them it says nothing
+        loss, whole = average([loss, float(self._whole)], args.device)
         self._parts, self._whole = [], True
-        if is_parallel():
-            loss, share = average([loss, float(whole)], args.device)
-            whole = (
-                share > 0
-            )  # a process without a clip has a share of zero in the mean; with none of them it says nothing
         if not math.isfinite(loss):
             return f"is not finite ({loss:g})"
         if not whole:
@@ -179,21 +181,9 @@ class Resumption(TrainerCallback):
             lr_scheduler.step()
 
 
-class EarlyStopping(TrainerCallback):
-    """Ends a stage after so many evaluations in a row that were no better than the best."""
-
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Count from what is logged, which checkpoints keep."""
-        if stopped_early(
-            state.log_history, str(args.metric_for_best_model), bool(args.greater_is_better), self.patience
-        ):
-            control.should_training_stop = True
-
-
-def stopped_early(history: Sequence[Mapping[str, float]], metric: str, more_is_better: bool, patience: int) -> bool:
-    """Whether the latest `patience` evaluations were no better than the best before them."""
-    values = [entry[metric] if more_is_better else -entry[metric] for entry in history if metric in entry]
-    return bool(values) and len(values) - 1 - values.index(max(values)) >= patience
+def stopped_early(state: TrainerState, args: TrainingArguments, patience: int | None) -> bool:
+    """Whether the latest `patience` evaluations, as logged, were no better than the best before them; None has any patience."""
+    metric = str(args.metric_for_best_model)
+    found = [entry[metric] for entry in state.log_history if metric in entry]
+    values = found if args.greater_is_better else [-value for value in found]
+    return patience is not None and bool(values) and len(values) - 1 - values.index(max(values)) >= patience

@@ -250,7 +250,7 @@ def _ask(
     seen = viewer.observe(clip, limit, PATCH_BUDGET)
     shown, times, why = clip.step_frames(seen)
     noted = report.notes(seen, why, trained=True)  # the page says at its top whether there is an adapter
-    found = report.sections(seen, shown if not why else shown[:0], times, noted=noted, budget=PATCH_BUDGET, framed=True)
+    found = report.sections(seen, shown, times, noted=noted, budget=PATCH_BUDGET, framed=True)
     yield base, adapted, found
 
 

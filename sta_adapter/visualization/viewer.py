@@ -26,9 +26,7 @@ from sta_adapter.evaluation.answering import Answerer
 from sta_adapter.evaluation.eval_mode import without_adapter
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
-from sta_adapter.injection.text_positions import use_positions_of
-from sta_adapter.loading import load_adapter, load_model, load_processor, saved_frame_settings, saved_positions
-from sta_adapter.tiny_base import usual_frames
+from sta_adapter.loading import frames_in_force, load_model, load_processor, with_adapter
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.frame_table import read_frame_table
 from sta_adapter.visualization.observation import Observation, observe
@@ -48,14 +46,13 @@ class LoadedClip:
 
     frames: np.ndarray  # (F, height, width, 3) uint8, what the processor got
     times: np.ndarray | None  # (F,) seconds from the file's start; None if not known
-    messages: list[Message]  # the question as a conversation
-    encoded: dict[str, Tensor]  # what the processor made of one such conversation
+    encoded: dict[str, Tensor]  # what the processor made of both
     inputs: dict[str, Tensor]  # keyword arguments of the model, a batch of one
     rows_are_frames: bool  # whether the model gets the frames as a batch of pictures, so that STA must be told the clip
     cropped: bool  # whether the processor cuts something off the frames, or adds to them
 
     def step_frames(self, seen: Observation) -> tuple[np.ndarray, np.ndarray | None, str]:
-        """The frame that begins each temporal step: (T, height, width, 3), times (T,), and why there is no overlay."""
+        """The frame that begins each temporal step: (T, height, width, 3), times (T,), and why there is no overlay; then no frames."""
         steps = seen.attention.shape[-1]
         stride, rest = divmod(len(self.frames), steps)
         if rest or not stride:
@@ -64,7 +61,8 @@ class LoadedClip:
         reason = seen.no_picture
         if not reason and self.cropped:
             reason = "the processor crops or pads frames, so where its patches stand on the picture can't be known."
-        return self.frames[::stride], None if self.times is None else self.times[::stride], reason
+        frames = self.frames[:0] if reason else self.frames[::stride]
+        return frames, None if self.times is None else self.times[::stride], reason
 
 
 class Viewer:
@@ -125,19 +123,12 @@ class Viewer:
         folder = None if adapter is None else resolve_adapter(adapter)
         source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         processor = load_processor(model, **source)
-        net = load_model(model, **options)
-        use_positions_of(net, positions, saved_positions(folder) if folder else None)
-        sampling = saved_frame_settings(folder) if folder else {}
-        settings = FrameSettings(**{**(sampling or usual_frames(model)), **(frames or {})})
-        if folder is None:
-            return cls(inject_sta(net), processor, settings, trained=False, longest=longest)
-        net = load_adapter(net, folder, base_model=base_model)
-        handle = get_sta(net)
+        net = with_adapter(load_model(model, **options), folder, positions=positions, base_model=base_model)
+        settings = frames_in_force(model, folder, frames)
+        handle = inject_sta(net) if folder is None else get_sta(net)
         if handle is None:
-            raise CheckpointError(
-                f"{os.fspath(adapter or folder)!r} holds LoRA weights and no STA, so there is nothing to see."
-            )
-        return cls(handle, processor, settings, longest=longest)
+            raise CheckpointError(f"{str(adapter)!r} holds LoRA weights and no STA, so there is nothing to see.")
+        return cls(handle, processor, settings, trained=folder is not None, longest=longest)
 
     def read(
         self, path: str | os.PathLike[str], question: str = QUESTION, frames: Mapping[str, Any] | None = None
@@ -161,7 +152,7 @@ class Viewer:
         in_rows = pixels is not None and pixels.dim() == 4 and len(pixels) == len(visual.pixels)
         told = visual.metadata
         times = None if told is None else np.array(told["frames_indices"]) / told["fps"]
-        return LoadedClip(visual.pixels, times, messages, encoded, inputs, in_rows, crops(self.processor))
+        return LoadedClip(visual.pixels, times, encoded, inputs, in_rows, crops(self.processor))
 
     def _decode(self, file: str, settings: FrameSettings) -> Visual:
         """The clip of a file; in a process of its own, where that is possible."""

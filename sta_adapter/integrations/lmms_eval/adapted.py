@@ -22,11 +22,9 @@ class WithAdapter:
     def __init__(
         self, sta: str | None = None, sta_revision: str | None = None, positions: str | None = None, **arguments: object
     ) -> None:
-        from sta_adapter.injection.text_positions import use_positions_of
-        from sta_adapter.loading import load_adapter, saved_positions
+        from sta_adapter.loading import with_adapter
 
         if sta is None:
             raise ConfigError("no adapter; add sta=FOLDER_OR_ID to --model_args, or take the model without '_sta'.")
         super().__init__(**arguments)
-        use_positions_of(self._model, positions, saved_positions(sta, revision=sta_revision))
-        self._model = load_adapter(self._model, sta, revision=sta_revision)
+        self._model = with_adapter(self._model, sta, positions=positions, revision=sta_revision)

@@ -17,7 +17,6 @@ from sta_adapter.injection.registry import get_backbone, in_vllm
 from sta_adapter.integrations.vllm.frames import media_io_kwargs
 from sta_adapter.integrations.vllm.refusals import check_positions
 from sta_adapter.integrations.vllm.request import ADAPTER, ANY_BASE, REVISION
-from sta_adapter.video.frame_settings import FrameSettings
 
 LORA_NAME = "adapted"  # what requests name as their model to get the LoRA weights
 PLUGIN = "sta_adapter"
@@ -67,9 +66,9 @@ def trained_reader(
     model: str, adapter: str, revision: str | None = None, *, model_revision: str | None = None
 ) -> ClipReader:
     """How the adapter's run read its clips; the published recipe where it isn't known."""
-    from sta_adapter.loading import load_processor, saved_frame_settings
+    from sta_adapter.loading import frames_in_force, load_processor
 
-    settings = FrameSettings(**saved_frame_settings(adapter, revision=revision))
+    settings = frames_in_force(model, adapter, revision=revision)
     return ClipReader.of(load_processor(model, revision=model_revision), settings)
 
 
