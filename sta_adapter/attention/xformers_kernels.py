@@ -76,7 +76,8 @@ def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
             probe = torch.zeros(1, 8, 1, head_dim, device="cuda", dtype=dtype).requires_grad_()
             torch.autograd.grad(ops.memory_efficient_attention(probe, probe, probe).sum(), probe)
     except Exception as error:
-        return f"its kernels don't run here ({type(error).__name__}: {str(error).splitlines()[0]})"
+        first_line = str(error).partition("\n")[0]  # there may be none
+        return f"its kernels don't run here ({type(error).__name__}: {first_line})"
     return None
 
 
