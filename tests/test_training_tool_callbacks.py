@@ -53,7 +53,7 @@ def collate(processor, without=()):
     return collator
 
 
-def train(model, data, collator, out, steps=2, callbacks=None, **settings):
+def train(model, data, collator, out, steps=2, callbacks=None, trainer=transformers.Trainer, **settings):
     options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     args = transformers.TrainingArguments(
         str(out),
@@ -64,9 +64,9 @@ def train(model, data, collator, out, steps=2, callbacks=None, **settings):
         **{**options, **settings},
     )
     callbacks = sta_callbacks() if callbacks is None else callbacks
-    trainer = transformers.Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
-    trainer.train()
-    return trainer
+    made = trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+    made.train()
+    return made
 
 
 def outputs(model, data, processor):
@@ -192,6 +192,24 @@ def test_sta_that_peft_trains_is_32_bits_wide(narrow, model, processor, tmp_path
         base = make_model(processor.tokenizer).to(narrow)
         again = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=is_trainable)
         assert dtypes(get_sta(again)) == {expected}
+
+
+class Narrowing(transformers.Trainer):
+    """As TRL's trainers do on a base in 4 or 8 bits."""
+
+    def __init__(self, model, *args, **kwargs):
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.data = parameter.data.to(torch.bfloat16)
+        super().__init__(model, *args, **kwargs)
+
+
+def test_sta_trains_in_32_bits_whatever_the_trainer_makes_of_lora(model, data, processor, tmp_path, recwarn):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    train(trained, data, collate(processor), tmp_path, trainer=Narrowing)
+    assert dtypes(get_sta(trained)) == {torch.float32}
+    assert {p.dtype for name, p in trained.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    assert not any("16 bits" in str(warning.message) for warning in recwarn)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["as it is", "in 32 bits"])

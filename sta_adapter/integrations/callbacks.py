@@ -21,6 +21,7 @@ from sta_adapter.distributed import FLATTENS, is_fsdp1, is_sharded, of_all_ranks
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.target import widen
 from sta_adapter.integrations.optimizers import ShowAverage, require_steps, show_average
 from sta_adapter.integrations.settings import Settings
 
@@ -92,6 +93,11 @@ class RequireGradient(TrainerCallback):
         self.steps = 0
         self.found = False
         self._hooks: list[RemovableHandle] = []
+
+    def on_init_end(self, *_: object, model: nn.Module | None = None, **kwargs: object) -> None:
+        """Put what trains of STA into float32 again: TRL's trainers put all that trains on a base in 4 or 8 bits into bfloat16."""
+        if model is not None and (handle := get_sta(model)) is not None:
+            widen(parameter for parameter in handle.parameters() if parameter.requires_grad)
 
     def on_train_begin(
         self,
