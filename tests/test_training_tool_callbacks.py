@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,11 +59,10 @@ def train(model, data, collator, out, steps=2, callbacks=None, trainer=transform
     options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     args = transformers.TrainingArguments(
         str(out),
-        max_steps=steps,
         use_cpu=True,
         report_to="none",
         remove_unused_columns=False,
-        **{**options, **settings},
+        **{"max_steps": steps, **options, **settings},
     )
     callbacks = sta_callbacks() if callbacks is None else callbacks
     made = trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
@@ -115,6 +116,49 @@ def test_resuming_from_the_files_that_the_callback_writes(processor, data, tmp_p
     again = run("again", 2, resume=str(tmp_path / "alone/checkpoint-2"))
     for (name, a), b in zip(alone.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class FakeHub:
+    """What a trainer pushes, each time in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.pushed = folder, []
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, folder_path, path_in_repo=None, **_):
+        if path_in_repo is None:  # not the checkpoint beside it
+            self.pushed.append(self.folder / str(len(self.pushed)))
+            shutil.copytree(folder_path, self.pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
+        return SimpleNamespace(done=lambda: True)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "saved",
+    [{}, {"hub_strategy": "checkpoint"}, {"save_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}],
+    ids=["each", "with checkpoints", "by epochs"],
+)
+def test_each_push_to_the_hub_is_an_adapter(saved, stage, model, data, processor, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path)
+    for name, value in (
+        ("hf_api", lambda *_, **kwargs: hub),
+        ("create_repo", hub.create_repo),
+        ("upload_folder", hub.upload_folder),
+    ):
+        monkeypatch.setattr(transformers.trainer, name, value, raising=False)
+    handle, lora = prepare_model(model, Settings(stage=stage))
+    trained = handle.model if lora is None else get_peft_model(handle.model, lora)
+    pushing = {"push_to_hub": True, "hub_model_id": "me/sta", "hub_token": "hf_none", **saved}
+    train(trained, data, collate(processor), tmp_path / "out", per_device_train_batch_size=4, **pushing)
+    assert len(hub.pushed) >= 2
+    for step, folder in enumerate(hub.pushed[:2], 1):
+        pushed, kept = (
+            load_sta(make_model(processor.tokenizer), where) for where in (folder, tmp_path / f"out/checkpoint-{step}")
+        )
+        assert (folder / "sta_config.json").exists()
+        assert all(torch.equal(a, b) for a, b in zip(pushed.parameters(), kept.parameters(), strict=True))
 
 
 def test_stage_one_trains_sta_alone(model, data, processor, tmp_path):

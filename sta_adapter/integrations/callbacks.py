@@ -56,6 +56,11 @@ class SaveAdapter(ShowAverage):
         self._handle = handle
         SAVED.add(handle)
 
+    def before_checkpoint(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        """Write the adapter into the output folder where that goes to the Hub with each checkpoint, before `on_save`."""
+        if args.push_to_hub and args.hub_strategy != "end":
+            _save(model, Path(str(args.output_dir)))
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object
     ) -> None:
