@@ -395,6 +395,23 @@ def test_clips_that_the_loss_does_not_see(model, data, processor, tmp_path, capl
         train(trained, data, blind, tmp_path, 5, [RequireGradient(patience=2)])
 
 
+class ShortOfMemory(transformers.Trainer):
+    """Whose memory is not enough for the first step."""
+
+    def training_step(self, *args, **kwargs):
+        if self._train_batch_size == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(*args, **kwargs)
+
+
+def test_nothing_is_left_of_a_start_that_memory_was_too_short_for(model, data, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    options = {"per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    train(trained, data, collate(processor), tmp_path, trainer=ShortOfMemory, **options)
+    assert not any(parameter._backward_hooks for parameter in get_sta(trained).parameters())
+
+
 def test_steps_with_nothing_to_learn_do_not_count(model, data, processor, tmp_path, caplog):
     handle, lora = prepare_model(model, Settings())
     trained = get_peft_model(handle.model, lora)

@@ -123,6 +123,7 @@ class RequireGradient(TrainerCallback):
                 'from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call handle.freeze_base().'
             )
         require_steps(net, trained, optimizer, args)
+        self._end()  # of a start before: `auto_find_batch_size` begins anew where memory is short
         self.steps, self.found = 0, False
         self._hooks = [parameter.register_hook(self._look) for parameter in trained]  # also sees what ZeRO takes away
 
