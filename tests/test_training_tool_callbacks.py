@@ -118,6 +118,20 @@ def test_resuming_from_the_files_that_the_callback_writes(processor, data, tmp_p
         assert torch.equal(a, b), name
 
 
+def test_the_adapters_of_a_search_lie_in_the_checkpoints_of_its_trials(model, tmp_path):
+    handle, _ = prepare_model(model, Settings(stage=1))
+    callback, arguments = SaveAdapter(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=1, is_hyper_param_search=True)
+    for trial in range(2):
+        checkpoint = tmp_path / f"run-{trial}/checkpoint-1"
+        checkpoint.mkdir(parents=True)  # by the trainer, just before
+        os.utime(checkpoint, ns=(trial + 1, trial + 1))
+        callback.on_save(arguments, state, None, model=handle.model)
+        assert (checkpoint / "sta_config.json").exists()
+        os.utime(checkpoint, ns=(trial + 1, trial + 1))
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
 class FakeHub:
     """What a trainer pushes, each time in a folder of its own."""
 

@@ -227,7 +227,10 @@ def _trained(model: nn.Module | None) -> tuple[nn.Module, STAHandle]:
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+    """The checkpoint of this step, which of a search over hyperparameters lies in a folder of its trial: the one written last."""
+    folder, name = Path(str(args.output_dir)), f"checkpoint-{state.global_step}"
+    trials = folder.glob(f"*/{name}") if state.is_hyper_param_search else ()
+    return max(trials, key=lambda path: path.stat().st_mtime_ns, default=folder / name)
 
 
 @contextlib.contextmanager
