@@ -512,6 +512,8 @@ def test_a_second_adapter_by_pefts_own_loader(tmp_path):
         loaded.load_adapter(tmp_path / "b", "second")
     assert list(loaded.peft_config) == ["default"]
     refusing = contextlib.suppress(TypeError)  # PEFT before 0.14, of the entry that says that STA belongs to it
+    with pytest.raises(CheckpointError, match=r"trained with other settings than the model's: .*causal True"):
+        loaded.load_adapter(tmp_path / "b", "default")  # in the place of the first
     with refusing:
         loaded.load_adapter(tmp_path / "a", "second")
         loaded.set_adapter("second")
@@ -519,6 +521,31 @@ def test_a_second_adapter_by_pefts_own_loader(tmp_path):
     lora = get_peft_model(seeded(make_qwen2_vl), LoraConfig(target_modules=["q_proj"]))
     with pytest.warns(STAWarning, match="holds STA, which PEFT does not load"), refusing:
         lora.load_adapter(tmp_path / "a", "second")
+
+
+def test_an_adapter_in_the_place_of_another_has_its_own_sta(tmp_path):
+    """PEFT's loader brings it; its hotswap, for LoRA alone, says so."""
+    from sta_adapter.integrations.vllm.export import export_adapter
+
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    first, second = trained(r=2), randomize(trained(r=2))
+    for name, model in (("a", first), ("b", second)):
+        get_sta(model).save_pretrained(tmp_path / name)
+    loaded = load_sta(seeded(make_qwen2_vl), tmp_path / "a").model
+    before = logits(loaded)
+    with pytest.raises(CheckpointError, match=r"hotswap changes LoRA's weights alone, and STA's are among these"):
+        hotswap.hotswap_adapter(loaded, str(tmp_path / "b"), "default")
+    assert torch.equal(logits(loaded), before)
+    loaded.load_adapter(tmp_path / "b", "default")
+    assert torch.equal(logits(loaded), logits(second))
+    export_adapter(tmp_path / "a", tmp_path / "apart")  # STA is beside LoRA's weights
+    for load in (
+        lambda: loaded.load_adapter(tmp_path / "apart", "default"),
+        lambda: hotswap.hotswap_adapter(loaded, str(tmp_path / "apart"), "default"),
+    ):
+        with pytest.raises(CheckpointError, match="were trained beside another STA than the model's"):
+            load()
+    assert torch.equal(logits(loaded), logits(second))
 
 
 class Around(torch.nn.Module):

@@ -123,10 +123,14 @@ def test_lora_that_names_nothing_or_what_it_is_not_for(saved, tmp_path, settings
         load_sta(seeded(make_qwen2_vl), tmp_path)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("transposed", "modules"),
+    [(False, ["q_proj"]), (True, ["q_proj"]), (False, None)],
+    ids=["out-in", "in-out", "alone"],
+)
 @pytest.mark.parametrize("experts", [["experts.down_proj"], ["experts.gate_up_proj", "experts.down_proj"]])
 @pytest.mark.parametrize("case", case_parameters(lambda case: case.id == "qwen3_vl_moe"))
-def test_lora_on_experts_weights_that_are_stacked(case, experts, transposed, tmp_path):
+def test_lora_on_experts_weights_that_are_stacked(case, experts, transposed, modules, tmp_path):
     """Before 0.19 PEFT takes them for (experts, in, out), and since then where a module says that it is transposed."""
     import peft
 
@@ -144,7 +148,7 @@ def test_lora_on_experts_weights_that_are_stacked(case, experts, transposed, tmp
         return model
 
     handle = inject_sta(make())
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)
+    config = peft.LoraConfig(r=2, target_modules=modules, target_parameters=experts)
     model = peft.get_peft_model(handle.model, config)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)

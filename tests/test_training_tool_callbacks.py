@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,20 +55,19 @@ def collate(processor, without=()):
     return collator
 
 
-def train(model, data, collator, out, steps=2, callbacks=None, **settings):
+def train(model, data, collator, out, steps=2, callbacks=None, trainer=transformers.Trainer, **settings):
     options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     args = transformers.TrainingArguments(
         str(out),
-        max_steps=steps,
         use_cpu=True,
         report_to="none",
         remove_unused_columns=False,
-        **{**options, **settings},
+        **{"max_steps": steps, **options, **settings},
     )
     callbacks = sta_callbacks() if callbacks is None else callbacks
-    trainer = transformers.Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
-    trainer.train()
-    return trainer
+    made = trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+    made.train()
+    return made
 
 
 def outputs(model, data, processor):
@@ -115,6 +116,63 @@ def test_resuming_from_the_files_that_the_callback_writes(processor, data, tmp_p
     again = run("again", 2, resume=str(tmp_path / "alone/checkpoint-2"))
     for (name, a), b in zip(alone.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_adapters_of_a_search_lie_in_the_checkpoints_of_its_trials(model, tmp_path):
+    handle, _ = prepare_model(model, Settings(stage=1))
+    callback, arguments = SaveAdapter(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=1, is_hyper_param_search=True)
+    for trial in range(2):
+        checkpoint = tmp_path / f"run-{trial}/checkpoint-1"
+        checkpoint.mkdir(parents=True)  # by the trainer, just before
+        os.utime(checkpoint, ns=(trial + 1, trial + 1))
+        callback.on_save(arguments, state, None, model=handle.model)
+        assert (checkpoint / "sta_config.json").exists()
+        os.utime(checkpoint, ns=(trial + 1, trial + 1))
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+class FakeHub:
+    """What a trainer pushes, each time in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.pushed = folder, []
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, folder_path, path_in_repo=None, **_):
+        if path_in_repo is None:  # not the checkpoint beside it
+            self.pushed.append(self.folder / str(len(self.pushed)))
+            shutil.copytree(folder_path, self.pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
+        return SimpleNamespace(done=lambda: True)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "saved",
+    [{}, {"hub_strategy": "checkpoint"}, {"save_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}],
+    ids=["each", "with checkpoints", "by epochs"],
+)
+def test_each_push_to_the_hub_is_an_adapter(saved, stage, model, data, processor, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path)
+    for name, value in (
+        ("hf_api", lambda *_, **kwargs: hub),
+        ("create_repo", hub.create_repo),
+        ("upload_folder", hub.upload_folder),
+    ):
+        monkeypatch.setattr(transformers.trainer, name, value, raising=False)
+    handle, lora = prepare_model(model, Settings(stage=stage))
+    trained = handle.model if lora is None else get_peft_model(handle.model, lora)
+    pushing = {"push_to_hub": True, "hub_model_id": "me/sta", "hub_token": "hf_none", **saved}
+    train(trained, data, collate(processor), tmp_path / "out", per_device_train_batch_size=4, **pushing)
+    assert len(hub.pushed) >= 2
+    for step, folder in enumerate(hub.pushed[:2], 1):
+        pushed, kept = (
+            load_sta(make_model(processor.tokenizer), where) for where in (folder, tmp_path / f"out/checkpoint-{step}")
+        )
+        assert (folder / "sta_config.json").exists()
+        assert all(torch.equal(a, b) for a, b in zip(pushed.parameters(), kept.parameters(), strict=True))
 
 
 def test_stage_one_trains_sta_alone(model, data, processor, tmp_path):
@@ -192,6 +250,24 @@ def test_sta_that_peft_trains_is_32_bits_wide(narrow, model, processor, tmp_path
         base = make_model(processor.tokenizer).to(narrow)
         again = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=is_trainable)
         assert dtypes(get_sta(again)) == {expected}
+
+
+class Narrowing(transformers.Trainer):
+    """As TRL's trainers do on a base in 4 or 8 bits."""
+
+    def __init__(self, model, *args, **kwargs):
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.data = parameter.data.to(torch.bfloat16)
+        super().__init__(model, *args, **kwargs)
+
+
+def test_sta_trains_in_32_bits_whatever_the_trainer_makes_of_lora(model, data, processor, tmp_path, recwarn):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    train(trained, data, collate(processor), tmp_path, trainer=Narrowing)
+    assert dtypes(get_sta(trained)) == {torch.float32}
+    assert {p.dtype for name, p in trained.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    assert not any("16 bits" in str(warning.message) for warning in recwarn)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["as it is", "in 32 bits"])
@@ -331,6 +407,23 @@ def test_clips_that_the_loss_does_not_see(model, data, processor, tmp_path, capl
     blind = collate(processor, ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"))
     with pytest.raises(DataError, match="clips reached the encoder, but not the forward that the loss is made from"):
         train(trained, data, blind, tmp_path, 5, [RequireGradient(patience=2)])
+
+
+class ShortOfMemory(transformers.Trainer):
+    """Whose memory is not enough for the first step."""
+
+    def training_step(self, *args, **kwargs):
+        if self._train_batch_size == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(*args, **kwargs)
+
+
+def test_nothing_is_left_of_a_start_that_memory_was_too_short_for(model, data, processor, tmp_path):
+    handle, lora = prepare_model(model, Settings())
+    trained = get_peft_model(handle.model, lora)
+    options = {"per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    train(trained, data, collate(processor), tmp_path, trainer=ShortOfMemory, **options)
+    assert not any(parameter._backward_hooks for parameter in get_sta(trained).parameters())
 
 
 def test_steps_with_nothing_to_learn_do_not_count(model, data, processor, tmp_path, caplog):

@@ -61,9 +61,9 @@ def checked_options(
         if not check(value):
             raise error(f"{where}: {name} is {shown(value)}, expected {expected}.")
         options[name] = value
-    if options.get("target_modules") is None:
+    if options.get("target_modules") is None and not options.get("target_parameters"):
         raise error(f"{where}: target_modules is not given, expected names of modules.")
-    pattern, layers = isinstance(options["target_modules"], str), options.get("layers_to_transform")
+    pattern, layers = isinstance(options.get("target_modules"), str), options.get("layers_to_transform")
     if options.get("layers_pattern") and layers is None:
         raise error(f"{where}: layers_pattern has no effect without layers_to_transform; leave it out.")
     if pattern and options["target_modules"] != ALL_LINEAR and layers is not None:
@@ -90,7 +90,7 @@ class LoraOptions:
     def read(cls, fields: Mapping[str, object], path: Path) -> LoraOptions:
         """Those of an adapter's `adapter_config.json`; errors as `checked_options`."""
         options = checked_options(fields, str(path))
-        if options["target_modules"] == ALL_LINEAR:
+        if options.get("target_modules") == ALL_LINEAR:
             raise CheckpointError(
                 f"{path}: target_modules is {ALL_LINEAR!r}, expected names of modules, as PEFT saves them."
             )

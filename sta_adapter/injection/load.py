@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+import importlib
 import inspect
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ from sta_adapter.adapter.base_model import check_base
 from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, saved_config
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
+from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.injection.handle import STAHandle, get_sta
@@ -36,6 +40,7 @@ from sta_adapter.injection.text_positions import warn_of_other_rule
 __all__ = ["load_sta", "watch_peft"]
 
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
+_CHECKED = contextvars.ContextVar("whether PEFT's from_pretrained is at work", default=False)
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
 
 
@@ -115,8 +120,9 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
 def watch_peft() -> None:
     """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, if PEFT is imported; again and again is fine.
 
-    `load_adapter`, for a second one, says what it can't. PEFT alone would load its LoRA without the STA. Where this package
-    isn't imported, the entry "sta_adapter" in adapter_config.json makes PEFT warn of it, or refuse it (before 0.14).
+    `load_adapter`, for a second one or in the place of the first, and `hotswap_adapter` say what they can't. PEFT alone would load its LoRA
+    without the STA. Where this package isn't imported, the entry "sta_adapter" in adapter_config.json makes PEFT warn of it, or refuse it
+    (before 0.14).
     """
     peft = sys.modules.get("peft")
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
@@ -131,31 +137,75 @@ def watch_peft() -> None:
         if folder is not None and handle is not None:
             require_same_sta(folder, handle)
         if folder is None or handle is not None:
-            return load(cls, model, model_id, *args, **kwargs)
+            with _checked():
+                return load(cls, model, model_id, *args, **kwargs)
         first = kwargs.get("adapter_name") in (None, "default")
         known = PASSED_ON | WITHOUT_EFFECT | download_options(kwargs).keys() | ({"adapter_name"} if first else set())
         if not args and set(kwargs) <= known and not hasattr(model, "peft_config"):
             return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
         _warn_of_lora_alone(model_id)
-        return load(cls, model, model_id, *args, **kwargs)
+        with _checked():
+            return load(cls, model, model_id, *args, **kwargs)
 
     from_pretrained.brings_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
+    _watch_hotswap()
     if getattr(load_more := peft.PeftModel.load_adapter, "looks_for_sta", False):
         return
 
     @functools.wraps(load_more)
     def load_adapter(self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name not in self.peft_config and (folder := folder_with_sta(model_id, kwargs)) is not None:
-            handle = get_sta(self)
-            if handle is None:
-                _warn_of_lora_alone(model_id)
-            else:
-                require_same_sta(folder, handle)
+        if not _CHECKED.get():
+            _check_sta_beside(self, model_id, kwargs)
         return load_more(self, model_id, adapter_name, *args, **kwargs)
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.load_adapter = load_adapter
+
+
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    """`PeftModel.from_pretrained` calls `load_adapter`, for which all has been looked at."""
+    token = _CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def _check_sta_beside(model: nn.Module, name: str, options: Mapping[str, object]) -> None:
+    """Refuse LoRA that goes with another STA than a model's, and tell of the STA that a model hasn't."""
+    if (folder := folder_with_sta(name, options)) is None:
+        return
+    if (handle := get_sta(model)) is None:
+        _warn_of_lora_alone(name)
+    else:
+        require_same_sta(folder, handle)
+
+
+def _watch_hotswap() -> None:
+    """The same for PEFT's `hotswap_adapter`, which knows of LoRA's weights alone and ends in a `KeyError` at STA's."""
+    try:
+        hotswap = importlib.import_module("peft.utils.hotswap")
+    except ImportError:  # before PEFT 0.14
+        return
+    swap, swap_state = hotswap.hotswap_adapter, hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(swap)
+    def hotswap_adapter(model: nn.Module, model_name_or_path: str, *args: object, **kwargs: object) -> object:
+        _check_sta_beside(model, model_name_or_path, kwargs)
+        return swap(model, model_name_or_path, *args, **kwargs)
+
+    @functools.wraps(swap_state)
+    def hotswap_state(model: nn.Module, state_dict: Mapping[str, object], *args: object, **kwargs: object) -> object:
+        if any(map(STA_TENSOR.search, state_dict)):
+            raise CheckpointError(
+                "PEFT's hotswap changes LoRA's weights alone, and STA's are among these. Load the folder in the place of the adapter that is "
+                "there: model.load_adapter(folder, adapter_name), which changes both."
+            )
+        return swap_state(model, state_dict, *args, **kwargs)
+
+    vars(hotswap).update(hotswap_adapter=hotswap_adapter, hotswap_adapter_from_state_dict=hotswap_state)
 
 
 def _watch_transformers() -> None:

@@ -21,6 +21,7 @@ from sta_adapter.distributed import FLATTENS, is_fsdp1, is_sharded, of_all_ranks
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
+from sta_adapter.injection.target import widen
 from sta_adapter.integrations.optimizers import ShowAverage, require_steps, show_average
 from sta_adapter.integrations.settings import Settings
 
@@ -54,6 +55,11 @@ class SaveAdapter(ShowAverage):
             Settings(config=handle.config).require_branch(read_description(folder), folder)
         self._handle = handle
         SAVED.add(handle)
+
+    def before_checkpoint(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        """Write the adapter into the output folder where that goes to the Hub with each checkpoint, before `on_save`."""
+        if args.push_to_hub and args.hub_strategy != "end":
+            _save(model, Path(str(args.output_dir)))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object
@@ -93,6 +99,11 @@ class RequireGradient(TrainerCallback):
         self.found = False
         self._hooks: list[RemovableHandle] = []
 
+    def on_init_end(self, *_: object, model: nn.Module | None = None, **kwargs: object) -> None:
+        """Put what trains of STA into float32 again: TRL's trainers put all that trains on a base in 4 or 8 bits into bfloat16."""
+        if model is not None and (handle := get_sta(model)) is not None:
+            widen(parameter for parameter in handle.parameters() if parameter.requires_grad)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -112,6 +123,7 @@ class RequireGradient(TrainerCallback):
                 'from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call handle.freeze_base().'
             )
         require_steps(net, trained, optimizer, args)
+        self._end()  # of a start before: `auto_find_batch_size` begins anew where memory is short
         self.steps, self.found = 0, False
         self._hooks = [parameter.register_hook(self._look) for parameter in trained]  # also sees what ZeRO takes away
 
@@ -215,7 +227,10 @@ def _trained(model: nn.Module | None) -> tuple[nn.Module, STAHandle]:
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+    """The checkpoint of this step, which of a search over hyperparameters lies in a folder of its trial: the one written last."""
+    folder, name = Path(str(args.output_dir)), f"checkpoint-{state.global_step}"
+    trials = folder.glob(f"*/{name}") if state.is_hyper_param_search else ()
+    return max(trials, key=lambda path: path.stat().st_mtime_ns, default=folder / name)
 
 
 @contextlib.contextmanager
