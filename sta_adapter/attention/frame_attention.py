@@ -134,6 +134,11 @@ class _Batch:
         """(b) t n k h d -> k (b) n h t d, a view: k are q, k and v, or one alone."""
         return x.permute(2, 1, 3, 0, 4) if self.is_one else x.permute(3, 0, 2, 4, 1, 5)
 
+    def _sequences(self, x: Tensor) -> Tensor:
+        """(b) t n k h d -> k (b n) h t d, a view of one clip and a copy of several."""
+        folded = self._fold(x)
+        return folded if self.is_one else folded.flatten(1, 2)
+
     def _unfold(self, x: Tensor) -> Tensor:
         """(b n) h t d -> (b t n) (h d), a copy."""
         if self.is_one:
@@ -156,23 +161,19 @@ class _Batch:
         """What the heads give, (b n) h t d, from (b) t n 3 h d."""
         if self.tables is not None and in_place:
             rotate_(tokens.narrow(-3, 0, 2), *self.token_tables)
-        q, k, v = self._fold(tokens).unbind()
+        q, k, v = self._sequences(tokens).unbind()
         if self.tables is not None and not in_place:
-            q, k = self._fold(apply_rotary(tokens.narrow(-3, 0, 2), *self.token_tables)).unbind()
-        if not self.is_one:
-            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            q, k = self._sequences(apply_rotary(tokens.narrow(-3, 0, 2), *self.token_tables)).unbind()
         config = self.config
         return attend_by_head(q, k, v, causal=config.causal, window=config.window, backend=config.attention)
 
     def _write_attention_gradient(self, rotated: Tensor, to_out: Tensor, to_qkv: Tensor) -> None:
         """Write the gradient of `_attend` at its tokens into `to_qkv`, from that at what it gives, (b) t n 1 h d."""
-        qkv, grad, into = self._fold(rotated), self._fold(to_out).select(0, 0), self._fold(to_qkv)
-        if not self.is_one:
-            qkv, grad = qkv.flatten(1, 2), grad.flatten(0, 1)
-        config = self.config
+        qkv, grad, config = self._sequences(rotated), self._sequences(to_out).select(0, 0), self.config
         to_both, to_v = attend_by_head_gradient(
             grad, qkv, causal=config.causal, window=config.window, backend=config.attention
         )
+        into = self._fold(to_qkv)
         both, into_v = into.narrow(0, 0, 2), into.select(0, 2)
         to_both = to_both.view(both.shape)
         if self.tables is not None:
