@@ -58,8 +58,13 @@ def resolve_target(spec: Backbone, encoder: nn.Module) -> InjectionTarget:
 
 def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttention]:
     """The STA module at work in each block of an injected encoder, by the block's index."""
-    children = (block._modules.get(CHILD) for block in encoder.get_submodule(spec.blocks).children())
+    children = map(_sta_of, encoder.get_submodule(spec.blocks).children())
     return {index: _active_module(child) for index, child in enumerate(children) if child is not None}
+
+
+def _sta_of(block: nn.Module) -> nn.Module | None:
+    """The block's child; asked of each block in each forward, and `getattr` takes a detour that only a wrapper needs (FSDP1)."""
+    return block._modules[CHILD] if CHILD in block._modules else getattr(block, CHILD, None)
 
 
 def sta_trains(encoder: nn.Module, spec: Backbone) -> bool:
