@@ -1,6 +1,8 @@
 """The branch on every path against float64 on random layouts, what it keeps for the backward, and which kernel it says it takes."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -335,8 +337,12 @@ def test_parts_of_the_positions_give_what_all_of_them_give(clips, part, config, 
     def both():
         with torch.no_grad():
             attention = frame_attention.FrameAttention(layout, heads, settings, qkv)
-            out, rotated = attention.mix_in_place(qkv.clone())
-            return frame_attention.mix_frames(qkv, layout, heads, settings), out, attention.gradient(grad, rotated)
+            out, rotated = attention.mix_in_place(qkv.clone(), layout)
+            return (
+                frame_attention.mix_frames(qkv, layout, heads, settings),
+                out,
+                attention.gradient(grad, rotated, layout),
+            )
 
     whole = both()
     with pytest.MonkeyPatch.context() as patch:
@@ -363,6 +369,19 @@ def test_many_positions_are_computed_in_parts(monkeypatch):
         plain = STAConfig(rope_theta=None, attention="eager")
         torch.func.vmap(lambda x: frame_attention.mix_frames(x, layout, 2, plain))(qkv[None])
     assert seen[4:] == [10]
+
+
+def test_a_layout_is_gone_with_its_forward_and_backward():
+    """Without a collector: what it keeps for the blocks must not keep it, nor its tables on a GPU."""
+    module, layout = branch(), ClipLayout([(3, 2), (2, 2), (3, 2)])
+    gone = weakref.ref(layout)
+    gc.disable()
+    try:
+        module(torch.randn(layout.num_tokens, 24), layout).sum().backward()
+        del layout
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_one_step_back_is_taken_where_there_is_one_alone():

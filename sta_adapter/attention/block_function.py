@@ -43,8 +43,8 @@ class Weights(NamedTuple):
     gamma: Tensor | None
 
 
-class Call:
-    """What a branch needs beside tensors: one for all blocks of a kind in a forward, as some of it takes time to find."""
+class Kind:
+    """What blocks of one kind share in a forward, as it takes time to find; without the layout, which keeps it."""
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Call:
         recompute: bool,
         like: Tensor,
     ) -> None:
-        self.layout = layout  # where each token stands
         self.heads = heads  # their number
         self.config = config  # the settings in force
         self.eps = eps  # of the norm
@@ -65,6 +64,13 @@ class Call:
         self.dtype = like.dtype
         self.attention = FrameAttention(layout, heads, config, like)
         self.skips_pictures = not config.single_frames and any(frames == 1 for frames, _ in layout.clips)
+
+
+class Call(NamedTuple):
+    """What a branch needs beside tensors."""
+
+    layout: ClipLayout  # where each token stands
+    kind: Kind
 
 
 class _Context(Protocol):
@@ -147,18 +153,17 @@ def block_branch(branch: TemporalAttention, weights: Weights, tokens: Tensor, la
 
 
 def _call(branch: TemporalAttention, layout: ClipLayout, dtype: torch.dtype, device: torch.device) -> Call:
-    """That of the branch's kind; the layout keeps it."""
     eps, config = cast("nn.LayerNorm", branch._modules["norm"]).eps, branch.config
-    kind = (branch.num_heads, branch.head_dim, id(config), eps, branch.recompute, dtype, device)
-    if (call := layout.calls.get(kind)) is None:  # it holds the configuration, so that no other one has this id
+    key = (branch.num_heads, branch.head_dim, id(config), eps, branch.recompute, dtype, device)
+    if (kind := layout.kinds.get(key)) is None:  # it holds the configuration, so that no other one has this id
         like = torch.empty(0, 3 * branch.num_heads * branch.head_dim, dtype=dtype, device=device)
-        call = layout.calls[kind] = Call(layout, branch.num_heads, config, eps, branch.recompute, like)
-    return call
+        kind = layout.kinds[key] = Kind(layout, branch.num_heads, config, eps, branch.recompute, like)
+    return Call(layout, kind)
 
 
 def _compute(tokens: Tensor, weights: Weights, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k and v as attention leaves them, and the heads' output, each (tokens, its width); the branch, shaped as the tokens)."""
-    heads, rotated = call.attention.mix_in_place(_project(tokens, weights, call))
+    heads, rotated = call.kind.attention.mix_in_place(_project(tokens, weights, call), call.layout)
     out = _finish(heads, weights, call)
     return rotated, heads, out if tokens.dim() == 2 else out.view(tokens.shape)
 
@@ -191,8 +196,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 def _project(tokens: Tensor, w: Weights, call: Call) -> Tensor:
     """Norm and `to_qkv`: (..., C) -> (tokens, 3 * heads * head size)."""
-    normed = _normalize(_as(tokens, w.norm.dtype), w.norm, w.norm_bias, call.eps)
-    return _linear(_rows(normed), w.to_qkv, w.qkv_bias, call.dtype)
+    normed = _normalize(_as(tokens, w.norm.dtype), w.norm, w.norm_bias, call.kind.eps)
+    return _linear(_rows(normed), w.to_qkv, w.qkv_bias, call.kind.dtype)
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ def _rows(tokens: Tensor) -> Tensor:
 
 def _finish(heads: Tensor, w: Weights, call: Call) -> Tensor:
     """`to_out`, gamma and the mask of pictures: (tokens, heads * head size) -> (tokens, C)."""
-    out = _linear(heads, w.to_out, w.out_bias, call.dtype)
+    out = _linear(heads, w.to_out, w.out_bias, call.kind.dtype)
     if w.gamma is not None:
         out = out * w.gamma
     return out if (mask := _pictures(call, out.device)) is None else out.masked_fill(mask, 0)
@@ -210,7 +215,7 @@ def _finish(heads: Tensor, w: Weights, call: Call) -> Tensor:
 
 def _pictures(call: Call, device: torch.device) -> Tensor | None:
     """Booleans (tokens, 1) of the tokens that get no branch; None where all do."""
-    return call.layout.single_frame_mask(device) if call.skips_pictures else None
+    return call.layout.single_frame_mask(device) if call.kind.skips_pictures else None
 
 
 class _Branch(torch.autograd.Function):
@@ -224,9 +229,9 @@ class _Branch(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad)
         ctx.call = call
         ctx.save_for_backward(
-            tokens if needs.qkv or call.recompute else None,
-            rotated if needs.qkv and not call.recompute else None,
-            heads if needs.heads and not call.recompute else None,
+            tokens if needs.qkv or call.kind.recompute else None,
+            rotated if needs.qkv and not call.kind.recompute else None,
+            heads if needs.heads and not call.kind.recompute else None,
             *parameters,
         )
         return out
@@ -243,18 +248,18 @@ def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     needs, call, weights = Needs(*ctx.needs_input_grad), ctx.call, Weights(*parameters)
     if torch.is_grad_enabled():  # they are to be differentiated
         return _differentiable_gradients(needs, call, weights, tokens, heads, grad)
-    if call.recompute:
-        heads, rotated = call.attention.mix_in_place(_project(tokens, weights, call))
+    if call.kind.recompute:
+        heads, rotated = call.kind.attention.mix_in_place(_project(tokens, weights, call), call.layout)
     grad = _rows(grad)
     if (mask := _pictures(call, grad.device)) is not None:
         grad = grad.masked_fill(mask, 0)
     to_gamma = None
     if weights.gamma is not None:
         if needs.gamma:
-            branch = _linear(heads, weights.to_out, weights.out_bias, call.dtype)
+            branch = _linear(heads, weights.to_out, weights.out_bias, call.kind.dtype)
             to_gamma = _as((grad * branch).sum(0), weights.gamma.dtype)
         grad = grad * weights.gamma
-    grad = _as(grad, call.dtype)
+    grad = _as(grad, call.kind.dtype)
     to_end = [
         _as(grad.t() @ heads, weights.to_out.dtype) if needs.to_out else None,
         _as(grad.sum(0), weights.to_out.dtype) if needs.out_bias else None,
@@ -262,8 +267,8 @@ def _gradients(ctx: _Context, grad: Tensor) -> list[Tensor | None]:
     ]
     if not needs.qkv:
         return [None] * 5 + to_end
-    to_heads = grad @ _as(weights.to_out, call.dtype)
-    to_qkv = call.attention.gradient(to_heads, rotated)
+    to_heads = grad @ _as(weights.to_out, call.kind.dtype)
+    to_qkv = call.kind.attention.gradient(to_heads, rotated, call.layout)
     return _projection_gradients(needs, call, weights, tokens, to_qkv) + to_end
 
 
@@ -283,11 +288,11 @@ def _projection_gradients(needs: Needs, call: Call, w: Weights, tokens: Tensor, 
     to_weight, found = None, iter(leaves)
     if through or needs.to_qkv:
         with torch.set_grad_enabled(through):
-            normed = _normalize(inputs, scale, shift, call.eps)
+            normed = _normalize(inputs, scale, shift, call.kind.eps)
         if needs.to_qkv:
-            to_weight = _as(grad.t() @ _as(_rows(normed.detach()), call.dtype), w.to_qkv.dtype)
+            to_weight = _as(grad.t() @ _as(_rows(normed.detach()), call.kind.dtype), w.to_qkv.dtype)
         if through:
-            to_normed = _as(grad @ _as(w.to_qkv, call.dtype), normed.dtype).view_as(normed)
+            to_normed = _as(grad @ _as(w.to_qkv, call.kind.dtype), normed.dtype).view_as(normed)
             found = iter(step_back(normed, leaves, to_normed))
     return [
         _as(next(found), tokens.dtype) if needs.tokens else None,
@@ -303,8 +308,8 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """As `_gradients`, through torch's own operations, whose gradients have gradients; attention is written out."""
     if heads is None or needs.qkv:  # else nothing in front of them has a gradient
-        config = dataclasses.replace(call.config, attention="eager")
-        heads = mix_frames(_project(cast("Tensor", tokens), w, call), call.layout, call.heads, config)
+        config = dataclasses.replace(call.kind.config, attention="eager")
+        heads = mix_frames(_project(cast("Tensor", tokens), w, call), call.layout, call.kind.heads, config)
     out = _finish(heads, w, call).view(grad.shape)
     inputs = list(zip((tokens, *w), needs[1:], strict=True))
     found = iter(torch.autograd.grad(out, [cast("Tensor", x) for x, need in inputs if need], grad, create_graph=True))

@@ -23,64 +23,64 @@ POSITIONS = -4  # their axis, in tokens (b) t n k h d
 
 def mix_frames(qkv: Tensor, layout: ClipLayout, heads: int, config: STAConfig) -> Tensor:
     """`FrameAttention.mix`, of a single call."""
-    return FrameAttention(layout, heads, config, qkv).mix(qkv)
+    return FrameAttention(layout, heads, config, qkv).mix(qkv, layout)
 
 
 class FrameAttention:
     """Section 3 of arXiv 2510.26027: each position of a clip attends over the clip's frames.
 
     Args:
-        layout: where each token stands.
+        layout: where each token stands; it is given again with the tokens, as it keeps this.
         heads: their number.
         config: the settings of rotation, mask, kernel and order.
         like: of the width, dtype and device of the queries, keys and values (tokens, 3 * heads * head size).
     """
 
     def __init__(self, layout: ClipLayout, heads: int, config: STAConfig, like: Tensor) -> None:
-        self.layout = layout
         self.config = config
         self.batches = [_Batch(layout, batch, heads, config, like) for batch in layout.batches]
         self.sizes = [clips * frames * positions for clips, frames, positions in layout.batches]
 
-    def mix(self, qkv: Tensor) -> Tensor:
+    def mix(self, qkv: Tensor, layout: ClipLayout) -> Tensor:
         """(tokens, 3 * heads * head size) of all tokens of the layout -> (tokens, heads * head size), in the same dtype."""
-        return self._mix(self._gathered(qkv), in_place=False)
+        return self._mix(_gathered(qkv, layout), layout, in_place=False)
 
-    def mix_in_place(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_in_place(self, qkv: Tensor, layout: ClipLayout) -> tuple[Tensor, Tensor]:
         """As `mix`, and what `gradient` needs: `qkv`, which is written to, or a copy. To be called without gradients."""
-        rotated = self._gathered(qkv)
-        return self._mix(rotated, in_place=True), rotated
+        rotated = _gathered(qkv, layout)
+        return self._mix(rotated, layout, in_place=True), rotated
 
-    def gradient(self, grad: Tensor, rotated: Tensor) -> Tensor:
+    def gradient(self, grad: Tensor, rotated: Tensor, layout: ClipLayout) -> Tensor:
         """The gradient at `qkv` of `mix`; attention is computed again, and the gradient has none itself."""
-        layout = self.layout
         if self.config.token_order == "published":
             grad = torch.empty_like(grad).index_copy_(0, layout.published_index(grad.device), grad)
-        grad, found = self._gathered(grad), torch.empty_like(rotated)
+        grad, found = _gathered(grad, layout), torch.empty_like(rotated)
         if len(self.batches) == 1:
             self.batches[0].write_gradient(grad, rotated, found)
         else:
             parts = (torch.split(x, self.sizes) for x in (grad, rotated, found))
             for batch, *part in zip(self.batches, *parts, strict=True):
                 batch.write_gradient(*part)
-        return self._scattered(found)
+        return _scattered(found, layout)
 
-    def _gathered(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.layout.gather_index(x.device)) if self.layout.is_gathered else x
-
-    def _scattered(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.layout.scatter_index(x.device)) if self.layout.is_gathered else x
-
-    def _mix(self, qkv: Tensor, in_place: bool) -> Tensor:
+    def _mix(self, qkv: Tensor, layout: ClipLayout, in_place: bool) -> Tensor:
         if len(self.batches) == 1:
             out = self.batches[0].mix(qkv, in_place)
         else:
             parts = zip(self.batches, torch.split(qkv, self.sizes), strict=True)
             out = torch.cat([batch.mix(part, in_place) for batch, part in parts])
-        out = self._scattered(out)
+        out = _scattered(out, layout)
         if self.config.token_order == "published":
-            out = out.index_select(0, self.layout.published_index(out.device))
+            out = out.index_select(0, layout.published_index(out.device))
         return out
+
+
+def _gathered(x: Tensor, layout: ClipLayout) -> Tensor:
+    return x.index_select(0, layout.gather_index(x.device)) if layout.is_gathered else x
+
+
+def _scattered(x: Tensor, layout: ClipLayout) -> Tensor:
+    return x.index_select(0, layout.scatter_index(x.device)) if layout.is_gathered else x
 
 
 class _Batch:

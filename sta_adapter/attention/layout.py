@@ -12,7 +12,7 @@ from sta_adapter.attention.rotary import rotary_tables
 from sta_adapter.errors import LayoutError
 
 if TYPE_CHECKING:
-    from sta_adapter.attention.block_function import Call
+    from sta_adapter.attention.block_function import Kind
     from sta_adapter.attention.explain import KernelCall
     from sta_adapter.attention.module import TemporalAttention
 
@@ -66,7 +66,7 @@ class ClipLayout:
             them together.
         batches: (clips, frames, positions) of the tokens that attention takes at once, in their own order or in that of
             `gather_index`.
-        calls: what the blocks of a kind share in this forward, see `block_function`.
+        kinds: what the blocks of a kind share in this forward, see `block_function`.
 
     Raises:
         LayoutError: when a clip has no frame or no position.
@@ -96,7 +96,7 @@ class ClipLayout:
         self.is_gathered = len(neighbours) > len(self.groups) > 0
         self.batches = [(1, *group) for group in self.groups] if self.is_gathered else neighbours
         self._tables: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
-        self.calls: dict[tuple[object, ...], Call] = {}
+        self.kinds: dict[tuple[object, ...], Kind] = {}
 
     def __repr__(self) -> str:
         return f"ClipLayout({list(self.clips)}, prefix={self.prefix})"
