@@ -1,4 +1,4 @@
-"""GLM-4.1V, 4.5V and 4.6V: a tower that gets each frame of a video as a grid of its own.
+"""GLM-4.1V, 4.5V, 4.6V and GLM-5's Flash models: a tower that gets each frame of a video as a grid of its own.
 
 The full model turns a video's (t, h, w) into t rows (1, h, w) before it calls the tower, so that a clip looks like as
 many pictures. The clips are read where they are still known, from the model's `get_video_features` and
@@ -7,6 +7,7 @@ many pictures. The clips are read where they are still known, from the model's `
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 
@@ -70,21 +71,30 @@ def frame_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str,
     return (pixels[: len(pixels) // 2],), {"grid_thw": grid}
 
 
+# The language model's MLP has one layer for gate and up; GLM-5's attention compresses q, k and v.
+GLM_LORA = dataclasses.replace(
+    GATED_LORA,
+    target_modules=(
+        *GATED_LORA.target_modules,
+        *("mlp.gate_up_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ),
+)
+
 BACKBONE = Backbone(
     name="glm4v",
-    encoder_classes=("Glm4vVisionModel", "Glm4vMoeVisionModel"),
+    encoder_classes=("Glm4vVisionModel", "Glm4vMoeVisionModel", "Glm5NextVisionModel"),
     layout=frame_grid_layout,
     separate_frames=True,
     heads=config_heads,
     qkv_bias=False,
     clip_source=ClipSource(
-        model_classes=("Glm4vModel", "Glm4vMoeModel", "Glm46VModel"),
+        model_classes=("Glm4vModel", "Glm4vMoeModel", "Glm46VModel", "Glm5NextModel"),
         methods={
             "get_video_features": grid_frames("video_grid_thw"),
             "get_image_features": grid_frames("image_grid_thw"),
         },
     ),
-    lora=GATED_LORA,
+    lora=GLM_LORA,
     dummy_inputs=frame_dummy,
     positions=frame_positions,
 )

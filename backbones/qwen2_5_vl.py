@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: Qwen2-VL's packed clips in a tower with RMSNorm, a gated MLP and windowed attention.
+"""Qwen2.5-VL, its Omni model and EXAONE 4.5: Qwen2-VL's packed clips in a tower with RMSNorm, a gated MLP and windowed attention.
 
 The tower reorders its tokens so that windows lie together. It does so frame by frame and alike in each frame of a
 clip, also where windows don't divide the grid: row n of a frame's tokens is the same position in every frame, and
@@ -47,7 +47,10 @@ def window_positions(call: EncoderCall, layout: ClipLayout) -> list[torch.Tensor
 
 BACKBONE = Backbone(
     name="qwen2_5_vl",
-    encoder_classes=("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"),
+    encoder_classes=(
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        *("Qwen2_5OmniVisionEncoder", "Exaone4_5_VisionModel"),
+    ),
     layout=grid_layout,
     separate_frames=True,
     heads=config_heads,

@@ -1,4 +1,4 @@
-"""Qwen3-VL, its mixture of experts, and the towers of Qwen3-Omni and Qwen3.5: Qwen2-VL's packed clips.
+"""Qwen3-VL, Qwen3.5, Qwen4-Exp, their mixtures of experts, and Qwen3-Omni's tower: Qwen2-VL's packed clips.
 
 The features that some blocks hand to the language model (deepstack) are block outputs, so they carry STA's update.
 """
@@ -17,10 +17,13 @@ from sta_adapter.backbones.qwen2_vl import (
 )
 from sta_adapter.injection.backbone import Backbone
 
+# From Qwen3.5 on, most layers of the language model have linear attention, with projections of other names.
+LINEAR_ATTENTION = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj")
 QWEN3_LORA = dataclasses.replace(
     QWEN_LORA,
-    target_modules=tuple(
-        {"mlp.fc1": "mlp.linear_fc1", "mlp.fc2": "mlp.linear_fc2"}.get(name, name) for name in QWEN_LORA.target_modules
+    target_modules=(
+        *({"mlp.fc1": "mlp.linear_fc1", "mlp.fc2": "mlp.linear_fc2"}.get(n, n) for n in QWEN_LORA.target_modules),
+        *LINEAR_ATTENTION,
     ),
 )
 
@@ -28,7 +31,7 @@ BACKBONE = Backbone(
     name="qwen3_vl",
     encoder_classes=(
         *("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder"),
-        *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
+        *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Qwen4ExpVisionModel"),
     ),
     layout=grid_layout,
     separate_frames=True,

@@ -60,6 +60,34 @@ MOE = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [0],
 }
+LINEAR = {  # a layer of linear attention, then one of attention
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
+QWEN3_5_VISION = {key: value for key, value in QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
+QWEN4 = {
+    **LINEAR,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 2,
+}
 GLM_MOE = {
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
@@ -68,6 +96,23 @@ GLM_MOE = {
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+}
+GLM5 = {
+    **{key: value for key, value in GLM_MOE.items() if key != "first_k_dense_replace"},
+    "num_key_value_heads": 2,
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "index_topk": 64,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "index_kpool": 2,
+    "hc_mult": 2,
 }
 
 
@@ -161,6 +206,11 @@ def grid_prompt(frames: int, *, apart: bool = False) -> Arguments:
 def qwen3_prompt(frames: int) -> Arguments:
     """One clip, frame by frame."""
     return grid_prompt(frames, apart=True)
+
+
+def exaone_prompt(frames: int) -> Arguments:
+    """One clip in a text of which each token stands behind the last: no kinds of tokens are asked for."""
+    return {name: value for name, value in grid_prompt(frames).items() if name != "mm_token_type_ids"}
 
 
 def glm_prompt(frames: int, **more: Any) -> Arguments:
@@ -316,7 +366,7 @@ CASES = [
         tower(
             "Qwen3_5VisionModel",
             "qwen3_5.configuration_qwen3_5.Qwen3_5VisionConfig",
-            **{k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"},
+            **QWEN3_5_VISION,
         ),
         "qwen3_5",
     ),
@@ -326,9 +376,62 @@ CASES = [
         tower(
             "Qwen3_5MoeVisionModel",
             "qwen3_5_moe.configuration_qwen3_5_moe.Qwen3_5MoeVisionConfig",
-            **{k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"},
+            **QWEN3_5_VISION,
         ),
         "qwen3_5_moe",
+    ),
+    _grid_case(
+        "qwen3_5",
+        "qwen3_vl",
+        full(
+            "Qwen3_5ForConditionalGeneration",
+            "Qwen3_5Config",
+            text_config={**TEXT, **LINEAR},
+            vision_config=QWEN3_5_VISION,
+            **IDS,
+        ),
+        "qwen3_5",
+        generate=qwen3_prompt,
+    ),
+    _grid_case(
+        "qwen4_exp",
+        "qwen3_vl",
+        full(
+            "Qwen4ExpForConditionalGeneration",
+            "Qwen4ExpConfig",
+            text_config={**TEXT, **QWEN4},
+            vision_config=QWEN3_5_VISION,
+            **IDS,
+        ),
+        "qwen4_exp",
+        generate=qwen3_prompt,
+    ),
+    _grid_case(
+        "cosmos3_omni",
+        "qwen3_vl",
+        full(
+            "Cosmos3OmniForConditionalGeneration",
+            "Cosmos3OmniConfig",
+            text_config={**TEXT, **MROPE, "model_type": "qwen3_vl_text"},
+            vision_config={**QWEN3_VISION, "model_type": "qwen3_vl_vision"},
+            **IDS,
+        ),
+        "cosmos3_omni",
+        deepstack_tokens,
+        generate=qwen3_prompt,
+    ),
+    _grid_case(
+        "exaone4_5",
+        "qwen2_5_vl",
+        full(
+            "Exaone4_5_ForConditionalGeneration",
+            "Exaone4_5_Config",
+            text_config={**TEXT, "model_type": "exaone4"},
+            vision_config={**QWEN2_5_VISION, "num_key_value_heads": 2},
+            **IDS,
+        ),
+        "exaone4_5",
+        generate=exaone_prompt,
     ),
     _grid_case(
         "qwen2_5_omni-tower",
@@ -378,6 +481,30 @@ CASES = [
             **GLM_IDS,
         ),
         "glm4v_moe",
+        generate=glm_prompt,
+    ),
+    _glm_case(
+        "glm46v",
+        full(
+            "Glm46VForConditionalGeneration",
+            "Glm46VConfig",
+            text_config={**_qwen_text(), "model_type": "glm4v_text"},
+            vision_config={**GLM_VISION, "model_type": "glm4v_vision"},
+            **GLM_IDS,
+        ),
+        "glm46v",
+        generate=glm_prompt,
+    ),
+    _glm_case(
+        "glm5_next",
+        full(
+            "Glm5NextForConditionalGeneration",
+            "Glm5NextConfig",
+            text_config={**TEXT, **GLM5},
+            vision_config={**GLM_VISION, "projection_intermediate_size": 48},
+            **GLM_IDS,
+        ),
+        "glm5_next",
         generate=glm_prompt,
     ),
     Case(
@@ -450,6 +577,20 @@ CASES = [
         ),
         4,
         "dinov2_with_registers",
+    ),
+    _row_case(
+        "dinov3",
+        "dinov3",
+        tower("DINOv3ViTModel", "DINOv3ViTConfig", **ROW_VISION, num_register_tokens=2),
+        3,
+        "dinov3_vit",
+    ),
+    _row_case(
+        "dinov3-gated",
+        "dinov3",
+        tower("DINOv3ViTModel", "DINOv3ViTConfig", **ROW_VISION, num_register_tokens=2, use_gated_mlp=True),
+        3,
+        "dinov3_vit",
     ),
 ]
 

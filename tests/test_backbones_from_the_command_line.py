@@ -23,7 +23,7 @@ from sta_adapter.evaluation.answering import Answerer, Question, option_tokens
 from sta_adapter.text_positions import use_positions
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
-GLM = ("glm4v", "glm4v_moe")
+GLM = ("glm4v", "glm4v_moe", "glm46v")
 
 
 PACKED = ("qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3")

@@ -131,6 +131,15 @@ def test_times_in_the_prompt_of_glm(folder, name):
     assert re.findall(r"end_of_image\|>(\d+)", text) == [str(int(time)) for time in begins(folder, PARTS[name])[::2]]
 
 
+@pytest.mark.parametrize("name", list(PARTS))
+@pytest.mark.parametrize("family", ["glm46v", "glm5_next"])
+def test_times_in_the_prompt_of_later_glm(folder, family, name):
+    processor = processor_of(family, folder)
+    text = processor.tokenizer.decode(encoded(processor, folder, PARTS[name])["input_ids"])
+    told = [float(time) for time in re.findall(r"end_of_image\|>(\d+\.\d) seconds", text)]
+    assert told == pytest.approx(begins(folder, PARTS[name])[::2], abs=0.05001)  # rounded to tenths
+
+
 @pytest.mark.parametrize("name", ["cut", "uneven", "uneven_cut"])
 def test_times_in_the_prompt_of_video_llama(folder, name):
     processor = processor_of("video_llama_3", folder)

@@ -18,6 +18,15 @@ LEFT_OUT = {  # layers without LoRA, and why
     "glm4v_moe": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},  # PEFT takes these names for the experts', see docs
 }
 CASES = case_parameters(lambda case: get_backbone(case.backbone).lora is not None)
+LANGUAGE_LEFT_OUT = {  # the last name of layers of the language model without LoRA: gates, mixers of streams, indexers
+    "qwen3_5": {"in_proj_a", "in_proj_b"},
+    "qwen4_exp": {
+        *("in_proj_a", "in_proj_b", "shared_expert_gate", "index_qk_proj"),
+        *("block_inject_weight", "input_mix_weight_down", "input_mix_weight_up"),
+    },
+    "glm4v_moe": {"gate_proj", "up_proj", "down_proj"},  # as above
+    "glm5_next": {"f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "b_proj", "weights_proj", "wk", "wq_b"},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -34,6 +43,23 @@ def test_lora_reaches_every_layer_of_a_block(case):
             if plain and "lora_" not in name and not name.startswith("sta."):
                 left_out.add(name)
     assert left_out <= LEFT_OUT.get(case.id, set())
+
+
+@pytest.mark.parametrize("case", case_parameters(lambda case: get_backbone(case.backbone).lora and case.generate))
+def test_lora_reaches_the_language_model_s_attention_and_mlps(case):
+    peft = pytest.importorskip("peft")
+    handle = inject_sta(case.make())
+    peft.get_peft_model(handle.model, handle.lora_config())
+    encoder = set(handle.encoder.modules())
+    linear = [
+        (name.rsplit(".", 1)[-1], hasattr(module, "lora_A"))
+        for name, module in handle.model.named_modules()
+        if ".layers." in name and module not in encoder and isinstance(getattr(module, "base_layer", module), nn.Linear)
+    ]
+    reached = {name for name, with_lora in linear if with_lora}
+    left_out = {name for name, with_lora in linear if not with_lora and name not in ("base_layer", "default")}
+    assert reached
+    assert left_out == LANGUAGE_LEFT_OUT.get(case.id, set())
 
 
 def test_a_recipe_is_what_the_backbone_declares_but_for_what_is_asked_for():

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from cases_transformers import (
+    GLM5,
     GLM_MOE,
     GLM_VISION,
+    LINEAR,
     MOE,
     MROPE,
     QWEN2_5_VISION,
+    QWEN3_5_VISION,
     QWEN3_VISION,
+    QWEN4,
     ROW_VISION,
     TEXT,
 )
@@ -35,6 +39,9 @@ WORDS = {
 EARLY_WORDS = "model_specific_special_tokens"  # what transformers 5.0 and 5.1 call them
 GLM_WORDS = ["<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
 BARE = CHATML.replace("'<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>'", "'<|' + part['type'] + '_pad|>'")
+GLM_TEMPLATE = CHATML.replace("'<|vision_start|><|'", "'<|begin_of_' + part['type'] + '|><|'").replace(
+    "'_pad|><|vision_end|>'", "'_pad|><|end_of_' + part['type'] + '|>'"
+)
 
 
 class Family(NamedTuple):
@@ -89,6 +96,61 @@ FAMILIES = {
         {**GRID, **EDGES},
         {"text_config": _text(**MROPE, **MOE), "vision_config": QWEN3_VISION},
     ),
+    "qwen3_5": Family(
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        "Qwen3VLProcessor",
+        "Qwen2VLImageProcessor",
+        "Qwen3VLVideoProcessor",
+        {**GRID, **SMALL},
+        {**GRID, **EDGES},
+        {"text_config": _text(**LINEAR), "vision_config": QWEN3_5_VISION},
+    ),
+    "qwen4_exp": Family(
+        "Qwen4ExpForConditionalGeneration",
+        "Qwen4ExpConfig",
+        "Qwen3VLProcessor",
+        "Qwen2VLImageProcessor",
+        "Qwen3VLVideoProcessor",
+        {**GRID, **SMALL},
+        {**GRID, **EDGES},
+        {"text_config": _text(**QWEN4), "vision_config": QWEN3_5_VISION},
+    ),
+    "exaone4_5": Family(
+        "Exaone4_5_ForConditionalGeneration",
+        "Exaone4_5_Config",
+        "Exaone4_5_Processor",
+        "Qwen2VLImageProcessor",
+        "Qwen2VLVideoProcessor",
+        {**GRID, **SMALL},
+        {**GRID, **SMALL},
+        {"text_config": _text(model_type="exaone4"), "vision_config": {**QWEN2_5_VISION, "num_key_value_heads": 2}},
+    ),
+    "glm46v": Family(
+        "Glm46VForConditionalGeneration",
+        "Glm46VConfig",
+        "Glm46VProcessor",
+        "Glm46VImageProcessor",
+        "Glm46VVideoProcessor",
+        {**GRID, **EDGES},
+        {**GRID, **EDGES},
+        {
+            "text_config": _text(model_type="glm4v_text", **MROPE),
+            "vision_config": {**GLM_VISION, "model_type": "glm4v_vision"},
+        },
+        template=GLM_TEMPLATE,
+    ),
+    "glm5_next": Family(
+        "Glm5NextForConditionalGeneration",
+        "Glm5NextConfig",
+        "Glm5NextProcessor",
+        "Glm5NextImageProcessor",
+        "Glm5NextVideoProcessor",
+        {**GRID, **EDGES},
+        {**GRID, **EDGES},
+        {"text_config": _text(**GLM5), "vision_config": {**GLM_VISION, "projection_intermediate_size": 48}},
+        template=GLM_TEMPLATE,
+    ),
     "glm4v": Family(
         "Glm4vForConditionalGeneration",
         "Glm4vConfig",
@@ -98,9 +160,7 @@ FAMILIES = {
         {**GRID, **EDGES},
         {**GRID, **EDGES},
         {"text_config": _ROPE, "vision_config": GLM_VISION},
-        template=CHATML.replace("'<|vision_start|><|'", "'<|begin_of_' + part['type'] + '|><|'").replace(
-            "'_pad|><|vision_end|>'", "'_pad|><|end_of_' + part['type'] + '|>'"
-        ),
+        template=GLM_TEMPLATE,
     ),
     "glm4v_moe": Family(
         "Glm4vMoeForConditionalGeneration",
@@ -114,9 +174,7 @@ FAMILIES = {
             "text_config": _text(**GLM_MOE, rope_scaling=_GLM_ROPE, partial_rotary_factor=0.5),
             "vision_config": GLM_VISION,
         },
-        template=CHATML.replace("'<|vision_start|><|'", "'<|begin_of_' + part['type'] + '|><|'").replace(
-            "'_pad|><|vision_end|>'", "'_pad|><|end_of_' + part['type'] + '|>'"
-        ),
+        template=GLM_TEMPLATE,
     ),
     "video_llama_3": Family(
         "VideoLlama3ForConditionalGeneration",
