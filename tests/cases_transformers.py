@@ -578,17 +578,25 @@ CASES = [
         4,
         "dinov2_with_registers",
     ),
+    # pos_embed_rescale: in training these models stretch positions at random, each forward otherwise
     _row_case(
         "dinov3",
         "dinov3",
-        tower("DINOv3ViTModel", "DINOv3ViTConfig", **ROW_VISION, num_register_tokens=2),
+        tower("DINOv3ViTModel", "DINOv3ViTConfig", **ROW_VISION, num_register_tokens=2, pos_embed_rescale=None),
         3,
         "dinov3_vit",
     ),
     _row_case(
         "dinov3-gated",
         "dinov3",
-        tower("DINOv3ViTModel", "DINOv3ViTConfig", **ROW_VISION, num_register_tokens=2, use_gated_mlp=True),
+        tower(
+            "DINOv3ViTModel",
+            "DINOv3ViTConfig",
+            **ROW_VISION,
+            num_register_tokens=2,
+            pos_embed_rescale=None,
+            use_gated_mlp=True,
+        ),
         3,
         "dinov3_vit",
     ),

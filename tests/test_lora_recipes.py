@@ -2,6 +2,7 @@
 
 import pytest
 from cases import case_parameters
+from qwen2_vl_prompts import transformers_version
 from torch import nn
 
 from sta_adapter import get_sta, inject_sta
@@ -24,7 +25,7 @@ LANGUAGE_LEFT_OUT = {  # the last name of layers of the language model without L
         *("in_proj_a", "in_proj_b", "shared_expert_gate", "index_qk_proj"),
         *("block_inject_weight", "input_mix_weight_down", "input_mix_weight_up"),
     },
-    "glm4v_moe": {"gate_proj", "up_proj", "down_proj"},  # as above
+    "glm4v_moe": set() if transformers_version() < (5,) else {"gate_proj", "up_proj", "down_proj"},  # as above
     "glm5_next": {"f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "b_proj", "weights_proj", "wk", "wq_b"},
 }
 
@@ -59,7 +60,7 @@ def test_lora_reaches_the_language_model_s_attention_and_mlps(case):
     reached = {name for name, with_lora in linear if with_lora}
     left_out = {name for name, with_lora in linear if not with_lora and name not in ("base_layer", "default")}
     assert reached
-    assert left_out == LANGUAGE_LEFT_OUT.get(case.id, set())
+    assert left_out - {"gate"} == LANGUAGE_LEFT_OUT.get(case.id, set())  # the router, which is linear in transformers 4
 
 
 def test_a_recipe_is_what_the_backbone_declares_but_for_what_is_asked_for():

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options
+from sta_adapter.adapter.lora_options import ALL_LINEAR, OURS, LoraOptions, checked_options, named
 from sta_adapter.adapter.lora_peft import peft_fields
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts, peft_targets
@@ -32,6 +32,12 @@ def require_recipe(backbone: Backbone) -> LoRARecipe:
     return backbone.lora
 
 
+def recipe_targets(recipe: LoRARecipe, model: nn.Module) -> list[str]:
+    """The recipe's names that a layer of this model has: the models of a family, and their releases, differ in them."""
+    names = [name for name, _ in _layers(model)]
+    return [target for target in recipe.target_modules if any(named((target,), name) for name in names)]
+
+
 class STALoraConfig(LoraConfig):
     """A `peft.LoraConfig` that knows the STA beside it, so that a folder which PEFT itself saves can be loaded as what it is."""
 
@@ -48,9 +54,10 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
     recipe = handle._injection.spec.lora
     if recipe is None and "target_modules" not in overrides:
         raise ConfigError(f"backbone {handle.backbone!r} has no LoRA recipe; pass target_modules=[...].")
+    model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # whose names PEFT takes
     fields: dict[str, Any] = {}
     if recipe is not None:
-        fields = {"target_modules": list(recipe.target_modules), "r": recipe.r, "lora_alpha": recipe.lora_alpha}
+        fields = {"target_modules": recipe_targets(recipe, model), "r": recipe.r, "lora_alpha": recipe.lora_alpha}
         if "r" not in overrides and "target_modules" not in overrides:
             fields |= {"rank_pattern": dict(recipe.rank_pattern), "alpha_pattern": dict(recipe.alpha_pattern)}
     fields |= {"bias": "none", **overrides}
@@ -63,7 +70,6 @@ def recipe_config(handle: STAHandle, overrides: Mapping[str, object]) -> LoraCon
             "LoRA's settings sets target_parameters, which PEFT sets by itself where a model has experts."
         )
     options = checked_options({"peft_type": "LORA", **fields}, "LoRA's settings", ConfigError)
-    model = getattr(handle.model, "get_base_model", lambda: handle.model)()  # whose names PEFT takes
     fields["modules_to_save"] = saved_with_sta(handle, model, fields.get("modules_to_save"))
     if isinstance(fields["target_modules"], str):
         if fields["target_modules"].lower() == ALL_LINEAR:

@@ -14,7 +14,7 @@ from sta_adapter.adapter.lora_peft import trained_biases
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.lora_recipe import require_recipe
+from sta_adapter.injection.lora_recipe import recipe_targets, require_recipe
 from sta_adapter.injection.registry import locate
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 
@@ -25,7 +25,7 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
     """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""
     target = locate(model, None if handle is None else handle._injection.spec)
     recipe = require_recipe(target.backbone)
-    targets = list(recipe.target_modules)
+    targets = recipe_targets(recipe, model)
     ranks = dict.fromkeys(recipe.rank_pattern, config.lora_qkv_rank)
     alphas = dict.fromkeys(recipe.alpha_pattern, config.lora_qkv_alpha)
     if config.lora_targets == "language":
@@ -34,7 +34,7 @@ def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConf
         targets = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in encoder and named(recipe.target_modules, name)
+            if isinstance(module, nn.Linear) and id(module) not in encoder and named(targets, name)
         ]
     make: Callable[..., LoraConfig] = partial(LoraConfig, bias="none") if handle is None else handle.lora_config
     return make(
