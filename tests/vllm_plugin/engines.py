@@ -30,6 +30,11 @@ OF_KIND = {
         "hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 128, "deepstack_visual_indexes": [0],
         "num_position_embeddings": 64,
     },
+    "Qwen3_5": {"hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 128, "num_position_embeddings": 64},
+}  # fmt: skip
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
 }  # fmt: skip
 TEXT = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -61,6 +66,11 @@ def make_base(folder: Path, kind: str) -> Path:
     vision = {**VISION, **OF_KIND[kind]}
     if kind == "Qwen3VL":
         text["rope_scaling"] |= {"type": "default", "mrope_interleaved": True}
+    if kind == "Qwen3_5":  # half of each head is rotated
+        rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "mrope_interleaved": True, "rope_theta": 10000.0}
+        text |= {**LINEAR, "rope_parameters": {**rope, "partial_rotary_factor": 0.5}}
+        del text["rope_scaling"]
+    if kind.startswith("Qwen3"):
         text = {"text_config": text}
     config = getattr(transformers, f"{kind}Config")(**text, **tokens, vision_config=vision)
     torch.manual_seed(0)
@@ -84,7 +94,8 @@ def _processor(folder: Path, kind: str):
         return made
     parts = {"image_processor": made.image_processor, "tokenizer": made.tokenizer, "chat_template": made.chat_template}
     video = made.video_processor
-    if kind == "Qwen3VL":
+    if kind.startswith("Qwen3"):
+        kind = "Qwen3VL"  # Qwen3.5 has its processor
         sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
         sizes |= {name: getattr(made.image_processor, name) for name in ("image_mean", "image_std")}  # vLLM has one
         video = transformers.Qwen3VLVideoProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 100_000})

@@ -42,7 +42,7 @@ from sta_adapter.integrations.vllm.export import export_adapter, export_merged
 from sta_adapter.integrations.vllm.serve_line import trained_reader
 from sta_adapter.integrations.vllm.serving import SERVED
 
-KINDS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+KINDS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5")
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +144,19 @@ def test_qwen3_vl(folders):
             assert difference(found, reference.embeddings(frames)) < 1e-5
             with reference.handle.disabled():
                 assert difference(reference.embeddings(frames), found) > 0.05
+
+
+def test_qwen3_5(folders):
+    """VLLM's linear attention on a CPU is in 16 bits alone."""
+    base, adapter = folders["Qwen3_5"]["base"], folders["Qwen3_5"]["sta"]
+    reference = Reference(base, adapter)
+    with running(base, adapter, dtype="bfloat16") as engine:
+        for frames in clips():
+            [(tokens, _)] = engine.ask([clip_prompt(frames, meta=True)])
+            assert len(tokens) == NEW_TOKENS
+            assert difference(engine.embeddings[0], reference.embeddings(frames)) < 0.05
+            with reference.handle.disabled():
+                assert difference(reference.embeddings(frames), engine.embeddings[0]) > 0.1
 
 
 def test_llava_onevision(tmp_path):
