@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     write_video(folder / "short.mp4", moving_square("left", count=24))
     write_video(folder / "long.mp4", moving_square("right", size=24, count=56))
+    write_video(folder / "large.mp4", moving_square("right", size=128, count=64))
     for name, size in (("square", (16, 16)), ("wide", (44, 20))):
         Image.effect_noise(size, 200).convert("RGB").save(folder / f"{name}.png")
     return folder
@@ -282,6 +283,30 @@ def test_limits_of_a_clip_are_kept_or_refused(name, folder, tmp_path):
             encoded(parts, folder, line)
     else:
         assert encoded(parts, folder, line)[0]["video_grid_thw"][0, 1:].tolist() == [24, 24]
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_bases.FAMILIES if name not in ("internvl", "llava_onevision")])
+def test_a_clip_without_limits_has_its_size_also_beside_one_with_limits(name, folder, tmp_path):
+    """Several processors give a long clip smaller frames, so that a size goes by the number of frames."""
+    parts, free = (processor_of(name, tmp_path), None), clip("large", nframes=32)
+    limited = clip("short", nframes=4, max_pixels=1024)
+    if transformers_version() < (4, 52):
+        pytest.skip("this release's processor can't be told to leave clips as they are")
+    (alone,), (both,) = encoded(parts, folder, record(free)), encoded(parts, folder, record(limited, free))
+    assert both["video_grid_thw"][1].tolist() == alone["video_grid_thw"][0].tolist()
+
+
+@pytest.mark.parametrize("own", [None, True, False])
+def test_a_processor_s_own_cap_of_pixels_is_kept(own, folder, tmp_path):
+    """Qwen3-VL's: unless it says so, frames of short clips are not made smaller, whatever transformers comes to do."""
+    processor = processor_of("qwen3_vl", tmp_path)
+    if not hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        pytest.skip("this release has no cap")
+    processor.video_processor.cap_pixels_per_frame, processor.video_processor.max_video_tokens = own, 8
+    free, limited = clip("large", nframes=8), clip("short", nframes=4, max_pixels=1024)
+    (alone,), (both,) = (encoded((processor, None), folder, record(*parts)) for parts in ([free], [limited, free]))
+    assert alone["video_grid_thw"][0].tolist() == both["video_grid_thw"][1].tolist()
+    assert (alone["video_grid_thw"][0, 1:].prod() <= 4 * 8) == bool(own)
 
 
 @pytest.mark.parametrize(

@@ -112,17 +112,22 @@ def sized(processor: Processor, clips: list[Visual]) -> tuple[list[Visual], dict
     if any(clip.resized for clip in clips):  # the switch holds for all, so that the others get their sizes here as well
         clips = [clip if clip.resized else _resized_by(processor, clip) for clip in clips]
         settings["do_resize"] = False
-    if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
-        settings["cap_pixels_per_frame"] = False  # the same sizes whatever the default becomes
-    return clips, settings
+    return clips, settings | _cap(processor)
+
+
+def _cap(processor: Processor) -> dict[str, object]:
+    """Qwen3-VL's cap of a frame's pixels: off unless its processor says otherwise, whatever transformers' default becomes."""
+    part = getattr(processor, "video_processor", None)
+    unset = hasattr(part, "cap_pixels_per_frame") and part.cap_pixels_per_frame is None
+    return {"cap_pixels_per_frame": False} if unset else {}
 
 
 def _resized_by(processor: Processor, clip: Visual) -> Visual:
-    """A clip in the size that the processor would give to it."""
+    """A clip in the size that the processor would give to it, which may go by the number of its frames."""
     part = processors.visual_part(processor)
-    frames = clip.pixels[:1].repeat(processors.Sizes.of(part).frames, axis=0).transpose(0, 3, 1, 2)
+    frames = clip.pixels.transpose(0, 3, 1, 2)
     names = inspect.signature(part.preprocess).parameters
-    options: dict[str, object] = {"images": None} if "images" in names else {}
+    options = _cap(processor) | ({"images": None} if "images" in names else {})
     options |= {"do_sample_frames": False} if hasattr(part, "do_sample_frames") else {}
     found = part.preprocess(videos=[frames], return_tensors="pt", **options) if "videos" in names else {}
     if "video_grid_thw" not in found:
