@@ -100,7 +100,7 @@ GLM_MOE = {
 GLM5 = {
     **{key: value for key, value in GLM_MOE.items() if key != "first_k_dense_replace"},
     "num_key_value_heads": 2,
-    "layer_types": ["linear_attention", "indexed_attention"],
+    "layer_types": ["linear_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
     "linear_head_dim": 8,
     "linear_num_heads": 2,

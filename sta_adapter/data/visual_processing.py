@@ -117,9 +117,8 @@ def sized(processor: Processor, clips: list[Visual]) -> tuple[list[Visual], dict
 
 def _cap(processor: Processor) -> dict[str, object]:
     """Qwen3-VL's cap of a frame's pixels: off unless its processor says otherwise, whatever transformers' default becomes."""
-    part = getattr(processor, "video_processor", None)
-    unset = hasattr(part, "cap_pixels_per_frame") and part.cap_pixels_per_frame is None
-    return {"cap_pixels_per_frame": False} if unset else {}
+    own = getattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame", False)  # False: it has no cap
+    return {"cap_pixels_per_frame": False} if own is None else {}
 
 
 def _resized_by(processor: Processor, clip: Visual) -> Visual:
