@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from sta_adapter.cli.option_types import ModelOptions
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\
              --adapter my-adapter

@@ -74,8 +74,6 @@ if TYPE_CHECKING:
         """What it holds."""
 
 
-__all__ = ["command"]
-
 ORDERS = ("ordered", "shuffled", "reversed")
 FRAMES = click.Choice([*ORDERS, "all"])
 BAD = click.Choice(["skip", "error"])

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     Orders = dict[str, EvaluationResult]
 
-__all__ = ["ORDERED", "Measurement"]
-
 ORDERED = "ordered"
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-__all__ = ["FLAGS", "RUN_OPTIONS", "ModelOptions", "Run"]
-
 
 class ModelOptions(TypedDict):
     """What `model_options` and `adapter_options` add to a command that has --device."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.plan import LengthsReport, Machine, StagePlan
 
-__all__ = ["command", "describe", "plan_run"]
-
 HELP = """\b
 Example: sta-adapter plan --model Qwen/Qwen2-VL-7B-Instruct \\
              --data clips.jsonl --memory 80

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.two_stage import TrainingResult
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter train --model Qwen/Qwen2-VL-2B-Instruct \\
              --data clips.jsonl --out my-adapter

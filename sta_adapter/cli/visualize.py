@@ -36,8 +36,6 @@ if TYPE_CHECKING:
         files: list[str]
 
 
-__all__ = ["command"]
-
 MADE = (
     *("index.html", "attention.png", "branch.png", "overlay.png", "overlay.mp4", "overlay.gif"),
     *("arrays.npz", "numbers.json"),

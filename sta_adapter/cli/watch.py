@@ -41,8 +41,6 @@ if TYPE_CHECKING:
         fast: bool
 
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter watch rtsp://camera/1 --model ID --adapter ADAPTER
 

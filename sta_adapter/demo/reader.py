@@ -21,8 +21,6 @@ from sta_adapter.demo.clips import QUESTION
 from sta_adapter.demo.model import tiny_model
 from sta_adapter.tiny_base import TINY_BASE
 
-__all__ = ["DESCRIBE", "ReaderSettings", "frame_batch", "write_reader"]
-
 DESCRIBE = "What is where?"
 BEFORE = "<|im_start|>user\n<|vision_start|>"
 SIDE = 2  # tokens of a frame, along its height and along its width

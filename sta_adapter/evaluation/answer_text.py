@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["final_answer"]
-
 _OPEN, _CLOSE = r"[<\[◁]", r"[>\]▷]"
 _THINK = r"(?:think|thinking|thought|thoughts|reason|reasoning|analysis|reflection|scratchpad)"
 _ANSWER = r"(answer|final[ _]?answer|final|response|solution|output)"

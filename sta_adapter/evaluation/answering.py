@@ -34,9 +34,6 @@ from sta_adapter.evaluation.answer_text import final_answer
 from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.injection.handle import get_sta
 
-__all__ = ["Answerer", "Prediction", "Question", "judge", "most_likely", "option_tokens"]
-
-
 NO_NUMBERS = (
     "the model's outputs are no numbers (NaN), so that nothing is its answer. If it computes in fp16, take bf16 or fp32 (--dtype); else look "
     "at its weights."

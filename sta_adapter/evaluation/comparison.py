@@ -16,8 +16,6 @@ from sta_adapter.data.conversation import Sample
 from sta_adapter.evaluation.result import EvaluationResult, RunReport, ScoreReport
 from sta_adapter.evaluation.statistics import FEW, mean_interval
 
-__all__ = ["Report", "as_text", "chance", "clips_of", "compare", "runs_of"]
-
 Results = Mapping[str, Mapping[str, EvaluationResult]]
 Run = tuple[str, str]  # "base" or "adapter", and the order of frames
 MODELS: tuple[Literal["base"], Literal["adapter"]] = ("base", "adapter")

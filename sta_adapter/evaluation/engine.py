@@ -13,8 +13,6 @@ from sta_adapter.errors import DataError
 from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely
 from sta_adapter.evaluation.result import EvaluationResult
 
-__all__ = ["Engine", "EngineAnswerer", "agreement"]
-
 
 class Engine(Protocol):
     """What `sta_adapter.evaluation.evaluate` takes in the place of a model.

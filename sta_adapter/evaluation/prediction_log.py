@@ -17,9 +17,6 @@ from typing import Any, TextIO
 from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.errors import ConfigError
 
-__all__ = ["PredictionLog"]
-
-
 Kept = dict[str, Any]
 """The fields of a `Prediction`, as the file has them."""
 

@@ -12,8 +12,6 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-__all__ = ["FEW", "mean_interval"]
-
 DRAWS = 10_000
 FEW = 30  # clips below which a bootstrap interval says little
 _AT_ONCE = 2_000_000  # counts in memory

@@ -25,17 +25,6 @@ from sta_adapter.compatibility.releases import version
 from sta_adapter.distributed import assign, full_shape, full_tensor
 from sta_adapter.errors import CheckpointError, ConfigError
 
-__all__ = [
-    "drop_incomplete",
-    "last_checkpoint",
-    "load_trained",
-    "mark_complete",
-    "numpy_allowed",
-    "require_readable",
-    "rotate",
-    "trained_state",
-]
-
 TRAINED_FILE = "trained.safetensors"
 SAMPLES_FILE = "samples.json"
 COMPLETE_FILE = "complete.json"

@@ -16,8 +16,6 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.training.yaml_file import read_yaml
 from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
 
-__all__ = ["TrainingConfig"]
-
 CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
     "precision": ("auto", "bf16", "fp16", "fp32"),

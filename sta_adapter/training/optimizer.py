@@ -6,8 +6,6 @@ from torch import nn
 
 from sta_adapter.training.config import TrainingConfig
 
-__all__ = ["parameter_groups"]
-
 
 def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, object]]:
     """Optimizer groups: STA or not, with or without weight decay (matrices have it, vectors never)."""

@@ -45,8 +45,6 @@ from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.token_loss import TokenTrainer
 from sta_adapter.training.watch import stopped_early
 
-__all__ = ["AdapterTrainer"]
-
 
 class AdapterTrainer(TokenTrainer):
     """A trainer that trains, saves and loads only what requires a gradient.

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from sta_adapter.training.stage import Stage, StageResult
 
-__all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
-
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
 
 

@@ -33,8 +33,6 @@ from sta_adapter.visualization.observation import Observation, observe
 from sta_adapter.visualization.page_guard import AnswerLimit
 from sta_adapter.visualization.patch_attention import BUDGET
 
-__all__ = ["LoadedClip", "Viewer", "crops"]
-
 DECODE_TIMEOUT = 60.0
 DECODE_MEMORY = 4 << 30  # bytes that the process which decodes may take
 QUESTION = "Describe the video."

@@ -12,17 +12,6 @@ from sta_adapter.data.message import Record
 from sta_adapter.data.sample_keys import kind_of
 from sta_adapter.errors import DataError, MissingExtraError
 
-__all__ = [
-    "clip_file",
-    "field",
-    "find",
-    "first_folder",
-    "options_field",
-    "read_annotations",
-    "read_file",
-    "seconds_field",
-]
-
 MOST_OPTIONS = 26  # letters
 MOST_SECONDS = 1e6
 KINDS = (".json", ".jsonl", ".csv", ".parquet")

@@ -10,8 +10,6 @@ from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message, Part, Record
 from sta_adapter.errors import DataError
 
-__all__ = ["EvalSet", "LETTERS", "question"]
-
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

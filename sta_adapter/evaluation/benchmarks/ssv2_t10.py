@@ -16,8 +16,6 @@ from sta_adapter.errors import DataError
 from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
 from sta_adapter.evaluation.benchmarks.base import EvalSet, question
 
-__all__ = ["CLASSES"]
-
 CLASSES = (
     "Pulling [something] from left to right",
     "Pulling [something] from right to left",
