@@ -33,11 +33,12 @@ from sta_adapter.requirements import require_reporters
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE, last_checkpoint
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.identity import claim, identity_of
-from sta_adapter.training.idle_settings import check_idle
+from sta_adapter.training.settings_check import check_settings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from sta_adapter.injection.backbone import Backbone
     from sta_adapter.training.stage import Stage, StageResult
 
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
@@ -111,6 +112,7 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
+        from sta_adapter.training.lora import require_effect
         from sta_adapter.training.stage import Stage, join_processes
         from sta_adapter.training.watch import Signals
     except ImportError as error:
@@ -124,7 +126,9 @@ def train(
     signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
     of_all = (dataset, eval_dataset, eval_fn, signals, callbacks, progress)
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
-    _check_settings(config, parts, model)
+    check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
+    if names[-1] == "2":
+        require_effect(_backbone(model), parts[-1].config)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
     on_rank_zero(
@@ -240,25 +244,9 @@ def open_data(
     )
 
 
-def _check_settings(config: TrainingConfig, parts: Sequence[Stage], model: nn.Module | STAHandle) -> None:
-    """Refuse at once, and not when stage one has been trained, what can't be or has no effect in any stage."""
-    from sta_adapter.training.lora import require_effect
-
-    last = parts[-1]
-    if isinstance(last.eval_dataset, StreamDataset):
-        raise ConfigError(
-            "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
-        )
-    if isinstance(last.dataset, StreamDataset) and not all(part.config.max_steps for part in parts):
-        raise ConfigError(
-            "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
-            "max_steps (--max-steps 1000)."
-        )
-    check_idle(config, [part.config for part in parts], last.dataset, last.eval_dataset, last.eval_fn)
-    if last.name == "2":
-        handle = model if isinstance(model, STAHandle) else get_sta(model)
-        backbone = locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
-        require_effect(backbone, last.config)
+def _backbone(model: nn.Module | STAHandle) -> Backbone:
+    handle = model if isinstance(model, STAHandle) else get_sta(model)
+    return locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
 
 
 def _tell(text: str) -> None:
