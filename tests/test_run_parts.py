@@ -39,8 +39,14 @@ from sta_adapter.training.two_stage import _opened, _publish
 def check(settings, *, evaluated=False, eval_fn=None, **made_with):
     """As `train` does it, on a file of samples that was made with the defaults."""
     config = TrainingConfig.from_dict(settings)
-    made = {"max_length": config.max_length, "decode_timeout": 60.0, "on_bad_sample": "skip", **made_with}
-    dataset = SimpleNamespace(frames=FrameSettings(), encoder=SimpleNamespace(**made))
+    made = {
+        "frames": FrameSettings(),
+        "max_length": config.max_length,
+        "decode_timeout": 60.0,
+        "on_bad_sample": "skip",
+        **made_with,
+    }
+    dataset = SimpleNamespace(encoder=SimpleNamespace(**made))
     stages = [config.for_stage(name) for name in ("1", "2")]
     check_settings(config, stages, dataset, dataset if evaluated else None, eval_fn)
 
@@ -87,8 +93,8 @@ def test_a_setting_with_effect_is_taken(settings, more):
 
 def test_the_shuffling_of_a_ready_stream_is_its_own():
     shards = StreamDataset.__new__(StreamDataset)
-    shards.frames, shards.shuffle = FrameSettings(), 100
-    shards.encoder = SimpleNamespace(max_length=None, decode_timeout=60.0, on_bad_sample="skip")
+    shards.shuffle = 100
+    shards.encoder = SimpleNamespace(frames=FrameSettings(), max_length=None, decode_timeout=60.0, on_bad_sample="skip")
     check_settings(TrainingConfig(), [], shards, None, None)
     with pytest.raises(ConfigError, match="shuffle_buffer is 500, but the data set was made with 100, which holds"):
         check_settings(TrainingConfig(shuffle_buffer=500), [], shards, None, None)

@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.training.config import DEFAULTS, TrainingConfig
+from sta_adapter.training.config import DEFAULTS, OF_SAMPLES, TrainingConfig
 from sta_adapter.video.frame_settings import FrameSettings
-
-OF_THE_ENCODER = ("max_length", "decode_timeout", "on_bad_sample")
 
 
 def check_settings(
@@ -44,8 +42,7 @@ def check_settings(
             f"none of the {len(dataset)} samples has a clip or a picture, so that STA, which is in the vision encoder, would learn nothing: "
             "give each its 'video', or train LoRA alone (sta: false)."
         )
-    of_encoder = {name: getattr(dataset.encoder, name) for name in OF_THE_ENCODER}
-    made_with: dict[str, object] = {"frames": dataset.frames, **of_encoder}
+    made_with = {name: getattr(dataset.encoder, name) for name in OF_SAMPLES}
     if isinstance(dataset, StreamDataset):
         made_with["shuffle_buffer"] = dataset.shuffle
     for name, found in made_with.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,7 +21,7 @@ from sta_adapter.adapter.save import replace_files
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
-from sta_adapter.data.samples import mixed_samples, open_samples, require_usable
+from sta_adapter.data.samples import mixed_samples, open_samples, require_no_folder, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import is_rank_zero, on_rank_zero
@@ -211,37 +212,15 @@ def open_data(
     if processor is None:
         raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
     files = [data] if isinstance(data, (str, Path)) else list(data)
-    bad = config.on_bad_sample
+    how = config.of_samples()
     alone = len(files) == 1 and is_shards(files[0])
-    if not (stream and alone):
-        samples = (
-            open_samples(files[0], format=format, videos=videos, on_bad_sample=bad)
-            if alone
-            else mixed_samples(files, seed=config.seed, format=format, videos=videos, on_bad_sample=bad)
-        )
-        return VideoDataset(
-            require_usable(samples),
-            processor,
-            frames=config.frames,
-            on_bad_sample=bad,
-            max_length=config.max_length,
-            decode_timeout=config.decode_timeout,
-            cache=cache or False,
-        )
-    if videos is not None:
-        raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
-    return StreamDataset(
-        files[0],
-        processor,
-        format=format,
-        frames=config.frames,
-        on_bad_sample=bad,
-        max_length=config.max_length,
-        decode_timeout=config.decode_timeout,
-        shuffle=config.shuffle_buffer,
-        seed=config.seed,
-        cache=cache,
-    )
+    if stream and alone:
+        require_no_folder(videos)
+        mixing, seed = config.shuffle_buffer, config.seed
+        return StreamDataset(files[0], processor, format=format, cache=cache, shuffle=mixing, seed=seed, **how)
+    read = partial(open_samples, files[0]) if alone else partial(mixed_samples, files, seed=config.seed)
+    samples = read(format=format, videos=videos, on_bad_sample=config.on_bad_sample)
+    return VideoDataset(require_usable(samples), processor, cache=cache or False, **how)
 
 
 def _backbone(model: nn.Module | STAHandle) -> Backbone:
