@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from sta_adapter.cli.engine import ENGINES, AskOptions, EngineReport, ask_engine, check_options, sentences
-from sta_adapter.cli.measurement import Measurement
+from sta_adapter.cli.measurement import (
+    ENGINES,
+    AskOptions,
+    EngineReport,
+    Measurement,
+    ask_engine,
+    check_options,
+    sentences,
+)
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     Grouped,
