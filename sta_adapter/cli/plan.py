@@ -14,7 +14,7 @@ from sta_adapter.cli.options import BITS, DTYPE, TRAINING, Grouped, data_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from sta_adapter.cli.option_types import Run
+    from sta_adapter.cli.options import Run
     from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.plan import LengthsReport, Machine, StagePlan

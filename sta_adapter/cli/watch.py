@@ -25,7 +25,7 @@ from sta_adapter.requirements import require_device
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from sta_adapter.cli.option_types import ModelOptions
+    from sta_adapter.cli.options import ModelOptions
     from sta_adapter.visualization.viewer import Viewer
 
     class Options(ModelOptions):
