@@ -1,7 +1,7 @@
 """The keys of a record: which clips and pictures stand beside the words, and which keys are not what was meant.
 
-A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are
-misspelt ones, those of a clip that would be left out, and those that other tools read and this one doesn't.
+A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are misspelt ones, those of a clip
+that would be left out, and those that other tools read and this one doesn't.
 """
 
 from __future__ import annotations

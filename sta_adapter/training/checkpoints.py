@@ -1,8 +1,7 @@
 """Checkpoints of a training run: what is in them, when one counts, and which is the newest.
 
-A checkpoint counts once
-`complete.json`, written last, names all its files with their sizes: whatever stopped a run while it saved, the next
-one goes on from the checkpoint before.
+A checkpoint counts once `complete.json`, written last, names all its files with their sizes: whatever stopped a run while
+it saved, the next one goes on from the checkpoint before.
 """
 
 from __future__ import annotations
