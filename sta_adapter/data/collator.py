@@ -11,27 +11,13 @@ from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
-from sta_adapter.data.chat_encoding import IGNORE, Prompt
+from sta_adapter.data.chat_encoding import IGNORE, Loaded
 from sta_adapter.data.clip_batches import PER_TOKEN, PIXELS, put_together, takes_one_kind
 from sta_adapter.data.visual_processing import Encoded
 
 T = TypeVar("T")
 
 FILL = {**dict.fromkeys(PER_TOKEN, 0), "labels": IGNORE}  # what has one value a token, and what fills it up
-
-
-class Loaded(dict[str, torch.Tensor]):
-    """An encoded sample that knows where it stands, and for engines what it was made from."""
-
-    source = "sample"
-    prompt: Prompt | None = None
-
-    @classmethod
-    def of(cls, encoded: Encoded, source: str) -> Loaded:
-        """An encoded sample and its source."""
-        made = cls(encoded)
-        made.source = source
-        return made
 
 
 class Collator:
