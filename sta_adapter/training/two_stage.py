@@ -124,7 +124,7 @@ def train(
     names = stage_names(stage, config)
     dataset = _opened(data, processor, config)
     eval_dataset = None if eval_data is None else _opened(eval_data, processor, config, stream=False)
-    signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
+    signals = Signals(_tell) if progress and is_rank_zero() else Signals()
     of_all = (dataset, eval_dataset, eval_fn, signals, callbacks, progress)
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
     check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
