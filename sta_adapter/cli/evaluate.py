@@ -237,6 +237,7 @@ def _orders(options: Options) -> tuple[str, ...]:
 
 def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     """What to ask, and what was left out of it."""
+    from sta_adapter.data.sample_keys import printable
     from sta_adapter.data.samples import open_samples, require_usable
     from sta_adapter.evaluation.benchmarks import load_benchmark
 
@@ -260,7 +261,7 @@ def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     if not any(field in sample.extra for sample in samples):
         known = sorted({name for sample in samples for name in sample.extra} - {"option_texts"})
         raise ConfigError(f"--category {field}: no sample has that field; there are: {', '.join(known) or 'none'}.")
-    return [replace(sample, category=str(sample.extra.get(field, "other"))) for sample in samples], notes
+    return [replace(sample, category=printable(sample.extra.get(field, "other"))) for sample in samples], notes
 
 
 def _dataset(

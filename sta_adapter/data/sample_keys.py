@@ -102,6 +102,11 @@ def _near(key: str) -> str | None:
     return next(iter(difflib.get_close_matches(key.lower(), _KNOWN, n=1, cutoff=0.82)), None)
 
 
+def printable(value: object) -> str:
+    """A value as a text that any output takes: half a character, as a text that was cut within an emoji has it, by its number."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
 def kind_of(value: object) -> str:
     """How an error names what was found."""
     if value is None:
