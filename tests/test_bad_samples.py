@@ -12,8 +12,9 @@ from tiny_qwen import make_model, make_processor, write_samples
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
 from sta_adapter.data import chat_encoding as encoding
 from sta_adapter.data import clip_reader as clips
+from sta_adapter.data.chat_encoding import Loaded
 from sta_adapter.data.check import check_data
-from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import CompatibilityError, DataError, MissingExtraError, TrainingStopped
 from sta_adapter.evaluation import evaluate

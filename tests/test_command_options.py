@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from sta_adapter.cli import cli
+from sta_adapter.cli.evaluate import _samples
 from sta_adapter.cli.measurement import Measurement
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import frame_rate, merged, one_or_several
@@ -372,3 +373,12 @@ def test_logging_and_warnings_beside_bars(replaced, capsys):
     assert "warning: be careful\n" in said
     assert "file.py:1: UserWarning: be careful\n" in said
     assert warnings.showwarning is not command_line._show_warning
+
+
+def test_a_category_with_half_a_character_can_be_printed(tmp_path):
+    """Of any field, as that of the field "category" can."""
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"question": "q", "answer": "a", "video": "x.mp4", "topic": "a\ud800"}))
+    options = {"benchmark": None, "data": str(file), "format": None, "videos": None, "on_bad_sample": "error"}
+    (sample,), _ = _samples({**options, "category": "topic"})
+    assert sample.category == "a\\ud800"

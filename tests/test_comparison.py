@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from sta_adapter.data import Sample
 from sta_adapter.errors import MissingExtraError
 from sta_adapter.evaluation import EvaluationResult, Prediction
-from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
+from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare, mean_interval
 from sta_adapter.evaluation.plot import MOST_ROWS, draw, figure_of
-from sta_adapter.evaluation.statistics import mean_interval
 
 TASKS = [
     "Temporal Perception", "Spatial Perception", "Attribute Perception", "Action Recognition", "Object Recognition",

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter.cli import cli
-from sta_adapter.cli.engine import _some, check_options, sentences
+from sta_adapter.cli.measurement import _some, check_options, sentences
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import Prompt
 from sta_adapter.data.message import Visual

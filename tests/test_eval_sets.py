@@ -11,7 +11,7 @@ from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError, VideoError
 from sta_adapter.evaluation import BENCHMARKS, evaluate, load_benchmark
-from sta_adapter.evaluation.benchmarks.annotations import read_annotations
+from sta_adapter.evaluation.benchmarks.base import read_annotations
 from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.loading import load_model, load_processor
 from sta_adapter.video import read_folder
@@ -363,7 +363,7 @@ def test_named_option(said, labels, texts, index):
     ],
 )
 def test_files_of_any_content_are_errors_of_ours(tmp_path, name, content):
-    from sta_adapter.evaluation.benchmarks.annotations import read_file
+    from sta_adapter.evaluation.benchmarks.base import read_file
 
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")

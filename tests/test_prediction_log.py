@@ -101,3 +101,9 @@ def test_without_a_file_predictions_are_kept_in_memory():
     with opened(None, SETTINGS, []) as log:
         log.add(4, {"said": "a"})
     assert log.done == {4: {"said": "a"}}
+
+
+def test_a_part_of_another_evaluation_is_named(path):
+    part = path.rename(path.with_name(f"{path.name}.part1"))
+    with pytest.raises(ConfigError, match=rf"{part.name} holds predictions of an evaluation that differs in model"):
+        PredictionLog(path).read({**SETTINGS, "model": "n"}, QUESTIONS)

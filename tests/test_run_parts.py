@@ -25,10 +25,10 @@ from sta_adapter.training import TrainingConfig, token_loss, train
 from sta_adapter.training.arguments import refuse_flattening, training_arguments
 from sta_adapter.training.epoch_shares import Fillable, fill_up
 from sta_adapter.training.identity import claim
-from sta_adapter.training.idle_settings import check_idle
 from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, step_peak, without_values
 from sta_adapter.training.progress import describe
 from sta_adapter.training.sample_counts import SampleCounts
+from sta_adapter.training.settings_check import check_settings
 from sta_adapter.training.stage import Stage
 from sta_adapter.training.token_loss import TokenTrainer, placeholder
 from sta_adapter.training.two_stage import _opened, _publish
@@ -39,10 +39,16 @@ from sta_adapter.training.two_stage import _opened, _publish
 def check(settings, *, evaluated=False, eval_fn=None, **made_with):
     """As `train` does it, on a file of samples that was made with the defaults."""
     config = TrainingConfig.from_dict(settings)
-    made = {"max_length": config.max_length, "decode_timeout": 60.0, "on_bad_sample": "skip", **made_with}
-    dataset = SimpleNamespace(frames=FrameSettings(), encoder=SimpleNamespace(**made))
+    made = {
+        "frames": FrameSettings(),
+        "max_length": config.max_length,
+        "decode_timeout": 60.0,
+        "on_bad_sample": "skip",
+        **made_with,
+    }
+    dataset = SimpleNamespace(encoder=SimpleNamespace(**made))
     stages = [config.for_stage(name) for name in ("1", "2")]
-    check_idle(config, stages, dataset, dataset if evaluated else None, eval_fn)
+    check_settings(config, stages, dataset, dataset if evaluated else None, eval_fn)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +93,11 @@ def test_a_setting_with_effect_is_taken(settings, more):
 
 def test_the_shuffling_of_a_ready_stream_is_its_own():
     shards = StreamDataset.__new__(StreamDataset)
-    shards.frames, shards.shuffle = FrameSettings(), 100
-    shards.encoder = SimpleNamespace(max_length=None, decode_timeout=60.0, on_bad_sample="skip")
-    check_idle(TrainingConfig(), [], shards, None, None)
+    shards.shuffle = 100
+    shards.encoder = SimpleNamespace(frames=FrameSettings(), max_length=None, decode_timeout=60.0, on_bad_sample="skip")
+    check_settings(TrainingConfig(), [], shards, None, None)
     with pytest.raises(ConfigError, match="shuffle_buffer is 500, but the data set was made with 100, which holds"):
-        check_idle(TrainingConfig(shuffle_buffer=500), [], shards, None, None)
+        check_settings(TrainingConfig(shuffle_buffer=500), [], shards, None, None)
 
 
 # ---- which run a folder holds

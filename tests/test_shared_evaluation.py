@@ -12,8 +12,7 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, FrameSettings, VideoDataset
-from sta_adapter.data.chat_encoding import Prompt
-from sta_adapter.data.collator import Loaded
+from sta_adapter.data.chat_encoding import Loaded, Prompt
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Visual
 from sta_adapter.errors import ConfigError, STAError

@@ -14,7 +14,7 @@ from sta_adapter.errors import CheckpointError, ConfigError, DataError
 from sta_adapter.loading import load_adapter
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.training.checkpoints import load_trained
-from sta_adapter.training.optimizer import parameter_groups
+from sta_adapter.training.trainer import parameter_groups
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
 FAST = {

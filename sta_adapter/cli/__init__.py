@@ -14,6 +14,7 @@ import click
 from sta_adapter._validate import suggestion
 
 DEBUG = "--debug"
+WORDS = "sta_adapter.words"  # where the words of the command line are kept
 COMMANDS = {
     "demo": "Train and compare STA on made clips, from nothing, in minutes.",
     "inspect": "Show where STA would go in a model, and what it costs.",
@@ -39,7 +40,7 @@ class LazyGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the words, for commands that say how to go on."""
-        ctx.meta["sta_adapter.words"] = list(args)
+        ctx.meta[WORDS] = list(args)
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -23,9 +23,7 @@ from sta_adapter.visualization.local_paths import subject
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from sta_adapter.cli.option_types import ModelOptions
-
-__all__ = ["command"]
+    from sta_adapter.cli.options import ModelOptions
 
 HELP = """\b
 Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\

@@ -13,8 +13,6 @@ import click
 from sta_adapter.cli.options import Grouped, data_options, option, read_run
 from sta_adapter.errors import ConfigError
 
-__all__ = ["command"]
-
 SHOWN = 20  # problems, and categories, in the printed report; --json has all
 LINE = 80
 

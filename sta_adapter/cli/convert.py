@@ -24,8 +24,6 @@ if TYPE_CHECKING:
         heads: int | None
 
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter convert STAVEQ2-2B my-adapter
          sta-adapter convert my-adapter staveq2.safetensors --to-published

@@ -7,8 +7,6 @@ import click
 from sta_adapter.cli.options import Grouped, data_options, option
 from sta_adapter.integrations.records import TOOLS
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter convert-data train.jsonl swift.jsonl --to ms-swift
          sta-adapter convert-data swift.jsonl ours.jsonl --to sta-adapter

@@ -8,8 +8,6 @@ import click
 
 from sta_adapter.cli.options import Grouped, option
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter env
 

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from sta_adapter.cli.engine import ENGINES, AskOptions, EngineReport, ask_engine, check_options, sentences
-from sta_adapter.cli.measurement import Measurement
+from sta_adapter.cli.measurement import (
+    ENGINES,
+    AskOptions,
+    EngineReport,
+    Measurement,
+    ask_engine,
+    check_options,
+    sentences,
+)
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     Grouped,
@@ -73,8 +80,6 @@ if TYPE_CHECKING:
     class Results(Report, About, total=False):
         """What it holds."""
 
-
-__all__ = ["command"]
 
 ORDERS = ("ordered", "shuffled", "reversed")
 FRAMES = click.Choice([*ORDERS, "all"])
@@ -232,6 +237,7 @@ def _orders(options: Options) -> tuple[str, ...]:
 
 def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     """What to ask, and what was left out of it."""
+    from sta_adapter.data.sample_keys import printable
     from sta_adapter.data.samples import open_samples, require_usable
     from sta_adapter.evaluation.benchmarks import load_benchmark
 
@@ -255,7 +261,7 @@ def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     if not any(field in sample.extra for sample in samples):
         known = sorted({name for sample in samples for name in sample.extra} - {"option_texts"})
         raise ConfigError(f"--category {field}: no sample has that field; there are: {', '.join(known) or 'none'}.")
-    return [replace(sample, category=str(sample.extra.get(field, "other"))) for sample in samples], notes
+    return [replace(sample, category=printable(sample.extra.get(field, "other"))) for sample in samples], notes
 
 
 def _dataset(

@@ -7,8 +7,6 @@ import click
 from sta_adapter.cli.options import DTYPE, Grouped, base_model_of, option
 from sta_adapter.errors import ConfigError
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter export my-adapter served \\
              --merge-lora Qwen/Qwen2-VL-2B-Instruct

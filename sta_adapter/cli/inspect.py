@@ -16,8 +16,6 @@ from sta_adapter.errors import ConfigError
 if TYPE_CHECKING:
     from sta_adapter.inspection import InspectedBlock, Inspection
 
-__all__ = ["command"]
-
 LINE = 80
 
 

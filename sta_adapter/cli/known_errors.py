@@ -8,8 +8,6 @@ import os
 from sta_adapter._validate import causes, one_line
 from sta_adapter.errors import STAError
 
-__all__ = ["in_one_line"]
-
 SYSTEM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota of the disk is used up",

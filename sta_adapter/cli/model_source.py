@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from sta_adapter.compatibility.processors import Processor
 
-__all__ = ["ModelSource"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:

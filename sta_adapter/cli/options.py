@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast, get_type_hints
 
 import click
 
 from sta_adapter._validate import shown
-from sta_adapter.cli.option_types import FLAGS, RUN_OPTIONS, ModelOptions, Run
 from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import require_packages
 from sta_adapter.tiny_base import usual_frames
@@ -26,7 +25,6 @@ STAGE = click.Choice(["1", "2", "both"])
 RULES = ("trained", "transformers")  # those of sta_adapter.injection.text_positions, which imports torch
 # modules that training, and a plan of it, can't do without
 TRAINING = {"train": ("peft", "accelerate", "torchvision", "PIL", "tqdm", "yaml")}
-WORDS = "sta_adapter.words"  # where the words of the command line are kept
 
 
 Decorated = TypeVar("Decorated", bound="Callable[..., object] | click.Command")
@@ -107,6 +105,18 @@ quantize_option = option("Model", "--quantize", type=BITS, metavar="BITS", help=
 stage_option = option("Run", "--stage", type=STAGE, metavar="STAGE", help=STAGES)
 
 
+class ModelOptions(TypedDict):
+    """What `model_options` and `adapter_options` add to a command that has --device."""
+
+    device: str | None
+    revision: str | None
+    positions: str | None
+    trust_remote_code: bool
+    dtype: str | None
+    any_base: bool
+    adapter_revision: str | None
+
+
 def viewer_settings(options: ModelOptions) -> dict[str, Any]:
     """The arguments of `Viewer.load` for which the options of model and adapter stand."""
     return {
@@ -141,11 +151,6 @@ def find_adapter(adapter: str | None, revision: str | None, any_base: bool = Fal
     return resolve_adapter(adapter, revision)
 
 
-def given_words() -> list[str]:
-    """The words of the command line, the sub-command first."""
-    return list(click.get_current_context().find_root().meta.get(WORDS, ()))
-
-
 def base_model_of(any_base: bool) -> str | None:
     """The `base_model` of `load_sta` that stands for the option."""
     return "any" if any_base else None
@@ -160,6 +165,34 @@ def data_options(command: Decorated) -> Decorated:
         option("Run", "--format", type=choice, metavar="NAME", help=f"{', '.join(FORMATS)}. [default: by keys]"),
         option("Run", "--videos", metavar="FOLDER", help="Where relative paths start. [default: FILE's]"),
     )(command)
+
+
+class Run(TypedDict):
+    """A run's own options, those of `sta-adapter train` that are no settings; None for what was not given."""
+
+    model: str
+    revision: str | None
+    dtype: str | None
+    quantize: str | None
+    attn_implementation: str | None
+    positions: str | None
+    adapter: str | None
+    adapter_revision: str | None
+    data: str | list[str]
+    eval_data: str | None
+    videos: str | None
+    format: str | None
+    cache: str | None
+    out: str
+    stage: str
+    overwrite: bool
+    trust_remote_code: bool
+    dry_run: bool
+    any_base: bool
+
+
+RUN_OPTIONS = tuple(Run.__annotations__)
+FLAGS = [name for name, kind in get_type_hints(Run).items() if kind is bool]
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
@@ -210,7 +243,10 @@ def read_run(
             raise click.UsageError(
                 f"Missing option {', '.join(missing)}; see the example in sta-adapter {command} --help."
             )
-        settings = TrainingConfig.from_dict(with_usual_frames(values, run["model"]))
+        frames = values.get("frames", {})
+        if run["model"] and isinstance(frames, dict) and (usual := usual_frames(run["model"], frames)):
+            values["frames"] = usual  # what is no mapping is refused with the other settings
+        settings = TrainingConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}" if config else str(error)) from error
     run["stage"] = run["stage"] or ("both" if settings.sta else "2")
@@ -227,15 +263,6 @@ def _own_option(name: str, value: object) -> object:
     if value is not None and not isinstance(value, kind):
         raise ConfigError(f"{name} is {shown(value)}, expected {expected}.")
     return bool(value) if name in FLAGS else value
-
-
-def with_usual_frames(values: dict[str, object], model: str | None) -> dict[str, object]:
-    """Settings of training with the frames that a model was made for where they say nothing of them."""
-    given = values.get("frames", {})
-    if not model or not isinstance(given, dict):  # what is no mapping is refused with the other settings
-        return values
-    frames = usual_frames(model, given)
-    return {**values, "frames": frames} if frames else values
 
 
 def one_or_several(data: object) -> str | list[str] | None:

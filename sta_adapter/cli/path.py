@@ -8,8 +8,6 @@ import click
 
 from sta_adapter.cli.options import Grouped
 
-__all__ = ["command"]
-
 FILES = {"ms-swift": "ms_swift/sta_plugin.py"}
 
 HELP = """\b

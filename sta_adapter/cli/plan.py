@@ -14,12 +14,10 @@ from sta_adapter.cli.options import BITS, DTYPE, TRAINING, Grouped, data_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from sta_adapter.cli.option_types import Run
+    from sta_adapter.cli.options import Run
     from sta_adapter.data.dataset import VideoDataset
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.plan import LengthsReport, Machine, StagePlan
-
-__all__ = ["command", "describe", "plan_run"]
 
 HELP = """\b
 Example: sta-adapter plan --model Qwen/Qwen2-VL-7B-Instruct \\

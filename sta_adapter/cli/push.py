@@ -13,8 +13,6 @@ from sta_adapter.cli.options import Grouped, option
 if TYPE_CHECKING:
     from sta_adapter.adapter.push import Publication
 
-__all__ = ["command"]
-
 LINE = 80
 
 HELP = """\b

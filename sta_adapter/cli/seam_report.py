@@ -35,8 +35,6 @@ from sta_adapter.errors import STAError
 from sta_adapter.integrations.vllm.lora_requests import lora_reader
 from sta_adapter.integrations.vllm.registry import model_registry
 
-__all__ = ["Seam", "seams"]
-
 
 class Seam(NamedTuple):
     """One seam as it is on this machine: `found` is "as tested", "not installed" or how it differs."""

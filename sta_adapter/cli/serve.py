@@ -11,8 +11,6 @@ import click
 from sta_adapter.cli.options import Grouped, adapter_options, option
 from sta_adapter.errors import MissingExtraError
 
-__all__ = ["command"]
-
 HELP = """\b
 Example: sta-adapter serve --model Qwen/Qwen2-VL-2B-Instruct \\
              --adapter my-adapter -- --port 8000

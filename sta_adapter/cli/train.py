@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sta_adapter.cli import WORDS
 from sta_adapter.cli.model_source import ModelSource
 from sta_adapter.cli.options import (
     TRAINING,
@@ -22,7 +23,6 @@ from sta_adapter.cli.options import (
     adapter_options,
     data_options,
     find_adapter,
-    given_words,
     model_options,
     option,
     quantize_option,
@@ -33,11 +33,9 @@ from sta_adapter.errors import TrainingStopped
 from sta_adapter.requirements import require_reporters, require_writable
 
 if TYPE_CHECKING:
-    from sta_adapter.cli.option_types import Run
+    from sta_adapter.cli.options import Run
     from sta_adapter.training.config import TrainingConfig
     from sta_adapter.training.two_stage import TrainingResult
-
-__all__ = ["command"]
 
 HELP = """\b
 Example: sta-adapter train --model Qwen/Qwen2-VL-2B-Instruct \\
@@ -135,6 +133,11 @@ def _say_how_to_go_on(stopped: TrainingStopped, run: Run) -> None:
         click.echo("  (without overwrite: true in the file of settings, which would throw it away)", err=True)
     launched = "" if "LOCAL_RANK" not in os.environ else "  # with the words of accelerate launch in front, as before"
     click.echo(f"  {shlex.join(['sta-adapter', *words])}{launched}", err=True)
+
+
+def given_words() -> list[str]:
+    """The words of the command line, the sub-command first."""
+    return list(click.get_current_context().find_root().meta.get(WORDS, ()))
 
 
 def _report(model: str, result: TrainingResult) -> None:

@@ -26,7 +26,7 @@ from sta_adapter.visualization.local_paths import subject
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from sta_adapter.cli.option_types import ModelOptions
+    from sta_adapter.cli.options import ModelOptions
     from sta_adapter.visualization.report import Summary
     from sta_adapter.visualization.viewer import Viewer
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
         files: list[str]
 
-
-__all__ = ["command"]
 
 MADE = (
     *("index.html", "attention.png", "branch.png", "overlay.png", "overlay.mp4", "overlay.gif"),

@@ -25,7 +25,7 @@ from sta_adapter.requirements import require_device
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from sta_adapter.cli.option_types import ModelOptions
+    from sta_adapter.cli.options import ModelOptions
     from sta_adapter.visualization.viewer import Viewer
 
     class Options(ModelOptions):
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
         timeout: float
         fast: bool
 
-
-__all__ = ["command"]
 
 HELP = """\b
 Example: sta-adapter watch rtsp://camera/1 --model ID --adapter ADAPTER

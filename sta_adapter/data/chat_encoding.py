@@ -51,6 +51,20 @@ class Prompt:
         return cls(tokens, shown, settings, temporal_patch(processor), places)
 
 
+class Loaded(dict[str, torch.Tensor]):
+    """An encoded sample that knows where it stands, and for engines what it was made from."""
+
+    source = "sample"
+    prompt: Prompt | None = None
+
+    @classmethod
+    def of(cls, encoded: Encoded, source: str) -> Loaded:
+        """An encoded sample and its source."""
+        made = cls(encoded)
+        made.source = source
+        return made
+
+
 class Turn(NamedTuple):
     """A stretch of a rendered conversation, which ends where an answer begins or ends."""
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
-from sta_adapter.data.chat_encoding import encode
-from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.chat_encoding import Loaded, encode
+from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.sample_encoder import DECODE_TIMEOUT

@@ -11,27 +11,13 @@ from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
-from sta_adapter.data.chat_encoding import IGNORE, Prompt
+from sta_adapter.data.chat_encoding import IGNORE, Loaded
 from sta_adapter.data.clip_batches import PER_TOKEN, PIXELS, put_together, takes_one_kind
 from sta_adapter.data.visual_processing import Encoded
 
 T = TypeVar("T")
 
 FILL = {**dict.fromkeys(PER_TOKEN, 0), "labels": IGNORE}  # what has one value a token, and what fills it up
-
-
-class Loaded(dict[str, torch.Tensor]):
-    """An encoded sample that knows where it stands, and for engines what it was made from."""
-
-    source = "sample"
-    prompt: Prompt | None = None
-
-    @classmethod
-    def of(cls, encoded: Encoded, source: str) -> Loaded:
-        """An encoded sample and its source."""
-        made = cls(encoded)
-        made.source = source
-        return made
 
 
 class Collator:
@@ -93,7 +79,7 @@ class Collator:
 
     def _of_kind(self, item: Encoded | BadSample, usual: str) -> Encoded | BadSample:
         """The sample, if the model takes its pictures or clips along with the others of the batch."""
-        if not self.one_kind or isinstance(item, BadSample) or kind_of(item) in ("", usual):
+        if not self.one_kind or isinstance(item, BadSample) or pixels_key(item) in ("", usual):
             return item
         bad = BadSample(
             getattr(item, "source", Loaded.source),
@@ -139,13 +125,13 @@ def uncollated(item: T) -> T:
     return item
 
 
-def kind_of(item: Encoded) -> str:
+def pixels_key(item: Encoded) -> str:
     """Gives "pixel_values" of a sample with pictures, "pixel_values_videos" of one with clips, "" of text alone."""
     return next((key for key in PIXELS if key in item), "")
 
 
 def _usual_kind(items: Sequence[Encoded | BadSample]) -> str:
-    kinds = Counter(kind_of(item) for item in items if not isinstance(item, BadSample))
+    kinds = Counter(pixels_key(item) for item in items if not isinstance(item, BadSample))
     return max(kinds, key=lambda kind: (kind != "", kinds[kind]), default="")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
 from sta_adapter.data.message import Message, Part, Record, text_of
-from sta_adapter.data.sample_keys import SETTINGS, VISUAL_KEYS, extra_fields, kind_of, visuals
+from sta_adapter.data.sample_keys import SETTINGS, VISUAL_KEYS, extra_fields, kind_of, printable, visuals
 from sta_adapter.errors import DataError
 
 _SECONDS = ("video_start", "video_end")  # which may be 0
@@ -181,7 +181,7 @@ def _category(record: Record) -> str | None:
     category = record.get("category")
     if not isinstance(category, (str, int, float, type(None))):
         raise DataError(f"'category' is {kind_of(category)}, expected a text or a number.")
-    return None if category is None else str(category).encode(errors="backslashreplace").decode()
+    return None if category is None else printable(category)
 
 
 def _system(record: Record, raw: list[object]) -> list[Message]:

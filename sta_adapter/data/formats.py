@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 
 from sta_adapter._validate import shown
 from sta_adapter.data.message import Record
@@ -27,7 +28,6 @@ CHOICE_REQUEST = "Answer with the letter of the right option alone."
 _CONVERSATION = {"system", "category"}
 _SPLIT_NAME = re.compile(r"(train|validation|test)(?=\.json$)")
 _OPTIONS = ("options", "candidates", "choices")
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def recognise(record: Record) -> str:
@@ -115,7 +115,7 @@ def _from_choices(record: Record) -> Record:
         raise DataError(f"{' and '.join(map(repr, keys))} are given, expected one of them.")
     columns = {} if keys else _options_in_columns(record)
     options = _options(record.get(keys[0]) if keys else list(columns.values()) or None)
-    letters, right = list(_LETTERS[: len(options)]), record.get("answer")
+    letters, right = list(LETTERS[: len(options)]), record.get("answer")
     if isinstance(right, str) and f"a{right}" in columns:
         right = int(right)  # cells of a table are texts
     answer = letters[_answer_index(right, options)]
@@ -155,7 +155,7 @@ def _option_keys(record: Record) -> list[str]:
 
 def _options_in_columns(record: Record) -> Record:
     """Options in fields of their own, as tables have them: A, B, ... or a0, a1, ...; nothing where there are fewer than two."""
-    for names in (list(_LETTERS), [f"a{number}" for number in range(len(_LETTERS))]):
+    for names in (list(LETTERS), [f"a{number}" for number in range(len(LETTERS))]):
         found = list(itertools.takewhile(record.__contains__, names))
         if len(found) > 1:
             beyond = next((name for name in names[len(found) :] if name in record), None)
@@ -171,13 +171,13 @@ def _options_in_columns(record: Record) -> Record:
 def _options(given: object) -> list[str]:
     """The options' texts, without letters of their own."""
     if isinstance(given, dict):
-        if [str(key).upper() for key in given] != list(_LETTERS[: len(given)]):
+        if [str(key).upper() for key in given] != list(LETTERS[: len(given)]):
             raise DataError(f"'options' has the keys {', '.join(map(str, given))}, expected A, B, ... in order.")
         given = list(given.values())
     right = isinstance(given, list) and all(isinstance(option, str) and option.strip() for option in given)
-    if not isinstance(given, list) or not right or not 2 <= len(given) <= len(_LETTERS):
-        raise DataError(f"'options' is {shown(given)}, expected a list of 2 to {len(_LETTERS)} texts.")
-    own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(_LETTERS, given, strict=False)]
+    if not isinstance(given, list) or not right or not 2 <= len(given) <= len(LETTERS):
+        raise DataError(f"'options' is {shown(given)}, expected a list of 2 to {len(LETTERS)} texts.")
+    own = [re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in zip(LETTERS, given, strict=False)]
     if all(own):
         return [text[match.end() :].strip() for text, match in zip(given, own, strict=True) if match]
     return [text.strip() for text in given]
@@ -185,7 +185,7 @@ def _options(given: object) -> list[str]:
 
 def _answer_index(answer: object, options: list[str]) -> int:
     """Which option is right: given as its text, its letter ("B", "(b)", "B."), both ("B. up") or its index, counted from 0."""
-    expected = f"expected a letter up to {_LETTERS[len(options) - 1]}, an index from 0 to {len(options) - 1}, or an option's text"
+    expected = f"expected a letter up to {LETTERS[len(options) - 1]}, an index from 0 to {len(options) - 1}, or an option's text"
     given = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options)
     if not given and (not isinstance(answer, str) or not answer.strip()):
         raise DataError(f"'answer' is {shown(answer)}, {expected}.")
@@ -194,10 +194,10 @@ def _answer_index(answer: object, options: list[str]) -> int:
     if isinstance(answer, int):
         found.add(answer)
     if letter := re.fullmatch(r"\(?([A-Za-z])[.):]?", said):
-        index = _LETTERS.index(letter[1].upper())
+        index = LETTERS.index(letter[1].upper())
         found |= {index} if index < len(options) else set()
     if both := re.fullmatch(r"\(?([A-Za-z])[.):]\s*(.+)", said):
-        index = _LETTERS.index(both[1].upper())
+        index = LETTERS.index(both[1].upper())
         found |= {index} if options[index : index + 1] == [both[2]] else set()
     if len(found) != 1:
         doubt = "could mean several options" if found else "is none of the options"

@@ -10,10 +10,9 @@ from torch.utils.data import get_worker_info
 
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.data.bad_sample import BadSample
-from sta_adapter.data.chat_encoding import Prompt, encode, encode_prompt
+from sta_adapter.data.chat_encoding import Loaded, Prompt, encode, encode_prompt
 from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_reader import ClipReader
-from sta_adapter.data.collator import Loaded
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message, Part, Visual
 from sta_adapter.data.sample_cache import SampleCache

@@ -1,7 +1,7 @@
 """The keys of a record: which clips and pictures stand beside the words, and which keys are not what was meant.
 
-A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are
-misspelt ones, those of a clip that would be left out, and those that other tools read and this one doesn't.
+A key that a record has is read, or kept for grouping (`Sample.extra`), or refused: so are misspelt ones, those of a clip
+that would be left out, and those that other tools read and this one doesn't.
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ def _near(key: str) -> str | None:
     if meant is not None or own_name:
         return meant
     return next(iter(difflib.get_close_matches(key.lower(), _KNOWN, n=1, cutoff=0.82)), None)
+
+
+def printable(value: object) -> str:
+    """A value as a text that any output takes: half a character, as a text that was cut within an emoji has it, by its number."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def kind_of(value: object) -> str:

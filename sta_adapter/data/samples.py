@@ -83,8 +83,7 @@ def scan_samples(
     """As `read_samples`, with a `BadSample` in the place of each record that is not a sample."""
     check_format(format)
     if is_shards(path):
-        if videos is not None:
-            raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
+        require_no_folder(videos)
         return scan_shards(path, format=format)
     file = Path(path)
     folder = file.parent if videos is None else Path(videos)
@@ -108,6 +107,12 @@ def check_format(name: str | None) -> None:
     """Refuse a format that there isn't; None stands for any."""
     if name is not None and name not in FORMATS:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}.")
+
+
+def require_no_folder(videos: str | Path | None) -> None:
+    """Refuse a folder of videos beside shards."""
+    if videos is not None:
+        raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
 
 
 _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(?:\.\d+)?|\.\d+)")

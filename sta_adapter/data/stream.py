@@ -100,8 +100,6 @@ class StreamDataset(IterableDataset[Encoded | BadSample]):
         cache: a folder that keeps encoded samples on disk, see `sta_adapter.data.sample_cache`.
     """
 
-    cached = False
-
     def __init__(
         self,
         shards: str | Path,

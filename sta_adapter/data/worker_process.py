@@ -1,7 +1,7 @@
 """Calls in a process of their own, which may hang, crash or be killed without taking the caller along.
 
-The process is forked at the first call and serves all that follow. A call that takes too long
-gets it killed; the next call forks another one. It offers itself to the kernel's out-of-memory killer first.
+The process is forked at the first call and serves all that follow. A call that takes too long gets it killed; the next
+call forks another one. It offers itself to the kernel's out-of-memory killer first.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ import numpy as np
 from sta_adapter.errors import ConfigError
 from sta_adapter.video import write_clip
 
-__all__ = ["LABELS", "PAIRS", "QUESTION", "describe", "opposite", "render", "write_dataset"]
-
 PAIRS = (
     ("left", "right"),
     ("up", "down"),

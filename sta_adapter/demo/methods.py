@@ -15,8 +15,6 @@ from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
 from sta_adapter.training import TrainingConfig, TrainingResult, train
 from sta_adapter.training.lora import lora_config
 
-__all__ = ["FRAME_SETTINGS", "METHODS", "SHOWN", "DemoSettings", "equal_rank", "train_method"]
-
 METHODS = {
     "sta": "STA as in the paper, then STA and LoRA on both",
     "lora": "LoRA on language model and vision encoder, as many parameters",

@@ -19,9 +19,6 @@ from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.loading import load_model
 from sta_adapter.tiny_base import TINY_BASE, TINY_BASE_FRAMES
 
-__all__ = ["attend_frames_at_once", "save_adapter", "tiny_model", "two_threads"]
-
-
 ATTENTION = "flash_frames_at_once"  # transformers hands the frames' lengths to functions whose name holds "flash"
 
 

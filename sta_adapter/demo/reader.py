@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from sta_adapter.data import VideoDataset
-from sta_adapter.data.collator import Loaded
+from sta_adapter.data.chat_encoding import Loaded
 from sta_adapter.demo.clips import QUESTION
 from sta_adapter.demo.model import tiny_model
 from sta_adapter.tiny_base import TINY_BASE
-
-__all__ = ["DESCRIBE", "ReaderSettings", "frame_batch", "write_reader"]
 
 DESCRIBE = "What is where?"
 BEFORE = "<|im_start|>user\n<|vision_start|>"

@@ -20,8 +20,6 @@ from sta_adapter.visualization.observation import temporal_attention
 from sta_adapter.visualization.patch_attention import scale_of
 from sta_adapter.visualization.theme import LIGHT, new_figure
 
-__all__ = ["print_table", "write_report"]
-
 COLOURS = {"sta": "#0072B2", "lora": "#D55E00", "lora_language": "#009E73"}  # Okabe and Ito: told apart by everybody
 MARKERS = {"sta": "o", "lora": "s", "lora_language": "^"}
 SHORT = {"sta": "STA + LoRA", "lora": "LoRA, both", "lora_language": "LoRA, language"}

@@ -33,8 +33,6 @@ from sta_adapter.errors import ConfigError, STAError
 from sta_adapter.loading import load_processor
 from sta_adapter.tiny_base import TINY_BASE
 
-__all__ = ["LOGITS", "answer_inputs", "answer_logits", "make_clips", "run_demo"]
-
 logger = logging.getLogger(__name__)
 LOGITS = "answers.safetensors"
 BATCH = 40  # clips whose answers are compared at a time

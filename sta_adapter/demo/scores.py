@@ -12,8 +12,6 @@ from sta_adapter.evaluation import Prediction, Score, evaluate
 from sta_adapter.evaluation.result import RunReport, ScoreReport
 from sta_adapter.training import TrainingResult
 
-__all__ = ["Measured", "Results", "Run", "compared", "measure", "summary"]
-
 
 class Measured(TypedDict):
     """What one training run scored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["final_answer"]
+from sta_adapter.evaluation.answer_words import RIGHT_SIGNS, WRONG_SIGNS
 
 _OPEN, _CLOSE = r"[<\[◁]", r"[>\]▷]"
 _THINK = r"(?:think|thinking|thought|thoughts|reason|reasoning|analysis|reflection|scratchpad)"
@@ -27,7 +27,7 @@ _MARKUP = (
     (re.compile(r"(?<![^\W_])_+|_+(?![^\W_])"), ""),
     (re.compile(r"^[ \t]*(?:[#>]+[ \t]*|[-+•·][ \t]+)+", re.MULTILINE), ""),
 )
-_SAYING = "°✅✓✔☑❌✗✘✖"  # the only pictures that say something
+_SAYING = "°" + RIGHT_SIGNS + WRONG_SIGNS  # the only pictures that say something
 _UNSEEN = ("Cc", "Cf")  # control characters, marks of direction, joiners: categories of Unicode
 
 

@@ -26,16 +26,13 @@ from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_batches import PIXELS, missing_frames
-from sta_adapter.data.collator import Collator, kind_of
+from sta_adapter.data.collator import Collator, pixels_key
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import DataError, DivergenceError
 from sta_adapter.evaluation.answer_text import final_answer
 from sta_adapter.evaluation.option_matching import named_option
 from sta_adapter.injection.handle import get_sta
-
-__all__ = ["Answerer", "Prediction", "Question", "judge", "most_likely", "option_tokens"]
-
 
 NO_NUMBERS = (
     "the model's outputs are no numbers (NaN), so that nothing is its answer. If it computes in fp16, take bf16 or fp32 (--dtype); else look "
@@ -175,7 +172,7 @@ class Answerer:
         for question in questions:
             item = question.prompt
             stacked = tuple((key, item[key].shape[1:]) for key in PIXELS if key in item and item[key].dim() == 5)
-            groups.setdefault((kind_of(item) if self.collate.one_kind else "", stacked), []).append(question)
+            groups.setdefault((pixels_key(item) if self.collate.one_kind else "", stacked), []).append(question)
         return list(groups.values())
 
     def batch(self, items: list[Encoded]) -> tuple[dict[str, torch.Tensor], contextlib.AbstractContextManager[None]]:

@@ -1,7 +1,7 @@
 """Results of an evaluation side by side: base against adapter, and frames in order against frames out of order.
 
 `compare` gives what results.json holds, `as_text` the same to read, within 80 columns. Differences are of the same
-questions, with bootstrap intervals (see `sta_adapter.evaluation.statistics`); single accuracies have Wilson intervals.
+questions, with bootstrap intervals (see `mean_interval`); single accuracies have Wilson intervals.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple, TypedDict
 
+import numpy as np
+
 from sta_adapter.data.conversation import Sample
 from sta_adapter.evaluation.result import EvaluationResult, RunReport, ScoreReport
-from sta_adapter.evaluation.statistics import FEW, mean_interval
-
-__all__ = ["Report", "as_text", "chance", "clips_of", "compare", "runs_of"]
 
 Results = Mapping[str, Mapping[str, EvaluationResult]]
 Run = tuple[str, str]  # "base" or "adapter", and the order of frames
 MODELS: tuple[Literal["base"], Literal["adapter"]] = ("base", "adapter")
 CONTROLS = ("shuffled", "reversed")
 LINE, NAME = 80, 30
+DRAWS = 10_000
+FEW = 30  # clips below which a bootstrap interval says little
+_AT_ONCE = 2_000_000  # counts in memory
 
 
 class Label(TypedDict, total=False):
@@ -144,6 +146,35 @@ def _difference(
         "questions": len(shared),
         "clips": len(set(about)),
     }
+
+
+def mean_interval(
+    values: Sequence[float], clips: Sequence[Hashable], *, seed: int = 0, draws: int = DRAWS
+) -> tuple[float, float, float]:
+    """Mean, lower and upper end of its 95 % bootstrap percentile interval; zeros where there is no question.
+
+    Questions about one clip are drawn together: they are right or wrong together more often than others, and counted singly
+    they would make the interval too narrow. Of differences question by question it is that of a paired comparison.
+
+    Args:
+        values: one a question.
+        clips: which clip each question is about.
+        seed: of the drawing; the same seed gives the same interval.
+        draws: how many samples are drawn.
+    """
+    if len(values) == 0:
+        return 0.0, 0.0, 0.0
+    number: dict[Hashable, int] = {}
+    place = np.array([number.setdefault(clip, len(number)) for clip in clips])
+    sums = np.bincount(place, weights=np.asarray(values, dtype=np.float64))
+    sizes = np.bincount(place).astype(np.float64)
+    generator, means, count = np.random.default_rng(seed), [], len(sums)
+    for start in range(0, draws, max(1, _AT_ONCE // count)):
+        rows = min(max(1, _AT_ONCE // count), draws - start)
+        times = generator.multinomial(count, np.full(count, 1 / count), size=rows)
+        means.append((times @ sums) / (times @ sizes))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(np.mean(values)), float(low), float(high)
 
 
 def _reading(differences: Sequence[Difference]) -> list[str]:

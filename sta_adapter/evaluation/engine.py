@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict, cast
 
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.data.chat_encoding import Prompt
-from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.chat_encoding import Loaded, Prompt
+from sta_adapter.data.collator import Collator
 from sta_adapter.data.visual_processing import Encoded
 from sta_adapter.errors import DataError
 from sta_adapter.evaluation.answering import Prediction, Question, judge, most_likely
 from sta_adapter.evaluation.result import EvaluationResult
-
-__all__ = ["Engine", "EngineAnswerer", "agreement"]
 
 
 class Engine(Protocol):

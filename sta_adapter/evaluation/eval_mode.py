@@ -11,8 +11,6 @@ from torch import nn
 from sta_adapter.adapter.lora_weights import lora_disabled
 from sta_adapter.injection.handle import get_sta
 
-__all__ = ["eval_mode", "without_adapter"]
-
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:

@@ -33,8 +33,6 @@ from sta_adapter.evaluation.sharding import Processes, batches, units
 from sta_adapter.injection.fingerprint import fingerprint_model
 from sta_adapter.video.frame_settings import FrameSettings
 
-__all__ = ["evaluate"]
-
 CHOICES = ("loglikelihood", "generate")
 PREDICTION_FORMAT = 6  # raised when the same settings mean other prompts, pixels or scores than before
 _PLACE = re.compile(r"(?<=\.tar), .*|(, line|, entry|(?<=^record)) \d+$")  # of a sample, behind its file's name

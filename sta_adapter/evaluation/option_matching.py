@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from sta_adapter.evaluation import answer_words as words
 from sta_adapter.evaluation.answer_text import final_answer
 
-__all__ = ["named_option"]
-
 _ONE_LETTER_WORDS = "AEIOUY"  # of some language
 _LETTERED = re.compile(r"\s*\(?(?P<letter>[A-Z])[.):]\s*(?P<text>\S.*)", re.DOTALL)
 _NEAR = 90  # characters before a label in which its lead-in stands

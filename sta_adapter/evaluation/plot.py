@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "figure_of"]
-
 Scores = dict[str, list[ScoreReport | None]]
 Panel = tuple[str, list[str], Scores, list[float | None]]
 

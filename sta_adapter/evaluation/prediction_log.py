@@ -17,9 +17,6 @@ from typing import Any, TextIO
 from sta_adapter.adapter.atomic_write import atomic_folder_write
 from sta_adapter.errors import ConfigError
 
-__all__ = ["PredictionLog"]
-
-
 Kept = dict[str, Any]
 """The fields of a `Prediction`, as the file has them."""
 
@@ -126,7 +123,7 @@ class PredictionLog:
             try:
                 entry = json.loads(line)
                 if number == 0:
-                    self._compare(entry.get("settings"))
+                    self._compare(path, entry.get("settings"))
                     continue
                 kept = entry["prediction"]
                 places = [index for index in asked.get(entry["question"], []) if index not in self.done]
@@ -138,11 +135,11 @@ class PredictionLog:
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number + 1} is not a prediction; take another file.") from error
 
-    def _compare(self, found: object) -> None:
+    def _compare(self, path: Path, found: object) -> None:
         found = found if isinstance(found, dict) else {}
         differ = sorted(key for key in self.settings.keys() | found.keys() if self.settings.get(key) != found.get(key))
         if differ:
             raise ConfigError(
-                f"{self.path} holds predictions of an evaluation that differs in {', '.join(differ)}. Take another file or "
+                f"{path} holds predictions of an evaluation that differs in {', '.join(differ)}. Take another file or "
                 "folder, or throw them away (overwrite=True, --overwrite)."
             )

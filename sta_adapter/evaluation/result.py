@@ -10,8 +10,6 @@ from typing import TypedDict
 
 from sta_adapter.evaluation.answering import Prediction
 
-__all__ = ["EvaluationResult", "Score", "wilson"]
-
 EXAMPLES, LONGEST_SAID = 3, 200  # of answers that could not be read
 Z95 = 1.959963984540054  # two-sided 95 %
 

@@ -21,8 +21,6 @@ from sta_adapter.data.worker_process import worker_errors
 from sta_adapter.distributed import is_parallel
 from sta_adapter.errors import STAError
 
-__all__ = ["Processes", "batches", "units"]
-
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=7)  # for the slowest; a process that dies is noticed at once, and so is one that fails
 BATCHES = 4  # that are sorted by length together

@@ -23,9 +23,9 @@ from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import incompatible, numbers, version
 from sta_adapter.compatibility.seams import parameter_names
 from sta_adapter.data.bad_sample import BadSample
-from sta_adapter.data.chat_encoding import IGNORE
+from sta_adapter.data.chat_encoding import IGNORE, Loaded
 from sta_adapter.data.chat_template import has_reasoning
-from sta_adapter.data.collator import Collator, Loaded
+from sta_adapter.data.collator import Collator
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.sample_encoder import SampleEncoder
 from sta_adapter.data.visual_processing import Encoded

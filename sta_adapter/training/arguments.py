@@ -15,8 +15,6 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import reporters, require_reporters
 from sta_adapter.training.config import TrainingConfig
 
-__all__ = ["join_processes", "precision_of", "refuse_flattening", "training_arguments"]
-
 LOGS = 10  # a run logs its loss so many times at least
 
 

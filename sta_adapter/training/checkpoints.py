@@ -1,8 +1,7 @@
 """Checkpoints of a training run: what is in them, when one counts, and which is the newest.
 
-A checkpoint counts once
-`complete.json`, written last, names all its files with their sizes: whatever stopped a run while it saved, the next
-one goes on from the checkpoint before.
+A checkpoint counts once `complete.json`, written last, names all its files with their sizes: whatever stopped a run while
+it saved, the next one goes on from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -24,17 +23,6 @@ from sta_adapter.compatibility.module_names import name_in_state
 from sta_adapter.compatibility.releases import version
 from sta_adapter.distributed import assign, full_shape, full_tensor
 from sta_adapter.errors import CheckpointError, ConfigError
-
-__all__ = [
-    "drop_incomplete",
-    "last_checkpoint",
-    "load_trained",
-    "mark_complete",
-    "numpy_allowed",
-    "require_readable",
-    "rotate",
-    "trained_state",
-]
 
 TRAINED_FILE = "trained.safetensors"
 SAMPLES_FILE = "samples.json"

@@ -16,8 +16,6 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.training.yaml_file import read_yaml
 from sta_adapter.video.frame_settings import BY_TIME, FrameSettings
 
-__all__ = ["TrainingConfig"]
-
 CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
@@ -38,6 +36,7 @@ _AT_MOST = {  # a share; what NumPy takes; what a file of LoRA may say
 _BELOW = {"lora_dropout": 1}
 # of the whole run: both stages share model, STA and data
 OF_THE_RUN = ("sta", "sta_config", "frames", "on_bad_sample", "max_length", "shuffle_buffer", "decode_timeout", "stage1", "stage2")  # fmt: skip
+OF_SAMPLES = ("frames", "on_bad_sample", "max_length", "decode_timeout")  # what a data set is made with
 DEVICE_BATCH_SIZE = 4  # at most, where it isn't set
 # What may differ when an interrupted run is taken up again: it doesn't change the weights that come out (the last two: but
 # for rounding).
@@ -164,6 +163,10 @@ class TrainingConfig:
             if own.get(name) is not None and own.get(other) is None:  # how long to train, said for this stage
                 own[other] = DEFAULTS[other]
         return dataclasses.replace(self, **{**own, "stage1": {}, "stage2": {}})
+
+    def of_samples(self) -> dict[str, Any]:
+        """What a data set is made with, by the names of its arguments."""
+        return {name: getattr(self, name) for name in OF_SAMPLES}
 
     @property
     def length(self) -> dict[str, float | None]:

@@ -18,14 +18,6 @@ from sta_adapter.injection.target import NARROW, widen
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "activation_checkpointing",
-    "full_precision",
-    "kept_configuration",
-    "kept_random_state",
-    "trainable_when_quantized",
-]
-
 
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:

@@ -16,8 +16,6 @@ from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.visual_processing import Encoded
 
-__all__ = ["Fillable", "fill_up"]
-
 
 class Fillable(Dataset[Encoded | BadSample | None]):
     """A data set in which None is the index of nothing, which a `Collator` leaves out."""

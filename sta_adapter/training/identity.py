@@ -24,8 +24,6 @@ from sta_adapter.injection.text_positions import rule_in_use
 from sta_adapter.requirements import require_free
 from sta_adapter.training.config import HARMLESS, LENGTH, TrainingConfig
 
-__all__ = ["claim", "identity_of", "write_json"]
-
 Data = VideoDataset | StreamDataset
 RUN_FORMAT = 5  # raised when the same settings train other weights than before
 

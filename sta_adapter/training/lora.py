@@ -18,8 +18,6 @@ from sta_adapter.injection.lora_recipe import recipe_targets, require_recipe
 from sta_adapter.injection.registry import locate
 from sta_adapter.training.config import DEFAULTS, TrainingConfig
 
-__all__ = ["lora_config", "mark_trained", "require_effect", "require_same_lora"]
-
 
 def lora_config(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> LoraConfig:
     """LoRA as the settings say: with STA trained beside it, or, without a handle, the baseline."""

@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["step_peak", "without_values"]
-
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 SMALL = 1 << 16  # numbers; tables up to this size are real, as some models read them
 

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import NotRequired
 
-__all__ = ["Lengths", "Machine", "measure_step", "plan_stage", "sample_lengths"]
-
 GB = 1e9
 CONTEXT = 1.5 * GB  # of CUDA, its libraries and their workspaces
 FRAGMENTS = 0.05  # of the rest, which the allocator holds and can't give

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from sta_adapter.training.stage import Stage
 
-__all__ = ["Progress", "describe"]
-
 HIDDEN = ("_runtime", "_score", "_per_second", "_time")
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 RECENT = 20  # steps over which speed is measured

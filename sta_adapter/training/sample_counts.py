@@ -9,8 +9,6 @@ from typing import TypedDict
 from sta_adapter.distributed import of_all_ranks
 from sta_adapter.errors import DataError
 
-__all__ = ["SampleCounts"]
-
 logger = logging.getLogger(__name__)
 
 BAD_AT_START = 20  # so many bad samples and nothing else, from the start, end the run

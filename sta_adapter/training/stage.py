@@ -50,8 +50,6 @@ from sta_adapter.training.progress import Progress, describe
 from sta_adapter.training.trainer import AdapterTrainer
 from sta_adapter.training.watch import Resumption, Signals, Watch
 
-__all__ = ["Stage"]
-
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"

@@ -20,8 +20,6 @@ from sta_adapter.injection.handle import get_sta
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.watch import Watch
 
-__all__ = ["TokenTrainer"]
-
 Batch = dict[str, Any]
 """Tensors by name, and `bad_samples`."""
 

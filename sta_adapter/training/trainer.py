@@ -40,12 +40,9 @@ from sta_adapter.training.checkpoints import (
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.contexts import kept_random_state
 from sta_adapter.training.epoch_shares import Fillable, fill_up
-from sta_adapter.training.optimizer import parameter_groups
 from sta_adapter.training.sample_counts import SampleCounts
 from sta_adapter.training.token_loss import TokenTrainer
 from sta_adapter.training.watch import stopped_early
-
-__all__ = ["AdapterTrainer"]
 
 
 class AdapterTrainer(TokenTrainer):
@@ -193,3 +190,18 @@ class AdapterTrainer(TokenTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with numpy_allowed():
             super()._load_rng_state(checkpoint)
+
+
+def parameter_groups(model: nn.Module, sta: set[int], config: TrainingConfig) -> list[dict[str, object]]:
+    """Optimizer groups: STA or not, with or without weight decay (matrices have it, vectors never)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in sta, parameter.dim() > 1), []).append(parameter)
+    sta_rate = config.learning_rate if config.sta_learning_rate is None else config.sta_learning_rate
+    rates = {False: config.learning_rate, True: sta_rate}
+    decays = {False: 0.0, True: config.weight_decay}
+    return [
+        {"params": found, "lr": rates[is_sta], "weight_decay": decays[matrix]}
+        for (is_sta, matrix), found in groups.items()
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,7 +21,7 @@ from sta_adapter.adapter.save import replace_files
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.config import STAConfig
 from sta_adapter.data.dataset import VideoDataset
-from sta_adapter.data.samples import mixed_samples, open_samples, require_usable
+from sta_adapter.data.samples import mixed_samples, open_samples, require_no_folder, require_usable
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import is_rank_zero, on_rank_zero
@@ -33,14 +34,13 @@ from sta_adapter.requirements import require_reporters
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE, last_checkpoint
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.identity import claim, identity_of
-from sta_adapter.training.idle_settings import check_idle
+from sta_adapter.training.settings_check import check_settings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from sta_adapter.injection.backbone import Backbone
     from sta_adapter.training.stage import Stage, StageResult
-
-__all__ = ["TrainingConfig", "TrainingResult", "open_data", "train"]
 
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
 
@@ -113,6 +113,7 @@ def train(
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
+        from sta_adapter.training.lora import require_effect
         from sta_adapter.training.stage import Stage, join_processes
         from sta_adapter.training.watch import Signals
     except ImportError as error:
@@ -123,10 +124,12 @@ def train(
     names = stage_names(stage, config)
     dataset = _opened(data, processor, config)
     eval_dataset = None if eval_data is None else _opened(eval_data, processor, config, stream=False)
-    signals = Signals(_tell if progress and is_rank_zero() else lambda text: None)
+    signals = Signals(_tell) if progress and is_rank_zero() else Signals()
     of_all = (dataset, eval_dataset, eval_fn, signals, callbacks, progress)
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
-    _check_settings(config, parts, model)
+    check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
+    if names[-1] == "2":
+        require_effect(_backbone(model), parts[-1].config)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
     on_rank_zero(
@@ -209,58 +212,20 @@ def open_data(
     if processor is None:
         raise ConfigError("the data is a file, so pass processor=AutoProcessor.from_pretrained(...) as well.")
     files = [data] if isinstance(data, (str, Path)) else list(data)
-    bad = config.on_bad_sample
+    how = config.of_samples()
     alone = len(files) == 1 and is_shards(files[0])
-    if not (stream and alone):
-        samples = (
-            open_samples(files[0], format=format, videos=videos, on_bad_sample=bad)
-            if alone
-            else mixed_samples(files, seed=config.seed, format=format, videos=videos, on_bad_sample=bad)
-        )
-        return VideoDataset(
-            require_usable(samples),
-            processor,
-            frames=config.frames,
-            on_bad_sample=bad,
-            max_length=config.max_length,
-            decode_timeout=config.decode_timeout,
-            cache=cache or False,
-        )
-    if videos is not None:
-        raise ConfigError("a folder of videos is given, but shards hold their clips themselves; leave it out.")
-    return StreamDataset(
-        files[0],
-        processor,
-        format=format,
-        frames=config.frames,
-        on_bad_sample=bad,
-        max_length=config.max_length,
-        decode_timeout=config.decode_timeout,
-        shuffle=config.shuffle_buffer,
-        seed=config.seed,
-        cache=cache,
-    )
+    if stream and alone:
+        require_no_folder(videos)
+        mixing, seed = config.shuffle_buffer, config.seed
+        return StreamDataset(files[0], processor, format=format, cache=cache, shuffle=mixing, seed=seed, **how)
+    read = partial(open_samples, files[0]) if alone else partial(mixed_samples, files, seed=config.seed)
+    samples = read(format=format, videos=videos, on_bad_sample=config.on_bad_sample)
+    return VideoDataset(require_usable(samples), processor, cache=cache or False, **how)
 
 
-def _check_settings(config: TrainingConfig, parts: Sequence[Stage], model: nn.Module | STAHandle) -> None:
-    """Refuse at once, and not when stage one has been trained, what can't be or has no effect in any stage."""
-    from sta_adapter.training.lora import require_effect
-
-    last = parts[-1]
-    if isinstance(last.eval_dataset, StreamDataset):
-        raise ConfigError(
-            "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
-        )
-    if isinstance(last.dataset, StreamDataset) and not all(part.config.max_steps for part in parts):
-        raise ConfigError(
-            "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
-            "max_steps (--max-steps 1000)."
-        )
-    check_idle(config, [part.config for part in parts], last.dataset, last.eval_dataset, last.eval_fn)
-    if last.name == "2":
-        handle = model if isinstance(model, STAHandle) else get_sta(model)
-        backbone = locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
-        require_effect(backbone, last.config)
+def _backbone(model: nn.Module | STAHandle) -> Backbone:
+    handle = model if isinstance(model, STAHandle) else get_sta(model)
+    return locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
 
 
 def _tell(text: str) -> None:

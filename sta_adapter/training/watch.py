@@ -25,8 +25,6 @@ from sta_adapter.errors import DivergenceError
 from sta_adapter.training.checkpoints import last_checkpoint
 from sta_adapter.training.config import TrainingConfig
 
-__all__ = ["Resumption", "Signals", "Watch", "stopped_early"]
-
 GROWTH = 100.0  # so many times its lowest value, a loss has diverged
 RECENT = 5  # steps whose median is the loss, as single batches may be odd
 NOISE = 0.01  # a loss below this is as good as any other

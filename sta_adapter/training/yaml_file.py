@@ -10,8 +10,6 @@ from sta_adapter.errors import ConfigError, MissingExtraError
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["parse_yaml", "read_yaml"]
-
 
 def read_yaml(path: str | Path) -> dict[str, object]:
     """A mapping from a YAML file."""

@@ -27,8 +27,6 @@ from sta_adapter.visualization.viewer import LoadedClip, Viewer
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
 
-__all__ = ["build", "serve"]
-
 logger = logging.getLogger(__name__)
 EXAMPLES = ("moves-left.mp4", "grows.mp4", "vanishes.mp4")  # of the demo's clips, in looks that its adapter never saw
 LONGEST = 120.0  # seconds of a clip

@@ -17,8 +17,6 @@ from sta_adapter.visualization.figures import data_uri, shades
 from sta_adapter.visualization.observation import Observation
 from sta_adapter.visualization.patch_attention import BUDGET, HIDDEN, decode, encode, may_see, scale_of
 
-__all__ = ["SCRIPT", "explorer_data", "script_hash"]
-
 SCRIPT = (Path(__file__).parent / "explorer.js").read_text(encoding="utf-8")
 FRAME_SIDES = ((16, 224), (100, 112), (1 << 30, 56))  # up to so many frames, so many pixels of a frame's longer side
 SPRITE_ROW = 16  # frames side by side

@@ -25,18 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-__all__ = [
-    "data_uri",
-    "draw_attention",
-    "draw_branch",
-    "draw_maps",
-    "overlay_frames",
-    "png",
-    "shades",
-    "strongest_block",
-    "write_moving",
-]
-
 SHOWN = 4  # frames side by side; the moving picture has all
 SQUARES = 48  # of blocks and heads; with more of them the heads are averaged
 SIZES = "viridis"

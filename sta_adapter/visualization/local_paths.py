@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, cast
 
-__all__ = ["public_name", "subject", "without_folders"]
-
 Plain = TypeVar("Plain")
 _ABSOLUTE = re.compile(r"(?:(?<![\w/.:~])~?/(?=[^\s/])|\b[A-Za-z]:[\\/]|\\\\)(?:[^\s/\\'\"<>|:,;]+[/\\])*")
 

@@ -17,8 +17,6 @@ from sta_adapter.injection.handle import STAHandle
 from sta_adapter.visualization.patch_attention import BUDGET, Pooling, choose_pooling, encode, may_see, pool
 from sta_adapter.visualization.recorder import AttentionRecorder, Kept, Recording
 
-__all__ = ["Observation", "branch_sizes", "crossing_map", "observe", "temporal_attention"]
-
 
 @dataclass(frozen=True)
 class Observation:

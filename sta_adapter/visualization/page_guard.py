@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from transformers import PreTrainedModel
 
-__all__ = ["AnswerLimit", "SameOrigin", "trusted_hosts"]
-
 LOCAL = ("127.0.0.1", "localhost")
 EVERY_ADDRESS = ("0.0.0.0", "::")
 SHARED = "*.gradio.live"  # of Gradio's own servers, for share=True

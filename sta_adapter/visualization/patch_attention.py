@@ -15,19 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = [
-    "BUDGET",
-    "EVEN",
-    "HIDDEN",
-    "Pooling",
-    "choose_pooling",
-    "decode",
-    "encode",
-    "may_see",
-    "pool",
-    "scale_of",
-]
-
 BUDGET = 8 << 20  # bytes of a page's patches
 EVEN, HIDDEN = 127, 255  # codes; those of weights go from 0 to 254
 FEWEST_CELLS, FEWEST_BLOCKS = 24, 4

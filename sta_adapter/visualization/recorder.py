@@ -24,9 +24,6 @@ from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.told import take_clip_lengths
 
-__all__ = ["AttentionRecorder", "Recording"]
-
-
 Kept = TypeVar("Kept")
 
 

@@ -22,8 +22,6 @@ from sta_adapter.visualization.theme import DARK, LIGHT, Theme
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["notes", "page", "sections", "summary"]
-
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
 UNTRAINED = (
     "No adapter was given, so STA is untrained: its branch starts at zero, adds nothing and changes nothing, and its "

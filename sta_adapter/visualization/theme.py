@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Theme", "colour_bar", "new_figure", "restyle"]
-
 
 @dataclass(frozen=True)
 class Theme:

@@ -20,6 +20,7 @@ from sta_adapter.data.chat_encoding import encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.collator import Collator
 from sta_adapter.data.message import Message, Part, Visual
+from sta_adapter.data.sample_encoder import DECODE_TIMEOUT
 from sta_adapter.data.worker_process import POSSIBLE, Isolated
 from sta_adapter.errors import CheckpointError, VideoError
 from sta_adapter.evaluation.answering import Answerer
@@ -33,9 +34,6 @@ from sta_adapter.visualization.observation import Observation, observe
 from sta_adapter.visualization.page_guard import AnswerLimit
 from sta_adapter.visualization.patch_attention import BUDGET
 
-__all__ = ["LoadedClip", "Viewer", "crops"]
-
-DECODE_TIMEOUT = 60.0
 DECODE_MEMORY = 4 << 30  # bytes that the process which decodes may take
 QUESTION = "Describe the video."
 

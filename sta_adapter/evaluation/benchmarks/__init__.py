@@ -1,7 +1,7 @@
 """Benchmarks as they lie on disk once downloaded: one file each, from annotation to `Sample`.
 
-Clips are not copied, and not touched before they are decoded: a missing
-one is a bad sample of the evaluation. What can't be asked or scored is left out and said in `EvalSet.notes`.
+Clips are not copied, and not touched before they are decoded: a missing one is a bad sample of the evaluation. What can't
+be asked or scored is left out and said in `EvalSet.notes`.
 """
 
 from __future__ import annotations

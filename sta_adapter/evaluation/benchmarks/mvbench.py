@@ -13,15 +13,17 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import (
+from sta_adapter.evaluation.benchmarks.base import (
+    LETTERS,
+    EvalSet,
     clip_file,
-    field,
     find,
     options_field,
+    question,
     read_annotations,
     seconds_field,
+    text_field,
 )
-from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 STAR = ("star/Charades_v1_480", "star/Charades_segment")
 CLEVRER, PERCEPTION = ("clevrer/video_validation",), ("perception/videos",)
@@ -64,7 +66,7 @@ def load(folder: Path) -> EvalSet:
 
 
 def _sample(row: Record, source: str, places: list[Path], task: str) -> Sample:
-    asked, answer, name = (field(row, key, source) for key in ("question", "answer", "video"))
+    asked, answer, name = (text_field(row, key, source) for key in ("question", "answer", "video"))
     options = options_field(row, "candidates", source)
     if answer not in options:
         raise DataError(f"{source}: the answer {answer!r} is none of the candidates {options!r}.")

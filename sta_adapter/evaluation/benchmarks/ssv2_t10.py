@@ -13,10 +13,15 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, first_folder, read_annotations
-from sta_adapter.evaluation.benchmarks.base import EvalSet, question
-
-__all__ = ["CLASSES"]
+from sta_adapter.evaluation.benchmarks.base import (
+    EvalSet,
+    clip_file,
+    find,
+    first_folder,
+    question,
+    read_annotations,
+    text_field,
+)
 
 CLASSES = (
     "Pulling [something] from left to right",
@@ -53,6 +58,6 @@ def load(folder: Path) -> EvalSet:
 def _sample(row: Record, source: str, clips: Path) -> Sample:
     template = row["template"]
     number = {**row, "id": str(row["id"])} if type(row.get("id")) is int else row
-    clip = clip_file(clips, f"{field(number, 'id', source)}.webm")
+    clip = clip_file(clips, f"{text_field(number, 'id', source)}.webm")
     right, category = CLASSES.index(template), template.replace("[", "").replace("]", "")
     return question(clip, QUESTION, ANSWERS, CLASSES, right, source=source, category=category, before=BEFORE)

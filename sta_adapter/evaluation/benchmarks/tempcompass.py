@@ -15,8 +15,15 @@ from sta_adapter._validate import shown
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations, read_file
-from sta_adapter.evaluation.benchmarks.base import EvalSet, question
+from sta_adapter.evaluation.benchmarks.base import (
+    EvalSet,
+    clip_file,
+    find,
+    question,
+    read_annotations,
+    read_file,
+    text_field,
+)
 
 BEST = "\nPlease directly give the best option:"
 REQUESTS = {"multi-choice": BEST, "yes_no": "\nPlease answer yes or no:", "caption_matching": BEST}
@@ -60,7 +67,7 @@ def _rows(file: Path) -> list[Record]:
 
 
 def _sample(row: Record, source: str, clips: Path, kind: str) -> Sample:
-    asked, answer, name, aspect = (field(row, key, source) for key in ("question", "answer", "video_id", "dim"))
+    asked, answer, name, aspect = (text_field(row, key, source) for key in ("question", "answer", "video_id", "dim"))
     if kind == "yes_no":
         lines = labels = ["yes", "no"]
         texts: list[str] = []

@@ -13,15 +13,17 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import (
+from sta_adapter.evaluation.benchmarks.base import (
+    LETTERS,
+    EvalSet,
     clip_file,
-    field,
     find,
     first_folder,
     options_field,
+    question,
     read_annotations,
+    text_field,
 )
-from sta_adapter.evaluation.benchmarks.base import LETTERS, EvalSet, question
 
 REQUEST = (
     "Select the best answer to the following multiple-choice question based on the video. "
@@ -45,14 +47,14 @@ def load(folder: Path) -> EvalSet:
 
 
 def _sample(row: Record, source: str, clips: Path) -> Sample:
-    asked, answer, name = (field(row, key, source) for key in ("question", "answer", "videoID"))
+    asked, answer, name = (text_field(row, key, source) for key in ("question", "answer", "videoID"))
     options = options_field(row, "options", source)
     labels = LETTERS[: len(options)]
     if len(answer) != 1 or answer not in labels:
         raise DataError(f"{source}: the answer {answer!r} is none of the letters {', '.join(labels)}.")
     texts = [re.sub(r"^[A-Z][.)]\s*", "", option) for option in options]
     text = "\n".join([REQUEST, asked, *options, "The best answer is:"])
-    groups = {key: field(row, key, source) for key in GROUPS if row.get(key)}
-    category = field(row, "task_type", source)
+    groups = {key: text_field(row, key, source) for key in GROUPS if row.get(key)}
+    category = text_field(row, "task_type", source)
     clip = clip_file(clips, f"{name}.mp4")
     return question(clip, text, labels, texts, labels.index(answer), source=source, category=category, extra=groups)

@@ -14,8 +14,7 @@ from pathlib import Path
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Record
 from sta_adapter.errors import DataError
-from sta_adapter.evaluation.benchmarks.annotations import clip_file, field, find, read_annotations
-from sta_adapter.evaluation.benchmarks.base import EvalSet, question
+from sta_adapter.evaluation.benchmarks.base import EvalSet, clip_file, find, question, read_annotations, text_field
 
 ASPECTS = ("Direction", "Intensity", "Sequence", "Compositionality", "Localization", "Type")
 
@@ -41,7 +40,7 @@ def load(folder: Path) -> EvalSet:
 
 def _sample(row: Record, source: str, clips: Path, aspect: str) -> Sample:
     true, false, origin, name = (
-        field(row, key, source) for key in ("caption", "counterfactual", "src_dataset", "video_name")
+        text_field(row, key, source) for key in ("caption", "counterfactual", "src_dataset", "video_name")
     )
     seed = sum(map(ord, true + false)) % 100
     right = 0 if random.Random(seed).random() > 0.5 else 1

@@ -1,7 +1,4 @@
-"""Settings of a run that its data, or what is measured on them, leave without effect; `check_idle` refuses them.
-
-Those that other settings leave without effect are refused by `TrainingConfig` itself.
-"""
+"""Whether a run's settings go with its data and with what is measured; whether they go with each other says `TrainingConfig`."""
 
 from __future__ import annotations
 
@@ -10,23 +7,30 @@ from collections.abc import Callable, Sequence
 from sta_adapter.data.dataset import VideoDataset
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError
-from sta_adapter.training.config import DEFAULTS, TrainingConfig
+from sta_adapter.training.config import DEFAULTS, OF_SAMPLES, TrainingConfig
 from sta_adapter.video.frame_settings import FrameSettings
 
-OF_THE_ENCODER = ("max_length", "decode_timeout", "on_bad_sample")
 
-
-def check_idle(
+def check_settings(
     config: TrainingConfig,
     stages: Sequence[TrainingConfig],
     dataset: VideoDataset | StreamDataset,
     eval_dataset: VideoDataset | StreamDataset | None,
     eval_fn: Callable[..., object] | None,
 ) -> None:
-    """Refuse settings of a run, or of one of its stages, that have no effect on what it is trained and measured on.
+    """Refuse at once, and not when stage one has been trained, what can't be or has no effect in any stage.
 
     STA that would be trained on texts alone is a DataError.
     """
+    if isinstance(eval_dataset, StreamDataset):
+        raise ConfigError(
+            "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
+        )
+    if isinstance(dataset, StreamDataset) and not all(stage.max_steps for stage in stages):
+        raise ConfigError(
+            "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
+            "max_steps (--max-steps 1000)."
+        )
     if eval_fn is not None and eval_dataset is not None:
         raise ConfigError("eval_data has no effect beside eval_fn, which is measured instead; leave one of them out.")
     for stage in stages:
@@ -38,8 +42,7 @@ def check_idle(
             f"none of the {len(dataset)} samples has a clip or a picture, so that STA, which is in the vision encoder, would learn nothing: "
             "give each its 'video', or train LoRA alone (sta: false)."
         )
-    of_encoder = {name: getattr(dataset.encoder, name) for name in OF_THE_ENCODER}
-    made_with: dict[str, object] = {"frames": dataset.frames, **of_encoder}
+    made_with = {name: getattr(dataset.encoder, name) for name in OF_SAMPLES}
     if isinstance(dataset, StreamDataset):
         made_with["shuffle_buffer"] = dataset.shuffle
     for name, found in made_with.items():
