@@ -25,8 +25,6 @@ from sta_adapter.config import STAConfig
 if TYPE_CHECKING:
     from sta_adapter.attention.module import TemporalAttention
 
-__all__ = ["Weights", "block_branch", "is_autocast", "weights_or_reason"]
-
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last ones have shapes and no values, for `sta-adapter plan`
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 

@@ -15,8 +15,6 @@ from sta_adapter.attention.rotary import apply_rotary, rotary_gradient, rotate_
 from sta_adapter.compatibility.seams import operations_are_watched
 from sta_adapter.config import STAConfig
 
-__all__ = ["FrameAttention", "mix_frames"]
-
 PART = 2**17  # numbers of q that a core of the CPU computes at once: half a MiB in float32, as much of k, v and others
 POSITIONS = -4  # their axis, in tokens (b) t n k h d
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rotary", "rotary_gradient", "rotary_tables", "rotate_"]
-
 
 def rotary_tables(frames: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cos and signed sin, each (frames, head_dim).

@@ -7,8 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["attention_weights", "visible_keys"]
-
 
 def attention_weights(q: Tensor, k: Tensor, *, causal: bool = False, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) of arXiv 2510.26027, section 3, in float32 or wider.

@@ -27,8 +27,6 @@ from sta_adapter.injection.text_positions import rule_in_use
 if TYPE_CHECKING:
     from sta_adapter.injection.handle import STAHandle
 
-__all__ = ["adapter_contents", "describe_adapter", "plain_state", "push_adapter", "require_savable", "save_adapter"]
-
 
 def save_adapter(handle: STAHandle, folder: str | os.PathLike[str], base_changed: bool = False) -> None:
     """Write an adapter: every file in full beside its final place, then all are renamed.

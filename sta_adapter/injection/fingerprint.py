@@ -17,8 +17,6 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.text_positions import rule_in_use
 
-__all__ = ["fingerprint_model", "fingerprint_start"]
-
 THREADS = 8
 PEFT_PREFIX = "base_model.model."
 

@@ -11,8 +11,6 @@ from sta_adapter.injection.load import watch_peft
 from sta_adapter.injection.plan import plan_injection
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
-__all__ = ["inject_sta"]
-
 
 def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str | Backbone | None = None) -> STAHandle:
     """Put stacked temporal attention into a model's vision encoder, by hooks; nothing of the model is replaced.

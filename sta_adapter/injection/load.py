@@ -37,8 +37,6 @@ from sta_adapter.injection.saved_sta import (
 )
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
-__all__ = ["load_sta", "watch_peft"]
-
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 _CHECKED = contextvars.ContextVar("whether PEFT's from_pretrained is at work", default=False)
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights

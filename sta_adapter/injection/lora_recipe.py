@@ -18,8 +18,6 @@ from sta_adapter.injection.backbone import Backbone, LoRARecipe
 from sta_adapter.injection.contents import describe_adapter
 from sta_adapter.injection.handle import STAHandle
 
-__all__ = ["STALoraConfig", "recipe_config", "require_recipe", "saved_with_sta", "targets_outside"]
-
 
 def require_recipe(backbone: Backbone) -> LoRARecipe:
     """The backbone's recipe.

@@ -9,8 +9,6 @@ from typing import cast
 
 from torch import Tensor
 
-__all__ = ["Arguments", "iterate_tensors", "map_tensors", "require_grad"]
-
 Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a module's call
 
 

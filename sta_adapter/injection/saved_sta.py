@@ -37,8 +37,6 @@ from sta_adapter.injection.hooks import find_injections
 from sta_adapter.injection.registry import all_backbones
 from sta_adapter.injection.target import widen
 
-__all__ = ["describe", "fill", "fill_copies", "folder_with_sta", "require_same_sta", "silence_originals", "warn_of_sta"]
-
 
 def describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Tensor]]]:
     """STA's description in a folder, and what holds and reads its tensors: an adapter's files, or those that PEFT itself saved."""

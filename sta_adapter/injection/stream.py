@@ -20,8 +20,6 @@ from sta_adapter.injection.stream_state import Chunk, FrameShape, SavedStream, S
 if TYPE_CHECKING:
     from sta_adapter.injection.state import Injection
 
-__all__ = ["Stream", "check_streaming", "continue_streams", "entered"]
-
 
 class Stream:
     """Frames that come piece by piece; made by `handle.stream(...)`.

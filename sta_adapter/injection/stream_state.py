@@ -22,8 +22,6 @@ from sta_adapter.attention.rotary import apply_rotary, rotary_tables
 from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
 
-__all__ = ["SavedStream", "StreamCall", "StreamState", "restored", "saved"]
-
 FrameShape = tuple[int, tuple[int, ...] | None]  # patch positions; rows and columns, where known
 FORMAT = 1
 

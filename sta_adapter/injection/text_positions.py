@@ -15,8 +15,6 @@ from sta_adapter.errors import ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.backbone import TextPositions
 from sta_adapter.injection.registry import all_backbones
 
-__all__ = ["CHOICES", "rule_in_use", "use_positions", "use_positions_of", "warn_of_other_rule"]
-
 TRAINED, TRANSFORMERS = "trained", "transformers"
 CHOICES = (TRAINED, TRANSFORMERS)
 

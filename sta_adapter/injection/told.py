@@ -16,8 +16,6 @@ from sta_adapter.attention.layout import ClipLengths, checked_lengths
 from sta_adapter.compatibility.seams import is_running
 from sta_adapter.compatibility.signatures import takes
 
-__all__ = ["Held", "Told", "take_clip_lengths"]
-
 T = TypeVar("T")
 _HELD: ContextVar[Mapping[object, object]] = ContextVar("held", default=MappingProxyType({}))
 

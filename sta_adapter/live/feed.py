@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from sta_adapter.errors import VideoError
 from sta_adapter.live.source import LiveFrame, LiveSource
 
-__all__ = ["Feed", "chunks"]
-
 WAIT = 0.05
 
 

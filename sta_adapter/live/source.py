@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-__all__ = ["LiveFrame", "LiveSource", "masked"]
-
 SCHEMES = ("rtsp", "rtsps", "http", "https")
 REMOTE_PROTOCOLS = "http,https,tcp,tls,udp,rtp,rtsp,rtsps,crypto,hls"  # a playlist from elsewhere opens no local file
 LONGEST_ADDRESS = 4096

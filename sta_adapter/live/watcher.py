@@ -26,8 +26,6 @@ from sta_adapter.live.source import LiveFrame, LiveSource, masked
 from sta_adapter.video.frame_settings import FrameSettings
 from sta_adapter.video.reader import TICKS, ClipTimes
 
-__all__ = ["WatchSettings", "Watcher"]
-
 Event = dict[str, object]
 
 
