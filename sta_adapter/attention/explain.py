@@ -56,7 +56,7 @@ def _calls(
 ) -> tuple[KernelCall, ...]:
     calls = []
     for frames, positions in groups:
-        kernel, reason = choose_kernel(device, dtype, frames, head_dim, requested)
+        kernel, reason = choose_kernel(device, dtype, head_dim, requested)
         if frames == 1:
             kernel, reason = "none", "a softmax over one frame is 1"
         calls.append(KernelCall(positions, frames, heads, head_dim, dtype, device, kernel, reason))

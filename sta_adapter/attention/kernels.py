@@ -142,31 +142,26 @@ def _ends_with(k: Tensor, q: Tensor) -> bool:
 
 
 def _name(q: Tensor, requested: str) -> str:
-    """The kernel of `choose_backend`, without its reason where there is nothing to choose."""
+    """The kernel for queries like `q`, without the look at xformers where there is nothing to choose."""
     if requested == "sdpa" or (requested == "auto" and q.device.type == "cpu"):
         return "sdpa"
-    return choose_backend(q, requested).backend
+    return choose_kernel(q.device.type, q.dtype, q.shape[-1], requested).backend
 
 
 def _is_split(q: Tensor) -> bool:
     return q.is_cuda and q.shape[0] > CUDA_BATCH_LIMIT
 
 
-def choose_backend(q: Tensor, requested: str = "auto") -> Choice:
-    """The kernel for queries like `q` (P, T, H, D), with the reason for it.
+def choose_kernel(device: str, dtype: torch.dtype, head_dim: int, requested: str = "auto") -> Choice:
+    """The kernel for queries of such tensors, with the reason for it.
 
     "auto" takes xformers where it can (CUDA), and for all else torch's SDPA, which picks among its own kernels.
     "eager" is batched matrix products, written out.
 
     Raises:
         ConfigError: for an unknown name.
-        BackendError: when "xformers" was asked for by name and can't take the tensor.
+        BackendError: when "xformers" was asked for by name and can't take them.
     """
-    return choose_kernel(q.device.type, q.dtype, q.shape[1], q.shape[-1], requested)
-
-
-def choose_kernel(device: str, dtype: torch.dtype, frames: int, head_dim: int, requested: str = "auto") -> Choice:
-    """As `choose_backend`, for tensors that are not there yet."""
     if requested not in BACKENDS:
         raise ConfigError(f"attention backend {requested!r}: expected one of {', '.join(BACKENDS)}.")
     if requested in ("sdpa", "eager"):

@@ -75,7 +75,7 @@ def _devices() -> list[dict[str, str]]:
 
 
 def _kernel(device: str, dtype: torch.dtype) -> dict[str, str]:
-    choice = choose_kernel(device, dtype, FRAMES, HEAD_DIM)
+    choice = choose_kernel(device, dtype, HEAD_DIM)
     kernel = choice.backend
     if kernel == "xformers":
         from sta_adapter.attention.xformers_kernels import kernel_names
