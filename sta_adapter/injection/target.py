@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from inspect import getattr_static
 from typing import cast
 
@@ -51,9 +51,14 @@ def resolve_target(spec: Backbone, encoder: nn.Module) -> InjectionTarget:
     if len(widths) > 1:
         problems.append(f"the norms {spec.norm!r} have different widths, {widths}; STA needs blocks of one width")
     heads = _heads(spec, encoder, width, problems)
+    require_fit(spec, encoder, problems)
+    return InjectionTarget(spec, encoder, blocks, norms, width, heads, width // heads, kind, eps)
+
+
+def require_fit(spec: Backbone, encoder: nn.Module, problems: Sequence[str]) -> None:
+    """Raise an InjectionError of all in which an encoder is not as its backbone declares, if there is anything."""
     if problems:
         raise InjectionError(f"backbone {spec.name!r} does not fit {type(encoder).__name__}: {'; '.join(problems)}.")
-    return InjectionTarget(spec, encoder, blocks, norms, width, heads, width // heads, kind, eps)
 
 
 def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttention]:

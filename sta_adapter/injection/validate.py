@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.distributed import is_sharded
-from sta_adapter.errors import InjectionError, LayoutError
+from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
 from sta_adapter.injection.hooks import RESIDUAL, block_input
 from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
-from sta_adapter.injection.target import InjectionTarget
+from sta_adapter.injection.target import InjectionTarget, require_fit
 
 logger = logging.getLogger(__name__)
 FEW_TOKENS = 32  # enough for the verdict, and cheap for encoders whose dummy clip is large
@@ -52,7 +52,7 @@ def validate_target(target: InjectionTarget) -> None:
         return
     with _undisturbed(target.encoder):
         problems = _find_problems(target, spec.dummy_inputs)
-    _refuse(target, problems)
+    require_fit(spec, target.encoder, problems)
 
 
 def validate_call(target: InjectionTarget, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
@@ -63,23 +63,12 @@ def validate_call(target: InjectionTarget, args: tuple[object, ...], kwargs: dic
     """
     with _undisturbed(target.encoder):
         try:
-            call = _first_block_call(target, args, kwargs)
-            if call is None:
-                problems = [f"its forward does not call the first of Backbone.blocks={target.backbone.blocks!r}"]
-            else:
-                problems = _problems_of_blocks(target, call, next(iterate_tensors(call), None))
+            problems = _problems_of_blocks(target, _first_block_call(target, args, kwargs))
         except Exception as error:
             logger.info("backbone %r is not checked yet: %s: %s", target.backbone.name, type(error).__name__, error)
             return False
-    _refuse(target, problems)
+    require_fit(target.backbone, target.encoder, problems)
     return True
-
-
-def _refuse(target: InjectionTarget, problems: list[str]) -> None:
-    if problems:
-        raise InjectionError(
-            f"backbone {target.backbone.name!r} does not fit {type(target.encoder).__name__}: {'; '.join(problems)}."
-        )
 
 
 @contextlib.contextmanager
@@ -104,21 +93,22 @@ def _find_problems(target: InjectionTarget, dummy_inputs: DummyInputs) -> list[s
         call = _first_block_call(target, args, kwargs)
     except Exception as error:
         return _unable(spec, "the encoder can't run on Backbone.dummy_inputs", error)
-    if call is None:
-        return [f"its forward does not call the first of Backbone.blocks={spec.blocks!r}"]
     tokens = next(iterate_tensors(call), None)
     problems = (
         [] if tokens is None else _layout_problems(target, EncoderCall.bind(target.encoder, args, kwargs, None), tokens)
     )
     try:
-        return problems + _problems_of_blocks(target, call, tokens)
+        return problems + _problems_of_blocks(target, call)
     except Exception as error:
         return problems + _unable(spec, "block 0 can't run", error)
 
 
-def _problems_of_blocks(target: InjectionTarget, call: Arguments, tokens: Tensor | None) -> list[str]:
+def _problems_of_blocks(target: InjectionTarget, call: Arguments | None) -> list[str]:
     """What is wrong with the first block and the last, when they get what the first is called with."""
     spec = target.backbone
+    if call is None:
+        return [f"its forward does not call the first of Backbone.blocks={spec.blocks!r}"]
+    tokens = next(iterate_tensors(call), None)
     if tokens is None or tokens.dim() not in (2, 3) or not tokens.is_floating_point():
         shape = None if tokens is None else tuple(tokens.shape)
         return [f"its blocks' first tensor has the shape {shape}; expected tokens (tokens, C) or (rows, tokens, C)"]
@@ -145,7 +135,7 @@ def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
     if all(getattr(f, "__module__", "").startswith("sta_adapter.") for f in (spec.layout, spec.heads)):
         logger.info("backbone %r is not checked: %s", spec.name, text)
         return []
-    return [f"{text}"]
+    return [text]
 
 
 def _first_block_call(
