@@ -93,7 +93,7 @@ def remove_videorope(model: nn.Module) -> nn.Module:
 def _rename(model: nn.Module, before: Backbone, after: Backbone) -> None:
     """STA that is in the model already belongs to the other backbone now."""
     for _, injection in find_injections(model.modules()):
-        if injection.backbone == before.name:
+        if injection.spec.name == before.name:
             injection.spec = after
 
 

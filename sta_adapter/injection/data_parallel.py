@@ -117,7 +117,7 @@ class AgreeingHook(Hook):
         if wanted and found:
             raise InjectionError(
                 "the vision encoder runs more often in one process than in another, whose batch has fewer pictures or "
-                f"clips, and which can't join in: {OBSTACLES[found].format(backbone=self.injection.backbone)}, or give "
+                f"clips, and which can't join in: {OBSTACLES[found].format(backbone=self.injection.spec.name)}, or give "
                 "every process equally many."
             )
         return bool(wanted)

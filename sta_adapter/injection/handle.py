@@ -65,7 +65,7 @@ class STAHandle:
     @property
     def backbone(self) -> str:
         """Name of the backbone."""
-        return self._injection.backbone
+        return self._injection.spec.name
 
     @property
     def encoder(self) -> nn.Module:

@@ -250,7 +250,7 @@ class FirstCallPreHook(Hook):
 
     def _warn(self, reason: str, remedy: str) -> None:
         warnings.warn(
-            f"backbone {self.injection.backbone!r} has no dummy_inputs and {reason}, so whether its norm is the one in front of "
+            f"backbone {self.injection.spec.name!r} has no dummy_inputs and {reason}, so whether its norm is the one in front of "
             f"the MLP is unverified. {remedy}.",
             STAWarning,
             stacklevel=3,

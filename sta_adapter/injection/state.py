@@ -101,11 +101,6 @@ class Injection:
         return state
 
     @property
-    def backbone(self) -> str:
-        """Name of the backbone."""
-        return self.spec.name
-
-    @property
     def is_enabled(self) -> bool:
         """Whether the branch runs here."""
         return self.enabled and not self.held_off.value
@@ -176,10 +171,6 @@ class Injection:
         except CheckpointError as error:
             yield f"handle.save_pretrained can't save what is trained here: {error}"
 
-    def streaming(self, streams: Sequence[Stream]) -> contextlib.AbstractContextManager[None]:
-        """The forwards in a `with` block bring the next frames of these streams."""
-        return self.held_streams.holding(streams)
-
     @property
     def default_lengths(self) -> ClipLengths | None:
         """Frames of each clip where nobody has told them: a single stream takes all rows."""
@@ -238,10 +229,6 @@ class Injection:
         if tensor.requires_grad:
             tensor.register_hook(_Restore(self, layout))
 
-    def restore(self, layout: ClipLayout | None) -> None:
-        """The backward at work in this thread is about to run blocks of the forward with this layout again."""
-        self.thread.backward = (graph_task(), layout)
-
     def layout(self) -> ClipLayout | None:
         """The layout of the forward, or of the recomputation, that this thread is in; None when switched off.
 
@@ -287,11 +274,11 @@ class Injection:
 
 
 class _Restore:
-    """A gradient hook that changes nothing and puts a layout back."""
+    """A gradient hook that changes nothing and puts a layout back: the backward at work is about to run blocks of its forward again."""
 
     def __init__(self, injection: Injection, layout: ClipLayout | None) -> None:
         self.injection = injection
         self.layout = layout
 
     def __call__(self, grad: Tensor) -> None:
-        self.injection.restore(self.layout)
+        self.injection.thread.backward = (graph_task(), self.layout)

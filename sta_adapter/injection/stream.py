@@ -73,7 +73,7 @@ class Stream:
             StreamError: another thread is using the stream.
         """
         with self.held():
-            return saved(self._state, self.injection.backbone)
+            return saved(self._state, self.injection.spec.name)
 
     def load_state_dict(self, state: SavedStream) -> None:
         """Go on where a stream was when `state_dict` was called, with the same adapter.
@@ -83,7 +83,7 @@ class Stream:
                 the stream is as before.
         """
         with self.held():
-            self._state = restored(state, self.window, self.injection.backbone, self._modules())
+            self._state = restored(state, self.window, self.injection.spec.name, self._modules())
 
     def __enter__(self) -> Stream:
         self._modules()  # an error, where STA has been removed
@@ -123,7 +123,7 @@ def entered(streams: Sequence[Stream]) -> Iterator[None]:
         for stream in streams:
             stack.enter_context(stream.held())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(injection.streaming(streams))
+        stack.enter_context(injection.held_streams.holding(streams))
         yield
 
 
