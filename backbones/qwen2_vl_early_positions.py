@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sta_adapter.backbones.qwen2_vl_position_hooks import drop_hooks
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.compatibility.position_seams import cached_tokens
-from sta_adapter.compatibility.seams import given_arguments, hook_table
+from sta_adapter.compatibility.seams import drop_hooks, given_arguments, hook_table, uncompiled
 from sta_adapter.compatibility.signatures import class_method
-from sta_adapter.compatibility.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +26,7 @@ def fills_early(head: nn.Module) -> bool:
 
 def fill_early(head: nn.Module, fill: bool) -> None:
     """Let a forward of it have the positions that `generate` gives it, or, with False, those of the installed transformers."""
-    drop_hooks(head, FillEarly)
+    drop_hooks(head, lambda hook: isinstance(hook, FillEarly))
     if fill:
         head.register_forward_pre_hook(FillEarly(), with_kwargs=True)
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.compatibility.position_seams import GENERATION_METHOD, cached_tokens
-from sta_adapter.compatibility.seams import given_arguments, hook_table
+from sta_adapter.compatibility.seams import given_arguments, uncompiled
 from sta_adapter.compatibility.signatures import class_method
-from sta_adapter.compatibility.uncompiled import uncompiled
 from sta_adapter.errors import LayoutError
 
 FORWARD = "Qwen2VLModel.forward"
@@ -78,12 +77,3 @@ class GenerationPositions:
                 positions = torch.cat([positions[:1].to(found), found])
             return positions
         return (torch.arange(positions.shape[-1], device=positions.device) + head.model.rope_deltas)[None]
-
-
-def drop_hooks(module: nn.Module, kind: type) -> None:
-    """Take all hooks of a class off a module."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = hook_table(module, name)
-        for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key]
-            hook_table(module, name + "_with_kwargs").pop(key, None)

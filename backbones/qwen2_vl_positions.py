@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions, drop_hooks
+from sta_adapter.backbones.qwen2_vl_position_hooks import FillPositions, GenerationPositions
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions, PositionRule
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
 from sta_adapter.compatibility.position_seams import GENERATION_METHOD as PREPARE
 from sta_adapter.compatibility.position_seams import ROPE_INDEX, has_generation_method, rope_index_parameters
+from sta_adapter.compatibility.seams import drop_hooks
 from sta_adapter.errors import InjectionError
 
 FAMILIES = ("Qwen2VLModel", "Qwen2_5_VLModel")
@@ -72,7 +73,7 @@ def uninstall(model: nn.Module) -> None:
     """Undo `install`."""
     owner: Any = find_owner(model)
     vars(owner).pop(ROPE_INDEX)
-    drop_hooks(owner, FillPositions)
+    drop_hooks(owner, lambda hook: isinstance(hook, FillPositions))
     owner.rope_deltas = None
     for head in _generating(model, owner):
         vars(head).pop(PREPARE, None)

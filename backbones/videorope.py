@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.backbones.qwen2_vl import BACKBONE as QWEN2_VL
-from sta_adapter.backbones.qwen2_vl_position_hooks import drop_hooks
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, install, installed_rule, uninstall
 from sta_adapter.backbones.videorope_frequencies import InterleavedFrequencies
 from sta_adapter.compatibility.position_seams import FREQUENCY_METHOD, has_frequency_method
+from sta_adapter.compatibility.seams import drop_hooks
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.hooks import find_injections
@@ -85,7 +85,7 @@ def remove_videorope(model: nn.Module) -> nn.Module:
         uninstall(model)
         rotary = owner.language_model.rotary_emb
         vars(rotary).pop(FREQUENCY_METHOD, None)
-        drop_hooks(rotary, InterleavedFrequencies)
+        drop_hooks(rotary, lambda hook: isinstance(hook, InterleavedFrequencies))
         _rename(model, BACKBONE, QWEN2_VL)
     return model
 

@@ -503,7 +503,7 @@ def test_hooks_before_loading_that_are_kept_elsewhere():
     module = nn.Identity()
     del module._load_state_dict_pre_hooks
     with raises("Identity._load_state_dict_pre_hooks is a NoneType, expected a dict", "torch"):
-        seams.remove_load_hooks(module, bool)
+        seams.drop_hooks(module, bool)
 
 
 # Processors

@@ -6,12 +6,13 @@ that goes on. `sta_adapter.cli.seam_report` looks at all of them at once, for `s
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +92,34 @@ def active_ddp() -> DistributedDataParallel | None:
 
 
 def disable_dynamo() -> Callable[[Function], Function]:
-    """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler before the first call."""
+    """`torch.compiler.disable`, as a decorator that doesn't import torch's compiler (seconds) before the first call."""
     compiler = importlib.import_module("torch._compile")
     function: Callable[[Function], Function] | None = getattr(compiler, "_disable_dynamo", None)
     if function is None:
         raise incompatible("torch", "torch._compile has no _disable_dynamo")
     return function
+
+
+uncompiled = disable_dynamo()
+
+
+def uncompiled_where(needed: Callable[..., bool]) -> Callable[[Function], Function]:
+    """`uncompiled` for a hook, which a compiler passes by where it has nothing to do: it would break the graph.
+
+    Args:
+        needed: of the hook's arguments, whether it has; traced by the compiler.
+    """
+
+    def decorate(hook: Function) -> Function:
+        outside = uncompiled(hook)
+
+        @functools.wraps(hook)
+        def call(*args: object) -> object:
+            return None if torch.compiler.is_compiling() and not needed(*args) else outside(*args)
+
+        return cast(Function, call)
+
+    return decorate
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -130,11 +153,15 @@ def add_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     raise incompatible("torch", f"{type(module).__name__} has no register_load_state_dict_pre_hook")
 
 
-def remove_load_hooks(module: nn.Module, chosen: Callable[[object], bool]) -> None:
-    """Take the hooks of `add_load_hook` off a module that are chosen."""
-    table = hook_table(module, LOAD_HOOKS)
-    for key in [key for key, hook in table.items() if chosen(getattr(hook, "hook", hook))]:
-        del table[key]
+def drop_hooks(module: nn.Module, chosen: Callable[[object], bool]) -> None:
+    """Take the hooks around forwards, and those of `add_load_hook`, off a module that are chosen."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", LOAD_HOOKS):
+        table = hook_table(module, name)
+        for key in [key for key, hook in table.items() if chosen(getattr(hook, "hook", hook))]:
+            del table[key]
+            for options in HOOK_OPTIONS:
+                if options.startswith(name):
+                    hook_table(module, options).pop(key, None)
 
 
 def is_hooked(module: nn.Module) -> bool:

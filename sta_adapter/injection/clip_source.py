@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths
+from sta_adapter.compatibility.seams import uncompiled_where
 from sta_adapter.compatibility.signatures import bound_arguments
-from sta_adapter.compatibility.uncompiled import uncompiled_where
 from sta_adapter.errors import UnknownClipsError
 from sta_adapter.injection.backbone import ClipSource
 from sta_adapter.injection.hooks import Hook

@@ -18,8 +18,7 @@ from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
 from sta_adapter.compatibility.reduction import require_averages
-from sta_adapter.compatibility.seams import HOOK_OPTIONS, active_ddp, graph_task, hook_table, remove_load_hooks
-from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.compatibility.seams import active_ddp, drop_hooks, graph_task, hook_table, uncompiled
 from sta_adapter.distributed import is_parallel
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownClipsError
 from sta_adapter.injection.backbone import EncoderCall
@@ -258,14 +257,7 @@ class LoadStatePreHook(Hook):
 
 def remove_hooks(module: nn.Module, injection: Injection) -> None:
     """Take every hook of this injection off a module, also those that came with a copy of it."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = hook_table(module, name)
-        for key in [k for k, hook in hooks.items() if isinstance(hook, Hook) and hook.injection is injection]:
-            del hooks[key]
-            for options in HOOK_OPTIONS:
-                if options.startswith(name):
-                    hook_table(module, options).pop(key, None)
-    remove_load_hooks(module, lambda hook: isinstance(hook, Hook) and hook.injection is injection)
+    drop_hooks(module, lambda hook: isinstance(hook, Hook) and hook.injection is injection)
 
 
 def find_injections(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Injection]]:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.compatibility.seams import add_load_hook, operations_are_watched
-from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.compatibility.seams import add_load_hook, operations_are_watched, uncompiled
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import execution_device, is_sharded
 from sta_adapter.errors import ConfigError, InjectionError, STAWarning

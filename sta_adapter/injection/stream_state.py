@@ -19,7 +19,7 @@ from sta_adapter.attention.kernels import attend
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.attention.rotary import apply_rotary, rotary_tables
-from sta_adapter.compatibility.uncompiled import uncompiled
+from sta_adapter.compatibility.seams import uncompiled
 from sta_adapter.errors import LayoutError, StreamError
 
 FrameShape = tuple[int, tuple[int, ...] | None]  # patch positions; rows and columns, where known
