@@ -290,6 +290,14 @@ def test_clips_and_placeholders_that_do_not_go_together(model, processor):
         processor(text=VIDEO, videos=[frames], instruction="Look.")
 
 
+def test_pictures_in_one_array_are_taken_one_by_one_as_clips_are(processor):
+    pictures = np.arange(2 * SIDE * SIDE * 3, dtype=np.uint8).reshape(2, SIDE, SIDE, 3)
+    found, expected = (processor(text=IMAGE * 2, images=given) for given in (pictures, list(pictures)))
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    with pytest.raises(DataError, match=r"1 times .*IMG.*and there are 2 pictures and 0 clips"):
+        processor(text=IMAGE, images=pictures)
+
+
 def test_texts_of_unequal_lengths_are_filled_up(processor):
     texts = ["What?", "What is it?"]
     with pytest.raises(DataError, match=r"texts have \[6, 12\] tokens; expected padding=True"):

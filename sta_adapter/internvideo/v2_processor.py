@@ -109,7 +109,7 @@ class InternVideo2ChatProcessor(ChatProcessor):
         """
         if unknown := options.keys() - {"videos_kwargs", "images_kwargs"}:
             raise DataError(f"{', '.join(sorted(unknown))} has no effect here; leave it out.")
-        pictures, clips = list(images or ()), list(videos if videos is not None else ())
+        pictures, clips = list(() if images is None else images), list(() if videos is None else videos)
         texts = self._texts(text, return_tensors, pictures, clips)
         repeated = [PLACES.sub(lambda found: found[0] * self.image_processor.per_clip, one) for one in texts]
         rows = [torch.tensor(prompt_tokens(self.tokenizer, one, self, begins=add_special_tokens)) for one in repeated]
