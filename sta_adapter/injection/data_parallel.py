@@ -47,6 +47,20 @@ class Groups(list[Group]):
     def __reduce__(self) -> tuple[type[Groups], tuple[()]]:
         return Groups, ()
 
+    def agree(self, wants: bool, obstacle: int, backbone: str) -> bool:
+        """Whether any process wants a run of the encoder.
+
+        Raises:
+            InjectionError: on all of them, when one wants it and one can't join in.
+        """
+        wanted, found = agree((int(wants), obstacle), self)
+        if wanted and found:
+            raise InjectionError(
+                "the vision encoder runs more often in one process than in another, whose batch has fewer pictures or "
+                f"clips, and which can't join in: {OBSTACLES[found].format(backbone=backbone)}, or give every process equally many."
+            )
+        return bool(wanted)
+
 
 class Agreement:
     """What the hooks below share: encoder and language model, and the processes that gather shards together."""
@@ -110,27 +124,8 @@ def _no_model() -> None:
     """In the place of the model in a copy, until that is called."""
 
 
-class AgreeingHook(Hook):
-    """A hook that the processes of one agreement run together."""
-
-    def agree(self, wants: bool, obstacle: int, groups: list[Group]) -> bool:
-        """Whether any process wants a run of the encoder.
-
-        Raises:
-            InjectionError: on all of them, when one wants it and one can't join in.
-        """
-        wanted, found = agree((int(wants), obstacle), groups)
-        if wanted and found:
-            raise InjectionError(
-                "the vision encoder runs more often in one process than in another, whose batch has fewer pictures or "
-                f"clips, and which can't join in: {OBSTACLES[found].format(backbone=self.injection.spec.name)}, or give "
-                "every process equally many."
-            )
-        return bool(wanted)
-
-
-class ModelHook(AgreeingHook):
-    """One that knows the whole agreement."""
+class ModelHook(Hook):
+    """A hook that knows the whole agreement."""
 
     def __init__(self, injection: Injection, agreement: Agreement) -> None:
         super().__init__(injection)
@@ -153,7 +148,8 @@ class FirstInLine(ModelHook):
         if self.agreement.groups:
             for module in (self.agreement.encoder, self.agreement.language_model):
                 hooks = cast("OrderedDict[int, object]", hook_table(module, "_forward_pre_hooks"))
-                ours = [k for k, h in hooks.items() if isinstance(h, AgreeingHook) and h.injection is self.injection]
+                agreeing = (EncoderAgree, LanguageModelBegin)
+                ours = [k for k, h in hooks.items() if isinstance(h, agreeing) and h.injection is self.injection]
                 for key in ours:
                     hooks.move_to_end(key, last=False)
 
@@ -182,7 +178,7 @@ class LastInLine(Hook):
             )
 
 
-class EncoderAgree(AgreeingHook):
+class EncoderAgree(Hook):
     """Forward pre-hook of an encoder: where it is sharded, the other processes are told that it runs here.
 
     It knows the groups alone: a copied or pickled encoder must not take the language model along.
@@ -196,7 +192,7 @@ class EncoderAgree(AgreeingHook):
     def __call__(self, encoder: nn.Module, args: tuple[object, ...]) -> None:
         """Wait for the others; a run on a dummy clip has been agreed upon already."""
         if self.groups and not self.injection.thread.in_dummy:
-            self.agree(True, ABLE, self.groups)
+            self.groups.agree(True, ABLE, self.injection.spec.name)
 
 
 class EncoderOutput(Hook):
@@ -230,7 +226,7 @@ class LanguageModelBegin(ModelHook):
         dummies = 0
         if groups:
             obstacle = self._obstacle(embeddings)
-            while self.agree(wants and not obstacle, obstacle, groups):
+            while groups.agree(wants and not obstacle, obstacle, injection.spec.name):
                 self._run_dummy()
                 wants, dummies = False, dummies + 1
         elif differentiates and self._joins_ddp(wants, embeddings):
@@ -239,7 +235,8 @@ class LanguageModelBegin(ModelHook):
         outputs, injection.thread.outputs = injection.thread.outputs, None
         if outputs and (embeddings is not None or dummies):
             device = outputs[0].device if embeddings is None else embeddings.device
-            zero = torch.stack([(t * 0).sum().float().to(device) for t in (*outputs, *self._trained_between())]).sum()
+            trained = (p for p in self._parameters_between() if p.requires_grad and not is_sharded([p]))
+            zero = torch.stack([(t * 0).sum().float().to(device) for t in (*outputs, *trained)]).sum()
             if embeddings is not None:
                 kwargs = {**kwargs, "inputs_embeds": embeddings + zero.to(embeddings.dtype)}
             else:
@@ -253,7 +250,7 @@ class LanguageModelBegin(ModelHook):
         if self.injection.spec.dummy_inputs is None or self.agreement.embedding() is None:
             ddp = active_ddp()
             if ddp is not None and not ddp.find_unused_parameters:
-                self.agree(not wants, obstacle, [Group(ddp.process_group, ddp.device)])
+                Groups([Group(ddp.process_group, ddp.device)]).agree(not wants, obstacle, self.injection.spec.name)
         return wants and not obstacle
 
     def _obstacle(self, embeddings: Tensor | None) -> int:
@@ -278,9 +275,6 @@ class LanguageModelBegin(ModelHook):
     def _parameters_between(self) -> Iterator[nn.Parameter]:
         for module in self.agreement.between():
             yield from module.parameters(recurse=False)
-
-    def _trained_between(self) -> list[nn.Parameter]:
-        return [p for p in self._parameters_between() if p.requires_grad and not is_sharded([p])]
 
 
 class AddOnce(Hook):
