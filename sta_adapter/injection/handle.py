@@ -207,7 +207,8 @@ class STAHandle:
             for injection in injections:
                 remove_hooks(module, injection)
                 remove_methods(module, injection)
-            if _is_sta(module._modules.get(CHILD)):
+            child = module._modules.get(CHILD)
+            if child is not None and any(isinstance(inner, TemporalAttention) for inner in child.modules()):
                 del module._modules[CHILD]
         return self.model
 
@@ -298,7 +299,3 @@ def get_sta(model: nn.Module) -> STAHandle | None:
         raise InjectionError(f"the model holds {len(found)} encoders with STA; pass the one that is meant.")
     encoder, injection = found[0]
     return STAHandle.of(model, encoder, injection)
-
-
-def _is_sta(module: nn.Module | None) -> bool:
-    return module is not None and any(isinstance(inner, TemporalAttention) for inner in module.modules())
