@@ -11,10 +11,9 @@ from cases import make_qwen2_vl_tower, seeded
 from hub_server import HubServer
 
 from sta_adapter import inject_sta, load_sta
-from sta_adapter.adapter.format import CONFIG, read_description
+from sta_adapter.adapter.format import CONFIG, read_description, weights_digest
 from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
 from sta_adapter.adapter.push import push_folder
-from sta_adapter.adapter.weights_digest import weights_digest
 from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import CheckpointError
 from sta_adapter.loading import saved_frame_settings

@@ -14,7 +14,7 @@ from torch import Tensor
 from sta_adapter.adapter.atomic_write import SAVED, finish_write
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, STA_BESIDE, read_lora
-from sta_adapter.adapter.safe_read import compare_shapes, read_json, read_tensors
+from sta_adapter.adapter.safe_read import compare_shapes, parse_tensors, read_bytes, read_json, read_tensors
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 
@@ -118,7 +118,11 @@ def read_weights(folder: Path, description: Description | None = None) -> dict[s
         raise CheckpointError(f"{folder} holds no {WEIGHTS}.") from None
     if description is not None:
         require_same_settings(folder, description, metadata)
-        require_one_save(folder, state)
+        if (
+            all((folder / name).exists() for name in (LORA_CONFIG, LORA_WEIGHTS))
+            and (lora := read_lora(folder)).holds_sta
+        ):
+            require_sta_of_same_save(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)
     return state
 
 
@@ -132,19 +136,17 @@ def require_same_settings(folder: Path, description: Description, metadata: Mapp
         )
 
 
-def require_one_save(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Refuse a folder in which PEFT itself saved over an adapter: LoRA and STA are of another training than our files.
-
-    `state` has the tensors of our file, under its names.
-    """
-    if all((folder / name).exists() for name in (LORA_CONFIG, LORA_WEIGHTS)) and (lora := read_lora(folder)).holds_sta:
-        require_sta_of_same_save(folder, read_json(folder / LORA_CONFIG), lora.read_sta, state)
-
-
 def require_sta_of_same_save(
     folder: Path, fields: Mapping[str, object], read: Callable[[], Mapping[str, Tensor]], state: Mapping[str, Tensor]
 ) -> None:
-    """`require_one_save`, of LoRA's settings and of the STA beside LoRA, which is read only where PEFT itself saved it."""
+    """Refuse a folder in which PEFT itself saved over an adapter: LoRA and STA are of another training than our files.
+
+    Args:
+        folder: named in the error.
+        fields: LoRA's settings.
+        read: gives the STA beside LoRA, asked for only where PEFT itself saved it.
+        state: the tensors of our file, under its names.
+    """
     if fields.get(OURS) == STA_BESIDE:
         return
     theirs = read()
@@ -166,3 +168,34 @@ def description_digest(description: Description) -> str:
     """Fingerprint of what the weights depend on, so that files of two adapters can't be mixed up."""
     parts = {"backbone": description["backbone"], "encoder": description["encoder"], "config": description["config"]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256, in hexadecimal, of an adapter's tensors, LoRA's as well, and of the settings that STA's depend on.
+
+    By it results of an evaluation tell which adapter they are of. The same adapter saved or published again has the same:
+    the files' metadata, the base's name and frames are no part. Of LoRA without our files (a baseline, what PEFT itself
+    saves) it is that of LoRA's tensors.
+    """
+    found, lora = hashlib.sha256(), folder / LORA_WEIGHTS
+    if not is_lora_alone(folder):
+        found.update(description_digest(read_description(folder)).encode())
+        found.update(_tensors_digest(folder / WEIGHTS))
+        if not lora.exists():
+            return found.hexdigest()
+    found.update(_tensors_digest(lora))
+    return found.hexdigest()
+
+
+def _tensors_digest(path: Path) -> bytes:
+    """Of a safetensors file without its metadata, whose fields come in any order."""
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} holds no {path.name}.") from None
+    parse_tensors(content, path)  # refuses what is damaged
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {name: tensor for name, tensor in json.loads(content[8:end]).items() if name != "__metadata__"}
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    found.update(memoryview(content)[end:])
+    return found.digest()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sta_adapter.adapter.format import WEIGHTS, Description
+from sta_adapter.adapter.format import WEIGHTS, Description, weights_digest
 from sta_adapter.adapter.run_file import (
     RUN_FILE,
     VARIANTS,
@@ -22,7 +22,6 @@ from sta_adapter.adapter.run_file import (
     read_settings,
     read_stage,
 )
-from sta_adapter.adapter.weights_digest import weights_digest
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError
 

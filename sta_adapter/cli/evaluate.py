@@ -128,7 +128,7 @@ def command(
     model: str, adapter: str | None, base: bool, out: str | None, as_json: bool, **options: Unpack[Options]
 ) -> None:
     """Evaluate and print the outcome."""
-    from sta_adapter.adapter.weights_digest import weights_digest
+    from sta_adapter.adapter.format import weights_digest
     from sta_adapter.distributed import is_rank_zero
     from sta_adapter.evaluation.comparison import as_text, chance, clips_of, compare
 
