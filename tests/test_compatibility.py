@@ -23,7 +23,7 @@ from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
-from sta_adapter.compatibility import checkpointing, position_seams, processors, releases, seams
+from sta_adapter.compatibility import checkpointing, position_seams, processors, releases, seams, signatures
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
@@ -197,7 +197,7 @@ def test_caches_that_cannot_be_measured_or_contradict_each_other():
 
 def test_more_arguments_by_position_than_are_known():
     with raises("Model.forward got 2 arguments by position and is known to take 1"):
-        seams.given_arguments(forward_of("a, **more"), "Model.forward", (1, 2), {})
+        signatures.given_arguments(forward_of("a, **more"), "Model.forward", (1, 2), {})
 
 
 def test_parameters_that_cannot_be_read():
@@ -208,7 +208,7 @@ def test_parameters_that_cannot_be_read():
             pass
 
     with raises("the parameters of Odd can't be read"):
-        seams.parameter_names(Odd(), "Odd")
+        signatures.parameter_names(Odd(), "Odd")
 
 
 @needs_seams

@@ -27,10 +27,10 @@ from sta_adapter.compatibility.seams import (
     graph_task,
     has_adapter,
     hook_table,
-    known_parameters,
     peft_hook,
     peft_parts,
 )
+from sta_adapter.compatibility.signatures import known_parameters
 from sta_adapter.errors import STAError
 from sta_adapter.integrations.vllm.lora_requests import lora_reader
 from sta_adapter.integrations.vllm.registry import model_registry

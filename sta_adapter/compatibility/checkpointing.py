@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.compatibility.seams import parameter_names
+from sta_adapter.compatibility.signatures import parameter_names
 
 # of transformers; of code that models bring along; of timm
 FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint", "grad_checkpointing")

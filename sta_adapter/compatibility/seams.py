@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.compatibility.releases import incompatible
+from sta_adapter.compatibility.signatures import parameter_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -32,39 +32,6 @@ LOAD_HOOKS = "_load_state_dict_pre_hooks"
 HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def parameter_names(function: Callable[..., object], what: str, package: str = "transformers") -> tuple[str, ...]:
-    """Names of a function's parameters, in order, without * and **."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError) as error:
-        raise incompatible(package, f"the parameters of {what} can't be read ({error})") from error
-    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-
-
-def known_parameters(
-    function: Callable[..., object], what: str, needed: Collection[str], known: Collection[str] = ()
-) -> tuple[str, ...]:
-    """Names of a function's parameters, all of which we know, with those in `needed` among them."""
-    names = parameter_names(function, what)
-    if missing := sorted(set(needed) - set(names)):
-        raise incompatible("transformers", f"{what} has no parameter {', '.join(missing)}; it takes {', '.join(names)}")
-    if new := sorted(set(names) - set(needed) - set(known)):
-        raise incompatible("transformers", f"{what} has the unknown parameter {', '.join(new)}")
-    return names
-
-
-def given_arguments(
-    function: Callable[..., object], what: str, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> dict[str, object]:
-    """Arguments of a call by name, those passed by position too."""
-    names = parameter_names(function, what)
-    if len(args) > len(names):
-        raise incompatible(
-            "transformers", f"{what} got {len(args)} arguments by position and is known to take {len(names)}"
-        )
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def graph_task() -> int:

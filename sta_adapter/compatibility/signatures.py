@@ -1,4 +1,4 @@
-"""What the arguments of a module's method are called, also where a tool has put a function of its own in its place.
+"""What the arguments of functions and of modules' methods are called, also where a tool has put a function in a method's place.
 
 ms-swift and accelerate replace `forward` on the instance; what stands there then need not tell its parameters, or tells
 them without the first. The class's method does.
@@ -7,11 +7,13 @@ them without the first. The class's method does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from sta_adapter.compatibility.releases import incompatible
 
 _SIGNATURES: WeakKeyDictionary[FunctionType, inspect.Signature] = WeakKeyDictionary()  # a function may hold its model
 
@@ -73,3 +75,36 @@ def _named(
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     extra = [value for name, value in arguments.items() if kinds[name] is inspect.Parameter.VAR_KEYWORD]
     return {name: value for part in (*extra, arguments) for name, value in part.items()}
+
+
+def parameter_names(function: Callable[..., object], what: str, package: str = "transformers") -> tuple[str, ...]:
+    """Names of a function's parameters, in order, without * and **."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise incompatible(package, f"the parameters of {what} can't be read ({error})") from error
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
+def known_parameters(
+    function: Callable[..., object], what: str, needed: Collection[str], known: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Names of a function's parameters, all of which we know, with those in `needed` among them."""
+    names = parameter_names(function, what)
+    if missing := sorted(set(needed) - set(names)):
+        raise incompatible("transformers", f"{what} has no parameter {', '.join(missing)}; it takes {', '.join(names)}")
+    if new := sorted(set(names) - set(needed) - set(known)):
+        raise incompatible("transformers", f"{what} has the unknown parameter {', '.join(new)}")
+    return names
+
+
+def given_arguments(
+    function: Callable[..., object], what: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """Arguments of a call by name, those passed by position too."""
+    names = parameter_names(function, what)
+    if len(args) > len(names):
+        raise incompatible(
+            "transformers", f"{what} got {len(args)} arguments by position and is known to take {len(names)}"
+        )
+    return {**dict(zip(names, args, strict=False)), **kwargs}

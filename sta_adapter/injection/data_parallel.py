@@ -14,14 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.compatibility.seams import (
-    active_ddp,
-    given_arguments,
-    hook_table,
-    parameter_names,
-    uncompiled,
-    uncompiled_where,
-)
+from sta_adapter.compatibility.seams import active_ddp, hook_table, uncompiled, uncompiled_where
+from sta_adapter.compatibility.signatures import given_arguments, parameter_names
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import DummyInputs
