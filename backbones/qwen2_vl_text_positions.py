@@ -10,7 +10,7 @@ from sta_adapter.backbones.qwen2_vl_position_rules import RULES, OriginalPositio
 from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.releases import transformers_release
-from sta_adapter.compatibility.seams import parameter_names
+from sta_adapter.compatibility.signatures import parameter_names
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions, number_of
 
@@ -65,8 +65,8 @@ def use_rule(model: nn.Module, name: str | None) -> None:
         return
     if isinstance(installed_rule(owner), OriginalPositions):
         uninstall(model)
-    if name is not None and (installed_rule(owner) is not None or _native_rule(owner) != name):
-        install(model, RULES[name].of(find_owner(model)))
+    if installed_rule(owner) is not None or (name is not None and _native_rule(owner) != name):
+        install(model, RULES[name or Sequential.name].of(find_owner(model)))  # refuses VideoRoPE, for all of them
 
 
 def _computing(model: nn.Module) -> nn.Module | None:

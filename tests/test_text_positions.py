@@ -188,8 +188,10 @@ def test_videorope_is_a_rule_of_its_own():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inject_sta(use_positions(model))
-    with pytest.raises(InjectionError, match="remove_videorope"):
-        use_positions(model, "original")
+    for rule in ("original", "transformers"):
+        with pytest.raises(InjectionError, match="remove_videorope"):
+            use_positions(model, rule)
+    assert rule_in_use(model) == "videorope"
 
 
 @pytest.mark.parametrize("name", ["Original", "", "trained "])
