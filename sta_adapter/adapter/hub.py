@@ -1,30 +1,22 @@
-"""The Hugging Face Hub: adapters found by id, in the cache or by download; branches to push to; what its errors mean.
-
-Pushing itself is `sta_adapter.adapter.push`.
-"""
+"""The Hugging Face Hub: adapters found by id, in the cache or by download, and what its errors mean; `push` is the other way."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sta_adapter._validate import causes, one_line
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 logger = logging.getLogger(__name__)
 
-MAIN = "main"
 ADAPTER_FILES = [WEIGHTS, CONFIG, LORA_CONFIG, LORA_WEIGHTS]
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone a moment later
 WAITS = (1.0, 4.0)  # seconds before each further try
@@ -96,37 +88,6 @@ def download_options(given: Mapping[str, object]) -> dict[str, object]:
 
     known = inspect.signature(snapshot_download).parameters
     return {name: value for name, value in given.items() if name in known and name != "revision"}
-
-
-def prepare_branch(api: HfApi, repo_id: str, revision: str, private: bool | None) -> str:
-    """Make the repository and the branch where they are missing; a public one never passes for a private one.
-
-    Returns:
-        The repository's id with its owner.
-    """
-    visible = functools.partial(api.create_repo, repo_id, exist_ok=True)
-    repo_id = (visible() if private is None else visible(private=private)).repo_id
-    if private and api.model_info(repo_id, revision=MAIN).private is False:
-        raise CheckpointError(
-            f"{repo_id!r} exists and is public, and private=True was asked for; nothing was uploaded. Make it "
-            "private in its settings, or take another repository."
-        )
-    if revision != MAIN:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return repo_id
-
-
-def branch_contents(api: HfApi, repo_id: str, revision: str) -> tuple[str | None, set[str]]:
-    """The commit that the branch is at, and its files; none where there is no such thing yet."""
-    try:
-        info = api.model_info(repo_id, revision=revision)
-    except Exception as error:
-        if status_of(error) in (401, 404):  # a push that is not allowed fails later, and says why
-            return None, set()
-        raise
-    if info.siblings is None:
-        return info.sha, set(api.list_repo_files(repo_id, revision=revision))
-    return info.sha, {file.rfilename for file in info.siblings}
 
 
 def patiently(action: Callable[[], T]) -> T:

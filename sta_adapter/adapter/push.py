@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sta_adapter.adapter.base_model import is_hub_id, saved_base
 from sta_adapter.adapter.format import CONFIG, Description
-from sta_adapter.adapter.hub import MAIN, branch_contents, explain, prepare_branch
+from sta_adapter.adapter.hub import explain, status_of
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.model_card import CardFacts, make_card, read_run
 from sta_adapter.adapter.push_check import read_checked
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
+MAIN = "main"
 NO_LICENSE = "the card names no licence: without one others may not use the adapter; give license (--license)."
 NOT_LOOKED_UP = "a dry run asks nobody: a README that the repository has would be kept, and LoRA of an adapter before would be removed."
 NO_BASE = (
@@ -144,7 +146,7 @@ def _push(
     api = HfApi(endpoint=endpoint, token=token)
     try:
         validate_repo_id(repo_id)
-        name = repo_id if dry_run else prepare_branch(api, repo_id, branch, private)
+        name = repo_id if dry_run else _prepare_branch(api, repo_id, branch, private)
         facts = CardFacts(name, base, license, datasets, adapter.parameters, LORA_CONFIG in adapter.files, run)
         return _commit(api, adapter, facts, branch, message, create_pr, dry_run)
     except CheckpointError:
@@ -169,13 +171,44 @@ def _readable(endpoint: str | None) -> str | None:
     return endpoint
 
 
+def _prepare_branch(api: HfApi, repo_id: str, revision: str, private: bool | None) -> str:
+    """Make the repository and the branch where they are missing; a public one never passes for a private one.
+
+    Returns:
+        The repository's id with its owner.
+    """
+    visible = functools.partial(api.create_repo, repo_id, exist_ok=True)
+    repo_id = (visible() if private is None else visible(private=private)).repo_id
+    if private and api.model_info(repo_id, revision=MAIN).private is False:
+        raise CheckpointError(
+            f"{repo_id!r} exists and is public, and private=True was asked for; nothing was uploaded. Make it "
+            "private in its settings, or take another repository."
+        )
+    if revision != MAIN:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def _branch_contents(api: HfApi, repo_id: str, revision: str) -> tuple[str | None, set[str]]:
+    """The commit that the branch is at, and its files; none where there is no such thing yet."""
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except Exception as error:
+        if status_of(error) in (401, 404):  # a push that is not allowed fails later, and says why
+            return None, set()
+        raise
+    if info.siblings is None:
+        return info.sha, set(api.list_repo_files(repo_id, revision=revision))
+    return info.sha, {file.rfilename for file in info.siblings}
+
+
 def _commit(
     api: HfApi, adapter: _Adapter, facts: CardFacts, revision: str, message: str, create_pr: bool, dry_run: bool
 ) -> Publication:
     """Upload all files in one commit, or only say what would be."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    head, there = (None, set()) if dry_run else branch_contents(api, facts.repo_id, revision)
+    head, there = (None, set()) if dry_run else _branch_contents(api, facts.repo_id, revision)
     card = make_card(adapter.description, facts)
     files = {**adapter.files, **({} if CARD in there else {CARD: card.encode()})}
     removed = [name for name in (LORA_CONFIG, LORA_WEIGHTS) if name in there and name not in files]
