@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from sta_adapter.adapter.lora_keys import PREFIX
 from sta_adapter.adapter.lora_options import CHECKS, LoraOptions, is_off, named
 from sta_adapter.compatibility.module_names import name_in_state
 from sta_adapter.compatibility.releases import version
@@ -139,7 +140,7 @@ def patterns_at_work(model: nn.Module, name: str, options: LoraOptions) -> Field
         scale = getattr(layer, "scaling", {}).get(name) if isinstance(layer, peft_parts()[0]) else None
         if scale is None or hasattr(layer, "parameter_name") or ".modules_to_save." in path:
             continue
-        module, rank = name_in_state(path).removeprefix("base_model.model."), layer.r[name]
+        module, rank = name_in_state(path).removeprefix(PREFIX), layer.r[name]
         values[module] = rank, float(scale) * root(rank)
         if not CHECKS["lora_alpha"][0](values[module][1]):
             raise CheckpointError(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.adapter.lora_keys import PREFIX
 from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.data.fingerprint import fingerprint, without_names
@@ -18,7 +19,6 @@ from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.text_positions import rule_in_use
 
 THREADS = 8
-PEFT_PREFIX = "base_model.model."
 
 
 def fingerprint_model(model: nn.Module) -> dict[str, str]:
@@ -110,7 +110,7 @@ def _base_name(name: str) -> str:
     """What a tensor of the base is called without PEFT."""
     for wrapped in (".base_layer.", ".original_module."):
         name = name.replace(wrapped, ".")
-    return name.removeprefix(PEFT_PREFIX)
+    return name.removeprefix(PREFIX)
 
 
 def _added_by_peft(model: nn.Module) -> tuple[str, ...]:
