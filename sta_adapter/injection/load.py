@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -11,7 +10,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +37,8 @@ from sta_adapter.injection.saved_sta import (
 from sta_adapter.injection.text_positions import warn_of_other_rule
 
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
-_CHECKED = contextvars.ContextVar("whether PEFT's from_pretrained is at work", default=False)
+# whether PEFT's from_pretrained is at work, which calls its load_adapter when all has been looked at
+_CHECKED = contextvars.ContextVar("checked", default=False)
 WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
 
 
@@ -131,19 +131,20 @@ def watch_peft() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
-        folder, handle = folder_with_sta(model_id, kwargs), get_sta(model)
-        if folder is not None and handle is not None:
-            require_same_sta(folder, handle)
-        if folder is None or handle is not None:
-            with _checked():
-                return load(cls, model, model_id, *args, **kwargs)
-        first = kwargs.get("adapter_name") in (None, "default")
-        known = PASSED_ON | WITHOUT_EFFECT | download_options(kwargs).keys() | ({"adapter_name"} if first else set())
-        if not args and set(kwargs) <= known and not hasattr(model, "peft_config"):
-            return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
-        _warn_of_lora_alone(model_id)
-        with _checked():
+        folder = folder_with_sta(model_id, kwargs)
+        if folder is not None and get_sta(model) is None and not hasattr(model, "peft_config"):
+            first = kwargs.get("adapter_name") in (None, "default")
+            known = (
+                PASSED_ON | WITHOUT_EFFECT | download_options(kwargs).keys() | ({"adapter_name"} if first else set())
+            )
+            if not args and set(kwargs) <= known:
+                return load_sta(model, folder, is_trainable=kwargs.get("is_trainable", False)).model
+        _is_beside_its_sta(model, folder, model_id)
+        token = _CHECKED.set(True)
+        try:
             return load(cls, model, model_id, *args, **kwargs)
+        finally:
+            _CHECKED.reset(token)
 
     from_pretrained.brings_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
@@ -154,31 +155,29 @@ def watch_peft() -> None:
     @functools.wraps(load_more)
     def load_adapter(self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         if not _CHECKED.get():
-            _check_sta_beside(self, model_id, kwargs)
+            _is_beside_its_sta(self, folder_with_sta(model_id, kwargs), model_id)
         return load_more(self, model_id, adapter_name, *args, **kwargs)
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.load_adapter = load_adapter
 
 
-@contextlib.contextmanager
-def _checked() -> Iterator[None]:
-    """`PeftModel.from_pretrained` calls `load_adapter`, for which all has been looked at."""
-    token = _CHECKED.set(True)
-    try:
-        yield
-    finally:
-        _CHECKED.reset(token)
+def _is_beside_its_sta(model: nn.Module, folder: Path | None, name: str | os.PathLike[str]) -> bool:
+    """Whether the LoRA of an adapter of ours, if `folder` is one, comes to the STA that it goes with.
 
-
-def _check_sta_beside(model: nn.Module, name: str, options: Mapping[str, object]) -> None:
-    """Refuse LoRA that goes with another STA than a model's, and tell of the STA that a model hasn't."""
-    if (folder := folder_with_sta(name, options)) is None:
-        return
-    if (handle := get_sta(model)) is None:
-        _warn_of_lora_alone(name)
-    else:
+    To another one it is refused, and where a model has none that is told; `name` is what the caller has asked for.
+    """
+    if folder is None:
+        return False
+    if (handle := get_sta(model)) is not None:
         require_same_sta(folder, handle)
+        return True
+    warnings.warn(
+        f"{os.fspath(name)} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",
+        STAWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 def _watch_hotswap() -> None:
@@ -191,7 +190,7 @@ def _watch_hotswap() -> None:
 
     @functools.wraps(swap)
     def hotswap_adapter(model: nn.Module, model_name_or_path: str, *args: object, **kwargs: object) -> object:
-        _check_sta_beside(model, model_name_or_path, kwargs)
+        _is_beside_its_sta(model, folder_with_sta(model_name_or_path, kwargs), model_name_or_path)
         return swap(model, model_name_or_path, *args, **kwargs)
 
     @functools.wraps(swap_state)
@@ -220,27 +219,15 @@ def _watch_transformers() -> None:
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
         folder = None if peft_model_id is None else folder_with_sta(peft_model_id, options)
-        handle = None if folder is None else get_sta(self)
-        if handle is not None and folder is not None:
-            require_same_sta(folder, handle)
-        elif folder is not None:
-            _warn_of_lora_alone(peft_model_id)
+        fits = _is_beside_its_sta(self, folder, peft_model_id)
         found = load(self, peft_model_id, *args, **kwargs)
-        if handle is not None and folder is not None:
+        if fits and folder is not None:
             name = args[0] if args else kwargs.get("adapter_name")
             fill_copies(self, name or "default", describe(folder)[2]())
         return found
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
     mixin.load_adapter = load_adapter
-
-
-def _warn_of_lora_alone(name: str | os.PathLike[str]) -> None:
-    warnings.warn(
-        f"{os.fspath(name)} holds STA, which PEFT does not load: this is its LoRA alone. Use sta_adapter.load_sta(model, ...).",
-        STAWarning,
-        stacklevel=3,
-    )
 
 
 def _add_lora(handle: STAHandle, folder: Path, description: Description, is_trainable: bool) -> STAHandle:
