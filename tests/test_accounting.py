@@ -172,7 +172,13 @@ def test_pefts_own_loader_brings_sta_back(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}, {"adapter_name": "default"}],
+    [
+        {},
+        {"is_trainable": True},
+        {"is_trainable": False, "low_cpu_mem_usage": False},
+        {"adapter_name": "default"},
+        {"offload_folder": "off", "torch_device": "cpu", "max_memory": None},
+    ],
     ids=str,
 )
 def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):

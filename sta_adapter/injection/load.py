@@ -41,7 +41,10 @@ __all__ = ["load_sta", "watch_peft"]
 
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 _CHECKED = contextvars.ContextVar("whether PEFT's from_pretrained is at work", default=False)
-WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
+# how PEFT makes LoRA before it has its weights, and where it puts a model that accelerate has spread out already
+WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype", "torch_device", "device_map", "max_memory"} | {
+    f"offload_{name}" for name in ("folder", "dir", "index")
+}
 
 
 def load_sta(

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import FLATTENS, is_fsdp1, is_sharded, of_all_ranks, on_rank_zero
@@ -51,8 +50,15 @@ class SaveAdapter(ShowAverage):
             raise ConfigError(FLATTENS)
         with _without_word_of_references():
             require_savable(handle)
-        if state and (folder := _checkpoint(args, state)).joinpath(CONFIG).is_file():  # from which the run goes on
-            Settings(config=handle.config).require_branch(read_description(folder), folder)
+        notes = getattr(state, "stateful_callbacks", None)
+        if notes is not None:  # in each checkpoint's trainer_state.json, which has come from where the run goes on
+            name = SaveAdapter.__name__
+            if before := notes.get(name):
+                Settings(config=handle.config).require_branch(
+                    before["attributes"]["branch"],
+                    f"the checkpoint that the run goes on from (step {state.global_step})",
+                )
+            notes[name] = {"args": {}, "attributes": {"branch": handle.config.to_dict()}}
         self._handle = handle
         SAVED.add(handle)
 

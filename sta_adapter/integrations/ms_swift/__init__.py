@@ -102,7 +102,8 @@ class STATuner(Tuner):
                 f"to start stage 2 from it leave --adapters out and set STA_SETTINGS='{{adapter: {model_id}}}'."
             )
         if is_trainable:
-            Settings.from_environment().require_branch(read_description(Path(model_id)), model_id)
+            there = read_description(Path(model_id))["config"]
+            Settings.from_environment().require_branch(there, f"the adapter {str(model_id)!r}")
         return load_sta(model, model_id, is_trainable=is_trainable).model
 
 
