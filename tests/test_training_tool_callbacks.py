@@ -143,15 +143,15 @@ class FakeHub:
     """What a trainer pushes, each time in a folder of its own."""
 
     def __init__(self, folder):
-        self.folder, self.pushed = folder, []
+        self.folder, self.pushed, self.checkpoints = folder, [], []
 
     def create_repo(self, repo_id, **_):
         return SimpleNamespace(repo_id=repo_id)
 
     def upload_folder(self, *, folder_path, path_in_repo=None, **_):
-        if path_in_repo is None:  # not the checkpoint beside it
-            self.pushed.append(self.folder / str(len(self.pushed)))
-            shutil.copytree(folder_path, self.pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
+        pushed = self.pushed if path_in_repo is None else self.checkpoints
+        pushed.append(self.folder / f"{path_in_repo}{len(pushed)}")
+        shutil.copytree(folder_path, pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
         return SimpleNamespace(done=lambda: True)
 
 
@@ -174,7 +174,8 @@ def test_each_push_to_the_hub_is_an_adapter(saved, stage, model, data, processor
     pushing = {"push_to_hub": True, "hub_model_id": "me/sta", "hub_token": "hf_none", **saved}
     train(trained, data, collate(processor), tmp_path / "out", per_device_train_batch_size=4, **pushing)
     assert len(hub.pushed) >= 2
-    for step, folder in enumerate(hub.pushed[:2], 1):
+    assert len(hub.checkpoints) == (2 if "hub_strategy" in saved else 0)
+    for step, folder in [*enumerate(hub.pushed[:2], 1), *enumerate(hub.checkpoints, 1)]:
         pushed, kept = (
             load_sta(make_model(processor.tokenizer), where) for where in (folder, tmp_path / f"out/checkpoint-{step}")
         )
