@@ -447,6 +447,16 @@ def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message,
         get_sta(model).save_pretrained(tmp_path)
 
 
+def test_a_mix_of_adapters_is_not_made_without_their_sta():
+    model = trained(r=2)
+    for name in ("second", "third"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"adapter 'default' has STA of its own, and a mix .* would have none"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "mix", combination_type="cat")
+    model.add_weighted_adapter(["second", "third"], [1.0, 1.0], "mix", combination_type="cat")
+    assert set(model.peft_config) == {"default", "second", "third", "mix"}
+
+
 def test_a_state_with_the_names_of_another_release():
     """As transformers' trainer loads a checkpoint, with strict=False."""
     model = seeded(make_qwen2_vl)
