@@ -261,6 +261,36 @@ def test_ms_swift_merges_no_adapter_with_sta(ms_swift, monkeypatch):
         merge("with")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quant_method": "awq"}, "ms-swift's --quant_method awq writes the base model"),
+        ({"to_ollama": True}, "ms-swift's --to_ollama True writes"),
+        ({"infer_backend": "sglang"}, "--infer_backend sglang would answer without STA"),
+    ],
+    ids=str,
+)
+def test_ms_swift_drops_sta_nowhere(ms_swift, monkeypatch, tmp_path, given, message):
+    made = (
+        SimpleNamespace(run=lambda self: "exported"),
+        SimpleNamespace(get_infer_engine=lambda args, template=None: args),
+    )
+    monkeypatch.setitem(sys.modules, "swift.pipelines.export.export", SimpleNamespace(SwiftExport=made[0]))
+    monkeypatch.setitem(sys.modules, "swift.pipelines.infer.infer", SimpleNamespace(SwiftInfer=made[1]))
+    ms_swift.register()
+
+    def run(adapter, **given):
+        args = SimpleNamespace(adapters=[str(adapter)], **given)
+        return made[1].get_infer_engine(args) if "infer_backend" in given else made[0].run(SimpleNamespace(args=args))
+
+    assert run(tmp_path, **given)
+    (tmp_path / "sta_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, **given)
+    assert run(tmp_path, infer_backend="transformers")
+    assert run(tmp_path, quant_method=None, to_peft_format=True) == "exported"
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_ms_swift_saves_what_one_process_can(ms_swift, monkeypatch, sharded):
     saved = []
