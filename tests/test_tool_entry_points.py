@@ -99,9 +99,21 @@ def test_llamafactory_is_launched_with_our_file(monkeypatch):
     llamafactory.main()
     assert launcher.__file__.endswith("llamafactory/__main__.py")
     assert (installed, callable(tuner.run_exp)) == ([], True)
+    chat = SimpleNamespace(get_infer_args=lambda args=None: args)
+    monkeypatch.setitem(sys.modules, "llamafactory.chat.chat_model", chat)
     monkeypatch.setattr(sys, "argv", ["x", "chat", "run.yaml"])
     llamafactory.main()
     assert installed == [()]
+    settings = SimpleNamespace(
+        adapter_name_or_path=["lora"], adapter_folder=None, model_revision="main", infer_backend="sglang"
+    )
+    monkeypatch.setattr(llamafactory.peft, "adapter_folder", lambda name, within: name if name == "sta" else None)
+    assert chat.get_infer_args((settings,)) == (settings,)
+    settings.adapter_name_or_path = ["sta"]
+    with pytest.raises(ConfigError, match="infer_backend: sglang would answer by LoRA without its STA"):
+        chat.get_infer_args((settings,))
+    settings.infer_backend = "huggingface"
+    assert chat.get_infer_args((settings,)) == (settings,)
     monkeypatch.setattr(sys, "argv", ["x", "webui"])
     with pytest.raises(ConfigError, match="starts llamafactory-cli by itself, which trains without STA"):
         llamafactory.main()

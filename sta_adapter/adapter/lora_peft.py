@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules get LoRA
 NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that PEFT's LoRA takes as well
+
+
+class LoraLayer(Protocol):
+    """What is used of PEFT's wrapper around a layer."""
+
+    def get_base_layer(self) -> nn.Module:
+        """That layer."""
+
+
 Fields = dict[str, Any]  # of a `LoraConfig`
 Values = Mapping[str, tuple[int, float]]  # rank and alpha by module
 
@@ -181,7 +190,7 @@ def trained_biases(state: Mapping[str, Tensor], bias: object) -> dict[str, Tenso
     }
 
 
-def require_findable(model: nn.Module, layers: Iterable[nn.Module], bias: object) -> None:
+def require_findable(model: nn.Module, layers: Iterable[LoraLayer], bias: object) -> None:
     """Refuse LoRA on what is no linear layer, and on parameters around tensors that are saved along, under names that change with it.
 
     Args:
@@ -192,7 +201,7 @@ def require_findable(model: nn.Module, layers: Iterable[nn.Module], bias: object
     wholes = (module for module in model.modules() if isinstance(module, peft_parts()[1]))
     within = {id(part) for module in wholes for part in module.modules()}
     for layer in layers:
-        base: nn.Module = cast("Any", layer).get_base_layer()
+        base = layer.get_base_layer()
         if isinstance(base, NOT_LINEAR):
             raise CheckpointError(
                 f"LoRA is on a layer of class {type(base).__name__}, and only that on linear layers can be loaded again; leave it out of "

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from torch import nn
@@ -155,7 +156,7 @@ def watch_peft() -> None:
     from_pretrained.brings_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
     _watch_hotswap()
-    _watch_mixing(peft.LoraModel)
+    _watch_mixing(peft)
     if getattr(load_more := peft.PeftModel.load_adapter, "looks_for_sta", False):
         return
 
@@ -214,9 +215,9 @@ def _watch_hotswap() -> None:
     vars(hotswap).update(hotswap_adapter=hotswap_adapter, hotswap_adapter_from_state_dict=hotswap_state)
 
 
-def _watch_mixing(lora_model: Any) -> None:
+def _watch_mixing(peft: ModuleType) -> None:
     """Refuse PEFT's `add_weighted_adapter` of an adapter with STA: LoRA alone is mixed, and what is trained whole left out."""
-    mix, (_, wrapper) = lora_model.add_weighted_adapter, peft_parts()
+    mix, (_, wrapper) = peft.LoraModel.add_weighted_adapter, peft_parts()
 
     @functools.wraps(mix)
     def add_weighted_adapter(self: nn.Module, adapters: Sequence[str], *args: object, **kwargs: object) -> object:
@@ -230,7 +231,7 @@ def _watch_mixing(lora_model: Any) -> None:
                 )
         return mix(self, adapters, *args, **kwargs)
 
-    lora_model.add_weighted_adapter = add_weighted_adapter
+    peft.LoraModel.add_weighted_adapter = add_weighted_adapter
 
 
 def _watch_transformers() -> None:

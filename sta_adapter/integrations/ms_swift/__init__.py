@@ -122,12 +122,12 @@ def _merging(own: Callable[..., object]) -> Callable[..., object]:
     return merge_and_unload
 
 
-def _looking(own: Callable[..., object], of: Callable[[Any], Any]) -> Callable[..., object]:
-    """A function of ms-swift that uses the adapters of its arguments, which `of` finds in its first parameter."""
+def _looking(own: Callable[..., object]) -> Callable[..., object]:
+    """A function of ms-swift that uses the adapters of its settings: its first parameter, or what that has as `args`."""
 
     @functools.wraps(own)
     def looked(first: object, *given: object, **named: object) -> object:
-        refuse_without_sta(of(first))
+        refuse_without_sta(getattr(first, "args", first))
         return own(first, *given, **named)
 
     return looked
@@ -198,10 +198,9 @@ def register() -> None:
     Swift.merge_and_unload = staticmethod(_merging(Swift.merge_and_unload))
     exports, infers = (sys.modules.get(f"swift.pipelines.{name}") for name in ("export.export", "infer.infer"))
     if exports is not None:
-        exports.SwiftExport.run = _looking(exports.SwiftExport.run, lambda pipeline: pipeline.args)
+        exports.SwiftExport.run = _looking(exports.SwiftExport.run)
     if infers is not None:
-        make = _looking(infers.SwiftInfer.get_infer_engine, lambda args: args)
-        infers.SwiftInfer.get_infer_engine = staticmethod(make)
+        infers.SwiftInfer.get_infer_engine = staticmethod(_looking(infers.SwiftInfer.get_infer_engine))
     training = sys.modules.get("swift.pipelines.train.tuner")  # a command that trains imports it before its plug-ins
     if training is not None:
         training.TunerMixin.prepare_model = classmethod(_preparing(training.TunerMixin.prepare_model.__func__))
