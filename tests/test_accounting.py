@@ -172,7 +172,13 @@ def test_pefts_own_loader_brings_sta_back(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_trainable": True}, {"is_trainable": False, "low_cpu_mem_usage": False}, {"adapter_name": "default"}],
+    [
+        {},
+        {"is_trainable": True},
+        {"is_trainable": False, "low_cpu_mem_usage": False},
+        {"adapter_name": "default"},
+        {"offload_folder": "off", "torch_device": "cpu", "max_memory": None},
+    ],
     ids=str,
 )
 def test_pefts_own_loader_takes_what_load_sta_takes(options, tmp_path):
@@ -416,10 +422,20 @@ def test_one_of_two_adapters(tmp_path):
         ),
         (lambda: LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), "init_lora_weights is 'olora'"),
         (lambda: LoraConfig(target_modules=["q_proj", "embed_tokens"]), "LoRA is on a layer of class Embedding"),
+        (
+            lambda: LoraConfig(target_modules=["q_proj"], target_parameters=["to_qkv.weight"], modules_to_save=["sta"]),
+            "target_parameters has put LoRA on parameters of .*trained whole.*leave these out",
+        ),
+        (
+            lambda: LoraConfig(target_modules=["q_proj"], target_parameters=["to_qkv.weight"], bias="all"),
+            "target_parameters has put LoRA on parameters of .*bias.*leave these out",
+        ),
     ],
-    ids=["another method", "another start", "another layer"],
+    ids=["another method", "another start", "another layer", "on parts of a whole", "beside a bias"],
 )
 def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message, tmp_path):
+    if "target_parameters" in message and "target_parameters" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this release of PEFT has no LoRA on parameters")
     handle = inject_sta(seeded(make_qwen2_vl))
     model = get_peft_model(handle.model, config()).train()
     with pytest.warns(STAWarning, match=f"can't save what is trained here: .*{message}"):
@@ -429,6 +445,16 @@ def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message,
         model(**qwen2_vl_prompt(3))  # said once
     with pytest.raises(CheckpointError, match=message):
         get_sta(model).save_pretrained(tmp_path)
+
+
+def test_a_mix_of_adapters_is_not_made_without_their_sta():
+    model = trained(r=2)
+    for name in ("second", "third"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"adapter 'default' has STA of its own, and a mix .* would have none"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "mix", combination_type="cat")
+    model.add_weighted_adapter(["second", "third"], [1.0, 1.0], "mix", combination_type="cat")
+    assert set(model.peft_config) == {"default", "second", "third", "mix"}
 
 
 def test_a_state_with_the_names_of_another_release():

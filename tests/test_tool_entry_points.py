@@ -99,9 +99,21 @@ def test_llamafactory_is_launched_with_our_file(monkeypatch):
     llamafactory.main()
     assert launcher.__file__.endswith("llamafactory/__main__.py")
     assert (installed, callable(tuner.run_exp)) == ([], True)
+    chat = SimpleNamespace(get_infer_args=lambda args=None: args)
+    monkeypatch.setitem(sys.modules, "llamafactory.chat.chat_model", chat)
     monkeypatch.setattr(sys, "argv", ["x", "chat", "run.yaml"])
     llamafactory.main()
     assert installed == [()]
+    settings = SimpleNamespace(
+        adapter_name_or_path=["lora"], adapter_folder=None, model_revision="main", infer_backend="sglang"
+    )
+    monkeypatch.setattr(llamafactory.peft, "adapter_folder", lambda name, within: name if name == "sta" else None)
+    assert chat.get_infer_args((settings,)) == (settings,)
+    settings.adapter_name_or_path = ["sta"]
+    with pytest.raises(ConfigError, match="infer_backend: sglang would answer by LoRA without its STA"):
+        chat.get_infer_args((settings,))
+    settings.infer_backend = "huggingface"
+    assert chat.get_infer_args((settings,)) == (settings,)
     monkeypatch.setattr(sys, "argv", ["x", "webui"])
     with pytest.raises(ConfigError, match="starts llamafactory-cli by itself, which trains without STA"):
         llamafactory.main()
@@ -259,6 +271,36 @@ def test_ms_swift_merges_no_adapter_with_sta(ms_swift, monkeypatch):
     assert merge("without") == "without LoRA"
     with pytest.raises(ConfigError, match="--merge_lora true writes the base model with LoRA in its weights"):
         merge("with")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quant_method": "awq"}, "ms-swift's --quant_method awq writes the base model"),
+        ({"to_ollama": True}, "ms-swift's --to_ollama True writes"),
+        ({"infer_backend": "sglang"}, "--infer_backend sglang would answer without STA"),
+    ],
+    ids=str,
+)
+def test_ms_swift_drops_sta_nowhere(ms_swift, monkeypatch, tmp_path, given, message):
+    made = (
+        SimpleNamespace(run=lambda self: "exported"),
+        SimpleNamespace(get_infer_engine=lambda args, template=None: args),
+    )
+    monkeypatch.setitem(sys.modules, "swift.pipelines.export.export", SimpleNamespace(SwiftExport=made[0]))
+    monkeypatch.setitem(sys.modules, "swift.pipelines.infer.infer", SimpleNamespace(SwiftInfer=made[1]))
+    ms_swift.register()
+
+    def run(adapter, **given):
+        args = SimpleNamespace(adapters=[str(adapter)], **given)
+        return made[1].get_infer_engine(args) if "infer_backend" in given else made[0].run(SimpleNamespace(args=args))
+
+    assert run(tmp_path, **given)
+    (tmp_path / "sta_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, **given)
+    assert run(tmp_path, infer_backend="transformers")
+    assert run(tmp_path, quant_method=None, to_peft_format=True) == "exported"
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -1,5 +1,6 @@
 """What all training tools share: settings, callbacks and the hook in PEFT, on transformers' own trainer."""
 
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, InjectionError
+from sta_adapter.injection import saved_sta
+from sta_adapter.injection.load import watch_peft
 from sta_adapter.integrations import peft as hook
 from sta_adapter.integrations.callbacks import ReportBadClips, RequireGradient, SaveAdapter, sta_callbacks
 from sta_adapter.integrations.settings import Settings, prepare_model
@@ -40,7 +43,11 @@ def model(processor):
 
 
 @pytest.fixture
-def installed():
+def installed(monkeypatch):
+    """The hook's `install`, in a process in which nothing has looked at PEFT before."""
+    load = inspect.unwrap(vars(PeftModel)["from_pretrained"].__func__)
+    monkeypatch.setattr(PeftModel, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(PeftModel, "load_adapter", inspect.unwrap(PeftModel.load_adapter))
     yield hook.install
     hook.uninstall()
 
@@ -136,15 +143,15 @@ class FakeHub:
     """What a trainer pushes, each time in a folder of its own."""
 
     def __init__(self, folder):
-        self.folder, self.pushed = folder, []
+        self.folder, self.pushed, self.checkpoints = folder, [], []
 
     def create_repo(self, repo_id, **_):
         return SimpleNamespace(repo_id=repo_id)
 
     def upload_folder(self, *, folder_path, path_in_repo=None, **_):
-        if path_in_repo is None:  # not the checkpoint beside it
-            self.pushed.append(self.folder / str(len(self.pushed)))
-            shutil.copytree(folder_path, self.pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
+        pushed = self.pushed if path_in_repo is None else self.checkpoints
+        pushed.append(self.folder / f"{path_in_repo}{len(pushed)}")
+        shutil.copytree(folder_path, pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
         return SimpleNamespace(done=lambda: True)
 
 
@@ -167,7 +174,8 @@ def test_each_push_to_the_hub_is_an_adapter(saved, stage, model, data, processor
     pushing = {"push_to_hub": True, "hub_model_id": "me/sta", "hub_token": "hf_none", **saved}
     train(trained, data, collate(processor), tmp_path / "out", per_device_train_batch_size=4, **pushing)
     assert len(hub.pushed) >= 2
-    for step, folder in enumerate(hub.pushed[:2], 1):
+    assert len(hub.checkpoints) == (2 if "hub_strategy" in saved else 0)
+    for step, folder in [*enumerate(hub.pushed[:2], 1), *enumerate(hub.checkpoints, 1)]:
         pushed, kept = (
             load_sta(make_model(processor.tokenizer), where) for where in (folder, tmp_path / f"out/checkpoint-{step}")
         )
@@ -597,7 +605,7 @@ def test_an_encoder_trained_whole_holds_its_sta(model, tmp_path, data, processor
 
 def test_sta_is_looked_for_at_the_revision_of_its_lora(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(hook, "resolve_adapter", lambda *where, subfolder: asked.append(where) or tmp_path)
+    monkeypatch.setattr(saved_sta, "resolve_adapter", lambda *where, subfolder: asked.append(where) or tmp_path)
     for name in ("user/adapter", str(tmp_path)):
         hook.adapter_folder(name, {"revision": "v1"})
     assert asked == [("user/adapter", "v1"), (str(tmp_path), None)]
@@ -623,15 +631,58 @@ def test_an_adapter_that_is_trained_on_keeps_its_branch(model, processor, tmp_pa
         PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path), is_trainable=True)
 
 
-def test_a_run_that_goes_on_keeps_its_branch(model, data, processor, tmp_path):
-    handle, lora = prepare_model(model, Settings(config=STAConfig(head_scale=0.5)))
-    train(get_peft_model(handle.model, lora), data, collate(processor), tmp_path, 1)
-    other, lora = prepare_model(make_model(processor.tokenizer), Settings(config=STAConfig(causal=True)))
-    arguments, state = TrainingArguments(str(tmp_path)), TrainerState(global_step=1)
+def test_what_peft_alone_saved_is_loaded_and_not_merged_without_its_sta(model, data, processor, tmp_path, installed):
+    handle = inject_sta(model, STAConfig(init="normal"))
+    trained = get_peft_model(handle.model, handle.lora_config(target_modules=["q_proj"]))
+    trained.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "sta_config.json").exists()
+    installed()
+    assert hook.adapter_folder(tmp_path, {}) == tmp_path  # by which LLaMA-Factory's export is refused
+    again = PeftModel.from_pretrained(make_model(processor.tokenizer), str(tmp_path), is_trainable=True)
+    assert torch.equal(outputs(again, data, processor), outputs(trained, data, processor))
+
+
+def test_the_hook_takes_no_adapter_of_another_base(model, processor, tmp_path, installed):
+    installed()
+    other = make_model(processor.tokenizer)
+    model.config._name_or_path, other.config._name_or_path = "user/one", "user/other"
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match="is for another base model"):
+        PeftModel.from_pretrained(other, str(tmp_path), is_trainable=True)
+
+
+@pytest.mark.parametrize("place", ["out", "elsewhere/first"])
+def test_a_run_that_goes_on_keeps_its_branch(processor, data, tmp_path, place):
+    def run(where, config, steps, resume=None):
+        handle = inject_sta(make_model(processor.tokenizer), config).freeze_base()
+        args = TrainingArguments(
+            str(tmp_path / where), max_steps=steps, save_steps=1, per_device_train_batch_size=2, use_cpu=True,
+            report_to="none", remove_unused_columns=False, restore_callback_states_from_checkpoint=steps == 3,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            handle.model, args, train_dataset=data, data_collator=collate(processor), callbacks=sta_callbacks()
+        )
+        with numpy_allowed():  # of which transformers 4.45 writes something
+            trainer.train(resume_from_checkpoint=resume)
+
+    run(place, STAConfig(causal=True), 1)
+    checkpoint = str(tmp_path / place / "checkpoint-1")
     with pytest.raises(
-        ConfigError, match=r"checkpoint-1' has causal False \(not True\), head_scale 0\.5 \(not 0\.25\)"
+        ConfigError, match=r"the checkpoint that the run goes on from \(step 1\) has causal True \(not False\)"
     ):
-        SaveAdapter().on_train_begin(arguments, state, None, model=get_peft_model(other.model, lora))
+        run("out", None, 2, checkpoint)
+    run("out", STAConfig(causal=True), 2, checkpoint)
+    run("out", STAConfig(causal=True), 3, str(tmp_path / "out/checkpoint-2"))
+    with pytest.raises(ConfigError, match=r"rope_theta 10000\.0 \(not 500\.0\)"):
+        run("out", STAConfig(causal=True, rope_theta=500), 4, str(tmp_path / "out/checkpoint-3"))
+
+
+def test_a_checkpoint_of_a_run_without_the_callback_is_gone_on_from(processor, data, tmp_path):
+    handle = inject_sta(make_model(processor.tokenizer)).freeze_base()
+    train(handle.model, data, collate(processor), tmp_path, 1, callbacks=[])
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-1/trainer_state.json"))
+    SaveAdapter().on_train_begin(TrainingArguments(str(tmp_path)), state, None, model=handle.model)
+    assert state.stateful_callbacks["SaveAdapter"]["attributes"]["branch"]["causal"] is False
 
 
 def test_peft_says_so_where_it_can_not_see_sta(processor, tmp_path, installed, caplog):
@@ -678,6 +729,7 @@ def test_peft_leaves_other_models_and_other_adapters_alone(model, processor, tmp
 def test_installing_twice_and_taking_it_out(model, installed):
     from peft import LoraModel
 
+    watch_peft()
     before = (LoraModel._pre_injection_hook, PeftModel.save_pretrained, PeftModel.__dict__["from_pretrained"])
     installed()
     with pytest.raises(ConfigError, match="is installed already"):

@@ -164,6 +164,12 @@ def test_sta_comes_from_the_adapter_alone(vllm, tmp_path):
         assert torch.equal(found[name], parameter if ".sta." in name else sent[name])
     with pytest.raises(CheckpointError, match=r"blocks\.0\.sta\.\S+ was sent to an engine that runs"):
         model.load_weights(list(sent.items()))
+    name = next(name for name in sent if ".sta." in name)
+    module, _, last = name.rpartition(".")
+    for find in (lambda: model.get_parameter(name), lambda: model.get_submodule(module).get_parameter(last)):
+        with pytest.raises(CheckpointError, match=r"blocks\.0\.sta\.\S+ was sent to an engine that runs"):
+            find()  # as vLLM does in its kernel format, to write there
+    assert model.get_submodule("visual.blocks.0") is model.visual.blocks[0]
 
 
 def test_a_reload_of_other_files_is_refused(vllm, tmp_path):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules get LoRA
+NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that PEFT's LoRA takes as well
+
+
+class LoraLayer(Protocol):
+    """What is used of PEFT's wrapper around a layer."""
+
+    def get_base_layer(self) -> nn.Module:
+        """That layer."""
+
+
 Fields = dict[str, Any]  # of a `LoraConfig`
 Values = Mapping[str, tuple[int, float]]  # rank and alpha by module
 
@@ -179,3 +189,28 @@ def trained_biases(state: Mapping[str, Tensor], bias: object) -> dict[str, Tenso
         and ".lora_" not in key
         and (bias == "all" or (bias == "lora_only" and ".base_layer." in key))
     }
+
+
+def require_findable(model: nn.Module, layers: Iterable[LoraLayer], bias: object) -> None:
+    """Refuse LoRA on what is no linear layer, and on parameters around tensors that are saved along, under names that change with it.
+
+    Args:
+        model: that LoRA is in.
+        layers: those of it that have LoRA.
+        bias: LoRA's option.
+    """
+    wholes = (module for module in model.modules() if isinstance(module, peft_parts()[1]))
+    within = {id(part) for module in wholes for part in module.modules()}
+    for layer in layers:
+        base = layer.get_base_layer()
+        if isinstance(base, NOT_LINEAR):
+            raise CheckpointError(
+                f"LoRA is on a layer of class {type(base).__name__}, and only that on linear layers can be loaded again; leave it out of "
+                "target_modules, or train it whole (modules_to_save)."
+            )
+        biased = bias != "none" and getattr(base, "bias", None) is not None
+        if hasattr(layer, "parameter_name") and (biased or id(layer) in within):
+            what = "whose bias trains along" if biased else "that is trained whole (modules_to_save)"
+            raise CheckpointError(
+                f"target_parameters has put LoRA on parameters of a layer {what}, which can't be loaded again; leave these out."
+            )

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from sta_adapter.adapter.lora_keys import PREFIX, LoraFile, is_embedding
 from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
-from sta_adapter.adapter.lora_peft import adapter_tensors, patterns_at_work, peft_config, trained_biases
+from sta_adapter.adapter.lora_peft import (
+    adapter_tensors,
+    patterns_at_work,
+    peft_config,
+    require_findable,
+    trained_biases,
+)
 from sta_adapter.adapter.safe_read import compare_shapes, read_header, read_json, read_tensors
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
@@ -34,7 +40,6 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 # an entry that PEFT doesn't know, so that it warns where it loads LoRA alone
 STA_BESIDE = "sta_config.json beside this file"
 BASE_VALUES = "_sta_adapter_base_values"  # of a PeftModel: the tensors of the base that its file replaced, with their values before
-NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that PEFT's LoRA takes as well
 WRAPPED = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT gives what lies in its wrappers twice
 
 
@@ -139,12 +144,6 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, ob
     layers = [module for module in model.modules() if isinstance(module, peft_parts()[0])]
     if not layers:
         return None  # merged or unloaded
-    other = next((base for layer in layers if isinstance(base := layer.get_base_layer(), NOT_LINEAR)), None)
-    if other is not None:
-        raise CheckpointError(
-            f"LoRA is on a layer of class {type(other).__name__}, and only that on linear layers can be loaded again; leave it out of "
-            "target_modules, or train it whole (modules_to_save)."
-        )
     names: list[str] = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) != 1 or names[0] not in configs:
         raise CheckpointError(
@@ -152,6 +151,7 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, ob
             "model.set_adapter(...)."
         )
     fields = configs[names[0]].to_dict()
+    require_findable(model, layers, fields.get("bias"))
     return names[0], fields, checked_options(fields, "the LoRA of this model")
 
 

@@ -10,8 +10,9 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from torch import nn
@@ -21,8 +22,10 @@ from sta_adapter.adapter.base_model import check_base
 from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, saved_config
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
+from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
+from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
@@ -39,7 +42,10 @@ from sta_adapter.injection.text_positions import warn_of_other_rule
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 # whether PEFT's from_pretrained is at work, which calls its load_adapter when all has been looked at
 _CHECKED = contextvars.ContextVar("checked", default=False)
-WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype"}  # how PEFT makes LoRA, before it has its weights
+# how PEFT makes LoRA before it has its weights, and where it puts a model that accelerate has spread out already
+WITHOUT_EFFECT = {"low_cpu_mem_usage", "autocast_adapter_dtype", "torch_device", "device_map", "max_memory"} | {
+    f"offload_{name}" for name in ("folder", "dir", "index")
+}
 
 
 def load_sta(
@@ -149,6 +155,7 @@ def watch_peft() -> None:
     from_pretrained.brings_sta = True  # type: ignore[attr-defined]
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
     _watch_hotswap()
+    _watch_mixing(peft)
     if getattr(load_more := peft.PeftModel.load_adapter, "looks_for_sta", False):
         return
 
@@ -203,6 +210,25 @@ def _watch_hotswap() -> None:
         return swap_state(model, state_dict, *args, **kwargs)
 
     vars(hotswap).update(hotswap_adapter=hotswap_adapter, hotswap_adapter_from_state_dict=hotswap_state)
+
+
+def _watch_mixing(peft: ModuleType) -> None:
+    """Refuse PEFT's `add_weighted_adapter` of an adapter with STA: LoRA alone is mixed, and what is trained whole left out."""
+    mix, (_, wrapper) = peft.LoraModel.add_weighted_adapter, peft_parts()
+
+    @functools.wraps(mix)
+    def add_weighted_adapter(self: nn.Module, adapters: Sequence[str], *args: object, **kwargs: object) -> object:
+        copies = [module.modules_to_save for module in self.modules() if isinstance(module, wrapper)]
+        for name in adapters:
+            parts = (part for of in copies if name in of for part in of[name].modules())
+            if any(isinstance(part, TemporalAttention) for part in parts):
+                raise ConfigError(
+                    f"the adapter {name!r} has STA of its own, and a mix by PEFT's add_weighted_adapter would have none, as it mixes LoRA alone: "
+                    "take one of the adapters, or mix LoRA that was trained without STA."
+                )
+        return mix(self, adapters, *args, **kwargs)
+
+    peft.LoraModel.add_weighted_adapter = add_weighted_adapter
 
 
 def _watch_transformers() -> None:

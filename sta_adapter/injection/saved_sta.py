@@ -51,13 +51,25 @@ def describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Te
 
 def folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
-    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
-        known = (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
+        folder = downloaded(name, options)
     except (STAError, OSError, ValueError, TypeError):
         return None
-    return folder if known else None
+    return folder if has_sta(folder) else None
+
+
+def downloaded(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+    """The folder of an adapter that PEFT was asked to load; errors as `resolve_adapter`."""
+    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
+    return resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
+
+
+def has_sta(folder: Path) -> bool:
+    """Whether STA belongs to what lies in a folder: beside LoRA's files, or within, as PEFT itself saves it."""
+    try:
+        return (folder / CONFIG).is_file() or OURS in json.loads((folder / LORA_CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def require_same_sta(folder: Path, handle: STAHandle) -> None:

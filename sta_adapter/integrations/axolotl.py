@@ -55,7 +55,7 @@ class STAPlugin(BasePlugin):
         set_seed(42 if cfg.seed is None else cfg.seed)  # axolotl leaves the start of LoRA and STA to chance
         if cfg.lora_model_dir:
             description = read_description(Path(cfg.lora_model_dir))
-            settings.require_branch(description, cfg.lora_model_dir)
+            settings.require_branch(description["config"], f"the adapter {str(cfg.lora_model_dir)!r}")
             widen(inject_sta(model, STAConfig.from_dict(description["config"])).parameters())
         else:
             handle, lora = prepare_model(model, settings)

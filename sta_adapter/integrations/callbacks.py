@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from sta_adapter.adapter.format import CONFIG, read_description
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import FLATTENS, is_fsdp1, is_sharded, of_all_ranks, on_rank_zero
@@ -42,6 +41,8 @@ class SaveAdapter(ShowAverage):
     Every process calls it, as sharded weights are gathered by all; process 0 writes.
     """
 
+    _written: Path | None = None  # a checkpoint's folder that has the adapter before the checkpoint is made
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object
     ) -> None:
@@ -51,21 +52,32 @@ class SaveAdapter(ShowAverage):
             raise ConfigError(FLATTENS)
         with _without_word_of_references():
             require_savable(handle)
-        if state and (folder := _checkpoint(args, state)).joinpath(CONFIG).is_file():  # from which the run goes on
-            Settings(config=handle.config).require_branch(read_description(folder), folder)
-        self._handle = handle
+        notes = getattr(state, "stateful_callbacks", None)
+        if notes is not None:  # in each checkpoint's trainer_state.json, which has come from where the run goes on
+            name = SaveAdapter.__name__
+            if before := notes.get(name):
+                Settings(config=handle.config).require_branch(
+                    before["attributes"]["branch"],
+                    f"the checkpoint that the run goes on from (step {state.global_step})",
+                )
+            notes[name] = {"args": {}, "attributes": {"branch": handle.config.to_dict()}}
+        self._handle, self._written = handle, None
         SAVED.add(handle)
 
-    def before_checkpoint(self, args: TrainingArguments, model: nn.Module | None) -> None:
-        """Write the adapter into the output folder where that goes to the Hub with each checkpoint, before `on_save`."""
+    def before_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        """Write the adapter where it goes to the Hub with each checkpoint, before `on_save`: into the output folder, or both."""
         if args.push_to_hub and args.hub_strategy != "end":
             _save(model, Path(str(args.output_dir)))
+            if args.hub_strategy != "every_save" and not state.is_hyper_param_search:
+                self._written = _checkpoint(args, state)
+                _save(model, self._written)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object
     ) -> None:
-        """Write the adapter into the checkpoint that was just made."""
-        _save(model, _checkpoint(args, state))
+        """Write the adapter into the checkpoint that was just made, unless it is there and on its way to the Hub."""
+        if (folder := _checkpoint(args, state)) != self._written:
+            _save(model, folder)
 
     def on_train_end(
         self,

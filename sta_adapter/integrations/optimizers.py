@@ -41,18 +41,18 @@ class ShowAverage(TrainerCallback):
         """Show it before a checkpoint is made."""
         if control.should_save:
             show_average(optimizer)
-            self.before_checkpoint(args, model)
+            self.before_checkpoint(args, state, model)
 
     on_epoch_end = on_step_end
 
     def on_evaluate(
-        self, args: TrainingArguments, *_: object, model: nn.Module | None = None, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, *_: object, model: nn.Module | None = None, **kwargs: object
     ) -> None:
         """A trainer may then make a checkpoint because the measure is the best, of the average, which it has shown itself."""
         if args.save_strategy == "best":
-            self.before_checkpoint(args, model)
+            self.before_checkpoint(args, state, model)
 
-    def before_checkpoint(self, args: TrainingArguments, model: nn.Module | None) -> None:
+    def before_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         """What else there is to do, on all processes."""
 
 

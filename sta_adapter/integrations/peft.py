@@ -7,25 +7,24 @@ known vision encoder, and LoRA that is loaded from a folder without STA, stay as
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from sta_adapter.adapter.format import CONFIG, WEIGHTS, compare_tensors, read_description, read_weights
-from sta_adapter.adapter.hub import download_options, resolve_adapter
+from sta_adapter.adapter.format import CONFIG
 from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
 from sta_adapter.injection.handle import get_sta
-from sta_adapter.injection.inject import inject_sta
+from sta_adapter.injection.load import watch_peft
+from sta_adapter.injection.saved_sta import describe, downloaded, has_sta
 from sta_adapter.injection.target import widen
 from sta_adapter.integrations.settings import Settings, prepare_model
 
@@ -36,9 +35,7 @@ __all__ = ["adapter_folder", "install", "uninstall"]
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []
-_loading: contextvars.ContextVar[tuple[Path | None] | None] = contextvars.ContextVar(
-    "(folder,) that PEFT loads from", default=None
-)
+_loading = contextvars.ContextVar("whether LoRA comes from a folder", default=False)
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,6 +66,7 @@ def install(settings: Settings | STAConfig | None = None) -> None:
         import peft
     except ImportError as error:
         raise MissingExtraError("this hook is in peft: pip install 'sta-adapter[train]'") from error
+    watch_peft()
     load = vars(peft.PeftModel)["from_pretrained"].__func__
     _replace(peft.LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))
     _replace(peft.PeftModel, "save_pretrained", _saving(peft.PeftModel.save_pretrained))
@@ -107,20 +105,20 @@ def _saving(save: Callable[..., T]) -> Callable[..., T]:
 
 
 def _bringing_sta(load: Callable[..., Model], settings: Settings) -> Callable[..., Model]:
-    """The function of `PeftModel.from_pretrained`, with STA where the folder has it."""
+    """The function of `PeftModel.from_pretrained`, which brings a folder's STA itself, see `watch_peft`: here it is only looked at."""
 
     @functools.wraps(load)
     def from_pretrained(
         cls: type, model: nn.Module, model_id: str | os.PathLike[str], *args: object, **kwargs: object
     ) -> Model:
-        had, folder = get_sta(model) is not None, adapter_folder(model_id, kwargs)
+        folder = adapter_folder(model_id, kwargs)
         if folder is not None and kwargs.get("is_trainable"):
-            settings.require_branch(read_description(folder), folder)
-        with _from(folder):
-            loaded = load(cls, model, model_id, *args, **kwargs)
-        if not had and folder is not None and get_sta(loaded) is not None:
-            _load_weights(loaded, folder)
-        return loaded
+            settings.require_branch(describe(folder)[0]["config"], f"the adapter {str(folder)!r}")
+        token = _loading.set(True)
+        try:
+            return load(cls, model, model_id, *args, **kwargs)
+        finally:
+            _loading.reset(token)
 
     return from_pretrained
 
@@ -131,42 +129,28 @@ def uninstall() -> None:
         _undo.pop()()
 
 
-@contextlib.contextmanager
-def _from(folder: Path | None) -> Iterator[None]:
-    token = _loading.set((folder,))
-    try:
-        yield
-    finally:
-        _loading.reset(token)
-
-
 def adapter_folder(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
     """Where the files of an adapter with STA lie; None if there are none, as beside LoRA alone."""
-    revision = None if os.path.isdir(name) else options.get("revision")  # PEFT takes one for a folder too
     try:
-        folder = resolve_adapter(name, revision, subfolder=options.get("subfolder"), **download_options(options))
+        folder = downloaded(name, options)
     except CheckpointError as error:
         logger.warning("whether STA belongs to the LoRA of %s can't be seen: %s", os.fspath(name), error)
         return None
-    if (folder / CONFIG).is_file():
+    if has_sta(folder):
         return folder
     logger.warning("%s has no %s, so the model gets its LoRA without STA", os.fspath(name), CONFIG)
     return None
 
 
 def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
-    """STA in front of LoRA: fresh, or as the folder has it that LoRA is loaded from."""
+    """Fresh STA in front of LoRA that is new, and every STA trained with it."""
     from sta_adapter.injection.lora_recipe import saved_with_sta, targets_outside
 
-    loading = _loading.get()
     if get_sta(model) is None:
+        if _loading.get():  # what is loaded has none
+            return
         try:
-            if loading is None:
-                prepare_model(model, settings)
-            elif loading[0] is None:  # LoRA alone
-                return
-            else:
-                inject_sta(model, STAConfig.from_dict(read_description(loading[0])["config"]))
+            prepare_model(model, settings)
         except UnknownBackboneError:
             logger.info("no STA for %s: no backbone is known for it", type(model).__name__)
             return
@@ -175,18 +159,6 @@ def _inject(model: nn.Module, config: LoraConfig, settings: Settings) -> None:
         config.target_modules = targets_outside(model, config)
         if not config.inference_mode:
             widen(handle.parameters())
-
-
-def _load_weights(model: nn.Module, folder: Path) -> None:
-    """STA's own file is the one truth, whatever PEFT's holds."""
-    handle = get_sta(model)
-    if handle is None:
-        return
-    state = read_weights(folder, read_description(folder))
-    expected = {f"blocks.{i}.{k}": v for i, block in handle.blocks.items() for k, v in block.state_dict().items()}
-    compare_tensors(folder / WEIGHTS, state, expected)
-    for index, block in handle.blocks.items():
-        block.load_state_dict({key: state[f"blocks.{index}.{key}"] for key in block.state_dict()})
 
 
 def _save(model: nn.Module, folder: Path) -> None:

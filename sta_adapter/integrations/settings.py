@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sta_adapter._validate import unknown_names
-from sta_adapter.adapter.format import Description
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import STAHandle, get_sta
@@ -57,19 +56,21 @@ class Settings:
             fields = ", ".join(sorted(self.config.given))
             raise ConfigError(f"{fields} and adapter exclude each other: the adapter {self.adapter!r} has its own.")
 
-    def require_branch(self, description: Description, where: object) -> None:
-        """That what is said of the branch is so in an adapter that is trained on, which has its own fields.
+    def require_branch(self, saved: object, where: str) -> None:
+        """That what is said of the branch is so in what is trained on, which has its own fields.
+
+        Args:
+            saved: these fields, as `STAConfig.to_dict` gives them.
+            where: what has them, for the message.
 
         Raises:
-            ConfigError: it differs.
+            ConfigError: they differ.
         """
-        saved, asked = STAConfig.from_dict(description["config"]).to_dict(), self.config or STAConfig()
-        differ = [name for name in sorted(asked.given) if asked.to_dict()[name] != saved[name]]
+        there, asked = STAConfig.from_dict(saved).to_dict(), self.config or STAConfig()
+        differ = [name for name in sorted(asked.given) if asked.to_dict()[name] != there[name]]
         if differ:
-            found = ", ".join(f"{name} {saved[name]!r} (not {asked.to_dict()[name]!r})" for name in differ)
-            raise ConfigError(
-                f"the adapter {str(where)!r} has {found}, and goes on with that; leave it out of STA's settings."
-            )
+            found = ", ".join(f"{name} {there[name]!r} (not {asked.to_dict()[name]!r})" for name in differ)
+            raise ConfigError(f"{where} has {found}, and goes on with that; leave it out of STA's settings.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object] | None) -> Settings:

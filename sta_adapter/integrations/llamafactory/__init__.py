@@ -7,12 +7,14 @@ begins.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.errors import ConfigError, MissingExtraError
@@ -58,6 +60,8 @@ def main() -> None:
         )
     if sys.argv[1:2] != ["train"]:
         peft.install()  # what chats, serves and exports loads an adapter with its STA
+    if sys.argv[1:2] in (["api"], ["chat"], ["webchat"]):
+        _not_by_sglang(importlib.import_module("llamafactory.chat.chat_model"))
     launcher.__file__ = str(Path(__file__).with_name("__main__.py"))
     launcher.launch()
 
@@ -90,13 +94,41 @@ def run_exp(
         peft.uninstall()
 
 
+class _ModelSettings(Protocol):
+    """What is used of LLaMA-Factory's settings of a model."""
+
+    adapter_name_or_path: Sequence[str] | None
+    adapter_folder: str | None
+    model_revision: str
+
+
+def _not_by_sglang(chat: ModuleType) -> None:
+    """Have LLaMA-Factory's module that answers refuse the engine that would take LoRA alone from an adapter with STA."""
+    own = chat.get_infer_args
+
+    @functools.wraps(own)
+    def get_infer_args(args: object = None) -> object:
+        found = own(args)
+        if found[0].infer_backend == "sglang" and _has_sta(found[0]):
+            raise ConfigError(
+                "infer_backend: sglang would answer by LoRA without its STA: take huggingface, or serve by vLLM (sta-adapter serve ADAPTER)."
+            )
+        return found
+
+    chat.get_infer_args = get_infer_args  # type: ignore[attr-defined]
+
+
+def _has_sta(model: _ModelSettings) -> bool:
+    """Whether STA belongs to one of the adapters that LLaMA-Factory's settings of the model name."""
+    within = {"subfolder": model.adapter_folder, "revision": model.model_revision}
+    return any(peft.adapter_folder(name, within) for name in model.adapter_name_or_path or ())
+
+
 def refuse_merging(args: object = None) -> None:
     """Refuse to export an adapter with STA; LoRA alone may go into the base. `args` are those of LLaMA-Factory's `export_model`."""
     from llamafactory.hparams import get_infer_args
 
-    model = get_infer_args(args)[0]
-    within = {"subfolder": model.adapter_folder, "revision": model.model_revision}
-    if any(peft.adapter_folder(name, within) for name in model.adapter_name_or_path or ()):
+    if _has_sta(get_infer_args(args)[0]):
         raise merging_loses_sta("llamafactory-cli export")
 
 

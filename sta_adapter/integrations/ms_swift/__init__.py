@@ -22,6 +22,7 @@ from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import load_sta, watch_peft
+from sta_adapter.injection.saved_sta import has_sta
 from sta_adapter.integrations.callbacks import RequireGradient, SaveAdapter
 from sta_adapter.integrations.settings import Settings, merging_loses_sta, prepare_model
 
@@ -42,6 +43,8 @@ __all__ = ["STATuner", "register"]
 logger = logging.getLogger(__name__)
 
 NAME = "sta"
+ENGINES = ("sglang", "lmdeploy")  # to which ms-swift gives no adapter
+EXPORTS = ("quant_method", "to_ollama", "to_hf", "to_mcore")  # that are made of the base's weights and LoRA's
 # ms-swift's options of LoRA: their default there, which is not the recipe's, and what PEFT calls them; None where it has no such
 OPTIONS: dict[str, tuple[object, str | None]] = {
     "lora_rank": (8, "r"),
@@ -102,7 +105,8 @@ class STATuner(Tuner):
                 f"to start stage 2 from it leave --adapters out and set STA_SETTINGS='{{adapter: {model_id}}}'."
             )
         if is_trainable:
-            Settings.from_environment().require_branch(read_description(Path(model_id)), model_id)
+            there = read_description(Path(model_id))["config"]
+            Settings.from_environment().require_branch(there, f"the adapter {str(model_id)!r}")
         return load_sta(model, model_id, is_trainable=is_trainable).model
 
 
@@ -116,6 +120,31 @@ def _merging(own: Callable[..., object]) -> Callable[..., object]:
         return own(model, **kwargs)
 
     return merge_and_unload
+
+
+def _looking(own: Callable[..., object]) -> Callable[..., object]:
+    """A function of ms-swift that uses the adapters of its settings: its first parameter, or what that has as `args`."""
+
+    @functools.wraps(own)
+    def looked(first: object, *given: object, **named: object) -> object:
+        refuse_without_sta(getattr(first, "args", first))
+        return own(first, *given, **named)
+
+    return looked
+
+
+def refuse_without_sta(args: object) -> None:
+    """Refuse what ms-swift writes, or answers with, of an adapter with STA without that STA."""
+    folders = [*(getattr(args, "adapters", None) or ()), *(getattr(args, "adapter_mapping", None) or {}).values()]
+    if not any(has_sta(Path(folder)) for folder in folders):
+        return
+    if (backend := getattr(args, "infer_backend", None)) in ENGINES:
+        raise ConfigError(
+            f"--infer_backend {backend} would answer without STA: take transformers, or serve by vLLM (sta-adapter serve ADAPTER)."
+        )
+    for name in () if backend else EXPORTS:
+        if value := getattr(args, name, None):
+            raise merging_loses_sta(f"ms-swift's --{name} {value}")
 
 
 def _preparing(own: Callable[..., object]) -> Callable[..., object]:
@@ -167,6 +196,11 @@ def register() -> None:
     watch_peft()  # also an adapter that is loaded without --tuner_type sta brings its STA
     tuners_map[NAME] = STATuner
     Swift.merge_and_unload = staticmethod(_merging(Swift.merge_and_unload))
+    exports, infers = (sys.modules.get(f"swift.pipelines.{name}") for name in ("export.export", "infer.infer"))
+    if exports is not None:
+        exports.SwiftExport.run = _looking(exports.SwiftExport.run)
+    if infers is not None:
+        infers.SwiftInfer.get_infer_engine = staticmethod(_looking(infers.SwiftInfer.get_infer_engine))
     training = sys.modules.get("swift.pipelines.train.tuner")  # a command that trains imports it before its plug-ins
     if training is not None:
         training.TunerMixin.prepare_model = classmethod(_preparing(training.TunerMixin.prepare_model.__func__))

@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sta_adapter.compatibility.releases import incompatible
 from sta_adapter.compatibility.signatures import parameter_names
@@ -61,6 +61,13 @@ def serving_class(path: str) -> type:
                 return loaded
             names = self.sta_served.load()
             return None if loaded is None else set(loaded) | names
+
+        def get_submodule(self, target: str) -> nn.Module:
+            """Also how a reload in vLLM's kernel format, which passes by `load_weights`, finds where it writes."""
+            if self.sta_served is not None:
+                self.sta_served.refuse_sent(target)
+            found: nn.Module = super().get_submodule(target)
+            return found
 
         def train(self, mode: bool = True) -> Serving:
             """Also how vLLM's loaders end, by `eval()`, once all weights have their final form."""

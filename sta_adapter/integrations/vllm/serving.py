@@ -71,13 +71,17 @@ class ServedSTA:
         STA that is sent to a running engine, as trainers send what they have trained, is refused.
         """
         for name, values in weights:
+            self.refuse_sent(name)
             if CHILD not in name.split("."):
                 yield name, values
-            elif self.is_loaded:
-                raise CheckpointError(
-                    f"{name} was sent to an engine that runs, and its STA is that of the adapter's files, by which its caches are "
-                    "keyed: save the adapter that was trained, and start a new engine with it."
-                )
+
+    def refuse_sent(self, name: str) -> None:
+        """Refuse what has a name within STA, once the engine runs."""
+        if self.is_loaded and CHILD in name.split("."):
+            raise CheckpointError(
+                f"{name} was sent to an engine that runs, and its STA is that of the adapter's files, by which its caches are "
+                "keyed: save the adapter that was trained, and start a new engine with it."
+            )
 
     def load(self) -> set[str]:
         """Fill STA from the adapter's files, at the start and at each reload of the base; gives the parameters' names in the model."""
