@@ -9,10 +9,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, nn
 
+from sta_adapter.adapter.lora_keys import is_embedding
 from sta_adapter.adapter.lora_options import CHECKS, LoraOptions, is_off, named
 from sta_adapter.compatibility.module_names import name_in_state
 from sta_adapter.compatibility.releases import version
@@ -178,3 +179,23 @@ def trained_biases(state: Mapping[str, Tensor], bias: object) -> dict[str, Tenso
         and ".lora_" not in key
         and (bias == "all" or (bias == "lora_only" and ".base_layer." in key))
     }
+
+
+def embeddings(model: nn.Module, kept: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The embeddings among a model's tensors, where it has more or fewer than the base that it came from."""
+    from peft import get_peft_model_state_dict
+
+    resized: Literal[True, "auto"] = True if _has_other_vocabulary(getattr(model, "config", None)) else "auto"
+    saved = get_peft_model_state_dict(model, kept, adapter_name=adapter_name, save_embedding_layers=resized)
+    return {key: value for key, value in saved.items() if is_embedding(key)}
+
+
+def _has_other_vocabulary(config: Any) -> bool:
+    """As far as the base is at hand; PEFT looks for `vocab_size` in the configuration itself, and not in its text_config."""
+    try:
+        name, revision = config._name_or_path, getattr(config, "_commit_hash", None)
+        base = type(config).from_pretrained(name, revision=revision or "main", local_files_only=True)
+        here, there = (found.get_text_config().vocab_size for found in (config, base))
+    except Exception:  # no base by that name, or a configuration of another kind
+        return False
+    return bool(here != there)
