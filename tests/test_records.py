@@ -141,6 +141,8 @@ REFUSED = {
     "capitals": ({**TALK, "Videos": ["a.mp4"]}, "unknown key 'Videos'. Did you mean 'video"),
     "misspelt": ({**TALK, "vidoes": ["a.mp4"]}, "unknown key 'vidoes'. Did you mean 'videos'"),
     "system": ({**TALK, "sytem": "Be brief."}, "unknown key 'sytem'. Did you mean 'system'"),
+    "system prompt": ({**TALK, "system_prompt": "Be brief."}, "unknown key 'system_prompt'. Did you mean 'system'"),
+    "range": ({**TALK, "time_range": [1, 2]}, "unknown key 'time_range'. Did you mean 'video_start'"),
     "category": ({**TALK, "catgory": "x"}, "unknown key 'catgory'. Did you mean 'category'"),
     "option": ({**QUESTION, "option": ["left", "right"]}, "unknown key 'option'. Did you mean 'options'"),
     "audio": ({**TALK, "audios": ["a.wav"]}, "'audios' is not read"),
