@@ -433,6 +433,17 @@ def test_the_initialisation_of_transformers_leaves_sta_as_it_is():
     assert all(map(torch.equal, before, handle.parameters()))
 
 
+def test_lora_from_which_sta_was_removed_is_lora_alone(tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    lora = randomize(get_peft_model(handle.model, handle.lora_config(modules_to_save=["merger"])))
+    get_sta(lora).remove()
+    lora.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)
+    assert get_sta(loaded) is None
+    assert torch.equal(loaded(**qwen2_vl_prompt(3)).logits, lora(**qwen2_vl_prompt(3)).logits)
+    assert get_sta(load_adapter(seeded(make_qwen2_vl), tmp_path)) is None
+
+
 def test_one_of_two_adapters(tmp_path):
     model = trained(r=2)
     model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))

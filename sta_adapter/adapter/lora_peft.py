@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sta_adapter.adapter.lora_keys import is_embedding
 from sta_adapter.adapter.lora_options import CHECKS, LoraOptions, is_off, named
+from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.module_names import name_in_state
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts, peft_targets
@@ -199,3 +200,11 @@ def _has_other_vocabulary(config: Any) -> bool:
     except Exception:  # no base by that name, or a configuration of another kind
         return False
     return bool(here != there)
+
+
+def forget_sta(model: nn.Module) -> None:
+    """Of LoRA that stays in a model without STA, what PEFT saves names it no longer: nothing could load that."""
+    for config in getattr(model, "peft_config", {}).values():
+        if names := getattr(config, "modules_to_save", None):
+            config.modules_to_save = [name for name in names if name.split(".")[-1] != CHILD] or None
+        vars(config).pop("sta", None)  # of `STALoraConfig`
