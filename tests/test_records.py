@@ -181,6 +181,8 @@ REFUSED = {
     "limits": ({**QUESTION, "min_pixels": 80, "max_pixels": 40}, "'min_pixels' is above 'max_pixels'"),
     "kinds": ({**ASKED, "videos": [{"type": "image", "image": "a.png"}]}, "a <video> for which 'videos' holds a part of type 'image'"),
     "place_alone": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>What is it?"}, {"type": "video", "video": "a.mp4"}]}, ANSWER]}, "a text contains <image> and no part is of type image, expected one with the path"),
+    "place_beside": ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "<video>\nWhat?"}]}, ANSWER]}, "a text has <video> as if it stood for a part"),
+    "place_behind": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "What?\n<image>"}, {"type": "image", "image": "a.png"}]}, ANSWER]}, "a text has <image> as if it stood for a part, and the parts are there by themselves"),
     "place_of_qwen_vl": ({"messages": [{"role": "user", "content": "Picture 1: <img>a.png</img>\nWhat is it?"}, ANSWER]}, "a text contains <img>a.png</img> and no part is of type image"),
     "place_of_videochat": ({"messages": [{"role": "user", "content": "<Video><VideoHere></Video> What is it?"}, ANSWER]}, "a text contains <Video> and no part is of type video"),
     "place_in_capitals": ({"messages": [{"role": "user", "content": "<IMAGE>What is it?"}, ANSWER]}, "a text contains <IMAGE> and no part is of type image"),
