@@ -218,6 +218,12 @@ def test_when_a_run_saves_and_evaluates(tmp_path, settings, measured, expected):
         assert (found.metric_for_best_model, found.greater_is_better) == (measured, measured != "eval_loss")
 
 
+@pytest.mark.parametrize(("steps", "warmup", "expected"), [(1, 0.02, 0), (2, 0.02, 1), (2, 1.0, 1), (100, 0.02, 2)])
+def test_a_run_is_not_all_warm_up(steps, warmup, expected, tmp_path):
+    config = TrainingConfig(warmup=warmup, report_to="none")
+    assert training_arguments(config, tmp_path, steps, 0, None, False).warmup_steps == expected
+
+
 def test_the_settings_in_the_trainers_words(tmp_path, monkeypatch):
     config = TrainingConfig(
         **{
