@@ -21,6 +21,7 @@ from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
 from sta_adapter.adapter.push_check import read_checked
+from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.load import watch_peft
 from sta_adapter.loading import load_adapter, load_model
@@ -401,6 +402,52 @@ def test_the_same_weights_otherwise_kept(change, tmp_path):
     model = seeded(make_qwen2_vl)
     inject_sta(model)
     get_sta(change(model)).save_pretrained(tmp_path)
+
+
+def test_embeddings_that_were_trained_after_more_tokens_came_in(tmp_path):
+    model = load_model(TINY_BASE)
+    handle = inject_sta(model)
+    model.resize_token_embeddings(520)
+    handle.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 1
+    with pytest.raises(CheckpointError, match=r"^1 of the base model's tensors are other .* first is \S+embed_tokens"):
+        handle.save_pretrained(tmp_path)
+
+
+def test_embeddings_of_more_tokens_than_the_base_has_are_saved_with_lora(tmp_path):
+    ids = torch.tensor([[10, 11, 515, 12]])
+    model = load_model(TINY_BASE)
+    model.resize_token_embeddings(520)
+    handle = inject_sta(model)
+    lora = get_peft_model(handle.model, handle.lora_config())
+    get_sta(lora).save_pretrained(tmp_path)
+    larger = load_model(TINY_BASE)
+    larger.resize_token_embeddings(520)
+    assert not torch.equal(larger(input_ids=ids).logits, lora.eval()(input_ids=ids).logits)
+    loaded = load_sta(larger, tmp_path).model
+    assert torch.equal(loaded(input_ids=ids).logits, lora(input_ids=ids).logits)
+    with pytest.raises(CheckpointError, match=r"resize_token_embeddings\(520\)"):
+        load_sta(load_model(TINY_BASE), tmp_path)
+
+
+def test_the_initialisation_of_transformers_leaves_sta_as_it_is():
+    model = load_model(TINY_BASE)
+    handle = inject_sta(model, STAConfig(init="normal"))
+    before = [parameter.clone() for parameter in handle.parameters()]
+    model.init_weights()
+    assert all(map(torch.equal, before, handle.parameters()))
+
+
+def test_lora_from_which_sta_was_removed_is_lora_alone(tmp_path):
+    handle = inject_sta(seeded(make_qwen2_vl))
+    lora = randomize(get_peft_model(handle.model, handle.lora_config(modules_to_save=["merger"])))
+    get_sta(lora).remove()
+    lora.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(seeded(make_qwen2_vl), tmp_path)
+    assert get_sta(loaded) is None
+    assert torch.equal(loaded(**qwen2_vl_prompt(3)).logits, lora(**qwen2_vl_prompt(3)).logits)
+    assert get_sta(load_adapter(seeded(make_qwen2_vl), tmp_path)) is None
 
 
 def test_one_of_two_adapters(tmp_path):

@@ -69,6 +69,7 @@ def test_wrong_arguments(toy):  # noqa: F811
             {"token_order": "published"},
             "token_order='published' is for weights trained with the released Qwen2-VL code",
         ),
+        ({"gamma_init": 0.0}, "gamma_init=0 and init='zero' leave the branch without any gradient"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(toy, config, message):  # noqa: F811

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
-from sta_adapter import distributed
+from sta_adapter import STAConfig, distributed
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
-from sta_adapter.data import FrameSettings
+from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import IGNORE
 from sta_adapter.data.stream import StreamDataset
+from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import ConfigError, DataError, MissingExtraError
+from sta_adapter.loading import load_processor
 from sta_adapter.training import TrainingConfig, token_loss, train
 from sta_adapter.training.arguments import refuse_flattening, training_arguments
 from sta_adapter.training.epoch_shares import Fillable, fill_up
@@ -28,7 +31,7 @@ from sta_adapter.training.identity import claim
 from sta_adapter.training.memory import SMALL, _Bookkeeping, _norms_like_cuda, step_peak, without_values
 from sta_adapter.training.progress import describe
 from sta_adapter.training.sample_counts import SampleCounts
-from sta_adapter.training.settings_check import check_settings
+from sta_adapter.training.settings_check import check_settings, check_single_frames, check_sizes
 from sta_adapter.training.stage import Stage
 from sta_adapter.training.token_loss import TokenTrainer, placeholder
 from sta_adapter.training.two_stage import _opened, _publish
@@ -100,6 +103,52 @@ def test_the_shuffling_of_a_ready_stream_is_its_own():
         check_settings(TrainingConfig(shuffle_buffer=500), [], shards, None, None)
 
 
+@pytest.mark.parametrize(
+    ("part", "steps"),
+    [
+        ({"type": "image", "image": "a.png"}, 1),
+        ({"type": "video", "video": "a.mp4", "nframes": 2}, 1),
+        ({"type": "video", "video": "a.mp4", "max_frames": 2}, 1),
+        ({"type": "video", "video": "a.mp4", "nframes": 3}, 2),
+        ({"type": "video", "video": "a.mp4"}, 16),
+    ],
+    ids=["picture", "two frames", "at most two", "three", "by default"],
+)
+def test_clips_of_a_single_step_are_told_of(part, steps, caplog):
+    answer = {"role": "assistant", "content": "left"}
+    data = VideoDataset([{"messages": [{"role": "user", "content": [part]}, answer]}] * 2, load_processor(TINY_BASE))
+    data.encoder.reader = replace(data.encoder.reader, temporal_patch=2)
+    check_single_frames(data, STAConfig())
+    told = "each of 2 clips and pictures is a single step in time (of 2 frames, which the model merges), over which STA has"
+    assert [told in record.message for record in caplog.records] == ([True] if steps == 1 else [])
+    if steps == 1:
+        with pytest.raises(DataError, match="with single_frames: false nothing of it would be trained"):
+            check_single_frames(data, STAConfig(single_frames=False))
+    else:
+        check_single_frames(data, STAConfig(single_frames=False))
+
+
+@pytest.mark.parametrize(
+    ("limits", "wrong"),
+    [
+        ({}, ""),
+        ({"min_tokens": None, "max_tokens": None}, ""),
+        ({"max_tokens": 64}, "max_tokens is 64"),
+        ({"min_tokens": 32}, "min_tokens is 32"),
+    ],
+)
+def test_tokens_of_a_frame_have_an_effect(limits, wrong):
+    data = VideoDataset([], load_processor(TINY_BASE), frames=FrameSettings(**limits))
+    check_sizes(data)
+    data.encoder.reader = replace(data.encoder.reader, factor=1)
+    with (
+        pytest.raises(ConfigError, match=f"^frames.{wrong}, and has no effect with this model")
+        if wrong
+        else nullcontext()
+    ):
+        check_sizes(data)
+
+
 # ---- which run a folder holds
 
 RUN = {"data": "d", "learning_rate": 0.1, "epochs": 1.0, "max_steps": None, "save_steps": 5}
@@ -167,6 +216,12 @@ def test_when_a_run_saves_and_evaluates(tmp_path, settings, measured, expected):
     assert found.eval_steps == settings.get("eval_steps")
     if expected[-1]:
         assert (found.metric_for_best_model, found.greater_is_better) == (measured, measured != "eval_loss")
+
+
+@pytest.mark.parametrize(("steps", "warmup", "expected"), [(1, 0.02, 0), (2, 0.02, 1), (2, 1.0, 1), (100, 0.02, 2)])
+def test_a_run_is_not_all_warm_up(steps, warmup, expected, tmp_path):
+    config = TrainingConfig(warmup=warmup, report_to="none")
+    assert training_arguments(config, tmp_path, steps, 0, None, False).warmup_steps == expected
 
 
 def test_the_settings_in_the_trainers_words(tmp_path, monkeypatch):

@@ -178,10 +178,10 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
     unmerged = {AROUND.sub("", name) for name, at_work in parts.items() if not at_work}
     changed = [
         name
-        for name, tensor in _unsaved(model, marks, [*saved, *unmergeable])
-        if marks[name][0] == tuple(tensor.shape)
+        for name, found in _unsaved(model, marks, [*saved, *unmergeable])
+        if (tensor := _marked_part(marks[name][0], found)) is not None
         and not _same(marks[name][1], tensor)
-        and not (name in unmerged and not tensor.requires_grad and _same_but_for_rounding(marks[name][1], tensor))
+        and not (name in unmerged and not found.requires_grad and _same_but_for_rounding(marks[name][1], tensor))
     ]
     if changed:
         raise CheckpointError(
@@ -228,6 +228,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             and not is_sharded([parameter])
         ):
             yield AROUND.sub("", name), parameter
+
+
+def _marked_part(shape: tuple[int, ...], tensor: Tensor) -> Tensor | None:
+    """The tensor without the rows that embeddings have got since it was marked; None where it is another one."""
+    rows = tensor[: shape[0]] if tensor.dim() > 1 else tensor
+    return rows if tuple(rows.shape) == shape else None
 
 
 def _sample(tensor: Tensor) -> Tensor:

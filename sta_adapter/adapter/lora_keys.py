@@ -99,7 +99,7 @@ class LoraFile:
         try:
             compare_shapes(self.path, _prefixed(shapes), _prefixed(wanted))
         except CheckpointError as error:
-            raise CheckpointError(f"{error} {self._hint(shapes, modules)}".rstrip()) from None
+            raise CheckpointError(f"{error} {self._hint(shapes, wanted, modules)}".rstrip()) from None
         if not expected:
             raise CheckpointError(f"{self.path.parent}: LoRA's target_modules name no module of this model.")
         keys = {key: PREFIX + ours for key, ours in found.items()}
@@ -162,8 +162,13 @@ class LoraFile:
             shapes |= {f"{start}lora_A.weight": (rank, width), f"{start}lora_B.weight": (out, rank)}
         return shapes
 
-    def _hint(self, found: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
-        """What may be the cause where the model has not even the modules."""
+    def _hint(self, found: Mapping[str, Shape], wanted: Mapping[str, Shape], modules: Mapping[str, nn.Module]) -> str:
+        """What may be the cause where the model has other embeddings, or not even the modules."""
+        rows = next(
+            (shape[0] for key, shape in found.items() if is_embedding(key) and wanted.get(key, shape) != shape), 0
+        )
+        if rows:
+            return f"The base was given other tokens for its training: model.resize_token_embeddings({rows}) first."
         if all(_module(key) in modules for key in found):
             return ""
         return (

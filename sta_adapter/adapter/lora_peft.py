@@ -9,12 +9,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
 
-from sta_adapter.adapter.lora_keys import PREFIX
+from sta_adapter.adapter.lora_keys import PREFIX, is_embedding
 from sta_adapter.adapter.lora_options import CHECKS, LoraOptions, is_off, named
+from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.module_names import name_in_state
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts, peft_targets
@@ -22,6 +23,7 @@ from sta_adapter.errors import CheckpointError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PretrainedConfig
 
 CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules get LoRA
 NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that PEFT's LoRA takes as well
@@ -214,3 +216,33 @@ def require_findable(model: nn.Module, layers: Iterable[LoraLayer], bias: object
             raise CheckpointError(
                 f"target_parameters has put LoRA on parameters of a layer {what}, which can't be loaded again; leave these out."
             )
+
+
+def embeddings(model: nn.Module, kept: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The embeddings among a model's tensors, where it has more or fewer than the base that it came from."""
+    from peft import get_peft_model_state_dict
+
+    resized: Literal[True, "auto"] = True if _has_other_vocabulary(getattr(model, "config", None)) else "auto"
+    saved = get_peft_model_state_dict(model, kept, adapter_name=adapter_name, save_embedding_layers=resized)
+    return {key: value for key, value in saved.items() if is_embedding(key)}
+
+
+def _has_other_vocabulary(config: PretrainedConfig | None) -> bool:
+    """As far as the base is at hand; PEFT looks for `vocab_size` in the configuration itself, and not in its text_config."""
+    if config is None:
+        return False
+    try:
+        name, revision = config._name_or_path, getattr(config, "_commit_hash", None)
+        base = type(config).from_pretrained(name, revision=revision or "main", local_files_only=True)
+        here, there = (found.get_text_config().vocab_size for found in (config, base))
+    except (OSError, ValueError, TypeError, AttributeError):  # no base by that name, or a configuration of another kind
+        return False
+    return bool(here != there)
+
+
+def forget_sta(model: nn.Module) -> None:
+    """Of LoRA that stays in a model without STA, what PEFT saves names it no longer: nothing could load that."""
+    for config in getattr(model, "peft_config", {}).values():
+        if names := getattr(config, "modules_to_save", None):
+            config.modules_to_save = [name for name in names if name.split(".")[-1] != CHILD] or None
+        vars(config).pop("sta", None)  # of `STALoraConfig`

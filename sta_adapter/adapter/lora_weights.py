@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.lora_keys import PREFIX, LoraFile, is_embedding
+from sta_adapter.adapter.lora_keys import PREFIX, LoraFile
 from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.adapter.lora_peft import (
     adapter_tensors,
+    embeddings,
     patterns_at_work,
     peft_config,
     require_findable,
@@ -82,7 +83,7 @@ def lora_state(model: nn.Module) -> LoraState | None:
         raise CheckpointError(
             f"LoRA can't be saved with an adapter here: {FLATTENS} In a loop of one's own: fully_shard."
         )
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     name, fields, options = found
     configs: Mapping[str, object] = getattr(model, "peft_config", {})
@@ -96,9 +97,8 @@ def lora_state(model: nn.Module) -> LoraState | None:
         **patterns_at_work(model, name, LoraOptions(options)),
     }
     kept = model.state_dict(keep_vars=True)  # the parameters themselves, which know how they are sharded
-    saved = get_peft_model_state_dict(model, kept, adapter_name=name)  # which knows of embeddings that changed
-    state = {key: value for key, value in saved.items() if is_embedding(key)}
-    state |= {**adapter_tensors(kept, name), **trained_biases(kept, options.get("bias", "none"))}
+    state = {**embeddings(model, kept, name), **adapter_tensors(kept, name)}
+    state |= trained_biases(kept, options.get("bias", "none"))
     start = "" if isinstance(model, PeftModel) else PREFIX
     return fields, {start + key: value for key, value in state.items() if not any(part in key for part in WRAPPED)}
 

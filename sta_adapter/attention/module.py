@@ -87,6 +87,8 @@ class TemporalAttention(nn.Module):
         nn.init.zeros_(self.to_out.bias)
         if self.gamma is not None and self.config.gamma_init is not None:
             nn.init.constant_(self.gamma, self.config.gamma_init)
+        for module in self.modules():  # transformers' init_weights() would give them other numbers
+            vars(module)["_is_hf_initialized"] = True
 
     def forward(self, tokens: Tensor, layout: ClipLayout) -> Tensor:
         """The branch, without the residual.

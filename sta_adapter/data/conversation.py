@@ -15,6 +15,7 @@ from pathlib import Path
 from sta_adapter._validate import shown, suggestion
 from sta_adapter.data.formats import as_conversation
 from sta_adapter.data.message import Message, Part, Record, text_of
+from sta_adapter.data.placeholders import PLACEHOLDER, require_clips
 from sta_adapter.data.sample_keys import SETTINGS, VISUAL_KEYS, extra_fields, kind_of, printable, visuals
 from sta_adapter.errors import DataError
 
@@ -29,10 +30,6 @@ _PART_KEYS = {
 _ROLES = {"human": "user", "gpt": "assistant"}
 _MESSAGE_KEYS = ("role", "from", "content", "value", "loss", "loss_scale")
 _RECORD_KEYS = VISUAL_KEYS | {"messages", "conversations", "system", "options", "category"}
-_PLACEHOLDER = re.compile(r"<(video|image)>")
-_MEANT_AS_ONE = re.compile(  # also as Qwen-VL and VideoChat write it
-    r"(?P<image><image(here)?>|<img>[^<>\0]+</img>)|(?P<video><video(here)?>)", re.IGNORECASE
-)
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)
 
 
@@ -131,20 +128,8 @@ def _parse(record: Record, source: str, folder: Path) -> Sample:
             raise DataError(
                 f"'{key}' holds {len(left)} more than there are <{kind}> in the text, first {shown(left[0])}."
             )
-    _require_clips(messages)
+    require_clips(messages)
     return Sample(messages, source, _category(record), _options(record, messages), extra_fields(record, _RECORD_KEYS))
-
-
-def _require_clips(messages: list[Message]) -> None:
-    """Refuse words among parts that were to become a clip where there is none: they would be learned as words."""
-    parts = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
-    said = "\0".join(part["text"] for part in parts if part["type"] == "text")
-    for place in _MEANT_AS_ONE.finditer(said):
-        kind = str(place.lastgroup)
-        if all(part["type"] != kind for part in parts):
-            raise DataError(
-                f"a text contains {place[0][:80]} and no part is of type {kind}, expected one with the path."
-            )
 
 
 def _text(turn: object) -> str:
@@ -245,7 +230,7 @@ def _learned(message: Record, where: str) -> bool:
 def _split(text: str, where: str, paths: dict[str, list[object]]) -> list[Part]:
     """Turn "<video>What is it?" into parts, taking the paths from the lists."""
     parts: list[Part] = []
-    for number, piece in enumerate(_PLACEHOLDER.split(text)):
+    for number, piece in enumerate(PLACEHOLDER.split(text)):
         if number % 2 == 0:
             if piece.strip():
                 parts.append({"type": "text", "text": piece})

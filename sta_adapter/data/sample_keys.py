@@ -35,8 +35,11 @@ _MEANT = {
     "min_frames": re.compile(r"(fps|video)_?min_?frames", re.IGNORECASE),
     "max_pixels": re.compile(r"(video|image)_?max_?pixels", re.IGNORECASE),
     "min_pixels": re.compile(r"(video|image)_?min_?pixels", re.IGNORECASE),
-    "video_start": re.compile(rf"(video|clip)?_?(start|begin){_UNIT}|(time|frame)_?(start|begin)", re.IGNORECASE),
+    "video_start": re.compile(
+        rf"(video|clip)?_?(start|begin){_UNIT}|(time|frame)_?(start|begin)|(video|clip|time)_?(range|span|segment|interval|window)", re.IGNORECASE
+    ),
     "video_end": re.compile(rf"(video|clip)?_?(end|stop){_UNIT}|(time|frame)_?(end|stop)", re.IGNORECASE),
+    "system": re.compile(r"system_?(prompt|message|instruction|text)s?", re.IGNORECASE),
     "options": re.compile(r"(answer_?)?(option|choice|candidate)s?[ _]?(\d{1,2}|[a-h])", re.IGNORECASE),
     "video": re.compile(r"(videos?|clips?|media)(_?(files?|filenames?|paths?|urls?|uris?|list))?", re.IGNORECASE),
     "image": re.compile(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sta_adapter.adapter.lora_peft import forget_sta
 from sta_adapter.adapter.push import Publication
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import checked_lengths
@@ -210,6 +211,7 @@ class STAHandle:
             child = module._modules.get(CHILD)
             if child is not None and any(isinstance(inner, TemporalAttention) for inner in child.modules()):
                 del module._modules[CHILD]
+        forget_sta(self.model)
         return self.model
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, base_changed: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sta_adapter.config import STAConfig
+from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.load import watch_peft
@@ -29,7 +30,7 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
 
     Raises:
         UnknownBackboneError: no backbone fits the model.
-        ConfigError: a setting does not fit the model, such as layers that it does not have.
+        ConfigError: a setting does not fit the model, such as layers that it does not have, or leaves nothing to train.
         InjectionError: the model has STA already, is wrapped for parallel training or compiled, or is not as the
             backbone declares (one without `dummy_inputs`: at the encoder's first forward). Whatever is raised, the
             model is as before.
@@ -39,5 +40,10 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
     """
     watch_peft()
     plan = plan_injection(model, cfg, backbone)
+    if plan.config.gamma_init == 0 and plan.config.init == "zero":
+        raise ConfigError(
+            "gamma_init=0 and init='zero' leave the branch without any gradient: what each of the two zeros is multiplied by is the other. "
+            "Take gamma_init=None or a small number, such as 1e-5, or init='normal': each begins with the base model's output."
+        )
     warn_of_other_rule(model)
     return plan.attach(plan.build())

@@ -39,7 +39,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # the first of them has a rate of 0
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_grad_norm=config.max_grad_norm,

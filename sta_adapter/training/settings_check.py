@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 
+from sta_adapter.config import STAConfig
+from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.dataset import VideoDataset
+from sta_adapter.data.message import Part
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training.config import DEFAULTS, OF_SAMPLES, TrainingConfig
 from sta_adapter.video.frame_settings import FrameSettings
+
+logger = logging.getLogger(__name__)
 
 
 def check_settings(
@@ -52,6 +59,44 @@ def check_settings(
                 f"{name} is {asked!r}, but the data set was made with {found!r}, which holds; make it with that, or leave "
                 f"{name} out."
             )
+
+
+def check_single_frames(dataset: VideoDataset | StreamDataset, sta: STAConfig) -> None:
+    """Tell of samples whose clips are all of a single step, over which STA has nothing to attend.
+
+    Raises:
+        DataError: STA passes such by, so that nothing of it would be trained.
+    """
+    parts = [part for sample in dataset.samples for part in sample.visuals] if isinstance(dataset, VideoDataset) else []
+    if not parts or any(_most_steps(dataset.encoder.reader, part) > 1 for part in parts):
+        return
+    merged = dataset.encoder.reader.temporal_patch
+    found = f"each of {len(parts)} clips and pictures is a single step in time" + (
+        f" (of {merged} frames, which the model merges)" if merged > 1 else ""
+    )
+    found += ", over which STA has nothing to attend"
+    if not sta.single_frames:
+        raise DataError(f"{found}, and with single_frames: false nothing of it would be trained; take more frames.")
+    logger.warning("%s. Take more frames (frames.nframes, frames.max_frames), and frames as one video.", found)
+
+
+def check_sizes(dataset: VideoDataset | StreamDataset) -> None:
+    """Refuse limits of a frame's tokens where a token's size isn't known, and the processor brings all frames to one."""
+    if dataset.encoder.reader.factor > 1:
+        return
+    for name in ("min_tokens", "max_tokens"):
+        asked = getattr(dataset.encoder.frames, name)
+        if asked not in (None, getattr(FrameSettings(), name)):
+            raise ConfigError(
+                f"frames.{name} is {asked}, and has no effect with this model, whose processor brings all frames to a size of its own; leave it out."
+            )
+
+
+def _most_steps(reader: ClipReader, part: Part) -> int:
+    """Temporal steps that a clip or picture has at most."""
+    settings, _ = reader.settings_of([part])
+    frames = 1 if part["type"] == "image" else settings.nframes or settings.max_frames
+    return math.ceil(frames / reader.temporal_patch)
 
 
 def _check_evaluation(stage: TrainingConfig, *, evaluated: bool) -> None:

@@ -34,7 +34,7 @@ from sta_adapter.requirements import require_reporters
 from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE, last_checkpoint
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.identity import claim, identity_of
-from sta_adapter.training.settings_check import check_settings
+from sta_adapter.training.settings_check import check_settings, check_single_frames, check_sizes
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -128,6 +128,10 @@ def train(
     of_all = (dataset, eval_dataset, eval_fn, signals, callbacks, progress)
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
     check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
+    check_sizes(dataset)
+    if config.sta:
+        given = model if isinstance(model, STAHandle) else get_sta(model)
+        check_single_frames(dataset, STAConfig.from_dict(config.sta_config) if given is None else given.config)
     if names[-1] == "2":
         require_effect(_backbone(model), parts[-1].config)
     result = TrainingResult(*_injected(model, config), folder)
