@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sta_adapter.cli import cli
-from sta_adapter.cli.options import with_usual_frames
+from sta_adapter.cli.options import read_run
 from sta_adapter.data import FrameSettings
 from sta_adapter.demo import TINY_BASE, clips
+from sta_adapter.errors import ConfigError
 from sta_adapter.loading import load_model, load_processor
 from sta_adapter.tiny_base import TINY_ADAPTER, model_and_adapter, usual_frames
 
@@ -156,8 +157,10 @@ def test_its_own_frames_stand_where_nothing_else_is_said(given):
 
 
 @pytest.mark.parametrize("frames", [[], 0, "", None])
-def test_frames_that_are_no_settings_are_not_replaced(frames):
-    assert with_usual_frames({"frames": frames}, str(TINY_BASE)) == {"frames": frames}
+def test_frames_that_are_no_settings_are_not_replaced(frames, tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps({"frames": frames}))
+    with pytest.raises(ConfigError, match=rf"frames is {re.escape(repr(frames))}, expected settings of frames"):
+        read_run(str(tmp_path / "run.yaml"), (), {"model": str(TINY_BASE)}, ())
 
 
 def test_commands_ask_it_with_the_frames_that_it_was_made_for(tmp_path, monkeypatch):
