@@ -36,7 +36,10 @@ class Passed(nn.Module):
 
 
 def arithmetic() -> torch.autocast:
-    """Autocast to bfloat16; none on processors without AVX-512, which take several times as long for it as for float32."""
+    """Autocast to bfloat16; none on processors without AVX-512, which take several times as long for it as for float32.
+
+    Some with AVX-512 take longer too; there `ATEN_CPU_CAPABILITY=avx2` in the environment chooses float32.
+    """
     return torch.autocast("cpu", torch.bfloat16, enabled="AVX512" in torch.backends.cpu.get_cpu_capability())
 
 
