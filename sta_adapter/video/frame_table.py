@@ -105,11 +105,21 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
     `options` are those of the decoders by which FFmpeg finds out what the streams are.
     """
     av, only = import_av(), {"format_whitelist": _containers()}
-    old = int(av.__version__.split(".")[0]) < 19  # PyAV 19 has no such choice, and reads words in any encoding
+    release = int(av.__version__.split(".")[0])
+    old = release < 19  # PyAV 19 has no such choice, and reads words in any encoding
+    if release < 18 and not _names_streams(path):
+        options = None  # it would write them past the end of a list of the streams that the header names, and crash
     found: InputContainer = av.open(
         str(path.absolute()), container_options=only, options=options, **({"metadata_errors": "replace"} if old else {})
     )
     return found
+
+
+def _names_streams(path: Path) -> bool:
+    """Whether the container's header names all streams; those of MPEG and FLV come to light one by one."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" or head.startswith(b"\x1a\x45\xdf\xa3") or (head[:4], head[8:]) == (b"RIFF", b"AVI ")
 
 
 def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) -> None:
