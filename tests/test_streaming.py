@@ -229,6 +229,11 @@ BAD_MEMBERS = {
         "x.tar, a",
         "there: a.b.mp4, a.c.mp4.",
     ),
+    "pictures": (
+        [("a.json", {**CLIP, "videos": [{"video": ["a.0.png", "a.1.png"], "folder_fps": 2}]}), ("a.0.png", b"")],
+        "x.tar, a",
+        "a list of pictures, which are not read from shards",
+    ),
     "no_video": ([("a.json", {**CLIP, "videos": ["a.mp4"]}), ("a.mp4", b"no video")], "x.tar, a", "a.mp4"),
     "no_answer": (
         [("a.json", {"messages": CLIP["messages"][:1], "videos": ["a.mp4"]}), ("a.mp4", b"")],

@@ -59,6 +59,8 @@ def visuals(record: Record) -> dict[str, list[object]]:
             settings[name] = record[short]
     if not settings:
         return found
+    if "folder_fps" in settings and isinstance(record.get("video"), list) and len(record["video"]) > 1:
+        return {**found, "video": [{"video": record["video"], **settings}]}  # pictures of one clip
     kind = "image" if "image" in record and "video" not in record else "video"
     if kind not in record or len(found[kind]) != 1 or not isinstance(found[kind][0], str):
         names = ", ".join(repr(key) for key in record if key in (*SETTINGS, *_SHORT))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.message import Part
-from sta_adapter.errors import STAError
+from sta_adapter.errors import DataError, STAError
 from sta_adapter.video import VideoNotFoundError
 
 
@@ -59,6 +59,10 @@ class Packed:
 
     def _placed(self, part: Part) -> Part:
         """A part that says where its contents are; those outside of the shard are files as usual."""
+        if isinstance(part.get("video"), list):
+            raise DataError(
+                "a clip in a shard is a list of pictures, which are not read from shards; pack it as a video."
+            )
         path = Path(part.get(part["type"], "")) if part["type"] != "text" else Path()
         if self.shard not in path.parents:
             return part
