@@ -222,7 +222,7 @@ BAD_MEMBERS = {
     "no_clip": (
         [("a.json", {**CLIP, "videos": ["a.mp4"]})],
         "x.tar, a",
-        "'a.mp4' is not beside its record in the shard; there: nothing.",
+        "'a.mp4' is not beside its record in the shard; there: nothing. Pack both one after the other, as tar --sort=name does.",
     ),
     "other_clips": (
         [("a.json", {**CLIP, "videos": ["a.mp4"]}), ("a.b.mp4", b"x"), ("a.c.mp4", b"y")],

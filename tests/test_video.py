@@ -334,7 +334,7 @@ def not_a_video(folder, kind):
     ("kind", "message"),
     [
         ("missing", "no such video file"),
-        ("folder", "is a folder"),
+        ("folder", "is a folder; .* a folder of pictures is a video with folder_fps"),
         ("empty", r"is empty \(0 bytes\)"),
         ("text", "can't be read as a video"),
         ("noise", "can't be read as a video"),

@@ -89,7 +89,9 @@ def _as_file(part: Part, folder: Path) -> Part:
     kind, contents = part["type"], part["packed"]
     if isinstance(contents, Missing):
         beside = ", ".join(contents.beside) or "nothing"
-        raise VideoNotFoundError(f"{contents.name!r} is not beside its record in the shard; there: {beside}.")
+        raise VideoNotFoundError(
+            f"{contents.name!r} is not beside its record in the shard; there: {beside}. Pack both one after the other, as tar --sort=name does."
+        )
     file = folder / Path(part[kind]).name
     file.write_bytes(contents.read() if isinstance(contents, Span) else contents)
     return {**{key: value for key, value in part.items() if key != "packed"}, kind: str(file)}

@@ -182,7 +182,9 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise VideoError(f"{path} can't be read ({error.strerror}); check the path.") from error
     if stat.S_ISDIR(kind.st_mode):
-        raise VideoError(f"{path} is a folder; expected a video file. Name one of the files in it.")
+        raise VideoError(
+            f"{path} is a folder; expected a video file. Name one of the files in it; in data, a folder of pictures is a video with folder_fps."
+        )
     if not stat.S_ISREG(kind.st_mode):
         raise VideoError(f"{path} is a pipe or a device; expected a video file. Copy what comes out of it into a file.")
     if kind.st_size == 0:
