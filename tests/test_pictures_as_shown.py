@@ -238,6 +238,13 @@ def test_what_pillow_says_of_it_is_told(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_what_a_phone_took_is_told_as_that(tmp_path, brand):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0" * 40)
+    with pytest.raises(DataError, match=r"a\.jpg' is a HEIC picture, .*Save it as JPEG or PNG"):
+        read_image(tmp_path / "a.jpg")
+
+
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(IsADirectoryError, match="Is a directory"):
         read_image(tmp_path)

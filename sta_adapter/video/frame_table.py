@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
+from sta_adapter.video.image import HEIC
 from sta_adapter.video.packet_bytes import PacketRow, keys_are_fresh
 from sta_adapter.video.packet_scan import (
     frame_rate,
@@ -39,7 +40,7 @@ WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 ATTACHED = 0x400  # FFmpeg's mark of a cover picture
 PICTURES = frozenset({"image2", "ico", "fits"})
 ANIMATIONS = frozenset({"gif", "apng"})  # of one frame they are pictures
-STILL_BRANDS = frozenset(b"ftyp" + brand for brand in (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"))
+STILL_BRANDS = frozenset((b"ftypavif", *HEIC))
 AVIF_ANIMATION = b"ftypavis"
 
 
