@@ -92,7 +92,9 @@ class LiveSource:
                 if stopped():
                     return
                 self.heard = time.monotonic()
-                told = None if self.is_camera else begins.popleft() if begins else frame.time
+                # not frame.time: what is flushed out of a decoder has no time base in some releases of PyAV
+                shown = None if frame.pts is None else float(frame.pts * time_base(stream))
+                told = None if self.is_camera else begins.popleft() if begins else shown
                 if told is None and not self.is_camera and not self.is_remote:
                     told = float(index / frame_rate(stream))  # a bare stream of H.264, as some cameras write
                 seconds = clock.seconds(told)
