@@ -360,6 +360,15 @@ def test_a_clip_that_lies_there_as_pictures_is_read_at_its_own_rate(processor, t
     assert visual.pixels[:, 0, 0, 0].tolist() == [0, 60, 120, 180]
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(sample("Which?"), "an object"), (parse_sample(sample("Which?")), "Sample"), (None, "missing"), (5, "a number")],
+)
+def test_what_is_no_list_of_records(processor, given, kind):
+    with pytest.raises(DataError, match=rf"samples are {kind}, expected a file's name, or a list of records"):
+        VideoDataset(given, processor)
+
+
 def greys(folder, numbers):
     """Pictures whose brightness tells which they are."""
     for number in numbers:

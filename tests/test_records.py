@@ -1,6 +1,7 @@
 """What people have: records of other tools, tables, and files with something wrong in them. Nothing in them is left out silently."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -58,6 +59,22 @@ def test_a_clip_beside_the_words(record):
     assert "".join(text for kind, text in parts(sample)[1:]).strip() == "What happens?"
     assert len(sample.messages[0]["content"]) == 2
     assert sample.answer == "It falls."
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**QUESTION, "video": Path("a.mp4")},
+        {**QUESTION, "video": Path("a.mp4"), "fps": 2},
+        {**ASKED, "videos": [Path("a.mp4")]},
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": Path("a.mp4")}]}, ANSWER]},
+        {**QUESTION, "video": [Path("a.mp4"), "b.png"], "folder_fps": 2},
+    ],
+    ids=["question", "settings", "videos", "part", "pictures"],
+)
+def test_a_path_of_pathlib_is_one(record):
+    found = parse_sample(record, folder="/v").visuals[0]["video"]
+    assert found in ("/v/a.mp4", ["/v/a.mp4", "/v/b.png"])
 
 
 def test_a_picture_beside_the_words():

@@ -8,6 +8,7 @@ Two ways of writing a conversation are understood: visual parts inside the messa
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,6 +270,7 @@ def _part(part: object, where: str, folder: Path) -> Part:
 
 
 def _path(value: object, kind: str, where: str, folder: Path) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value  # of records that Python made
     if not isinstance(value, str) or not value:
         raise DataError(f"{where}: {kind!r} is {kind_of(value)}, expected a path.")
     if _ADDRESS.match(value):
