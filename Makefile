@@ -62,7 +62,8 @@ test-floor: .venv-floor/.ready
 
 FLOOR_TESTS := tests/test_compatibility.py tests/test_attention.py tests/test_fast_path.py tests/test_hooks.py tests/test_hook_parts.py \
 	tests/test_modules.py tests/test_layout.py tests/test_training.py tests/test_training_lora.py tests/test_troubled_runs.py \
-	tests/test_run_checkpoints.py tests/test_base_model.py tests/test_formats.py tests/test_hub.py tests/test_publish.py
+	tests/test_run_checkpoints.py tests/test_base_model.py tests/test_formats.py tests/test_hub.py tests/test_publish.py \
+	tests/test_pictures_as_shown.py
 
 # All tests, or NEWEST_TESTS, on what pip takes today without the lock; an environment of its own, made anew each time.
 test-newest:

@@ -13,11 +13,11 @@ from PIL import Image
 from qwen2_vl_prompts import transformers_version
 from tiny_qwen import moving_square, write_video
 
-from sta_adapter import inject_sta
+from sta_adapter import inject_sta, loading
 from sta_adapter.cli import cli
 from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
-from sta_adapter.errors import DataError, STAWarning
+from sta_adapter.errors import ConfigError, DataError, STAWarning
 from sta_adapter.evaluation import evaluate
 from sta_adapter.evaluation.answering import Answerer, Question, option_tokens
 from sta_adapter.text_positions import use_positions
@@ -251,6 +251,16 @@ def test_limits_that_a_processor_of_one_size_would_drop_are_refused(name, seen, 
     item = VideoDataset([sample], processor_of(name, tmp_path), frames=AS_IS)[0]
     assert isinstance(item, BadSample)
     assert "brings all frames to one size" in item.reason
+
+
+def test_limits_of_all_frames_that_it_would_drop_are_found_by_the_check(folder, tmp_path, monkeypatch):
+    processor = processor_of("internvl", tmp_path)
+    monkeypatch.setattr(loading, "load_processor", lambda name, **options: processor)
+    (tmp_path / "run.yaml").write_text("frames: {max_tokens: 64}\n")
+    (tmp_path / "data.jsonl").write_text(json.dumps(record(answer="up")))
+    words = ["check-data", str(tmp_path / "data.jsonl"), "--model", "x", "--config", str(tmp_path / "run.yaml")]
+    with pytest.raises(ConfigError, match=r"frames\.max_tokens is 64, and has no effect with this model"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
 
 
 def test_pictures_of_several_turns_that_would_be_read_otherwise_are_refused(folder, tmp_path):

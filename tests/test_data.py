@@ -12,9 +12,13 @@ from sta_adapter.data import BadSample, Collator, FrameSettings, VideoDataset, f
 from sta_adapter.data.chat_encoding import IGNORE, encode, encode_answer, encode_prompt
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.conversation import parse_sample
+from sta_adapter.data.fingerprint import fingerprint_clip
 from sta_adapter.errors import ConfigError, DataError
+from sta_adapter.evaluation import clips_of
 
 AS_IS = FrameSettings(min_tokens=None, max_tokens=None)
+NAMES = [f"{number}.png" for number in (7, 0, 3, 1, 5, 4, 3, 2)]
+LISTED = {"type": "video", "video": NAMES, "folder_fps": 4, "fps": 2}
 PART = "{% for part in m['content'] %}{{ part['text'] if part['type'] == 'text' else '<|' + part['type'] + '_pad|>' }}{% endfor %}"
 TEMPLATES = {
     "chatml": CHATML,
@@ -354,6 +358,64 @@ def test_a_clip_that_lies_there_as_pictures_is_read_at_its_own_rate(processor, t
     visual = ClipReader.of(processor, AS_IS).read(parsed.messages[0]["content"][:1])[0]
     assert visual.metadata["frames_indices"] == [0, 2, 4, 6]
     assert visual.pixels[:, 0, 0, 0].tolist() == [0, 60, 120, 180]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(sample("Which?"), "an object"), (parse_sample(sample("Which?")), "Sample"), (None, "missing"), (5, "a number")],
+)
+def test_what_is_no_list_of_records(processor, given, kind):
+    with pytest.raises(DataError, match=rf"samples are {kind}, expected a file's name, or a list of records"):
+        VideoDataset(given, processor)
+
+
+def greys(folder, numbers):
+    """Pictures whose brightness tells which they are."""
+    for number in numbers:
+        Image.new("RGB", (16, 16), (number * 30,) * 3).save(folder / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        sample([LISTED, {"type": "text", "text": "which?"}]),
+        sample("<video>which?", videos=[{"video": NAMES, "folder_fps": 4, "fps": 2}]),
+        sample("<video>which?", video=NAMES, folder_fps=4, fps=2),
+        {"video": NAMES, "folder_fps": 4, "fps": 2, "question": "which?", "answer": "left"},
+    ],
+    ids=["part", "videos", "video", "question"],
+)
+def test_a_clip_that_is_a_list_of_pictures_has_their_order(processor, tmp_path, record):
+    greys(tmp_path, range(8))
+    parsed = parse_sample(record, folder=tmp_path)
+    assert [part["type"] for part in parsed.messages[0]["content"]] == ["video", "text"]
+    visual = ClipReader.of(processor, AS_IS).read(parsed.messages[0]["content"][:1])[0]
+    assert visual.metadata["frames_indices"] == [0, 2, 4, 6]
+    assert visual.metadata["video_backend"] == "pillow"
+    assert visual.pixels[:, 0, 0, 0].tolist() == [210, 90, 150, 90]  # of 7, 3, 5 and 3 again
+    assert clips_of([parsed]) == [tuple(str(tmp_path / name) for name in NAMES)]
+
+
+def test_one_of_the_pictures_of_a_clip_is_not_there(processor, tmp_path):
+    greys(tmp_path, range(5))
+    item = VideoDataset([parse_sample(sample([LISTED]), folder=tmp_path)], processor)[0]
+    assert isinstance(item, BadSample)
+    assert "7.png', one of 8 pictures of a clip, is not there" in item.reason
+
+
+def test_a_list_of_pictures_is_told_apart_by_their_contents_and_order(tmp_path):
+    greys(tmp_path, range(8))
+
+    def told(names):
+        part = parse_sample(sample([{**LISTED, "video": names}]), folder=tmp_path).messages[0]["content"][0]
+        return fingerprint_clip(part)
+
+    first = told(NAMES)
+    assert told(NAMES) == first
+    assert told(NAMES[::-1]) != first
+    assert told([*NAMES, "absent.png"]) is None
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "7.png")
+    assert told(NAMES) != first
 
 
 # ---- formats

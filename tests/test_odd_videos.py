@@ -53,6 +53,33 @@ def test_pyav_19_is_not_told_what_to_make_of_them(tmp_path, monkeypatch):
     assert open_video(tmp_path / "a.mp4") == str(tmp_path / "a.mp4")
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("a.mpg", {"codec": "mpeg2video", "rate": 25}), ("a.flv", {"codec": "flv"}), ("a.ts", {}), ("a.avi", {})],
+)
+def test_streams_that_the_header_does_not_name(tmp_path, name, how):
+    """Of which PyAV before 17.1 knows none when it is given the decoders' options."""
+    path = write(tmp_path / name, **how)
+    assert len(read_clip(path, num_frames=99).frames) == 20
+    assert len(list(LiveSource(str(path), fps=1000, fast=True).frames())) == 20
+
+
+@pytest.mark.parametrize(("release", "told"), [("17.0.0", ["a.avi", "a.mkv", "a.mp4"]), ("18.1.0", None)])
+def test_decoders_options_go_where_pyav_has_room_for_them(tmp_path, monkeypatch, release, told):
+    names = ["a.avi", "a.flv", "a.mkv", "a.mp4", "a.mpg", "a.ts"]
+    for name in names:
+        write(
+            tmp_path / name, codec="mpeg2video" if name == "a.mpg" else "flv" if name == "a.flv" else "libx264", rate=25
+        )
+
+    def opened(file, *, options, **others):
+        return options
+
+    known = types.SimpleNamespace(__version__=release, open=opened, formats_available=av.formats_available)
+    monkeypatch.setattr(frame_table, "import_av", lambda: known)
+    assert [name for name in names if open_video(tmp_path / name, {"threads": "1"})] == (told or names)
+
+
 @tells_interlacing
 def test_without_word_of_interlacing_other_decoders_are_not_asked(tmp_path):
     with open_video(write(tmp_path / "a.mp4")) as container:
@@ -169,6 +196,8 @@ def test_made_up_timestamps_do_not_reorder_frames(tmp_path, name, backend):
     for how in ({"num_frames": 1000}, {"num_frames": 3}, {"start": 0.2, "end": 0.5, "num_frames": 4}):
         clip = read_clip(path, backend=backend, **how)
         np.testing.assert_array_equal(clip.frames, decode_all(path)[0][list(clip.metadata.indices)])
+    watched = [frame.seconds for frame in LiveSource(str(path), fps=1000, fast=True).frames()]
+    np.testing.assert_allclose(watched, read_clip(path, num_frames=1000).timestamps, atol=2e-3)
 
 
 @tells_interlacing

@@ -144,6 +144,39 @@ def test_webm_that_a_browser_records_says_transparent_and_is_not(tmp_path, codec
     np.testing.assert_array_equal(read_clip(path, num_frames=12).frames, own)
 
 
+def write_colour(path, codec, pix_fmt, colour, weights, space, full):
+    """Frames of one colour in YUV, by the weights of red and blue in brightness and FFmpeg's number of that matrix."""
+    red, blue = weights
+    r, g, b = np.array(colour) / 255
+    y = red * r + (1 - red - blue) * g + blue * b
+    u, v = (b - y) / 2 / (1 - blue), (r - y) / 2 / (1 - red)
+    values = [255 * y, 128 + 255 * u, 128 + 255 * v] if full else [16 + 219 * y, 128 + 224 * u, 128 + 224 * v]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, 2 if full else 1
+        for number in range(4):
+            frame = av.VideoFrame(64, 48, pix_fmt)
+            for plane, value in zip(frame.planes, values, strict=True):
+                plane.update(bytes([round(value)]) * plane.buffer_size)
+            frame.pts, frame.colorspace, frame.color_range = number, space, 2 if full else 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize(("weights", "space"), [((0.299, 0.114), 6), ((0.2126, 0.0722), 1)], ids=["601", "709"])
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "name"),
+    [("libx264", "yuv420p", "a.mp4"), ("libvpx-vp9", "yuv420p", "a.webm"), ("ffv1", "yuv444p", "a.mkv")],
+)
+def test_colours_are_those_that_the_file_tells(tmp_path, codec, pix_fmt, name, weights, space, full):
+    colour = (190, 60, 30)
+    path = write_colour(tmp_path / name, codec, pix_fmt, colour, weights, space, full)
+    assert np.abs(read_clip(path).frames.astype(int) - colour).max() <= 4
+
+
 def test_half_transparent_is_mixed_with_white(tmp_path):
     Image.fromarray(np.full((4, 4, 4), (0, 0, 0, 128), np.uint8)).save(tmp_path / "a.png")
     assert set(read_image(tmp_path / "a.png").ravel()) == {127}
@@ -203,6 +236,13 @@ def test_what_pillow_says_of_it_is_told(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"can be read \(cannot identify image file"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_what_a_phone_took_is_told_as_that(tmp_path, brand):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0" * 40)
+    with pytest.raises(DataError, match=r"a\.jpg' is a HEIC picture, .*Save it as JPEG or PNG"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_a_folder_is_no_picture(tmp_path):

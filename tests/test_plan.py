@@ -1,11 +1,14 @@
 """What a plan says, against what a step takes: the peaks of torch's profiler, on the CPU, at several widths."""
 
+import io
 import json
+import tarfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from tiny_qwen import make_model, make_processor, write_samples
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,7 +16,7 @@ from sta_adapter import inject_sta
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator
 from sta_adapter.demo import TINY_BASE
-from sta_adapter.errors import ConfigError
+from sta_adapter.errors import ConfigError, DataError
 from sta_adapter.training import TrainingConfig, open_data
 from sta_adapter.training import plan as planning
 from sta_adapter.training.contexts import activation_checkpointing
@@ -213,6 +216,56 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     assert dry.exit_code == 0, dry.output
     assert "fits, gradient checkpointing off" in dry.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--dry-run", "--out", "never"]], ids=["plan", "dry run"])
+@pytest.mark.parametrize(
+    ("words", "error", "reason"),
+    [
+        (["eval_steps=5"], ConfigError, "eval_steps is 5, but there is nothing to evaluate"),
+        (["shuffle_buffer=5"], ConfigError, "shuffle_buffer is of tar shards"),
+        (["sta_config.single_frames=false"], DataError, "nothing of it would be trained"),
+    ],
+)
+def test_what_train_would_refuse_is_not_planned(tmp_path, command, words, error, reason):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    samples = tmp_path / "data.jsonl"
+    samples.write_text('{"image": "a.png", "question": "What is it?", "answer": "black"}')
+    words = [word for pair in words for word in ("--set", pair)]
+    with pytest.raises(error, match=reason):
+        CliRunner().invoke(
+            cli, [*command, "--model", str(TINY_BASE), "--data", str(samples), *words], catch_exceptions=False
+        )
+
+
+def test_shards_are_planned_with_the_steps_that_train_needs(tmp_path):
+    pytest.importorskip("webdataset")
+    write_samples(tmp_path, 2)
+    records = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for record in records:
+            clip = record["messages"][0]["content"][0]["video"]
+            tar.add(tmp_path / clip, clip)
+            info = tarfile.TarInfo(f"{clip.split('.')[0]}.json")
+            info.size = len(text := json.dumps(record).encode())
+            tar.addfile(info, io.BytesIO(text))
+    words = [
+        "plan",
+        "--model",
+        str(TINY_BASE),
+        "--data",
+        str(tmp_path / "a.tar"),
+        "--stage",
+        "1",
+        "--set",
+        "num_workers=0",
+    ]
+    with pytest.raises(ConfigError, match="say how many steps to train"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
+    done = CliRunner().invoke(
+        cli, [*words, "--set", "max_steps=3", "--set", "shuffle_buffer=5", "--json"], catch_exceptions=False
+    )
+    assert json.loads(done.stdout)["stages"]["1"]["steps"] == 3
 
 
 def test_a_plan_takes_flags_of_the_file_as_train_does(samples, tmp_path):

@@ -1,6 +1,7 @@
 """What people have: records of other tools, tables, and files with something wrong in them. Nothing in them is left out silently."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -58,6 +59,22 @@ def test_a_clip_beside_the_words(record):
     assert "".join(text for kind, text in parts(sample)[1:]).strip() == "What happens?"
     assert len(sample.messages[0]["content"]) == 2
     assert sample.answer == "It falls."
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**QUESTION, "video": Path("a.mp4")},
+        {**QUESTION, "video": Path("a.mp4"), "fps": 2},
+        {**ASKED, "videos": [Path("a.mp4")]},
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": Path("a.mp4")}]}, ANSWER]},
+        {**QUESTION, "video": [Path("a.mp4"), "b.png"], "folder_fps": 2},
+    ],
+    ids=["question", "settings", "videos", "part", "pictures"],
+)
+def test_a_path_of_pathlib_is_one(record):
+    found = parse_sample(record, folder="/v").visuals[0]["video"]
+    assert found in ("/v/a.mp4", ["/v/a.mp4", "/v/b.png"])
 
 
 def test_a_picture_beside_the_words():
@@ -192,6 +209,9 @@ REFUSED = {
     "shown_in_an_answer": ({"messages": [*TALK["messages"][:1], {"role": "assistant", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "It falls."}]}]}, "message 1 is an answer with a video in it, expected words"),
     "begins_with_an_answer": ({"messages": [ANSWER, *TALK["messages"]]}, "message 0 is an answer, expected a question before it"),
     "web": ({**QUESTION, "video": "https://example.org/a.mp4"}, "'https://example.org/a.mp4' is an address, expected a file"),
+    "pictures_of_an_unknown_rate": ({**TALK, "messages": [{"role": "user", "content": "<video>?"}, ANSWER], "videos": [["a.png", "b.png"]]}, "'video' is a list of pictures, which needs 'folder_fps'"),
+    "pictures_from_the_web": ({**QUESTION, "video": ["a.png", "https://example.org/b.png"], "folder_fps": 2}, "b.png' is an address, expected a file"),
+    "pictures_without_a_name": ({**QUESTION, "video": ["a.png", ""], "folder_fps": 2}, "'video' is empty, expected a path"),
     "bytes": ({**QUESTION, "video": None, "image": "data:image/png;base64,iVBORw0KGgo="}, "is an address, expected a file"),
     "gap_in_options": ({**QUESTION, "answer": "A", "A": "left", "B": "right", "D": "up"}, "the options A, B are followed by D, expected C"),
     "option_texts": ({**TALK, "options": ["It falls.", "No."], "option_texts": ["a", 3]}, "'option_texts' is .*, expected a list"),

@@ -139,14 +139,14 @@ def test_clips_of_a_single_step_are_told_of(part, steps, caplog):
 )
 def test_tokens_of_a_frame_have_an_effect(limits, wrong):
     data = VideoDataset([], load_processor(TINY_BASE), frames=FrameSettings(**limits))
-    check_sizes(data)
-    data.encoder.reader = replace(data.encoder.reader, factor=1)
+    check_sizes(data.encoder.reader)
+    reader = replace(data.encoder.reader, factor=1)
     with (
         pytest.raises(ConfigError, match=f"^frames.{wrong}, and has no effect with this model")
         if wrong
         else nullcontext()
     ):
-        check_sizes(data)
+        check_sizes(reader)
 
 
 # ---- which run a folder holds

@@ -237,7 +237,10 @@ def test_check_data_finds_every_problem(tmp_path, shards, processor):  # noqa: F
         "x-2.tar, a, entry 2": "record",
         "x-3.tar": "unreadable",
     }
-    assert found["x-0.tar, b"][1] == "'a.mp4' is not beside its record in the shard; there: nothing."
+    assert (
+        found["x-0.tar, b"][1]
+        == "'a.mp4' is not beside its record in the shard; there: nothing. Pack both one after the other, as tar --sort=name does."
+    )
     assert found["x-1.tar, a"][1].startswith("a.mp4 can't be read as a video")
     assert "cut off or damaged after 1 samples" in found["x-3.tar"][1]
     assert (report.samples, len(report.seconds), len(report.tokens)) == (7, 3, 3)

@@ -222,12 +222,17 @@ BAD_MEMBERS = {
     "no_clip": (
         [("a.json", {**CLIP, "videos": ["a.mp4"]})],
         "x.tar, a",
-        "'a.mp4' is not beside its record in the shard; there: nothing.",
+        "'a.mp4' is not beside its record in the shard; there: nothing. Pack both one after the other, as tar --sort=name does.",
     ),
     "other_clips": (
         [("a.json", {**CLIP, "videos": ["a.mp4"]}), ("a.b.mp4", b"x"), ("a.c.mp4", b"y")],
         "x.tar, a",
         "there: a.b.mp4, a.c.mp4.",
+    ),
+    "pictures": (
+        [("a.json", {**CLIP, "videos": [{"video": ["a.0.png", "a.1.png"], "folder_fps": 2}]}), ("a.0.png", b"")],
+        "x.tar, a",
+        "a list of pictures, which are not read from shards",
     ),
     "no_video": ([("a.json", {**CLIP, "videos": ["a.mp4"]}), ("a.mp4", b"no video")], "x.tar, a", "a.mp4"),
     "no_answer": (

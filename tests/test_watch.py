@@ -405,7 +405,7 @@ class Opened:
         self.formats_available, self.calls, self.__version__ = {"v4l2", *formats}, [], "0"
 
     def open(self, name, **how):
-        self.calls.append((name, how["format"], how["options"]))
+        self.calls.append((name, how["format"], how["container_options"]))
 
 
 def test_a_camera_is_read_as_one_and_a_file_opens_no_other(base, monkeypatch):

@@ -52,7 +52,9 @@ def command(
 ) -> None:
     """Check and print what was found."""
     from sta_adapter.data.check import check_data
+    from sta_adapter.data.clip_reader import ClipReader
     from sta_adapter.loading import load_processor
+    from sta_adapter.training.settings_check import check_sizes
 
     of_model = {"max-length": max_length, "revision": revision, "trust-remote-code": trust_remote_code}
     idle = [name for name, value in of_model.items() if value]
@@ -68,9 +70,12 @@ def command(
         "decode_timeout": decode_timeout,
     }
     run, settings = read_run(config, (), own, needed=())
+    processor = load_processor(model, revision=revision, trust_remote_code=trust_remote_code) if model else None
+    if processor is not None:
+        check_sizes(ClipReader.of(processor, settings.frames))
     report = check_data(
         file,
-        processor=load_processor(model, revision=revision, trust_remote_code=trust_remote_code) if model else None,
+        processor=processor,
         format=run["format"],
         videos=run["videos"],
         frames=settings.frames,

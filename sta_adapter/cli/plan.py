@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -90,8 +91,11 @@ def plan_run(
     """What a run of `sta-adapter train` would do and need; the arguments are the command's options."""
     import torch
 
+    from sta_adapter.config import STAConfig
+    from sta_adapter.data.stream import StreamDataset
     from sta_adapter.inspection import empty_model
     from sta_adapter.training.plan import measure_step, plan_stage, sample_lengths
+    from sta_adapter.training.settings_check import check_settings, check_single_frames, check_sizes
     from sta_adapter.training.stage import Stage
     from sta_adapter.training.two_stage import open_data, stage_names
 
@@ -99,10 +103,17 @@ def plan_run(
     names = stage_names(run["stage"], settings)
     machine = _machine(run, settings, memory, processes)
     processor = source.load_processor()
-    opened = open_data(run["data"], processor, settings, format=run["format"], videos=run["videos"], stream=False)
-    dataset = cast("VideoDataset", opened)  # as it is no stream
-    lengths = sample_lengths(dataset, samples, settings.num_workers)
     configs = {name: settings.for_stage(name) for name in names}
+    opened = partial(open_data, processor=processor, config=settings, format=run["format"], videos=run["videos"])
+    data = opened(run["data"])
+    measured_on = opened(run["eval_data"], stream=False) if run["eval_data"] else None
+    check_settings(settings, list(configs.values()), data, measured_on, None)
+    check_sizes(data.encoder.reader)
+    if settings.sta:
+        check_single_frames(data, STAConfig.from_dict(settings.sta_config))
+    # of shards, which train reads as a stream, samples are looked up here
+    dataset = cast("VideoDataset", opened(run["data"], stream=False) if isinstance(data, StreamDataset) else data)
+    lengths = sample_lengths(dataset, samples, settings.num_workers)
 
     def make_model() -> nn.Module:
         return empty_model(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)

@@ -8,6 +8,7 @@ Two ways of writing a conversation are understood: visual parts inside the messa
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,14 +256,26 @@ def _part(part: object, where: str, folder: Path) -> Part:
         hint = suggestion(key, sorted(_PART_KEYS[kind]))
         raise DataError(f"{where} ({kind}) has the unknown key {shown(key)}. {hint}")
     value = given.get(kind)
-    if not isinstance(value, str) or (kind != "text" and not value):
-        raise DataError(f"{where}: {kind!r} is {kind_of(value)}, expected {'a text' if kind == 'text' else 'a path'}.")
+    if kind == "video" and isinstance(value, list) and value:
+        if "folder_fps" not in given:
+            raise DataError(f"{where}: 'video' is a list of pictures, which needs 'folder_fps': how many are a second.")
+        given[kind] = [_path(file, "video", where, folder) for file in value]
+    elif kind != "text":
+        given[kind] = _path(value, kind, where, folder)
+    elif not isinstance(value, str):
+        raise DataError(f"{where}: 'text' is {kind_of(value)}, expected a text.")
     if kind != "text":
-        if _ADDRESS.match(value):
-            raise DataError(f"{where}: {shown(value)} is an address, expected a file; download it first.")
         _check_numbers(given, where)
-        given[kind] = str(folder / value.removeprefix("file://"))
     return given
+
+
+def _path(value: object, kind: str, where: str, folder: Path) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value  # of records that Python made
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{where}: {kind!r} is {kind_of(value)}, expected a path.")
+    if _ADDRESS.match(value):
+        raise DataError(f"{where}: {shown(value)} is an address, expected a file; download it first.")
+    return str(folder / value.removeprefix("file://"))
 
 
 def _check_numbers(part: Part, where: str) -> None:

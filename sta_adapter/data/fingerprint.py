@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sta_adapter.compatibility.processors import Processor, fingerprint_parts
-from sta_adapter.data.message import Message, Part
+from sta_adapter.data.message import Message, Part, files_of
 
 ENDS = 1 << 16  # bytes at the beginning and at the end of a clip's file that stand for it, with its size
 THREADS = 8
@@ -56,7 +56,10 @@ def _contents(part: Part) -> str:
     if packed is not None:
         shard, start, size = (getattr(packed, name, None) for name in ("shard", "start", "size"))
         return MISSING if shard is None else fingerprint_file(shard, start or 0, size)
-    path = Path(str(part[part["type"]]))
+    path, *others = map(Path, map(str, files_of(part)))
+    if others:
+        found = [fingerprint_file(file) for file in (path, *others)]
+        return MISSING if MISSING in found else fingerprint(found)
     if path.is_dir():
         return fingerprint([(file.name, fingerprint_file(file)) for file in sorted(path.iterdir()) if file.is_file()])
     return fingerprint_file(path)
@@ -69,9 +72,9 @@ def fingerprint_clip(part: Part) -> str | None:
         return None
     if isinstance(packed, bytes):
         return contents
-    path = Path(str(part[part["type"]])) if packed is None else packed.shard
+    paths = [Path(str(name)) for name in files_of(part)] if packed is None else [packed.shard]
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = sorted(paths[0].iterdir()) if paths[0].is_dir() else paths
         return fingerprint(contents, [file.stat().st_mtime_ns for file in files])
     except OSError:
         return None

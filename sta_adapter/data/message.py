@@ -29,6 +29,12 @@ def text_of(message: Message) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
+def files_of(part: Part) -> list[str]:
+    """The file or folder of a clip or picture, or the pictures that make a clip."""
+    found = part[part["type"]]
+    return found if isinstance(found, list) else [found]
+
+
 @dataclass(frozen=True)
 class Visual:
     """A decoded clip or image."""

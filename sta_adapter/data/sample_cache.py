@@ -32,7 +32,7 @@ from sta_adapter.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 6  # raised when the same settings mean other tensors than before, or entries have another form
+CACHE_FORMAT = 7  # raised when the same settings mean other tensors than before, or entries have another form
 MADE_BY = ("sta-adapter", "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "av", "decord")
 RESERVE = 1 << 30  # bytes of the disk that are left to others: a cache must not cost a run its checkpoints
 CODES, AFFINE = "bytes of ", "shift and scale of "

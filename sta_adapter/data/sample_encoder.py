@@ -14,7 +14,7 @@ from sta_adapter.data.chat_encoding import Loaded, Prompt, encode, encode_prompt
 from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_reader import ClipReader
 from sta_adapter.data.conversation import Sample
-from sta_adapter.data.message import Message, Part, Visual
+from sta_adapter.data.message import Message, Part, Visual, files_of
 from sta_adapter.data.sample_cache import SampleCache
 from sta_adapter.data.shard_clips import unpacked
 from sta_adapter.data.tensor_handover import hand_over_by_writing
@@ -122,5 +122,7 @@ class SampleEncoder:
             try:
                 visuals = iter(read(files, index))
             except ProcessError as error:
-                raise ProcessError(f"{', '.join(part[part['type']] for part in files)}: {error}") from error
+                raise ProcessError(
+                    f"{', '.join(name for part in files for name in files_of(part))}: {error}"
+                ) from error
         return [[next(visuals) for _ in group] for group in parts]

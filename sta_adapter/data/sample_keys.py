@@ -7,6 +7,7 @@ that would be left out, and those that other tools read and this one doesn't.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 
@@ -59,8 +60,10 @@ def visuals(record: Record) -> dict[str, list[object]]:
             settings[name] = record[short]
     if not settings:
         return found
+    if "folder_fps" in settings and isinstance(record.get("video"), list) and len(record["video"]) > 1:
+        return {**found, "video": [{"video": record["video"], **settings}]}  # pictures of one clip
     kind = "image" if "image" in record and "video" not in record else "video"
-    if kind not in record or len(found[kind]) != 1 or not isinstance(found[kind][0], str):
+    if kind not in record or len(found[kind]) != 1 or not isinstance(found[kind][0], (str, os.PathLike)):
         names = ", ".join(repr(key) for key in record if key in (*SETTINGS, *_SHORT))
         raise DataError(
             f"{names} beside the words belongs to no single 'video' beside them. Write it with the clip that it is about: "

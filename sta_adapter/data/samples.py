@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sta_adapter.data.bad_sample import BadSample
@@ -17,6 +17,7 @@ from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import FORMATS, read_classes
 from sta_adapter.data.message import Record
 from sta_adapter.data.records import read_records
+from sta_adapter.data.sample_keys import kind_of
 from sta_adapter.data.shards import is_shards, scan_shards
 from sta_adapter.errors import ConfigError, DataError
 
@@ -59,6 +60,8 @@ def given_samples(items: Sequence[Sample | Record], *, on_bad_sample: str = "ski
 
     Relative paths start from the working directory; of records that are no samples the same holds as for `open_samples`.
     """
+    if isinstance(items, (Mapping, Sample)) or not isinstance(items, Iterable):
+        raise DataError(f"samples are {kind_of(items)}, expected a file's name, or a list of records: [record, ...].")
     found = []
     for number, item in enumerate(items, start=1):
         source = f"record {number}"

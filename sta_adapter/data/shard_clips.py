@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.message import Part
-from sta_adapter.errors import STAError
+from sta_adapter.errors import DataError, STAError
 from sta_adapter.video import VideoNotFoundError
 
 
@@ -59,6 +59,10 @@ class Packed:
 
     def _placed(self, part: Part) -> Part:
         """A part that says where its contents are; those outside of the shard are files as usual."""
+        if isinstance(part.get("video"), list):
+            raise DataError(
+                "a clip in a shard is a list of pictures, which are not read from shards; pack it as a video."
+            )
         path = Path(part.get(part["type"], "")) if part["type"] != "text" else Path()
         if self.shard not in path.parents:
             return part
@@ -85,7 +89,9 @@ def _as_file(part: Part, folder: Path) -> Part:
     kind, contents = part["type"], part["packed"]
     if isinstance(contents, Missing):
         beside = ", ".join(contents.beside) or "nothing"
-        raise VideoNotFoundError(f"{contents.name!r} is not beside its record in the shard; there: {beside}.")
+        raise VideoNotFoundError(
+            f"{contents.name!r} is not beside its record in the shard; there: {beside}. Pack both one after the other, as tar --sort=name does."
+        )
     file = folder / Path(part[kind]).name
     file.write_bytes(contents.read() if isinstance(contents, Span) else contents)
     return {**{key: value for key, value in part.items() if key != "packed"}, kind: str(file)}

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypedDict
 import numpy as np
 
 from sta_adapter.data.conversation import Sample
+from sta_adapter.data.message import files_of
 from sta_adapter.evaluation.result import EvaluationResult, RunReport, ScoreReport
 
 Results = Mapping[str, Mapping[str, EvaluationResult]]
@@ -73,7 +74,7 @@ class Contrast(NamedTuple):
 
 def clips_of(samples: Sequence[Sample]) -> list[Hashable]:
     """Which clips each sample is about; questions about the same ones are not independent of each other."""
-    return [tuple(part[part["type"]] for part in sample.visuals) for sample in samples]
+    return [tuple(name for part in sample.visuals for name in files_of(part)) for sample in samples]
 
 
 def chance(samples: Sequence[Sample]) -> Chance | None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video.frame_table import VideoNotFoundError, decoder_of, video_stream
-from sta_adapter.video.packet_scan import frame_rate
+from sta_adapter.video.packet_bytes import HiddenPackets
+from sta_adapter.video.packet_scan import MADE_UP, frame_rate, time_base
 from sta_adapter.video.picture import Pixels, display_matrix, rgb, upright
 
 if TYPE_CHECKING:
@@ -85,11 +87,14 @@ class LiveSource:
         due, clock, converter = 0.0, _Clock(self), av.video.reformatter.VideoReformatter()
         with self._open(av) as container:
             stream = _pictures(container)
-            for index, frame in enumerate(self._decoded(av, container, stream)):
+            begins: deque[float] = deque()  # of frames to come, where the container doesn't tell when they are shown
+            for index, frame in enumerate(self._decoded(av, container, stream, begins)):
                 if stopped():
                     return
                 self.heard = time.monotonic()
-                told = None if self.is_camera else frame.time
+                # not frame.time: what is flushed out of a decoder has no time base in some releases of PyAV
+                shown = None if frame.pts is None else float(frame.pts * time_base(stream))
+                told = None if self.is_camera else begins.popleft() if begins else shown
                 if told is None and not self.is_camera and not self.is_remote:
                     told = float(index / frame_rate(stream))  # a bare stream of H.264, as some cameras write
                 seconds = clock.seconds(told)
@@ -114,23 +119,34 @@ class LiveSource:
                 "(pip install av --no-binary av, with FFmpeg's libraries on the machine), or serve the camera over RTSP."
             )
         try:
-            found: InputContainer = av.open(self.name, format=kind, options=options, timeout=(self.timeout,) * 2)
+            found: InputContainer = av.open(
+                self.name, format=kind, container_options=options, timeout=(self.timeout,) * 2
+            )
             return found
         except av.error.ExitError as error:
             raise VideoError(f"{_shown(self.name)} did not answer within {self.timeout:g} seconds.") from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{_shown(self.name)} can't be opened as a video: {error}.") from error
 
-    def _decoded(self, av: ModuleType, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    def _decoded(
+        self, av: ModuleType, container: InputContainer, stream: VideoStream, begins: deque[float]
+    ) -> Iterator[VideoFrame]:
         decoder = decoder_of(stream)
+        made_up = decoder.has_b_frames and not MADE_UP.isdisjoint(container.format.name.split(","))
+        hidden = HiddenPackets(decoder.name, decoder.extradata)
         decoder.thread_type = "AUTO" if self.fast else "SLICE"  # threads by frame give frames late
         broke = ""
         try:
             for packet in container.demux(stream):
+                counts = made_up and packet.size and not hidden.is_hidden(packet)
+                if counts and packet.dts is not None:
+                    begins.append(float(packet.dts * time_base(stream)))
                 try:
                     yield from decoder.decode(packet)
                 except av.error.InvalidDataError:
                     self.broken += 1
+                    if counts and begins:
+                        begins.pop()
         except av.error.ExitError:
             broke = f"stalls: nothing came for {self.timeout:g} seconds."
         except (av.error.FFmpegError, OSError) as error:

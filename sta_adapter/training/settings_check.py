@@ -80,12 +80,12 @@ def check_single_frames(dataset: VideoDataset | StreamDataset, sta: STAConfig) -
     logger.warning("%s. Take more frames (frames.nframes, frames.max_frames), and frames as one video.", found)
 
 
-def check_sizes(dataset: VideoDataset | StreamDataset) -> None:
+def check_sizes(reader: ClipReader) -> None:
     """Refuse limits of a frame's tokens where a token's size isn't known, and the processor brings all frames to one."""
-    if dataset.encoder.reader.factor > 1:
+    if reader.factor > 1:
         return
     for name in ("min_tokens", "max_tokens"):
-        asked = getattr(dataset.encoder.frames, name)
+        asked = getattr(reader.settings, name)
         if asked not in (None, getattr(FrameSettings(), name)):
             raise ConfigError(
                 f"frames.{name} is {asked}, and has no effect with this model, whose processor brings all frames to a size of its own; leave it out."

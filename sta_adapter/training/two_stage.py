@@ -128,7 +128,7 @@ def train(
     of_all = (dataset, eval_dataset, eval_fn, signals, callbacks, progress)
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
     check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
-    check_sizes(dataset)
+    check_sizes(dataset.encoder.reader)
     if config.sta:
         given = model if isinstance(model, STAHandle) else get_sta(model)
         check_single_frames(dataset, STAConfig.from_dict(config.sta_config) if given is None else given.config)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
+from sta_adapter.video.image import HEIC
 from sta_adapter.video.packet_bytes import PacketRow, keys_are_fresh
 from sta_adapter.video.packet_scan import (
     frame_rate,
@@ -39,7 +40,7 @@ WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 ATTACHED = 0x400  # FFmpeg's mark of a cover picture
 PICTURES = frozenset({"image2", "ico", "fits"})
 ANIMATIONS = frozenset({"gif", "apng"})  # of one frame they are pictures
-STILL_BRANDS = frozenset(b"ftyp" + brand for brand in (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"))
+STILL_BRANDS = frozenset((b"ftypavif", *HEIC))
 AVIF_ANIMATION = b"ftypavis"
 
 
@@ -105,11 +106,21 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> "InputConta
     `options` are those of the decoders by which FFmpeg finds out what the streams are.
     """
     av, only = import_av(), {"format_whitelist": _containers()}
-    old = int(av.__version__.split(".")[0]) < 19  # PyAV 19 has no such choice, and reads words in any encoding
+    release = int(av.__version__.split(".")[0])
+    old = release < 19  # PyAV 19 has no such choice, and reads words in any encoding
+    if release < 18 and not _names_streams(path):
+        options = None  # it would write them past the end of a list of the streams that the header names, and crash
     found: InputContainer = av.open(
         str(path.absolute()), container_options=only, options=options, **({"metadata_errors": "replace"} if old else {})
     )
     return found
+
+
+def _names_streams(path: Path) -> bool:
+    """Whether the container's header names all streams; those of MPEG and FLV come to light one by one."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" or head.startswith(b"\x1a\x45\xdf\xa3") or (head[:4], head[8:]) == (b"RIFF", b"AVI ")
 
 
 def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) -> None:
@@ -172,7 +183,9 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise VideoError(f"{path} can't be read ({error.strerror}); check the path.") from error
     if stat.S_ISDIR(kind.st_mode):
-        raise VideoError(f"{path} is a folder; expected a video file. Name one of the files in it.")
+        raise VideoError(
+            f"{path} is a folder; expected a video file. Name one of the files in it; in data, a folder of pictures is a video with folder_fps."
+        )
     if not stat.S_ISREG(kind.st_mode):
         raise VideoError(f"{path} is a pipe or a device; expected a video file. Copy what comes out of it into a file.")
     if kind.st_size == 0:

@@ -18,6 +18,8 @@ MOST_PIXELS = 2**26
 
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 _DEEP = ("I", "F")
+HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"mif1"))
+"""How such a file begins, behind four bytes."""
 _SIXTEEN_BITS = ("PNG", "PPM")  # what Pillow calls "I" is 16 bits wide in these files
 
 
@@ -42,9 +44,18 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # whatever Pillow's many readers raise for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if _is_heic(name):
+            raise DataError(
+                f"{name!r} is a HEIC picture, as phones take them, which Pillow doesn't read. Save it as JPEG or PNG."
+            ) from error
         raise DataError(
             f"{name!r} is not an image that can be read ({reason}). If it is a video, name it as one; else save it again."
         ) from error
+
+
+def _is_heic(name: str) -> bool:
+    with open(name, "rb") as file:
+        return file.read(12)[4:] in HEIC
 
 
 def natural_order(file: Path) -> tuple[list[tuple[int, str]], str]:

@@ -1,7 +1,8 @@
-"""`read_folder`: a folder of pictures in the place of a video file."""
+"""`read_folder` and `read_pictures`: pictures in the place of a video file."""
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
         VideoError: No folder, no picture in it or in the range, several sizes, or names that tell no order.
         ConfigError: `rate` or what says how to sample is out of range.
     """
-    check_number("rate", rate, above=0)
     folder = Path(path)
     if not folder.is_dir():
         raise VideoNotFoundError(
@@ -41,23 +41,41 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
     files = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
     if not files:
         raise VideoError(f"{str(folder)!r} holds no picture; expected {', '.join(ENDINGS)}.")
-    files = _in_order(folder, files)
+    return _clip(folder, "a folder of pictures", _in_order(folder, files), rate, resize, Sampling(**sampling))
+
+
+def read_pictures(
+    files: Sequence[str | os.PathLike[str]], rate: float, *, resize: Resize | None = None, **sampling: Any
+) -> Clip:
+    """As `read_folder`, of pictures in the order in which they are given, wherever they lie; one may come twice."""
+    paths = [Path(file) for file in files]
+    if not paths:
+        raise VideoError("there is no picture that a clip could be made of.")
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise VideoNotFoundError(
+            f"{str(missing)!r}, one of {len(paths)} pictures of a clip, is not there. Check the path."
+        )
+    return _clip(paths[0], "a list of pictures", paths, rate, resize, Sampling(**sampling))
+
+
+def _clip(
+    source: Path, kind: str, files: Sequence[Path], rate: float, resize: Resize | None, sampling: Sampling
+) -> Clip:
+    check_number("rate", rate, above=0)
     times, duration = np.arange(len(files)) / rate, len(files) / rate
-    indices = choose_frames(times, duration, Sampling(**sampling))
+    indices = choose_frames(times, duration, sampling)
     frames, sizes = [], set()
     for index in indices:
         picture = read_image(files[index])
         sizes.add((picture.shape[2], picture.shape[1]))
         if len(sizes) > 1:
             told = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
-            raise VideoError(f"{str(folder)!r} holds pictures of several sizes: {told}; expected one.")
+            raise VideoError(f"{str(source)!r}: {kind} of several sizes: {told}; expected one.")
         frames.append(picture if resize is None else resize(picture))
-        check_kept(folder, len(indices), frames[0].shape[1] * frames[0].shape[2])
+        check_kept(source, len(indices), frames[0].shape[1] * frames[0].shape[2])
     ((width, height),) = sizes
     found, begins = tuple(indices.tolist()), tuple(times[indices].tolist())
-    metadata = ClipMetadata(
-        folder, len(files), rate, duration, width, height, 0, "pillow", "a folder of pictures", found, begins
-    )
+    metadata = ClipMetadata(source, len(files), rate, duration, width, height, 0, "pillow", kind, found, begins)
     return Clip(np.concatenate(frames), times[indices], metadata)
 
 

@@ -18,6 +18,8 @@ Pixels = NDArray[np.uint8]
 Matrix = tuple[int, int, int, int]
 """The upper left 2x2 part of a display matrix, in FFmpeg's 16.16 fixed point."""
 
+BT709, BT601, FULL = 1, 5, 2  # FFmpeg's numbers of matrices, and of the range from 0 to 255
+
 UNTURNED: Matrix = (1 << 16, 0, 0, 1 << 16)
 """Of pictures shown as they are stored."""
 
@@ -25,12 +27,29 @@ UNTURNED: Matrix = (1 << 16, 0, 0, 1 << 16)
 def rgb(frame: "VideoFrame", converter: "VideoReformatter") -> Pixels:
     """A frame's pixels (h, w, 3) as they are stored, on white where it is transparent, as pictures are."""
     alpha = has_alpha(frame)
-    picture = np.asarray(converter.reformat(frame, format="rgba" if alpha else "rgb24").to_ndarray(), np.uint8)
+    shown = converter.reformat(frame, format="rgba" if alpha else "rgb24", **_colour(frame))
+    picture = np.asarray(shown.to_ndarray(), np.uint8)
     if not alpha:
         return picture
     from PIL import Image
 
     return np.asarray(on_white(Image.fromarray(picture)))
+
+
+def _colour(frame: "VideoFrame") -> dict[str, int]:
+    """What a frame in YUV says of its colour, for its conversion: PyAV before 17 takes BT.601 in limited range for all of them."""
+    shape = frame.format
+    if shape.is_rgb or len(shape.components) < 3:
+        return {}
+    space, wide = int(frame.colorspace), shape.name.startswith("yuvj")
+    # it looks at the matrix only where the source's differs from the target's, which RGB has none of
+    other = BT601 if space != BT601 else BT709
+    return {
+        "src_colorspace": space,
+        "src_color_range": FULL if wide else int(frame.color_range),
+        "dst_colorspace": other,
+        "dst_color_range": FULL,
+    }
 
 
 def display_matrix(frame: "VideoFrame") -> Matrix:
