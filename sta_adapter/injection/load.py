@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from sta_adapter._validate import unknown_names
@@ -99,16 +100,18 @@ def load_sta(
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
     state = read()
     compare_tensors(file, state, expected)
-    plan.allocate(modules)
+    with torch.inference_mode(False):  # what is made within it can't train outside
+        plan.allocate(modules)
     if any(parameter.is_meta for module in modules.values() for parameter in module.parameters()):
         raise CheckpointError("the encoder's weights are on the meta device: load them first, then the adapter.")
     warn_of_other_rule(model, description.get("positions"))
-    handle = plan.attach(modules)
-    fill(handle, state, is_trainable)
-    if (folder / LORA_CONFIG).exists():
-        handle = _add_lora(handle, folder, description, is_trainable)
-        fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
-        silence_originals(modules, handle)
+    with torch.inference_mode(False):
+        handle = plan.attach(modules)
+        fill(handle, state, is_trainable)
+        if (folder / LORA_CONFIG).exists():
+            handle = _add_lora(handle, folder, description, is_trainable)
+            fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
+            silence_originals(modules, handle)
     return handle
 
 
