@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -234,6 +236,21 @@ def test_pefts_loader_takes_no_sta_of_other_settings_than_the_models(save, tmp_p
     alike = inject_sta(seeded(make_qwen2_vl), STAConfig(causal=True, attention="eager")).model
     with refusing:
         torch.testing.assert_close(logits(PeftModel.from_pretrained(alike, tmp_path)), logits(model))
+
+
+def test_pefts_loader_is_watched_also_where_peft_is_imported_later(tmp_path):
+    get_sta(trained(r=2)).save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from cases import make_qwen2_vl, seeded
+from sta_adapter import get_sta, inject_sta
+model = inject_sta(seeded(make_qwen2_vl)).remove()
+assert "peft" not in sys.modules
+from peft import PeftModel
+assert get_sta(PeftModel.from_pretrained(model, {str(tmp_path)!r})) is not None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_pefts_loader_is_watched_once():

@@ -24,6 +24,7 @@ from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, sav
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.compatibility.late_imports import after_import
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
@@ -125,7 +126,7 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
 
 
 def watch_peft() -> None:
-    """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, if PEFT is imported; again and again is fine.
+    """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, once PEFT is imported; again and again is fine.
 
     `load_adapter`, for a second one or in the place of the first, and `hotswap_adapter` say what they can't. PEFT alone would load its LoRA
     without the STA. Where this package isn't imported, the entry "sta_adapter" in adapter_config.json makes PEFT warn of it, or refuse it
@@ -135,6 +136,8 @@ def watch_peft() -> None:
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
     load = getattr(wrapped, "__func__", None)
     _watch_transformers()
+    if peft is None:
+        after_import("peft", watch_peft)
     if peft is None or load is None or getattr(load, "brings_sta", False):
         return
 
