@@ -432,6 +432,19 @@ def test_embeddings_that_were_trained_after_more_tokens_came_in(tmp_path):
         handle.save_pretrained(tmp_path)
 
 
+def test_embeddings_of_more_tokens_than_the_base_has_are_not_lost_silently_without_lora(tmp_path):
+    model = load_model(TINY_BASE)
+    model.resize_token_embeddings(520)
+    with pytest.warns(
+        STAWarning, match=r"embeddings of other tokens than its base, and an adapter without LoRA holds none"
+    ):
+        inject_sta(model).save_pretrained(tmp_path / "sta")
+    get_sta(model).remove().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        load_sta(load_model(tmp_path / "base"), tmp_path / "sta").save_pretrained(tmp_path / "again")
+
+
 def test_embeddings_of_more_tokens_than_the_base_has_are_saved_with_lora(tmp_path):
     ids = torch.tensor([[10, 11, 515, 12]])
     model = load_model(TINY_BASE)
