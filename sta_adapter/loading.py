@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from sta_adapter.adapter.base_model import saved_base
 from sta_adapter.adapter.format import CONFIG, is_lora_alone, read_description
 from sta_adapter.adapter.hub import resolve_adapter
-from sta_adapter.adapter.lora_weights import load_lora, read_lora
+from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
@@ -103,6 +104,7 @@ def load_model(
         kwargs = {DTYPE: wanted, **narrow, **options}
         model = _load(loader, name, kwargs)
     except (OSError, ValueError, ImportError) as error:
+        _refuse_adapter(name)
         raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
     found: nn.Module = (model if getattr(model, "is_quantized", False) else model.to(where)).eval()
     return found
@@ -169,8 +171,10 @@ def load_processor(
         packages = ", ".join(name for name in ("torchvision", "PIL") if name in str(error)) or str(error).split("\n")[0]
         raise MissingExtraError(f"{what} needs more packages ({packages}): pip install 'sta-adapter[train]'") from error
     except OSError as error:
+        _refuse_adapter(name)
         raise CheckpointError(f"can't load {what}: {error}") from error
     except (ValueError, KeyError) as error:
+        _refuse_adapter(name)
         raise CheckpointError(f"can't load {what}: {error}. {OWN_LOOP}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
@@ -178,6 +182,18 @@ def load_processor(
         missing = "tokenizer" if tokenizer is None else "chat template"
         raise CheckpointError(f"{what} has no {missing}; expected a chat model's processor. {OWN_LOOP}")
     return processor
+
+
+def _refuse_adapter(name: str | os.PathLike[str]) -> None:
+    """Say so where what can't be loaded as a model is an adapter's folder."""
+    folder = Path(name)
+    if (folder / "config.json").exists() or not any((folder / file).is_file() for file in (CONFIG, LORA_CONFIG)):
+        return
+    base = saved_base(read_description(folder))["id"] if (folder / CONFIG).is_file() else None
+    raise CheckpointError(
+        f"{os.fspath(name)!r} is an adapter's folder; expected a model's. Give its base{f', {base},' if base else ''} as the model, and this as "
+        "the adapter (load_sta, --adapter)."
+    )
 
 
 def load_adapter(

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -236,6 +238,21 @@ def test_pefts_loader_takes_no_sta_of_other_settings_than_the_models(save, tmp_p
         torch.testing.assert_close(logits(PeftModel.from_pretrained(alike, tmp_path)), logits(model))
 
 
+def test_pefts_loader_is_watched_also_where_peft_is_imported_later(tmp_path):
+    get_sta(trained(r=2)).save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from cases import make_qwen2_vl, seeded
+from sta_adapter import get_sta, inject_sta
+model = inject_sta(seeded(make_qwen2_vl)).remove()
+assert "peft" not in sys.modules
+from peft import PeftModel
+assert get_sta(PeftModel.from_pretrained(model, {str(tmp_path)!r})) is not None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_pefts_loader_is_watched_once():
     watch_peft()
     watched = vars(PeftModel)["from_pretrained"]
@@ -413,6 +430,19 @@ def test_embeddings_that_were_trained_after_more_tokens_came_in(tmp_path):
         model.get_input_embeddings().weight += 1
     with pytest.raises(CheckpointError, match=r"^1 of the base model's tensors are other .* first is \S+embed_tokens"):
         handle.save_pretrained(tmp_path)
+
+
+def test_embeddings_of_more_tokens_than_the_base_has_are_not_lost_silently_without_lora(tmp_path):
+    model = load_model(TINY_BASE)
+    model.resize_token_embeddings(520)
+    with pytest.warns(
+        STAWarning, match=r"embeddings of other tokens than its base, and an adapter without LoRA holds none"
+    ):
+        inject_sta(model).save_pretrained(tmp_path / "sta")
+    get_sta(model).remove().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        load_sta(load_model(tmp_path / "base"), tmp_path / "sta").save_pretrained(tmp_path / "again")
 
 
 def test_embeddings_of_more_tokens_than_the_base_has_are_saved_with_lora(tmp_path):

@@ -10,6 +10,7 @@ from cases import Clip, make_qwen2_vl, make_qwen2_vl_tower, qwen2_vl_arguments, 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_inject import assert_unchanged, state
+from torch import nn
 from toy import toy  # noqa: F401
 
 import sta_adapter
@@ -139,6 +140,7 @@ def refused(folder, message, error=CheckpointError, make=make_qwen2_vl_tower):
 def test_missing_files(adapter, tmp_path):
     refused(tmp_path / "nowhere", "there is no folder")
     refused(adapter / WEIGHTS, "is a file; expected the folder")
+    refused(nn.Linear(1, 1), "the adapter is a Linear; expected its folder, or its id on the Hub", ConfigError)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no sta_config.json.*found: nothing")
     (adapter / WEIGHTS).unlink()
@@ -160,8 +162,9 @@ def test_a_cut_off_saving_that_cant_be_finished(adapter, monkeypatch):
         (b"PK\x03\x04 pickle", "damaged or no safetensors"),
         (b"\xff" * 64, "damaged or no safetensors"),
         (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "missing blocks.0.norm.weight"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS.*git lfs pull"),
     ],
-    ids=["empty", "foreign", "lying length", "no tensors"],
+    ids=["empty", "foreign", "lying length", "no tensors", "Git LFS"],
 )
 def test_damaged_weights(adapter, content, message):
     (adapter / WEIGHTS).write_bytes(content)

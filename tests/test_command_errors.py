@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import shutil
 import socket
 import sys
 
@@ -19,6 +20,7 @@ from sta_adapter.demo import TINY_BASE
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError
 from sta_adapter.loading import load_model
 from sta_adapter.requirements import require_device, require_free, require_reporters, require_writable
+from sta_adapter.tiny_base import TINY_ADAPTER
 
 
 @pytest.fixture
@@ -371,6 +373,19 @@ def test_damaged_models_are_one_line(run, data, tmp_path):
     assert "can't load the processor" in only_message(run(*line))
     with pytest.raises(CheckpointError, match="can't load the model"):
         load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["STA", "LoRA alone"])
+def test_an_adapter_in_the_place_of_its_base_is_told(run, data, tmp_path, lora):
+    shutil.copytree(TINY_ADAPTER, tmp_path, dirs_exist_ok=True)
+    if lora:
+        (tmp_path / "sta_config.json").rename(tmp_path / "adapter_config.json")
+    found = only_message(run("evaluate", "--model", tmp_path, "--data", data))
+    assert "is an adapter's folder; expected a model's. Give its base" in found
+    with pytest.raises(
+        CheckpointError, match=r"is an adapter's folder.*and this as the adapter \(load_sta, --adapter\)"
+    ):
+        load_model(tmp_path)
 
 
 def test_what_is_published_shows_no_folders(tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 import types
@@ -24,6 +26,7 @@ from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_origina
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
 from sta_adapter.compatibility import checkpointing, position_seams, processors, releases, seams, signatures
+from sta_adapter.compatibility.late_imports import after_import
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
@@ -628,3 +631,34 @@ def test_a_peft_whose_layers_are_built_otherwise(monkeypatch):
     monkeypatch.delattr(BaseTunerLayer, "get_base_layer")
     with raises("BaseTunerLayer has no get_base_layer", "peft"):
         seams.peft_parts()
+
+
+def test_what_is_to_be_done_after_an_import(tmp_path, monkeypatch):
+    (tmp_path / "imported_late.py").write_text("name = 'late'")
+    monkeypatch.syspath_prepend(tmp_path)
+    before, done = list(sys.meta_path), []
+    for _ in range(2):
+        after_import("imported_late", lambda: done.append(sys.modules["imported_late"].name))
+    for name in ("imported_late", "imported_never"):
+        assert (importlib.util.find_spec(name) is None) is (name == "imported_never")
+    assert not done
+    importlib.import_module("imported_late")
+    assert done == ["late"]
+    assert sys.meta_path == before
+    monkeypatch.delitem(sys.modules, "imported_late")
+    importlib.import_module("imported_late")
+    assert done == ["late"]
+
+
+def test_a_package_that_fails_while_it_is_imported_is_waited_for_again(tmp_path, monkeypatch):
+    (tmp_path / "failing_late.py").write_text("import missing_altogether")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    done = []
+    after_import("failing_late", lambda: done.append(True))
+    with pytest.raises(ModuleNotFoundError, match="missing_altogether"):
+        importlib.import_module("failing_late")
+    (tmp_path / "missing_altogether.py").write_text("")
+    importlib.invalidate_caches()
+    importlib.import_module("failing_late")
+    assert done == [True]

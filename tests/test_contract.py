@@ -81,6 +81,19 @@ def test_only_sta_trains_and_all_of_it(case, order):
 
 @every_case
 @every_order
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called", "ignore:Full backward hook is firing")
+def test_backward_hooks_of_others_on_every_module_change_nothing(case, order):
+    model, handle = injected(case, order=order)
+    handle.freeze_base()
+    clips = clips_of(*case.lengths[-1])
+    expected = torch.autograd.grad(loss_of(case.run(model, clips)), list(handle.parameters()))
+    for module in model.modules():
+        module.register_full_backward_hook(lambda *_: None)
+    assert close(torch.autograd.grad(loss_of(case.run(model, clips)), list(handle.parameters())), expected, 1e-4)
+
+
+@every_case
+@every_order
 @pytest.mark.parametrize("failure", [False, True], ids=["clean", "after an exception"])
 def test_remove_leaves_no_trace(case, order, failure):
     model = seeded(case.make)

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from cases import make_qwen2_vl, randomize, seeded
+from cases import make_qwen2_vl, qwen2_vl_prompt, randomize, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -324,6 +324,44 @@ def test_a_block_whose_norm_was_replaced_after_injection_is_told_of(toy, how):  
             STAWarning, match=r"not computed in 1 of \d blocks that ran in this forward of ToyEncoder: their 'norm2'"
         ):
             toy(toy_pixels(A), A)
+
+
+def test_a_later_hook_that_comes_first_may_pass_on_a_copy(toy):  # noqa: F811
+    """FSDP2's hooks come first, and cast what the norm gets: the branch would be added to a copy, past the residual stream."""
+    injected(toy)
+    expected = toy(toy_pixels(A), A)
+    for block in toy.blocks[:2]:
+        block.norm2.register_forward_pre_hook(lambda norm, args: (args[0].clone(),), prepend=True)
+    toy.blocks[2].norm2.register_forward_pre_hook(lambda norm, args: None)
+    assert torch.equal(toy(toy_pixels(A), A), expected)
+    toy.blocks[0] = nn.Identity()
+    assert toy(toy_pixels(A), A).isfinite().all()
+
+
+def test_an_encoder_that_its_model_runs_without_gradients_is_told_of(monkeypatch):
+    """As LLaVA's towers do, which were written for frozen encoders: the rest would train, and STA stay as it is."""
+    model = seeded(make_qwen2_vl).train()
+    handle = inject_sta(model, STAConfig(init="normal"))
+    inputs = qwen2_vl_prompt(3)
+    monkeypatch.setattr(handle.encoder, "forward", torch.no_grad()(handle.encoder.forward))
+    assert model(**inputs).logits.requires_grad  # within the encoder's call: the next test's
+    monkeypatch.undo()
+    features = model.model.get_video_features
+    monkeypatch.setattr(model.model, "get_video_features", torch.no_grad()(features))
+    with pytest.warns(
+        STAWarning, match=r"no gradient from this forward.* within torch\.no_grad\(\).*requires_grad_\(False\)"
+    ):
+        model(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        with torch.no_grad():
+            model(**inputs)
+        model.eval()(**inputs)
+        with handle.disabled():
+            model.train()(**inputs)
+        for parameter in handle.parameters():
+            parameter.requires_grad_(False)
+        model(**inputs)
 
 
 @styles

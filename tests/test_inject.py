@@ -13,7 +13,7 @@ from test_hooks import Wrapped
 from torch import nn
 from toy import TOY, ToyEncoder, toy, toy_pixels  # noqa: F401
 
-from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones
+from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones, load_sta, register_backbone
 from sta_adapter.errors import (
     ConfigError,
     InjectionError,
@@ -22,6 +22,7 @@ from sta_adapter.errors import (
     STAError,
     UnknownBackboneError,
 )
+from sta_adapter.injection.registry import unregister_backbone
 
 
 def state(model):
@@ -206,6 +207,20 @@ def test_training_sta_whose_weights_are_offloaded_is_told(toy, first, recwarn): 
     assert (trained, len(told)) == ((True, 0) if first == "offloaded" else (False, 1))
 
 
+@pytest.mark.parametrize("load", [False, True], ids=["injected", "loaded"])
+def test_what_went_in_under_inference_mode_trains_outside_of_it(toy, load, tmp_path):  # noqa: F811
+    if load:
+        handle = inject_sta(toy.to(torch.bfloat16), STAConfig(init="normal"))
+        handle.save_pretrained(tmp_path)
+        handle.remove()
+    with torch.inference_mode():
+        handle = load_sta(toy, tmp_path, is_trainable=True) if load else inject_sta(toy)
+    handle.freeze_base()
+    with torch.autocast("cpu", torch.bfloat16):
+        toy(toy_pixels(((4, 2),))).sum().backward()
+    assert all(parameter.grad is not None for parameter in handle.parameters())
+
+
 def test_normal_initialisation(toy):  # noqa: F811
     handle = inject_sta(toy, STAConfig(init="normal", head_scale=8))
     for module in handle.blocks.values():
@@ -247,6 +262,36 @@ def test_get_sta(toy):  # noqa: F811
     inject_sta(two[1])
     with pytest.raises(InjectionError, match="holds 2 encoders with STA"):
         get_sta(two)
+
+
+def test_a_model_with_encoders_of_several_kinds(toy, tmp_path):  # noqa: F811
+    """STA would go into the one whose backbone's name comes first, a frozen teacher beside the model's own for one."""
+    register_backbone(dataclasses.replace(TOY, name="other", encoder_classes=("OtherEncoder",)))
+    model = nn.ModuleList([toy, OtherEncoder()])
+    before = state(model)
+    try:
+        with pytest.raises(
+            InjectionError, match=r"OtherEncoder \(backbone 'other'\) and ToyEncoder \('toy'\); pass the one"
+        ):
+            inject_sta(model)
+        assert_unchanged(model, before)
+        handle = inject_sta(model, backbone="toy")
+        handle.save_pretrained(tmp_path)
+        handle.remove()
+        assert load_sta(model, tmp_path).encoder is toy
+        get_sta(model).remove()
+        model[1].within = toy
+        assert inject_sta(nn.ModuleList([model[1]])).encoder is model[1]
+    finally:
+        unregister_backbone("other")
+
+
+class OtherEncoder(nn.Module):
+    """Of no kinship with the toy."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = ToyEncoder().blocks
 
 
 def test_layers(toy):  # noqa: F811

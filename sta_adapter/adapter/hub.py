@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sta_adapter._validate import causes, one_line
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,12 @@ def resolve_adapter(
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be had.
+        ConfigError: it is neither text nor a path.
     """
+    if not isinstance(folder_or_repo_id, (str, os.PathLike)):
+        raise ConfigError(
+            f"the adapter is a {type(folder_or_repo_id).__name__}; expected its folder, or its id on the Hub."
+        )
     text = os.fspath(folder_or_repo_id)
     if os.path.isdir(text):
         if revision is not None:

@@ -222,13 +222,16 @@ def embeddings(model: nn.Module, kept: Mapping[str, Tensor], adapter_name: str) 
     """The embeddings among a model's tensors, where it has more or fewer than the base that it came from."""
     from peft import get_peft_model_state_dict
 
-    resized: Literal[True, "auto"] = True if _has_other_vocabulary(getattr(model, "config", None)) else "auto"
+    resized: Literal[True, "auto"] = True if has_other_vocabulary(getattr(model, "config", None)) else "auto"
     saved = get_peft_model_state_dict(model, kept, adapter_name=adapter_name, save_embedding_layers=resized)
     return {key: value for key, value in saved.items() if is_embedding(key)}
 
 
-def _has_other_vocabulary(config: PretrainedConfig | None) -> bool:
-    """As far as the base is at hand; PEFT looks for `vocab_size` in the configuration itself, and not in its text_config."""
+def has_other_vocabulary(config: PretrainedConfig | None) -> bool:
+    """Whether a model has more or fewer tokens than the base that its configuration names, as far as that is at hand.
+
+    PEFT looks for `vocab_size` in the configuration itself, and not in its text_config.
+    """
     if config is None:
         return False
     try:

@@ -35,6 +35,7 @@ MAX_PATTERNS = 256  # each is tried on every module of a model
 MAX_REPETITIONS, NAME_LENGTH = 4, 64
 MAX_NAMES = 5000  # of modules, which are compared as they are
 MAX_DIFFERENCES = 20
+POINTER = b"version https://git-lfs"  # how a file of Git LFS begins that was not fetched
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -168,6 +169,11 @@ def _damage_named(path: Path) -> Iterator[None]:
     except (FileNotFoundError, CheckpointError):
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError, TypeError) as error:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise CheckpointError(
+                    f"{path} is a pointer of Git LFS in the place of weights: run `git lfs pull` there."
+                ) from error
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 

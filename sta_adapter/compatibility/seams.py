@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -118,6 +119,13 @@ def add_load_hook(module: nn.Module, hook: Callable[..., None]) -> None:
             register(hook, **options)
             return
     raise incompatible("torch", f"{type(module).__name__} has no register_load_state_dict_pre_hook")
+
+
+def put_first(module: nn.Module, chosen: Callable[[object], bool]) -> None:
+    """Let those of a module's forward pre-hooks that are chosen run before the others."""
+    hooks = cast("OrderedDict[int, object]", hook_table(module, "_forward_pre_hooks"))
+    for key in [key for key, hook in hooks.items() if chosen(hook)]:
+        hooks.move_to_end(key, last=False)
 
 
 def drop_hooks(module: nn.Module, chosen: Callable[[object], bool]) -> None:

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sta_adapter.adapter.base_model import describe_base, require_frozen_base, require_same_base
 from sta_adapter.adapter.format import Description
+from sta_adapter.adapter.lora_peft import has_other_vocabulary
 from sta_adapter.adapter.lora_weights import lora_files, lora_state, require_whole_lora
 from sta_adapter.adapter.push import Publication, push_files
 from sta_adapter.adapter.run_file import RUN_FILE
@@ -90,6 +91,13 @@ def adapter_contents(
     lora = lora_state(model)
     if not base_changed:
         require_same_base(model, handle._injection.base_marks, () if lora is None else lora[1])
+    if lora is None and has_other_vocabulary(getattr(model, "config", None)):
+        warnings.warn(
+            "the model has embeddings of other tokens than its base, and an adapter without LoRA holds none. Keep them as well: save the model "
+            "without STA (handle.remove(), model.save_pretrained) as the base to load the adapter into.",
+            STAWarning,
+            stacklevel=4,
+        )
     return adapter_state(handle), describe_adapter(handle), lora_files(model, lora)
 
 

@@ -7,14 +7,13 @@ of its runs, so there every process must run it equally often, whatever its batc
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.compatibility.seams import active_ddp, hook_table, uncompiled, uncompiled_where
+from sta_adapter.compatibility.seams import active_ddp, put_first, uncompiled, uncompiled_where
 from sta_adapter.compatibility.signatures import given_arguments, parameter_names
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
@@ -136,16 +135,16 @@ class FirstInLine(ModelHook):
     def __call__(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
         thread = self.injection.thread
+        thread.model_with_grad = torch.is_grad_enabled()
         thread.outputs = [] if is_parallel() else None
         thread.ran = False  # what ran before was of a forward that failed, or of a backward that runs the encoder again
         self.agreement.look(model)
         if self.agreement.groups:
             for module in (self.agreement.encoder, self.agreement.language_model):
-                hooks = cast("OrderedDict[int, object]", hook_table(module, "_forward_pre_hooks"))
-                agreeing = (EncoderAgree, LanguageModelBegin)
-                ours = [k for k, h in hooks.items() if isinstance(h, agreeing) and h.injection is self.injection]
-                for key in ours:
-                    hooks.move_to_end(key, last=False)
+                put_first(module, self._agrees)
+
+    def _agrees(self, hook: object) -> bool:
+        return isinstance(hook, (EncoderAgree, LanguageModelBegin)) and hook.injection is self.injection
 
 
 class LastInLine(Hook):
@@ -159,7 +158,7 @@ class LastInLine(Hook):
             InjectionError: nothing that comes out depends on the dummy clips, so that the backward would wait for ever.
         """
         thread = self.injection.thread
-        thread.outputs = None
+        thread.outputs, thread.model_with_grad = None, False
         left, thread.to_embed = thread.to_embed, None
         if left is None:
             return

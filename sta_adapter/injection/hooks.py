@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout, ClipLengths
-from sta_adapter.attention.module import CHILD, TemporalAttention
+from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
-from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
 from sta_adapter.compatibility.reduction import require_averages
-from sta_adapter.compatibility.seams import active_ddp, drop_hooks, graph_task, hook_table, uncompiled
+from sta_adapter.compatibility.seams import active_ddp, drop_hooks, graph_task, hook_table, put_first, uncompiled
 from sta_adapter.distributed import is_parallel
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownClipsError
 from sta_adapter.injection.backbone import EncoderCall
@@ -54,6 +53,9 @@ class EncoderPreHook(Hook):
         injection.require_same_switch((args, kwargs))
         kwargs, told = take_clip_lengths(encoder, kwargs)
         injection.begin(self._layout(encoder, args, kwargs, told) if injection.is_enabled else None)
+        if injection.is_enabled:
+            self._come_first(encoder)
+            self._look_at_gradients(encoder, (args, kwargs))
         if injection.is_enabled and torch.is_grad_enabled() and is_parallel() and (ddp := active_ddp()) is not None:
             stas = (module.parameters() for module in sta_modules(encoder, injection.spec).values())
             injection.thread.averaged = require_averages(chain.from_iterable(stas), ddp, injection.thread.averaged)
@@ -63,6 +65,34 @@ class EncoderPreHook(Hook):
                 self._require_one_run()
                 return require_grad(args, kwargs)
         return args, kwargs
+
+    def _come_first(self, encoder: nn.Module) -> None:
+        """Put the hooks of norms in front of others that came later (`prepend=True`, as FSDP2's) and may pass on a copy of the stream."""
+        if self.injection.config.order != "after_spatial":
+            return
+        for block in encoder.get_submodule(self.injection.spec.blocks).children():
+            try:
+                norm = block.get_submodule(self.injection.spec.norm)
+            except AttributeError:  # the block was replaced, as where layers are left out
+                continue
+            if not isinstance(next(iter(norm._forward_pre_hooks.values()), None), NormPreHook):
+                put_first(norm, lambda hook: isinstance(hook, NormPreHook))
+
+    def _look_at_gradients(self, encoder: nn.Module, inputs: object) -> None:
+        """Warn where the model trains and runs its encoder without gradients; a re-entrant checkpoint does so with inputs that need one."""
+        if (
+            self.injection.thread.model_with_grad
+            and not torch.is_grad_enabled()
+            and encoder.training
+            and not any(tensor.requires_grad for tensor in iterate_tensors(inputs))
+            and sta_trains(encoder, self.injection.spec)
+        ):
+            warnings.warn(
+                f"STA gets no gradient from this forward: the model runs its {type(encoder).__name__} within torch.no_grad(), as for frozen "
+                "encoders. Take that out of the model's code; what is frozen needs requires_grad_(False) alone.",
+                STAWarning,
+                stacklevel=4,
+            )
 
     def _require_one_run(self) -> None:
         """Each run under re-entrant checkpointing has backwards of its own, and DDP averages gradients once."""
@@ -199,7 +229,8 @@ class NormPreHook(Hook):
         """Add the branch to the first argument (..., C).
 
         A fused norm takes the residual as a second argument of the same shape and adds the two itself; the stream is their sum.
-        Where it comes by its name, either may be the block's own input: the branch is added to a copy (vLLM's norms).
+        There the branch is added to a copy: where the residual comes by its name either may be the block's own input (vLLM's norms), and a
+        layer's output that a backward hook follows takes no change in place.
         """
         layout = self.injection.layout()
         if layout is None:
@@ -210,10 +241,12 @@ class NormPreHook(Hook):
             summand, stream = residual.clone(), summand + residual
             layout.patches(summand).add_(sta(layout.patches(stream), layout))
             return args, {**kwargs, RESIDUAL: summand}
-        stream = patches = layout.patches(summand)
         if len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == summand.shape:
-            stream = layout.patches(summand + args[1])
-        elif torch.is_grad_enabled() and (summand.requires_grad or any(p.requires_grad for p in sta.parameters())):
+            stream, summand = summand + args[1], summand.clone()
+            layout.patches(summand).add_(sta(layout.patches(stream), layout))
+            return (summand, *args[1:]), kwargs
+        stream = patches = layout.patches(summand)
+        if torch.is_grad_enabled() and (summand.requires_grad or any(p.requires_grad for p in sta.parameters())):
             stream = patches.clone()
         patches.add_(sta(stream, layout))
         return None
@@ -222,37 +255,6 @@ class NormPreHook(Hook):
         if id(self.block) not in memo:
             return NormPreHook(self.injection, self.block)
         return NormPreHook(copy.deepcopy(self.injection, memo), copy.deepcopy(self.block, memo))
-
-
-class LoadStatePreHook(Hook):
-    """Hook of `load_state_dict` of the model that STA went into: STA's tensors are found under the names of any release.
-
-    transformers saves a model under the names of an older release, and its trainer loads them with `strict=False`: STA would
-    stay as it is, silently.
-    """
-
-    def __call__(
-        self, model: nn.Module, state: dict[str, object], prefix: str, metadata: object, strict: bool, *names: list[str]
-    ) -> None:
-        """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `names`)."""
-        own = {
-            prefix + name_in_state(f"{name}.{key}")
-            for name, module in model.named_modules()
-            if isinstance(module, TemporalAttention)
-            for key in module.state_dict()
-        }
-        if not all(STA_TENSOR.search(name) for name in own):
-            return  # PEFT has put layers around them, and knows their names
-        places = {canonical(name.removeprefix(prefix)): name for name in own}
-        unplaced = []
-        for key in [key for key in state if STA_TENSOR.search(key) and key not in own]:
-            place = places.get(canonical(key.removeprefix(prefix)))
-            if place is None:
-                unplaced.append(key)
-            elif place not in state:
-                state[place] = state.pop(key)
-        if unplaced:
-            names[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
 
 
 def remove_hooks(module: nn.Module, injection: Injection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from sta_adapter.config import STAConfig
@@ -46,4 +47,5 @@ def inject_sta(model: nn.Module, cfg: STAConfig | None = None, *, backbone: str 
             "Take gamma_init=None or a small number, such as 1e-5, or init='normal': each begins with the base model's output."
         )
     warn_of_other_rule(model)
-    return plan.attach(plan.build())
+    with torch.inference_mode(False):  # what is made within it can't train outside
+        return plan.attach(plan.build())

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from sta_adapter._validate import unknown_names
@@ -23,6 +24,7 @@ from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, sav
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.compatibility.late_imports import after_import
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
@@ -99,16 +101,18 @@ def load_sta(
     expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
     state = read()
     compare_tensors(file, state, expected)
-    plan.allocate(modules)
+    with torch.inference_mode(False):  # what is made within it can't train outside
+        plan.allocate(modules)
     if any(parameter.is_meta for module in modules.values() for parameter in module.parameters()):
         raise CheckpointError("the encoder's weights are on the meta device: load them first, then the adapter.")
     warn_of_other_rule(model, description.get("positions"))
-    handle = plan.attach(modules)
-    fill(handle, state, is_trainable)
-    if (folder / LORA_CONFIG).exists():
-        handle = _add_lora(handle, folder, description, is_trainable)
-        fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
-        silence_originals(modules, handle)
+    with torch.inference_mode(False):
+        handle = plan.attach(modules)
+        fill(handle, state, is_trainable)
+        if (folder / LORA_CONFIG).exists():
+            handle = _add_lora(handle, folder, description, is_trainable)
+            fill(handle, state, is_trainable)  # the STA file is the one truth, also for PEFT's copies
+            silence_originals(modules, handle)
     return handle
 
 
@@ -122,7 +126,7 @@ def _require_known(hub_options: Mapping[str, object]) -> None:
 
 
 def watch_peft() -> None:
-    """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, if PEFT is imported; again and again is fine.
+    """See to it that `PeftModel.from_pretrained` loads a folder with STA by `load_sta`, once PEFT is imported; again and again is fine.
 
     `load_adapter`, for a second one or in the place of the first, and `hotswap_adapter` say what they can't. PEFT alone would load its LoRA
     without the STA. Where this package isn't imported, the entry "sta_adapter" in adapter_config.json makes PEFT warn of it, or refuse it
@@ -132,6 +136,8 @@ def watch_peft() -> None:
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
     load = getattr(wrapped, "__func__", None)
     _watch_transformers()
+    if peft is None:
+        after_import("peft", watch_peft)
     if peft is None or load is None or getattr(load, "brings_sta", False):
         return
 

@@ -25,12 +25,12 @@ from sta_adapter.injection.hooks import (
     EncoderPostHook,
     EncoderPreHook,
     Hook,
-    LoadStatePreHook,
     NormPreHook,
     find_injections,
     remove_hooks,
 )
 from sta_adapter.injection.registry import locate
+from sta_adapter.injection.saved_sta import LoadStatePreHook
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.target import InjectionTarget, find_language_model, resolve_target
 from sta_adapter.injection.validate import validate_call, validate_target

@@ -12,7 +12,7 @@ from importlib import metadata
 
 from torch import nn
 
-from sta_adapter.errors import ConfigError, UnknownBackboneError
+from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.injection.backbone import Backbone, active_modules
 from sta_adapter.injection.target import InjectionTarget, resolve_target
 
@@ -28,12 +28,15 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None, preferred: 
 
     Raises:
         UnknownBackboneError: when no backbone fits; lists those known.
-        InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference.
+        InjectionError: when a backbone fits by name but the model is not as it declares; lists every difference. Or the model
+            has encoders for several backbones, none of them preferred.
     """
-    active = active_modules(model)
-    for spec in _candidates(backbone, preferred):
+    active, specs = active_modules(model), _candidates(backbone, preferred)
+    for place, spec in enumerate(specs, 1):
         encoder = spec.find_encoder(model, active)
         if encoder is not None:
+            if spec.name != preferred:
+                _require_only(encoder, spec, model, active, specs[place:])
             return resolve_target(spec, encoder)
     if backbone is not None:
         spec = _candidates(backbone)[0]
@@ -49,6 +52,23 @@ def locate(model: nn.Module, backbone: str | Backbone | None = None, preferred: 
         f"no backbone matches {type(model).__name__!r}; known: {', '.join(list_backbones()) or 'none'}. "
         "Describe the encoder with register_backbone(Backbone(...)), or install a plug-in."
     )
+
+
+def _require_only(
+    encoder: nn.Module, spec: Backbone, model: nn.Module, active: Sequence[nn.Module], others: Sequence[Backbone]
+) -> None:
+    """Refuse a model with encoders of several kinds, of which one alone may be meant; one within the other is no second."""
+    for other in others:
+        found = other.find_encoder(model, active)
+        if found is not None and not _holds(encoder, found) and not _holds(found, encoder):
+            raise InjectionError(
+                f"the model holds encoders of several kinds, {type(encoder).__name__} (backbone {spec.name!r}) and {type(found).__name__} "
+                f"({other.name!r}); pass the one that STA shall go into, or its backbone=..."
+            )
+
+
+def _holds(module: nn.Module, part: nn.Module) -> bool:
+    return any(inner is part for inner in module.modules())
 
 
 _REGISTRY: dict[str, Backbone] = {}

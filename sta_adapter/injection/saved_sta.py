@@ -28,12 +28,12 @@ from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, read_lora
 from sta_adapter.attention.module import CHILD, TemporalAttention
-from sta_adapter.compatibility.module_names import STA_TENSOR
+from sta_adapter.compatibility.module_names import STA_TENSOR, canonical, name_in_state
 from sta_adapter.errors import CheckpointError, STAError, STAWarning
 from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.contents import plain_state
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.hooks import find_injections
+from sta_adapter.injection.hooks import Hook, find_injections
 from sta_adapter.injection.registry import all_backbones
 from sta_adapter.injection.target import widen
 
@@ -131,6 +131,37 @@ def silence_originals(modules: Mapping[int, TemporalAttention], handle: STAHandl
         if handle.blocks[index] is not module:
             for parameter in module.to_out.parameters():
                 parameter.zero_()
+
+
+class LoadStatePreHook(Hook):
+    """Hook of `load_state_dict` of the model that STA went into: STA's tensors are found under the names of any release.
+
+    transformers saves a model under the names of an older release, and its trainer loads them with `strict=False`: STA would
+    stay as it is, silently.
+    """
+
+    def __call__(
+        self, model: nn.Module, state: dict[str, object], prefix: str, metadata: object, strict: bool, *names: list[str]
+    ) -> None:
+        """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `names`)."""
+        own = {
+            prefix + name_in_state(f"{name}.{key}")
+            for name, module in model.named_modules()
+            if isinstance(module, TemporalAttention)
+            for key in module.state_dict()
+        }
+        if not all(STA_TENSOR.search(name) for name in own):
+            return  # PEFT has put layers around them, and knows their names
+        places = {canonical(name.removeprefix(prefix)): name for name in own}
+        unplaced = []
+        for key in [key for key in state if STA_TENSOR.search(key) and key not in own]:
+            place = places.get(canonical(key.removeprefix(prefix)))
+            if place is None:
+                unplaced.append(key)
+            elif place not in state:
+                state[place] = state.pop(key)
+        if unplaced:
+            names[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
 
 
 def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:

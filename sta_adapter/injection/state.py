@@ -63,6 +63,7 @@ class ThreadState:
     backward: tuple[int, ClipLayout | None] = (-1, None)
     # what the encoder gave in the full model's forward, where that must reach all of it
     outputs: list[Tensor] | None = None
+    model_with_grad: bool = False  # whether the full model's forward is at work, and began with gradients
     to_embed: AddOnce | None = None  # the hook that adds something where the language model embeds its tokens
     in_dummy: bool = False  # whether the encoder forward is one of a dummy clip
     in_check: bool = False  # whether the encoder and its blocks are run to be looked at, before their first forward
