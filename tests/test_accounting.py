@@ -745,6 +745,58 @@ def test_fresh_sta_that_does_not_train_is_told_of(freeze, start, tmp_path):
         known.encoder.train()(**qwen2_vl_arguments(clips_of(4)))  # STA of an earlier training, left as it is
 
 
+def steps(handle, *optimizers, count=4):
+    """Of a training loop."""
+    for _ in range(count):
+        tokens = handle.encoder.train()(**qwen2_vl_arguments(clips_of(4)))[0]
+        if tokens.requires_grad:
+            tokens.sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("made", ["before inject_sta", "before LoRA"])
+def test_an_optimizer_that_was_made_before_sta_is_told_of(made):
+    """Its weights train on, and STA stays as it is: PEFT's copies of it too."""
+    model = seeded(make_qwen2_vl)
+    early = torch.optim.SGD(model.parameters(), lr=1e-3)
+    handle = inject_sta(model).freeze_base()
+    if made == "before LoRA":
+        early = torch.optim.SGD(handle.parameters(), lr=1e-3)
+        steps(handle, early)
+        handle = get_sta(get_peft_model(handle.model, handle.lora_config(r=2)))
+    before = [parameter.clone() for parameter in handle.parameters()]
+    with pytest.warns(
+        STAWarning, match=r"an optimizer of this model's weights has made 3 steps and has none of STA's"
+    ) as told:
+        steps(handle, early, count=6)
+    assert len(told) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, handle.parameters(), strict=True))
+    late = torch.optim.SGD([p for p in handle.model.parameters() if p.requires_grad], lr=1e-3)
+    steps(handle, late)
+    assert not all(torch.equal(a, b) for a, b in zip(before, handle.parameters(), strict=True))
+
+
+def test_optimizers_that_train_sta_among_others_are_not_spoken_of():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="an optimizer")
+        handle = inject_sta(seeded(make_qwen2_vl))
+        others = torch.optim.SGD([next(handle.model.lm_head.parameters())], lr=1e-3)
+        steps(handle, others, torch.optim.SGD(handle.parameters(), lr=1e-3))  # each has its part
+        again = inject_sta(seeded(make_qwen2_vl))
+        steps(
+            again, *[torch.optim.SGD([p], lr=1e-3) for p in reversed(list(again.model.parameters()))]
+        )  # of each its own
+        foreign = inject_sta(seeded(make_qwen2_vl))
+        steps(foreign, torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1e-3))  # another model's
+        frozen = inject_sta(seeded(make_qwen2_vl))
+        randomize(frozen.blocks[0])  # as STA of an earlier training
+        frozen.encoder.requires_grad_(False)
+        steps(frozen, torch.optim.SGD(frozen.model.parameters(), lr=1e-3))
+        frozen.remove()
+        others.step()
+
+
 def test_peft_without_its_adapter_is_the_base_also_once_it_was_loaded(tmp_path):
     """As the reference of a preference training that goes on from an adapter: it had STA and no LoRA."""
     handle = inject_sta(seeded(make_qwen2_vl))
