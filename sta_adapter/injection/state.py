@@ -147,15 +147,22 @@ class Injection:
         self.told.model = weakref.ref(model)
 
     def warn_of_training(self, encoder: nn.Module) -> None:
-        """Say at the first forwards of a training that STA takes no part, and what of it an adapter can't hold, not hours later."""
-        reference, start = self.__dict__.pop("_model", (lambda: None, {}))
-        if (model := reference()) is not None:
-            remarks = list(self._remarks(encoder, model, start))
-            self.__dict__["_steps"] = StepsOfModel(encoder, self.spec, model)
-        else:
-            steps = self.__dict__.get("_steps")
-            remarks = [remark] if steps is not None and (remark := steps.remark()) else []
-        for remark in remarks:
+        """Say at the first forwards of a training that STA takes no part, and what of it an adapter can't hold, not hours later.
+
+        To be called of each forward with gradients; one in eval mode is of a training where an optimizer has made a step before, as in loops that
+        leave a model in the mode in which `from_pretrained` gives it.
+        """
+        reference, start = self.__dict__.get("_model", (lambda: None, {}))
+        steps: StepsOfModel | None = self.__dict__.get("_steps")
+        if (model := reference()) is not None and steps is None:
+            steps = self.__dict__["_steps"] = StepsOfModel(encoder, self.spec, model)
+        if steps is None:
+            return
+        remarks = [steps.remark()]
+        if model is not None and (encoder.training or steps.begun):
+            del self.__dict__["_model"]
+            remarks += self._remarks(encoder, model, start)
+        for remark in filter(None, remarks):
             warnings.warn(remark, STAWarning, stacklevel=2)
 
     def _remarks(self, encoder: nn.Module, model: nn.Module, start: Mapping[int, BaseMarks]) -> Iterator[str]:

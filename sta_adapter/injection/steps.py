@@ -21,6 +21,7 @@ class StepsOfModel:
 
     def __init__(self, encoder: nn.Module, spec: Backbone, model: nn.Module) -> None:
         self._encoder, self._model, self._spec = weakref.ref(encoder), weakref.ref(model), spec
+        self.begun = False  # whether an optimizer of the model's weights has made a step
         self._known: weakref.ref[nn.Module] | None = None  # one of the modules of which it is known, or told
         self._passed_by = False  # since the latest forward
         self._without = 0
@@ -32,11 +33,12 @@ class StepsOfModel:
         encoder, model = self._encoder(), self._model()
         if encoder is None or model is None:
             return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.begun = self.begun or any(id(p) in held for p in model.parameters())
         modules = list(sta_modules(encoder, self._spec).values())
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
         if not trained or (self._known is not None and self._known() is modules[0]):
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) in held for p in trained):
             self._settle(modules[0])
         elif any(id(p) in held for p in model.parameters()):
