@@ -775,6 +775,77 @@ def test_fresh_sta_that_does_not_train_is_told_of(freeze, start, tmp_path):
         known.encoder.train()(**qwen2_vl_arguments(clips_of(4)))  # STA of an earlier training, left as it is
 
 
+def steps(handle, *optimizers, count=4, training=True):
+    """Of a training loop."""
+    handle.encoder.train(training)
+    for _ in range(count):
+        tokens = handle.encoder(**qwen2_vl_arguments(clips_of(4)))[0]
+        if tokens.requires_grad:
+            tokens.sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])  # as from_pretrained gives a model
+@pytest.mark.parametrize("made", ["before inject_sta", "before LoRA"])
+def test_an_optimizer_that_was_made_before_sta_is_told_of(made, training):
+    """Its weights train on, and STA stays as it is: PEFT's copies of it too."""
+    model = seeded(make_qwen2_vl)
+    early = torch.optim.SGD(model.parameters(), lr=1e-3)
+    handle = inject_sta(model).freeze_base()
+    if made == "before LoRA":
+        early = torch.optim.SGD(handle.parameters(), lr=1e-3)
+        steps(handle, early, training=training)
+        handle = get_sta(get_peft_model(handle.model, handle.lora_config(r=2)))
+    before = [parameter.clone() for parameter in handle.parameters()]
+    with pytest.warns(
+        STAWarning, match=r"an optimizer of this model's weights has made 3 steps and has none of STA's"
+    ) as told:
+        steps(handle, early, count=6, training=training)
+    assert len(told) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, handle.parameters(), strict=True))
+    late = torch.optim.SGD([p for p in handle.model.parameters() if p.requires_grad], lr=1e-3)
+    steps(handle, late, training=training)
+    assert not all(torch.equal(a, b) for a, b in zip(before, handle.parameters(), strict=True))
+
+
+def test_a_training_in_eval_mode_is_told_of_what_trains_too_narrow_or_not_at_all():
+    """From its second forward on, as nothing else tells it from an evaluation with gradients."""
+    handle = inject_sta(seeded(make_qwen2_vl).bfloat16()).freeze_base()
+    handle.encoder.eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="STA ")
+        handle.encoder(**qwen2_vl_arguments(clips_of(4)))
+        handle.encoder(**qwen2_vl_arguments(clips_of(4)))  # nothing has been trained
+    with pytest.warns(STAWarning, match="STA trains in 16 bits"):
+        steps(handle, torch.optim.SGD(handle.parameters(), lr=1e-3), training=False, count=2)
+    frozen = inject_sta(seeded(make_qwen2_vl))
+    model = FROZEN["PEFT"](frozen)
+    lora = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with pytest.warns(STAWarning, match="STA is in the model as inject_sta made it"):
+        steps(frozen, lora, training=False, count=2)
+
+
+def test_optimizers_that_train_sta_among_others_are_not_spoken_of():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="an optimizer")
+        handle = inject_sta(seeded(make_qwen2_vl))
+        others = torch.optim.SGD([next(handle.model.lm_head.parameters())], lr=1e-3)
+        steps(handle, others, torch.optim.SGD(handle.parameters(), lr=1e-3))  # each has its part
+        again = inject_sta(seeded(make_qwen2_vl))
+        steps(
+            again, *[torch.optim.SGD([p], lr=1e-3) for p in reversed(list(again.model.parameters()))]
+        )  # of each its own
+        foreign = inject_sta(seeded(make_qwen2_vl))
+        steps(foreign, torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1e-3))  # another model's
+        frozen = inject_sta(seeded(make_qwen2_vl))
+        randomize(frozen.blocks[0])  # as STA of an earlier training
+        frozen.encoder.requires_grad_(False)
+        steps(frozen, torch.optim.SGD(frozen.model.parameters(), lr=1e-3))
+        frozen.remove()
+        others.step()
+
+
 def test_peft_without_its_adapter_is_the_base_also_once_it_was_loaded(tmp_path):
     """As the reference of a preference training that goes on from an adapter: it had STA and no LoRA."""
     handle = inject_sta(seeded(make_qwen2_vl))

@@ -67,9 +67,8 @@ def train(model, data, collator, out, steps=2, callbacks=None, trainer=transform
     args = transformers.TrainingArguments(
         str(out),
         use_cpu=True,
-        report_to="none",
         remove_unused_columns=False,
-        **{"max_steps": steps, **options, **settings},
+        **{"max_steps": steps, "report_to": "none", **options, **settings},
     )
     callbacks = sta_callbacks() if callbacks is None else callbacks
     made = trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
@@ -181,6 +180,88 @@ def test_each_push_to_the_hub_is_an_adapter(saved, stage, model, data, processor
         )
         assert (folder / "sta_config.json").exists()
         assert all(torch.equal(a, b) for a, b in zip(pushed.parameters(), kept.parameters(), strict=True))
+
+
+class Copying(transformers.TrainerCallback):
+    """What W&B, MLflow and the like do with a checkpoint, before the callbacks that a user gives."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_save(self, args, state, control, **kwargs):
+        name = f"checkpoint-{state.global_step}"
+        shutil.copytree(f"{args.output_dir}/{name}", self.folder / name)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "saved",
+    [{}, {"eval_strategy": "steps", "eval_steps": 1}, {"save_strategy": "best", "metric_for_best_model": "loss"}],
+    ids=["each", "with evaluations", "best"],
+)
+def test_a_checkpoint_that_is_reported_is_an_adapter(saved, stage, model, data, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda names: [Copying(tmp_path)])
+    handle, lora = prepare_model(model, Settings(stage=stage))
+    measured = {"eval_strategy": "steps", "eval_steps": 1} if "save_strategy" in saved else {}
+    # the loss is lowest at the first step
+    settings = {"learning_rate": 100.0, "lr_scheduler_type": "constant", "report_to": "mlflow", **measured, **saved}
+    trainer = transformers.Trainer
+    evaluated = lambda *args, **kwargs: trainer(*args, eval_dataset=data, **kwargs)  # noqa: E731
+    trained = handle.model if lora is None else get_peft_model(handle.model, lora)
+    train(trained, data, collate(processor), tmp_path / "out", trainer=evaluated, **settings)
+    copies = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert copies == sorted(path.name for path in tmp_path.glob("out/checkpoint-*"))  # and no other folders are left
+    assert "checkpoint-1" in copies
+    assert ("checkpoint-2" in copies) == ("save_strategy" not in saved)
+    for name in copies:
+        assert (tmp_path / name / "sta_config.json").exists()
+        one, other = (load_sta(make_model(processor.tokenizer), tmp_path / where / name) for where in (".", "out"))
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class Preempted(transformers.TrainerCallback):
+    """Has the trainer find, at the next chance after an event of the second step, that its process is about to be killed."""
+
+    def __init__(self, event):
+        setattr(self, event, self._ask)
+
+    def _ask(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.manager.is_checkpoint_requested = True
+
+
+@pytest.mark.skipif(
+    not hasattr(TrainingArguments, "enable_jit_checkpoint"), reason="transformers makes no such checkpoints"
+)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_epoch_begin"])
+def test_a_checkpoint_at_a_signal_is_an_adapter(event, stage, model, data, processor, tmp_path):
+    from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+    handle, lora = prepare_model(model, Settings(stage=stage))
+    asked = Preempted(event)
+
+    def trainer(*args, callbacks, **kwargs):
+        made = transformers.Trainer(*args, callbacks=[asked, *callbacks], **kwargs)
+        found = [one for one in made.callback_handler.callbacks if isinstance(one, JITCheckpointCallback)]
+        asked.manager = found[0].jit_manager
+        return made
+
+    trained = handle.model if lora is None else get_peft_model(handle.model, lora)
+    settings = {"per_device_train_batch_size": 4, "save_steps": 100, "enable_jit_checkpoint": True, "warmup_steps": 0}
+    train(trained, data, collate(processor), tmp_path, steps=5, trainer=trainer, **settings)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert step == int(checkpoint.name.removeprefix("checkpoint-")) == (2 if event == "on_pre_optimizer_step" else 1)
+    assert (checkpoint / "sta_config.json").exists()
+    kept = load_sta(make_model(processor.tokenizer), checkpoint)
+    again = make_model(processor.tokenizer)
+    handle, lora = prepare_model(again, Settings(stage=stage))
+    trained = handle.model if lora is None else get_peft_model(handle.model, lora)
+    trainer = transformers.Trainer(trained, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer._load_from_checkpoint(str(checkpoint))  # as the trainer goes on from it
+    goes_on = get_sta(trainer.model)
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), goes_on.parameters(), strict=True))
 
 
 def test_stage_one_trains_sta_alone(model, data, processor, tmp_path):

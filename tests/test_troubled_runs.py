@@ -1,8 +1,12 @@
 """When a run goes wrong or is ended: a loss that leaves, signals, checkpoints by time, runs that are made longer."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
 import types
 
 import pytest
@@ -300,6 +304,67 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path, run):
         run(tmp_path, stage="both", max_steps=3)
     with pytest.raises(ConfigError, match=r"differs in learning_rate, max_steps"):
         run(tmp_path, stage="both", max_steps=5, learning_rate=1e-4)
+
+
+LOCKING = """
+import fcntl, sys
+file = open(sys.argv[1], "r+" if sys.argv[2] == "try" else "w+")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free", flush=True)
+except OSError:
+    print("taken by", file.read(), flush=True)
+if sys.argv[2] == "hold":
+    file.write("process 1 on node7")
+    file.flush()
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def locking(folder, how):
+    """Another process that looks for the lock of a run's folder, or holds it until its standard input ends."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", LOCKING, str(folder / ".lock"), how], **pipes)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_two_runs_are_not_at_work_in_one_folder(tmp_path, run):
+    """They deleted each other's checkpoints, and went on from each other's."""
+    other = locking(tmp_path, "hold")
+    assert [other.stdout.readline() for _ in range(2)] == ["free\n", "written\n"]
+    with pytest.raises(ConfigError, match=r"another run \(process 1 on node7\) is at work in .*take another output"):
+        run(tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    other.communicate()
+    found = []
+    run(tmp_path, callbacks=[At(2, lambda: found.append(locking(tmp_path, "try").communicate()[0]))])
+    assert found == [f"taken by process {os.getpid()} on {socket.gethostname()}\n"]
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_folder_without_locks_is_trained_into(tmp_path, run, monkeypatch):
+    """As of some network file systems."""
+    import fcntl
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert run(tmp_path, max_steps=1).stages["1"]["steps"] == 1
+
+
+@pytest.mark.parametrize("before", [None, "fp8"])
+def test_the_precision_of_a_run_stays_with_it(before, tmp_path, run, monkeypatch):
+    """A trainer of transformers that was made after it took it."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if before is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", before)
+    within = []
+    look = At(1, lambda: within.append(os.environ["ACCELERATE_MIXED_PRECISION"]))
+    run(tmp_path, precision="bf16", max_steps=1, callbacks=[look])
+    assert within == ["bf16"]
+    assert os.environ.get("ACCELERATE_MIXED_PRECISION") == before
 
 
 def test_epochs_are_raised_too_and_a_device_batch_may_change(tmp_path, run):

@@ -59,9 +59,9 @@ class EncoderPreHook(Hook):
         if injection.is_enabled and torch.is_grad_enabled() and is_parallel() and (ddp := active_ddp()) is not None:
             stas = (module.parameters() for module in sta_modules(encoder, injection.spec).values())
             injection.thread.averaged = require_averages(chain.from_iterable(stas), ddp, injection.thread.averaged)
-        if injection.is_enabled and encoder.training and torch.is_grad_enabled():
+        if injection.is_enabled and torch.is_grad_enabled():
             injection.warn_of_training(encoder)
-            if checkpoints_reentrantly(encoder):
+            if encoder.training and checkpoints_reentrantly(encoder):
                 self._require_one_run()
                 return require_grad(args, kwargs)
         return args, kwargs

@@ -31,6 +31,7 @@ from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.nested import iterate_tensors
+from sta_adapter.injection.steps import StepsOfModel
 from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
 from sta_adapter.injection.told import Held, Told
 
@@ -87,7 +88,7 @@ class Injection:
         self._threads = threading.local()
 
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_handle", "_model")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_threads", "_handle", "_model", "_steps")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _threads=threading.local())
@@ -147,11 +148,22 @@ class Injection:
         self.told.model = weakref.ref(model)
 
     def warn_of_training(self, encoder: nn.Module) -> None:
-        """Say at the first forward of a training that STA takes no part, and what of it an adapter can't hold, not hours later."""
-        reference, start = self.__dict__.pop("_model", (lambda: None, {}))
-        if (model := reference()) is None:
+        """Say at the first forwards of a training that STA takes no part, and what of it an adapter can't hold, not hours later.
+
+        To be called of each forward with gradients; one in eval mode is of a training where an optimizer has made a step before, as in loops that
+        leave a model in the mode in which `from_pretrained` gives it.
+        """
+        reference, start = self.__dict__.get("_model", (lambda: None, {}))
+        steps: StepsOfModel | None = self.__dict__.get("_steps")
+        if (model := reference()) is not None and steps is None:
+            steps = self.__dict__["_steps"] = StepsOfModel(encoder, self.spec, model)
+        if steps is None:
             return
-        for remark in self._remarks(encoder, model, start):
+        remarks = [steps.remark()]
+        if model is not None and (encoder.training or steps.begun):
+            del self.__dict__["_model"]
+            remarks += self._remarks(encoder, model, start)
+        for remark in filter(None, remarks):
             warnings.warn(remark, STAWarning, stacklevel=2)
 
     def _remarks(self, encoder: nn.Module, model: nn.Module, start: Mapping[int, BaseMarks]) -> Iterator[str]:

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from sta_adapter.adapter.format import CONFIG
 from sta_adapter.compatibility.releases import version
 from sta_adapter.compatibility.seams import peft_parts
-from sta_adapter.distributed import FLATTENS, is_fsdp1, is_sharded, of_all_ranks, on_rank_zero
+from sta_adapter.distributed import FLATTENS, is_fsdp1, is_rank_zero, is_sharded, of_all_ranks, on_rank_zero
 from sta_adapter.errors import ConfigError, DataError, InjectionError
 from sta_adapter.injection.contents import require_savable
 from sta_adapter.injection.handle import STAHandle, get_sta
@@ -28,6 +29,7 @@ __all__ = ["ReportBadClips", "RequireGradient", "SaveAdapter", "sta_callbacks"]
 
 logger = logging.getLogger(__name__)
 SAVED: weakref.WeakSet[STAHandle] = weakref.WeakSet()  # those whose adapter a callback saves
+COPIES_NOTHING = {"none", "tensorboard", "codecarbon"}  # of the trainer's reporters
 
 
 def sta_callbacks(settings: Settings | None = None) -> list[TrainerCallback]:
@@ -65,12 +67,22 @@ class SaveAdapter(ShowAverage):
         SAVED.add(handle)
 
     def before_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
-        """Write the adapter where it goes to the Hub with each checkpoint, before `on_save`: into the output folder, or both."""
-        if args.push_to_hub and args.hub_strategy != "end":
+        """Write the adapter where it is copied from before `on_save` comes here: to the Hub, or by W&B, MLflow and the like."""
+        pushed = args.push_to_hub and args.hub_strategy != "end"
+        if pushed:
             _save(model, Path(str(args.output_dir)))
-            if args.hub_strategy != "every_save" and not state.is_hyper_param_search:
-                self._written = _checkpoint(args, state)
-                _save(model, self._written)
+        whole = pushed and args.hub_strategy != "every_save"
+        if (whole or set(args.report_to or ()) - COPIES_NOTHING) and not state.is_hyper_param_search:
+            self._written = _checkpoint(args, state)
+            _save(model, self._written)
+
+    def after_unannounced(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        """Write the adapter into the checkpoint that `enable_jit_checkpoint` has made at a SIGTERM, of which no `on_save` tells."""
+        folder = _checkpoint(args, state)
+        if (folder / "trainer_state.json").is_file() and not (folder / CONFIG).exists():
+            _, handle = _trained(model)
+            if is_rank_zero() or is_sharded(handle.model.parameters()):  # the others may not stop at this step
+                handle.save_pretrained(folder)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module | None = None, **_: object

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -41,19 +41,52 @@ class ShowAverage(TrainerCallback):
         """Show it before a checkpoint is made."""
         if control.should_save:
             show_average(optimizer)
-            self.before_checkpoint(args, state, model)
+            if not control.should_evaluate:  # which comes before the checkpoint
+                self.before_checkpoint(args, state, model)
+        self.on_step_begin(args, state, control, model=model)
 
     on_epoch_end = on_step_end
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, *_: object, model: nn.Module | None = None, **kwargs: object
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
-        """A trainer may then make a checkpoint because the measure is the best, of the average, which it has shown itself."""
-        if args.save_strategy == "best":
+        """A trainer may have made a checkpoint by itself, since it is about to be killed."""
+        if control.should_training_stop and getattr(args, "enable_jit_checkpoint", False):
+            self.after_unannounced(args, state, model)
+
+    on_pre_optimizer_step = on_step_begin
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """A checkpoint may be made now, maybe because the measure is the best, of the average, which the trainer has shown itself."""
+        if control.should_save or (args.save_strategy == "best" and is_best(args, state, metrics or {})):
             self.before_checkpoint(args, state, model)
 
     def before_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         """What else there is to do, on all processes."""
+
+    def after_unannounced(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        """What there is to do when there may be a checkpoint that `on_save` doesn't tell of."""
+
+
+def is_best(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> bool:
+    """Whether the trainer will find these measures better than those of all evaluations before."""
+    found = metrics.get(f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}")
+    if found is None or state.best_metric is None:
+        return found is not None
+    return found > state.best_metric if args.greater_is_better else found < state.best_metric
 
 
 def require_steps(

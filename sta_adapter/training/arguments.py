@@ -15,6 +15,7 @@ from sta_adapter.errors import ConfigError
 from sta_adapter.requirements import reporters, require_reporters
 from sta_adapter.training.config import TrainingConfig
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # where accelerate looks for it, and a TrainingArguments of transformers
 LOGS = 10  # a run logs its loss so many times at least
 
 
@@ -31,7 +32,7 @@ def training_arguments(
     evaluating = "no" if measured is None else "steps" if config.eval_steps else "epoch"
     keeps_best = measured is not None and config.keep_best  # for which every evaluation needs a checkpoint
     # the settings decide: else what a launcher, or on older transformers the run before, has asked for would hold
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
+    os.environ[PRECISION] = "no" if precision == "fp32" else precision
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=device_batch,

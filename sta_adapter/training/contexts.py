@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +15,7 @@ from sta_adapter.compatibility.seams import ADAPTER_FLAG, has_adapter
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.registry import locate
 from sta_adapter.injection.target import NARROW, widen
+from sta_adapter.training.arguments import PRECISION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,18 @@ def kept_configuration(model: nn.Module) -> Iterator[None]:
     finally:
         values.pop("use_cache", None)
         values.update(before)
+
+
+@contextlib.contextmanager
+def kept_environment() -> Iterator[None]:
+    """Keep the precision that the environment names, and of which the run's is written there: a trainer of another run would take it."""
+    before = os.environ.get(PRECISION)
+    try:
+        yield
+    finally:
+        os.environ.pop(PRECISION, None)
+        if before is not None:
+            os.environ[PRECISION] = before
 
 
 @contextlib.contextmanager

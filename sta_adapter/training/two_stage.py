@@ -7,6 +7,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from sta_adapter.training.checkpoints import SAMPLES_FILE, TRAINED_FILE, last_ch
 from sta_adapter.training.config import TrainingConfig
 from sta_adapter.training.identity import claim, identity_of
 from sta_adapter.training.settings_check import check_settings, check_single_frames, check_sizes
+from sta_adapter.training.sole_run import sole_run
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -109,10 +111,11 @@ def train(
     Raises:
         TrainingStopped: that has happened; the same call goes on.
         DivergenceError: the loss is not finite, or has grown a hundredfold.
-        ConfigError: settings that don't fit each other, or an `output_dir` with a run of other settings.
+        ConfigError: settings that don't fit each other, or an `output_dir` with a run of other settings, or with another one at work.
         DataError: the data can't be read, or nothing in it is usable.
     """
     try:
+        from sta_adapter.training.contexts import kept_environment
         from sta_adapter.training.lora import require_effect
         from sta_adapter.training.stage import Stage, join_processes
         from sta_adapter.training.watch import Signals
@@ -136,12 +139,14 @@ def train(
         require_effect(_backbone(model), parts[-1].config)
     result = TrainingResult(*_injected(model, config), folder)
     start = fingerprint_start(result.model)
-    on_rank_zero(
-        lambda: claim(folder, identity_of(stage, config, dataset, eval_dataset, start, result.model), overwrite)
-    )
-    with signals:
-        _run(parts, result)
-    on_rank_zero(lambda: _publish(parts[-1].folder, folder))
+    with contextlib.ExitStack() as alone:
+        on_rank_zero(lambda: alone.enter_context(sole_run(folder)))
+        on_rank_zero(
+            lambda: claim(folder, identity_of(stage, config, dataset, eval_dataset, start, result.model), overwrite)
+        )
+        with signals, kept_environment():
+            _run(parts, result)
+        on_rank_zero(lambda: _publish(parts[-1].folder, folder))
     result.model.eval()
     return result
 

@@ -1,0 +1,62 @@
+"""One run at a time in a folder: two would delete each other's checkpoints, and go on from each other's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from sta_adapter.errors import ConfigError
+
+LOCK_FILE = ".lock"  # there while a run is, and maybe after one that was killed
+
+
+@contextlib.contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder meanwhile, as far as its file system knows locks, which end with their process.
+
+    Raises:
+        ConfigError: another run is in it.
+    """
+    descriptor = _locked(folder / LOCK_FILE)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                (folder / LOCK_FILE).unlink()
+            os.close(descriptor)
+
+
+def _locked(file: Path) -> int | None:
+    """The open file, locked for this process and not for those that it forks; None where there are no locks."""
+    if importlib.util.find_spec("fcntl") is None:  # Windows
+        return None
+    import fcntl
+
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # of which the run's first file tells
+            return None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and file.stat().st_ino == os.fstat(descriptor).st_ino:  # else another run has just ended
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return descriptor
+            os.close(descriptor)
+        except (BlockingIOError, PermissionError) as error:
+            who = os.pread(descriptor, 200, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise ConfigError(
+                f"another run ({who}) is at work in {file.parent}, and two would go on from each other's checkpoints. Wait for it or end it, or "
+                "take another output folder."
+            ) from error
+        except OSError:  # the file system has no locks
+            os.close(descriptor)
+            return None
