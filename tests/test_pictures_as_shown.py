@@ -322,6 +322,11 @@ def test_pictures_of_every_kind_count_and_other_files_do_not(tmp_path):
     assert read_folder(tmp_path, 1.0).metadata.total_frames == len(kinds)
 
 
+def test_no_picture_is_no_clip():
+    with pytest.raises(VideoError, match="no picture that a clip could be made of"):
+        read_folder([], 2)
+
+
 def test_pictures_of_several_sizes_are_no_clip(tmp_path):
     for number, height in enumerate((8, 6)):
         Image.new("L", (8, height)).save(tmp_path / f"{number}.png")

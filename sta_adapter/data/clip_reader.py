@@ -19,7 +19,7 @@ from sta_adapter.compatibility.processors import Processor, Sizes, visual_part
 from sta_adapter.data.bad_sample import reason_of
 from sta_adapter.data.message import Part, Visual
 from sta_adapter.errors import DataError, STAError
-from sta_adapter.video import Clip, read_clip, read_folder, read_pictures
+from sta_adapter.video import Clip, read_clip, read_folder
 from sta_adapter.video.budget import KEPT_PIXELS
 from sta_adapter.video.frame_settings import BY_TIME, LIMITS, FrameSettings
 from sta_adapter.video.image import read_image
@@ -96,8 +96,7 @@ class ClipReader:
         threads = None if get_worker_info() is None else 1  # workers are processes enough
         read: Callable[..., Clip] = partial(read_clip, backend=settings.backend, threads=threads)
         if "folder_fps" in part:
-            pictures = isinstance(part["video"], list)
-            read = partial(read_pictures if pictures else read_folder, rate=part["folder_fps"])
+            read = partial(read_folder, rate=part["folder_fps"])
         return read(
             part["video"],
             fps=settings.fps if by_time else None,

@@ -1,7 +1,7 @@
 """Video files in and out: `read_clip` and `read_folder` sample a clip by time, `write_clip` writes one."""
 
 from sta_adapter.video.frame_table import VideoNotFoundError
-from sta_adapter.video.image_folder import read_folder, read_pictures
+from sta_adapter.video.image_folder import read_folder
 from sta_adapter.video.reader import Clip, ClipMetadata, read_clip
 from sta_adapter.video.sampling import Sampling, choose_frames
 from sta_adapter.video.writer import write_clip
@@ -14,6 +14,5 @@ __all__ = [
     "choose_frames",
     "read_clip",
     "read_folder",
-    "read_pictures",
     "write_clip",
 ]

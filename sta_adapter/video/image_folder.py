@@ -1,4 +1,4 @@
-"""`read_folder` and `read_pictures`: pictures in the place of a video file."""
+"""`read_folder`: pictures in the place of a video file."""
 
 import os
 import re
@@ -17,14 +17,18 @@ from sta_adapter.video.reader import Clip, ClipMetadata
 from sta_adapter.video.sampling import Sampling, check_number, choose_frames
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+PathLike = str | os.PathLike[str]
 
 
-def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | None = None, **sampling: Any) -> Clip:
+def read_folder(
+    path: PathLike | Sequence[PathLike], rate: float, *, resize: Resize | None = None, **sampling: Any
+) -> Clip:
     """Frames of a clip that lies there as pictures, sampled by time as `read_clip` does.
 
     Args:
         path: The folder; its pictures' names tell their order, numbers by their size (2 before 10). They differ in their
-            numbers alone, or have none. Hidden files don't count.
+            numbers alone, or have none. Hidden files don't count. Or the pictures themselves, in the order in which they are
+            shown, wherever they lie; one may come twice.
         rate: Pictures a second.
         resize: As for `read_clip`.
         sampling: `fps`, `num_frames`, `min_frames`, `max_frames`, `start`, `end` of `read_clip`.
@@ -33,7 +37,21 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
         VideoError: No folder, no picture in it or in the range, several sizes, or names that tell no order.
         ConfigError: `rate` or what says how to sample is out of range.
     """
-    folder = Path(path)
+    check_number("rate", rate, above=0)
+    if isinstance(path, (str, os.PathLike)):
+        folder = Path(path)
+        return _clip(folder, "a folder of pictures", _pictures_of(folder), rate, resize, Sampling(**sampling))
+    files = [Path(file) for file in path]
+    if not files:
+        raise VideoError("there is no picture that a clip could be made of.")
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise VideoNotFoundError(
+            f"{str(missing)!r}, one of {len(files)} pictures of a clip, is not there. Check the path."
+        )
+    return _clip(files[0], "a list of pictures", files, rate, resize, Sampling(**sampling))
+
+
+def _pictures_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise VideoNotFoundError(
             f"{str(folder)!r} is no folder of pictures. Check the path, or the folder that it starts from."
@@ -41,27 +59,12 @@ def read_folder(path: str | os.PathLike[str], rate: float, *, resize: Resize | N
     files = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
     if not files:
         raise VideoError(f"{str(folder)!r} holds no picture; expected {', '.join(ENDINGS)}.")
-    return _clip(folder, "a folder of pictures", _in_order(folder, files), rate, resize, Sampling(**sampling))
-
-
-def read_pictures(
-    files: Sequence[str | os.PathLike[str]], rate: float, *, resize: Resize | None = None, **sampling: Any
-) -> Clip:
-    """As `read_folder`, of pictures in the order in which they are given, wherever they lie; one may come twice."""
-    paths = [Path(file) for file in files]
-    if not paths:
-        raise VideoError("there is no picture that a clip could be made of.")
-    if missing := next((path for path in paths if not path.is_file()), None):
-        raise VideoNotFoundError(
-            f"{str(missing)!r}, one of {len(paths)} pictures of a clip, is not there. Check the path."
-        )
-    return _clip(paths[0], "a list of pictures", paths, rate, resize, Sampling(**sampling))
+    return _in_order(folder, files)
 
 
 def _clip(
     source: Path, kind: str, files: Sequence[Path], rate: float, resize: Resize | None, sampling: Sampling
 ) -> Clip:
-    check_number("rate", rate, above=0)
     times, duration = np.arange(len(files)) / rate, len(files) / rate
     indices = choose_frames(times, duration, sampling)
     frames, sizes = [], set()
