@@ -335,8 +335,9 @@ def test_hooks_of_a_layer_that_cannot_be_found_give_no_number():
         (nn.modules.module, "_global_forward_hooks", "the hooks on the calls of all modules can't be found"),
         (torch._C, "_are_functorch_transforms_active", "it no longer tells who looks at its operations"),
         (torch.autograd.forward_ad, "_current_level", "it no longer tells who looks at its operations"),
+        (torch._C, "_len_torch_dispatch_stack", "it no longer tells who looks at its operations"),
     ],
-    ids=["hooks on all modules", "transforms", "forward mode"],
+    ids=["hooks on all modules", "transforms", "forward mode", "selective checkpoints"],
 )
 def test_watchers_of_the_branch_that_cannot_be_seen_give_no_number(monkeypatch, owner, name, found):
     monkeypatch.delattr(owner, name)

@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 
 import pytest
 import torch
 from cases import Clip, case_parameters, clips_of, randomize, seeded
 from qwen2_vl_prompts import transformers_version
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.errors import InjectionError
@@ -235,6 +237,25 @@ def enable_checkpointing(model, encoder, reentrant):
     except ValueError:
         return False
     return True
+
+
+def keep_products(context, operator, *args, **kwargs):
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@every_order
+@pytest.mark.parametrize("case", case_parameters(lambda case: case.id in ("clip", "siglip", "qwen2_vl-tower")))
+def test_gradients_under_selective_checkpointing(case, order):
+    """What it keeps of operators must not be changed in place."""
+    model, handle = injected(case, order=order)
+    handle.freeze_base()
+    clips = clips_of(*case.lengths[-1])
+    expected = torch.autograd.grad(loss_of(case.run(model, clips)), list(handle.parameters()))
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_products)
+    for block in handle.encoder.get_submodule(get_backbone(case.backbone).blocks):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    assert close(torch.autograd.grad(loss_of(case.run(model, clips)), list(handle.parameters())), expected, 1e-4)
 
 
 @every_case

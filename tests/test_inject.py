@@ -280,7 +280,7 @@ def test_a_model_with_encoders_of_several_kinds(toy, tmp_path):  # noqa: F811
         handle.remove()
         assert load_sta(model, tmp_path).encoder is toy
         get_sta(model).remove()
-        model[1].within = toy
+        model[1].within = nn.ModuleList([toy, ToyEncoder()])
         assert inject_sta(nn.ModuleList([model[1]])).encoder is model[1]
     finally:
         unregister_backbone("other")

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sta_adapter.attention.frame_attention import FrameAttention, mix_frames
 from sta_adapter.attention.kernels import step_back
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.compatibility.seams import calls_are_watched, is_hooked, operations_are_watched
+from sta_adapter.compatibility.seams import calls_are_watched, is_hooked, operations_are_watched, outputs_are_kept
 from sta_adapter.config import STAConfig
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def weights_or_reason(branch: TemporalAttention, tokens: Tensor, layout: ClipLay
     """The parameters for `block_branch`; where it would not give what the layers give, why they have to be called one by one."""
     if torch.compiler.is_compiling() or operations_are_watched():
         return "a compiler, a tracer, a transform of torch.func or a forward-mode derivative looks at the operations"
+    if outputs_are_kept():
+        return "a selective checkpoint keeps what operators give, which the function changes in place"
     if layout.past is not None or not layout.clips:
         return "the clips go on from earlier frames, or there are none"
     children = cast("dict[str, nn.Module]", branch._modules)

@@ -185,6 +185,15 @@ def operations_are_watched() -> bool:
         raise incompatible("torch", f"it no longer tells who looks at its operations ({error})") from error
 
 
+def outputs_are_kept() -> bool:
+    """Whether a selective activation checkpoint is at work, which keeps what operators give, and takes no change of it in place."""
+    try:
+        modes = [torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack())]
+    except AttributeError as error:
+        raise incompatible("torch", f"it no longer tells who looks at its operations ({error})") from error
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+
+
 def has_forward_derivatives() -> bool:
     """Whether forward-mode derivatives are at work."""
     return torch.autograd.forward_ad._current_level >= 0

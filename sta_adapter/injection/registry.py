@@ -58,17 +58,15 @@ def _require_only(
     encoder: nn.Module, spec: Backbone, model: nn.Module, active: Sequence[nn.Module], others: Sequence[Backbone]
 ) -> None:
     """Refuse a model with encoders of several kinds, of which one alone may be meant; one within the other is no second."""
-    for other in others:
-        found = other.find_encoder(model, active)
-        if found is not None and not _holds(encoder, found) and not _holds(found, encoder):
+    inside = {id(part) for part in encoder.modules()}
+    outside = [module for module in active if id(module) not in inside]
+    for other in others if outside else ():
+        found = other.find_encoder(model, outside)
+        if found is not None and all(part is not encoder for part in found.modules()):
             raise InjectionError(
                 f"the model holds encoders of several kinds, {type(encoder).__name__} (backbone {spec.name!r}) and {type(found).__name__} "
                 f"({other.name!r}); pass the one that STA shall go into, or its backbone=..."
             )
-
-
-def _holds(module: nn.Module, part: nn.Module) -> bool:
-    return any(inner is part for inner in module.modules())
 
 
 _REGISTRY: dict[str, Backbone] = {}
