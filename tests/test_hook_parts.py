@@ -53,9 +53,14 @@ def test_a_norms_second_argument_is_a_summand_if_it_is_shaped_as_one(injection, 
     tokens = torch.arange(24.0).view(6, 4)
     before = tokens.clone()
     injection.begin(LAYOUT)
-    assert NormPreHook(injection, block)(nn.LayerNorm(4), (tokens, second), {}) is None
-    assert torch.equal(seen[0], before + second if second.dim() == 2 else before)
-    assert torch.equal(tokens, before + 1)
+    changed = NormPreHook(injection, block)(nn.LayerNorm(4), (tokens, second), {})
+    is_summand = second.dim() == 2
+    assert torch.equal(seen[0], before + second if is_summand else before)
+    assert (changed is not None) is is_summand  # whose block goes on with the norm's sum; others with what the norm got
+    args = changed[0] if is_summand else (tokens, second)
+    assert torch.equal(args[0], before + 1)
+    assert args[1] is second
+    assert torch.equal(tokens, before if is_summand else before + 1)
 
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "grad_checkpointing", "with_cp", "use_checkpoint"])

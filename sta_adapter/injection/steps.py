@@ -33,11 +33,14 @@ class StepsOfModel:
         encoder, model = self._encoder(), self._model()
         if encoder is None or model is None:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.begun = self.begun or any(id(p) in held for p in model.parameters())
         modules = list(sta_modules(encoder, self._spec).values())
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-        if not trained or (self._known is not None and self._known() is modules[0]):
+        settled = not trained or (self._known is not None and self._known() is modules[0])
+        if settled and self.begun:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.begun = self.begun or any(id(p) in held for p in model.parameters())
+        if settled:
             return
         if any(id(p) in held for p in trained):
             self._settle(modules[0])
