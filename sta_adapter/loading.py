@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sta_adapter.adapter.format import CONFIG, is_lora_alone, read_description
-from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.hub import resolve_adapter, why_no_model
 from sta_adapter.adapter.lora_weights import load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
@@ -103,7 +103,7 @@ def load_model(
         kwargs = {DTYPE: wanted, **narrow, **options}
         model = _load(loader, name, kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
+        raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {why_no_model(name, error)}.") from error
     found: nn.Module = (model if getattr(model, "is_quantized", False) else model.to(where)).eval()
     return found
 
@@ -169,9 +169,9 @@ def load_processor(
         packages = ", ".join(name for name in ("torchvision", "PIL") if name in str(error)) or str(error).split("\n")[0]
         raise MissingExtraError(f"{what} needs more packages ({packages}): pip install 'sta-adapter[train]'") from error
     except OSError as error:
-        raise CheckpointError(f"can't load {what}: {error}") from error
+        raise CheckpointError(f"can't load {what}: {why_no_model(name, error)}.") from error
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"can't load {what}: {error}. {OWN_LOOP}") from error
+        raise CheckpointError(f"can't load {what}: {why_no_model(name, error)}. {OWN_LOOP}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or template is None:
