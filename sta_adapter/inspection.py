@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import nn
 
-from sta_adapter.adapter.hub import is_path
+from sta_adapter.adapter.hub import is_path, why_no_model
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.releases import version
 from sta_adapter.config import STAConfig
@@ -103,7 +103,7 @@ def empty_model(
     except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"can't make the model of {name!r} with transformers {transformers.__version__}: "
-            f"{type(error).__name__}: {error}"
+            f"{'' if isinstance(error, OSError) else f'{type(error).__name__}: '}{why_no_model(name, error)}."
         ) from error
 
 

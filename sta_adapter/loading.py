@@ -15,7 +15,7 @@ from torch import nn
 
 from sta_adapter.adapter.base_model import saved_base
 from sta_adapter.adapter.format import CONFIG, is_lora_alone, read_description
-from sta_adapter.adapter.hub import resolve_adapter
+from sta_adapter.adapter.hub import resolve_adapter, why_no_model
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora, read_lora
 from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_frames, read_run_file
 from sta_adapter.compatibility.processors import Processor
@@ -105,7 +105,7 @@ def load_model(
         model = _load(loader, name, kwargs)
     except (OSError, ValueError, ImportError) as error:
         _refuse_adapter(name)
-        raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {error}") from error
+        raise CheckpointError(f"can't load the model {os.fspath(name)!r}: {why_no_model(name, error)}.") from error
     found: nn.Module = (model if getattr(model, "is_quantized", False) else model.to(where)).eval()
     return found
 
@@ -172,10 +172,10 @@ def load_processor(
         raise MissingExtraError(f"{what} needs more packages ({packages}): pip install 'sta-adapter[train]'") from error
     except OSError as error:
         _refuse_adapter(name)
-        raise CheckpointError(f"can't load {what}: {error}") from error
+        raise CheckpointError(f"can't load {what}: {why_no_model(name, error)}.") from error
     except (ValueError, KeyError) as error:
         _refuse_adapter(name)
-        raise CheckpointError(f"can't load {what}: {error}. {OWN_LOOP}") from error
+        raise CheckpointError(f"can't load {what}: {why_no_model(name, error)}. {OWN_LOOP}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or template is None:

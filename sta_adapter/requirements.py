@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,16 +109,28 @@ def _check_mlflow() -> None:
 _REPORTER_CHECKS = {"wandb": _check_wandb, "mlflow": _check_mlflow}
 
 
+_MADE: list[Path] = []  # folders that require_writable made, the innermost last
+
+
 def require_writable(folder: Path) -> None:
-    """Make a folder, and refuse one that can't be written into."""
+    """Make a folder, and refuse one that can't be written into; `remove_empty` takes back what was made for nothing."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _MADE.extend(path.absolute() for path in reversed(missing))
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\n")
     except OSError as error:
         raise ConfigError(
             f"can't write into {os.fspath(folder)!r}: {error.strerror or error}. Take another folder."
         ) from error
+
+
+def remove_empty() -> None:
+    """Remove the folders that `require_writable` made in this process and that nothing was written into."""
+    while _MADE:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            _MADE.pop().rmdir()
 
 
 def require_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:

@@ -219,6 +219,71 @@ def test_folders_are_made_and_nothing_else(tmp_path):
     require_free(tmp_path, ["x"], True)
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "visualize"])
+def test_no_empty_folder_stays_of_a_command_that_failed(run, tmp_path, command):
+    data = ["--data", tmp_path / "nothing.jsonl"]
+    words = {"train": ["--model", TINY_BASE, *data], "evaluate": ["--model", TINY_BASE, *data]}
+    only_message(run(command, *words.get(command, [tmp_path / "nothing.mp4"]), "--out", tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    only_message(run(command, *words.get(command, [tmp_path / "nothing.mp4"]), "--out", tmp_path / "mine"))
+    assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("inspect", ["{}"]),
+        ("check-data", ["{data}", "--model", "{}"]),
+        ("evaluate", ["--model", "{}", "--data", "{data}"]),
+    ],
+    ids=["inspect", "check-data", "evaluate"],
+)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-such-model", "there is no such folder, and the Hub repository of that id can't be had: HF_HUB_OFFLINE=1 is set"),
+        ("a/b/c", "it is no repository id on the Hub"),
+    ],
+    ids=["id", "path"],
+)  # fmt: skip
+def test_a_model_that_is_nowhere_is_one_line(run, data, monkeypatch, command, words, name, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, said = run(command, *[word.format(name, data=data) for word in words])
+    assert (code, said.splitlines()[-1].startswith("error: ")) == (1, True)
+    assert message in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("layers", ["0-999999999", "1-", "²", "3-1", ""])
+def test_layers_that_are_none(run, layers):
+    assert "expected block indices such as 0-3,8 or all" in only_message(run("inspect", TINY_BASE, "--layers", layers))
+
+
+def test_layers_that_the_encoder_doesn_t_have_are_not_all_listed(run):
+    said = only_message(run("inspect", TINY_BASE, "--layers", "0-9999"))
+    assert "don't exist: the encoder has 4 blocks, 0 to 3" in said
+    assert len(said) < 250
+
+
+def test_the_usual_field_to_group_by_is_named_with_the_others(run, data):
+    line = ["evaluate", "--model", TINY_BASE, "--data", data, "--category", "kind"]
+    records = [{**json.loads(line), "category": "falling", "source": "x"} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "--category kind: no sample has that field; there are: category, source." in only_message(run(*line))
+
+
+def test_an_engine_that_is_not_installed_is_told_before_anything_is_asked(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == "vllm" else object())
+    said = only_message(run("evaluate", "--model", "no/where", "--data", tmp_path / "nothing", "--engine", "vllm"))
+    assert "pip install 'sta-adapter[vllm]'" in said
+
+
+@pytest.mark.parametrize("option", ["--longest", "--time-limit"])
+def test_the_app_takes_no_limit_below_zero(run, option):
+    code, said = run("app", option, "-1")
+    assert (code, f"Invalid value for '{option}'" in said) == (2, True)
+
+
 @pytest.fixture
 def adapter(tmp_path):
     folder = tmp_path / "adapter"

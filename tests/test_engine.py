@@ -285,6 +285,7 @@ def test_the_command_asks_an_engine_and_compares_it_with_the_model(tmp_path, mon
 
     made = []
     monkeypatch.setattr(vllm_engine, "VLLMEngine", Engine)
+    monkeypatch.setattr("sta_adapter.cli.evaluate.require_packages", lambda what, extras: None)
     base, out = save_base(tmp_path / "base", processor), tmp_path / "out"
     words = ["evaluate", "--model", base, "--data", write_samples(tmp_path, 2), "--engine", "vllm", "--out", out]
     words += ["--engine-options", '{"seed": 1}', "--num-workers", 0, "--max-new-tokens", 1, "--overwrite"]

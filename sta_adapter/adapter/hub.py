@@ -137,6 +137,17 @@ def explain(error: BaseException, endpoint: str | None = None) -> str:
     return f"{meaning} ({one_line(error)})"
 
 
+def why_no_model(name: str | os.PathLike[str], error: BaseException) -> str:
+    """What an error of transformers' loading means, on one line: that neither a folder nor a repository is there, or its own words."""
+    text = os.fspath(name)
+    if isinstance(error, OSError) and not os.path.exists(text):
+        if is_path(text):
+            return "there is no such folder, and it is no repository id on the Hub (user/name)"
+        if (meaning := explain(error)) != one_line(error):
+            return f"there is no such folder, and the Hub repository of that id can't be had: {meaning}"
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def _status_meaning(status: int, text: str, *, pushing: bool) -> str:
     if status == 401 and "Invalid credentials" in text:
         return f"the Hub does not know your token; {LOGIN}"

@@ -145,8 +145,10 @@ def main() -> None:
         cli([word for word in words if word != DEBUG], prog_name="sta-adapter")
     except Exception as error:
         from sta_adapter.cli.known_errors import in_one_line
+        from sta_adapter.requirements import remove_empty
 
         _close_bars()
+        remove_empty()
         if debug:
             traceback.print_exc()
         click.secho(f"error: {in_one_line(error)}", fg="red", err=True)

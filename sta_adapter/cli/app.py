@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sta_adapter.cli.options import ModelOptions
 
+SECONDS = click.FloatRange(0, min_open=True)
 HELP = """\b
 Example: sta-adapter app --model Qwen/Qwen2-VL-2B-Instruct \\
              --adapter my-adapter
@@ -43,8 +44,8 @@ options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
 @option("Page", "--share", is_flag=True, help="Public address through Gradio's servers.")
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
 @option("Frames", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
-@option("Frames", "--longest", type=float, metavar="S", default=120, help="Seconds of a clip. [default: 120]")
-@option("Page", "--time-limit", type=float, metavar="S", default=300, help="Seconds of an answer. [default: 300]")
+@option("Frames", "--longest", type=SECONDS, metavar="S", default=120, help="Seconds of a clip. [default: 120]")
+@option("Page", "--time-limit", type=SECONDS, metavar="S", default=300, help="Seconds of an answer. [default: 300]")
 @model_options
 @adapter_options
 def command(

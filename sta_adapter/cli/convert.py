@@ -64,6 +64,6 @@ def command(
     encoder, config = found["encoder"], STAConfig.from_dict(found["config"])
     blocks = encoder["depth"] if config.layers == "all" else len(config.layers)
     click.echo(
-        f"wrote {out}: {found['backbone']}, {blocks} of {encoder['depth']} blocks, {encoder['num_heads']} heads of "
-        f"{encoder['head_dim']}, order={config.order}, token_order={config.token_order}"
+        f"wrote {out}: {found['backbone']}, {blocks} of {encoder['depth']} blocks, {encoder['num_heads']} "
+        f"head{'s' * (encoder['num_heads'] != 1)} of {encoder['head_dim']}, order={config.order}, token_order={config.token_order}"
     )

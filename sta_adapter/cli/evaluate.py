@@ -141,6 +141,8 @@ def command(
     }
     require_device(options["device"])
     check_options(options)
+    if options["engine"] == "vllm":
+        require_packages("--engine vllm", {"vllm": ("vllm",)})
     if options["overwrite"] and not out:
         raise ConfigError("--overwrite: there is no --out.")
     if options["stop_at_letter"] and not options["benchmark"]:
@@ -259,7 +261,8 @@ def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     if field is None or field == "category":
         return samples, notes
     if not any(field in sample.extra for sample in samples):
-        known = sorted({name for sample in samples for name in sample.extra} - {"option_texts"})
+        fields = {name for sample in samples for name in sample.extra} - {"option_texts"}
+        known = sorted(fields | {"category" for sample in samples if sample.category is not None})
         raise ConfigError(f"--category {field}: no sample has that field; there are: {', '.join(known) or 'none'}.")
     return [replace(sample, category=printable(sample.extra.get(field, "other"))) for sample in samples], notes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
@@ -71,9 +72,10 @@ def parse_layers(text: str) -> Literal["all"] | tuple[int, ...]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        numbers = [first, last] if dash else [first]
+        if not all(re.fullmatch("[0-9]{1,4}", number) for number in numbers) or int(numbers[-1]) < int(first):
             raise ConfigError(f"layers {text!r}: expected block indices such as 0-3,8 or all.")
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(first), int(numbers[-1]) + 1)
     return tuple(found)
 
 

@@ -14,6 +14,8 @@ HELP = """\b
 Example: sta-adapter path ms-swift
 
 Prints the path of the plug-in file for another tool:
+
+\b
 swift sft --external_plugins "$(sta-adapter path ms-swift)" \\
           --tuner_type sta ...
 """

@@ -132,7 +132,8 @@ def describe(numbers: Look, out: str) -> str:
     """The numbers in words, for a terminal."""
     lines = [f"note: {note}" for note in numbers["notes"]]
     lines.append(
-        f"{numbers['frames']} steps of {numbers['positions']} positions; the maps show block {numbers['block_shown']}"
+        f"{numbers['frames']} step{'s' * (numbers['frames'] != 1)} of {numbers['positions']} positions; the maps show block "
+        f"{numbers['block_shown']}"
     )
     lines.append("block  STA's part of the residual  attention to other frames")
     for row in numbers["blocks"]:

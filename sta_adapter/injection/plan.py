@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from sta_adapter._validate import shown
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import add_load_hook, operations_are_watched, uncompiled
 from sta_adapter.config import STAConfig
@@ -158,7 +159,7 @@ def plan_injection(
     depth = len(target.blocks)
     missing = [i for i in config.layers if i >= depth] if config.layers != "all" else []
     if missing:
-        raise ConfigError(f"layers {missing} don't exist: the encoder has {depth} blocks, 0 to {depth - 1}.")
+        raise ConfigError(f"layers {shown(missing)} don't exist: the encoder has {depth} blocks, 0 to {depth - 1}.")
     if config.token_order == "published" and not target.backbone.published_token_order:
         raise ConfigError(
             f"token_order='published' is for weights trained with the released Qwen2-VL code; for {target.backbone.name!r} "

@@ -151,7 +151,7 @@ def _kept(seen: Observation, data: ExplorerData) -> str:
         return ""
     size = len(patches["codes"]) * 3 // 4
     words = [
-        f"A byte a value, within {100 * np.expm1(np.log(max(2, frames)) / 254):.1f} %: {size / 2**20:.1f} of at most {BUDGET >> 20} MiB."
+        f"Each value is kept in one byte, to {100 * np.expm1(np.log(max(2, frames)) / 254):.1f} %: {size / 2**20:.2g} MiB of at most {BUDGET >> 20}."
     ]
     if patches["edge"] > 1:
         words.append(f"A square is the mean of {patches['edge']} x {patches['edge']} patches.")

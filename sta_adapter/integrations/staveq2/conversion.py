@@ -190,9 +190,8 @@ def _backbone(checkpoint: Source, name: str | None) -> Backbone:
     candidates = [get_backbone(name)] if name else _published_backbones()
     fitting = [spec for spec in candidates if _has_branch(spec, checkpoint)]
     if not fitting:
-        shown = ", ".join(
-            f"{s.blocks}.0.{list(s.published_names.values())[1]}" for s in candidates if s.published_names
-        )
+        names = (f"{s.blocks}.0.{list(s.published_names.values())[1]}" for s in candidates if s.published_names)
+        shown = ", ".join(dict.fromkeys(names))
         raise CheckpointError(
             f"{checkpoint.folder} holds no tensor of STA under a published name (such as {shown or 'none: ' + str(name)}); "
             f"it has {len(checkpoint.files)} tensors, the first are {', '.join(sorted(checkpoint.files)[:3]) or 'none'}."
