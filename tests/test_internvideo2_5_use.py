@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import internvideo2_5_chat as tiny
 import numpy as np
@@ -16,6 +17,7 @@ from test_internvideo2_5 import Layouts
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter import get_sta, inject_sta, load_sta
+from sta_adapter.adapter.lora_peft import has_other_vocabulary
 from sta_adapter.cli import cli
 from sta_adapter.data import Collator, FrameSettings, VideoDataset
 from sta_adapter.data.conversation import parse_sample
@@ -623,3 +625,12 @@ def test_sta_among_a_whole_models_weights_is_told_of(layout, base, published, tm
     assert get_sta(model) is None
     expected = load_model(base, dtype="fp32", device="cpu").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_on_published_files_has_no_embeddings(published, tmp_path):
+    """config.json is read otherwise there, and its default vocabulary is no other number of tokens."""
+    model = load_model(published, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        inject_sta(model).save_pretrained(tmp_path / "sta")
+    assert not has_other_vocabulary(model.config)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from internvideo2_chat import CONFIG, QUERIES, SIDE, tokenizer, value, write_folder
 from PIL import Image
 from qwen2_vl_prompts import OF_SAVED
+from safetensors import safe_open
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter import get_sta, inject_sta
@@ -103,6 +104,8 @@ def test_from_json_lines_to_an_adapter_and_an_answer(base, clips, tmp_path):
     run("train", "--model", base, "--data", file, *out, *size)
     for stage in ("stage1", "stage2"):
         assert json.loads((tmp_path / "adapter" / stage / "result.json").read_text())["bad_samples"] == []
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as lora:
+        assert [name for name in lora.keys() if "embed_tokens" in name or "lm_head" in name] == []  # noqa: SIM118
     answers = ["--out", tmp_path / "answers", "--batch-size", 4, "--max-new-tokens", 2]
     run("evaluate", "--model", base, "--adapter", tmp_path / "adapter", "--data", file, *answers)
     assert f'"total": {len(LINES)}' in (tmp_path / "answers" / "results.json").read_text()

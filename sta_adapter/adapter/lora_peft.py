@@ -236,6 +236,11 @@ def has_other_vocabulary(config: PretrainedConfig | None) -> bool:
         return False
     try:
         name, revision = config._name_or_path, getattr(config, "_commit_hash", None)
+        told, _ = type(config).get_config_dict(name, revision=revision or "main", local_files_only=True)
+        if config.model_type not in {
+            part.get("model_type") for part in (told, *told.values()) if isinstance(part, dict)
+        }:
+            return False  # as a model was published, which its own loader reads
         base = type(config).from_pretrained(name, revision=revision or "main", local_files_only=True)
         here, there = (found.get_text_config().vocab_size for found in (config, base))
     except (OSError, ValueError, TypeError, AttributeError):  # no base by that name, or a configuration of another kind
