@@ -141,8 +141,6 @@ def command(
     }
     require_device(options["device"])
     check_options(options)
-    if options["engine"] == "vllm":
-        require_packages("--engine vllm", {"vllm": ("vllm",)})
     if options["overwrite"] and not out:
         raise ConfigError("--overwrite: there is no --out.")
     if options["stop_at_letter"] and not options["benchmark"]:
@@ -150,6 +148,8 @@ def command(
             "--stop-at-letter is for answers that are written, as with --benchmark; options are scored here."
         )
     shared = _joined(options)
+    if options["engine"] == "vllm":
+        require_packages("--engine vllm", {"vllm": ("vllm",)})
     runs = [*(["base"] if base or adapter is None else []), *(["adapter"] if adapter is not None else [])]
     if out:
         _require_results_free(Path(out), about, runs, options)
@@ -262,7 +262,9 @@ def _samples(options: Options) -> tuple[list[Sample], list[str]]:
         return samples, notes
     if not any(field in sample.extra for sample in samples):
         fields = {name for sample in samples for name in sample.extra} - {"option_texts"}
-        known = sorted(fields | {"category" for sample in samples if sample.category is not None})
+        if not options["benchmark"]:  # which names its own groups so
+            fields |= {"category" for sample in samples if sample.category is not None}
+        known = sorted(fields)
         raise ConfigError(f"--category {field}: no sample has that field; there are: {', '.join(known) or 'none'}.")
     return [replace(sample, category=printable(sample.extra.get(field, "other"))) for sample in samples], notes
 
