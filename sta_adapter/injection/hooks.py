@@ -71,9 +71,8 @@ class EncoderPreHook(Hook):
         if self.injection.config.order != "after_spatial":
             return
         spec = self.injection.spec
-        for block in encoder.get_submodule(
-            spec.blocks
-        )._modules.values():  # children() costs the host ten times as much
+        blocks = encoder.get_submodule(spec.blocks)._modules.values()  # children() costs the host ten times as much
+        for block in blocks:
             try:
                 norm = None if block is None else block._modules.get(spec.norm) or block.get_submodule(spec.norm)
             except AttributeError:  # the block was replaced, as where layers are left out
