@@ -17,7 +17,7 @@ from torch import nn
 from sta_adapter.attention.layout import AllRows, ClipLayout, ClipLengths
 from sta_adapter.backbones.frames import unknown_clips
 from sta_adapter.backbones.qwen2_5_vl import GATED_LORA
-from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions
+from sta_adapter.backbones.qwen2_vl import config_heads, grid_dummy, grid_rows, merged_positions, vllm_tower
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, ClipSource, EncoderCall, number_of
 
@@ -97,4 +97,9 @@ BACKBONE = Backbone(
     lora=GLM_LORA,
     dummy_inputs=frame_dummy,
     positions=frame_positions,
+    vllm=vllm_tower(
+        "Glm4vVisionTransformer",
+        Glm4vForConditionalGeneration="glm4_1v",
+        Glm4vMoeForConditionalGeneration="glm4_1v",
+    ),
 )

@@ -77,10 +77,13 @@ def tower_dummy(encoder: nn.Module) -> tuple[tuple[torch.Tensor], dict[str, list
 
 
 def vllm_tower(encoder_class: str, text_positions: str | None = None, **architectures: str) -> VLLMTower:
-    """VLLM's tower with packed clips; `architectures` are names with the file among vLLM's models that has the class."""
+    """VLLM's tower, with a row of its grid for each clip; `architectures` are names with the file of vLLM's that has the class."""
     return VLLMTower(
         {name: f"vllm.model_executor.models.{file}:{name}" for name, file in architectures.items()},
-        {"encoder_classes": (encoder_class,), "heads": tower_heads, "dummy_inputs": tower_dummy, "positions": None},
+        {
+            **{"encoder_classes": (encoder_class,), "layout": grid_layout, "clip_source": None},
+            **{"heads": tower_heads, "dummy_inputs": tower_dummy, "positions": None},
+        },
         text_positions=text_positions,
     )
 

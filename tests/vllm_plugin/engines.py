@@ -18,6 +18,7 @@ from sta_adapter.text_positions import use_positions
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPT = f"<|im_start|>user\n{CLIP}What happens?<|im_end|>\n<|im_start|>assistant\n"
+GLM_PROMPT = "<|begin_of_video|><|video|><|end_of_video|>What happens?"
 NEW_TOKENS = 8
 VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 OF_KIND = {
@@ -183,8 +184,8 @@ class Engine:
         gc.collect()
 
 
-def clip_prompt(frames, meta=False):
-    return {"prompt": PROMPT, "multi_modal_data": {"video": with_metadata(frames) if meta else frames}}
+def clip_prompt(frames, meta=False, text=PROMPT):
+    return {"prompt": text, "multi_modal_data": {"video": with_metadata(frames) if meta else frames}}
 
 
 class Reference:
@@ -195,17 +196,18 @@ class Reference:
 
         self.processor = AutoProcessor.from_pretrained(base)
         self.model = use_positions(load_model(base, dtype="fp32", device="cpu"))
+        self.text = GLM_PROMPT if "<|video|>" in self.processor.tokenizer.get_vocab() else PROMPT
         self.handle = None
         if adapter is not None:
             self.handle = load_sta(self.model, adapter)
             self.model = self.handle.model
 
-    def inputs(self, text=PROMPT, videos=None, images=None):
+    def inputs(self, text=None, videos=None, images=None):
         given = {} if videos is None else {"videos": [list(v) for v in videos]}
         if videos is not None and type(self.processor).__name__ != "Qwen2VLProcessor":
             facts = [{k: v for k, v in with_metadata(c)[1].items() if k != "do_sample_frames"} for c in videos]
             given |= {"video_metadata": facts, "do_sample_frames": False}
-        return self.processor(text=[text], images=images, **given, return_tensors="pt")
+        return self.processor(text=[text or self.text], images=images, **given, return_tensors="pt")
 
     @torch.no_grad()
     def embeddings(self, frames):
@@ -263,8 +265,8 @@ def quantize_base(base: Path, folder: Path) -> Path:
     return folder
 
 
-def make_row_base(folder: Path, name: str) -> Path:
-    """A random base of a family that gets frames as a batch, with heads of 64 in its language model."""
+def make_family_base(folder: Path, name: str) -> Path:
+    """A random base of one of the families of tests/tiny_bases.py, with heads of 64 in its language model."""
     import copy
 
     import tiny_bases
@@ -272,6 +274,11 @@ def make_row_base(folder: Path, name: str) -> Path:
     family = tiny_bases.FAMILIES[name]
     settings = copy.deepcopy(family.settings)
     settings["text_config"].update(TEXT)
+    if "out_hidden_size" in settings["vision_config"]:
+        settings["vision_config"]["out_hidden_size"] = TEXT["hidden_size"]
+    if name.startswith("glm"):  # half of each head is rotated
+        rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "partial_rotary_factor": 0.5}
+        settings["text_config"] |= {"rope_scaling": rope, "use_qk_norm": False}
     processor = tiny_bases.make_processor(name, folder / "words")
     tiny_bases.FAMILIES[name] = family._replace(settings=settings)
     try:
@@ -292,4 +299,8 @@ def make_row_base(folder: Path, name: str) -> Path:
         save_file(state, file, {"format": "pt"})
     processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
+    if name.startswith("glm"):  # vLLM looks up the published words
+        for file in (file for file in folder.iterdir() if file.suffix in (".json", ".jinja")):
+            words = file.read_text().replace("<|image_pad|>", "<|image|>").replace("<|video_pad|>", "<|video|>")
+            file.write_text(words.replace("'_pad|>", "'|>"))
     return folder

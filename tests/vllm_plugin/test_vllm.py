@@ -16,6 +16,7 @@ import pytest
 import torch
 from engines import (
     CLIP,
+    GLM_PROMPT,
     NEW_TOKENS,
     PICTURE,
     PROMPT,
@@ -27,9 +28,10 @@ from engines import (
     difference,
     make_adapter,
     make_base,
-    make_row_base,
+    make_family_base,
     picture,
     quantize_base,
+    with_metadata,
 )
 from hub_server import HubServer
 from PIL import Image
@@ -72,12 +74,12 @@ def running(*args, **options):
 def compare(engine, reference, meta, **options):
     """Tokens and logprobs of each clip by itself, and the embeddings of all in a batch."""
     for frames in clips():
-        [(tokens, logprobs)] = engine.ask([clip_prompt(frames, meta)], **options)
+        [(tokens, logprobs)] = engine.ask([clip_prompt(frames, meta, reference.text)], **options)
         expected, scores = reference.answer(reference.inputs(videos=[frames]))
         assert tokens == expected
         assert max(abs(scores[i][t].item() - v) for i, d in enumerate(logprobs) for t, v in d.items()) < 1e-3
     changed = [frames[:, :, ::-1].copy() for frames in clips()]  # not in any cache
-    engine.ask([clip_prompt(frames, meta) for frames in changed], **options)
+    engine.ask([clip_prompt(frames, meta, reference.text) for frames in changed], **options)
     for found, frames in zip(engine.embeddings, changed, strict=True):
         assert difference(found, reference.embeddings(frames)) < 1e-5
 
@@ -160,7 +162,7 @@ def test_qwen3_5(folders):
 
 
 def test_llava_onevision(tmp_path):
-    base = make_row_base(tmp_path / "base", "llava_onevision")
+    base = make_family_base(tmp_path / "base", "llava_onevision")
     adapter = make_adapter(tmp_path / "sta", base)
     reference = Reference(base, adapter)
     with running(base, adapter) as engine:
@@ -172,6 +174,24 @@ def test_llava_onevision(tmp_path):
                 found = reference.model.model.get_video_features(pixels)
             expected = getattr(found, "pooler_output", found).flatten(0, -2)
             assert difference(engine.embeddings[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm4v_moe"])
+def test_glm4v(tmp_path, kind):
+    """Its tower in vLLM gets a clip as one row of the grid, in transformers each frame as one."""
+    base = make_family_base(tmp_path / "base", kind)
+    adapter = make_adapter(tmp_path / "sta", base)
+    reference = Reference(base, adapter)
+    with running(base, adapter) as engine:
+        compare(engine, reference, meta=True)
+        with reference.handle.disabled():
+            assert difference(reference.embeddings(clips()[0][:, :, ::-1]), engine.embeddings[0]) > 0.05
+        frames, image = clips()[1][:, ::-1].copy(), picture()
+        text = "<|begin_of_image|><|image|><|end_of_image|>" * 2 + GLM_PROMPT
+        media = {"video": with_metadata(frames), "image": [image, image[::-1].copy()]}
+        engine.ask([{"prompt": text, "multi_modal_data": media}])
+        [found] = [part for part in engine.embeddings if len(part) == 96]  # pictures have 16 tokens
+        assert difference(found, reference.embeddings(frames)) < 1e-5
 
 
 def test_lora_beside_sta(folders, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from engines import make_adapter, make_base, make_row_base
+from engines import make_adapter, make_base, make_family_base
 from tiny_qwen import moving_square, write_video
 
 from sta_adapter.cli import cli
@@ -18,8 +18,8 @@ from sta_adapter.text_positions import use_positions
 SMALL = {"enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 1024}
 
 
-def write_data(folder, equal=False):
-    """Eight samples: a clip or two, or a clip and a picture; half of them with options. `equal`: clips of one length."""
+def write_data(folder, equal=False, alone=False):
+    """Eight samples, half of them with options: a clip, of one length if `equal`; unless `alone`, some with a picture or another."""
     from PIL import Image
 
     folder.mkdir()
@@ -29,10 +29,10 @@ def write_data(folder, equal=False):
         write_video(folder / f"{index}.mp4", moving_square(label, index, size=32, count=12), fps=(4, 8)[index % 2])
         rate = {"nframes": 6} if equal else {"fps": (2.0, 3.0)[index // 4]}
         content = [{"type": "video", "video": f"{index}.mp4", **rate}]
-        if index % 4 == 2:
+        if index % 4 == 2 and not alone:
             Image.fromarray(moving_square(label, index, size=32)[0]).save(folder / f"{index}.png")
             content.append({"type": "image", "image": f"{index}.png"})
-        if index % 4 == 3:
+        if index % 4 == 3 and not alone:
             content.append({"type": "video", "video": "0.mp4", "nframes": 6})
         content.append({"type": "text", "text": "Which way?"})
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": label}]
@@ -67,15 +67,17 @@ def test_the_command_line(tmp_path):
 KINDS = {
     "Qwen2_5_VL": (make_base, {"min_tokens": 4, "max_tokens": 64}),
     "Qwen3VL": (make_base, {"min_tokens": 4, "max_tokens": 64}),
-    "llava_onevision": (make_row_base, {"min_tokens": None, "max_tokens": None}),
-    "internvl": (make_row_base, {"min_tokens": None, "max_tokens": None}),
+    "llava_onevision": (make_family_base, {"min_tokens": None, "max_tokens": None}),
+    "internvl": (make_family_base, {"min_tokens": None, "max_tokens": None}),
+    "glm4v": (make_family_base, {"min_tokens": 4, "max_tokens": 64}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_transformers(tmp_path, kind):
     make, frames = KINDS[kind]
-    data = write_data(tmp_path / "data", equal=kind == "llava_onevision")  # vLLM takes no others in a batch of its
+    # vLLM takes no clips of other lengths in a batch of LLaVA-OneVision's, and one clip in a prompt of GLM's
+    data = write_data(tmp_path / "data", equal=kind == "llava_onevision", alone=kind == "glm4v")
     base = make(tmp_path / "base", kind)
     adapter = make_adapter(tmp_path / "sta", base)
     dataset = VideoDataset(data, load_processor(base), frames=FrameSettings(**frames))
