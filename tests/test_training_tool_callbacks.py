@@ -1,6 +1,8 @@
 """What all training tools share: settings, callbacks and the hook in PEFT, on transformers' own trainer."""
 
+import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -196,17 +198,18 @@ class Copying(transformers.TrainerCallback):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
     "saved",
-    [{}, {"eval_strategy": "steps", "eval_steps": 1}, {"save_strategy": "best", "metric_for_best_model": "loss"}],
+    [{}, {"eval_strategy": "steps", "eval_steps": 1}, {"save_strategy": "best", "metric_for_best_model": "calls"}],
     ids=["each", "with evaluations", "best"],
 )
 def test_a_checkpoint_that_is_reported_is_an_adapter(saved, stage, model, data, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda names: [Copying(tmp_path)])
     handle, lora = prepare_model(model, Settings(stage=stage))
     measured = {"eval_strategy": "steps", "eval_steps": 1} if "save_strategy" in saved else {}
-    # the loss is lowest at the first step
-    settings = {"learning_rate": 100.0, "lr_scheduler_type": "constant", "report_to": "mlflow", **measured, **saved}
-    trainer = transformers.Trainer
-    evaluated = lambda *args, **kwargs: trainer(*args, eval_dataset=data, **kwargs)  # noqa: E731
+    settings = {"report_to": "mlflow", **measured, **saved, "greater_is_better": False}
+    calls = itertools.count()  # the first evaluation is the best
+    evaluated = functools.partial(
+        transformers.Trainer, eval_dataset=data, compute_metrics=lambda _: {"calls": next(calls)}
+    )
     trained = handle.model if lora is None else get_peft_model(handle.model, lora)
     train(trained, data, collate(processor), tmp_path / "out", trainer=evaluated, **settings)
     copies = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
