@@ -24,10 +24,9 @@ from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, sav
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.compatibility.late_imports import after_import
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
-from sta_adapter.compatibility.seams import peft_parts
+from sta_adapter.compatibility.seams import after_import, peft_parts
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
