@@ -41,7 +41,6 @@ from sta_adapter.training.sole_run import sole_run
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from sta_adapter.injection.backbone import Backbone
     from sta_adapter.training.stage import Stage, StageResult
 
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
@@ -132,12 +131,12 @@ def train(
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
     check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
     check_sizes(dataset.encoder.reader)
+    net, handle = (model.model, model) if isinstance(model, STAHandle) else (model, get_sta(model))
     if config.sta:
-        given = model if isinstance(model, STAHandle) else get_sta(model)
-        check_single_frames(dataset, STAConfig.from_dict(config.sta_config) if given is None else given.config)
+        check_single_frames(dataset, STAConfig.from_dict(config.sta_config) if handle is None else handle.config)
     if names[-1] == "2":
-        require_effect(_backbone(model), parts[-1].config)
-    result = TrainingResult(*_injected(model, config), folder)
+        require_effect(locate(net).backbone if handle is None else handle._injection.spec, parts[-1].config)
+    result = TrainingResult(*_injected(net, handle, config), folder)
     start = fingerprint_start(result.model)
     with contextlib.ExitStack() as alone:
         on_rank_zero(lambda: alone.enter_context(sole_run(folder)))
@@ -232,25 +231,19 @@ def open_data(
     return VideoDataset(require_usable(samples), processor, cache=cache or False, **how)
 
 
-def _backbone(model: nn.Module | STAHandle) -> Backbone:
-    handle = model if isinstance(model, STAHandle) else get_sta(model)
-    return locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
-
-
 def _tell(text: str) -> None:
     sys.stderr.write(f"\n{text}\n")
 
 
-def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
+def _injected(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
     """The model and its STA, injected now if it wasn't; the seed makes a repeated run start from the same weights."""
-    handle = model if isinstance(model, STAHandle) else get_sta(model)
     if not config.sta:
         if handle is not None:
             raise ConfigError("the settings say sta: false, but the model has STA; call handle.remove() first.")
-        return model, None  # type: ignore[return-value]
+        return model, None
     if handle is None:
         torch.manual_seed(config.seed)
-        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
+        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))
     else:
         asked = STAConfig.from_dict(config.sta_config).with_defaults(handle._injection.spec.defaults)
         wrong = [name for name in config.sta_config if getattr(asked, name) != getattr(handle.config, name)]
