@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from sta_adapter._lazy import importing
 from sta_adapter.adapter.save import replace_files
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.config import STAConfig
@@ -26,7 +27,7 @@ from sta_adapter.data.samples import mixed_samples, open_samples, require_no_fol
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import is_rank_zero, on_rank_zero
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.errors import ConfigError
 from sta_adapter.injection.fingerprint import fingerprint_start
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
@@ -113,13 +114,11 @@ def train(
         ConfigError: settings that don't fit each other, or an `output_dir` with a run of other settings, or with another one at work.
         DataError: the data can't be read, or nothing in it is usable.
     """
-    try:
+    with importing("training needs more packages ({}): pip install 'sta-adapter[train]'."):
         from sta_adapter.training.contexts import kept_environment
         from sta_adapter.training.lora import require_effect
         from sta_adapter.training.stage import Stage, join_processes
         from sta_adapter.training.watch import Signals
-    except ImportError as error:
-        raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
     config, folder = config or TrainingConfig(), Path(output_dir)
     require_reporters(config.report_to)
