@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ClipLayout
-from sta_adapter.compatibility.signatures import takes
+from sta_adapter.compatibility.calls import takes
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, EncoderCall, LoRARecipe, number_of, sizes_of
 

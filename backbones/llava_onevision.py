@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from sta_adapter.attention.layout import EACH_ROW, ClipLengths
 from sta_adapter.backbones.llava_onevision_unequal import REPEAT, packed_videos, repeated_videos
-from sta_adapter.backbones.llava_onevision_vllm import VLLM_TOWER, picture_clips
 from sta_adapter.backbones.siglip import BACKBONE as SIGLIP
 from sta_adapter.backbones.siglip import holds_blocks
 from sta_adapter.data.clip_batches import missing_frames
 from sta_adapter.errors import LayoutError
-from sta_adapter.injection.backbone import ClipSource
+from sta_adapter.injection.backbone import ClipSource, VLLMTower
 
-MODELS = ("LlavaOnevisionModel", "LlavaOnevisionForConditionalGeneration")
+FULL = "LlavaOnevisionForConditionalGeneration"
+MODELS = ("LlavaOnevisionModel", FULL)
 
 
 def is_within_llava(model: nn.Module, encoder: nn.Module) -> bool:
@@ -38,6 +39,16 @@ def video_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLength
     if not isinstance(videos, torch.Tensor) or videos.dim() != 5:
         return None
     return tuple((~missing_frames(videos)).sum(1).tolist())
+
+
+def picture_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
+    """Pictures: each tile is a clip of one frame."""
+    return EACH_ROW
+
+
+def vllm_video_clips(model: nn.Module, arguments: Mapping[str, Any]) -> ClipLengths | None:
+    """Clips of vLLM's `_process_video_pixels(inputs)`, a list of clips or a tensor (clips, frames, 3, H, W)."""
+    return tuple(len(clip) for clip in arguments["inputs"]["pixel_values_videos"])
 
 
 def no_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipLengths | None:
@@ -79,5 +90,13 @@ BACKBONE = dataclasses.replace(
         },
         runs={"get_video_features": packed_videos, REPEAT: repeated_videos},
     ),
-    vllm=VLLM_TOWER,
+    vllm=VLLMTower(
+        {FULL: f"vllm.model_executor.models.llava_onevision:{FULL}"},
+        {
+            "clip_source": ClipSource(
+                (FULL,), {"_process_video_pixels": vllm_video_clips, "_process_image_pixels": picture_clips}
+            )
+        },
+        splits_clips=True,
+    ),
 )

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from sta_adapter.compatibility.calls import bound_arguments
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.data.clip_batches import missing_frames
 
 # transformers 5.24: repeats what `generate` has encoded for beams and several answers, before it repeats the prompts

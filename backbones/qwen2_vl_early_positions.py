@@ -8,9 +8,9 @@ from torch import nn
 
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
+from sta_adapter.compatibility.calls import class_method, given_arguments
 from sta_adapter.compatibility.position_seams import cached_tokens
 from sta_adapter.compatibility.seams import drop_hooks, hook_table, uncompiled
-from sta_adapter.compatibility.signatures import class_method, given_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.compatibility.calls import class_method, given_arguments
 from sta_adapter.compatibility.position_seams import GENERATION_METHOD, cached_tokens
 from sta_adapter.compatibility.seams import uncompiled
-from sta_adapter.compatibility.signatures import class_method, given_arguments
 from sta_adapter.errors import LayoutError
 
 FORWARD = "Qwen2VLModel.forward"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from sta_adapter.backbones.qwen2_vl_early_positions import fill_early, fills_early
 from sta_adapter.backbones.qwen2_vl_position_rules import RULES, OriginalPositions, Sequential
 from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
+from sta_adapter.compatibility.calls import parameter_names
 from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.releases import transformers_release
-from sta_adapter.compatibility.signatures import parameter_names
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions, number_of
 

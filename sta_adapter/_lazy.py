@@ -1,10 +1,13 @@
-"""Packages that import what they show only when it is asked for, so that commands start without torch."""
+"""Late imports: of what packages show only when it is asked for, so that commands start without torch, and of optional packages."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+
+from sta_adapter.errors import MissingExtraError
 
 
 def lazy(
@@ -27,3 +30,12 @@ def lazy(
         return getattr(import_module(places[name]), name)
 
     return attribute, lambda: sorted({*vars(sys.modules[package]), *places})
+
+
+@contextlib.contextmanager
+def importing(message: str) -> Iterator[None]:
+    """Context in which optional packages are imported; a MissingExtraError where one can't be, in whose message {} is the reason."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(message.replace("{}", str(error))) from error

@@ -1,4 +1,4 @@
-"""Weights that several processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and files that one process writes for all."""
+"""Several processes: weights that they hold in parts (FSDP2, DeepSpeed ZeRO-3) or average (DDP), and files that one of them writes for all."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.graph import get_gradient_edge
 
-from sta_adapter.errors import CheckpointError
+from sta_adapter.errors import CheckpointError, InjectionError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+AVERAGED = "sta_adapter"  # what is noted on a parameter, see `require_averages`
 FLATTENS = "FSDP of version 1 flattens weights, from which an adapter can't be saved; set fsdp_version: 2."
 
 
@@ -189,3 +192,41 @@ def execution_device(module: nn.Module) -> torch.device | None:
             if device is not None:
                 return torch.device(device)
     return None
+
+
+def require_averages(
+    parameters: Iterable[nn.Parameter], ddp: DistributedDataParallel, known: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Refuse parameters of STA that train in each process by themselves, unless DDP was told to ignore them.
+
+    DDP averages the gradients of those that train when it wraps the model. What accumulates a parameter's gradients lives
+    as long as somebody holds it. DDP holds that of all that it averages; of the others it ends with each backward, and is
+    looked for before the first forward that they take part in.
+
+    Args:
+        parameters: of STA.
+        ddp: whose forward runs.
+        known: what the last call gave: with the same parameters nothing is looked at.
+    """
+    training = [p for p in parameters if p.requires_grad]
+    found = (id(ddp), *map(id, training))
+    if found == known:
+        return known
+    ignored = {id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore}
+    if alone := sum(id(p) not in ignored and not _is_held(p) for p in training):
+        raise InjectionError(
+            f"{alone} of STA's {len(training)} parameters that train came to do so after DistributedDataParallel had wrapped the model. It "
+            "would average no gradients of theirs, so that each process trains weights of its own: wrap the model again."
+        )
+    return found
+
+
+def _is_held(parameter: Tensor) -> bool:
+    mark = object()
+    _gradient_notes(parameter)[AVERAGED] = mark
+    return _gradient_notes(parameter).get(AVERAGED) is mark
+
+
+def _gradient_notes(parameter: Tensor) -> dict[str, object]:
+    """What was noted on what accumulates a parameter's gradients, as long as that lives."""
+    return cast("dict[str, object]", get_gradient_edge(parameter).node.metadata)

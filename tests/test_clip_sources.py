@@ -344,7 +344,7 @@ def test_the_dummy_clip_runs_without_being_told(case):
 
 def outputs(found):
     """The tensors of an encoder's output that depend on STA."""
-    from sta_adapter.injection.nested import iterate_tensors
+    from sta_adapter.compatibility.calls import iterate_tensors
 
     return [t for t in iterate_tensors(found) if t.requires_grad]
 

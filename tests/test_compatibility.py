@@ -25,9 +25,9 @@ from sta_adapter import ClipLayout, STAConfig, TemporalAttention, inject_sta
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.videorope import apply_videorope
 from sta_adapter.cli import seam_report
-from sta_adapter.compatibility import checkpointing, position_seams, processors, releases, seams, signatures
-from sta_adapter.compatibility.late_imports import after_import
+from sta_adapter.compatibility import calls, checkpointing, position_seams, processors, releases, seams
 from sta_adapter.compatibility.module_names import STA_TENSOR, canonical
+from sta_adapter.compatibility.seams import after_import
 from sta_adapter.data.chat_encoding import encode
 from sta_adapter.data.clip_batches import row_lengths
 from sta_adapter.data.clip_reader import ClipReader, FrameSettings
@@ -200,7 +200,7 @@ def test_caches_that_cannot_be_measured_or_contradict_each_other():
 
 def test_more_arguments_by_position_than_are_known():
     with raises("Model.forward got 2 arguments by position and is known to take 1"):
-        signatures.given_arguments(forward_of("a, **more"), "Model.forward", (1, 2), {})
+        calls.given_arguments(forward_of("a, **more"), "Model.forward", (1, 2), {})
 
 
 def test_parameters_that_cannot_be_read():
@@ -211,7 +211,7 @@ def test_parameters_that_cannot_be_read():
             pass
 
     with raises("the parameters of Odd can't be read"):
-        signatures.parameter_names(Odd(), "Odd")
+        calls.parameter_names(Odd(), "Odd")
 
 
 @needs_seams

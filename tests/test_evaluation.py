@@ -15,7 +15,7 @@ from tiny_qwen import make_model, make_processor, save_base, write_samples
 
 from sta_adapter import STAConfig, inject_sta
 from sta_adapter.cli import cli
-from sta_adapter.compatibility.signatures import takes
+from sta_adapter.compatibility.calls import takes
 from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.errors import CheckpointError, ConfigError, DataError, DivergenceError

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from sta_adapter import ClipLayout, STAConfig
+from sta_adapter.compatibility.calls import iterate_tensors, map_tensors
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly
 from sta_adapter.injection.hooks import BlockPreHook, EncoderPostHook, NormPreHook, remove_hooks
-from sta_adapter.injection.nested import iterate_tensors, map_tensors
 from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import CALLS_KEPT, Injection
 from sta_adapter.injection.told import take_clip_lengths

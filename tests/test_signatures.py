@@ -12,7 +12,7 @@ from toy import ToyEncoder, toy_pixels
 
 from sta_adapter import inject_sta
 from sta_adapter.backbone import EncoderCall
-from sta_adapter.compatibility.signatures import bound_arguments, takes
+from sta_adapter.compatibility.calls import bound_arguments, takes
 
 
 def bound_method(module):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from sta_adapter._lazy import importing
 from sta_adapter.adapter.lora_keys import PREFIX, LoraFile
 from sta_adapter.adapter.lora_options import OURS, LoraOptions, checked_options
 from sta_adapter.adapter.lora_peft import (
@@ -29,7 +30,7 @@ from sta_adapter.adapter.safe_read import compare_shapes, read_header, read_json
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.compatibility.seams import peft_parts
 from sta_adapter.distributed import FLATTENS, execution_device, full_tensor, is_fsdp1
-from sta_adapter.errors import CheckpointError, MissingExtraError
+from sta_adapter.errors import CheckpointError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -185,12 +186,8 @@ def load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
         CheckpointError: the files are missing, damaged, ask for more than LoRA, or are for another model; the model is
             as before.
     """
-    try:
+    with importing(f"{folder} holds LoRA weights; they need peft: pip install 'sta-adapter[train]'"):
         import peft
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{folder} holds LoRA weights; they need peft: pip install 'sta-adapter[train]'"
-        ) from error
     file = read_lora(folder)
     if file.holds_sta and not any(isinstance(module, TemporalAttention) for module in model.modules()):
         raise CheckpointError(

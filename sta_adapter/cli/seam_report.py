@@ -11,6 +11,7 @@ from torch import nn
 
 from sta_adapter.attention import xformers_kernels
 from sta_adapter.compatibility import checkpointing, processors
+from sta_adapter.compatibility.calls import known_parameters
 from sta_adapter.compatibility.position_seams import (
     ROPE_INDEX,
     cached_tokens,
@@ -30,7 +31,6 @@ from sta_adapter.compatibility.seams import (
     peft_hook,
     peft_parts,
 )
-from sta_adapter.compatibility.signatures import known_parameters
 from sta_adapter.errors import STAError
 from sta_adapter.integrations.vllm.lora_requests import lora_reader
 from sta_adapter.integrations.vllm.registry import model_registry

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from sta_adapter.compatibility.calls import parameter_names
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.compatibility.signatures import parameter_names
 
 # of transformers; of code that models bring along; of timm
 FLAGS = ("gradient_checkpointing", "with_cp", "use_checkpoint", "grad_checkpointing")

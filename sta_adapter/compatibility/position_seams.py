@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from sta_adapter.compatibility.calls import known_parameters, parameter_names
 from sta_adapter.compatibility.releases import incompatible, transformers_release
-from sta_adapter.compatibility.signatures import known_parameters, parameter_names
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a forward's cache: since transformers 5.24, and before
 GENERATION_METHOD = "_prepare_position_ids_for_generation"  # positions of what `generate` is given

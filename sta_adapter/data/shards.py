@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from sta_adapter._lazy import importing
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.records import or_error
 from sta_adapter.data.shard_clips import Packed, Span
-from sta_adapter.errors import DataError, MissingExtraError
+from sta_adapter.errors import DataError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ASIDE = re.compile(r"__[^/]*__($|/)")  # members that webdataset takes for notes
@@ -38,12 +39,8 @@ def is_shards(name: str | Path) -> bool:
 
 def find_shards(pattern: str | Path) -> list[Path]:
     """The shards that a path, a glob pattern or a brace pattern means: `train-{000..009}.tar`."""
-    try:
+    with importing("tar shards need more packages ({}): pip install 'sta-adapter[stream]'."):
         from braceexpand import braceexpand
-    except ImportError as error:
-        raise MissingExtraError(
-            f"tar shards need more packages ({error}): pip install 'sta-adapter[stream]'."
-        ) from error
     if re.match(r"[a-z0-9]{2,}:", str(pattern)):
         raise DataError(f"{str(pattern)!r} is an address, expected files: mount the storage, or copy the shards near.")
     try:

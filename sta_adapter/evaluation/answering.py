@@ -20,9 +20,9 @@ from transformers import (
     TextStreamer,
 )
 
+from sta_adapter.compatibility.calls import takes
 from sta_adapter.compatibility.position_seams import forget_earlier_batches
 from sta_adapter.compatibility.processors import Processor
-from sta_adapter.compatibility.signatures import takes
 from sta_adapter.data.chat_encoding import encode_answer
 from sta_adapter.data.chat_template import has_reasoning
 from sta_adapter.data.clip_batches import PIXELS, missing_frames

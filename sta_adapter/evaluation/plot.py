@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sta_adapter.errors import MissingExtraError
+from sta_adapter._lazy import importing
 from sta_adapter.evaluation.comparison import Report, runs_of
 from sta_adapter.evaluation.result import RunReport, ScoreReport
 
@@ -37,10 +37,8 @@ def draw(report: Report, path: Path) -> None:
 
 def figure_of(report: Report) -> Figure:
     """The picture as a matplotlib figure; see `draw`."""
-    try:
+    with importing("the plot needs matplotlib: pip install 'sta-adapter[viz]'."):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("the plot needs matplotlib: pip install 'sta-adapter[viz]'.") from error
 
     models = runs_of(report)
     orders = list(dict.fromkeys(order for runs in models.values() for order in runs))

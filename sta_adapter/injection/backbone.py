@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
+from sta_adapter.compatibility.calls import bound_arguments
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.errors import ConfigError, InjectionError, LayoutError, UnknownClipsError
 
 DummyInputs = Callable[[nn.Module], tuple[tuple[object, ...], Mapping[str, object]]]

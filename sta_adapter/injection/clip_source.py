@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths
+from sta_adapter.compatibility.calls import Arguments, bound_arguments
 from sta_adapter.compatibility.seams import uncompiled_where
-from sta_adapter.compatibility.signatures import bound_arguments
 from sta_adapter.errors import UnknownClipsError
 from sta_adapter.injection.backbone import ClipSource
 from sta_adapter.injection.hooks import Hook
-from sta_adapter.injection.nested import Arguments
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.told import take_clip_lengths
 

@@ -13,13 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sta_adapter.compatibility.calls import Arguments, given_arguments, iterate_tensors, parameter_names
 from sta_adapter.compatibility.seams import active_ddp, put_first, uncompiled, uncompiled_where
-from sta_adapter.compatibility.signatures import given_arguments, parameter_names
 from sta_adapter.distributed import Group, agree, is_fsdp1, is_parallel, is_sharded, shard_groups
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import DummyInputs
 from sta_adapter.injection.hooks import Hook
-from sta_adapter.injection.nested import Arguments, iterate_tensors
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.target import innermost_around
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sta_adapter._lazy import importing
 from sta_adapter.adapter.lora_peft import forget_sta
 from sta_adapter.adapter.push import Publication
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import checked_lengths
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError
+from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.injection.backbone import active_modules
 from sta_adapter.injection.clip_source import remove_methods
 from sta_adapter.injection.contents import push_adapter, save_adapter
@@ -113,12 +114,10 @@ class STAHandle:
                 range, or one with which an adapter can't be saved and loaded again.
         """
         self._require_injected()
-        try:
+        with importing("stage two needs peft: pip install 'sta-adapter[train]'"):
             import peft  # noqa: F401
 
             from sta_adapter.injection.lora_recipe import recipe_config
-        except ImportError as error:
-            raise MissingExtraError("stage two needs peft: pip install 'sta-adapter[train]'") from error
         return recipe_config(self, overrides)
 
     def disable(self) -> None:

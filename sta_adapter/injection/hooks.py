@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout, ClipLengths
 from sta_adapter.attention.module import CHILD
+from sta_adapter.compatibility.calls import Arguments, iterate_tensors, require_grad
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
-from sta_adapter.compatibility.reduction import require_averages
 from sta_adapter.compatibility.seams import active_ddp, drop_hooks, graph_task, hook_table, put_first, uncompiled
-from sta_adapter.distributed import is_parallel
+from sta_adapter.distributed import is_parallel, require_averages
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownClipsError
 from sta_adapter.injection.backbone import EncoderCall
-from sta_adapter.injection.nested import Arguments, iterate_tensors, require_grad
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
 from sta_adapter.injection.target import sta_modules, sta_trains

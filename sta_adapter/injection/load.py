@@ -20,14 +20,13 @@ from torch import nn
 
 from sta_adapter._validate import unknown_names
 from sta_adapter.adapter.base_model import check_base
-from sta_adapter.adapter.format import CONFIG, Description, compare_tensors, saved_config
+from sta_adapter.adapter.format import CONFIG, Description, saved_config
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
 from sta_adapter.attention.module import TemporalAttention
-from sta_adapter.compatibility.late_imports import after_import
 from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.releases import version
-from sta_adapter.compatibility.seams import peft_parts
+from sta_adapter.compatibility.seams import after_import, peft_parts
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
@@ -97,12 +96,8 @@ def load_sta(
     watch_peft()
     plan = plan_injection(model, config, preferred=description["backbone"])
     check_base(folder, description, model, plan.encoder, base_model)
-    modules = plan.build("meta")  # nothing is initialised that the file replaces
-    expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
     state = read()
-    compare_tensors(file, state, expected)
-    with torch.inference_mode(False):  # what is made within it can't train outside
-        plan.allocate(modules)
+    modules = plan.allocate(file, state)
     if any(parameter.is_meta for module in modules.values() for parameter in module.parameters()):
         raise CheckpointError("the encoder's weights are on the meta device: load them first, then the adapter.")
     warn_of_other_rule(model, description.get("positions"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from sta_adapter._validate import shown
+from sta_adapter.adapter.format import compare_tensors
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import add_load_hook, operations_are_watched, uncompiled
 from sta_adapter.config import STAConfig
@@ -82,10 +84,20 @@ class Plan:
         """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own."""
         return {index: self._build(self.target.blocks[index], device) for index in self.layers}
 
-    def allocate(self, modules: dict[int, TemporalAttention]) -> None:
-        """Give modules that were built on the meta device memory on their blocks' devices, without values."""
-        for index, module in modules.items():
-            module.to_empty(device=_placement(self.target.blocks[index])[0])
+    def allocate(self, file: Path, state: Mapping[str, torch.Tensor]) -> dict[int, TemporalAttention]:
+        """STA modules in memory of the blocks' devices, without values, which a file's tensors must fit.
+
+        Raises:
+            CheckpointError: they don't; every difference is listed.
+        """
+        modules = self.build("meta")  # nothing is initialised that the file replaces
+        compare_tensors(
+            file, state, {f"blocks.{i}.{k}": v for i, m in modules.items() for k, v in m.state_dict().items()}
+        )
+        with torch.inference_mode(False):  # what is made within it can't train outside
+            for index, module in modules.items():
+                module.to_empty(device=_placement(self.target.blocks[index])[0])
+        return modules
 
     def _build(self, block: nn.Module, device: torch.device | str | None) -> TemporalAttention:
         found_device, dtype = _placement(block)

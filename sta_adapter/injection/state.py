@@ -25,12 +25,12 @@ from sta_adapter.adapter.lora_weights import checked_lora, require_whole_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.attention.module import TemporalAttention
+from sta_adapter.compatibility.calls import iterate_tensors
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.steps import StepsOfModel
 from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
 from sta_adapter.injection.told import Held, Told

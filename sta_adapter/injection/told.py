@@ -13,8 +13,8 @@ from typing import Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLengths, checked_lengths
+from sta_adapter.compatibility.calls import takes
 from sta_adapter.compatibility.seams import is_running
-from sta_adapter.compatibility.signatures import takes
 
 T = TypeVar("T")
 _HELD: ContextVar[Mapping[object, object]] = ContextVar("held", default=MappingProxyType({}))

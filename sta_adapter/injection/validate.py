@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.compatibility.calls import Arguments, iterate_tensors, map_tensors
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
 from sta_adapter.injection.hooks import RESIDUAL, block_input
-from sta_adapter.injection.nested import Arguments, iterate_tensors, map_tensors
 from sta_adapter.injection.target import InjectionTarget, require_fit
 
 logger = logging.getLogger(__name__)

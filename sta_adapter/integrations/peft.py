@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from sta_adapter._lazy import importing
 from sta_adapter.adapter.format import CONFIG
 from sta_adapter.compatibility.seams import peft_hook
 from sta_adapter.config import STAConfig
 from sta_adapter.distributed import is_sharded
-from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, UnknownBackboneError
+from sta_adapter.errors import CheckpointError, ConfigError, UnknownBackboneError
 from sta_adapter.injection.handle import get_sta
 from sta_adapter.injection.load import watch_peft
 from sta_adapter.injection.saved_sta import describe, downloaded, has_sta
@@ -62,10 +63,8 @@ def install(settings: Settings | STAConfig | None = None) -> None:
         )
     if _undo:
         raise ConfigError("sta_adapter.integrations.peft is installed already in this process; uninstall() it first.")
-    try:
+    with importing("this hook is in peft: pip install 'sta-adapter[train]'"):
         import peft
-    except ImportError as error:
-        raise MissingExtraError("this hook is in peft: pip install 'sta-adapter[train]'") from error
     watch_peft()
     load = vars(peft.PeftModel)["from_pretrained"].__func__
     _replace(peft.LoraModel, "_pre_injection_hook", _injecting(peft_hook(), settings))

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from sta_adapter.compatibility.calls import parameter_names
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.compatibility.releases import incompatible, numbers, version
-from sta_adapter.compatibility.signatures import parameter_names
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.chat_encoding import IGNORE, Loaded
 from sta_adapter.data.chat_template import has_reasoning

@@ -9,7 +9,8 @@ from typing import Protocol, cast
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sta_adapter.errors import CheckpointError, MissingExtraError
+from sta_adapter._lazy import importing
+from sta_adapter.errors import CheckpointError
 from sta_adapter.internvideo.weights import added_tokens, read_json
 
 CONTROL, USER_DEFINED, BPE = 3, 4, 2
@@ -136,15 +137,13 @@ def _merges(proto: ModelProto, vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _model(file: Path) -> ModelProto:
-    try:
+    with importing(
+        f"{file} is read with protobuf, which isn't installed: pip install protobuf. Once read, processor.save_pretrained"
+        "(FOLDER) writes a tokenizer.json, which needs it no more."
+    ):
         from transformers.convert_slow_tokenizer import import_protobuf
 
         model = cast(ModelProto, import_protobuf().ModelProto())
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{file} is read with protobuf, which isn't installed: pip install protobuf. Once read, processor.save_pretrained"
-            "(FOLDER) writes a tokenizer.json, which needs it no more."
-        ) from error
     try:
         model.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's DecodeError

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from sta_adapter._lazy import importing
 from sta_adapter.adapter.save import replace_files
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.config import STAConfig
@@ -26,7 +27,7 @@ from sta_adapter.data.samples import mixed_samples, open_samples, require_no_fol
 from sta_adapter.data.shards import is_shards
 from sta_adapter.data.stream import StreamDataset
 from sta_adapter.distributed import is_rank_zero, on_rank_zero
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.errors import ConfigError
 from sta_adapter.injection.fingerprint import fingerprint_start
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.inject import inject_sta
@@ -41,7 +42,6 @@ from sta_adapter.training.sole_run import sole_run
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from sta_adapter.injection.backbone import Backbone
     from sta_adapter.training.stage import Stage, StageResult
 
 STAGES = {"1": ("1",), "2": ("2",), "both": ("1", "2")}
@@ -114,13 +114,11 @@ def train(
         ConfigError: settings that don't fit each other, or an `output_dir` with a run of other settings, or with another one at work.
         DataError: the data can't be read, or nothing in it is usable.
     """
-    try:
+    with importing("training needs more packages ({}): pip install 'sta-adapter[train]'."):
         from sta_adapter.training.contexts import kept_environment
         from sta_adapter.training.lora import require_effect
         from sta_adapter.training.stage import Stage, join_processes
         from sta_adapter.training.watch import Signals
-    except ImportError as error:
-        raise MissingExtraError(f"training needs more packages ({error}): pip install 'sta-adapter[train]'.") from error
     join_processes()
     config, folder = config or TrainingConfig(), Path(output_dir)
     require_reporters(config.report_to)
@@ -132,12 +130,12 @@ def train(
     parts = [Stage(name, config.for_stage(name), folder / f"stage{name}", *of_all) for name in names]
     check_settings(config, [part.config for part in parts], dataset, eval_dataset, eval_fn)
     check_sizes(dataset.encoder.reader)
+    net, handle = (model.model, model) if isinstance(model, STAHandle) else (model, get_sta(model))
     if config.sta:
-        given = model if isinstance(model, STAHandle) else get_sta(model)
-        check_single_frames(dataset, STAConfig.from_dict(config.sta_config) if given is None else given.config)
+        check_single_frames(dataset, STAConfig.from_dict(config.sta_config) if handle is None else handle.config)
     if names[-1] == "2":
-        require_effect(_backbone(model), parts[-1].config)
-    result = TrainingResult(*_injected(model, config), folder)
+        require_effect(locate(net).backbone if handle is None else handle._injection.spec, parts[-1].config)
+    result = TrainingResult(*_injected(net, handle, config), folder)
     start = fingerprint_start(result.model)
     with contextlib.ExitStack() as alone:
         on_rank_zero(lambda: alone.enter_context(sole_run(folder)))
@@ -232,25 +230,19 @@ def open_data(
     return VideoDataset(require_usable(samples), processor, cache=cache or False, **how)
 
 
-def _backbone(model: nn.Module | STAHandle) -> Backbone:
-    handle = model if isinstance(model, STAHandle) else get_sta(model)
-    return locate(model).backbone if handle is None else handle._injection.spec  # type: ignore[arg-type]
-
-
 def _tell(text: str) -> None:
     sys.stderr.write(f"\n{text}\n")
 
 
-def _injected(model: nn.Module | STAHandle, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
+def _injected(model: nn.Module, handle: STAHandle | None, config: TrainingConfig) -> tuple[nn.Module, STAHandle | None]:
     """The model and its STA, injected now if it wasn't; the seed makes a repeated run start from the same weights."""
-    handle = model if isinstance(model, STAHandle) else get_sta(model)
     if not config.sta:
         if handle is not None:
             raise ConfigError("the settings say sta: false, but the model has STA; call handle.remove() first.")
-        return model, None  # type: ignore[return-value]
+        return model, None
     if handle is None:
         torch.manual_seed(config.seed)
-        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))  # type: ignore[arg-type]
+        handle = inject_sta(model, STAConfig.from_dict(config.sta_config))
     else:
         asked = STAConfig.from_dict(config.sta_config).with_defaults(handle._injection.spec.defaults)
         wrong = [name for name in config.sta_config if getattr(asked, name) != getattr(handle.config, name)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter._lazy import importing
+from sta_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     import yaml
@@ -28,10 +29,8 @@ def read_yaml(path: str | Path) -> dict[str, object]:
 
 def parse_yaml(text: str) -> object:
     """What a text says; a ValueError where it is no YAML."""
-    try:
+    with importing("reading YAML needs PyYAML: pip install 'sta-adapter[train]'."):
         import yaml
-    except ImportError as error:
-        raise MissingExtraError("reading YAML needs PyYAML: pip install 'sta-adapter[train]'.") from error
 
     class SingleKeys(yaml.SafeLoader):
         """Refuses a key that stands twice, of which YAML would take the last."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sta_adapter.errors import ConfigError, MissingExtraError, VideoError
+from sta_adapter._lazy import importing
+from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
 from sta_adapter.video.image import HEIC
@@ -87,10 +88,8 @@ class FrameTable:
 
 def import_av() -> ModuleType:
     """PyAV, imported late: `import sta_adapter` must not load FFmpeg."""
-    try:
+    with importing("PyAV can't be imported ({}); video files need it: pip install av"):
         import av
-    except ImportError as error:
-        raise MissingExtraError(f"PyAV can't be imported ({error}); video files need it: pip install av") from error
     return av
 
 

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sta_adapter.errors import ConfigError, MissingExtraError, STAError
+from sta_adapter._lazy import importing
+from sta_adapter.errors import ConfigError, STAError
 from sta_adapter.tiny_base import model_and_adapter
 from sta_adapter.visualization import report
 from sta_adapter.visualization.local_paths import subject, without_folders
@@ -282,8 +283,6 @@ def _examples(page: Any) -> list[str]:
 def _gradio() -> Any:
     """Gradio, told to report nothing to anybody."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
+    with importing("the app needs Gradio ({}): pip install 'sta-adapter[app]'"):
         import gradio
-    except ImportError as error:
-        raise MissingExtraError(f"the app needs Gradio ({error}): pip install 'sta-adapter[app]'") from error
     return gradio

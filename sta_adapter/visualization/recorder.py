@@ -18,10 +18,10 @@ from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.attention.module import TemporalAttention
 from sta_adapter.attention.rotary import apply_rotary
 from sta_adapter.attention.weights import attention_weights
+from sta_adapter.compatibility.calls import iterate_tensors
 from sta_adapter.errors import StreamError
 from sta_adapter.injection.backbone import Backbone, EncoderCall
 from sta_adapter.injection.handle import STAHandle
-from sta_adapter.injection.nested import iterate_tensors
 from sta_adapter.injection.told import take_clip_lengths
 
 Kept = TypeVar("Kept")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sta_adapter.errors import MissingExtraError
+from sta_adapter._lazy import importing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +40,9 @@ DARK = Theme("dark", "#e6edf3", "#9da7b1", "#56B4E9", "#16191d", ("#56B4E9", "#2
 
 def new_figure(width: float, height: float, paper: str = "none", gap: float = 0.02) -> Figure:
     """A figure that no global state knows, so that threads can draw at once."""
-    try:
+    with importing("pictures need matplotlib: pip install 'sta-adapter[viz]'"):
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'sta-adapter[viz]'") from error
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=gap), facecolor=paper)
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
+from sta_adapter._lazy import importing
 from sta_adapter._validate import shown
 from sta_adapter.data.conversation import Sample
 from sta_adapter.data.message import Message, Part, Record
 from sta_adapter.data.sample_keys import kind_of
-from sta_adapter.errors import DataError, MissingExtraError
+from sta_adapter.errors import DataError
 
 MOST_SECONDS = 1e6
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
@@ -95,10 +96,8 @@ def read_annotations(file: Path) -> list[Record]:
 
 
 def _parquet(file: Path) -> list[Record]:
-    try:
+    with importing(f"{file} needs pyarrow: pip install 'sta-adapter[eval]'."):
         from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise MissingExtraError(f"{file} needs pyarrow: pip install 'sta-adapter[eval]'.") from error
     try:
         rows: list[Record] = parquet.read_table(file).to_pylist()
         return rows

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
 
+from sta_adapter._lazy import importing
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.errors import ConfigError, MissingExtraError
+from sta_adapter.errors import ConfigError
 from sta_adapter.integrations import peft
 from sta_adapter.integrations.callbacks import sta_callbacks
 from sta_adapter.integrations.settings import Settings, merging_loses_sta
@@ -32,11 +33,9 @@ KEY = "sta"
 
 def main() -> None:
     """Run one of LLaMA-Factory's commands with STA; its launcher starts this again for several processes."""
-    try:
+    with importing("LLaMA-Factory can't be imported ({}): pip install llamafactory"):
         from llamafactory import launcher
         from llamafactory.train import tuner
-    except ImportError as error:
-        raise MissingExtraError(f"LLaMA-Factory can't be imported ({error}): pip install llamafactory") from error
     own_run_exp, own_export = tuner.run_exp, tuner.export_model
 
     def export(args: object = None) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
+from sta_adapter._lazy import importing
 from sta_adapter.adapter.base_model import ANY
 from sta_adapter.adapter.hub import resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG
 from sta_adapter.compatibility.releases import incompatible, version
 from sta_adapter.data.chat_encoding import Prompt
-from sta_adapter.errors import ConfigError, InjectionError, MissingExtraError, STAError
+from sta_adapter.errors import ConfigError, InjectionError, STAError
 from sta_adapter.integrations.vllm.export import BASE, STA, export_merged, lora_digest
 from sta_adapter.integrations.vllm.frames import clip_facts
 from sta_adapter.integrations.vllm.option_scores import MOST_IDS, OptionTree
@@ -77,12 +78,8 @@ class VLLMEngine:
         options = dict(options or {})
         if taken := sorted(set(options) & set(OWN)):
             raise ConfigError(f"the engine's option {taken[0]} has a setting of its own; leave it out of these.")
-        try:
+        with importing("an engine needs vLLM beside sta-adapter ({}): pip install 'sta-adapter[vllm]'."):
             from vllm import LLM
-        except ImportError as error:
-            raise MissingExtraError(
-                f"an engine needs vLLM beside sta-adapter ({error}): pip install 'sta-adapter[vllm]'."
-            ) from error
         self._stack = contextlib.ExitStack()
         self._source: Source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._model = model

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sta_adapter.compatibility.calls import parameter_names
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.compatibility.signatures import parameter_names
 from sta_adapter.integrations.vllm.registry import architectures
 from sta_adapter.integrations.vllm.request import DIGEST, asks_for_sta, requested
 from sta_adapter.integrations.vllm.serving import ServedSTA, put_sta

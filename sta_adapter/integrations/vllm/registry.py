@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
+from sta_adapter.compatibility.calls import parameter_names
 from sta_adapter.compatibility.releases import incompatible
-from sta_adapter.compatibility.signatures import parameter_names
 from sta_adapter.errors import InjectionError
 from sta_adapter.injection.registry import all_backbones
 from sta_adapter.integrations.vllm.frames import register_loader

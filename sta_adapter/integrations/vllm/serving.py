@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from sta_adapter.adapter.base_model import ANY, check_base
-from sta_adapter.adapter.format import WEIGHTS, compare_tensors, read_weights
+from sta_adapter.adapter.format import WEIGHTS, read_weights
 from sta_adapter.attention.module import CHILD
 from sta_adapter.errors import CheckpointError
 from sta_adapter.injection.handle import STAHandle
@@ -39,10 +39,7 @@ def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
     check_base(adapter.folder, adapter.description, model, plan.encoder, ANY if adapter.any_base else None)
     if spec.clip_source is None:  # nothing around the tower tells of clips, so that hooks stay within it
         plan = dataclasses.replace(plan, model=plan.target.encoder)
-    modules = plan.build("meta")
-    expected = {f"blocks.{i}.{k}": v for i, module in modules.items() for k, v in module.state_dict().items()}
-    compare_tensors(adapter.folder / WEIGHTS, read_weights(adapter.folder, adapter.description), expected)
-    plan.allocate(modules)
+    modules = plan.allocate(adapter.folder / WEIGHTS, read_weights(adapter.folder, adapter.description))
     for module in modules.values():
         module.requires_grad_(False)
     served = ServedSTA(model, hf_config, plan, plan.attach(modules), adapter)

@@ -1,4 +1,4 @@
-"""What the arguments of functions and of modules' methods are called, also where a tool has put a function in a method's place.
+"""Calls of functions and modules: what their arguments are called, and the tensors in what they take and give.
 
 ms-swift and accelerate replace `forward` on the instance; what stands there then need not tell its parameters, or tells
 them without the first. The class's method does.
@@ -6,15 +6,18 @@ them without the first. The class's method does.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import cast
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from sta_adapter.compatibility.releases import incompatible
 
+Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a module's call
 _SIGNATURES: WeakKeyDictionary[FunctionType, inspect.Signature] = WeakKeyDictionary()  # a function may hold its model
 
 
@@ -108,3 +111,36 @@ def given_arguments(
             "transformers", f"{what} got {len(args)} arguments by position and is known to take {len(names)}"
         )
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def iterate_tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, mappings and data classes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from iterate_tensors(inner)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from iterate_tensors(inner)
+    elif dataclasses.is_dataclass(value) or isinstance(value, SimpleNamespace):
+        yield from iterate_tensors(vars(value))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
+    """The same nested tuples, lists and plain dicts, each tensor in them replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        make = getattr(value, "_make", type(value))  # that of named tuples, which take their fields one by one
+        return make([map_tensors(function, inner) for inner in value])
+    return {key: map_tensors(function, inner) for key, inner in value.items()} if type(value) is dict else value
+
+
+def require_grad(args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
+    """The same arguments, the floating-point tensors as leaves that require a gradient."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_() if tensor.is_floating_point() and not tensor.requires_grad else tensor
+
+    return cast("Arguments", map_tensors(convert, (args, kwargs)))
