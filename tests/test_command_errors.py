@@ -3,8 +3,11 @@
 import errno
 import io
 import json
+import logging
+import os
 import shutil
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -51,6 +54,48 @@ def only_message(outcome):
 
 
 # ---- any error is one line
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "--out", "\u00fc"], ["inspect", "\u00fc"], ["\u00fc"]], ids=lambda words: words[0]
+)
+def test_names_that_the_locale_has_no_letters_for(words):
+    """The run ended in a UnicodeEncodeError of a library, once it had begun."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "sta_adapter.cli", *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "can't be read in the encoding of this locale, ascii" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_answers_in_letters_that_the_terminal_lacks_end_no_command(run, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setitem(vars(command_line), "cli", lambda *_, **__: print("\u4e2d"))
+    monkeypatch.setattr(sys, "argv", ["sta-adapter"])
+    command_line.main()
+    written.flush()
+    assert written.buffer.getvalue() == b"\\u4e2d\n"
+
+
+def test_lines_of_libraries_that_write_their_own_stand_once(run, capsys, monkeypatch):
+    """As huggingface_hub's, of each of its retries."""
+    library = logging.getLogger("a_library.with_parts")
+    monkeypatch.setattr(logging.getLogger("a_library"), "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [command_line._BesideBars()])
+    library.warning("Retrying in 1s")
+    logging.getLogger("a_quiet_library").warning("told once")
+    assert capsys.readouterr().err == "Retrying in 1s\ntold once\n"
+
+
+def test_a_name_that_is_no_text_is_named():
+    with pytest.raises(UnicodeEncodeError) as found:
+        "a\udcfc".encode()
+    assert (
+        in_one_line(found.value)
+        == "the name 'a\\udcfc' is no text of UTF-8, and can't be written into a file; take another."
+    )
 
 
 class OutOfMemoryError(RuntimeError):

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -21,6 +22,7 @@ from sta_adapter.data import FrameSettings, VideoDataset
 from sta_adapter.errors import ConfigError, DivergenceError, TrainingStopped
 from sta_adapter.training import TrainingConfig, train
 from sta_adapter.training.checkpoints import last_checkpoint
+from sta_adapter.training.sole_run import sole_run
 from sta_adapter.training.watch import Signals, Watch, stopped_early
 
 FAST = {
@@ -341,6 +343,32 @@ def test_two_runs_are_not_at_work_in_one_folder(tmp_path, run):
     run(tmp_path, callbacks=[At(2, lambda: found.append(locking(tmp_path, "try").communicate()[0]))])
     assert found == [f"taken by process {os.getpid()} on {socket.gethostname()}\n"]
     assert not (tmp_path / ".lock").exists()
+
+
+def test_two_threads_are_not_at_work_in_one_folder(tmp_path):
+    """A file's lock is a process's, so the second took it as well, and gave it back for both."""
+    found = []
+
+    def second(folder):
+        try:
+            with sole_run(folder):
+                found.append("went in")
+        except ConfigError as error:
+            found.append(str(error))
+
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out")
+    with sole_run(tmp_path / "out"):
+        for folder in (tmp_path / "out", link, tmp_path / "other"):
+            thread = threading.Thread(target=second, args=(folder,))
+            thread.start()
+            thread.join()
+        found.append(locking(tmp_path / "out", "try").communicate()[0])
+    second(link)
+    this = f"process {os.getpid()}"
+    assert [this in text for text in found] == [True, True, False, True, False]
+    assert all(f"another run ({this}, this one) is at work in" in text for text in found[:2])
+    assert found[2] == found[4] == "went in"
 
 
 def test_a_folder_without_locks_is_trained_into(tmp_path, run, monkeypatch):

@@ -8,22 +8,20 @@ What counts as the same model:
   hold anything under any name; so is the name that stood in a converted checkpoint, which is unverified.
 
 `base_model="any"` waives the second and third, for a renamed or fine-tuned copy. Whether the base is also as it was when
-STA went in is told by a few numbers of each tensor, of which training and merging leave none as they are.
+STA went in, `sta_adapter.adapter.base_marks` tells.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypedDict
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sta_adapter.adapter.format import Description
-from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, ConfigError
 
 ANY = "any"
@@ -33,11 +31,6 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 VISION_MARKS = ("vision_config", "mm_vision_tower")  # a flat configuration with one of these is a language model's too
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
-SAMPLED = 16  # numbers of each tensor
-AROUND = re.compile(
-    r"^(?:(?:base_model\.model|module|_orig_mod)\.)+|(?:base_layer|original_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
-)
-ROUNDED = (torch.bfloat16, torch.float16)
 
 
 class BaseModel(TypedDict, total=False):
@@ -95,11 +88,26 @@ def check_base(
         raise CheckpointError(
             f"the adapter in {folder} is for another language model: {differences}. {both} If it fits all the same, {override}"
         )
+    if here["id"] is not None and _lies_in(folder, here["id"]):  # it was saved beside this very model
+        return
+    if description.get("base_changed") is True and here["id"] is not None and saved["id"] == here["id"]:
+        raise CheckpointError(
+            f"the adapter in {folder} was saved of {_named(here['id'])} after that was changed in memory (trained, pruned, or LoRA merged into it), and "
+            f"this is the base as it was. Load it into the changed model; if this is that, {override}"
+        )
     ids = {name.lower() for name in (saved["id"], here["id"]) if name is not None and is_hub_id(name)}
     if len(ids) > 1 and description.get("converted") is not True:
         raise CheckpointError(
             f"the adapter in {folder} is for another base model. {both} If that is a copy or a close relative of it, {override}"
         )
+
+
+def _lies_in(folder: Path, base: str) -> bool:
+    """Whether an adapter lies in a base's own folder, or its repository on the Hub."""
+    cached = CACHED.search(os.fspath(folder))
+    if cached:
+        return f"{cached[1]}/{cached[2]}".lower() == base.lower()
+    return os.path.isdir(base) and os.path.samefile(base, folder)
 
 
 def _check_merged(folder: Path, description: Description, model: nn.Module) -> None:
@@ -154,103 +162,3 @@ def language_sizes(config: object) -> dict[str, int | None] | None:
 
 def _get(config: object, name: str) -> object:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
-
-BaseMarks = dict[str, tuple[tuple[int, ...], Tensor]]
-
-
-def mark_base(model: nn.Module) -> BaseMarks:
-    """Shape and some numbers of each of the model's tensors, by its name in the bare model."""
-    return {name: (tuple(tensor.shape), _sample(tensor)) for name, tensor in _tensors(model)}
-
-
-def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:
-    """Refuse a model of which other tensors were trained than an adapter holds, or that LoRA was merged into.
-
-    Args:
-        model: with STA, and with LoRA or without.
-        marks: what `mark_base` gave before.
-        saved: names of the base's tensors that are saved with LoRA; these may be others.
-    """
-    merged = {name: m.merged for name, m in model.named_modules() if isinstance(getattr(m, "merged", None), bool)}
-    parts = {f"{name}.base_layer.{part}": at_work for name, at_work in merged.items() for part in ("weight", "bias")}
-    unmergeable = [name for name, at_work in parts.items() if at_work]
-    unmerged = {AROUND.sub("", name) for name, at_work in parts.items() if not at_work}
-    changed = [
-        name
-        for name, found in _unsaved(model, marks, [*saved, *unmergeable])
-        if (tensor := _marked_part(marks[name][0], found)) is not None
-        and not _same(marks[name][1], tensor)
-        and not (name in unmerged and not found.requires_grad and _same_but_for_rounding(marks[name][1], tensor))
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{len(changed)} of the base model's tensors are other than when STA went in, the first is {changed[0]}: they were "
-            "trained, or LoRA was merged into them, and an adapter holds neither, so that on the base model it would compute something else. "
-            "Freeze the base (handle.freeze_base(), or LoRA with handle.lora_config(modules_to_save=[...])) and save before merging. To "
-            "save it for the changed model, which you keep yourself (model.save_pretrained), pass base_changed=True."
-        )
-
-
-def is_as_marked(module: nn.Module, marks: BaseMarks) -> bool:
-    """Whether a module has the numbers of its marks; False where its tensors can't be compared."""
-    found = [_same(marks[name][1], tensor) for name, tensor in _tensors(module) if name in marks]
-    return bool(found) and all(found)
-
-
-def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[str] = ()) -> None:
-    """Refuse a model that is about to train tensors which no adapter will hold; arguments as `require_same_base`."""
-    trained = [name for name, tensor in _unsaved(model, marks, saved) if tensor.requires_grad]
-    if trained:
-        raise ConfigError(
-            f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter holds none of "
-            "them, so that it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
-            "handle.lora_config(modules_to_save=[...]))."
-        )
-
-
-def _unsaved(model: nn.Module, marks: BaseMarks, saved: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The base's tensors that an adapter doesn't hold."""
-    held = {AROUND.sub("", name) for name in saved}
-    return ((name, tensor) for name, tensor in _tensors(model) if name in marks and name not in held)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base's floating-point tensors that are here, whole and not quantised, with their names in the bare model."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        if (
-            type(parameter) is nn.Parameter
-            and parameter.is_floating_point()
-            and parameter.device.type != "meta"
-            and parameter.numel()
-            and not is_sharded([parameter])
-        ):
-            yield AROUND.sub("", name), parameter
-
-
-def _marked_part(shape: tuple[int, ...], tensor: Tensor) -> Tensor | None:
-    """The tensor without the rows that embeddings have got since it was marked; None where it is another one."""
-    rows = tensor[: shape[0]] if tensor.dim() > 1 else tensor
-    return rows if tuple(rows.shape) == shape else None
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to("cpu", copy=True)
-
-
-def _same(before: Tensor, tensor: Tensor) -> bool:
-    """Whether it has the same numbers, or those that another dtype leaves of them."""
-    now = _sample(tensor)
-    if before.dtype != now.dtype and torch.equal(now.to(before.dtype), before):
-        return True
-    return any(torch.equal(before.to(dtype).to(now.dtype), now) for dtype in (before.dtype, *ROUNDED))
-
-
-def _same_but_for_rounding(before: Tensor, tensor: Tensor) -> bool:
-    """Whether it has the numbers that are left of the same ones when LoRA was merged into them and taken out again."""
-    now = _sample(tensor)
-    difference = (now.double() - before.double()).abs().max()
-    return bool(difference <= 8 * torch.finfo(now.dtype).eps * before.double().abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +15,8 @@ from torch import Tensor
 from sta_adapter.adapter.atomic_write import SAVED, finish_write
 from sta_adapter.adapter.lora_options import OURS
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, LORA_WEIGHTS, STA_BESIDE, read_lora
-from sta_adapter.adapter.safe_read import compare_shapes, parse_tensors, read_bytes, read_json, read_tensors
+from sta_adapter.adapter.safe_read import compare_shapes, opened, parse_tensors, read_bytes, read_json, read_tensors
+from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import CheckpointError, ConfigError
 
@@ -38,6 +40,7 @@ class Description(TypedDict, total=False):
     lora: object
     converted: object
     sta_merged_lora: object
+    base_changed: object
     frames: object
     frames_of_records: object
 
@@ -83,9 +86,21 @@ def read_description(folder: Path) -> Description:
     except FileNotFoundError:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
         raise CheckpointError(
-            f"{folder} holds no {CONFIG}, so it is no STA adapter; found: {there or 'nothing'}."
+            f"{folder} holds no {CONFIG}, so it is no STA adapter; found: {there or 'nothing'}.{_of_whole_model(folder)}"
         ) from None
     return require_description(found, path)
+
+
+def _of_whole_model(folder: Path) -> str:
+    """What to do where STA lies among a whole model's weights, as accelerate saves them, without the settings that it computed with."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(CheckpointError, FileNotFoundError), opened(file) as opened_file:
+            if keys := [key for key in opened_file.keys() if STA_TENSOR.search(key)]:  # noqa: SIM118
+                return (
+                    f" {file.name} holds STA among a model's weights ({keys[0]}, for one), without its settings. Bring it back by inject_sta(model, "
+                    "STAConfig(...)) with the settings of the training, then model.load_state_dict of these weights, and handle.save_pretrained."
+                )
+    return ""
 
 
 def require_description(found: Mapping[str, object], path: Path) -> Description:

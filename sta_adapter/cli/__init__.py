@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -12,8 +14,10 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from sta_adapter._validate import suggestion
+from sta_adapter.errors import ConfigError
 
 DEBUG = "--debug"
+UNREADABLE = "{!r} can't be read in the encoding of this locale, {}, and could be written into no file. Start in one of UTF-8: LC_ALL=C.UTF-8, or PYTHONUTF8=1."
 WORDS = "sta_adapter.words"  # where the words of the command line are kept
 COMMANDS = {
     "demo": "Train and compare STA on made clips, from nothing, in minutes.",
@@ -100,7 +104,12 @@ class _BesideBars(_Handler):
     """Writes lines that stand by themselves while a bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line, or several."""
+        """One line, or several; none where a library writes its own, as huggingface_hub does."""
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None and logger.parent is not None:
+            if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
+                return
+            logger = logger.parent
         _write_line(self.format(record))
 
 
@@ -141,7 +150,16 @@ def main() -> None:
     warnings.showwarning = _show_warning
     words = sys.argv[1:]
     debug = DEBUG in words
+    encoding = sys.getfilesystemencoding()
+    if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape") and isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an answer in letters that the terminal lacks ends no command
     try:
+        if encoding != "utf-8" and (unreadable := [word for word in words if re.search("[\ud800-\udfff]", word)]):
+            raise ConfigError(UNREADABLE.format(unreadable[0], encoding))
         cli([word for word in words if word != DEBUG], prog_name="sta-adapter")
     except Exception as error:
         from sta_adapter.cli.known_errors import in_one_line

@@ -63,6 +63,8 @@ def _known(error: BaseException) -> str | None:
         return _system(error)
     if "os error 28" in str(error).lower() or "no space left" in str(error).lower():
         return f"{SYSTEM[errno.ENOSPC]}: {_line(error)}"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"the name {error.object!r} is no text of UTF-8, and can't be written into a file; take another."
     if "CUDA error" in str(error) or "NVIDIA driver" in str(error) or "not compiled with CUDA" in str(error):
         return f"the GPU can't be used: {_line(error)} --device cpu does without."
     return None

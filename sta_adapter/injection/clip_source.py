@@ -1,13 +1,11 @@
 """How a full model's own calls tell the clips to an encoder that gets frames as a batch; see `ClipSource`.
 
-The model's forward is followed by hooks. Its other methods, such as `chat`, can't have hooks: an object of the same
-name stands in front of each on the instance, and goes with `handle.remove()`. The class is never touched.
+The model's forward is followed by hooks, its other methods, such as `chat`, by a `MethodInFront`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from sta_adapter.compatibility.seams import uncompiled_where
 from sta_adapter.errors import UnknownClipsError
 from sta_adapter.injection.backbone import ClipSource
 from sta_adapter.injection.hooks import Hook
+from sta_adapter.injection.methods import MethodInFront
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.told import take_clip_lengths
 
@@ -62,23 +61,8 @@ class ModelPostHook(Hook):
         self.injection.told.forget()
 
 
-class TellingMethod:
+class TellingMethod(MethodInFront):
     """A model's method that tells the clips of its arguments while it runs."""
-
-    def __init__(self, injection: Injection, model: nn.Module, name: str) -> None:
-        self.injection = injection
-        self.model = model
-        self.name = name
-        self.before: Callable[..., object] | None = model.__dict__.get(name)
-
-    @property
-    def method(self) -> Callable[..., object]:
-        """The model's own method."""
-        return self.before or getattr(type(self.model), self.name).__get__(self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # generate() picks a method's arguments by it
-        return inspect.signature(self.method)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the method with the same arguments, without `clip_lengths`."""
@@ -106,15 +90,6 @@ def attach_clip_source(model: nn.Module, encoder: nn.Module, source: ClipSource,
         for name in source.methods:
             if name != "forward" and hasattr(type(module), name):
                 module.__dict__[name] = TellingMethod(injection, module, name)
-
-
-def remove_methods(module: nn.Module, injection: Injection) -> None:
-    """Take every `TellingMethod` of this injection off a module."""
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, TellingMethod) and value.injection is injection:
-            del module.__dict__[name]
-            if value.before is not None:
-                module.__dict__[name] = value.before
 
 
 def _tell(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from sta_adapter.adapter.base_model import describe_base, require_frozen_base, require_same_base
+from sta_adapter.adapter.base_marks import KEEP_IT, changes, require_frozen_base, require_same_base, trained_since
+from sta_adapter.adapter.base_model import describe_base
 from sta_adapter.adapter.format import Description
 from sta_adapter.adapter.lora_peft import has_other_vocabulary
 from sta_adapter.adapter.lora_weights import lora_files, lora_state, require_whole_lora
@@ -89,8 +92,17 @@ def adapter_contents(
     if not base_changed:
         require_whole_lora(model)
     lora = lora_state(model)
+    saved = () if lora is None else lora[1]
     if not base_changed:
-        require_same_base(model, handle._injection.base_marks, () if lora is None else lora[1])
+        require_all_blocks(handle)
+        require_same_base(model, handle._injection.base_marks, saved)
+        if more := trained_since(model, handle._injection.base_marks):
+            warnings.warn(
+                f"{len(more)} tensors that train came into the model after STA, the first is {more[0]}, and an adapter holds none of them. "
+                "Keep them yourself.",
+                STAWarning,
+                stacklevel=4,
+            )
     if lora is None and has_other_vocabulary(getattr(model, "config", None)):
         warnings.warn(
             "the model has embeddings of other tokens than its base, and an adapter without LoRA holds none. Keep them as well: save the model "
@@ -98,7 +110,7 @@ def adapter_contents(
             STAWarning,
             stacklevel=4,
         )
-    return adapter_state(handle), describe_adapter(handle), lora_files(model, lora)
+    return adapter_state(handle), describe_adapter(handle, saved), lora_files(model, lora)
 
 
 def adapter_state(handle: STAHandle) -> dict[str, Tensor]:
@@ -151,17 +163,46 @@ def _weight(layer: nn.Module, name: str) -> Tensor | None:
     )
 
 
-def describe_adapter(handle: STAHandle) -> Description:
-    """The contents of `sta_config.json`."""
+def require_all_blocks(handle: STAHandle) -> None:
+    """Refuse an encoder of which blocks were added, replaced or left out since STA went in, so that no other has STA in the same places."""
+    injection, (depth, told) = handle._injection, _places(handle)
+    before = injection.depth or depth
+    lost = sorted(set(told) - set(handle.blocks))
+    if lost or depth != before or len(handle.blocks) != len(told):
+        which = (
+            f"blocks {lost} have none, as they were replaced or wrapped"
+            if lost
+            else f"it had {before} when STA went in"
+        )
+        raise CheckpointError(
+            f"STA is in {len(handle.blocks)} of the {depth} blocks that the vision encoder has now, and {which}; an adapter of it fits no base as it "
+            f"was. {KEEP_IT}"
+        )
+
+
+def _places(handle: STAHandle) -> tuple[int, Sequence[int]]:
+    """How many blocks the encoder has, and those in which STA belongs by its settings."""
+    depth = len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children()))
+    return depth, range(depth) if handle.config.layers == "all" else handle.config.layers
+
+
+def describe_adapter(handle: STAHandle, saved: Collection[str] = ()) -> Description:
+    """The contents of `sta_config.json`; `saved` are the names of the base's tensors that are saved with LoRA."""
     block = next(iter(handle.blocks.values()))
+    depth, told = _places(handle)
     encoder = {
         "width": block.to_out.out_features,
-        "depth": len(list(handle.encoder.get_submodule(handle._injection.spec.blocks).children())),
+        "depth": depth,
         "num_heads": block.num_heads,
         "head_dim": block.head_dim,
     }
-    model = inner_model(handle.model, handle.encoder)
-    return make_description(handle.backbone, encoder, handle.config, describe_base(model), rule_in_use(model))
+    model, config = inner_model(handle.model, handle.encoder), handle.config
+    if set(told) != set(handle.blocks):
+        config = dataclasses.replace(config, layers=tuple(sorted(handle.blocks)))
+    description = make_description(handle.backbone, encoder, config, describe_base(model), rule_in_use(model))
+    if any(changes(model, handle._injection.base_marks, saved)):
+        description["base_changed"] = True
+    return description
 
 
 def push_adapter(handle: STAHandle, repo_id: str, base_changed: bool = False, **options: object) -> Publication | None:

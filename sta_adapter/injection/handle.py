@@ -19,9 +19,9 @@ from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.config import STAConfig
 from sta_adapter.errors import ConfigError, InjectionError
 from sta_adapter.injection.backbone import active_modules
-from sta_adapter.injection.clip_source import remove_methods
 from sta_adapter.injection.contents import push_adapter, save_adapter
 from sta_adapter.injection.hooks import find_injections, remove_hooks
+from sta_adapter.injection.methods import remove_methods
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import Stream, check_streaming, entered
 from sta_adapter.injection.target import sta_modules

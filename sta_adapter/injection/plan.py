@@ -19,7 +19,7 @@ from sta_adapter.config import STAConfig
 from sta_adapter.distributed import execution_device, is_sharded
 from sta_adapter.errors import ConfigError, InjectionError, STAWarning
 from sta_adapter.injection.backbone import Backbone
-from sta_adapter.injection.clip_source import attach_clip_source, remove_methods
+from sta_adapter.injection.clip_source import attach_clip_source
 from sta_adapter.injection.data_parallel import attach_agreement
 from sta_adapter.injection.handle import STAHandle
 from sta_adapter.injection.hooks import (
@@ -32,11 +32,13 @@ from sta_adapter.injection.hooks import (
     find_injections,
     remove_hooks,
 )
+from sta_adapter.injection.methods import remove_methods
 from sta_adapter.injection.registry import locate
 from sta_adapter.injection.saved_sta import LoadStatePreHook
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.target import InjectionTarget, find_language_model, resolve_target
 from sta_adapter.injection.validate import validate_call, validate_target
+from sta_adapter.injection.whole_model import attach_saving
 
 WRAPPERS = {
     "DistributedDataParallel": "before wrapping the model in DistributedDataParallel",
@@ -115,7 +117,7 @@ class Plan:
 
     def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
-        target, injection = self.target, Injection(self.config, self.target.backbone)
+        target, injection = self.target, Injection(self.config, self.target.backbone, len(self.target.blocks))
         injection.watch(self.model, modules)
         try:
             for index, module in modules.items():
@@ -131,6 +133,7 @@ class Plan:
             target.encoder.register_forward_pre_hook(EncoderPreHook(injection), with_kwargs=True)
             target.encoder.register_forward_hook(EncoderPostHook(injection), always_call=True)
             add_load_hook(self.model, LoadStatePreHook(injection))
+            attach_saving(self.model, target.encoder, injection)
             if (source := target.backbone.clip_source) is not None:
                 attach_clip_source(self.model, target.encoder, source, injection)
             if (language_model := find_language_model(self.model, target.encoder)) is not None:

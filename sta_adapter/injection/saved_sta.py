@@ -176,7 +176,8 @@ def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None
         ours = STA_TENSOR.search(key)
         if not ours and not any(f".{part}." in key for part in published):
             continue
-        how = "handle.save_pretrained wrote it (load_sta, --adapter)" if ours else "`sta-adapter convert` makes it"
+        lies = "it lies beside them" if ours and (Path(name) / CONFIG).is_file() else "handle.save_pretrained wrote it"
+        how = f"{lies} (load_sta, --adapter)" if ours else "`sta-adapter convert` makes it"
         warnings.warn(
             f"the weights in {os.fspath(name)} hold STA ({key}, for one), and the model is loaded without it: give its adapter as {how}.",
             STAWarning,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.base_model import BaseMarks, is_as_marked, mark_base
+from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, mark_base
 from sta_adapter.adapter.lora_weights import checked_lora, require_whole_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
@@ -75,11 +75,12 @@ class ThreadState:
 class Injection:
     """What the hooks of one injection share: configuration, backbone and, per thread, the layout at work."""
 
-    def __init__(self, config: STAConfig, spec: Backbone) -> None:
+    def __init__(self, config: STAConfig, spec: Backbone, depth: int = 0) -> None:
         self.config = config
         self.spec = spec
         self.enabled = True
-        self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_model
+        self.depth = depth  # how many blocks the encoder had when STA went in; 0 where that isn't known
+        self.base_marks: BaseMarks = {}  # of the model that STA went into, see sta_adapter.adapter.base_marks
         self.calls: dict[KernelCall, None] = {}  # of the attention kernel, see STAHandle.explain
         self.told = Told()
         self.held_off = Held(False)  # by an open `disabled()`

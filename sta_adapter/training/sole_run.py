@@ -6,12 +6,15 @@ import contextlib
 import importlib.util
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from sta_adapter.errors import ConfigError
 
 LOCK_FILE = ".lock"  # there while a run is, and maybe after one that was killed
+_HERE: set[str] = set()  # folders with runs of this process, whose threads a file's lock doesn't keep apart
+_GUARD = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -21,10 +24,17 @@ def sole_run(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run is in it.
     """
-    descriptor = _locked(folder / LOCK_FILE)
+    place = os.path.realpath(folder)
+    with _GUARD:
+        if place in _HERE:
+            raise _at_work(folder, f"process {os.getpid()}, this one")
+        _HERE.add(place)
+    descriptor = None
     try:
+        descriptor = _locked(folder / LOCK_FILE)
         yield
     finally:
+        _HERE.discard(place)
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 (folder / LOCK_FILE).unlink()
@@ -53,10 +63,14 @@ def _locked(file: Path) -> int | None:
         except (BlockingIOError, PermissionError) as error:
             who = os.pread(descriptor, 200, 0).decode(errors="replace")
             os.close(descriptor)
-            raise ConfigError(
-                f"another run ({who}) is at work in {file.parent}, and two would go on from each other's checkpoints. Wait for it or end it, or "
-                "take another output folder."
-            ) from error
+            raise _at_work(file.parent, who) from error
         except OSError:  # the file system has no locks
             os.close(descriptor)
             return None
+
+
+def _at_work(folder: Path, who: str) -> ConfigError:
+    return ConfigError(
+        f"another run ({who}) is at work in {folder}, and two would go on from each other's checkpoints. Wait for it or end it, or "
+        "take another output folder."
+    )

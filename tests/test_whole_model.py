@@ -1,0 +1,313 @@
+"""A model with STA that is saved whole, by its own methods or transformers' Trainer, and a base that was changed after STA went in."""
+
+import contextlib
+import copy
+import inspect
+import json
+import pickle
+import shutil
+import warnings
+
+import accelerate
+import pytest
+import torch
+import transformers
+from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
+from hub_server import HubServer
+from peft import get_peft_model
+from safetensors.torch import load_file
+from test_lora_options import logits
+from torch import nn
+from torch.nn.utils import prune
+
+from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
+from sta_adapter.adapter.format import CONFIG, WEIGHTS
+from sta_adapter.errors import CheckpointError, STAWarning
+from sta_adapter.loading import load_model
+
+OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A base in a folder."""
+    base.folder = tmp_path_factory.mktemp("base")
+    seeded(make_qwen2_vl).save_pretrained(base.folder)
+
+
+def base():
+    return load_model(base.folder, device="cpu")
+
+
+def injected(config=OTHER):
+    """The base with STA that adds something, trained alone."""
+    handle = inject_sta(base(), config).freeze_base()
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return handle
+
+
+def trainer(model, out, data=None, collate=None, **options):
+    arguments = transformers.TrainingArguments(str(out), use_cpu=True, report_to="none", **options)
+    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=collate)
+
+
+SAVING = {
+    "model": lambda model, out: model.save_pretrained(out),
+    "state given": lambda model, out: model.save_pretrained(out, state_dict=model.state_dict()),
+    "in parts": lambda model, out: model.save_pretrained(out, max_shard_size="100KB"),
+    "trainer": lambda model, out: trainer(model, out.parent / "run").save_model(str(out)),
+    "copy": lambda model, out: copy.deepcopy(model).save_pretrained(out),
+    "unpickled": lambda model, out: pickle.loads(pickle.dumps(model)).save_pretrained(out),
+    "accelerate": lambda model, out: accelerate.Accelerator().unwrap_model(model).save_pretrained(out),
+}
+
+
+@pytest.mark.parametrize("save", SAVING.values(), ids=SAVING)
+def test_a_model_that_is_saved_whole_has_its_adapter_beside(save, tmp_path):
+    handle = injected()
+    save(handle.model, tmp_path / "whole")
+    with pytest.warns(STAWarning, match=r"loaded without it: give its adapter as it lies beside them \(load_sta"):
+        model = load_model(tmp_path / "whole", device="cpu")
+    loaded = load_sta(model, tmp_path / "whole")
+    assert loaded.config == handle.config
+    assert torch.equal(logits(loaded.model), logits(handle.model.eval()))
+    assert torch.equal(
+        logits(load_sta(base(), tmp_path / "whole").model), logits(handle.model)
+    )  # the base is as it was
+
+
+def test_the_method_goes_with_sta(tmp_path):
+    handle = injected()
+    assert "save_directory" in inspect.signature(handle.model.save_pretrained).parameters
+    handle.remove().save_pretrained(tmp_path)
+    assert not (tmp_path / CONFIG).exists()
+    assert not any("save_pretrained" in vars(module) for module in handle.model.modules())
+
+
+def test_other_processes_write_nothing(tmp_path):
+    injected().model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / CONFIG).exists()
+
+
+def test_a_state_without_sta_is_told_of(tmp_path):
+    model = injected().model
+    state = {key: value for key, value in model.state_dict().items() if ".blocks.2.sta." not in key}
+    with pytest.warns(
+        STAWarning, match=r"has the model's weights, .* and no adapter.*the state .* lacks STA of blocks\.2"
+    ):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not (tmp_path / CONFIG).exists()
+
+
+def test_an_adapter_that_can_not_be_is_told_of_once_the_model_is_saved(tmp_path):
+    handle = injected()
+    prune.l1_unstructured(handle.blocks[0].to_out, "weight", 0.5)
+    with pytest.warns(
+        STAWarning, match=r"no adapter, without which STA can't be loaded: STA can't be saved: the weight"
+    ):
+        handle.model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_base_that_was_trained_along(tmp_path):
+    """All of it is saved, so that its adapter is for it; and not for the base as it was."""
+    handle = injected()
+    nn.init.normal_(handle.model.lm_head.weight)
+    handle.model.save_pretrained(tmp_path)
+    with pytest.warns(STAWarning, match="loaded without it"):
+        loaded = load_sta(load_model(tmp_path, device="cpu"), tmp_path)
+    assert torch.equal(logits(loaded.model), logits(handle.model.eval()))
+    with pytest.raises(
+        CheckpointError, match=r"was saved of .* after that was changed in memory .* this is the base as it was"
+    ):
+        load_sta(base(), tmp_path)
+    load_sta(base(), tmp_path, base_model="any")
+
+
+def test_lora_that_was_merged_is_in_the_base_that_is_saved(tmp_path):
+    handle = injected()
+    model = get_peft_model(handle.model, handle.lora_config())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    with pytest.warns(STAWarning, match="loaded without it"):
+        loaded = load_sta(load_model(tmp_path, device="cpu"), tmp_path)
+    assert torch.equal(logits(loaded.model), logits(merged.eval()))
+    with pytest.raises(CheckpointError, match="LoRA merged into it"):
+        load_sta(base(), tmp_path)
+
+
+def test_a_base_that_was_changed_is_told_by_handles_too(tmp_path):
+    handle = injected()
+    nn.init.normal_(handle.model.lm_head.weight)
+    handle.save_pretrained(tmp_path, base_changed=True)
+    with pytest.raises(CheckpointError, match="after that was changed in memory"):
+        load_sta(base(), tmp_path)
+    other = injected()
+    other.save_pretrained(tmp_path, base_changed=True)  # which is not true
+    assert "base_changed" not in json.loads((tmp_path / CONFIG).read_text())
+
+
+@contextlib.contextmanager
+def served(monkeypatch, cache):
+    """A Hub of its own, also for transformers, which keeps a client of the one before."""
+    with HubServer() as hub:
+        hub.use(monkeypatch, cache)
+        if hasattr(transformers.utils.hub, "_hf_api"):
+            monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        yield hub
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+def test_a_model_that_is_pushed_has_its_adapter_beside(how, tmp_path, monkeypatch):
+    handle = injected()
+    with served(monkeypatch, tmp_path / "cache") as hub:
+        if how == "push_to_hub":
+            handle.model.push_to_hub("user/whole")
+        else:
+            handle.model.save_pretrained(tmp_path / "whole", push_to_hub=True, repo_id="user/whole", private=True)
+            assert (tmp_path / "whole" / CONFIG).exists()
+        assert {CONFIG, WEIGHTS, "model.safetensors", "config.json"} <= set(hub.files("user/whole"))
+        with pytest.warns(STAWarning, match="loaded without it"):
+            model = load_model("user/whole", device="cpu")
+        assert model.config._name_or_path == "user/whole"
+        description = json.loads((tmp_path / "whole" / CONFIG).read_text()) if how == "save_pretrained" else None
+        loaded = load_sta(model, "user/whole")
+        assert torch.equal(logits(loaded.model), logits(handle.model.eval()))
+    assert description is None or description["base_model"]["id"] != "user/whole"
+
+
+def test_the_adapter_of_a_model_is_for_it_under_its_own_name_on_the_hub(tmp_path, monkeypatch):
+    """Its base was another repository's, from which it was trained."""
+    handle = injected()
+    handle.model.config._name_or_path = "user/original"
+    with served(monkeypatch, tmp_path / "cache"):
+        handle.model.push_to_hub("user/whole")
+        with pytest.warns(STAWarning, match="loaded without it"):
+            model = load_model("user/whole", device="cpu")
+        load_sta(model, "user/whole").remove()
+        model.config._name_or_path = "user/third"
+        with pytest.raises(CheckpointError, match="is for another base model"):
+            load_sta(model, "user/whole")
+
+
+def test_sta_that_was_saved_without_its_settings_is_told_of(tmp_path):
+    handle = injected()
+    accelerate.Accelerator().save_model(handle.model, tmp_path)
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no sta_config.*model\.safetensors holds STA among a model's weights .* inject_sta\(model, ",
+    ):
+        load_sta(base(), tmp_path)
+    other = inject_sta(base(), OTHER)
+    missing = other.model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not missing.unexpected_keys
+    assert torch.equal(logits(other.model), logits(handle.model.eval()))
+
+
+def test_the_best_checkpoint_comes_back_with_its_sta(tmp_path):
+    """As transformers' trainer loads it at the end, and each of its checkpoints is an adapter without any callback."""
+    torch.manual_seed(0)
+    handle = injected(STAConfig())
+
+    def collate(_):
+        return {**qwen2_vl_prompt(3), "labels": qwen2_vl_prompt(3)["input_ids"]}
+
+    made = trainer(
+        handle.model, tmp_path, [{"index": 0}], collate, max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, remove_unused_columns=False,
+    )  # fmt: skip
+    made.train()
+    best = load_sta(base(), made.state.best_model_checkpoint)
+    assert all(map(torch.equal, best.parameters(), handle.parameters()))
+
+
+def shorter(blocks):
+    del blocks[-1]
+
+
+def longer(blocks):
+    blocks.append(base().model.visual.blocks[0])
+
+
+def replaced(blocks):
+    blocks[0] = base().model.visual.blocks[0]
+
+
+def narrower(blocks):
+    mlp = blocks[0].mlp
+    mlp.fc1, mlp.fc2 = nn.Linear(mlp.fc1.in_features, 8), nn.Linear(8, mlp.fc2.out_features)
+
+
+def masked(blocks):
+    prune.l1_unstructured(blocks[0].mlp.fc1, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (shorter, r"STA is in \d of the \d blocks .* and it had \d when STA went in"),
+        (longer, r"and blocks \[\d\] have none"),
+        (replaced, r"and blocks \[0\] have none, as they were replaced or wrapped"),
+        (narrower, r"of the base model's tensors are no longer there, or have another shape, .* \S+blocks\.0\.mlp\.fc"),
+        (masked, r"^1 of the base model's tensors are no longer there, .* \S+blocks\.0\.mlp\.fc1\.weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("layers", ["all", [0, 1]], ids=["all", "some"])
+def test_parts_that_were_changed_since_sta_went_in(change, layers, told, tmp_path):
+    """What was saved fitted neither the base nor the changed model, or computed something else."""
+    handle = injected(STAConfig(layers=layers))
+    if change is longer and layers != "all":
+        told = "and it had"
+    change(handle.model.model.visual.blocks)
+    with pytest.raises(CheckpointError, match=told):
+        handle.save_pretrained(tmp_path / "a")
+    handle.save_pretrained(tmp_path / "a", base_changed=True)
+    if change is masked:  # of which a plain copy has other names
+        return
+    plain = copy.deepcopy(handle.model)
+    loaded = load_sta(get_sta(plain).remove(), tmp_path / "a", base_model="any")
+    assert torch.equal(logits(loaded.model), logits(handle.model))
+
+
+def test_parts_of_the_language_model_that_were_left_out(tmp_path):
+    handle = injected()
+    del handle.model.model.language_model.layers[-1]
+    with pytest.raises(CheckpointError, match=r"are no longer there, .* \S+language_model\.layers\.\d\."):
+        handle.save_pretrained(tmp_path)
+
+
+def test_a_base_that_is_as_it_was_under_other_names(tmp_path):
+    """Fewer rows of embeddings, whose last ones no token has; a tower whose model is asked."""
+    handle = injected()
+    handle.model.resize_token_embeddings(handle.model.config.get_text_config().vocab_size - 2)
+    with pytest.warns(STAWarning, match="has embeddings of other tokens than its base"):
+        handle.save_pretrained(tmp_path / "fewer")
+    model = base()
+    inject_sta(model.model.visual)
+    get_sta(model).save_pretrained(tmp_path / "tower")
+    with torch.no_grad():
+        model.model.visual.blocks[0].mlp.fc1.weight += 1
+    with pytest.raises(
+        CheckpointError,
+        match=r"^1 of the base model's tensors are other .* first is model\.visual\.blocks\.0\.mlp\.fc1\.weight",
+    ):
+        get_sta(model).save_pretrained(tmp_path / "tower")
+
+
+def test_what_came_in_since_and_trains_is_told_of(tmp_path):
+    handle = injected()
+    handle.model.model.extra = nn.Linear(4, 4)
+    with pytest.warns(
+        STAWarning, match=r"^2 tensors that train came into the model after STA, the first is model\.extra\.weight"
+    ):
+        handle.save_pretrained(tmp_path)
+    handle.model.model.extra.requires_grad_(False)
+    shutil.rmtree(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        handle.save_pretrained(tmp_path)
