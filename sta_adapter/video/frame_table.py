@@ -172,7 +172,8 @@ def decoder_of(stream: "VideoStream") -> "VideoCodecContext":
     return found
 
 
-def _checked_path(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a file; any other is an error."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path is {path!r}; expected a str or a pathlib.Path that names a video file.")
     path = Path(path)
@@ -195,7 +196,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     """List the frames of a video file without decoding them (but for the first, which tells size and rotation)."""
-    path = _checked_path(path)
+    path = checked_path(path)
     av = import_av()
     try:
         with open_video(path, probing(path)) as container:
