@@ -80,14 +80,15 @@ def test_watch_in_words():
 
 
 def test_visualize(replaced, tmp_path):
-    viewer, numbers = object(), {"frames": 2}
+    viewer, numbers, clip = object(), {"frames": 2}, tmp_path / "clip.mp4"
+    clip.touch()
     loads = replaced("sta_adapter.visualization.viewer.Viewer.load", viewer)
     looks = replaced("sta_adapter.cli.visualize.write_look", numbers)
     found = replaced("sta_adapter.cli.visualize.find_adapter", tmp_path)
     replaced("sta_adapter.cli.visualize.describe", "in words")
     line = [
         "visualize",
-        "clip.mp4",
+        clip,
         "--out",
         tmp_path / "out",
         *MODEL,
@@ -102,7 +103,7 @@ def test_visualize(replaced, tmp_path):
     assert found[0][0] == ("org/adapter", None, True)
     assert loads[0][0] == ("org/base", tmp_path)
     assert LOADED.items() <= loads[0][1].items()
-    assert looks[0][0][:4] == (viewer, "clip.mp4", tmp_path / "out", None)
+    assert looks[0][0][:4] == (viewer, str(clip), tmp_path / "out", None)
 
 
 def test_convert(replaced):

@@ -167,7 +167,7 @@
     }
     context.font = "12px system-ui, sans-serif";
     context.fillStyle = colours.text;
-    const words = [["left", 0, "1/" + data.scale + " of uniform or less"], ["center", width / 2, "uniform"], ["right", width, data.scale + "× or more"]];
+    const words = [["left", 0, "1/" + data.scale + "× or less"], ["center", width / 2, "uniform"], ["right", width, data.scale + "× or more"]];
     for (const [align, place, word] of words) {
       context.textAlign = align;
       context.fillText(word, place, 29);

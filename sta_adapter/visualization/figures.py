@@ -58,8 +58,8 @@ def quantities(seen: Observation, block: int) -> list[Quantity]:
     crossing = seen.relative_crossing[row]
     return [
         Quantity("crossing", "attention to other\nframes (1: uniform)", crossing, 0.04, relative=True),
-        Quantity("branch", "STA's part against\nthe residual (%)", 100 * seen.branch[row], 0.1),
-        Quantity("change", "encoder's output, STA on\nagainst off (%)", 100 * seen.change, 0.1),
+        Quantity("branch", "STA's update relative to\nthe residual (%)", 100 * seen.branch[row], 0.1),
+        Quantity("change", "encoder's output, STA on\nrelative to off (%)", 100 * seen.change, 0.1),
     ]
 
 
@@ -120,7 +120,7 @@ def draw_branch(seen: Observation, theme: Theme = LIGHT) -> Figure:
     bars = np.stack([middle - low, high - middle])
     axes.errorbar(seen.blocks, middle, yerr=bars, fmt="o", color=theme.line, ecolor=theme.faint, capsize=3, zorder=3)
     axes.set_xlabel("block of the encoder", color=theme.text)
-    axes.set_ylabel("length of STA's part\n(% of the residual's)", color=theme.text)
+    axes.set_ylabel("norm of STA's update\n(% of the residual's)", color=theme.text)
     axes.set_ylim(0, max(1.15 * float(high.max()), 0.1))
     axes.set_xlim(min(seen.blocks) - 0.6, max(seen.blocks) + 0.6)
     axes.locator_params(axis="x", integer=True)
