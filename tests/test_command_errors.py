@@ -258,7 +258,7 @@ def test_no_empty_folder_stays_of_a_command_that_failed(run, tmp_path, command):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no-such-model", "there is no such folder, and the Hub repository of that id can't be had: HF_HUB_OFFLINE=1 is set"),
+        ("no-such-model", "there is no such folder, and the Hub repository of that id isn't available: HF_HUB_OFFLINE=1 is set"),
         ("a/b/c", "it is no repository id on the Hub"),
     ],
     ids=["id", "path"],

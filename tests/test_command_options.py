@@ -132,7 +132,9 @@ def test_export(replaced, lora, beside):
     assert said == f"wrote out{beside}: sta-adapter serve --model BASE --adapter out\n"
     assert calls == [(("org/adapter", "out"), {"revision": "a1", "overwrite": False})]
     for words in (["--revision", "v1"], ["--dtype", "bf16"]):
-        with pytest.raises(ConfigError, match=f"^{words[0]} is of the base, and has no effect without --merge-lora"):
+        with pytest.raises(
+            ConfigError, match=f"^{words[0]} applies to the base, and has no effect without --merge-lora"
+        ):
             run("export", "org/adapter", "out", *words)
     merges = replaced("sta_adapter.integrations.vllm.export.export_merged")
     run(

@@ -223,7 +223,7 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     ("words", "error", "reason"),
     [
         (["eval_steps=5"], ConfigError, "eval_steps is 5, but there is nothing to evaluate"),
-        (["shuffle_buffer=5"], ConfigError, "shuffle_buffer is of tar shards"),
+        (["shuffle_buffer=5"], ConfigError, "shuffle_buffer applies to tar shards"),
         (["sta_config.single_frames=false"], DataError, "nothing of it would be trained"),
     ],
 )

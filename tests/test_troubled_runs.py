@@ -333,7 +333,7 @@ def test_two_runs_are_not_at_work_in_one_folder(tmp_path, run):
     """They deleted each other's checkpoints, and went on from each other's."""
     other = locking(tmp_path, "hold")
     assert [other.stdout.readline() for _ in range(2)] == ["free\n", "written\n"]
-    with pytest.raises(ConfigError, match=r"another run \(process 1 on node7\) is at work in .*take another output"):
+    with pytest.raises(ConfigError, match=r"another run \(process 1 on node7\) is using .*take another output"):
         run(tmp_path)
     assert not (tmp_path / "run.json").exists()
     other.communicate()

@@ -93,7 +93,7 @@ def check_base(
     override = f"pass base_model={ANY!r} (--any-base of train, evaluate, visualize, app, watch, serve and export)."
     if differences:
         raise CheckpointError(
-            f"the adapter in {folder} is for another language model: {differences}. {both} If it fits all the same, {override}"
+            f"the adapter in {folder} is for another language model: {differences}. {both} If it fits anyway, {override}"
         )
     ids = {name.lower() for name in (saved["id"], here["id"]) if name is not None and is_hub_id(name)}
     if len(ids) > 1 and description.get("converted") is not True:
@@ -185,8 +185,8 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
     ]
     if changed:
         raise CheckpointError(
-            f"{len(changed)} of the base model's tensors are other than when STA went in, the first is {changed[0]}: they were "
-            "trained, or LoRA was merged into them, and an adapter holds neither, so that on the base model it would compute something else. "
+            f"{len(changed)} of the base model's tensors have changed since STA was injected, the first is {changed[0]}: they were "
+            "trained, or LoRA was merged into them, and an adapter stores neither, so it would give other outputs on the base model. "
             "Freeze the base (handle.freeze_base(), or LoRA with handle.lora_config(modules_to_save=[...])) and save before merging. To "
             "save it for the changed model, which you keep yourself (model.save_pretrained), pass base_changed=True."
         )
@@ -203,8 +203,8 @@ def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[st
     trained = [name for name, tensor in _unsaved(model, marks, saved) if tensor.requires_grad]
     if trained:
         raise ConfigError(
-            f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter holds none of "
-            "them, so that it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
+            f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter stores none of "
+            "them, so it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
             "handle.lora_config(modules_to_save=[...]))."
         )
 

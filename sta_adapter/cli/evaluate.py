@@ -148,9 +148,7 @@ def command(
     if options["overwrite"] and not out:
         raise ConfigError("--overwrite: there is no --out.")
     if options["stop_at_letter"] and not options["benchmark"]:
-        raise ConfigError(
-            "--stop-at-letter is for answers that are written, as with --benchmark; options are scored here."
-        )
+        raise ConfigError("--stop-at-letter needs --benchmark, where answers are written; here options are scored.")
     shared = _joined(options)
     if options["engine"] == "vllm":
         require_packages("--engine vllm", {"vllm": ("vllm",)})
@@ -233,7 +231,7 @@ def _require_results_free(folder: Path, about: About, planned: list[str], option
     if differ:
         raise ConfigError(
             f"{file} holds results of another evaluation, which would be lost (it differs in {'; '.join(differ)}). Take "
-            "another folder, or throw them away with --overwrite."
+            "another folder, or discard them with --overwrite."
         )
 
 
@@ -250,7 +248,7 @@ def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     if options["benchmark"]:
         given = "--format" if options["format"] else "--videos" if options["videos"] else ""
         if given:
-            raise ConfigError(f"{given} and --benchmark exclude each other; a benchmark's layout is its own.")
+            raise ConfigError(f"{given} and --benchmark exclude each other; the layout of a benchmark is fixed.")
         found = load_benchmark(options["benchmark"], options["data"])
         samples, notes = found.samples, found.notes
     else:

@@ -49,7 +49,7 @@ def command(
     given = {"--revision": revision is not None, "--dtype": dtype != "auto", "--any-base": any_base}
     idle = [name for name, is_given in given.items() if is_given]
     if idle:
-        raise ConfigError(f"{idle[0]} is of the base, and has no effect without --merge-lora.")
+        raise ConfigError(f"{idle[0]} applies to the base, and has no effect without --merge-lora.")
     has_lora = export_adapter(adapter, out, revision=adapter_revision, overwrite=overwrite)
     beside = ", with LoRA weights beside STA" if has_lora else ""
     click.echo(f"wrote {out}{beside}: sta-adapter serve --model BASE --adapter {out}")

@@ -26,8 +26,8 @@ class _Serve(Grouped):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            error.message += " Options of vLLM follow --, at the end: ... -- --port 8000."
-            raise
+            said = f"{error.message} Options of vLLM follow --, at the end: ... -- --port 8000."
+            raise click.NoSuchOption(error.option_name, said, error.possibilities, error.ctx) from None
 
 
 @click.command(cls=_Serve, help=HELP)

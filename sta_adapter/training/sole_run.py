@@ -54,7 +54,7 @@ def _locked(file: Path) -> int | None:
             who = os.pread(descriptor, 200, 0).decode(errors="replace")
             os.close(descriptor)
             raise ConfigError(
-                f"another run ({who}) is at work in {file.parent}, and two would go on from each other's checkpoints. Wait for it or end it, or "
+                f"another run ({who}) is using {file.parent}, and two would resume from each other's checkpoints. Wait for it or end it, or "
                 "take another output folder."
             ) from error
         except OSError:  # the file system has no locks
