@@ -486,7 +486,7 @@ def test_one_of_two_adapters(tmp_path):
     with pytest.warns(UserWarning, match="of 2 PEFT adapters in this model 'default' is saved.*not saved: second"):
         get_sta(model).save_pretrained(tmp_path)
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(CheckpointError, match="2 of PEFT's adapters are at work"):
+    with pytest.raises(CheckpointError, match="2 of PEFT's adapters are active"):
         get_sta(model).save_pretrained(tmp_path)
 
 

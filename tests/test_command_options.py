@@ -81,7 +81,7 @@ def test_watch_in_words():
 
 def test_visualize(replaced, tmp_path):
     viewer, numbers, clip = object(), {"frames": 2}, tmp_path / "clip.mp4"
-    clip.touch()
+    clip.write_bytes(b"a video")
     loads = replaced("sta_adapter.visualization.viewer.Viewer.load", viewer)
     looks = replaced("sta_adapter.cli.visualize.write_look", numbers)
     found = replaced("sta_adapter.cli.visualize.find_adapter", tmp_path)

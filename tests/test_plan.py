@@ -260,7 +260,7 @@ def test_shards_are_planned_with_the_steps_that_train_needs(tmp_path):
         "--set",
         "num_workers=0",
     ]
-    with pytest.raises(ConfigError, match="say how many steps to train"):
+    with pytest.raises(ConfigError, match="set the number of steps"):
         CliRunner().invoke(cli, words, catch_exceptions=False)
     done = CliRunner().invoke(
         cli, [*words, "--set", "max_steps=3", "--set", "shuffle_buffer=5", "--json"], catch_exceptions=False

@@ -57,7 +57,7 @@ def check(settings, *, evaluated=False, eval_fn=None, **made_with):
 @pytest.mark.parametrize(
     ("settings", "more", "message"),
     [
-        ({}, {"evaluated": True, "eval_fn": dict}, "eval_data has no effect beside eval_fn"),
+        ({}, {"evaluated": True, "eval_fn": dict}, "eval_data has no effect together with eval_fn"),
         ({"early_stopping": 2}, {}, "early_stopping counts evaluations, and there are none"),
         ({"stage2": {"early_stopping": 2}}, {}, "early_stopping counts evaluations, and there are none"),
         ({"early_stopping": 2, "keep_best": False}, {"evaluated": True}, "no effect with keep_best: false"),

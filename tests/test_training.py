@@ -340,7 +340,7 @@ def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, n
         ({"eval_steps": 2}, {}, "eval_steps is 2, but there is nothing to evaluate"),
         ({"stage1": {"eval_steps": 2}}, {}, "eval_steps is 2, but there is nothing to evaluate"),
         ({"eval_steps": 2}, {"eval_fn": len}, "save_steps 3 has no effect while the best evaluation is kept"),
-        ({}, {"eval_fn": len, "eval_data": "same"}, "eval_data has no effect beside eval_fn"),
+        ({}, {"eval_fn": len, "eval_data": "same"}, "eval_data has no effect together with eval_fn"),
         ({"shuffle_buffer": 8}, {}, "shuffle_buffer applies to tar shards and has no effect"),
         (
             {"max_length": 9},
