@@ -215,8 +215,8 @@ def require_averages(
     ignored = {id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore}
     if alone := sum(id(p) not in ignored and not _is_held(p) for p in training):
         raise InjectionError(
-            f"{alone} of STA's {len(training)} parameters that train came to do so after DistributedDataParallel had wrapped the model. It "
-            "would average no gradients of theirs, so that each process trains weights of its own: wrap the model again."
+            f"{alone} of STA's {len(training)} parameters that train were unfrozen after DistributedDataParallel had wrapped the model. It "
+            "would not average their gradients, and the processes' weights would diverge: wrap the model again."
         )
     return found
 

@@ -72,7 +72,7 @@ def empty_model(
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        CheckpointError: the configuration can't be had, or names a model that this transformers does not know.
+        CheckpointError: the configuration isn't available, or names a model that this transformers does not know.
     """
     import transformers
 

@@ -68,7 +68,7 @@ def load_model(
             knows; None for its default.
 
     Raises:
-        CheckpointError: it can't be had, or this transformers knows no class for it.
+        CheckpointError: it isn't available, or this transformers knows no class for it.
         ConfigError: an argument is none of those named, or has no effect on this model, or the device isn't here.
         MissingExtraError: quantized weights were asked for, and bitsandbytes is not installed.
 
@@ -154,7 +154,7 @@ def load_processor(
     """Load a model's processor.
 
     Raises:
-        CheckpointError: it can't be had, or has no tokenizer or chat template.
+        CheckpointError: it isn't available, or has no tokenizer or chat template.
         MissingExtraError: it needs packages that are not installed.
     """
     from transformers import AutoProcessor

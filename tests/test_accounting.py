@@ -374,7 +374,7 @@ def test_lora_that_was_merged_and_taken_out_again_is_saved(dtype, tmp_path):
         assert tensors(tmp_path / "after" / name) == tensors(tmp_path / "before" / name)
     layer = next(module for name, module in model.named_modules() if name.endswith("q_proj")).base_layer
     layer.weight.data[0, 0] += 0.5
-    with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
+    with pytest.raises(CheckpointError, match="1 of the base model's tensors have changed since STA was injected"):
         handle.save_pretrained(tmp_path / "after")
 
 
@@ -385,7 +385,7 @@ def test_lora_that_was_merged_for_good_is_not_lost_silently(of, tmp_path):
     merged = model.merge_and_unload()
     handle = handle if of == "handle" else get_sta(merged)
     with pytest.raises(
-        CheckpointError, match=r"of the base model's tensors are other than when STA went in.*LoRA was merged"
+        CheckpointError, match=r"of the base model's tensors have changed since STA was injected.*LoRA was merged"
     ):
         handle.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -408,7 +408,7 @@ def test_other_weights_that_were_trained(tmp_path):
     outputs.logits.square().mean().backward()
     optimizer.step()
     with pytest.raises(
-        CheckpointError, match=r"^\d+ of the base model's tensors are other than when STA went in, the first is"
+        CheckpointError, match=r"^\d+ of the base model's tensors have changed since STA was injected, the first is"
     ):
         handle.save_pretrained(tmp_path)
 
@@ -486,7 +486,7 @@ def test_one_of_two_adapters(tmp_path):
     with pytest.warns(UserWarning, match="of 2 PEFT adapters in this model 'default' is saved.*not saved: second"):
         get_sta(model).save_pretrained(tmp_path)
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(CheckpointError, match="2 of PEFT's adapters are at work"):
+    with pytest.raises(CheckpointError, match="2 of PEFT's adapters are active"):
         get_sta(model).save_pretrained(tmp_path)
 
 
@@ -678,7 +678,7 @@ def test_the_handle_of_a_wrapped_model_saves_what_its_own_does(wrap, tmp_path):
         assert read(tmp_path / "wrapped" / name) == read(tmp_path / "plain" / name)
     with torch.no_grad():
         next(p for name, p in wrapped.named_parameters() if "lm_head" in name).add_(1)
-    with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
+    with pytest.raises(CheckpointError, match="1 of the base model's tensors have changed since STA was injected"):
         get_sta(wrapped).save_pretrained(tmp_path / "wrapped")
 
 
@@ -723,7 +723,7 @@ def test_a_model_with_activation_checkpointing_around_its_parts(part, tmp_path):
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     with torch.no_grad():
         handle.encoder.blocks[0].mlp.fc1.weight.add_(1)
-    with pytest.raises(CheckpointError, match="1 of the base model's tensors are other than when STA went in"):
+    with pytest.raises(CheckpointError, match="1 of the base model's tensors have changed since STA was injected"):
         handle.save_pretrained(tmp_path)
 
 
@@ -880,7 +880,7 @@ def test_lora_around_lora_is_not_saved(tmp_path):
     handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal"))
     inner = get_peft_model(handle.model, handle.lora_config(r=2))
     outer = get_peft_model(inner, LoraConfig(target_modules=["q_proj"]), adapter_name="outer")
-    with pytest.raises(CheckpointError, match="has LoRA already, and nothing finds the weights' names again"):
+    with pytest.raises(CheckpointError, match="has LoRA already, and its weights could not be loaded again"):
         get_sta(outer).save_pretrained(tmp_path)
 
 

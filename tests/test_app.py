@@ -127,7 +127,7 @@ def test_lora_is_off_for_the_base_as_well(clip):
 
 def test_a_clip_that_is_too_long(viewer, tmp_path):
     path = write_clip(tmp_path / "long.mp4", render("left", 1), 0.25)
-    with pytest.raises(VideoError, match=r"long\.mp4 is 32 s long, and at most 20 s are taken"):
+    with pytest.raises(VideoError, match=r"long\.mp4 is 32 s long, and at most 20 s are allowed"):
         viewer.read(path)
     as_long_as_allowed = Viewer(viewer.handle, viewer.processor, viewer.settings, longest=32)
     assert as_long_as_allowed.read(path).frames.any()
@@ -139,7 +139,7 @@ def test_a_clip_that_is_too_long(viewer, tmp_path):
         (b"this is <b>text</b>", "What?", "text.mp4 can&#x27;t be read as a video"),
         (None, "What?", "no video yet"),
         (b"", "", "no question yet"),
-        (b"", "a" * 2001, "has 2,001 characters; at most 2,000 are taken"),
+        (b"", "a" * 2001, "has 2,001 characters; at most 2,000 are allowed"),
     ],
     ids=["text", "no-video", "no-question", "long-question"],
 )
@@ -154,7 +154,7 @@ def test_errors_are_told_in_the_page(ask, tmp_path, content, question, message):
 
 
 def test_an_answer_that_takes_too_long_is_given_up_and_the_next_is_not(viewer, clip):
-    assert "took longer than 0 s and was given up" in asking(viewer, time_limit=0.0)(str(clip), "What?")[2]
+    assert "took longer than 0 s and was stopped" in asking(viewer, time_limit=0.0)(str(clip), "What?")[2]
     assert asking(viewer)(str(clip), "What?")[:2] == viewer.answers(viewer.read(clip, "What?"))
     assert not viewer.handle.model.get_input_embeddings()._forward_pre_hooks
 
@@ -214,7 +214,7 @@ def test_who_leaves_stops_the_model(viewer, clip):
 
 def test_frames_and_tokens_are_chosen_for_one_question(viewer, ask, clip):
     text = ask(str(clip), "What happens?", 4, None)[2]
-    assert "if all 4 frames got the same" in html.unescape(text)
+    assert "if all 4 get the same" in html.unescape(text)
     assert viewer.read(clip, "What?").inputs["video_grid_thw"].tolist() == [[8, 4, 4]]
     few = viewer.read(clip, "What?", {"nframes": 2, "min_tokens": 1, "max_tokens": 1})
     assert few.inputs["video_grid_thw"].tolist() == [[2, 2, 2]]

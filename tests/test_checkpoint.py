@@ -152,7 +152,7 @@ def test_a_cut_off_saving_that_cant_be_finished(adapter, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(adapter_format, "finish_write", read_only)
-    refused(adapter, "was cut off, and can't be finished: .*Permission denied. Make the folder writable")
+    refused(adapter, "was interrupted and can't be completed: .*Permission denied. Make the folder writable")
 
 
 @pytest.mark.parametrize(

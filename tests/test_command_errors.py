@@ -202,6 +202,22 @@ def test_commands_look_at_the_device_first(run, command, data, tmp_path):
     assert "device is 'gpu', expected" in only_message(run(command, "--device", "gpu", *rest[command]))
 
 
+@pytest.mark.parametrize("command", ["visualize", "watch"])
+def test_commands_look_for_the_video_before_they_load_a_model(run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rest = {"visualize": ["--out", tmp_path / "x"], "watch": ["--adapter", "no/where"]}
+    said = only_message(run(command, tmp_path / "none.mp4", "--model", "no/where", *rest[command]))
+    assert "none.mp4" in said
+    assert "no/where" not in said
+
+
+def test_an_option_of_vllm_is_told_where_it_goes(run):
+    code, said = run("serve", "--model", "a/b", "--adapter", "c/d", "--port", "8000")
+    assert code == 2
+    assert "No such option" in said
+    assert "Options of vLLM follow --, at the end: ... -- --port 8000." in said
+
+
 # ---- reporters
 
 
@@ -287,7 +303,7 @@ def test_no_empty_folder_stays_of_a_command_that_failed(run, tmp_path, command):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no-such-model", "there is no such folder, and the Hub repository of that id can't be had: HF_HUB_OFFLINE=1 is set"),
+        ("no-such-model", "there is no such folder, and the Hub repository of that id isn't available: HF_HUB_OFFLINE=1 is set"),
         ("a/b/c", "it is no repository id on the Hub"),
     ],
     ids=["id", "path"],

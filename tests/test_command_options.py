@@ -80,14 +80,15 @@ def test_watch_in_words():
 
 
 def test_visualize(replaced, tmp_path):
-    viewer, numbers = object(), {"frames": 2}
+    viewer, numbers, clip = object(), {"frames": 2}, tmp_path / "clip.mp4"
+    clip.write_bytes(b"a video")
     loads = replaced("sta_adapter.visualization.viewer.Viewer.load", viewer)
     looks = replaced("sta_adapter.cli.visualize.write_look", numbers)
     found = replaced("sta_adapter.cli.visualize.find_adapter", tmp_path)
     replaced("sta_adapter.cli.visualize.describe", "in words")
     line = [
         "visualize",
-        "clip.mp4",
+        clip,
         "--out",
         tmp_path / "out",
         *MODEL,
@@ -102,7 +103,7 @@ def test_visualize(replaced, tmp_path):
     assert found[0][0] == ("org/adapter", None, True)
     assert loads[0][0] == ("org/base", tmp_path)
     assert LOADED.items() <= loads[0][1].items()
-    assert looks[0][0][:4] == (viewer, "clip.mp4", tmp_path / "out", None)
+    assert looks[0][0][:4] == (viewer, str(clip), tmp_path / "out", None)
 
 
 def test_convert(replaced):
@@ -131,7 +132,9 @@ def test_export(replaced, lora, beside):
     assert said == f"wrote out{beside}: sta-adapter serve --model BASE --adapter out\n"
     assert calls == [(("org/adapter", "out"), {"revision": "a1", "overwrite": False})]
     for words in (["--revision", "v1"], ["--dtype", "bf16"]):
-        with pytest.raises(ConfigError, match=f"^{words[0]} is of the base, and has no effect without --merge-lora"):
+        with pytest.raises(
+            ConfigError, match=f"^{words[0]} applies to the base, and has no effect without --merge-lora"
+        ):
             run("export", "org/adapter", "out", *words)
     merges = replaced("sta_adapter.integrations.vllm.export.export_merged")
     run(

@@ -159,7 +159,7 @@ def test_ssv2_t10_asks_ten_classes(tmp_path):
     assert found.samples[0].answer == "The action happening in this video is: Picking [something] up"
     assert [part["type"] for part in found.samples[0].prompt[0]["content"]] == ["text", "video", "text"]
     assert found.notes == [
-        "The official validation clips of the ten classes; the published split can't be had again.",
+        "The official validation clips of the ten classes; the published split can't be drawn again.",
     ]
 
 

@@ -234,7 +234,7 @@ def told(browser):
     buttons = browser.find_elements(By.CSS_SELECTOR, "#sta-strip button")
     labels = [button.get_attribute("aria-label") for button in buttons]
     looking = [button.get_attribute("aria-pressed") for button in buttons].index("true")
-    return [float(re.search(r": ([\d.]+)\u00d7 even", label)[1]) for label in labels], looking
+    return [float(re.search(r": ([\d.]+)\u00d7 uniform", label)[1]) for label in labels], looking
 
 
 @pytest.mark.slow

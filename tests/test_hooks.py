@@ -346,8 +346,8 @@ def test_an_encoder_that_its_model_runs_without_gradients_is_told_of(monkeypatch
     monkeypatch.setattr(handle.encoder, "forward", torch.no_grad()(handle.encoder.forward))
     assert model(**inputs).logits.requires_grad  # within the encoder's call: the next test's
     monkeypatch.undo()
-    features = model.model.get_video_features
-    monkeypatch.setattr(model.model, "get_video_features", torch.no_grad()(features))
+    call = torch.no_grad()(nn.Module.__call__)
+    monkeypatch.setattr(type(handle.encoder), "__call__", call, raising=False)
     with pytest.warns(
         STAWarning, match=r"no gradient from this forward.* within torch\.no_grad\(\).*requires_grad_\(False\)"
     ):

@@ -1,4 +1,4 @@
-"""Adapters by id: what is fetched from the Hub, what the cache is good for, and what is said when it can't be had."""
+"""Adapters by id: what is fetched from the Hub, what the cache is good for, and what is said when it isn't available."""
 
 import json
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ def test_branches_tags_and_commits(hub, adapter_files):
     refused("has no format_version")
     assert load(revision=first).backbone == "qwen2_vl"
     assert load(revision="exp/one").backbone == "qwen2_vl"
-    refused("at revision 'v9' can't be had: it has no such branch, tag or commit", revision="v9")
+    refused("at revision 'v9' isn't available: it has no such branch, tag or commit", revision="v9")
 
 
 def test_no_pickle_and_no_code_is_fetched(hub, adapter_files):

@@ -441,7 +441,7 @@ def test_an_unknown_revision_is_told(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=r"'user/model' at revision 'v9' can't be had: it has no such branch"):
+    with pytest.raises(CheckpointError, match=r"'user/model' at revision 'v9' isn't available: it has no such branch"):
         weights.fetch_folder("user/model", "v9", ())
 
 

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -175,6 +176,47 @@ def test_the_process_ends_with_its_caller_also_in_the_middle_of_a_call(isolated)
     os.kill(caller, signal.SIGKILL)
     os.waitpid(caller, 0)
     assert gone(pid)
+
+
+def in_a_thread_that_ends(function):
+    """The function's result, when the thread that called it is gone for the kernel as well."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    while Path(f"/proc/self/task/{thread.native_id}").exists():
+        time.sleep(0.01)
+    return results[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere calls have no process of their own")
+def test_the_process_outlives_the_thread_that_began_it(isolated):
+    """The threads of a server come and go; to the kernel the thread that forked is the parent."""
+    pid, _ = in_a_thread_that_ends(lambda: isolated("give"))
+    assert isolated("give", 3) == (pid, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere calls have no process of their own")
+def test_a_process_that_a_thread_began_ends_with_its_caller(isolated, monkeypatch):
+    """Also where another process has inherited the caller's end of the pipe."""
+    monkeypatch.setattr("sta_adapter.data.worker_process.ORPHANED", 0.05)
+    read, write = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        pid, _ = in_a_thread_that_ends(lambda: isolated("give"))
+        heir = os.fork()
+        if heir == 0:
+            time.sleep(LONG)
+        os.write(write, f"{pid} {heir}".encode())
+        os._exit(0)
+    os.waitpid(middle, 0)
+    pid, heir = map(int, os.read(read, 64).split())
+    try:
+        assert gone(pid)
+    finally:
+        os.kill(heir, signal.SIGKILL)
+        os.close(read)
+        os.close(write)
 
 
 def test_a_process_that_hangs_up_and_lives_on_is_killed(isolated, monkeypatch):

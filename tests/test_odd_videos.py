@@ -496,7 +496,7 @@ def test_recordings_that_were_joined_byte_by_byte_are_an_error(tmp_path, rate):
         whole[at + 3] = whole[at + 3] & 0xF0 | (seen[pid] - 1 + bool(whole[at + 3] & 16)) & 15
         seen[pid] += bool(whole[at + 3] & 16)
     one.write_bytes(whole)
-    with pytest.raises(VideoError, match="times that leap back"):
+    with pytest.raises(VideoError, match="timestamps that jump back"):
         read_clip(one)
 
 

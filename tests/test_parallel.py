@@ -246,7 +246,7 @@ def test_a_language_model_that_is_given_tokens_takes_part(run_two):
         ("root+llava+between:clip|text", "layers between vision encoder and language model are sharded"),
         ("ddp+tokens+unembedded:clip|text", "was called without inputs_embeds, and has no get_input_embeddings"),
         ("fsdp2+tokens+unembedded:text|clip", "was called without inputs_embeds, and has no get_input_embeddings"),
-        ("ddp+later:clip|text", "2 of STA's 18 parameters that train came to do so after DistributedDataParallel"),
+        ("ddp+later:clip|text", "2 of STA's 18 parameters that train were unfrozen after DistributedDataParallel"),
         ("ddp+tokens+unembedded:clip|clip", "nothing"),
         ("units+undummied:clip|clip", "nothing"),
         ("fsdp2+llava+between:clip|clip", "nothing"),

@@ -223,7 +223,7 @@ def test_the_command_and_the_dry_run(samples, tmp_path):
     ("words", "error", "reason"),
     [
         (["eval_steps=5"], ConfigError, "eval_steps is 5, but there is nothing to evaluate"),
-        (["shuffle_buffer=5"], ConfigError, "shuffle_buffer is of tar shards"),
+        (["shuffle_buffer=5"], ConfigError, "shuffle_buffer applies to tar shards"),
         (["sta_config.single_frames=false"], DataError, "nothing of it would be trained"),
     ],
 )
@@ -260,7 +260,7 @@ def test_shards_are_planned_with_the_steps_that_train_needs(tmp_path):
         "--set",
         "num_workers=0",
     ]
-    with pytest.raises(ConfigError, match="say how many steps to train"):
+    with pytest.raises(ConfigError, match="set the number of steps"):
         CliRunner().invoke(cli, words, catch_exceptions=False)
     done = CliRunner().invoke(
         cli, [*words, "--set", "max_steps=3", "--set", "shuffle_buffer=5", "--json"], catch_exceptions=False

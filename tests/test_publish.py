@@ -174,7 +174,7 @@ def test_private_repositories(hub, handle):
     handle.push_to_hub("user/public")
     assert not hub.repos["user/public"].private
     before = hub.commits("user/public")
-    with pytest.raises(CheckpointError, match="exists and is public, and private=True was asked for; nothing was"):
+    with pytest.raises(CheckpointError, match="exists and is public, but private=True was requested; nothing was"):
         handle.push_to_hub("user/public", private=True)
     assert hub.commits("user/public") == before
 
@@ -199,7 +199,7 @@ def test_a_failed_push_leaves_the_repository_as_it_was(hub, folder, handle, meth
         torch.nn.init.normal_(module.to_out.weight)
     hub.fail(method, page, **fault)
     with pytest.raises(
-        CheckpointError, match=f"(?s){message}.*holds this adapter or what it held before, never a part"
+        CheckpointError, match=f"(?s){message}.*holds the whole adapter or its old contents, never a part"
     ):
         handle.push_to_hub(NAME)
     assert hub.files(NAME) == before
@@ -212,7 +212,7 @@ def test_a_failed_push_leaves_the_repository_as_it_was(hub, folder, handle, meth
 
 def test_a_first_push_that_is_cut_leaves_no_adapter(hub, handle):
     hub.fail("PUT", "/lfs/", cut=True)
-    with pytest.raises(CheckpointError, match="Push again when it works"):
+    with pytest.raises(CheckpointError, match="Push again later"):
         handle.push_to_hub(NAME)
     assert set(hub.files(NAME)) == {".gitattributes"}
     hub.recover()

@@ -57,14 +57,14 @@ def check(settings, *, evaluated=False, eval_fn=None, **made_with):
 @pytest.mark.parametrize(
     ("settings", "more", "message"),
     [
-        ({}, {"evaluated": True, "eval_fn": dict}, "eval_data has no effect beside eval_fn"),
+        ({}, {"evaluated": True, "eval_fn": dict}, "eval_data has no effect together with eval_fn"),
         ({"early_stopping": 2}, {}, "early_stopping counts evaluations, and there are none"),
         ({"stage2": {"early_stopping": 2}}, {}, "early_stopping counts evaluations, and there are none"),
         ({"early_stopping": 2, "keep_best": False}, {"evaluated": True}, "no effect with keep_best: false"),
         ({"eval_steps": 5}, {}, "eval_steps is 5, but there is nothing to evaluate"),
         ({"save_steps": 7}, {"evaluated": True}, "save_steps 7 has no effect while the best evaluation is kept"),
         ({"save_steps": 7, "eval_steps": 5}, {"eval_fn": dict}, "save_steps 7 has no effect"),
-        ({"shuffle_buffer": 3}, {}, "shuffle_buffer is of tar shards"),
+        ({"shuffle_buffer": 3}, {}, "shuffle_buffer applies to tar shards"),
         ({"max_length": 9}, {"max_length": 8}, "max_length is 9, but the data set was made with 8"),
         ({"decode_timeout": 5.0}, {}, r"decode_timeout is 5\.0, but the data set was made with 60\.0"),
         ({"on_bad_sample": "error"}, {}, "on_bad_sample is 'error', but the data set was made with 'skip'"),
@@ -99,7 +99,9 @@ def test_the_shuffling_of_a_ready_stream_is_its_own():
     shards.shuffle = 100
     shards.encoder = SimpleNamespace(frames=FrameSettings(), max_length=None, decode_timeout=60.0, on_bad_sample="skip")
     check_settings(TrainingConfig(), [], shards, None, None)
-    with pytest.raises(ConfigError, match="shuffle_buffer is 500, but the data set was made with 100, which holds"):
+    with pytest.raises(
+        ConfigError, match="shuffle_buffer is 500, but the data set was made with 100; make it with the same value, or"
+    ):
         check_settings(TrainingConfig(shuffle_buffer=500), [], shards, None, None)
 
 

@@ -406,8 +406,8 @@ def test_shards_to_train_on_are_a_stream_and_those_to_measure_on_have_an_end(tmp
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"config": TrainingConfig()}, r"say how many steps to train, with max_steps \(--max-steps 1000\)"),
-        ({"eval_data": "STREAM"}, "what is measured on is a StreamDataset, which has no end; expected a VideoDataset"),
+        ({"config": TrainingConfig()}, r"set the number of steps, max_steps \(--max-steps 1000\)"),
+        ({"eval_data": "STREAM"}, "eval_data is a StreamDataset, which has no end; expected a VideoDataset"),
         ({"processor": None}, "pass processor="),
     ],
     ids=["steps", "evaluation", "processor"],

@@ -340,9 +340,13 @@ def test_a_low_loss_and_a_high_score_are_the_best(tmp_path, dataset, measured, n
         ({"eval_steps": 2}, {}, "eval_steps is 2, but there is nothing to evaluate"),
         ({"stage1": {"eval_steps": 2}}, {}, "eval_steps is 2, but there is nothing to evaluate"),
         ({"eval_steps": 2}, {"eval_fn": len}, "save_steps 3 has no effect while the best evaluation is kept"),
-        ({}, {"eval_fn": len, "eval_data": "same"}, "eval_data has no effect beside eval_fn"),
-        ({"shuffle_buffer": 8}, {}, "shuffle_buffer is of tar shards, and has no effect"),
-        ({"max_length": 9}, {}, "max_length is 9, but the data set was made with None, which holds"),
+        ({}, {"eval_fn": len, "eval_data": "same"}, "eval_data has no effect together with eval_fn"),
+        ({"shuffle_buffer": 8}, {}, "shuffle_buffer applies to tar shards and has no effect"),
+        (
+            {"max_length": 9},
+            {},
+            "max_length is 9, but the data set was made with None; make it with the same value, or",
+        ),
         ({"decode_timeout": 9.0}, {}, "decode_timeout is 9.0, but the data set was made with"),
         ({"frames": FrameSettings(fps=3)}, {}, r"frames is FrameSettings\(fps=3, .* but the data set was made with"),
     ],
@@ -467,7 +471,7 @@ def test_nothing_to_measure_on_is_told(tmp_path, model, processor, dataset):
         clip.write_text("no video")
     settings = {**FAST, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "num_workers": 0}
     config, how = TrainingConfig(**settings, frames=AS_IS), {"output_dir": tmp_path / "out", "progress": False}
-    with pytest.raises(DataError, match=r"nothing to measure the loss on: all samples are bad, the latest .*line 2"):
+    with pytest.raises(DataError, match=r"nothing to evaluate: all samples are bad, the latest .*line 2"):
         train(model, dataset, eval_data=file, processor=processor, stage="1", config=config, **how)
 
 

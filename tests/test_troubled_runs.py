@@ -335,7 +335,7 @@ def test_two_runs_are_not_at_work_in_one_folder(tmp_path, run):
     """They deleted each other's checkpoints, and went on from each other's."""
     other = locking(tmp_path, "hold")
     assert [other.stdout.readline() for _ in range(2)] == ["free\n", "written\n"]
-    with pytest.raises(ConfigError, match=r"another run \(process 1 on node7\) is at work in .*take another output"):
+    with pytest.raises(ConfigError, match=r"another run \(process 1 on node7\) is using .*take another output"):
         run(tmp_path)
     assert not (tmp_path / "run.json").exists()
     other.communicate()
@@ -367,7 +367,7 @@ def test_two_threads_are_not_at_work_in_one_folder(tmp_path):
     second(link)
     this = f"process {os.getpid()}"
     assert [this in text for text in found] == [True, True, False, True, False]
-    assert all(f"another run ({this}, this one) is at work in" in text for text in found[:2])
+    assert all(f"another run ({this}, this one) is using" in text for text in found[:2])
     assert found[2] == found[4] == "went in"
 
 

@@ -168,7 +168,7 @@ def test_the_revision_of_a_base_that_is_merged_into(plain, adapted, base, tmp_pa
     assert seen["base_model"] == "any"
     for words in (["--revision", "v1"], ["--dtype", "bf16"], ["--any-base"]):
         done = CliRunner().invoke(cli, ["export", str(plain), str(tmp_path / "x"), *words])
-        assert f"{words[0]} is of the base, and has no effect without --merge-lora" in str(done.exception)
+        assert f"{words[0]} applies to the base, and has no effect without --merge-lora" in str(done.exception)
 
 
 def test_the_serve_line_carries_the_run_of_the_adapter(base, plain, adapted, tmp_path):

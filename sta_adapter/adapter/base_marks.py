@@ -33,13 +33,13 @@ def require_same_base(model: nn.Module, marks: BaseMarks, saved: Collection[str]
     gone, changed = changes(model, marks, saved)
     if gone:
         raise CheckpointError(
-            f"{len(gone)} of the base model's tensors are no longer there, or have another shape, since STA went in, the first is {gone[0]}: "
+            f"{len(gone)} of the base model's tensors are gone or have another shape since STA was injected, the first is {gone[0]}: "
             f"parts were replaced, pruned or left out, and an adapter is for the base as it was. {KEEP_IT}"
         )
     if changed:
         raise CheckpointError(
-            f"{len(changed)} of the base model's tensors are other than when STA went in, the first is {changed[0]}: they were "
-            "trained, or LoRA was merged into them, and an adapter holds neither, so that on the base model it would compute something else. "
+            f"{len(changed)} of the base model's tensors have changed since STA was injected, the first is {changed[0]}: they were "
+            "trained, or LoRA was merged into them, and an adapter stores neither, so it would give other outputs on the base model. "
             f"Freeze the base (handle.freeze_base(), or LoRA with handle.lora_config(modules_to_save=[...])) and save before merging. {KEEP_IT}"
         )
 
@@ -99,8 +99,8 @@ def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[st
     trained = [name for name, tensor in _unsaved(model, marks, saved) if tensor.requires_grad]
     if trained:
         raise ConfigError(
-            f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter holds none of "
-            "them, so that it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
+            f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter stores none of "
+            "them, so it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
             "handle.lora_config(modules_to_save=[...]))."
         )
 

@@ -86,7 +86,7 @@ def check_base(
     override = f"pass base_model={ANY!r} (--any-base of train, evaluate, visualize, app, watch, serve and export)."
     if differences:
         raise CheckpointError(
-            f"the adapter in {folder} is for another language model: {differences}. {both} If it fits all the same, {override}"
+            f"the adapter in {folder} is for another language model: {differences}. {both} If it fits anyway, {override}"
         )
     if here["id"] is not None and _lies_in(folder, here["id"]):  # it was saved beside this very model
         return

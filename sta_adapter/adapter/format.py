@@ -78,7 +78,7 @@ def read_description(folder: Path) -> Description:
         finish_write(folder)
     except OSError as error:
         raise CheckpointError(
-            f"saving into {folder} was cut off, and can't be finished: {error}. Make the folder writable, or copy it "
+            f"saving into {folder} was interrupted and can't be completed: {error}. Make the folder writable, or copy it "
             "with its hidden files to one that is."
         ) from error
     try:

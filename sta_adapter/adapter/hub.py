@@ -78,7 +78,7 @@ def resolve_adapter(
     except Exception as error:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
-            f"there is no folder {text!r}, and the Hub repository of that id{at} can't be had: {explain(error)}"
+            f"there is no folder {text!r}, and the Hub repository of that id{at} isn't available: {explain(error)}"
         ) from error
 
 
@@ -144,7 +144,7 @@ def why_no_model(name: str | os.PathLike[str], error: BaseException) -> str:
         if is_path(text):
             return "there is no such folder, and it is no repository id on the Hub (user/name)"
         if (meaning := explain(error)) != one_line(error):
-            return f"there is no such folder, and the Hub repository of that id can't be had: {meaning}"
+            return f"there is no such folder, and the Hub repository of that id isn't available: {meaning}"
     return " ".join(str(error).split()).rstrip(".")
 
 

@@ -122,7 +122,7 @@ def require_whole_lora(model: nn.Module) -> None:
 
     if sum(isinstance(module, PeftModel) for module in model.modules()) > 1:
         raise CheckpointError(
-            "get_peft_model was called on a model that has LoRA already, and nothing finds the weights' names again when they are loaded. Add a "
+            "get_peft_model was called on a model that has LoRA already, and its weights could not be loaded again. Add a "
             "second adapter by model.add_adapter(name, config), or take the first one out before (unload, or merge_and_unload)."
         )
 
@@ -148,7 +148,7 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, ob
     names: list[str] = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) != 1 or names[0] not in configs:
         raise CheckpointError(
-            f"{len(names)} of PEFT's adapters are at work in this model ({', '.join(names)}), and a file holds one: choose it with "
+            f"{len(names)} of PEFT's adapters are active in this model ({', '.join(names)}), and a file holds one: choose it with "
             "model.set_adapter(...)."
         )
     fields = configs[names[0]].to_dict()
@@ -236,7 +236,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     biased = [bias for config in configs.values() if (bias := getattr(config, "bias", "none")) != "none"]
     if biased and values is None:
         raise CheckpointError(
-            f"the base can't be had from a model whose biases were trained (bias={biased[0]!r}); load the base anew."
+            f"the base isn't available from a model whose biases were trained (bias={biased[0]!r}); load the base anew."
         )
     trained = [(parameter, parameter.detach().clone(), value) for parameter, value in (values or {}).values()]
     with contextlib.ExitStack() as stack:

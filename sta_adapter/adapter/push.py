@@ -154,7 +154,7 @@ def _push(
     except Exception as error:
         raise CheckpointError(
             f"the adapter can't be pushed to {repo_id!r} on {api.endpoint}: {explain(error, api.endpoint)}. A push is one "
-            "commit: the repository holds this adapter or what it held before, never a part. Push again when it works."
+            "commit: the repository holds the whole adapter or its old contents, never a part. Push again later."
         ) from error
 
 
@@ -181,7 +181,7 @@ def _prepare_branch(api: HfApi, repo_id: str, revision: str, private: bool | Non
     repo_id = (visible() if private is None else visible(private=private)).repo_id
     if private and api.model_info(repo_id, revision=MAIN).private is False:
         raise CheckpointError(
-            f"{repo_id!r} exists and is public, and private=True was asked for; nothing was uploaded. Make it "
+            f"{repo_id!r} exists and is public, but private=True was requested; nothing was uploaded. Make it "
             "private in its settings, or take another repository."
         )
     if revision != MAIN:

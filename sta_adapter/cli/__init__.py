@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sta-adapter")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is going on.")
-@click.option(DEBUG, is_flag=True, expose_value=False, help="Show where an error happened; stands anywhere.")
+@click.option(DEBUG, is_flag=True, expose_value=False, help="Show where an error happened (in any position).")
 def cli(verbose: bool) -> None:
     """Stacked temporal attention for video language models.
 

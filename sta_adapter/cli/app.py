@@ -39,13 +39,15 @@ options it shows the demo's tiny base with its adapter. End it with Ctrl-C.
 @click.command(cls=Grouped, needs={"app": ("gradio", "matplotlib", "PIL", "torchvision")}, help=HELP)
 @shown_model_options
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
-@option("Page", "--host", metavar="ADDRESS", help="0.0.0.0 for all. [default: 127.0.0.1]")
-@option("Page", "--port", type=click.IntRange(1, 65535), metavar="N", help="[default: first free from 7860]")
-@option("Page", "--share", is_flag=True, help="Public address through Gradio's servers.")
+@option("Page", "--host", metavar="ADDRESS", help="0.0.0.0: open to the network. [default: 127.0.0.1]")
+@option("Page", "--port", type=click.IntRange(1, 65535), metavar="N", help="Port. [default: first free from 7860]")
+@option("Page", "--share", is_flag=True, help="Get a public address through Gradio's servers.")
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
-@option("Frames", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
-@option("Frames", "--longest", type=SECONDS, metavar="S", default=120, help="Seconds of a clip. [default: 120]")
-@option("Page", "--time-limit", type=SECONDS, metavar="S", default=300, help="Seconds of an answer. [default: 300]")
+@option("Frames", "--nframes", type=int, metavar="N", help="The same number of frames of every clip.")
+@option("Frames", "--longest", type=SECONDS, metavar="S", default=120, help="Longest clip, in seconds. [default: 120]")
+@option(
+    "Page", "--time-limit", type=SECONDS, metavar="S", default=300, help="Longest answer, in seconds. [default: 300]"
+)
 @model_options
 @adapter_options
 def command(

@@ -30,10 +30,23 @@ Takes tar shards as well. Ends with exit code 1 if anything is wrong.
 @click.argument("file")
 @data_options
 @option("Run", "--model", metavar="ID", help="Also count tokens, with this model's processor.")
-@option("How", "--config", metavar="FILE.yaml", help="Settings of the training to come.")
-@option("How", "--max-length", type=click.IntRange(1), metavar="N", help="Tokens. [default: the tokenizer's]")
-@option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
-@option("How", "--decode-timeout", type=float, metavar="SECONDS", help="For a sample. [default: 60]")
+@option("How", "--config", metavar="FILE.yaml", help="Settings of the training that this data is for.")
+@option(
+    "How",
+    "--max-length",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Longest sample, in tokens. [default: the tokenizer's]",
+)
+@option(
+    "How",
+    "--num-workers",
+    type=click.IntRange(0),
+    metavar="N",
+    default=2,
+    help="Processes that decode clips. [default: 2]",
+)
+@option("How", "--decode-timeout", type=float, metavar="SECONDS", help="Longest decoding of a sample. [default: 60]")
 @option("How", "--revision", metavar="NAME", help="The model's branch, tag or commit on the Hub.")
 @option("How", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with every problem.")
@@ -92,7 +105,7 @@ def command(
 
 def describe(report: Mapping[str, Any]) -> list[str]:
     """The report as lines of at most 80 columns, but for long paths."""
-    lines = [f"{report['samples']} samples, {report['bad']} of them bad"]
+    lines = [f"{report['samples']} sample{'s' * (report['samples'] != 1)}, {report['bad']} of them bad"]
     for name, words in (("clip_seconds", "seconds a clip"), ("clip_frames", "frames a clip"), ("tokens", "tokens")):
         if name in report:
             low, middle, high = (f"{report[name][key]:.5g}" for key in ("least", "median", "largest"))

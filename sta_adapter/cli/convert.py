@@ -39,13 +39,13 @@ model's and LoRA's stay where they are.
 @click.command(cls=Grouped, help=HELP)
 @click.argument("source", type=click.Path())
 @click.argument("out", type=click.Path())
-@option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Where the branch stands, which weights don't tell. [default: after_spatial]")  # fmt: skip
-@option("What", "--backbone", metavar="NAME", help="When the tensors' names fit several.")
+@option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Place of the branch, which weights don't tell. [default: after_spatial]")  # fmt: skip
+@option("What", "--backbone", metavar="NAME", help="Backbone, if the tensors' names fit several.")
 @option("What", "--config", metavar="FILE", help="The model's config.json. [default: the one beside the weights]")
 @option("What", "--heads", type=click.IntRange(1), help="The encoder's heads, if no config.json tells them.")
-@option("What", "--overwrite", is_flag=True, help="Replace what is in OUT: the adapter, its LoRA, its run.")
-@option("Back", "--to-published", is_flag=True, help="SOURCE is an adapter; write it under the published names.")
-@option("Back", "--prefix", metavar="TEXT", help="In front of 'blocks.0'. [default: the published one]")
+@option("What", "--overwrite", is_flag=True, help="Replace the adapter, LoRA and run in OUT.")
+@option("Back", "--to-published", is_flag=True, help="Write the adapter SOURCE under the published names.")
+@option("Back", "--prefix", metavar="TEXT", help="Text before 'blocks.0'. [default: as published]")
 def command(
     source: str, out: str, to_published: bool, prefix: str | None, overwrite: bool, **options: Unpack[Options]
 ) -> None:

@@ -22,7 +22,7 @@ For LLaMA-Factory, dataset_info.json beside OUT gets an entry.
 @click.argument("file")
 @click.argument("out", type=click.Path(dir_okay=False))
 @option("Run", "--to", type=click.Choice(TOOLS), metavar="TOOL", required=True, help=f"{', '.join(TOOLS)}.")
-@option("Run", "--drop", metavar="NAMES", default="", help="What may be left out, such as nframes,fps.")
+@option("Run", "--drop", metavar="NAMES", default="", help="Fields to leave out, such as nframes,fps.")
 @option("Run", "--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @data_options
 def command(file: str, out: str, drop: str, to: str, overwrite: bool, format: str | None, videos: str | None) -> None:

@@ -23,12 +23,12 @@ writes a report. Takes minutes on a CPU.
 
 @click.command(cls=Grouped, needs=NEEDS, help=HELP)
 @option("Run", "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("sta-demo"), metavar="FOLDER",
-        help="For the report, the adapter, the clips and the runs. [default: sta-demo]")  # fmt: skip
-@option("Run", "--overwrite", is_flag=True, help="Throw away the report and the adapter that are in FOLDER.")
-@option("Run", "--seeds", type=click.IntRange(1), default=1, metavar="N", help="How many seeds. [default: 1]")
-@option("Run", "--seed", type=click.IntRange(0), default=0, metavar="N", help="The first of them. [default: 0]")
-@option("Run", "--lora-language", is_flag=True, help="LoRA on the language model alone as well.")
-@option("Run", "--quick", is_flag=True, help="A few steps on a few clips: shows every step, proves nothing.")
+        help="Gets the report, adapter, clips and runs. [default: sta-demo]")  # fmt: skip
+@option("Run", "--overwrite", is_flag=True, help="Replace the report and the adapter in FOLDER.")
+@option("Run", "--seeds", type=click.IntRange(1), default=1, metavar="N", help="Number of seeds. [default: 1]")
+@option("Run", "--seed", type=click.IntRange(0), default=0, metavar="N", help="First seed. [default: 0]")
+@option("Run", "--lora-language", is_flag=True, help="Also train LoRA on the language model alone.")
+@option("Run", "--quick", is_flag=True, help="A few steps on a few clips: runs everything, proves nothing.")
 def command(out: Path, overwrite: bool, seeds: int, seed: int, lora_language: bool, quick: bool) -> None:
     """Run the comparison and write its report."""
     require_free(out, MADE, overwrite)

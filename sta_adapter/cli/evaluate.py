@@ -99,27 +99,31 @@ Example: sta-adapter evaluate --model Qwen/Qwen2-VL-2B-Instruct \\
 @option("Run", "--data", metavar="PATH", required=True, help="Samples, tar shards, or a benchmark's folder.")
 @option("Run", "--benchmark", type=click.Choice(BENCHMARKS), metavar="NAME", help=f"{', '.join(BENCHMARKS)}.")
 @data_options
-@option("Run", "--category", metavar="FIELD", help="What to group by. [default: category]")
+@option("Run", "--category", metavar="FIELD", help="Field to group by. [default: category]")
 @option("Run", "--frames", type=FRAMES, metavar="ORDER", default="ordered", help="ordered, shuffled, reversed or all.")
-@option("Run", "--out", metavar="FOLDER", help="Gets results and a plot; begun ones go on.")
-@option("Run", "--overwrite", is_flag=True, help="Throw away the predictions that are in FOLDER.")
+@option("Run", "--out", metavar="FOLDER", help="Gets results and a plot; resumes what is in it.")
+@option("Run", "--overwrite", is_flag=True, help="Discard the predictions in FOLDER.")
 @option("Run", "--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @option("How", "--batch-size", type=click.IntRange(1), metavar="N", help="Samples at a time. [default: 8; vllm: 64]")
-@option("How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="[default: 32]")
-@option("How", "--stop-at-letter", is_flag=True, help="A written answer ends with its option's letter.")
-@option("How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="That decode. [default: 2]")
-@option("How", "--cache", metavar="FOLDER", help="Keeps encoded samples for later runs.")
-@option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
-@option("How", "--nframes", type=int, metavar="N", help="Frames of every clip instead.")
 @option(
-    "How", "--seed", type=click.IntRange(0), metavar="N", default=0, help="Of shuffling and intervals. [default: 0]"
+    "How", "--max-new-tokens", type=click.IntRange(1), metavar="N", default=32, help="Longest answer. [default: 32]"
+)
+@option("How", "--stop-at-letter", is_flag=True, help="Stop an answer after its option's letter.")
+@option(
+    "How", "--num-workers", type=click.IntRange(0), metavar="N", default=2, help="Processes that decode. [default: 2]"
+)
+@option("How", "--cache", metavar="FOLDER", help="Keep encoded samples here for later runs.")
+@option("How", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
+@option("How", "--nframes", type=int, metavar="N", help="The same number of frames of every clip.")
+@option(
+    "How", "--seed", type=click.IntRange(0), metavar="N", default=0, help="For shuffling and intervals. [default: 0]"
 )
 @option("How", "--on-bad-sample", type=BAD, metavar="WHAT", default="skip", help="skip or error. [default: skip]")
 @option(
     "How", "--engine", type=click.Choice(ENGINES), default="transformers", metavar="NAME", help="transformers or vllm."
 )
 @option("How", "--engine-options", metavar="JSON", help="Further arguments of vllm.LLM.")
-@option("How", "--check", type=click.IntRange(0), metavar="N", help="That transformers answers too. [default: 16]")
+@option("How", "--check", type=click.IntRange(0), metavar="N", help="Samples to check by transformers. [default: 16]")
 @option("How", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @quantize_option
 @model_options
@@ -144,9 +148,7 @@ def command(
     if options["overwrite"] and not out:
         raise ConfigError("--overwrite: there is no --out.")
     if options["stop_at_letter"] and not options["benchmark"]:
-        raise ConfigError(
-            "--stop-at-letter is for answers that are written, as with --benchmark; options are scored here."
-        )
+        raise ConfigError("--stop-at-letter needs --benchmark, where answers are written; here options are scored.")
     shared = _joined(options)
     if options["engine"] == "vllm":
         require_packages("--engine vllm", {"vllm": ("vllm",)})
@@ -229,7 +231,7 @@ def _require_results_free(folder: Path, about: About, planned: list[str], option
     if differ:
         raise ConfigError(
             f"{file} holds results of another evaluation, which would be lost (it differs in {'; '.join(differ)}). Take "
-            "another folder, or throw them away with --overwrite."
+            "another folder, or discard them with --overwrite."
         )
 
 
@@ -246,7 +248,7 @@ def _samples(options: Options) -> tuple[list[Sample], list[str]]:
     if options["benchmark"]:
         given = "--format" if options["format"] else "--videos" if options["videos"] else ""
         if given:
-            raise ConfigError(f"{given} and --benchmark exclude each other; a benchmark's layout is its own.")
+            raise ConfigError(f"{given} and --benchmark exclude each other; the layout of a benchmark is fixed.")
         found = load_benchmark(options["benchmark"], options["data"])
         samples, notes = found.samples, found.notes
     else:

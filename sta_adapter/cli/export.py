@@ -20,10 +20,12 @@ as vLLM takes them.
 @click.command(cls=Grouped, help=HELP)
 @click.argument("adapter")
 @click.argument("out", type=click.Path())
-@option("What", "--merge-lora", "base", metavar="BASE", help="Base to merge LoRA into.")
-@option("What", "--dtype", type=DTYPE, metavar="TYPE", default="auto", help="Of that base: auto, bf16, fp16 or fp32.")
+@option("What", "--merge-lora", "base", metavar="BASE", help="Merge LoRA into this base.")
+@option(
+    "What", "--dtype", type=DTYPE, metavar="TYPE", default="auto", help="Of the merged base: auto, bf16, fp16 or fp32."
+)
 @option("What", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit on the Hub.")
-@option("What", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits.")
+@option("What", "--any-base", is_flag=True, help="Accept another base, if the adapter fits it.")
 @option("What", "--revision", metavar="NAME", help="The base's branch, tag or commit on the Hub.")
 @option("What", "--overwrite", is_flag=True, help="Replace what is in OUT.")
 def command(
@@ -47,7 +49,7 @@ def command(
     given = {"--revision": revision is not None, "--dtype": dtype != "auto", "--any-base": any_base}
     idle = [name for name, is_given in given.items() if is_given]
     if idle:
-        raise ConfigError(f"{idle[0]} is of the base, and has no effect without --merge-lora.")
+        raise ConfigError(f"{idle[0]} applies to the base, and has no effect without --merge-lora.")
     has_lora = export_adapter(adapter, out, revision=adapter_revision, overwrite=overwrite)
     beside = ", with LoRA weights beside STA" if has_lora else ""
     click.echo(f"wrote {out}{beside}: sta-adapter serve --model BASE --adapter {out}")

@@ -32,12 +32,16 @@ id, a folder or a config.json. Weights are neither downloaded nor loaded.
 @click.command(cls=Grouped, help=HELP)
 @click.argument("model")
 @option("What", "--head-scale", type=float, help="Share of the encoder's heads. [default: the backbone's]")
-@option("What", "--layers", metavar="LIST", help="Blocks, such as 0-3,8 or all. [default: all]")
-@option("What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Where the branch stands.")
-@option("What", "--backbone", metavar="NAME", help="Instead of the one found by the model's classes.")
-@option("What", "--clip", default="16x32x32", show_default=True, help="Frames, rows and columns of patches to count.")
-@option("What", "--window", type=int, metavar="FRAMES", help="Of causal STA: also tells what a stream keeps in memory.")
-@option("Result", "--json", "as_json", is_flag=True, help="Print JSON, every block on its own.")
+@option("What", "--layers", metavar="LIST", help="Blocks that get STA, such as 0-3,8. [default: all]")
+@option(
+    "What", "--order", type=click.Choice(["after_spatial", "before_spatial"]), help="Place of the branch in its block."
+)
+@option("What", "--backbone", metavar="NAME", help="Backbone to use. [default: by the model's classes]")
+@option(
+    "What", "--clip", default="16x32x32", show_default=True, help="Clip to count: frames, rows, columns of patches."
+)
+@option("What", "--window", type=int, metavar="FRAMES", help="Also show the memory of a stream of causal STA.")
+@option("Result", "--json", "as_json", is_flag=True, help="Print JSON, with a row for each block.")
 @option("Model", "--revision", metavar="NAME", help="Branch, tag or commit of the model on the Hub.")
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def command(
@@ -105,7 +109,6 @@ def describe(report: Inspection, clip: str) -> list[str]:
         "",
         *_item("parameters", f"{_millions(parameters['sta'])} added: {shares}"),
         *_item("arithmetic", f"+{arithmetic['percent']:.1f} %: {added} on the tower's {rest}, for {clip}"),
-        *_item("", f"({arithmetic['formula']})"),
     ]
     if stream := report["stream"]:
         kept = f"{_bytes(stream['bytes'])} in {stream['dtype']}, for {stream['positions']} positions a frame"
@@ -160,7 +163,7 @@ def _bytes(number: int) -> str:
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M"
+    return f"{count:,}" if count < 1e5 else f"{count / 1e6:,.1f} M"
 
 
 def _operations(gflop: float) -> str:

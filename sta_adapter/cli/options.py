@@ -16,7 +16,7 @@ from sta_adapter.tiny_base import usual_frames
 if TYPE_CHECKING:
     from sta_adapter.training.config import TrainingConfig
 
-POSITIONS = "trained or transformers. [default: as trained]"
+POSITIONS = "Text positions: trained (default) or transformers."
 SHOWN_ADAPTER = "Adapter on the Hub, or its folder. [default: the tiny base's; else untrained STA]"
 STAGES = "1 (STA), 2 (STA and LoRA) or both. [default: both]"
 DTYPE = click.Choice(["auto", "bf16", "fp16", "fp32"])
@@ -91,7 +91,7 @@ model_options = together(
 
 # How an adapter is had and put on the model; what `find_adapter` and `base_model_of` read.
 adapter_options = together(
-    option("Model", "--any-base", is_flag=True, help="Take another base than the adapter's, if it fits."),
+    option("Model", "--any-base", is_flag=True, help="Accept another base, if the adapter fits it."),
     option("Model", "--adapter-revision", metavar="NAME", help="The adapter's branch, tag or commit."),
 )
 
@@ -101,7 +101,9 @@ shown_model_options = together(
     option("What", "--model", metavar="ID", help="Model on the Hub, or its folder. [default: the demo's tiny base]"),
 )
 
-quantize_option = option("Model", "--quantize", type=BITS, metavar="BITS", help="The base in 4bit (QLoRA) or 8bit.")
+quantize_option = option(
+    "Model", "--quantize", type=BITS, metavar="BITS", help="Load the base in 4bit (QLoRA) or 8bit."
+)
 stage_option = option("Run", "--stage", type=STAGE, metavar="STAGE", help=STAGES)
 
 
@@ -163,7 +165,7 @@ def data_options(command: Decorated) -> Decorated:
     choice = click.Choice(list(FORMATS))
     return together(
         option("Run", "--format", type=choice, metavar="NAME", help=f"{', '.join(FORMATS)}. [default: by keys]"),
-        option("Run", "--videos", metavar="FOLDER", help="Where relative paths start. [default: FILE's]"),
+        option("Run", "--videos", metavar="FOLDER", help="Relative paths start here. [default: FILE's folder]"),
     )(command)
 
 

@@ -52,15 +52,19 @@ class PlanReport(TypedDict):
 @option("Run", "--data", metavar="FILE[:WEIGHT]", multiple=True, help="Samples to train on, as for train.")
 @data_options
 @stage_option
-@option("Run", "--config", metavar="FILE.yaml", help="Settings and options of train.")
+@option("Run", "--config", metavar="FILE.yaml", help="Settings and options, as for train.")
 @option("Run", "--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One setting: --set frames.fps=2")
-@option("Machine", "--memory", type=click.FloatRange(1), metavar="GB", help="Of a GPU. [default: of this machine]")
-@option("Machine", "--processes", type=click.IntRange(1), metavar="N", default=1, help="GPUs. [default: 1]")
-@option("Machine", "--samples", type=click.IntRange(1), metavar="N", default=64, help="To look at. [default: 64]")
-@option("Machine", "--measure", is_flag=True, help="Load the model and take a step; also without a GPU.")
+@option(
+    "Machine", "--memory", type=click.FloatRange(1), metavar="GB", help="Memory of the GPU. [default: this machine's]"
+)
+@option("Machine", "--processes", type=click.IntRange(1), metavar="N", default=1, help="Number of GPUs. [default: 1]")
+@option(
+    "Machine", "--samples", type=click.IntRange(1), metavar="N", default=64, help="Samples to look at. [default: 64]"
+)
+@option("Machine", "--measure", is_flag=True, help="Load the model and measure a step; also without a GPU.")
 @option("Machine", "--json", "as_json", is_flag=True, help="Print JSON, memory in bytes.")
-@option("Model", "--dtype", type=DTYPE, metavar="TYPE", help="Of the base.")
-@option("Model", "--quantize", type=BITS, metavar="BITS", help="The base in 4bit or 8bit.")
+@option("Model", "--dtype", type=DTYPE, metavar="TYPE", help="Of the base: auto, bf16, fp16 or fp32.")
+@option("Model", "--quantize", type=BITS, metavar="BITS", help="Load the base in 4bit (QLoRA) or 8bit.")
 @option("Model", "--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @option("Model", "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def command(

@@ -20,13 +20,23 @@ the adapter was trained with. What follows -- goes to vLLM.
 """
 
 
-@click.command(cls=Grouped, help=HELP)
+class _Serve(Grouped):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """An option that is not ours may be vLLM's, which has to follow `--`."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            said = f"{error.message} Options of vLLM follow --, at the end: ... -- --port 8000."
+            raise click.NoSuchOption(error.option_name, said, error.possibilities, error.ctx) from None
+
+
+@click.command(cls=_Serve, help=HELP)
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @option("Run", "--model", metavar="ID", required=True, help="Base on the Hub, or its folder.")
 @option("Run", "--adapter", metavar="ID", required=True, help="Adapter on the Hub, or its folder.")
 @option("Run", "--revision", metavar="NAME", help="The base's branch, tag or commit on the Hub.")
-@option("Run", "--own-frames", is_flag=True, help="Leave frames to vLLM's own sampling.")
-@option("Run", "--print", "only_print", is_flag=True, help="Print the line; run nothing.")
+@option("Run", "--own-frames", is_flag=True, help="Let vLLM sample frames in its own way.")
+@option("Run", "--print", "only_print", is_flag=True, help="Print the command; run nothing.")
 @adapter_options
 def command(
     model: str,

@@ -44,21 +44,22 @@ HELP = """\b
 Example: sta-adapter visualize clip.mp4 --out look \\
              --model Qwen/Qwen2-VL-2B-Instruct --adapter my-adapter
 
-Shows where each patch looks in the other frames, relative to even, by block
-and head; and how much STA adds and changes. FOLDER gets index.html (all in
-one file, to click in), PNG, MP4, GIF, arrays.npz and numbers.json.
+Shows where each patch attends in the other frames, relative to uniform
+attention, by block and head; and how much STA adds and changes. FOLDER gets
+index.html (interactive, all in one file), PNG, MP4, GIF, arrays.npz and
+numbers.json.
 """
 
 
 @click.command(cls=Grouped, needs={"train": ("torchvision", "PIL"), "viz": ("matplotlib",)}, help=HELP)
 @click.argument("clip", type=click.Path())
 @option("What", "--out", metavar="FOLDER", required=True, help="Gets the page and the pictures.")
-@option("What", "--overwrite", is_flag=True, help="Replace the page and the pictures that are in FOLDER.")
+@option("What", "--overwrite", is_flag=True, help="Replace the page and the pictures in FOLDER.")
 @shown_model_options
-@option("What", "--block", type=int, metavar="N", help="Whose maps to draw. [default: where STA adds most]")
+@option("What", "--block", type=int, metavar="N", help="Block to draw. [default: where STA adds most]")
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
-@option("Frames", "--nframes", type=int, metavar="N", help="Frames of the clip instead.")
+@option("Frames", "--nframes", type=int, metavar="N", help="Number of frames of the clip.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @model_options
 @adapter_options
@@ -75,12 +76,14 @@ def command(
     **options: Unpack[ModelOptions],
 ) -> None:
     """Look at a clip and write what was seen."""
+    from sta_adapter.video.frame_table import checked_path
     from sta_adapter.visualization.viewer import Viewer
 
     frames = frame_rate(fps, nframes)
     require_device(options["device"])
     require_free(Path(out), MADE, overwrite)
     require_writable(Path(out))
+    checked_path(clip)  # before a model is downloaded and loaded
     base, shown = model_and_adapter(model, adapter)
     folder = find_adapter(adapter, options["adapter_revision"], options["any_base"]) or shown
     viewer = Viewer.load(base, folder, frames=frames, **viewer_settings(options))

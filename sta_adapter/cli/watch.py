@@ -56,15 +56,29 @@ such as /dev/video0. The adapter is one trained with causal=True.
 @option("What", "--model", metavar="ID", required=True, help="Model on the Hub, or its folder.")
 @option("What", "--adapter", metavar="ID", required=True, help="Causal adapter on the Hub, or its folder.")
 @option("What", "--ask", metavar="TEXT", help="The question. [default: what happens]")
-@option("What", "--every", type=float, default=10.0, show_default=True, help="Seconds between answers; 0: at the end.")
+@option(
+    "What", "--every", type=float, default=10.0, show_default=True, help="Seconds between answers; 0: only at the end."
+)
 @option("What", "--device", metavar="DEVICE", help="cpu, cuda:1, ... [default: CUDA if it is there]")
 @option("Frames", "--fps", type=float, metavar="RATE", help="Frames a second. [default: as trained]")
-@option("Frames", "--window", type=int, metavar="N", help="Frames looked back to. [default: adapter's, or 64]")
-@option("Frames", "--budget", type=int, default=4096, show_default=True, help="Visual tokens to keep; old frames thin.")
+@option("Frames", "--window", type=int, metavar="N", help="Frames to look back. [default: adapter's, or 64]")
 @option(
-    "Frames", "--timeout", type=float, default=10.0, show_default=True, help="Seconds without a frame to end after."
+    "Frames",
+    "--budget",
+    type=int,
+    default=4096,
+    show_default=True,
+    help="Visual tokens to keep; older frames thin out.",
 )
-@option("Frames", "--fast", is_flag=True, help="A file as fast as it can be encoded.")
+@option(
+    "Frames",
+    "--timeout",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="Stop after this many seconds without a frame.",
+)
+@option("Frames", "--fast", is_flag=True, help="Read a file as fast as it can be encoded.")
 @option("Result", "--json", "as_json", is_flag=True, help="Print a line of JSON for each event.")
 @model_options
 @adapter_options
@@ -79,8 +93,11 @@ def command(source: str, adapter: str, as_json: bool, **options: Unpack[Options]
         raise ConfigError(f"--timeout {options['timeout']}: expected seconds above 0.")
     question = WatchSettings.question if options["ask"] is None else options["ask"]
     settings = WatchSettings(question, options["every"], options["window"], options["budget"])
+    live = LiveSource(
+        source, timeout=options["timeout"], fast=options["fast"]
+    )  # that is not there is known before the model
     viewer = load_viewer(adapter, options)
-    live = LiveSource(source, fps=viewer.settings.fps, timeout=options["timeout"], fast=options["fast"])
+    live.fps = viewer.settings.fps
     watcher = Watcher(viewer.handle, viewer.processor, viewer.settings, settings)
     for event in watcher.watch(live, _asked() if sys.stdin.isatty() else lambda: None):
         click.echo(json.dumps(event) if as_json else described(event))

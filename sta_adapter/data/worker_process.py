@@ -32,6 +32,7 @@ T = TypeVar("T")
 GRACE = 5.0  # seconds after the limit at which the process ends itself, should its caller be gone
 POSSIBLE = sys.platform == "linux"  # elsewhere forking is missing or unsafe: calls run in this process, without a limit
 
+ORPHANED = 5.0  # seconds after which a process that waits for calls sees that its caller is gone
 DEATH_TOLD = 1.0  # seconds after which the signal of a process's death has come
 KEPT = {-1: 256 << 20, -4: 0}  # malloc.h: M_TRIM_THRESHOLD; M_MMAP_MAX, as M_MMAP_THRESHOLD goes no further than 32 MB
 
@@ -141,8 +142,12 @@ def _serve(function: Callable[..., object], pipe: Connection, limit: float) -> N
     keep_memory()
     if "torch" in sys.modules:  # threads of OpenMP don't live on in a forked process, and waiting for them never ends
         sys.modules["torch"].set_num_threads(1)
+    caller = os.getppid()
     while True:
         try:
+            while not pipe.poll(ORPHANED):
+                if os.getppid() != caller:
+                    return
             args = pipe.recv()
         except (EOFError, OSError):
             return

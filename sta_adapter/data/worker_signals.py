@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MAIN = threading.main_thread().ident  # a forked process has one thread, with the number that it has in the parent
 DYING = 10.0  # seconds that a killed process may take to be gone: on a loaded machine that is no matter of milliseconds
 
 
@@ -58,8 +59,12 @@ def _end_unless_passing(*_: object) -> None:
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when its parent is gone (Linux; elsewhere nothing)."""
-    if sys.platform == "linux":
+    """The kernel kills this process when its parent is gone (Linux; elsewhere nothing).
+
+    Not where another thread than the parent's main one forked it: to the kernel that thread is the parent, and a server's
+    threads come and go.
+    """
+    if sys.platform == "linux" and threading.get_ident() == MAIN:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

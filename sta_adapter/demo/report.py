@@ -138,7 +138,7 @@ def draw_attention(path: Path, handle: STAHandle, test: VideoDataset) -> None:
         row[0].set_ylabel(f"{label!r}\nframe that looks")
     for axis in axes[-1]:
         axis.set_xlabel("frame looked at")
-    bar = figure.colorbar(shown, ax=axes, label="attention, times even", shrink=0.8, ticks=[-end, 0, end])
+    bar = figure.colorbar(shown, ax=axes, label="attention, relative to uniform", shrink=0.8, ticks=[-end, 0, end])
     bar.ax.set_yticklabels([f"1/{scale:g}", "1", f"{scale:g}"])
     figure.savefig(path, dpi=150)
 

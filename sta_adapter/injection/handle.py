@@ -297,6 +297,6 @@ def get_sta(model: nn.Module) -> STAHandle | None:
     if not found:
         return None
     if len(found) > 1:
-        raise InjectionError(f"the model holds {len(found)} encoders with STA; pass the one that is meant.")
+        raise InjectionError(f"the model holds {len(found)} encoders with STA; pass one of them, such as model.visual.")
     encoder, injection = found[0]
     return STAHandle.of(model, encoder, injection)

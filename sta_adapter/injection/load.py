@@ -79,7 +79,7 @@ def load_sta(
         The handle of the model.
 
     Raises:
-        CheckpointError: files can't be had, are missing or damaged, or the adapter is for another base model; both are
+        CheckpointError: files isn't available, are missing or damaged, or the adapter is for another base model; both are
             named, every difference is listed. The model is as before.
         ConfigError: an argument is none of these.
         UnknownBackboneError, ConfigError, InjectionError: as `inject_sta`.

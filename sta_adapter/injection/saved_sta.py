@@ -50,7 +50,7 @@ def describe(folder: Path) -> tuple[Description, Path, Callable[[], dict[str, Te
 
 
 def folder_with_sta(name: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
-    """Where an adapter of ours lies; None for any other, and where it can't be had, of which PEFT says why."""
+    """Where an adapter of ours lies; None for any other, and where it isn't available, of which PEFT says why."""
     try:
         folder = downloaded(name, options)
     except (STAError, OSError, ValueError, TypeError):

@@ -55,7 +55,7 @@ def fetch_folder(name: str | os.PathLike[str], revision: str | None, patterns: S
         return Path(patiently(lambda: snapshot_download(text, revision=revision, allow_patterns=wanted)))
     except Exception as error:  # whatever the client's releases raise
         at = f" at revision {revision!r}" if revision else ""
-        raise CheckpointError(f"the files of {text!r}{at} can't be had: {explain(error)}") from error
+        raise CheckpointError(f"the files of {text!r}{at} isn't available: {explain(error)}") from error
 
 
 def refuse_quantization(name: str | os.PathLike[str]) -> NoReturn:

@@ -31,22 +31,22 @@ def check_settings(
     """
     if isinstance(eval_dataset, StreamDataset):
         raise ConfigError(
-            "what is measured on is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
+            "eval_data is a StreamDataset, which has no end; expected a VideoDataset, or the name of the file or shards."
         )
     if isinstance(dataset, StreamDataset) and not all(stage.max_steps for stage in stages):
         raise ConfigError(
-            "the data are tar shards, of which nobody knows how many samples they hold: say how many steps to train, with "
+            "the data are tar shards, whose number of samples is not known: set the number of steps, "
             "max_steps (--max-steps 1000)."
         )
     if eval_fn is not None and eval_dataset is not None:
-        raise ConfigError("eval_data has no effect beside eval_fn, which is measured instead; leave one of them out.")
+        raise ConfigError("eval_data has no effect together with eval_fn; leave one of them out.")
     for stage in stages:
         _check_evaluation(stage, evaluated=eval_fn is not None or eval_dataset is not None)
     if not isinstance(dataset, StreamDataset) and config.shuffle_buffer != DEFAULTS["shuffle_buffer"]:
-        raise ConfigError("shuffle_buffer is of tar shards, and has no effect on a file of samples; leave it out.")
+        raise ConfigError("shuffle_buffer applies to tar shards and has no effect on a file of samples; leave it out.")
     if config.sta and isinstance(dataset, VideoDataset) and not any(s.visuals for s in dataset.samples):
         raise DataError(
-            f"none of the {len(dataset)} samples has a clip or a picture, so that STA, which is in the vision encoder, would learn nothing: "
+            f"none of the {len(dataset)} samples has a clip or a picture, so STA, which is in the vision encoder, would learn nothing: "
             "give each its 'video', or train LoRA alone (sta: false)."
         )
     made_with = {name: getattr(dataset.encoder, name) for name in OF_SAMPLES}
@@ -56,7 +56,7 @@ def check_settings(
         asked, default = getattr(config, name), FrameSettings() if name == "frames" else DEFAULTS[name]
         if asked not in (default, found):
             raise ConfigError(
-                f"{name} is {asked!r}, but the data set was made with {found!r}, which holds; make it with that, or leave "
+                f"{name} is {asked!r}, but the data set was made with {found!r}; make it with the same value, or leave "
                 f"{name} out."
             )
 
@@ -88,7 +88,7 @@ def check_sizes(reader: ClipReader) -> None:
         asked = getattr(reader.settings, name)
         if asked not in (None, getattr(FrameSettings(), name)):
             raise ConfigError(
-                f"frames.{name} is {asked}, and has no effect with this model, whose processor brings all frames to a size of its own; leave it out."
+                f"frames.{name} is {asked}, and has no effect with this model, whose processor resizes all frames to one size; leave it out."
             )
 
 

@@ -71,6 +71,6 @@ def _locked(file: Path) -> int | None:
 
 def _at_work(folder: Path, who: str) -> ConfigError:
     return ConfigError(
-        f"another run ({who}) is at work in {folder}, and two would go on from each other's checkpoints. Wait for it or end it, or "
+        f"another run ({who}) is using {folder}, and two would resume from each other's checkpoints. Wait for it or end it, or "
         "take another output folder."
     )

@@ -89,7 +89,7 @@ class Stage:
         if is_sharded(model.parameters()):
             raise ConfigError(
                 "the model's weights are sharded, and LoRA can't be added to them. If stage one has just ended, it is saved: "
-                "start the same command again, and stage two goes on from it. Otherwise pass the model before sharding."
+                "start the same command again, and stage two continues from it. Otherwise pass the model before sharding."
             )
         torch.manual_seed(self.config.seed)
         if not isinstance(model, PeftModel):

@@ -125,7 +125,7 @@ class TokenTrainer(Trainer):
         loss, tokens = average(self.measured, self.args.device)
         if not tokens:
             bad = self.counts.of_all()["bad_samples"]
-            raise DataError(f"there is nothing to measure the loss on: all samples are bad, the latest {bad[-1:]}")
+            raise DataError(f"there is nothing to evaluate: all samples are bad, the latest {bad[-1:]}")
         cast("dict[str, float]", outcome.metrics)[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / tokens
         return outcome
 

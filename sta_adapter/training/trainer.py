@@ -147,7 +147,7 @@ class AdapterTrainer(TokenTrainer):
         except (STAError, OSError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
-                f"can't save {folder} ({error}). The checkpoints before it are whole. When the cause is gone (a full disk, for "
+                f"can't save {folder} ({error}). Earlier checkpoints are complete. Once the cause is fixed (a full disk, for "
                 "example), the same command goes on from them."
             ) from error
         on_rank_zero(lambda: rotate(self.folder, self.config.keep_checkpoints, self.state.best_model_checkpoint))

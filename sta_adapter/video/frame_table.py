@@ -131,7 +131,7 @@ def _check_is_video(container: "InputContainer", path: Path, frames: int = 2) ->
     if single or (frames == 1 and kinds & ANIMATIONS):
         name = container.format.name.removesuffix("_pipe") if brand not in STILL_BRANDS else brand[4:].decode()
         raise VideoError(
-            f"{path} is a picture ({name}), and stands where a video is expected. Name it as an image; if it is an "
+            f"{path} is a picture ({name}), where a video is expected. Name it as an image; if it is an "
             "animation, write it as a video first; a folder of pictures is a video with folder_fps."
         )
     if brand == AVIF_ANIMATION and sum(stream.frames > 1 for stream in container.streams.video) > 1:
@@ -154,7 +154,7 @@ def video_stream(container: "InputContainer") -> "VideoStream":
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
         raise VideoError(f"{container.name} has no video stream (streams: {kinds}); expected a file with pictures.")
     if stream.codec_context is None:
-        raise VideoError(f"{container.name} has pictures of a kind that FFmpeg has no decoder for; convert it.")
+        raise VideoError(f"{container.name} has pictures that FFmpeg has no decoder for; convert it.")
     if int(getattr(stream.disposition, "value", stream.disposition)) & ATTACHED:  # a flag that is no int before PyAV 18
         raise VideoError(f"{container.name} has no video stream, only an attached cover picture; expected a video.")
     return stream
@@ -171,7 +171,8 @@ def decoder_of(stream: "VideoStream") -> "VideoCodecContext":
     return found
 
 
-def _checked_path(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a file; any other is an error."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path is {path!r}; expected a str or a pathlib.Path that names a video file.")
     path = Path(path)
@@ -194,7 +195,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     """List the frames of a video file without decoding them (but for the first, which tells size and rotation)."""
-    path = _checked_path(path)
+    path = checked_path(path)
     av = import_av()
     try:
         with open_video(path, probing(path)) as container:
@@ -222,7 +223,7 @@ def _table_of(container: "InputContainer", path: Path) -> FrameTable:
         raise VideoError(f"{path} has no frame that decodes ({len(rows)} listed); the file is cut off or damaged.")
     if leap_back(rows, round(1 / (stream.time_base or 1))):
         raise VideoError(
-            f"{path} has times that leap back on the way, as where several recordings were joined into one file, so that the "
+            f"{path} has timestamps that jump back, as in a file of several joined recordings, so the "
             "order of its frames can't be known. Write it again, as `ffmpeg -i OLD -c copy NEW.mkv` does."
         )
     pts, keys, seekable = frames_in_order(stream, rows, formats)
@@ -255,5 +256,5 @@ def _duration(
     end = float(last * time_base(stream))
     duration = end if end > times[-1] else float(times[-1]) + gap
     if not 0 < duration < math.inf or (np.diff(times) < 0).any():
-        raise VideoError(f"{path} has timestamps that tell no order of its frames; write it again.")
+        raise VideoError(f"{path} has timestamps that don't give the order of its frames; write it again.")
     return duration

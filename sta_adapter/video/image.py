@@ -74,7 +74,7 @@ def _check(image: "Image", name: str) -> None:
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":  # phones keep another view of the same picture behind it
         raise DataError(
-            f"{name!r} holds {count} pictures (an animation, or pages), expected one. Save the one that is meant, or "
+            f"{name!r} holds {count} pictures (an animation, or pages), expected one. Save the one you want, or "
             "write the animation as a video and name it as one."
         )
 

@@ -93,8 +93,8 @@ def _in_order(folder: Path, files: list[Path]) -> list[Path]:
     if len(series) > 1 and any(len(words) > 1 for words in series):
         one, other, *_ = (file.name for file in series.values())
         raise VideoError(
-            f"{str(folder)!r} holds pictures of several series, such as {one!r} and {other!r}, so that their order can't be known; "
-            "expected names that differ in their numbers alone. Give each series a folder."
+            f"{str(folder)!r} holds pictures of several series, such as {one!r} and {other!r}, so their order can't be known; "
+            "expected names that differ only in their numbers. Give each series a folder."
         )
     stems: dict[str, Path] = {}
     for file in files:
@@ -107,8 +107,8 @@ def _in_order(folder: Path, files: list[Path]) -> list[Path]:
     )
     if first != behind:
         raise VideoError(
-            f"{str(folder)!r} holds {first.name!r} and {behind.name!r}, of which the first comes before the other if their numbers are "
-            "whole ones, and behind it if they are decimals; write them with as many digits behind the point."
+            f"{str(folder)!r} holds {first.name!r} and {behind.name!r}, whose order depends on whether "
+            "their numbers are whole or decimal; write all of them with the same number of digits behind the point."
         )
     return found
 

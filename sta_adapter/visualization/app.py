@@ -88,7 +88,7 @@ def serve(
 
     Raises:
         MissingExtraError: Gradio is not installed.
-        ConfigError: the address or the port can't be had.
+        ConfigError: the address or the port isn't available.
     """
     folder = tempfile.TemporaryDirectory(prefix="sta-adapter-")  # gone with the process, and all that was uploaded
     os.environ.setdefault("GRADIO_TEMP_DIR", folder.name)
@@ -241,7 +241,7 @@ def _ask(
     if not (question or "").strip():
         raise STAError("There is no question yet: write one.")
     if len(str(question)) > LONGEST_QUESTION:
-        raise STAError(f"The question has {len(str(question)):,} characters; at most {LONGEST_QUESTION:,} are taken.")
+        raise STAError(f"The question has {len(str(question)):,} characters; at most {LONGEST_QUESTION:,} are allowed.")
     clip = viewer.read(path, str(question).strip(), frames)
     base = adapted = ""
     for base, adapted in _growing(viewer, clip, limit):

@@ -41,7 +41,7 @@
     }
     return where() + " of " + name(state.frame) + ", block " + data.blocks[state.block] +
       (state.head < 0 ? ", mean of the heads" : ", head " + state.head) + ": looks most at " + name(most) + " (" +
-      times(chosen(state.frame, most)) + " even), least at " + name(least) + " (" + times(chosen(state.frame, least)) + ").";
+      times(chosen(state.frame, most)) + " uniform), least at " + name(least) + " (" + times(chosen(state.frame, least)) + ").";
   }
 
   // ---- colours
@@ -128,7 +128,7 @@
       if (data.sprite && single()) mark(context, state.row, state.column, width, height, "#fff");
       number.textContent = times(value);
       button.setAttribute("aria-pressed", String(k === state.frame));
-      button.setAttribute("aria-label", name(k) + ": " + times(value) + " even" + (k === state.frame ? ", the frame that looks" : ""));
+      button.setAttribute("aria-label", name(k) + ": " + times(value) + " uniform" + (k === state.frame ? ", the frame that looks" : ""));
     });
   }
   const ticks = (function () {
@@ -167,7 +167,7 @@
     }
     context.font = "12px system-ui, sans-serif";
     context.fillStyle = colours.text;
-    const words = [["left", 0, "1/" + data.scale + " of even or less"], ["center", width / 2, "even"], ["right", width, data.scale + "× or more"]];
+    const words = [["left", 0, "1/" + data.scale + "× or less"], ["center", width / 2, "uniform"], ["right", width, data.scale + "× or more"]];
     for (const [align, place, word] of words) {
       context.textAlign = align;
       context.fillText(word, place, 29);
@@ -219,7 +219,7 @@
       const moved = !state.under || state.under.row !== place.row || state.under.column !== place.column;
       state.under = place;
       byId("under").textContent = "Under the pointer: row " + place.row + ", column " + place.column + " of " + name(state.frame) + " looks at " +
-        name(frame()) + " " + times(ofPatch(place.row, place.column, state.frame, frame())) + " even.";
+        name(frame()) + " " + times(ofPatch(place.row, place.column, state.frame, frame())) + " uniform.";
       if (moved) { drawPicture(); drawStrip(); }
     });
     canvas.addEventListener("pointerleave", () => {

@@ -57,9 +57,9 @@ def quantities(seen: Observation, block: int) -> list[Quantity]:
     row = seen.blocks.index(block)
     crossing = seen.relative_crossing[row]
     return [
-        Quantity("crossing", "attention to other\nframes (times even)", crossing, 0.04, relative=True),
-        Quantity("branch", "STA's part against\nthe residual (%)", 100 * seen.branch[row], 0.1),
-        Quantity("change", "encoder's output, STA on\nagainst off (%)", 100 * seen.change, 0.1),
+        Quantity("crossing", "attention to other\nframes (1: uniform)", crossing, 0.04, relative=True),
+        Quantity("branch", "STA's update relative to\nthe residual (%)", 100 * seen.branch[row], 0.1),
+        Quantity("change", "encoder's output, STA on\nrelative to off (%)", 100 * seen.change, 0.1),
     ]
 
 
@@ -99,7 +99,7 @@ def draw_attention(seen: Observation, theme: Theme = LIGHT) -> Figure:
     figure.suptitle(
         f"{where}down: frame that looks,\nacross: frame looked at", x=0.01, ha="left", fontsize=9, color=theme.faint
     )
-    bar = colour_bar(figure, shown, theme, "attention, times even", ax=axes, pad=0.02, anchor=(0, 1),
+    bar = colour_bar(figure, shown, theme, "attention, relative to uniform", ax=axes, pad=0.02, anchor=(0, 1),
                       shrink=min(1.0, 2.0 / (down * inch)), ticks=[-scale, 0, scale])  # fmt: skip
     end = f"{2**scale:g}"
     bar.ax.set_yticklabels([f"1/{end}", "1", end])
@@ -120,7 +120,7 @@ def draw_branch(seen: Observation, theme: Theme = LIGHT) -> Figure:
     bars = np.stack([middle - low, high - middle])
     axes.errorbar(seen.blocks, middle, yerr=bars, fmt="o", color=theme.line, ecolor=theme.faint, capsize=3, zorder=3)
     axes.set_xlabel("block of the encoder", color=theme.text)
-    axes.set_ylabel("length of STA's part\n(% of the residual's)", color=theme.text)
+    axes.set_ylabel("norm of STA's update\n(% of the residual's)", color=theme.text)
     axes.set_ylim(0, max(1.15 * float(high.max()), 0.1))
     axes.set_xlim(min(seen.blocks) - 0.6, max(seen.blocks) + 0.6)
     axes.locator_params(axis="x", integer=True)

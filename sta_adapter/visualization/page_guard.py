@@ -37,7 +37,7 @@ class AnswerLimit:
             raise STAError("The question was stopped.")
         if self._end is not None and time.monotonic() > self._end:
             raise STAError(
-                f"The answer took longer than {self.seconds:.0f} s and was given up. Take a shorter clip or fewer frames, or "
+                f"The answer took longer than {self.seconds:.0f} s and was stopped. Take a shorter clip or fewer frames, or "
                 "start the app with a longer --time-limit."
             )
 

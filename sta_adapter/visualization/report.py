@@ -125,7 +125,7 @@ def sections(
         attention=_in_both_themes(lambda theme: draw_attention(seen, theme)),
         branch=_in_both_themes(lambda theme: draw_branch(seen, theme)),
         frames=seen.attention.shape[-1],
-        own_frame="; ".join(f"block {b}: {o:.2f} times even" for b, o in zip(seen.blocks, own, strict=True)),
+        own_frame="; ".join(f"block {b}: {o:.2f} times uniform" for b, o in zip(seen.blocks, own, strict=True)),
         crossing_range="{:.2f} to {:.2f}".format(*_ends(seen.relative_crossing[row])),
         branch_range="{:.1f} to {:.1f}".format(*_ends(100 * seen.branch[row])),
         change_range="{:.1f} to {:.1f}".format(*_ends(100 * seen.change)),

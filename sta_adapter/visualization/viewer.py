@@ -116,7 +116,7 @@ class Viewer:
             options: of `sta_adapter.loading.load_model`.
 
         Raises:
-            CheckpointError: one of them can't be had, or the adapter holds no STA.
+            CheckpointError: one of them isn't available, or the adapter holds no STA.
         """
         folder = None if adapter is None else resolve_adapter(adapter)
         source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
@@ -156,7 +156,7 @@ class Viewer:
         """The clip of a file; in a process of its own, where that is possible."""
         if self.longest is not None and (duration := read_frame_table(file).duration) > self.longest:
             raise VideoError(
-                f"{Path(file).name} is {duration:g} s long, and at most {self.longest:g} s are taken. Cut out the part that "
+                f"{Path(file).name} is {duration:g} s long, and at most {self.longest:g} s are allowed. Cut out the part that "
                 "matters."
             )
         return ClipReader.of(self.processor, settings).read([{"type": "video", "video": file}])[0]

@@ -135,7 +135,7 @@ def test_qwen2_5_vl(folder, tiny_qwen2_5, make_adapter, simple):
     assert without != with_sta
 
 
-# ---- InternVideo2.5: the published code can't be had here, so lmms-eval's class gets our stand-in of it
+# ---- InternVideo2.5: the published code isn't available here, so lmms-eval's class gets our stand-in of it
 
 
 def test_internvideo2_5_on_a_stand_in(folder, monkeypatch, make_adapter):

@@ -1,7 +1,7 @@
 """SSv2-T10: ten classes of Something-Something v2 that differ in time; the answer is the class in words.
 
 `labels/validation.json` and the clips in `20bn-something-something-v2/` (or `videos/`), as `ID.webm`. The published
-split, a fifth of train.json drawn without a seed, can't be had again, so the official validation clips of the ten
+split, a fifth of train.json drawn without a seed, can't be drawn again, so the official validation clips of the ten
 classes are asked. Question and answer are the published ones; the class's name alone is right as well.
 """
 
@@ -49,7 +49,9 @@ def load(folder: Path) -> EvalSet:
             f"{folder} holds no labels/validation.json with 20bn-something-something-v2/ beside it; expected a copy of "
             "Something-Something v2."
         )
-    found = EvalSet(notes=["The official validation clips of the ten classes; the published split can't be had again."])
+    found = EvalSet(
+        notes=["The official validation clips of the ten classes; the published split can't be drawn again."]
+    )
     rows = [row for row in read_annotations(files[0]) if row.get("template") in CLASSES]
     found.add(files[0], rows, partial(_sample, clips=clips))
     return found

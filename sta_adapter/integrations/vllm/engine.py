@@ -58,7 +58,7 @@ class VLLMEngine:
     Raises:
         MissingExtraError: there is no vLLM.
         ConfigError: an option that has an argument here, or `VLLM_PLUGINS` leaves STA out.
-        CheckpointError: the adapter can't be had, or is for another base.
+        CheckpointError: the adapter isn't available, or is for another base.
         InjectionError: the engine doesn't start.
     """
 
