@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.adapter.save import write_adapter
-from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.compatibility.calls import bound_arguments
+from sta_adapter.compatibility.module_names import STA_TENSOR
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, STAWarning
 from sta_adapter.injection.contents import adapter_state, describe_adapter
