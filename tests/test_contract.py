@@ -246,7 +246,9 @@ def keep_products(context, operator, *args, **kwargs):
     return policies.MUST_SAVE if operator in products else policies.PREFER_RECOMPUTE
 
 
-@pytest.mark.skipif(not hasattr(checkpoints, "CheckpointPolicy"), reason="torch has no selective checkpoints before 2.5")
+@pytest.mark.skipif(
+    not hasattr(checkpoints, "CheckpointPolicy"), reason="torch has no selective checkpoints before 2.5"
+)
 @every_order
 @pytest.mark.parametrize("case", case_parameters(lambda case: case.id in ("clip", "siglip", "qwen2_vl-tower")))
 def test_gradients_under_selective_checkpointing(case, order):
