@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from cases import clips_of, make_qwen2_vl, qwen2_vl_arguments, qwen2_vl_prompt, seeded
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from test_lora_options import logits, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -522,6 +522,15 @@ def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message,
         model(**qwen2_vl_prompt(3))  # said once
     with pytest.raises(CheckpointError, match=message):
         get_sta(model).save_pretrained(tmp_path)
+
+
+def test_trained_prompts_are_not_lost_silently_when_an_adapter_is_saved(tmp_path):
+    """They change no layer: an adapter of STA alone was written, and on loading the model said something else."""
+    handle = inject_sta(seeded(make_qwen2_vl))
+    model = get_peft_model(handle.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(CheckpointError, match="peft_type is 'PROMPT_TUNING', expected 'LORA'"):
+        get_sta(model).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mix_of_adapters_is_not_made_without_their_sta():

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from cases import make_qwen2_vl, qwen2_vl_prompt, randomize, seeded
+from cases import make_qwen2_vl, qwen2_vl_prompt, randomize, seeded, token_types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -652,3 +652,26 @@ def test_blocks_may_end_in_another_order_than_they_began(toy):  # noqa: F811
     assert injection.clip_lengths == (4,)
     clips.__exit__(None, None, None)
     assert injection.clip_lengths is None
+
+
+def test_a_batch_of_text_alone_has_a_backward_in_stage_one():
+    """Text among clips is usual. In several processes it trained; in one its loss depended on nothing that trains, and torch's error ended the run."""
+    model = seeded(make_qwen2_vl).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        **token_types([5, 6, 7, 8], video=151, image=150),
+    }
+    base = model(**batch).logits
+    handle = inject_sta(model, STAConfig(init="normal")).freeze_base()
+    found = model(**batch, labels=ids)
+    assert torch.equal(found.logits, base)
+    found.loss.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in handle.parameters())
+    model.zero_grad()
+    with handle.disabled():
+        assert not model(**batch).logits.requires_grad
+    model.lm_head.requires_grad_(True)
+    model(**batch, labels=ids).loss.backward()
+    assert all(p.grad is None for p in handle.parameters())  # where others train, all is as it was

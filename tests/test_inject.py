@@ -192,6 +192,20 @@ def test_an_offloaded_block_gives_the_device_that_it_runs_on(toy):  # noqa: F811
     assert [m.to_qkv.weight.device.type for m in handle.blocks.values()] == ["meta", "cpu", "cpu"]
 
 
+def test_weights_that_would_come_out_without_values_are_refused(toy):  # noqa: F811
+    """accelerate's context takes whatever is made within it to the meta device; the first forward ended in torch's error."""
+    from accelerate import init_empty_weights
+
+    before = list(toy.state_dict())
+    with (
+        init_empty_weights(),
+        pytest.raises(InjectionError, match=r"meta device.*init_empty_weights\(\)\? Leave it out"),
+    ):
+        inject_sta(toy)
+    assert list(toy.state_dict()) == before
+    inject_sta(toy)
+
+
 @pytest.mark.parametrize("first", ["offloaded", "injected"])
 def test_training_sta_whose_weights_are_offloaded_is_told(toy, first, recwarn):  # noqa: F811
     """accelerate accumulates the gradients of weights that it drops."""

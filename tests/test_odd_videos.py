@@ -339,14 +339,26 @@ def test_a_pipe_is_an_error_at_once(tmp_path):
     [
         ("x" * 300 + ".mp4", VideoError, "File name too long"),
         ("a\0b.mp4", VideoNotFoundError, "no such video file"),
+        (
+            "https://example.org/a.mp4",
+            VideoNotFoundError,
+            "an address, expected a file; download it first: .*//example",
+        ),
         ("loop.mp4", VideoError, "can't be read"),
     ],
-    ids=["long", "null", "loop"],
+    ids=["long", "null", "address", "loop"],
 )
 def test_names_that_no_file_has(tmp_path, name, error, message):
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")
     with pytest.raises(error, match=message):
-        read_clip(tmp_path / name)
+        read_clip(name if "://" in name else tmp_path / name)
+
+
+def test_a_pointer_of_git_lfs_is_told_as_that(tmp_path):
+    """As each clip of a data set is that was cloned without it."""
+    (tmp_path / "a.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(VideoError, match=r"a\.mp4 is a pointer of Git LFS in the place of a video: run `git lfs pull`"):
+        read_clip(tmp_path / "a.mp4")
 
 
 def test_pictures_without_a_decoder(tmp_path):

@@ -245,6 +245,12 @@ def test_what_a_phone_took_is_told_as_that(tmp_path, brand):
         read_image(tmp_path / "a.jpg")
 
 
+def test_a_pointer_of_git_lfs_is_told_as_that(tmp_path):
+    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match=r"a\.jpg' is a pointer of Git LFS in the place of a picture: run `git lfs"):
+        read_image(tmp_path / "a.jpg")
+
+
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(IsADirectoryError, match="Is a directory"):
         read_image(tmp_path)

@@ -19,7 +19,7 @@ B = [
     "B. right\n\nExplanation:\nA. left is wrong.",
     # a sentence that leads in
     "The answer is B", "The answer is B.", "the answer is b.", "The correct answer is (B).", "The correct answer is: B. right",
-    "Answer: B", "ANSWER: B", "Answer : (B)", "Answer - B", "Answer = B", "Answer:B", "Ans: B", "Final answer: B", "answer is\nB",
+    "Answer: B", "ANSWER: B", "Answer : (B)", "Answer - B", "Answer = B", "Answer:B", "Ans: B", "Ans. B", "Final answer: B", "answer is\nB",
     "The answer is option B.", "The best answer is the letter B.", "The answer would be B", "Correct option: B", "Option B", "option (B) right",
     "My choice is B.", "I choose B.", "I would go with B.", "I think it's B", "I think it is B because it goes left at first.", "It is B.",
     "B is correct.", "B is the right answer", "Option B is the correct one, A is not.", "So it is B", "Therefore, B.", "Response: B", "Solution: B",
@@ -75,7 +75,7 @@ NONE = [
     # denied
     "Not B", "not B.", "It is not B.", "The answer is not B.", "I don't think it's B", "B is wrong.", "B is not correct.", "(B) is incorrect", "Option B is wrong.", "Neither A nor B",
     "It is not left.", "Neither left nor right", "It doesn't move right.", "Anything but not right", "不是B", "Nicht B", "B is not the answer.", "B? No.", "B isn't right.",
-    "A or possibly B", "A, or B", "A and C are wrong", "A, C and D can be ruled out", "A - incorrect", "B (wrong)", "Incorrect: B", "A: correct\nB: correct", "A ✅ B ✅",
+    "I would choose A... wait, actually B.", "A or possibly B", "A, or B", "A and C are wrong", "A, C and D can be ruled out", "A - incorrect", "B (wrong)", "Incorrect: B", "A: correct\nB: correct", "A ✅ B ✅",
     # nothing that is an option
     "E", "(E)", "Answer: F", "I don't know", "I cannot determine the answer from the video.", "None of the above", "All of the above", "N/A", "n/a", "Sorry, I can't help with that.",
     "The video shows a cat.", "A man walks", "A bird flies away.", "a ball", "I am not sure.", "Because it moves", "Bright", "B-roll footage", "Upwards", "downstairs", "the answer is a secret",
@@ -116,6 +116,8 @@ def test_forms_that_name_nothing(said):
         ("No, it is not moving.", ["yes", "no"], (), 1),
         (r"\boxed{\text{No}}", ["yes", "no"], (), 1),
         ("No idea.", ["yes", "no"], (), None),
+        ("I think yes", ["yes", "no"], (), 0), ("There is no ball, so no.", ["yes", "no"], (), 1), ("I see no ball", ["yes", "no"], (), None),
+        ("I think no ball moves", ["yes", "no"], (), None), ("I don't think yes.", ["yes", "no"], (), None), ("so yes or no", ["yes", "no"], (), None),
         ("No doubt, yes.", ["yes", "no"], (), 0), ("No. Without doubt.", ["yes", "no"], (), 1),
         ("Yes and no", ["yes", "no"], (), None), ("Yes, no question about it.", ["yes", "no"], (), 0), ("Yes, and no other.", ["yes", "no"], (), 0),
         ("yes/no", ["yes", "no"], (), None),

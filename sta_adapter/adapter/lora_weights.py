@@ -144,6 +144,9 @@ def checked_lora(model: nn.Module) -> tuple[str, dict[str, object], dict[str, ob
         return None
     layers = [module for module in model.modules() if isinstance(module, peft_parts()[0])]
     if not layers:
+        prompts = [config for config in configs.values() if getattr(config, "is_prompt_learning", False)]
+        for config in prompts:  # which change no layer
+            checked_options(config.to_dict(), "the LoRA of this model")
         return None  # merged or unloaded
     names: list[str] = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) != 1 or names[0] not in configs:

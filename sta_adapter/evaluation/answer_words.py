@@ -19,7 +19,7 @@ _IS = r"(?:is|are|was|would be|must be|ist|es|est|é|è|jest|är)"
 
 _ANSWER = (
     r"(?:\b(?:answers?|ans|response|solution|respuesta|solución|réponse|antwort|lösung|resposta|risposta|antwoord|ответ|odpowiedź"
-    r"|odpověď|cevap|yanıt|jawaban|svar|vastaus|đáp án)\b|απάντηση|תשובה|جواب|إجابة|الإجابة|الجواب|پاسخ|उत्तर|คำตอบ"
+    r"|odpověď|cevap|yanıt|jawaban|svar|vastaus|đáp án)\b|\bans\.|απάντηση|תשובה|جواب|إجابة|الإجابة|الجواب|پاسخ|उत्तर|คำตอบ"
     r"|答案|答え|回答|正解|解答|정답|답|答)"
 )
 _CHOICE = (
@@ -37,7 +37,7 @@ ANSWER_IS = re.compile(rf"{_ANSWER}{_FILLER}*\Z", re.IGNORECASE)
 FINALLY = re.compile(rf"(?:\bfinal {_ANSWER}|最终答案|最終答案|最終的な答え){_FILLER}*\Z", re.IGNORECASE)
 CUE = re.compile(
     rf"(?:{_CHOICE}|\b(?:it|that|this) is\b|\b(?:it|that)['’]s\b"
-    r"|\b(?:is|be|so|therefore|thus|hence|but|choose|chose|chosen|pick|picked|select|selected|go with|going with|say|guess|think"
+    r"|\b(?:actually|is|be|so|therefore|thus|hence|but|choose|chose|chosen|pick|picked|select|selected|go with|going with|say|guess|think"
     r"|definitely|certainly|clearly|obviously|surely|probably|likely"
     r"|believe|elijo|choisis|wähle|scelgo|escolho)\b|[→➡>]|选择|選擇|故选|选|選|而是)"
     rf"{_FILLER}*\Z",

@@ -98,7 +98,7 @@ def named_option(said: str, labels: Sequence[str], texts: Sequence[str] = ()) ->
         [m for m in mentions if m.sure and words.FINALLY.search(m.before)],
         [m for m in mentions if (m.sure and words.ANSWER_IS.search(m.before)) or words.IS_RIGHT.match(m.after)],
         [m for m in mentions[:1] if m.first and m.marked],
-        [m for m in mentions if m.last_line or m.phrase or (m.short and (m.closing or _is_cued(m)))],
+        [m for m in mentions if m.last_line or m.phrase or (m.short and m.closing) or _is_cued(m)],
     )
     for found in rules:
         named = {m.index for m in (*found, *_joined(answer, mentions, found))}
@@ -117,6 +117,8 @@ def _taken_apart(options: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _is_cued(mention: _Mention) -> bool:
+    if not mention.short:  # "I think yes", and not "I see no ball"
+        return bool(words.CUE.search(mention.before) and words.MARK.match(mention.after))
     return mention.in_brackets or (mention.sure and (mention.own_text or bool(words.CUE.search(mention.before))))
 
 

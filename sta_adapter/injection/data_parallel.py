@@ -1,7 +1,8 @@
-"""Data-parallel training: encoders that run more often in one process than in another.
+"""Batches of text alone, and data-parallel training: encoders that run more often in one process than in another.
 
 DDP needs every process to reach every trained parameter once a step. FSDP and ZeRO gather an encoder's shards at each
-of its runs, so there every process must run it equally often, whatever its batch holds: they agree, run by run.
+of its runs, so there every process must run it equally often, whatever its batch holds: they agree, run by run. A process by
+itself needs no run, but a loss that depends on something that trains.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sta_adapter.errors import InjectionError
 from sta_adapter.injection.backbone import DummyInputs
 from sta_adapter.injection.hooks import Hook
 from sta_adapter.injection.state import Injection
-from sta_adapter.injection.target import innermost_around
+from sta_adapter.injection.target import innermost_around, trained_alone
 
 EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")  # methods of transformers' models; text needs these too
 ABLE, NO_DUMMY, NO_EMBEDDINGS, SHARDED_BETWEEN = range(4)
@@ -211,9 +212,9 @@ class LanguageModelBegin(ModelHook):
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Add zero times the encoder's outputs to `inputs_embeds`, or to what the model's own embedding gives."""
         injection, groups = self.injection, self.agreement.groups
-        differentiates = torch.is_grad_enabled() and injection.is_enabled and is_parallel()  # modes say nothing of that
+        differentiates, parallel = torch.is_grad_enabled() and injection.is_enabled, is_parallel()  # no mode says that
         wants = not injection.pop_ran() and differentiates
-        args, kwargs = _by_name(module, args, kwargs) if differentiates or groups else (args, kwargs)
+        args, kwargs = _by_name(module, args, kwargs) if wants or parallel or groups else (args, kwargs)
         embeddings = cast("Tensor | None", kwargs.get("inputs_embeds"))
         dummies = 0
         if groups:
@@ -221,9 +222,12 @@ class LanguageModelBegin(ModelHook):
             while groups.agree(wants and not obstacle, obstacle, injection.spec.name):
                 self._run_dummy()
                 wants, dummies = False, dummies + 1
-        elif differentiates and self._joins_ddp(wants, embeddings):
+        elif parallel and differentiates and self._joins_ddp(wants, embeddings):
             self._run_dummy()
             dummies = 1
+        elif wants and not parallel and (embeddings is not None or self.agreement.embedding() is not None):
+            found = trained_alone(self.agreement.model(), self.agreement.encoder, injection.spec)
+            injection.thread.outputs, dummies = found, len(found)
         outputs, injection.thread.outputs = injection.thread.outputs, None
         if outputs and (embeddings is not None or dummies):
             device = outputs[0].device if embeddings is None else embeddings.device

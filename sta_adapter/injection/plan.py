@@ -83,8 +83,19 @@ class Plan:
         }
 
     def build(self, device: torch.device | str | None = None) -> dict[int, TemporalAttention]:
-        """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own."""
-        return {index: self._build(self.target.blocks[index], device) for index in self.layers}
+        """Fresh STA modules by block index, not yet in the model; `device` overrides the blocks' own.
+
+        Raises:
+            InjectionError: their weights were taken to the meta device, where the blocks' own are not.
+        """
+        modules = {index: self._build(self.target.blocks[index], device) for index in self.layers}
+        for index, module in modules.items() if device is None else ():
+            if module.to_qkv.weight.is_meta and _placement(self.target.blocks[index])[0].type != "meta":
+                raise InjectionError(
+                    "STA's weights came out on the meta device, where they have no values, and the encoder's are not there: is this within "
+                    "accelerate's init_empty_weights()? Leave it out, or end it before."
+                )
+        return modules
 
     def allocate(self, file: Path, state: Mapping[str, torch.Tensor]) -> dict[int, TemporalAttention]:
         """STA modules in memory of the blocks' devices, without values, which a file's tensors must fit.

@@ -8,7 +8,7 @@ from inspect import getattr_static
 from typing import cast
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from sta_adapter.attention.module import CHILD, TemporalAttention
 from sta_adapter.compatibility.seams import active_ddp
@@ -74,8 +74,19 @@ def _sta_of(block: nn.Module) -> nn.Module | None:
 
 def sta_trains(encoder: nn.Module, spec: Backbone) -> bool:
     """Whether any of the STA at work requires a gradient."""
+    return bool(_trained(encoder, spec))
+
+
+def trained_alone(model: nn.Module | None, encoder: nn.Module, spec: Backbone) -> list[Tensor]:
+    """STA's parameters that require a gradient; none where something outside of the encoder does so as well."""
+    ours = {id(parameter) for parameter in encoder.parameters()}
+    others = model is None or any(p.requires_grad and id(p) not in ours for p in model.parameters())
+    return [] if others else _trained(encoder, spec)
+
+
+def _trained(encoder: nn.Module, spec: Backbone) -> list[Tensor]:
     modules = sta_modules(encoder, spec).values()
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
 def widen(parameters: Iterable[nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from sta_adapter._lazy import importing
 from sta_adapter.errors import ConfigError, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
-from sta_adapter.video.image import HEIC
+from sta_adapter.video.image import HEIC, is_pointer
 from sta_adapter.video.packet_bytes import PacketRow, keys_are_fresh
 from sta_adapter.video.packet_scan import (
     frame_rate,
@@ -175,6 +175,8 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     """The path of a file; any other is an error."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path is {path!r}; expected a str or a pathlib.Path that names a video file.")
+    if "://" in str(path) and not os.path.exists(path):
+        raise VideoNotFoundError(errno.ENOENT, "an address, expected a file; download it first", str(path))
     path = Path(path)
     try:
         kind = path.stat()
@@ -203,6 +205,10 @@ def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
     except VideoError:
         raise
     except (av.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        if is_pointer(path):
+            raise VideoError(
+                f"{path} is a pointer of Git LFS in the place of a video: run `git lfs pull` there."
+            ) from error
         raise VideoError(
             f"{path} can't be read as a video (pyav: {error}); expected a file that FFmpeg understands. "
             "It may be cut off, damaged, not a video at all, or a list of other files, which is not followed."

@@ -20,6 +20,7 @@ _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 _DEEP = ("I", "F")
 HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"mif1"))
 """How such a file begins, behind four bytes."""
+_GIT_LFS = b"version https://git-lfs"  # how a pointer begins
 _SIXTEEN_BITS = ("PNG", "PPM")  # what Pillow calls "I" is 16 bits wide in these files
 
 
@@ -44,6 +45,10 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # whatever Pillow's many readers raise for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if is_pointer(name):
+            raise DataError(
+                f"{name!r} is a pointer of Git LFS in the place of a picture: run `git lfs pull` there."
+            ) from error
         if _is_heic(name):
             raise DataError(
                 f"{name!r} is a HEIC picture, as phones take them, which Pillow doesn't read. Save it as JPEG or PNG."
@@ -51,6 +56,12 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         raise DataError(
             f"{name!r} is not an image that can be read ({reason}). If it is a video, name it as one; else save it again."
         ) from error
+
+
+def is_pointer(name: str | os.PathLike[str]) -> bool:
+    """Whether a file is the few words that a data set cloned without Git LFS has in the place of it."""
+    with open(name, "rb") as file:
+        return file.read(len(_GIT_LFS)) == _GIT_LFS
 
 
 def _is_heic(name: str) -> bool:
