@@ -101,8 +101,10 @@ def other_process(monkeypatch, ways):
     """A model with STA, a batch of text, and its logits; from then on the process takes itself for one of several."""
     model, handle = Trial.parse(f"{ways}:text|text").make()
     batch = prompt(0, 0, "text")
-    expected = model(**batch).logits
+    with handle.disabled():
+        expected = model(**batch).logits
     assert not expected.requires_grad
+    assert torch.equal(model(**batch).logits, expected)
     monkeypatch.setattr(parallel, "is_parallel", lambda: True)
     return model, handle, batch, expected
 

@@ -163,7 +163,7 @@ class LastInLine(Hook):
         if left is None:
             return
         left.handle.remove()
-        if output is not None:  # no exception is on its way
+        if output is not None and is_parallel():  # no exception is on its way, and others wait
             raise InjectionError(
                 "the language model was called without inputs_embeds and did not embed tokens by itself, so this process "
                 "can't join in the run of the vision encoder in the others. Embed the tokens first, or give every process "
