@@ -126,7 +126,7 @@ def test_how_the_data_is_read_is_that_of_the_training(tmp_path):
     settings.write_text(f"videos: {tmp_path / 'data'}\nformat: conversations\n")
     line = ["check-data", str(file), "--num-workers", "0"]
     assert CliRunner().invoke(cli, line).exit_code == 1
-    assert CliRunner().invoke(cli, [*line, "--config", str(settings)]).output.startswith("1 samples, 0 of them bad")
+    assert CliRunner().invoke(cli, [*line, "--config", str(settings)]).output.startswith("1 sample, 0 of them bad")
     settings.write_text("videos: 5\n")
     done = CliRunner().invoke(cli, [*line, "--config", str(settings)])
     assert "videos is 5, expected a text" in str(done.exception)

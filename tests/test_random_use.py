@@ -241,7 +241,7 @@ class RandomUse(RuleBasedStateMachine):
         changed = any(not torch.equal(value, self.injected_into[key]) for key, value in state.items())
         with tempfile.TemporaryDirectory() as folder:
             if changed:  # it was trained, and the adapter doesn't hold it
-                with pytest.raises(CheckpointError, match="of the base model's tensors are other"):
+                with pytest.raises(CheckpointError, match="of the base model's tensors have changed"):
                     self.handle.save_pretrained(folder)
             self.handle.save_pretrained(folder, base_changed=changed)
             handle = load_sta(base, folder, is_trainable=trainable)

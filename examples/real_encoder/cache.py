@@ -54,7 +54,7 @@ def below(encoder: Dinov2Model, first: int) -> Dinov2Model:
 def start_from_stored(encoder: Dinov2Model, first: int) -> Stored:
     """Take out of the encoder what is in front of block `first`; what is returned takes the tokens of a call.
 
-    The blocks in play keep their numbers, so an adapter trained so is one of the whole encoder.
+    The blocks in play keep their numbers, so an adapter trained so fits the whole encoder (`load_sta(..., base_model="any")`).
     """
     stored = Stored()
     encoder.embeddings = stored

@@ -124,7 +124,8 @@ def conclude(
         outcome["ordered"] = measure(watcher, test, settings.batch)
         outcome["shuffled"] = measure(watcher, test, settings.batch, shuffled=True)
     if what.test and watcher.handle is not None and not ARMS[what.arm].lora:
-        watcher.handle.save_pretrained(work / "adapters" / what.name)
+        # the encoder was changed only in front of STA, where stored tokens stand for it
+        watcher.handle.save_pretrained(work / "adapters" / what.name, base_changed=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(outcome | made_by(), indent=1) + "\n", encoding="utf-8")
 
