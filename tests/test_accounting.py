@@ -428,7 +428,9 @@ def test_embeddings_that_were_trained_after_more_tokens_came_in(tmp_path):
     handle.save_pretrained(tmp_path)
     with torch.no_grad():
         model.get_input_embeddings().weight += 1
-    with pytest.raises(CheckpointError, match=r"^1 of the base model's tensors have changed .* first is \S+embed_tokens"):
+    with pytest.raises(
+        CheckpointError, match=r"^1 of the base model's tensors have changed .* first is \S+embed_tokens"
+    ):
         handle.save_pretrained(tmp_path)
 
 
