@@ -786,6 +786,17 @@ def test_fresh_sta_that_does_not_train_is_told_of(freeze, start, tmp_path):
         known.encoder.train()(**qwen2_vl_arguments(clips_of(4)))  # STA of an earlier training, left as it is
 
 
+def test_a_loaded_adapter_is_not_taken_for_fresh_sta(tmp_path, monkeypatch):
+    """Memory without values, which a file fills, may have held the zeros that an untrained adapter has."""
+    inject_sta(seeded(make_qwen2_vl)).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    handle = load_sta(seeded(make_qwen2_vl), tmp_path)
+    assert not any(parameter.requires_grad for parameter in handle.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="STA is in the model")
+        handle.encoder.train()(**qwen2_vl_arguments(clips_of(4)))
+
+
 def steps(handle, *optimizers, count=4, training=True):
     """Of a training loop."""
     handle.encoder.train(training)

@@ -102,7 +102,7 @@ def load_sta(
         raise CheckpointError("the encoder's weights are on the meta device: load them first, then the adapter.")
     warn_of_other_rule(model, description.get("positions"))
     with torch.inference_mode(False):
-        handle = plan.attach(modules)
+        handle = plan.attach(modules, has_values=False)
         fill(handle, state, is_trainable)
         if (folder / LORA_CONFIG).exists():
             handle = _add_lora(handle, folder, description, is_trainable)

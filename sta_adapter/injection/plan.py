@@ -126,10 +126,10 @@ class Plan:
             dtype=dtype,
         )
 
-    def attach(self, modules: dict[int, TemporalAttention]) -> STAHandle:
+    def attach(self, modules: dict[int, TemporalAttention], has_values: bool = True) -> STAHandle:
         """Put the modules and the hooks into the model; undone when anything fails half-way."""
         target, injection = self.target, Injection(self.config, self.target.backbone, len(self.target.blocks))
-        injection.watch(self.model, modules)
+        injection.watch(self.model, modules if has_values else {})
         try:
             for index, module in modules.items():
                 block = target.blocks[index]

@@ -42,7 +42,7 @@ def put_sta(model: nn.Module, vllm_config: object) -> ServedSTA | None:
     modules = plan.allocate(adapter.folder / WEIGHTS, read_weights(adapter.folder, adapter.description))
     for module in modules.values():
         module.requires_grad_(False)
-    served = ServedSTA(model, hf_config, plan, plan.attach(modules), adapter)
+    served = ServedSTA(model, hf_config, plan, plan.attach(modules, has_values=False), adapter)
     SERVED[model] = adapter.digest
     return served
 
