@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from cases import clips_of, make_qwen2_vl, qwen2_vl_arguments, qwen2_vl_prompt, seeded
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from test_lora_options import logits, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -529,8 +529,9 @@ def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message,
 def test_trained_prompts_are_not_lost_silently_when_an_adapter_is_saved(tmp_path):
     """They change no layer: an adapter of STA alone was written, and on loading the model said something else."""
     handle = inject_sta(seeded(make_qwen2_vl))
-    model = get_peft_model(handle.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(CheckpointError, match="peft_type is 'PROMPT_TUNING', expected 'LORA'"):
+    sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4, "num_transformer_submodules": 1}
+    model = get_peft_model(handle.model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes))
+    with pytest.raises(CheckpointError, match="peft_type is 'PREFIX_TUNING', expected 'LORA'"):
         get_sta(model).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
