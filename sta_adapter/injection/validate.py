@@ -268,7 +268,7 @@ def _run_block(
         run.inputs.append(stream.clone())
         if stream is residual:
             return args, {**kwargs, RESIDUAL: stream if delta is None else stream + delta}
-        run.shares_input |= stream.untyped_storage().data_ptr() == run.tokens.untyped_storage().data_ptr()
+        run.shares_input |= stream.untyped_storage()._cdata == run.tokens.untyped_storage()._cdata
         if delta is not None:
             stream.add_(delta)
         return None

@@ -234,7 +234,7 @@ class InternVideo2_VideoChat2(nn.Module):
     def generate(self, input_ids, video=None, **options):
         """Tokens that follow."""
         embeddings = self._embeddings(input_ids, video)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         return self.lm.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
     def _embeddings(self, input_ids, video):

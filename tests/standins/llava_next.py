@@ -60,5 +60,5 @@ class LlavaQwenForCausalLM(nn.Module, LlavaMetaForCausalLM):
     def generate(self, inputs: Tensor, images=None, modalities=["image"], **options):
         features = self(inputs, images, modalities).flatten(0, 1)[None]
         embeddings = torch.cat([features, self.model.get_input_embeddings()(inputs)], dim=1)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         return self.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
