@@ -9,6 +9,7 @@ from standin_device import DEVICE, StandInDevice
 from torch.utils._pytree import tree_map
 
 from sta_adapter import STAConfig, inject_sta
+from sta_adapter.text_positions import use_positions
 from sta_adapter.visualization import observe
 
 QWEN2_VL = next(case for case in CASES if case.id == "qwen2_vl")
@@ -108,6 +109,15 @@ def test_generation(case):
         with handle.clips([3]) if case.tell_clips else torch.no_grad():
             answer = handle.model.generate(**prompt, max_new_tokens=3, do_sample=False)
         found[device] = [answer]
+    require_equal(found)
+
+
+def test_generation_with_the_text_positions_of_training():
+    found = {}
+    for device, handle in on_both(QWEN2_VL).items():
+        use_positions(handle.model, "trained")
+        prompt = moved(QWEN2_VL.generate(3), device)
+        found[device] = [handle.model.generate(**prompt, max_new_tokens=3, do_sample=False)]
     require_equal(found)
 
 
