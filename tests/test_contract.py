@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -194,16 +195,13 @@ def test_single_frames_can_be_left_alone(case, order):
     assert not close(case.run(model, image), before)
 
 
-def gradients(case, model, handle, batches, together=True):
-    """STA's gradients of one loss over all batches, or of one loss each, backwards in reverse order of the forwards."""
+def gradients(case, model, handle, batches, together=True, run=lambda backward: backward()):
+    """STA's gradients of one loss over all batches, or of one loss each; `run` calls the backwards."""
     for parameter in handle.parameters():
         parameter.grad = None
     losses = [loss_of(case.run(model, clips)) for clips in batches]
-    if together:
-        sum(losses).backward()
-    else:
-        for loss in losses:
-            loss.backward()
+    for loss in [sum(losses)] if together else losses:
+        run(loss.backward)
     return [p.grad.clone() for p in handle.parameters()]
 
 
@@ -228,6 +226,10 @@ def test_gradients_under_checkpointing(case, order, reentrant):
             for a, b in zip(found, expected, strict=True):
                 assert (a - b).norm() <= 1e-5 * b.norm()
     assert len(calls) > 4 * len(batches), "nothing was computed again"
+    with ThreadPoolExecutor(1) as thread:  # on a GPU backwards run in one of their own
+        found = gradients(case, model, handle, batches, False, lambda backward: thread.submit(backward).result())
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def enable_checkpointing(model, encoder, reentrant):
