@@ -526,6 +526,47 @@ def test_what_peft_trains_and_we_cant_save_is_said_at_the_start(config, message,
         get_sta(model).save_pretrained(tmp_path)
 
 
+def unfreeze(handle):
+    handle.model.requires_grad_(True)
+
+
+def cut_a_row(handle):
+    layer = handle.model.get_output_embeddings()
+    layer.weight = torch.nn.Parameter(layer.weight[:, :-1].detach(), requires_grad=False)
+    handle.model.lm_head.forward = lambda x: torch.nn.functional.linear(x[..., :-1], layer.weight)
+
+
+def merge(handle):
+    with torch.no_grad():
+        handle.model.get_output_embeddings().weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "at_first", "at_last"),
+    [
+        (
+            unfreeze,
+            "tensors would be trained, the first is .*, and an adapter stores none .* pass base_changed=True",
+            None,
+        ),
+        (cut_a_row, "1 of the base model's tensors are gone or have another shape", "gone or have another shape"),
+        (merge, "1 of the base model's tensors have changed since STA was injected", "have changed since STA"),
+    ],
+    ids=["trained along", "cut", "merged"],
+)
+def test_a_base_that_no_adapter_holds_is_told_of_at_the_first_step(change, at_first, at_last, tmp_path):
+    """Else saving refuses it after hours of training, and a script ends with nothing."""
+    handle = inject_sta(seeded(make_qwen2_vl), STAConfig(init="normal")).freeze_base()
+    change(handle)
+    optimizer = torch.optim.SGD([p for p in handle.model.parameters() if p.requires_grad], lr=1.0)
+    with pytest.warns(STAWarning, match=f"can't save what is trained here: .*{at_first}"):
+        handle.model.train()(**qwen2_vl_prompt(3)).logits.square().mean().backward()
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=at_last or "have changed since STA"):
+        handle.save_pretrained(tmp_path)
+    handle.save_pretrained(tmp_path, base_changed=True)
+
+
 def test_trained_prompts_are_not_lost_silently_when_an_adapter_is_saved(tmp_path):
     """They change no layer: an adapter of STA alone was written, and on loading the model said something else."""
     handle = inject_sta(seeded(make_qwen2_vl))

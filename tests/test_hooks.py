@@ -404,7 +404,7 @@ def test_a_forward_without_sta_says_so(toy):  # noqa: F811
         warnings.simplefilter("error")
         with handle.disabled():
             handle.model(toy_pixels(A), A)
-        injected(DirectEncoder()).model(toy_pixels(A), A)
+        injected(DirectEncoder()).freeze_base().model(toy_pixels(A), A)
 
 
 @orders

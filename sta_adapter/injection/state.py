@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, mark_base
-from sta_adapter.adapter.lora_weights import checked_lora, require_whole_lora
+from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, mark_base, require_frozen_base, require_same_base
+from sta_adapter.adapter.lora_weights import lora_state, require_whole_lora
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.attention.module import TemporalAttention
@@ -29,7 +29,7 @@ from sta_adapter.compatibility.calls import iterate_tensors
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, InjectionError, LayoutError, STAWarning
+from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.steps import StepsOfModel
 from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
@@ -180,9 +180,14 @@ class Injection:
         if trains and (reason := lost_steps(modules.values())):
             yield reason
         try:
-            checked_lora(model)
             require_whole_lora(model)
-        except CheckpointError as error:
+            with warnings.catch_warnings():  # of adapters that are not at work, which saving tells
+                warnings.simplefilter("ignore")
+                lora = lora_state(model)
+            saved = () if lora is None else lora[1]
+            require_same_base(model, self.base_marks, saved)
+            require_frozen_base(model, self.base_marks, saved)
+        except (CheckpointError, ConfigError) as error:
             yield f"handle.save_pretrained can't save what is trained here: {error}"
 
     @property
