@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, mark_base, require_frozen_base, require_same_base
-from sta_adapter.adapter.lora_weights import lora_state, require_whole_lora
+from sta_adapter.adapter.base_marks import BaseMarks, mark_base
 from sta_adapter.attention.explain import KernelCall
 from sta_adapter.attention.layout import ALL_ROWS, ClipLayout, ClipLengths
 from sta_adapter.attention.module import TemporalAttention
@@ -29,11 +28,11 @@ from sta_adapter.compatibility.calls import iterate_tensors
 from sta_adapter.compatibility.checkpointing import inside_checkpoint
 from sta_adapter.compatibility.seams import graph_task
 from sta_adapter.config import STAConfig
-from sta_adapter.errors import CheckpointError, ConfigError, InjectionError, LayoutError, STAWarning
+from sta_adapter.errors import InjectionError, LayoutError, STAWarning
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.steps import StepsOfModel
-from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
 from sta_adapter.injection.told import Held, Told
+from sta_adapter.injection.training_start import remarks_at_start
 
 if TYPE_CHECKING:
     from sta_adapter.injection.data_parallel import AddOnce
@@ -163,32 +162,9 @@ class Injection:
         remarks = [steps.remark()]
         if model is not None and (encoder.training or steps.begun):
             del self.__dict__["_model"]
-            remarks += self._remarks(encoder, model, start)
+            remarks += remarks_at_start(encoder, self.spec, model, self.base_marks, start)
         for remark in filter(None, remarks):
             warnings.warn(remark, STAWarning, stacklevel=2)
-
-    def _remarks(self, encoder: nn.Module, model: nn.Module, start: Mapping[int, BaseMarks]) -> Iterator[str]:
-        modules = sta_modules(encoder, self.spec)
-        fresh = all(is_as_marked(module.to_out, start.get(index, {})) for index, module in modules.items())
-        trains = sta_trains(encoder, self.spec)
-        if fresh and not trains and any(parameter.requires_grad for parameter in model.parameters()):
-            yield (
-                "STA is in the model as inject_sta made it, and no parameter of it requires a gradient, so it would not be trained while other "
-                'weights are. Build LoRA from handle.lora_config(), or name "sta" in its modules_to_save; without LoRA call '
-                "handle.freeze_base() after all else that freezes."
-            )
-        if trains and (reason := lost_steps(modules.values())):
-            yield reason
-        try:
-            require_whole_lora(model)
-            with warnings.catch_warnings():  # of adapters that are not at work, which saving tells
-                warnings.simplefilter("ignore")
-                lora = lora_state(model)
-            saved = () if lora is None else lora[1]
-            require_same_base(model, self.base_marks, saved)
-            require_frozen_base(model, self.base_marks, saved)
-        except (CheckpointError, ConfigError) as error:
-            yield f"handle.save_pretrained can't save what is trained here: {error}"
 
     @property
     def default_lengths(self) -> ClipLengths | None:
