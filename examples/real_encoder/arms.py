@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Model
 
 from sta_adapter import STAConfig, STAHandle, inject_sta
+from sta_adapter.errors import STAWarning
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Watcher(nn.Module):
         if order == "learned":
             self.frame_vectors = nn.Parameter(0.02 * torch.randn(reader.frames, 1, reader.project.out_features))
         self.stored = start_from_stored(encoder, first)
+        # only in front of STA, so `conclude` saves it all the same
+        warnings.filterwarnings("ignore", "handle.save_pretrained can't save .* tensors are gone", STAWarning)
         self.patch = encoder.config.patch_size
 
     def adapter(self) -> Iterator[nn.Parameter]:
