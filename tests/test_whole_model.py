@@ -22,8 +22,9 @@ from torch.nn.utils import prune
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
-from sta_adapter.errors import CheckpointError, STAWarning
+from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.loading import load_model
+from sta_adapter.training.checkpoints import numpy_allowed
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
 
@@ -212,10 +213,6 @@ def test_the_best_checkpoint_comes_back_with_its_sta(tmp_path):
     """As transformers' trainer loads it at the end, and each of its checkpoints is an adapter without any callback."""
     torch.manual_seed(0)
     handle = injected(STAConfig())
-
-    def collate(_):
-        return {**qwen2_vl_prompt(3), "labels": qwen2_vl_prompt(3)["input_ids"]}
-
     made = trainer(
         handle.model, tmp_path, [{"index": 0}], collate, max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, remove_unused_columns=False,
@@ -223,6 +220,97 @@ def test_the_best_checkpoint_comes_back_with_its_sta(tmp_path):
     made.train()
     best = load_sta(base(), made.state.best_model_checkpoint)
     assert all(map(torch.equal, best.parameters(), handle.parameters()))
+
+
+def collate(_):
+    return {**qwen2_vl_prompt(3), "labels": qwen2_vl_prompt(3)["input_ids"]}
+
+
+def resumed(handle, out, steps, resume=None):
+    """A run of transformers' trainer with a checkpoint after each step."""
+    options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_steps": 1, "remove_unused_columns": False}
+    made = trainer(handle.model, out, [{"index": 0}], collate, max_steps=steps, **options)
+    with numpy_allowed():  # of which transformers 4.45 writes something
+        made.train(resume_from_checkpoint=resume)
+
+
+def with_base(config=STAConfig()):
+    """STA that trains together with parts of the base."""
+    handle = inject_sta(base(), config).freeze_base()
+    for name, parameter in handle.model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "layers.0." in name or "merger" in name)
+    return handle
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
+def test_a_run_that_trains_the_base_along_goes_on_with_it(shards, tmp_path):
+    """transformers saves its weights under the names of an older release, by which its trainer brought none of them back."""
+    whole, again = with_base(), with_base()
+    resumed(whole, tmp_path, 2)
+    if shards:
+        loaded = load_model(tmp_path / "checkpoint-1", device="cpu")
+        checkpoint = tmp_path / "checkpoint-1"
+        first = load_sta(loaded, checkpoint)
+        (checkpoint / "model.safetensors").unlink()
+        first.model.save_pretrained(checkpoint, max_shard_size="100KB")
+    resumed(again, tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, msg=name)
+
+
+def test_what_trains_and_has_no_place_in_the_model_is_told_of():
+    handle = with_base()
+    state = {name: value for name, value in handle.model.state_dict().items() if "merger" not in name}
+    state["model.visual.resampler.weight"] = torch.ones(2)
+    with pytest.warns(
+        STAWarning,
+        match=r"1 tensors that are loaded .* first is model\.visual\.resampler\.weight, and \d of the base that",
+    ):
+        handle.model.load_state_dict(state, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        handle.model.load_state_dict(
+            {key: state[key] for key in list(state)[:3]}, strict=False
+        )  # a part, as shards are
+
+
+def test_sta_that_is_in_the_tower_alone_is_told_of_where_nothing_is_loaded_into_it():
+    model = base()
+    tower = next(part for part in model.modules() if type(part).__name__ == "Qwen2VisionTransformerPretrainedModel")
+    inject_sta(tower)
+    state = {key.replace("visual.", "tower."): value for key, value in model.state_dict().items()}
+    with pytest.warns(
+        STAWarning, match=r"nothing of the state .*visual, in which STA trains, .* inject_sta into the full model"
+    ):
+        model.load_state_dict(state, strict=False)
+
+
+SETTINGS = {"order": "before_spatial", "rope_theta": 50.0, "single_frames": False, "causal": True}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_state_of_other_settings_is_refused(name, tmp_path):
+    """Its tensors fit, and computed something else."""
+    here, there = inject_sta(base(), STAConfig(init="normal")), inject_sta(base(), STAConfig(**{name: SETTINGS[name]}))
+    torch.save(here.model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert list(state) == list(there.model.state_dict())
+    with pytest.raises(
+        RuntimeError,
+        match=rf"blocks\.0\.sta: STA was trained with other settings: {name} .* \(not {SETTINGS[name]!r}\)",
+    ):
+        there.model.load_state_dict(state)
+    there.model.load_state_dict(dict(state))  # a beginning, by somebody who knows
+    inject_sta(base(), STAConfig(init="zero", attention="eager")).model.load_state_dict(state)
+
+
+def test_a_run_of_other_settings_is_not_gone_on_from(tmp_path):
+    resumed(injected(STAConfig(causal=True)), tmp_path, 1)
+    with pytest.raises(
+        ConfigError, match=r"goes on from \(step 1\) has causal True \(not False\)\. Inject STA with the settings"
+    ):
+        resumed(injected(STAConfig()), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    resumed(injected(STAConfig(causal=True)), tmp_path, 2, str(tmp_path / "checkpoint-1"))
 
 
 def shorter(blocks):
