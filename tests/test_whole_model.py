@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 import shutil
 import warnings
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from test_lora_options import logits
 from torch import nn
 from torch.nn.utils import prune
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
@@ -38,6 +40,15 @@ def folder(tmp_path_factory):
 
 def base():
     return load_model(base.folder, device="cpu")
+
+
+def tower(model):
+    """The vision encoder, on any release."""
+    return next(part for part in model.modules() if isinstance(part, Qwen2VisionTransformerPretrainedModel))
+
+
+def name_of(part, model):
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def injected(config=OTHER):
@@ -154,11 +165,12 @@ def test_a_base_that_was_changed_is_told_by_handles_too(tmp_path):
 
 @contextlib.contextmanager
 def served(monkeypatch, cache):
-    """A Hub of its own, also for transformers, which keeps a client of the one before."""
+    """A Hub of its own, also for transformers, which keeps a client of the one before, or what it was told when it was imported."""
     with HubServer() as hub:
         hub.use(monkeypatch, cache)
-        if hasattr(transformers.utils.hub, "_hf_api"):
-            monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        for name, value in (("_hf_api", None), ("_is_offline_mode", False), ("TRANSFORMERS_CACHE", str(cache))):
+            if hasattr(transformers.utils.hub, name):
+                monkeypatch.setattr(transformers.utils.hub, name, value)
         yield hub
 
 
@@ -276,8 +288,7 @@ def test_what_trains_and_has_no_place_in_the_model_is_told_of():
 
 def test_sta_that_is_in_the_tower_alone_is_told_of_where_nothing_is_loaded_into_it():
     model = base()
-    tower = next(part for part in model.modules() if type(part).__name__ == "Qwen2VisionTransformerPretrainedModel")
-    inject_sta(tower)
+    inject_sta(tower(model))
     state = {key.replace("visual.", "tower."): value for key, value in model.state_dict().items()}
     with pytest.warns(
         STAWarning, match=r"nothing of the state .*visual, in which STA trains, .* inject_sta into the full model"
@@ -318,11 +329,11 @@ def shorter(blocks):
 
 
 def longer(blocks):
-    blocks.append(base().model.visual.blocks[0])
+    blocks.append(tower(base()).blocks[0])
 
 
 def replaced(blocks):
-    blocks[0] = base().model.visual.blocks[0]
+    blocks[0] = tower(base()).blocks[0]
 
 
 def narrower(blocks):
@@ -351,7 +362,7 @@ def test_parts_that_were_changed_since_sta_went_in(change, layers, told, tmp_pat
     handle = injected(STAConfig(layers=layers))
     if change is longer and layers != "all":
         told = "and it had"
-    change(handle.model.model.visual.blocks)
+    change(tower(handle.model).blocks)
     with pytest.raises(CheckpointError, match=told):
         handle.save_pretrained(tmp_path / "a")
     handle.save_pretrained(tmp_path / "a", base_changed=True)
@@ -364,8 +375,10 @@ def test_parts_that_were_changed_since_sta_went_in(change, layers, told, tmp_pat
 
 def test_parts_of_the_language_model_that_were_left_out(tmp_path):
     handle = injected()
-    del handle.model.model.language_model.layers[-1]
-    with pytest.raises(CheckpointError, match=r"are gone or have .* \S+language_model\.layers\.\d\."):
+    layers = handle.model.get_decoder().layers
+    name = name_of(layers[-1], handle.model)
+    del layers[-1]
+    with pytest.raises(CheckpointError, match=rf"are gone or have .* {re.escape(name)}\."):
         handle.save_pretrained(tmp_path)
 
 
@@ -376,13 +389,13 @@ def test_a_base_that_is_as_it_was_under_other_names(tmp_path):
     with pytest.warns(STAWarning, match="has embeddings of other tokens than its base"):
         handle.save_pretrained(tmp_path / "fewer")
     model = base()
-    inject_sta(model.model.visual)
+    inject_sta(tower(model))
     get_sta(model).save_pretrained(tmp_path / "tower")
     with torch.no_grad():
-        model.model.visual.blocks[0].mlp.fc1.weight += 1
+        tower(model).blocks[0].mlp.fc1.weight += 1
+    name = name_of(tower(model).blocks[0].mlp.fc1, model)
     with pytest.raises(
-        CheckpointError,
-        match=r"^1 of the base model's tensors have changed .* first is model\.visual\.blocks\.0\.mlp\.fc1\.weight",
+        CheckpointError, match=rf"^1 of the base model's tensors have changed .* first is {re.escape(name)}\.weight"
     ):
         get_sta(model).save_pretrained(tmp_path / "tower")
 
