@@ -16,7 +16,7 @@ import transformers
 from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
 from hub_server import HubServer
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora_options import logits
 from torch import nn
 from torch.nn.utils import prune
@@ -150,6 +150,41 @@ def test_lora_that_was_merged_is_in_the_base_that_is_saved(tmp_path):
     assert torch.equal(logits(loaded.model), logits(merged.eval()))
     with pytest.raises(CheckpointError, match="LoRA merged into it"):
         load_sta(base(), tmp_path)
+
+
+def test_a_model_that_is_saved_with_lora_in_it(tmp_path):
+    """By `get_base_model()`: its weights have PEFT's names, and random ones were loaded in their place."""
+    handle = injected()
+    model = get_peft_model(handle.model, handle.lora_config())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with pytest.warns(
+        STAWarning, match=r"saved with LoRA in them, under names .*Save the adapter by .*merge_and_unload"
+    ):
+        model.get_base_model().save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"saved with PEFT's LoRA in the model, .* would be random, .*merge_and_unload"
+    ):
+        load_model(tmp_path, device="cpu")
+    again = injected()
+    again = get_peft_model(again.model, again.lora_config())
+    again.get_base_model().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
+def test_weights_that_are_missing_are_told_of(tmp_path):
+    """transformers makes them up, and said so in a table of its own, or among its logs."""
+    base().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in state if "merger" in key)
+    save_file(
+        {key: value for key, value in state.items() if key != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.warns(
+        STAWarning, match=rf"not all .* are in {re.escape(str(tmp_path))}: .*merger.*, for one, has random values"
+    ):
+        load_model(tmp_path, device="cpu")
 
 
 def test_a_base_that_was_changed_is_told_by_handles_too(tmp_path):

@@ -151,8 +151,7 @@ class LoadStatePreHook(Hook):
         """
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         own = {prefix + name_in_state(name): tensor.requires_grad for name, tensor in tensors}
-        if not all(STA_TENSOR.search(f".{name}") for name in own if f".{CHILD}." in f".{name}"):
-            return  # PEFT has put layers around them, and knows their names
+        is_plain = all(STA_TENSOR.search(f".{name}") for name in own if f".{CHILD}." in f".{name}")
         if prefix and not state and any(trains for name, trains in own.items() if STA_TENSOR.search(f".{name}")):
             warnings.warn(
                 f"nothing of the state that is loaded is of {prefix[:-1]}, in which STA trains, and STA stays as it is. If it lies there under the "
@@ -169,7 +168,8 @@ class LoadStatePreHook(Hook):
                 state[place] = state.pop(key)
             else:
                 unplaced.append(key)
-        if of_sta := [key for key in unplaced if STA_TENSOR.search(key)]:
+        of_sta = [key for key in unplaced if STA_TENSOR.search(key)]
+        if of_sta and is_plain:  # where PEFT has put layers around them, it knows their names
             names[-1].append(f"{len(of_sta)} tensors of STA have no place in the model, the first is {of_sta[0]}")
         left = [name for name, trains in own.items() if trains and name not in state and not STA_TENSOR.search(name)]
         if unplaced and not of_sta and left:
@@ -179,6 +179,31 @@ class LoadStatePreHook(Hook):
                 STAWarning,
                 stacklevel=5,
             )
+
+
+def require_weights(name: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a model that was saved with LoRA in it, and say where it lacks weights: transformers makes those up.
+
+    Args:
+        name: of the model.
+        missing: names of weights that it has and that were not there.
+        unexpected: names of those that had no place in it.
+    """
+    first = min(missing, default=None)
+    if first is None:
+        return
+    if any(".base_layer." in key for key in unexpected):
+        raise CheckpointError(
+            f"the weights in {os.fspath(name)} were saved with PEFT's LoRA in the model, under names that no model has ({first} would be random, for "
+            "one). Load them by load_state_dict into a base with the same STA and LoRA, and save that by get_sta(model).save_pretrained, or after "
+            "peft_model.merge_and_unload()."
+        )
+    warnings.warn(
+        f"not all of the model's weights are in {os.fspath(name)}: {first}, for one, has random values. It is damaged, or was saved by a model of "
+        "another class.",
+        STAWarning,
+        stacklevel=5,
+    )
 
 
 def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:
