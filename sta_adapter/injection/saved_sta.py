@@ -162,9 +162,16 @@ class LoadStatePreHook(Hook):
             return
         strangers = [key for key in state if key not in own]
         places = {canonical(name.removeprefix(prefix)): name for name in own if strangers and name not in state}
+        whole = any(
+            map(STA_TENSOR.search, strangers)
+        )  # of such a model, which may be saved as the part that it was in an older release
         unplaced = []
         for key in strangers:
-            if (place := places.pop(canonical(key.removeprefix(prefix)), None)) is not None:
+            short = canonical(key.removeprefix(prefix))
+            if short not in places and whole:
+                ends = [name for name, place in places.items() if place.endswith(f".{key.removeprefix(prefix)}")]
+                short = ends[0] if len(ends) == 1 else short
+            if (place := places.pop(short, None)) is not None:
                 state[place] = state.pop(key)
             else:
                 unplaced.append(key)
