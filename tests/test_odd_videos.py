@@ -361,13 +361,18 @@ def test_a_pipe_is_an_error_at_once(tmp_path):
         ("x" * 300 + ".mp4", VideoError, "File name too long"),
         ("a\0b.mp4", VideoNotFoundError, "no such video file"),
         (
+            "clips\\a.mp4",
+            VideoNotFoundError,
+            "no such video file; its backslashes are of Windows, write / in their place",
+        ),
+        (
             "https://example.org/a.mp4",
             VideoNotFoundError,
             "an address, expected a file; download it first: .*//example",
         ),
         ("loop.mp4", VideoError, "can't be read"),
     ],
-    ids=["long", "null", "address", "loop"],
+    ids=["long", "null", "backslashes", "address", "loop"],
 )
 def test_names_that_no_file_has(tmp_path, name, error, message):
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")

@@ -356,7 +356,10 @@ def test_a_run_of_other_settings_is_not_gone_on_from(tmp_path):
         ConfigError, match=r"goes on from \(step 1\) has causal True \(not False\)\. Inject STA with the settings"
     ):
         resumed(injected(STAConfig()), tmp_path, 2, str(tmp_path / "checkpoint-1"))
-    resumed(injected(STAConfig(causal=True)), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ConfigError, match=r"\(step 1\) has layers 'all' \(not \(0, 2\)\)"):
+        resumed(injected(STAConfig(causal=True, layers=[0, 2])), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    everywhere = range(len(tower(base()).blocks))
+    resumed(injected(STAConfig(causal=True, layers=everywhere)), tmp_path, 2, str(tmp_path / "checkpoint-1"))
 
 
 def shorter(blocks):

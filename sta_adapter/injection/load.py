@@ -276,7 +276,11 @@ def _watch_trainer() -> None:
         handle = None if net is None else get_sta(net)
         if handle is not None and (folder / CONFIG).is_file():
             saved = saved_config(read_description(folder), folder / CONFIG)
-            if differ := handle.config.told_apart(saved.to_dict()):
+            differ = handle.config.told_apart(saved.to_dict())
+            layers = range(handle._injection.depth or len(handle.blocks)) if saved.layers == "all" else saved.layers
+            if not differ and set(layers) != set(handle.blocks):
+                differ = f"layers {saved.layers!r} (not {handle.config.layers!r})"
+            if differ:
                 raise ConfigError(
                     f"the checkpoint that the run goes on from (step {folder.name.rpartition('-')[2]}) has {differ}. Inject STA with the settings that "
                     f"it has, or begin anew from it: load_sta(model, {str(folder)!r}, is_trainable=True)."

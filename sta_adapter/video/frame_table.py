@@ -206,7 +206,9 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     try:
         kind = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise VideoNotFoundError(errno.ENOENT, "no such video file; check the path", str(path)) from error
+        windows = os.sep == "/" and "\\" in str(path)
+        hint = "its backslashes are of Windows, write / in their place" if windows else "check the path"
+        raise VideoNotFoundError(errno.ENOENT, f"no such video file; {hint}", str(path)) from error
     except OSError as error:
         raise VideoError(f"{path} can't be read ({error.strerror}); check the path.") from error
     if stat.S_ISDIR(kind.st_mode):
