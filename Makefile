@@ -42,7 +42,7 @@ OLD_TESTS := tests/test_contract.py tests/test_goldens.py tests/test_checkpoint.
 	tests/test_inspection.py tests/test_plugin.py tests/test_clip_times.py tests/test_backbones_from_the_command_line.py tests/test_templates.py \
 	tests/test_lora_files.py tests/test_lora_options.py tests/test_accounting.py tests/test_stream.py \
 	tests/test_internvideo2_5_chat.py tests/test_internvideo2_5_use.py tests/test_published_weights.py \
-	tests/test_internvideo2_chat.py tests/test_internvideo2_chat_data.py tests/test_training_modes.py
+	tests/test_internvideo2_chat.py tests/test_internvideo2_chat_data.py tests/test_training_modes.py tests/test_whole_model.py
 
 # LoRA with the releases of PEFT between the oldest and the lock's, each put in front of what is installed.
 PEFT_RELEASES ?= 0.14.0 0.15.2 0.16.0 0.17.1 0.19.1 0.20.0

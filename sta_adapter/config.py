@@ -19,6 +19,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+# fields by which the same tensors compute something else
+COMPUTED = ("order", "rope_theta", "single_frames", "causal", "window", "token_order")
+
+
 class _Default:
     """Stands for "not given" in a signature, and prints as the value that holds when the backbone has none of its own."""
 
@@ -100,6 +104,12 @@ class STAConfig:
         """All fields as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def told_apart(self, saved: Mapping[str, object]) -> str:
+        """Fields of `saved` that let STA's tensors compute something else than here, as an error names them; empty where none do."""
+        here = self.to_dict()
+        differ = [name for name in COMPUTED if saved.get(name, here[name]) != here[name]]
+        return ", ".join(f"{name} {saved[name]!r} (not {here[name]!r})" for name in differ)
 
     def __deepcopy__(self, memo: dict[int, object]) -> STAConfig:
         """Itself, as it can't change: blocks that PEFT has copied still have the same settings, and share what hangs on them."""

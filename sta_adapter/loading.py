@@ -21,7 +21,7 @@ from sta_adapter.adapter.run_file import RECORDS, RECORDS_FIELD, RUN_FILE, read_
 from sta_adapter.compatibility.processors import Processor
 from sta_adapter.errors import CheckpointError, ConfigError, MissingExtraError, STAWarning
 from sta_adapter.injection.load import load_sta, watch_peft
-from sta_adapter.injection.saved_sta import warn_of_sta
+from sta_adapter.injection.saved_sta import require_weights, warn_of_sta
 from sta_adapter.injection.text_positions import use_positions_of
 from sta_adapter.internvideo import builder_of
 from sta_adapter.internvideo.weights import DTYPE, published_config
@@ -68,12 +68,12 @@ def load_model(
             knows; None for its default.
 
     Raises:
-        CheckpointError: it isn't available, or this transformers knows no class for it.
+        CheckpointError: it isn't available, was saved with LoRA in it, or this transformers knows no class for it.
         ConfigError: an argument is none of those named, or has no effect on this model, or the device isn't here.
         MissingExtraError: quantized weights were asked for, and bitsandbytes is not installed.
 
     Warns:
-        STAWarning: the weights hold STA, which transformers leaves out.
+        STAWarning: the weights hold STA, which transformers leaves out, or not all that the model has.
     """
     import transformers
 
@@ -111,10 +111,11 @@ def load_model(
 
 
 def _load(loader: type[_BaseAutoModelClass], name: str | os.PathLike[str], options: Mapping[str, object]) -> nn.Module:
-    """The model, with a warning of STA among its weights, which transformers leaves out."""
+    """The model, with a warning of STA among its weights, which transformers leaves out, and of weights that it has made up."""
     if options["trust_remote_code"]:  # whose own from_pretrained need not know of a report
         return cast("nn.Module", loader.from_pretrained(name, **options))
     model, report = loader.from_pretrained(name, output_loading_info=True, **options)
+    require_weights(name, report["missing_keys"], report["unexpected_keys"])
     warn_of_sta(name, report["unexpected_keys"])
     return cast("nn.Module", model)
 

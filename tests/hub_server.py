@@ -73,13 +73,14 @@ class HubServer:
 
     def use(self, monkeypatch, cache, token="hf_user"):
         """Let huggingface_hub, imported already, use this Hub for the rest of a test, and never wait."""
-        from huggingface_hub import constants, file_download, utils
+        from huggingface_hub import constants, file_download, hf_api, utils
 
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # since 0.30
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)  # of huggingface_hub.create_repo and the like
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
         monkeypatch.setattr("time.sleep", lambda seconds: None)

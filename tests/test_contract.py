@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Clip, case_parameters, clips_of, randomize, seeded
 from qwen2_vl_prompts import transformers_version
+from safetensors.torch import load_file
 from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +150,20 @@ def test_saved_and_loaded_into_a_fresh_model(case, tmp_path):
     loaded = load_sta(fresh, tmp_path)
     assert loaded.config == handle.config
     assert equal(case.run(fresh, clips), expected)
+
+
+@every_case
+def test_sta_comes_back_from_the_weights_of_the_whole_model(case, tmp_path):
+    """As transformers' trainer loads its checkpoints: the names are those of an older release, or of the part that the model was there."""
+    model, handle = injected(case)
+    if not hasattr(model, "save_pretrained"):
+        pytest.skip("a model of transformers' alone is saved so")
+    handle.freeze_base()
+    model.save_pretrained(tmp_path)
+    state = {key: value for file in tmp_path.glob("model*.safetensors") for key, value in load_file(file).items()}
+    fresh = inject_sta(seeded(case.make)).freeze_base()
+    fresh.model.load_state_dict(state, strict=False)
+    assert equal(fresh.parameters(), handle.parameters())
 
 
 @every_case

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,6 +367,17 @@ def test_a_clip_that_lies_there_as_pictures_is_read_at_its_own_rate(processor, t
 )
 def test_what_is_no_list_of_records(processor, given, kind):
     with pytest.raises(DataError, match=rf"samples are {kind}, expected a file's name, or a list of records"):
+        VideoDataset(given, processor)
+
+
+@pytest.mark.parametrize(
+    "given", [["a.jsonl", "b.jsonl"], (Path("a.jsonl"),), {"video": 0, "caption": 1}.keys()], ids=str
+)
+def test_names_in_the_place_of_records_are_told_at_once(processor, given):
+    """Files, or what a table gives that is gone through: its columns. They were bad samples, one by one, skipped."""
+    with pytest.raises(
+        DataError, match=r"samples are texts, the first '(a.jsonl|video)', expected records .* mixed_samples"
+    ):
         VideoDataset(given, processor)
 
 

@@ -675,3 +675,38 @@ def test_a_batch_of_text_alone_has_a_backward_in_stage_one():
     model.lm_head.requires_grad_(True)
     model(**batch, labels=ids).loss.backward()
     assert all(p.grad is None for p in handle.parameters())  # where others train, all is as it was
+
+
+@pytest.mark.parametrize("part", ["model", "language model"])
+def test_a_batch_of_text_alone_has_a_backward_where_it_is_compiled(part):
+    """torch's error ended the run, as hooks that count the encoder's runs were passed by."""
+    torch._dynamo.reset()
+    model = seeded(make_qwen2_vl).train()
+    handle = inject_sta(model, STAConfig(init="normal")).freeze_base()
+    decoder, ids = model.get_decoder(), torch.tensor([[5, 6, 7, 8]])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **token_types([5, 6, 7, 8], video=151, image=150)}
+    clip = qwen2_vl_prompt(3)
+    if part == "model":
+        model.compile(backend="aot_eager")
+    else:
+        decoder.compile(backend="aot_eager")
+    for batch, moves in ((text, False), (clip, True), (text, False)):
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert all(bool(p.grad.any()) is moves for p in handle.parameters() if p.dim() == 2)
+    assert not handle._injection.thread.model_with_grad
+    torch._dynamo.reset()
+
+
+def test_a_language_model_that_trains_is_compiled_in_one_graph():
+    torch._dynamo.reset()
+    model = seeded(make_qwen2_vl).train()
+    handle = inject_sta(model, STAConfig(init="normal"))
+    decoder = model.get_decoder()
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    compiled(inputs_embeds=torch.zeros(1, 4, decoder.embed_tokens.embedding_dim), use_cache=False)[0].sum().backward()
+    handle.freeze_base()
+    given = torch.zeros(1, 4, decoder.embed_tokens.embedding_dim, requires_grad=True)  # a clip's, in stage one
+    compiled(inputs_embeds=given, use_cache=False)[0].sum().backward()
+    assert given.grad is not None
+    torch._dynamo.reset()

@@ -4,6 +4,7 @@ import collections
 import enum
 import os
 import types
+import warnings
 from fractions import Fraction
 
 import av
@@ -12,7 +13,7 @@ import pytest
 from av.stream import Disposition
 from make_videos import cut, decode_all, pictures, tells_interlacing, trim, write, write_fields
 
-from sta_adapter.errors import BackendError, ConfigError, VideoError
+from sta_adapter.errors import BackendError, ConfigError, STAWarning, VideoError
 from sta_adapter.live.source import LiveSource
 from sta_adapter.video import Sampling, choose_frames, frame_table, read_clip
 from sta_adapter.video.decoder_parity import blends_colour, seeks_exactly, why_unlike
@@ -275,6 +276,7 @@ def test_what_torchcodec_read_otherwise_is_left_to_pyav(tmp_path, name, how, why
 
 def with_streams(path, *sizes, cover=False):
     """A file with a moving stream of each size, and a cover picture in front of them."""
+    frame_table._TOLD.clear()
     with av.open(str(path), "w") as container:
         streams = []
         for number, (width, height) in enumerate(sizes):
@@ -297,15 +299,34 @@ def with_streams(path, *sizes, cover=False):
 @pytest.mark.parametrize("name", ["two.mp4", "two.mkv"])
 def test_of_two_streams_pyav_alone_reads_one(tmp_path, name):
     path = with_streams(tmp_path / name, (32, 32), (64, 48))
-    clip = read_clip(path)
+    with pytest.warns(STAWarning, match="2 video streams"):
+        clip = read_clip(path)
     np.testing.assert_array_equal(clip.frames, decode_all(path)[0][list(clip.metadata.indices)])
     pytest.importorskip("decord")
     with pytest.raises(BackendError, match="2 video streams"):
         read_clip(path, backend="decord")
 
 
+@pytest.mark.parametrize("name", ["two.mp4", "two.mkv"])
+def test_that_there_are_several_streams_is_told_once(tmp_path, name):
+    """As of recorders with a camera at each end: that the other one was left out went unsaid."""
+    sizes = (32, 32 if name == "two.mp4" else 16), (64, 48)
+    path = with_streams(tmp_path / name, *sizes)
+    with pytest.warns(
+        STAWarning,
+        match=rf"{name} has 2 video streams \(0: {sizes[0][0]}x{sizes[0][1]}, 1: 64x48\), and stream 0 is read.* -map 0:1 ",
+    ):
+        clip = read_clip(path)
+    assert (clip.metadata.width, clip.metadata.height) == sizes[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        read_clip(path)
+
+
 def test_a_cover_is_no_video(tmp_path):
-    assert len(read_clip(with_streams(tmp_path / "film.mp4", (96, 96), (64, 48), cover=True)).frames) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        assert len(read_clip(with_streams(tmp_path / "film.mp4", (96, 96), (64, 48), cover=True)).frames) == 4
     with pytest.raises(VideoError, match=r"song\.mp4 has no video stream, only an attached cover"):
         read_clip(with_streams(tmp_path / "song.mp4", (96, 96), cover=True))
     with pytest.raises(VideoError, match=r"song\.mp4 has no video stream, only an attached cover"):
@@ -340,13 +361,18 @@ def test_a_pipe_is_an_error_at_once(tmp_path):
         ("x" * 300 + ".mp4", VideoError, "File name too long"),
         ("a\0b.mp4", VideoNotFoundError, "no such video file"),
         (
+            "clips\\a.mp4",
+            VideoNotFoundError,
+            "no such video file; its backslashes are of Windows, write / in their place",
+        ),
+        (
             "https://example.org/a.mp4",
             VideoNotFoundError,
             "an address, expected a file; download it first: .*//example",
         ),
         ("loop.mp4", VideoError, "can't be read"),
     ],
-    ids=["long", "null", "address", "loop"],
+    ids=["long", "null", "backslashes", "address", "loop"],
 )
 def test_names_that_no_file_has(tmp_path, name, error, message):
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")

@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 import shutil
 import warnings
 
@@ -15,15 +16,17 @@ import transformers
 from cases import make_qwen2_vl, qwen2_vl_prompt, seeded
 from hub_server import HubServer
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora_options import logits
 from torch import nn
 from torch.nn.utils import prune
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from sta_adapter import STAConfig, get_sta, inject_sta, load_sta
 from sta_adapter.adapter.format import CONFIG, WEIGHTS
-from sta_adapter.errors import CheckpointError, STAWarning
+from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.loading import load_model
+from sta_adapter.training.checkpoints import numpy_allowed
 
 OTHER = STAConfig(init="normal", causal=True, gamma_init=0.5, layers=[0, 2], rope_theta=50.0)
 
@@ -37,6 +40,15 @@ def folder(tmp_path_factory):
 
 def base():
     return load_model(base.folder, device="cpu")
+
+
+def tower(model):
+    """The vision encoder, on any release."""
+    return next(part for part in model.modules() if isinstance(part, Qwen2VisionTransformerPretrainedModel))
+
+
+def name_of(part, model):
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def injected(config=OTHER):
@@ -140,6 +152,41 @@ def test_lora_that_was_merged_is_in_the_base_that_is_saved(tmp_path):
         load_sta(base(), tmp_path)
 
 
+def test_a_model_that_is_saved_with_lora_in_it(tmp_path):
+    """By `get_base_model()`: its weights have PEFT's names, and random ones were loaded in their place."""
+    handle = injected()
+    model = get_peft_model(handle.model, handle.lora_config())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with pytest.warns(
+        STAWarning, match=r"saved with LoRA in them, under names .*Save the adapter by .*merge_and_unload"
+    ):
+        model.get_base_model().save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"saved with PEFT's LoRA in the model, .* would be random, .*merge_and_unload"
+    ):
+        load_model(tmp_path, device="cpu")
+    again = injected()
+    again = get_peft_model(again.model, again.lora_config())
+    again.get_base_model().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
+def test_weights_that_are_missing_are_told_of(tmp_path):
+    """transformers makes them up, and said so in a table of its own, or among its logs."""
+    base().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in state if "merger" in key)
+    save_file(
+        {key: value for key, value in state.items() if key != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.warns(
+        STAWarning, match=rf"not all .* are in {re.escape(str(tmp_path))}: .*merger.*, for one, has random values"
+    ):
+        load_model(tmp_path, device="cpu")
+
+
 def test_a_base_that_was_changed_is_told_by_handles_too(tmp_path):
     handle = injected()
     nn.init.normal_(handle.model.lm_head.weight)
@@ -153,11 +200,12 @@ def test_a_base_that_was_changed_is_told_by_handles_too(tmp_path):
 
 @contextlib.contextmanager
 def served(monkeypatch, cache):
-    """A Hub of its own, also for transformers, which keeps a client of the one before."""
+    """A Hub of its own, also for transformers, which keeps a client of the one before, or what it was told when it was imported."""
     with HubServer() as hub:
         hub.use(monkeypatch, cache)
-        if hasattr(transformers.utils.hub, "_hf_api"):
-            monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        for name, value in (("_hf_api", None), ("_is_offline_mode", False), ("TRANSFORMERS_CACHE", str(cache))):
+            if hasattr(transformers.utils.hub, name):
+                monkeypatch.setattr(transformers.utils.hub, name, value)
         yield hub
 
 
@@ -212,10 +260,6 @@ def test_the_best_checkpoint_comes_back_with_its_sta(tmp_path):
     """As transformers' trainer loads it at the end, and each of its checkpoints is an adapter without any callback."""
     torch.manual_seed(0)
     handle = injected(STAConfig())
-
-    def collate(_):
-        return {**qwen2_vl_prompt(3), "labels": qwen2_vl_prompt(3)["input_ids"]}
-
     made = trainer(
         handle.model, tmp_path, [{"index": 0}], collate, max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, remove_unused_columns=False,
@@ -225,16 +269,109 @@ def test_the_best_checkpoint_comes_back_with_its_sta(tmp_path):
     assert all(map(torch.equal, best.parameters(), handle.parameters()))
 
 
+def collate(_):
+    return {**qwen2_vl_prompt(3), "labels": qwen2_vl_prompt(3)["input_ids"]}
+
+
+def resumed(handle, out, steps, resume=None):
+    """A run of transformers' trainer with a checkpoint after each step."""
+    options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_steps": 1, "remove_unused_columns": False}
+    made = trainer(handle.model, out, [{"index": 0}], collate, max_steps=steps, **options)
+    with numpy_allowed():  # of which transformers 4.45 writes something
+        made.train(resume_from_checkpoint=resume)
+
+
+def with_base(config=STAConfig()):
+    """STA that trains together with parts of the base."""
+    handle = inject_sta(base(), config).freeze_base()
+    for name, parameter in handle.model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "layers.0." in name or "merger" in name)
+    return handle
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
+def test_a_run_that_trains_the_base_along_goes_on_with_it(shards, tmp_path):
+    """transformers saves its weights under the names of an older release, by which its trainer brought none of them back."""
+    whole, again = with_base(), with_base()
+    resumed(whole, tmp_path, 2)
+    if shards:
+        loaded = load_model(tmp_path / "checkpoint-1", device="cpu")
+        checkpoint = tmp_path / "checkpoint-1"
+        first = load_sta(loaded, checkpoint)
+        (checkpoint / "model.safetensors").unlink()
+        first.model.save_pretrained(checkpoint, max_shard_size="100KB")
+    resumed(again, tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, msg=name)
+
+
+def test_what_trains_and_has_no_place_in_the_model_is_told_of():
+    handle = with_base()
+    state = {name: value for name, value in handle.model.state_dict().items() if "merger" not in name}
+    state["model.visual.resampler.weight"] = torch.ones(2)
+    with pytest.warns(
+        STAWarning,
+        match=r"1 tensors that are loaded .* first is model\.visual\.resampler\.weight, and \d of the base that",
+    ):
+        handle.model.load_state_dict(state, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        handle.model.load_state_dict(
+            {key: state[key] for key in list(state)[:3]}, strict=False
+        )  # a part, as shards are
+
+
+def test_sta_that_is_in_the_tower_alone_is_told_of_where_nothing_is_loaded_into_it():
+    model = base()
+    inject_sta(tower(model))
+    state = {key.replace("visual.", "tower."): value for key, value in model.state_dict().items()}
+    with pytest.warns(
+        STAWarning, match=r"nothing of the state .*visual, in which STA trains, .* inject_sta into the full model"
+    ):
+        model.load_state_dict(state, strict=False)
+
+
+SETTINGS = {"order": "before_spatial", "rope_theta": 50.0, "single_frames": False, "causal": True}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_state_of_other_settings_is_refused(name, tmp_path):
+    """Its tensors fit, and computed something else."""
+    here, there = inject_sta(base(), STAConfig(init="normal")), inject_sta(base(), STAConfig(**{name: SETTINGS[name]}))
+    torch.save(here.model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert list(state) == list(there.model.state_dict())
+    with pytest.raises(
+        RuntimeError,
+        match=rf"blocks\.0\.sta: STA was trained with other settings: {name} .* \(not {SETTINGS[name]!r}\)",
+    ):
+        there.model.load_state_dict(state)
+    there.model.load_state_dict(dict(state))  # a beginning, by somebody who knows
+    inject_sta(base(), STAConfig(init="zero", attention="eager")).model.load_state_dict(state)
+
+
+def test_a_run_of_other_settings_is_not_gone_on_from(tmp_path):
+    resumed(injected(STAConfig(causal=True)), tmp_path, 1)
+    with pytest.raises(
+        ConfigError, match=r"goes on from \(step 1\) has causal True \(not False\)\. Inject STA with the settings"
+    ):
+        resumed(injected(STAConfig()), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ConfigError, match=r"\(step 1\) has layers 'all' \(not \(0, 2\)\)"):
+        resumed(injected(STAConfig(causal=True, layers=[0, 2])), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    everywhere = range(len(tower(base()).blocks))
+    resumed(injected(STAConfig(causal=True, layers=everywhere)), tmp_path, 2, str(tmp_path / "checkpoint-1"))
+
+
 def shorter(blocks):
     del blocks[-1]
 
 
 def longer(blocks):
-    blocks.append(base().model.visual.blocks[0])
+    blocks.append(tower(base()).blocks[0])
 
 
 def replaced(blocks):
-    blocks[0] = base().model.visual.blocks[0]
+    blocks[0] = tower(base()).blocks[0]
 
 
 def narrower(blocks):
@@ -263,7 +400,7 @@ def test_parts_that_were_changed_since_sta_went_in(change, layers, told, tmp_pat
     handle = injected(STAConfig(layers=layers))
     if change is longer and layers != "all":
         told = "and it had"
-    change(handle.model.model.visual.blocks)
+    change(tower(handle.model).blocks)
     with pytest.raises(CheckpointError, match=told):
         handle.save_pretrained(tmp_path / "a")
     handle.save_pretrained(tmp_path / "a", base_changed=True)
@@ -276,8 +413,10 @@ def test_parts_that_were_changed_since_sta_went_in(change, layers, told, tmp_pat
 
 def test_parts_of_the_language_model_that_were_left_out(tmp_path):
     handle = injected()
-    del handle.model.model.language_model.layers[-1]
-    with pytest.raises(CheckpointError, match=r"are gone or have .* \S+language_model\.layers\.\d\."):
+    layers = handle.model.get_decoder().layers
+    name = name_of(layers[-1], handle.model)
+    del layers[-1]
+    with pytest.raises(CheckpointError, match=rf"are gone or have .* {re.escape(name)}\."):
         handle.save_pretrained(tmp_path)
 
 
@@ -288,13 +427,13 @@ def test_a_base_that_is_as_it_was_under_other_names(tmp_path):
     with pytest.warns(STAWarning, match="has embeddings of other tokens than its base"):
         handle.save_pretrained(tmp_path / "fewer")
     model = base()
-    inject_sta(model.model.visual)
+    inject_sta(tower(model))
     get_sta(model).save_pretrained(tmp_path / "tower")
     with torch.no_grad():
-        model.model.visual.blocks[0].mlp.fc1.weight += 1
+        tower(model).blocks[0].mlp.fc1.weight += 1
+    name = name_of(tower(model).blocks[0].mlp.fc1, model)
     with pytest.raises(
-        CheckpointError,
-        match=r"^1 of the base model's tensors have changed .* first is model\.visual\.blocks\.0\.mlp\.fc1\.weight",
+        CheckpointError, match=rf"^1 of the base model's tensors have changed .* first is {re.escape(name)}\.weight"
     ):
         get_sta(model).save_pretrained(tmp_path / "tower")
 

@@ -15,11 +15,12 @@ from sta_adapter.attention.explain import KernelCall, calls_of
 from sta_adapter.attention.frame_attention import mix_frames
 from sta_adapter.attention.layout import ClipLayout
 from sta_adapter.compatibility.seams import has_forward_derivatives, operations_are_watched
-from sta_adapter.config import STAConfig
+from sta_adapter.config import COMPUTED, STAConfig
 from sta_adapter.distributed import execution_device
 from sta_adapter.errors import ConfigError, LayoutError
 
 CHILD = "sta"  # the name of the STA module in its block
+SETTINGS = "sta_config"  # the name of what a state dict tells of an STA module
 
 
 class TemporalAttention(nn.Module):
@@ -128,6 +129,22 @@ class TemporalAttention(nn.Module):
         if config.attention == "auto" and not torch.compiler.is_compiling() and has_forward_derivatives():
             config = dataclasses.replace(config, attention="eager")  # the other kernels have none
         return mix_frames(qkv, layout, self.num_heads, config)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Tell the settings beside the tensors, in what torch keeps of a state's modules; files of safetensors have no place for that."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        of_modules = getattr(destination, "_metadata", {})
+        of_modules.setdefault(prefix[:-1], {})[SETTINGS] = {name: getattr(self.config, name) for name in COMPUTED}
+
+    def _load_from_state_dict(
+        self, state: dict[str, Tensor], prefix: str, metadata: dict[str, object], strict: bool, *found: list[str]
+    ) -> None:
+        """As a module's own; tensors of other settings are an error, the last of `found`, as those of other shapes are."""
+        if differ := self.config.told_apart(cast("dict[str, object]", metadata.get(SETTINGS, {}))):
+            found[-1].append(
+                f"{prefix[:-1]}: STA was trained with other settings: {differ}. Give them to inject_sta, or load dict(state) to begin from its weights"
+            )
+        super()._load_from_state_dict(state, prefix, metadata, strict, *found)
 
     @property
     def placement(self) -> tuple[torch.device, torch.dtype]:

@@ -257,7 +257,7 @@ def peft_hook() -> Callable[..., None]:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds one package as the other finders do, and calls a function when it has run."""
+    """Finds one package or module as the other finders do, and calls a function when it has run."""
 
     def __init__(self, name: str, call: Callable[[], None]) -> None:
         self.name = name
@@ -286,6 +286,6 @@ class _Watcher(MetaPathFinder):
 
 
 def after_import(name: str, call: Callable[[], None]) -> None:
-    """Call a function once a top-level package has been imported, which takes seconds or is not there; asking twice is asking once."""
+    """Call a function once a package or module has been imported, which takes seconds or is not there; asking twice is asking once."""
     if all(not isinstance(finder, _Watcher) or finder.name != name for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher(name, call))

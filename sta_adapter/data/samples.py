@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from sta_adapter._validate import shown
 from sta_adapter.data.bad_sample import BadSample
 from sta_adapter.data.conversation import Sample, parse_sample
 from sta_adapter.data.formats import FORMATS, read_classes
@@ -62,6 +63,12 @@ def given_samples(items: Sequence[Sample | Record], *, on_bad_sample: str = "ski
     """
     if isinstance(items, (Mapping, Sample)) or not isinstance(items, Iterable):
         raise DataError(f"samples are {kind_of(items)}, expected a file's name, or a list of records: [record, ...].")
+    items = list(items)
+    if items and all(isinstance(item, (str, Path)) for item in items):
+        raise DataError(
+            f"samples are texts, the first {shown(str(items[0]))}, expected records (dict). A file is given by its name alone, several by "
+            "mixed_samples(files) of sta_adapter.data.samples, a table of pandas as table.to_dict('records')."
+        )
     found = []
     for number, item in enumerate(items, start=1):
         source = f"record {number}"

@@ -131,7 +131,7 @@ class FirstInLine(ModelHook):
     `fully_shard` puts its hooks in front of those that it finds.
     """
 
-    @uncompiled_where(lambda *call: is_parallel())
+    @uncompiled_where(lambda *call: is_parallel() or torch.is_grad_enabled())
     def __call__(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Change the order of hooks where it has to be, and gather the encoder's outputs from now on."""
         thread = self.injection.thread
@@ -150,7 +150,7 @@ class FirstInLine(ModelHook):
 class LastInLine(Hook):
     """Forward hook of the same module, called also after an exception: keeps no output any longer."""
 
-    @uncompiled_where(lambda *call: is_parallel())
+    @uncompiled_where(lambda *call: is_parallel() or torch.is_grad_enabled())
     def __call__(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End what `FirstInLine` began.
 
@@ -208,7 +208,7 @@ class LanguageModelBegin(ModelHook):
     given tokens, as some are for text alone, gets it where it embeds them.
     """
 
-    @uncompiled_where(lambda *call: is_parallel())
+    @uncompiled_where(lambda hook, module, args, kwargs: is_parallel() or _trains_nothing(module, args, kwargs))
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
         """Add zero times the encoder's outputs to `inputs_embeds`, or to what the model's own embedding gives."""
         injection, groups = self.injection, self.agreement.groups
@@ -289,6 +289,12 @@ class AddOnce(Hook):
         self.injection.thread.to_embed = None
         self.handle.remove()
         return output + self.scalar.to(output.device, output.dtype)
+
+
+def _trains_nothing(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether a forward with gradients begins, and none reaches what it has: a batch of text in stage one, for a compiler to see."""
+    given = (*args, *kwargs.values(), *module.parameters())
+    return torch.is_grad_enabled() and not any(isinstance(value, Tensor) and value.requires_grad for value in given)
 
 
 def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:

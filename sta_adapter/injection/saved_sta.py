@@ -134,34 +134,83 @@ def silence_originals(modules: Mapping[int, TemporalAttention], handle: STAHandl
 
 
 class LoadStatePreHook(Hook):
-    """Hook of `load_state_dict` of the model that STA went into: STA's tensors are found under the names of any release.
+    """Hook of `load_state_dict` of the model that STA went into: tensors are found under the names of any release.
 
-    transformers saves a model under the names of an older release, and its trainer loads them with `strict=False`: STA would
-    stay as it is, silently.
+    transformers saves a model under the names of an older release, and its trainer loads them with `strict=False`: STA, and what
+    of the base was trained along, would stay as it is.
     """
 
     def __call__(
         self, model: nn.Module, state: dict[str, object], prefix: str, metadata: object, strict: bool, *names: list[str]
     ) -> None:
-        """Rename STA's tensors in `state`; those that have no place in the model are an error (the last of `names`)."""
-        own = {
-            prefix + name_in_state(f"{name}.{key}")
-            for name, module in model.named_modules()
-            if isinstance(module, TemporalAttention)
-            for key in module.state_dict()
-        }
-        if not all(STA_TENSOR.search(name) for name in own):
-            return  # PEFT has put layers around them, and knows their names
-        places = {canonical(name.removeprefix(prefix)): name for name in own}
+        """Rename tensors in `state`; those of STA that have no place in the model are an error (the last of `names`).
+
+        Warns:
+            STAWarning: tensors of the base have no place and others that train get no value, or STA does not, as the model is a part
+                of one whose state has none of its names.
+        """
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        own = {prefix + name_in_state(name): tensor.requires_grad for name, tensor in tensors}
+        is_plain = all(STA_TENSOR.search(f".{name}") for name in own if f".{CHILD}." in f".{name}")
+        if prefix and not state and any(trains for name, trains in own.items() if STA_TENSOR.search(f".{name}")):
+            warnings.warn(
+                f"nothing of the state that is loaded is of {prefix[:-1]}, in which STA trains, and STA stays as it is. If it lies there under the "
+                "names of another release, inject_sta into the full model, whose state is looked through for them.",
+                STAWarning,
+                stacklevel=5,
+            )
+            return
+        strangers = [key for key in state if key not in own]
+        places = {canonical(name.removeprefix(prefix)): name for name in own if strangers and name not in state}
+        whole = any(
+            map(STA_TENSOR.search, strangers)
+        )  # of such a model, which may be saved as the part that it was in an older release
         unplaced = []
-        for key in [key for key in state if STA_TENSOR.search(key) and key not in own]:
-            place = places.get(canonical(key.removeprefix(prefix)))
-            if place is None:
-                unplaced.append(key)
-            elif place not in state:
+        for key in strangers:
+            short = canonical(key.removeprefix(prefix))
+            if short not in places and whole:
+                ends = [name for name, place in places.items() if place.endswith(f".{key.removeprefix(prefix)}")]
+                short = ends[0] if len(ends) == 1 else short
+            if (place := places.pop(short, None)) is not None:
                 state[place] = state.pop(key)
-        if unplaced:
-            names[-1].append(f"{len(unplaced)} tensors of STA have no place in the model, the first is {unplaced[0]}")
+            else:
+                unplaced.append(key)
+        of_sta = [key for key in unplaced if STA_TENSOR.search(key)]
+        if of_sta and is_plain:  # where PEFT has put layers around them, it knows their names
+            names[-1].append(f"{len(of_sta)} tensors of STA have no place in the model, the first is {of_sta[0]}")
+        left = [name for name, trains in own.items() if trains and name not in state and not STA_TENSOR.search(name)]
+        if unplaced and not of_sta and left:
+            warnings.warn(
+                f"{len(unplaced)} tensors that are loaded have no place in the model, the first is {unplaced[0]}, and {len(left)} of the base that "
+                f"train stay as they are, the first is {left[0]}: a run that goes on from here has lost their training.",
+                STAWarning,
+                stacklevel=5,
+            )
+
+
+def require_weights(name: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a model that was saved with LoRA in it, and say where it lacks weights: transformers makes those up.
+
+    Args:
+        name: of the model.
+        missing: names of weights that it has and that were not there.
+        unexpected: names of those that had no place in it.
+    """
+    first = min(missing, default=None)
+    if first is None:
+        return
+    if any(".base_layer." in key for key in unexpected):
+        raise CheckpointError(
+            f"the weights in {os.fspath(name)} were saved with PEFT's LoRA in the model, under names that no model has ({first} would be random, for "
+            "one). Load them by load_state_dict into a base with the same STA and LoRA, and save that by get_sta(model).save_pretrained, or after "
+            "peft_model.merge_and_unload()."
+        )
+    warnings.warn(
+        f"not all of the model's weights are in {os.fspath(name)}: {first}, for one, has random values. It is damaged, or was saved by a model of "
+        "another class.",
+        STAWarning,
+        stacklevel=5,
+    )
 
 
 def warn_of_sta(name: str | os.PathLike[str], unexpected: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from sta_adapter.adapter.lora_weights import checked_lora
 from sta_adapter.adapter.save import write_adapter
 from sta_adapter.compatibility.calls import bound_arguments
 from sta_adapter.compatibility.module_names import STA_TENSOR
+from sta_adapter.compatibility.seams import ADAPTER_FLAG
 from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import CheckpointError, STAWarning
 from sta_adapter.injection.contents import adapter_state, describe_adapter
@@ -37,7 +38,7 @@ class SavingMethod(MethodInFront):
             CheckpointError: the folder can't be written.
 
         Warns:
-            STAWarning: the model's weights are saved, and the adapter can't be.
+            STAWarning: the model's weights are saved, and the adapter can't be; or LoRA is among them, with which nothing loads them.
         """
         if kwargs.get("push_to_hub") and kwargs.get(
             "is_main_process", True
@@ -72,7 +73,9 @@ class SavingMethod(MethodInFront):
         if handle is None:
             return
         try:
-            if checked_lora(self.model) is not None:  # of which PEFT's own files are written
+            if checked_lora(self.model) is not None:
+                if not getattr(self.model, ADAPTER_FLAG, False):  # else transformers has written PEFT's own files
+                    self._warn_of_lora(folder)
                 return
             tensors, description = _tensors(handle, state), describe_adapter(handle)
         except CheckpointError as error:
@@ -83,6 +86,15 @@ class SavingMethod(MethodInFront):
             )
             return
         write_adapter(folder, tensors, description)
+
+    def _warn_of_lora(self, folder: str | os.PathLike[str]) -> None:
+        warnings.warn(
+            f"the model's weights in {os.fspath(folder)} were saved with LoRA in them, under names that only a model with the same LoRA takes "
+            "(load_state_dict); from_pretrained would make weights up. Save the adapter by get_sta(model).save_pretrained in another folder, or "
+            "call peft_model.merge_and_unload() before to have LoRA in the weights.",
+            STAWarning,
+            stacklevel=4,
+        )
 
 
 def attach_saving(model: nn.Module, encoder: nn.Module, injection: Injection) -> None:

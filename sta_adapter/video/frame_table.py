@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sta_adapter._lazy import importing
-from sta_adapter.errors import ConfigError, VideoError
+from sta_adapter.errors import ConfigError, STAWarning, VideoError
 from sta_adapter.video.budget import DECODER_LIMIT, check_frame
 from sta_adapter.video.decoder_parity import seeks_exactly, why_unlike
 from sta_adapter.video.image import HEIC, is_pointer
@@ -148,16 +149,40 @@ def probing(path: Path) -> dict[str, str]:
 
 
 def video_stream(container: "InputContainer") -> "VideoStream":
-    """The stream with the pictures; the largest moving one where there are several (a cover image, say)."""
+    """The stream with the pictures; where there are several the one that players show, and no cover picture."""
     stream = cast("VideoStream | None", container.streams.best("video"))
     if stream is None:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
         raise VideoError(f"{container.name} has no video stream (streams: {kinds}); expected a file with pictures.")
     if stream.codec_context is None:
         raise VideoError(f"{container.name} has pictures that FFmpeg has no decoder for; convert it.")
-    if int(getattr(stream.disposition, "value", stream.disposition)) & ATTACHED:  # a flag that is no int before PyAV 18
+    if _is_cover(stream):
         raise VideoError(f"{container.name} has no video stream, only an attached cover picture; expected a video.")
     return stream
+
+
+def _is_cover(stream: "VideoStream") -> bool:
+    return bool(int(getattr(stream.disposition, "value", stream.disposition)) & ATTACHED)  # no int before PyAV 18
+
+
+_TOLD = set[object]()  # kinds of files with several streams
+
+
+def _warn_of_others(path: Path, container: "InputContainer", taken: int) -> None:
+    """Tell that other streams move as well, as of recorders with two cameras; of the first file of each kind."""
+    moving = [stream for stream in container.streams.video if stream.frames != 1 and not _is_cover(stream)]
+    sizes = {stream.index: f"{stream.width}x{stream.height}" for stream in moving}
+    kind = taken, str(sizes)
+    if len(moving) < 2 or kind in _TOLD:
+        return
+    _TOLD.add(kind)
+    warnings.warn(
+        f"{path} has {len(moving)} video streams ({', '.join(f'{index}: {size}' for index, size in sizes.items())}), and stream {taken} is read, as "
+        f"players show it. To have another one, take it out: ffmpeg -i OLD -map 0:{next(index for index in sizes if index != taken)} -c copy NEW. "
+        "Nothing is said of more files like it.",
+        STAWarning,
+        stacklevel=2,
+    )
 
 
 def decoder_of(stream: "VideoStream") -> "VideoCodecContext":
@@ -181,7 +206,9 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     try:
         kind = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise VideoNotFoundError(errno.ENOENT, "no such video file; check the path", str(path)) from error
+        windows = os.sep == "/" and "\\" in str(path)
+        hint = "its backslashes are of Windows, write / in their place" if windows else "check the path"
+        raise VideoNotFoundError(errno.ENOENT, f"no such video file; {hint}", str(path)) from error
     except OSError as error:
         raise VideoError(f"{path} can't be read ({error.strerror}); check the path.") from error
     if stat.S_ISDIR(kind.st_mode):
@@ -196,7 +223,11 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
-    """List the frames of a video file without decoding them (but for the first, which tells size and rotation)."""
+    """List the frames of a video file without decoding them (but for the first, which tells size and rotation).
+
+    Warns:
+        STAWarning: it has several streams that move; said of the first file of each kind.
+    """
     path = checked_path(path)
     av = import_av()
     try:
@@ -218,6 +249,7 @@ def read_frame_table(path: str | os.PathLike[str]) -> FrameTable:
 def _table_of(container: "InputContainer", path: Path) -> FrameTable:
     _check_is_video(container, path)
     stream, formats = video_stream(container), set(container.format.name.split(","))
+    _warn_of_others(path, container, stream.index)
     check_frame(path, stream.codec_context.width or 0, stream.codec_context.height or 0)
     scan = scan_packets(container, stream, decoder_of(stream))
     _check_is_video(container, path, len(scan.rows))
