@@ -43,7 +43,7 @@ def remarks_at_start(
             warnings.simplefilter("ignore")
             lora = lora_state(model)
         saved = () if lora is None else lora[1]
-        require_same_base(model, base, saved)
         require_frozen_base(model, base, saved)
+        require_same_base(model, base, saved)
     except (CheckpointError, ConfigError) as error:
         yield f"handle.save_pretrained can't save what is trained here: {error}"
