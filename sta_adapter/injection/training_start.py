@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, require_frozen_base, require_same_base
-from sta_adapter.adapter.lora_weights import lora_state, require_whole_lora
+from sta_adapter.adapter.lora_weights import checked_lora, lora_state, require_whole_lora
+from sta_adapter.distributed import is_fsdp2
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
@@ -39,9 +40,12 @@ def remarks_at_start(
         yield reason
     try:
         require_whole_lora(model)
+        has_lora = checked_lora(model) is not None
+        if has_lora and any(map(is_fsdp2, model.modules())):  # PEFT would ask them for their state
+            return
         with warnings.catch_warnings():  # of adapters that are not at work, which saving tells
             warnings.simplefilter("ignore")
-            lora = lora_state(model)
+            lora = lora_state(model) if has_lora else None
         saved = () if lora is None else lora[1]
         require_frozen_base(model, base, saved)
         require_same_base(model, base, saved)
