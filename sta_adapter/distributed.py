@@ -125,11 +125,6 @@ def is_fsdp1(module: nn.Module) -> TypeGuard[FullyShardedDataParallel]:
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
 
 
-def is_fsdp2(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called on a module; asking it for its state shards its weights, also in the midst of a forward."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-
-
 def is_parallel() -> bool:
     """Whether this is one of several processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

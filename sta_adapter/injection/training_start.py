@@ -9,7 +9,7 @@ from torch import nn
 
 from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, require_frozen_base, require_same_base
 from sta_adapter.adapter.lora_weights import checked_lora, lora_state, require_whole_lora
-from sta_adapter.distributed import is_fsdp2
+from sta_adapter.compatibility.seams import hook_table
 from sta_adapter.errors import CheckpointError, ConfigError
 from sta_adapter.injection.backbone import Backbone
 from sta_adapter.injection.target import lost_steps, sta_modules, sta_trains
@@ -41,8 +41,8 @@ def remarks_at_start(
     try:
         require_whole_lora(model)
         has_lora = checked_lora(model) is not None
-        if has_lora and any(map(is_fsdp2, model.modules())):  # PEFT would ask them for their state
-            return
+        if has_lora and any(hook_table(module, "_state_dict_pre_hooks") for module in model.modules()):
+            return  # PEFT would ask them for their state, for which FSDP2 shards the weights of the forward at work
         with warnings.catch_warnings():  # of adapters that are not at work, which saving tells
             warnings.simplefilter("ignore")
             lora = lora_state(model) if has_lora else None
