@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("cpu", 1)
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}  # a GPU's tensors take the CPU's as indices
-MATH = 0  # SDPA's kernel of plain operations
 
 
 class OnDevice(Tensor):
@@ -65,8 +64,6 @@ class StandInDevice(TorchDispatchMode):
         self._patches = [
             mock.patch.object(torch, name, _made_here(getattr(torch, name))) for name in ("tensor", "as_tensor")
         ]
-        driver = {"_lazy_init": lambda: None, "get_rng_state": lambda *_: None, "set_rng_state": lambda *_: None}
-        self._patches += [mock.patch.object(torch.cuda, name, replaced) for name, replaced in driver.items()]
         for patch in self._patches:
             patch.start()
         return super().__enter__()
@@ -103,13 +100,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         others = [tuple(t.shape) for t, on in zip(tensors, here, strict=True) if not on and t.dim()]
         if others and not (name in INDEXED and here[0]):
             raise RuntimeError(f"{func} of tensors on {DEVICE} and of the CPU's, shaped {others}")
-    if name == "_fused_sdp_choice":
-        return MATH
     asked = kwargs.get("device")
     on_device = any(here) if asked is None else asked == DEVICE
     inner_args, inner_kwargs = tree_map(_held, (args, dict(kwargs)))
-    if inner_kwargs.get("pin_memory"):
-        inner_kwargs["pin_memory"] = False
     found = func(*inner_args, **inner_kwargs)
     if not on_device:
         return found

@@ -137,12 +137,18 @@ def test_a_base_that_was_trained_along(tmp_path):
     load_sta(base(), tmp_path, base_model="any")
 
 
-def test_lora_that_was_merged_is_in_the_base_that_is_saved(tmp_path):
+def with_lora():
+    """A model with STA and LoRA that adds something."""
     handle = injected()
     model = get_peft_model(handle.model, handle.lora_config())
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_lora_that_was_merged_is_in_the_base_that_is_saved(tmp_path):
+    model = with_lora()
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
     with pytest.warns(STAWarning, match="loaded without it"):
@@ -154,11 +160,7 @@ def test_lora_that_was_merged_is_in_the_base_that_is_saved(tmp_path):
 
 def test_a_model_that_is_saved_with_lora_in_it(tmp_path):
     """By `get_base_model()`: its weights have PEFT's names, and random ones were loaded in their place."""
-    handle = injected()
-    model = get_peft_model(handle.model, handle.lora_config())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+    model = with_lora()
     with pytest.warns(
         STAWarning, match=r"saved with LoRA in them, under names .*Save the adapter by .*merge_and_unload"
     ):
@@ -303,6 +305,22 @@ def test_a_run_that_trains_the_base_along_goes_on_with_it(shards, tmp_path):
     resumed(again, tmp_path, 2, str(tmp_path / "checkpoint-1"))
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(again.model.state_dict()[name], value, msg=name)
+
+
+def test_the_weights_of_a_part_come_into_that_part_alone():
+    """Where STA of a state lies tells which part it is of; what the part hasn't is no tensor of another part whose name ends so."""
+    handle = inject_sta(base(), STAConfig(init="normal"))
+    whole = handle.model.state_dict()
+    start = next(name for name in whole if ".sta." in name).partition("blocks.")[0]
+    (place,) = [name for name in whole if name.endswith("norm.weight") and "layers" not in name and start not in name]
+    before = whole[place].clone()
+    state = {name.removeprefix(start): value + 1 for name, value in whole.items() if name.startswith(start)}
+    state["norm.weight"] = before + 1
+    handle.model.load_state_dict(state, strict=False)
+    found = handle.model.state_dict()
+    assert torch.equal(found[place], before)
+    for name, value in state.items():
+        assert name == "norm.weight" or torch.equal(found[start + name], value), name
 
 
 def test_what_trains_and_has_no_place_in_the_model_is_told_of():

@@ -101,7 +101,7 @@ def require_frozen_base(model: nn.Module, marks: BaseMarks, saved: Collection[st
         raise ConfigError(
             f"{len(trained)} of the base model's tensors would be trained, the first is {trained[0]}, and an adapter stores none of "
             "them, so it could not be saved. Freeze the base (handle.freeze_base(), or LoRA with "
-            f"handle.lora_config(modules_to_save=[...])). {KEEP_IT}"
+            "handle.lora_config(modules_to_save=[...]))."
         )
 
 

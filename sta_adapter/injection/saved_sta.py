@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +162,14 @@ class LoadStatePreHook(Hook):
             return
         strangers = [key for key in state if key not in own]
         places = {canonical(name.removeprefix(prefix)): name for name in own if strangers and name not in state}
-        whole = any(
-            map(STA_TENSOR.search, strangers)
-        )  # of such a model, which may be saved as the part that it was in an older release
+        start = _start_of_part(
+            [key.removeprefix(prefix) for key in strangers if STA_TENSOR.search(key)], list(places.values())
+        )
         unplaced = []
         for key in strangers:
             short = canonical(key.removeprefix(prefix))
-            if short not in places and whole:
-                ends = [name for name, place in places.items() if place.endswith(f".{key.removeprefix(prefix)}")]
-                short = ends[0] if len(ends) == 1 else short
+            if short not in places:
+                short = canonical((start + key.removeprefix(prefix)).removeprefix(prefix))
             if (place := places.pop(short, None)) is not None:
                 state[place] = state.pop(key)
             else:
@@ -186,6 +185,15 @@ class LoadStatePreHook(Hook):
                 STAWarning,
                 stacklevel=5,
             )
+
+
+def _start_of_part(keys: Sequence[str], places: Sequence[str]) -> str:
+    """How the names of a model's part begin, of which a state is that has these tensors of STA; empty where that can't be known.
+
+    Such a model may be saved as the part that it was in an older release.
+    """
+    starts = {place.removesuffix(key) for key in keys for place in places if place.endswith(f".{key}")}
+    return starts.pop() if len(starts) == 1 else ""
 
 
 def require_weights(name: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from sta_adapter.adapter.base_marks import BaseMarks, is_as_marked, require_frozen_base, require_same_base
+from sta_adapter.adapter.base_marks import KEEP_IT, BaseMarks, is_as_marked, require_frozen_base, require_same_base
 from sta_adapter.adapter.lora_weights import checked_lora, lora_state, require_whole_lora
 from sta_adapter.compatibility.seams import hook_table
 from sta_adapter.errors import CheckpointError, ConfigError
@@ -49,5 +49,7 @@ def remarks_at_start(
         saved = () if lora is None else lora[1]
         require_frozen_base(model, base, saved)
         require_same_base(model, base, saved)
-    except (CheckpointError, ConfigError) as error:
+    except CheckpointError as error:
         yield f"handle.save_pretrained can't save what is trained here: {error}"
+    except ConfigError as error:  # the base trains as well
+        yield f"handle.save_pretrained can't save what is trained here: {error} {KEEP_IT}"
