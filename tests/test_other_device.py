@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from cases import CASES, Clip, case_parameters, clips_of, randomize, seeded
 from standin_device import DEVICE, StandInDevice
 from torch.utils._pytree import tree_map
@@ -119,6 +120,37 @@ def test_generation_with_the_text_positions_of_training():
         prompt = moved(QWEN2_VL.generate(3), device)
         found[device] = [handle.model.generate(**prompt, max_new_tokens=3, do_sample=False)]
     require_equal(found)
+
+
+@pytest.mark.parametrize("config", [{}, CAUSAL, {"single_frames": False}], ids=str)
+def test_a_model_over_two_devices(config):
+    """As accelerate's device maps have it: what a block is given comes to its device within the block, after all hooks on it."""
+    whole = seeded(QWEN2_VL.make)
+    handles = (
+        inject_sta(copy.deepcopy(whole), STAConfig(**config)),
+        inject_sta(over_two_devices(whole), STAConfig(**config)),
+    )
+    assert {parameter.device for parameter in handles[1].parameters()} == {CPU, DEVICE}
+    for index, module in handles[0].blocks.items():
+        handles[1].blocks[index].load_state_dict(randomize(module).state_dict())
+    found = {}
+    for device, handle in zip((CPU, DEVICE), handles, strict=True):
+        handle.freeze_base()
+        batch = QWEN2_VL.generate(3)
+        loss = handle.model.train()(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        found[device] = moved([loss.detach(), *(parameter.grad for parameter in handle.parameters())], device)
+    require_equal(found)
+
+
+def over_two_devices(model):
+    """The model, with the second half of its encoder's blocks there."""
+    blocks = QWEN2_VL.encoder(model).blocks
+    for index, block in enumerate(blocks):
+        device = DEVICE if 2 * index >= len(blocks) else CPU
+        add_hook_to_module(block.to(device), AlignDevicesHook(execution_device=device))
+    blocks[-1].register_forward_hook(lambda _, __, output: output.to(CPU))
+    return model
 
 
 def test_a_stream():

@@ -18,7 +18,7 @@ from sta_adapter.attention.module import CHILD
 from sta_adapter.compatibility.calls import Arguments, iterate_tensors, require_grad
 from sta_adapter.compatibility.checkpointing import checkpoints_reentrantly, require_known_flags
 from sta_adapter.compatibility.seams import active_ddp, drop_hooks, graph_task, hook_table, put_first, uncompiled
-from sta_adapter.distributed import is_parallel, require_averages
+from sta_adapter.distributed import execution_device, is_parallel, require_averages
 from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownClipsError
 from sta_adapter.injection.backbone import EncoderCall
 from sta_adapter.injection.state import Injection
@@ -196,10 +196,13 @@ class BlockPreHook(Hook):
         layout = injection.layout()
         if layout is None:
             return None
+        sta, residual = getattr(block, CHILD), kwargs.get(RESIDUAL)
+        device = sta.placement[0]
+        if tokens.device != device and execution_device(block) is not None:  # accelerate moves them after this hook
+            tokens = tokens.to(device)
         out = tokens.clone()
-        stream = tokens + residual if isinstance(residual := kwargs.get(RESIDUAL), Tensor) else tokens
-        branch = getattr(block, CHILD)(layout.patches(stream), layout)
-        layout.patches(out).add_(branch)
+        stream = tokens + residual.to(tokens.device) if isinstance(residual, Tensor) else tokens
+        layout.patches(out).add_(sta(layout.patches(stream), layout))
         return (args, {**kwargs, name: out}) if name else ((out, *args[1:]), kwargs)
 
 
