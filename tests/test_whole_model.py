@@ -380,6 +380,44 @@ def test_a_run_of_other_settings_is_not_gone_on_from(tmp_path):
     resumed(injected(STAConfig(causal=True, layers=everywhere)), tmp_path, 2, str(tmp_path / "checkpoint-1"))
 
 
+def prepared(**config):
+    """An accelerator, and the handle of what it prepared."""
+    accelerator = accelerate.Accelerator()
+    handle = injected(STAConfig(**config))
+    accelerator.prepare(handle.model)
+    return accelerator, handle
+
+
+def test_accelerate_goes_on_from_a_state_of_the_same_settings_alone(tmp_path):
+    """Its files hold tensors alone, so the settings lie beside them."""
+    first, handle = prepared(causal=True)
+    first.save_state(tmp_path)
+    with pytest.raises(ConfigError, match=r"has STA with causal True \(not False\)\. Inject STA with the settings"):
+        prepared()[0].load_state(tmp_path)
+    with pytest.raises(ConfigError, match=r"has STA with layers 'all' \(not \(0, 2\)\)"):
+        prepared(causal=True, layers=[0, 2])[0].load_state(tmp_path)
+    second, again = prepared(causal=True, attention="eager")
+    second.load_state(tmp_path)
+    for there, here in zip(again.parameters(), handle.parameters(), strict=True):
+        assert torch.equal(there, here)
+    assert not first._save_model_state_pre_hook
+    assert not second._load_model_state_pre_hook
+    (tmp_path / "sta_settings.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"sta_settings\.json"):
+        second.load_state(tmp_path)
+    (tmp_path / "sta_settings.json").unlink()  # of an earlier release
+    second.load_state(tmp_path)
+
+
+def test_accelerate_writes_nothing_of_models_without_sta(tmp_path):
+    inject_sta(base())
+    accelerator = accelerate.Accelerator()
+    accelerator.prepare(base())
+    accelerator.save_state(tmp_path)
+    assert not (tmp_path / "sta_settings.json").exists()
+    accelerator.load_state(tmp_path)
+
+
 def shorter(blocks):
     del blocks[-1]
 

@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sta_adapter._validate import unknown_names
 from sta_adapter.adapter.base_model import check_base
-from sta_adapter.adapter.format import CONFIG, Description, read_description, saved_config
+from sta_adapter.adapter.format import CONFIG, Description, saved_config
 from sta_adapter.adapter.hub import download_options, resolve_adapter
 from sta_adapter.adapter.lora_weights import LORA_CONFIG, load_lora
 from sta_adapter.attention.module import TemporalAttention
@@ -30,6 +30,7 @@ from sta_adapter.compatibility.seams import after_import, peft_parts
 from sta_adapter.errors import CheckpointError, ConfigError, STAWarning
 from sta_adapter.injection.handle import STAHandle, get_sta
 from sta_adapter.injection.plan import plan_injection
+from sta_adapter.injection.run_states import watch_runs
 from sta_adapter.injection.saved_sta import (
     describe,
     fill,
@@ -39,9 +40,6 @@ from sta_adapter.injection.saved_sta import (
     silence_originals,
 )
 from sta_adapter.injection.text_positions import warn_of_other_rule
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 PASSED_ON = {"is_trainable", "revision", "subfolder"}  # arguments of PEFT's loader
 # whether PEFT's from_pretrained is at work, which calls its load_adapter when all has been looked at
@@ -134,7 +132,7 @@ def watch_peft() -> None:
     wrapped = getattr(getattr(peft, "PeftModel", None), "__dict__", {}).get("from_pretrained")
     load = getattr(wrapped, "__func__", None)
     _watch_transformers()
-    _watch_trainer()
+    watch_runs()
     if peft is None:
         after_import("peft", watch_peft)
     if peft is None or load is None or getattr(load, "brings_sta", False):
@@ -259,36 +257,6 @@ def _watch_transformers() -> None:
 
     load_adapter.looks_for_sta = True  # type: ignore[attr-defined]
     mixin.load_adapter = load_adapter
-
-
-def _watch_trainer() -> None:
-    """Refuse what transformers' trainer takes up again with other settings of STA: a checkpoint's weights fit, and compute something else."""
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if trainer is None:
-        after_import("transformers.trainer", _watch_trainer)
-    load = getattr(trainer, "_load_from_checkpoint", None)
-    if trainer is None or load is None or getattr(load, "looks_for_sta", False):
-        return
-
-    @functools.wraps(load)
-    def load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: nn.Module | None = None) -> object:
-        folder, net = Path(resume_from_checkpoint), self.model if model is None else model
-        handle = None if net is None else get_sta(net)
-        if handle is not None and (folder / CONFIG).is_file():
-            saved = saved_config(read_description(folder), folder / CONFIG)
-            differ = handle.config.told_apart(saved.to_dict())
-            layers = range(handle._injection.depth or len(handle.blocks)) if saved.layers == "all" else saved.layers
-            if not differ and set(layers) != set(handle.blocks):
-                differ = f"layers {saved.layers!r} (not {handle.config.layers!r})"
-            if differ:
-                raise ConfigError(
-                    f"the checkpoint that the run goes on from (step {folder.name.rpartition('-')[2]}) has {differ}. Inject STA with the settings that "
-                    f"it has, or begin anew from it: load_sta(model, {str(folder)!r}, is_trainable=True)."
-                )
-        return load(self, resume_from_checkpoint, model)
-
-    load_from_checkpoint.looks_for_sta = True  # type: ignore[attr-defined]
-    trainer._load_from_checkpoint = load_from_checkpoint
 
 
 def _add_lora(handle: STAHandle, folder: Path, description: Description, is_trainable: bool) -> STAHandle:
