@@ -1,7 +1,4 @@
-"""Shared by encoders that take frames as a batch of images: rows (F, prefix + N, C), one row a frame or a tile of it.
-
-Of rows whose clips nobody has told, some backbones make one clip; others refuse several.
-"""
+"""Shared by encoders that take frames as a batch of images: rows (F, prefix + N + suffix, C), one row a frame or a tile of it."""
 
 from __future__ import annotations
 
@@ -17,15 +14,22 @@ from sta_adapter.injection.backbone import EncoderCall, black, number_of, sizes_
 
 
 def row_clips(
-    rows: int, positions: int, lengths: ClipLengths | None, *, prefix: int = 0, must_be_told: bool = True
+    rows: int,
+    positions: int,
+    lengths: ClipLengths | None,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    must_be_told: bool = True,
 ) -> ClipLayout:
-    """Layout of rows (rows, prefix + positions, C) that are the frames of one clip after the other.
+    """Layout of rows (rows, prefix + positions + suffix, C) that are the frames of one clip after the other.
 
     Args:
         rows: size of the encoder's batch.
         positions: patch positions of a row.
         lengths: of each clip, its frames, or (frames, tiles of each frame); `EACH_ROW`; `ALL_ROWS`; None when not told.
         prefix: class and register tokens in front of a row's patches.
+        suffix: those behind them.
         must_be_told: whether several rows of which nobody has told are an error; else they are one clip.
 
     Raises:
@@ -43,7 +47,7 @@ def row_clips(
             f"the encoder got {rows} rows, one a frame, but the clips {list(lengths or ())} have {total}. "
             "Tell the frames of each clip with handle.clips([...]) or clip_lengths=[...]; they must add up."
         )
-    return ClipLayout([(frames, tiles * positions) for frames, tiles in clips], prefix=prefix, rows=rows)
+    return ClipLayout([(frames, tiles * positions) for frames, tiles in clips], prefix=prefix, suffix=suffix, rows=rows)
 
 
 def unknown_clips(found: str) -> UnknownClipsError:
@@ -58,6 +62,7 @@ def pixel_layout(
     *,
     patch_size: Callable[[nn.Module], int | tuple[int, ...]] = lambda encoder: sizes_of(encoder.config, "patch_size"),
     prefix: int | Callable[[nn.Module], int] = 1,
+    suffix: int = 0,
     must_be_told: bool = True,
 ) -> Callable[[EncoderCall], ClipLayout]:
     """A layout function for encoders called with `pixel_values` (F, channels, H, W).
@@ -65,6 +70,7 @@ def pixel_layout(
     Args:
         patch_size: from the encoder to the side of its square patches, or (height, width) of a patch.
         prefix: class and register tokens in front of a row's patches, or a function from the encoder to them.
+        suffix: those behind them.
         must_be_told: whether several rows without told clips are an error; else they are one clip.
     """
 
@@ -81,7 +87,7 @@ def pixel_layout(
         sides = (size,) if isinstance(size, int) else size
         positions = (height // sides[0]) * (width // sides[-1])
         leading = prefix if isinstance(prefix, int) else prefix(call.encoder)
-        return row_clips(rows, positions, call.clip_lengths, prefix=leading, must_be_told=False)
+        return row_clips(rows, positions, call.clip_lengths, prefix=leading, suffix=suffix, must_be_told=False)
 
     return layout
 

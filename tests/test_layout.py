@@ -101,6 +101,11 @@ def test_patches_leave_class_tokens_out():
     layout = ClipLayout([(2, 3), (2, 3)], prefix=1)
     assert torch.equal(layout.patches(tokens), tokens[:, 1:])
     assert layout.patches(tokens).data_ptr() == tokens[:, 1:].data_ptr()
+    behind = ClipLayout([(2, 2)], prefix=1, suffix=2)
+    assert torch.equal(behind.patches(tokens[:, :5]), tokens[:, 1:3])
+    assert torch.equal(behind.patches(torch.arange(7)[:, None])[:, 0], torch.arange(1, 5))
+    with pytest.raises(LayoutError, match=r"with 3 class tokens a row, have 4 tokens"):
+        behind.patches(tokens)
 
 
 def test_wrong_number_of_tokens():
@@ -127,6 +132,8 @@ def test_equality_and_hash():
     assert hash(ClipLayout([(2, 3)])) == hash(ClipLayout([(2, 3)]))
     assert ClipLayout([(2, 3)]) != ClipLayout([(2, 3)], prefix=1)
     assert repr(ClipLayout([(2, 3)])) == "ClipLayout([(2, 3)], prefix=0)"
+    assert ClipLayout([(2, 3)], suffix=1) != ClipLayout([(2, 3)])
+    assert repr(ClipLayout([(2, 3)], suffix=1)) == "ClipLayout([(2, 3)], prefix=0, suffix=1)"
 
 
 def test_rotary_tables_are_those_of_the_equation():

@@ -1,5 +1,6 @@
 """Backbones from other packages: the example, installed for real, and everything that can go wrong with a plug-in."""
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -17,8 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from sta_adapter import STAConfig, get_sta, inject_sta, list_backbones, load_sta, register_backbone
+from sta_adapter import Backbone, STAConfig, get_sta, inject_sta, list_backbones, load_sta, register_backbone
+from sta_adapter.attention.layout import ClipLayout
+from sta_adapter.backbones.frames import attention_heads, picture_dummy, pixel_layout
 from sta_adapter.errors import ConfigError, InjectionError, UnknownBackboneError
 from sta_adapter.injection import registry
 from sta_adapter.injection.registry import ENTRY_POINT_GROUP, get_backbone, in_vllm, unregister_backbone
@@ -126,6 +130,51 @@ def test_registered_in_the_process(example, tmp_path):
     frames = torch.randn(4, 3, 16, 16)
     with load_sta(twin, tmp_path).clips([4]), handle.clips([4]):
         assert torch.equal(twin(frames), encoder(frames))
+
+
+def llama4_vision():
+    """The vision encoder of Llama 4, whose class token stands behind the patches."""
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    config = transformers.Llama4VisionConfig(image_size=56, patch_size=14, **sizes, **ends)
+    torch.manual_seed(0)
+    encoder = transformers.Llama4VisionModel(config).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return encoder
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Llama4VisionModel"), reason="this transformers has no Llama 4")
+def test_a_class_token_behind_the_patches():
+    backbone = Backbone(
+        name="llama4",
+        encoder_classes=("Llama4VisionModel",),
+        blocks="model.layers",
+        norm="post_attention_layernorm",
+        heads=attention_heads,
+        layout=pixel_layout(prefix=0, suffix=1),
+        separate_frames=True,
+        dummy_inputs=picture_dummy,
+    )
+    encoder, frames, streams = llama4_vision(), torch.randn(5, 3, 56, 56), []
+    handle = inject_sta(encoder, STAConfig(init="normal"), backbone=backbone)
+    encoder.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: streams.append(args[0].clone())
+    )
+    with torch.no_grad(), handle.clips([2, 3]):
+        for is_on in (handle.disabled(), contextlib.nullcontext()):
+            with is_on:
+                encoder(frames)
+    before, after = streams
+    assert torch.equal(after[:, -1], before[:, -1])
+    for clip in (slice(0, 2), slice(2, 5)):
+        for position in range(16):
+            one = ClipLayout([(clip.stop - clip.start, 1)])
+            with torch.no_grad():
+                branch = handle.blocks[0](before[clip, position], one)
+            torch.testing.assert_close(after[clip, position], before[clip, position] + branch)
+    with pytest.raises(InjectionError, match=r"16 tokens and 2 class tokens a row, but .* shape \(1, 17, 32\)"):
+        inject_sta(llama4_vision(), backbone=dataclasses.replace(backbone, layout=pixel_layout(prefix=1, suffix=1)))
 
 
 def test_of_two_that_fit_an_adapter_takes_its_own(example, tmp_path, monkeypatch):

@@ -47,19 +47,20 @@ class Past(Protocol):
 class ClipLayout:
     """Where each token of a forward stands: which clip, which frame, which position.
 
-    The encoder's tokens are a tensor of shape (tokens, C) or (rows, tokens, C). Without the first `prefix` tokens of
-    each row (class tokens, which pass by), and flattened, they are the clips one after the other, each frame by frame:
-    `(clip frame position)`.
+    The encoder's tokens are a tensor of shape (tokens, C) or (rows, tokens, C). Without the first `prefix` and the last
+    `suffix` tokens of each row (class tokens, which pass by), and flattened, they are the clips one after the other, each
+    frame by frame: `(clip frame position)`.
 
     Args:
         clips: (frames, positions) of each clip, in order.
         prefix: leading tokens of each row that belong to no frame position.
+        suffix: trailing ones.
         rows: of tokens (rows, tokens, C), where their number is known; tokens (tokens, rows, C) are refused then.
         past: what the clips go on from; None for clips that begin here.
 
     Attributes:
         groups: (frames, positions) over all clips of equal length, shortest first: the order of `gather_index`.
-        num_tokens: tokens in all clips, without the prefix ones.
+        num_tokens: tokens in all clips, without the class tokens.
         max_frames: frames of the longest clip.
         is_uniform: whether all clips have the same number of frames and positions.
         is_gathered: whether clips of equal length lie apart, or have frames of several sizes, so that `gather_index` brings
@@ -73,10 +74,17 @@ class ClipLayout:
     """
 
     def __init__(
-        self, clips: Iterable[tuple[int, int]], *, prefix: int = 0, rows: int | None = None, past: Past | None = None
+        self,
+        clips: Iterable[tuple[int, int]],
+        *,
+        prefix: int = 0,
+        suffix: int = 0,
+        rows: int | None = None,
+        past: Past | None = None,
     ) -> None:
         self.clips = tuple((int(t), int(n)) for t, n in clips)
         self.prefix = prefix
+        self.suffix = suffix
         self.rows = rows
         self.past = past
         for index, (frames, positions) in enumerate(self.clips):
@@ -99,13 +107,17 @@ class ClipLayout:
         self.kinds: dict[tuple[object, ...], Kind] = {}
 
     def __repr__(self) -> str:
-        return f"ClipLayout({list(self.clips)}, prefix={self.prefix})"
+        suffix = f", suffix={self.suffix}" if self.suffix else ""
+        return f"ClipLayout({list(self.clips)}, prefix={self.prefix}{suffix})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ClipLayout) and (self.clips, self.prefix) == (other.clips, other.prefix)
+        return isinstance(other, ClipLayout) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.clips, self.prefix))
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        return self.clips, self.prefix, self.suffix
 
     def require_rows(self, tokens: Tensor) -> None:
         """Raise a LayoutError for tokens of three axes whose first one is not the layout's rows."""
@@ -116,18 +128,18 @@ class ClipLayout:
             )
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """View of those tokens (tokens, C) or (rows, tokens, C) that belong to frames, without the prefix ones.
+        """View of those tokens (tokens, C) or (rows, tokens, C) that belong to frames, without class tokens.
 
         Raises:
             LayoutError: when the number of tokens or rows is not that of the layout.
         """
         self.require_rows(tokens)
-        found = tokens[..., self.prefix :, :] if self.prefix else tokens
+        found = tokens[..., self.prefix : tokens.shape[-2] - self.suffix, :] if self.prefix or self.suffix else tokens
         count = found.shape[0] if found.dim() == 2 else found.shape[:-1].numel()
         if count != self.num_tokens:
             raise LayoutError(
                 f"the encoder's tokens have the shape {tuple(tokens.shape)}, but the clips of this forward, "
-                f"(frames, positions) = {list(self.clips)} with {self.prefix} class tokens a row, have {self.num_tokens} tokens. "
+                f"(frames, positions) = {list(self.clips)} with {self.prefix + self.suffix} class tokens a row, have {self.num_tokens} tokens. "
                 "The backbone's layout function does not fit this encoder."
             )
         return found

@@ -186,4 +186,4 @@ def continue_streams(
         shape: FrameShape = (positions, None if grid is None else tuple(grid.shape))
         chunks.append(Chunk(stream.name, stream._state, frames, shape))
     past = StreamCall(chunks, {module: i for i, module in modules.items()})
-    return ClipLayout(layout.clips, prefix=layout.prefix, rows=layout.rows, past=past)
+    return ClipLayout(layout.clips, prefix=layout.prefix, suffix=layout.suffix, rows=layout.rows, past=past)

@@ -178,9 +178,9 @@ def _layout_problems(target: InjectionTarget, call: EncoderCall, tokens: Tensor)
     except LayoutError as error:
         return [str(error)]
     rows = tokens.shape[0] if tokens.dim() == 3 else 1
-    if layout.num_tokens + rows * layout.prefix != tokens.shape[:-1].numel():
+    if layout.num_tokens + rows * (layout.prefix + layout.suffix) != tokens.shape[:-1].numel():
         return [
-            f"Backbone.layout returns {layout} for Backbone.dummy_inputs, {layout.num_tokens} tokens and {layout.prefix} "
+            f"Backbone.layout returns {layout} for Backbone.dummy_inputs, {layout.num_tokens} tokens and {layout.prefix + layout.suffix} "
             f"class tokens a row, but the blocks get tokens of the shape {tuple(tokens.shape)}"
         ]
     return []
