@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.compatibility.calls import class_method, given_arguments
-from sta_adapter.compatibility.position_seams import GENERATION_METHOD, cached_tokens
+from sta_adapter.compatibility.position_seams import GENERATION_METHOD, cached_tokens, generates_behind_padding
 from sta_adapter.compatibility.seams import uncompiled
 from sta_adapter.errors import LayoutError
 
@@ -22,12 +22,14 @@ class FillPositions:
         self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[()], dict[str, object]] | None:
         """Return the arguments with `position_ids`, or None when they have them."""
-        if kwargs.get("position_ids") is not None:
+        if kwargs.get("position_ids") is not None and not generates_behind_padding():
             return None
         given = given_arguments(class_method(model), FORWARD, args, kwargs)
-        if given.get("position_ids") is not None:
-            return None
-        return (), {**given, "position_ids": self._positions(model, given)}
+        if (positions := given.get("position_ids")) is None:
+            return (), {**given, "position_ids": self._positions(model, given)}
+        if generates_behind_padding() and len(positions) == 4 and cached_tokens(class_method(model), FORWARD, given):
+            return (), {**given, "position_ids": torch.cat([positions[:1], self._positions(model, given)])}  # text first
+        return None
 
     @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from sta_adapter.backbones.qwen2_vl_early_positions import fill_early, fills_ear
 from sta_adapter.backbones.qwen2_vl_position_rules import RULES, OriginalPositions, Sequential
 from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
 from sta_adapter.compatibility.calls import parameter_names
-from sta_adapter.compatibility.position_seams import ROPE_INDEX
+from sta_adapter.compatibility.position_seams import ROPE_INDEX, generates_behind_padding
 from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions, number_of
@@ -56,7 +56,8 @@ def rule_of_training(model: nn.Module) -> str | None:
 def use_rule(model: nn.Module, name: str | None) -> None:
     """Let a model compute by one of `RULES`, None for the installed transformers'; raises as `use_positions` does."""
     owner = _computing(model)
-    if owner is None or rule_in_use(model) == name:
+    mends = owner is not None and installed_rule(owner) is None and generates_behind_padding()
+    if owner is None or (rule_in_use(model) == name and not mends):
         return
     if name is not None and name not in RULES:
         raise ConfigError(f"no rule for text positions {name!r}; expected one of {', '.join(RULES)}.")
@@ -65,7 +66,7 @@ def use_rule(model: nn.Module, name: str | None) -> None:
         return
     if isinstance(installed_rule(owner), OriginalPositions):
         uninstall(model)
-    if installed_rule(owner) is not None or (name is not None and _native_rule(owner) != name):
+    if installed_rule(owner) is not None or (name is not None and (mends or _native_rule(owner) != name)):
         install(model, RULES[name or Sequential.name].of(find_owner(model)))  # refuses VideoRoPE, for all of them
 
 

@@ -79,6 +79,14 @@ def forget_earlier_batches(model: nn.Module, batch: Mapping[str, object]) -> Non
                 vars(module)["rope_deltas"] = None
 
 
+def generates_behind_padding() -> bool:
+    """Whether `generate` of Qwen2-VL and Qwen2.5-VL numbers what it adds to a padded prompt as if the padding weren't there (4.54 to 4.56).
+
+    What the prompt's positions are and what is counted on from them include it, so that new tokens come too early by as much.
+    """
+    return (4, 54) <= transformers_release() < (4, 57)
+
+
 def has_frequency_method(rotary: type) -> bool:
     """Whether a class of rotary embeddings mixes its axes by a method (since 5.17), or leaves it to attention."""
     return _has_method(rotary, FREQUENCY_METHOD, ("self", "freq"))
