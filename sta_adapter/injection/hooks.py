@@ -23,7 +23,7 @@ from sta_adapter.errors import InjectionError, LayoutError, STAWarning, UnknownC
 from sta_adapter.injection.backbone import EncoderCall
 from sta_adapter.injection.state import Injection
 from sta_adapter.injection.stream import continue_streams
-from sta_adapter.injection.target import module_at_work, sta_modules, sta_trains
+from sta_adapter.injection.target import sta_modules, sta_trains
 from sta_adapter.injection.told import take_clip_lengths
 
 RESIDUAL = "residual"  # the keyword of fused norms that take a second summand of the stream
@@ -197,9 +197,8 @@ class BlockPreHook(Hook):
         if layout is None:
             return None
         sta, residual = getattr(block, CHILD), kwargs.get(RESIDUAL)
-        device = module_at_work(sta).placement[0]
-        if tokens.device != device and execution_device(block) is not None:  # accelerate moves them after this hook
-            tokens = tokens.to(device)
+        if "_hf_hook" in block.__dict__:  # accelerate's, of a device map, which moves them within the block's forward
+            tokens = tokens.to(execution_device(block) or tokens.device)
         out = tokens.clone()
         stream = tokens + residual.to(tokens.device) if isinstance(residual, Tensor) else tokens
         layout.patches(out).add_(sta(layout.patches(stream), layout))

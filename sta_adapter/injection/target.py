@@ -64,7 +64,7 @@ def require_fit(spec: Backbone, encoder: nn.Module, problems: Sequence[str]) -> 
 def sta_modules(encoder: nn.Module, spec: Backbone) -> dict[int, TemporalAttention]:
     """The STA module at work in each block of an injected encoder, by the block's index."""
     children = map(_sta_of, encoder.get_submodule(spec.blocks).children())
-    return {index: module_at_work(child) for index, child in enumerate(children) if child is not None}
+    return {index: _active_module(child) for index, child in enumerate(children) if child is not None}
 
 
 def _sta_of(block: nn.Module) -> nn.Module | None:
@@ -118,7 +118,7 @@ def lost_steps(modules: Iterable[nn.Module]) -> str:
     return ""
 
 
-def module_at_work(module: nn.Module) -> TemporalAttention:
+def _active_module(module: nn.Module) -> TemporalAttention:
     """The STA module itself, or the copy that PEFT's `modules_to_save` has put in its place."""
     if isinstance(module, TemporalAttention):
         return module
