@@ -469,7 +469,7 @@ CASES = [
             **GLM_IDS,
         ),
         "glm4v",
-        generate=glm_prompt,
+        generate=None if transformers_version() == (4, 55) else glm_prompt,  # it looks for clips under another token
     ),
     _glm_case(
         "glm4v_moe",

@@ -84,8 +84,8 @@ NATIVE = next(
     )
     if transformers_version() >= since
 )
-# transformers 4.48 to 4.51 give a model that was saved another attention
-OF_SAVED = 1e-4 if (4, 48) <= transformers_version() < (4, 52) else 0.0
+# transformers 4.47 to 4.51 give a model that was saved another attention
+OF_SAVED = 1e-4 if (4, 47) <= transformers_version() < (4, 52) else 0.0
 needs_seams = pytest.mark.skipif(transformers_version() < (4, 52), reason="needs transformers 4.52 or newer")
 
 

@@ -24,7 +24,14 @@ from sta_adapter.injection.registry import get_backbone
 from sta_adapter.injection.state import Injection
 
 LLAVA = pytest.param("llava_onevision", id="llava_onevision")
-GLM = pytest.param("glm4v", id="glm4v", marks=lacks("glm4v"))
+GLM = pytest.param(
+    "glm4v",
+    id="glm4v",
+    marks=[
+        lacks("glm4v"),
+        pytest.mark.skipif(transformers_version() == (4, 55), reason="it looks for clips under another token there"),
+    ],
+)
 GLM_MOE = pytest.param("glm4v_moe", id="glm4v_moe", marks=lacks("glm4v_moe"))
 INTERNVL = lacks("internvl")
 TOWERS = ["siglip", "clip", "dinov2", pytest.param("siglip2", marks=lacks("siglip2"))]

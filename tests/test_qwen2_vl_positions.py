@@ -44,7 +44,9 @@ def rope_index(owner, batch):
     return owner.get_rope_index(**{name: batch[name] for name in NAMES if name in batch})
 
 
-@pytest.mark.skipif(transformers_version() >= (5, 3), reason="later transformers has another rule")
+@pytest.mark.skipif(
+    transformers_version() >= (5, 2), reason="5.2 counts padding otherwise, later ones have another rule"
+)
 @settings(max_examples=30)
 @given(rows=rows_of_prompts, side=sides)
 def test_the_reference_is_the_rule_of_transformers_4(plain, rows, side):

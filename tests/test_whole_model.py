@@ -112,6 +112,22 @@ def test_a_state_without_sta_is_told_of(tmp_path):
     assert not (tmp_path / CONFIG).exists()
 
 
+def test_a_state_that_is_emptied_while_it_is_saved(tmp_path, monkeypatch):
+    """As transformers 4.47 does, which takes out what it has written."""
+    handle = injected()
+    save = type(handle.model).save_pretrained
+
+    def emptying(self, save_directory, *args, state_dict=None, **kwargs):
+        save(self, save_directory, *args, state_dict=dict(state_dict), **kwargs)
+        state_dict.clear()
+
+    monkeypatch.setattr(type(handle.model), "save_pretrained", emptying)
+    handle.model.save_pretrained(tmp_path, state_dict=handle.model.state_dict())
+    for index, module in load_sta(base(), tmp_path, base_model="any").blocks.items():
+        for name, value in handle.blocks[index].state_dict().items():
+            assert torch.equal(module.state_dict()[name], value)
+
+
 def test_an_adapter_that_can_not_be_is_told_of_once_the_model_is_saved(tmp_path):
     handle = injected()
     prune.l1_unstructured(handle.blocks[0].to_out, "weight", 0.5)
@@ -469,7 +485,8 @@ def test_parts_that_were_changed_since_sta_went_in(change, layers, told, tmp_pat
 
 def test_parts_of_the_language_model_that_were_left_out(tmp_path):
     handle = injected()
-    layers = handle.model.get_decoder().layers
+    decoder = handle.model.get_decoder()
+    layers = getattr(decoder, "language_model", decoder).layers
     name = name_of(layers[-1], handle.model)
     del layers[-1]
     with pytest.raises(CheckpointError, match=rf"are gone or have .* {re.escape(name)}\."):

@@ -44,11 +44,12 @@ class SavingMethod(MethodInFront):
             "is_main_process", True
         ):  # which ends with what is in the folder by then
             return self._push(args, kwargs)
-        found = self.method(*args, **kwargs)
         given = bound_arguments(self.model, args, kwargs, self.name)
-        folder = given.get("save_directory")
+        folder, state = given.get("save_directory"), cast("Mapping[str, Tensor] | None", given.get("state_dict"))
+        state = None if state is None else dict(state)  # transformers 4.47 takes out of the given one what is written
+        found = self.method(*args, **kwargs)
         if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder) and given.get("is_main_process", True):
-            self._write(folder, cast("Mapping[str, Tensor] | None", given.get("state_dict")))
+            self._write(folder, state)
         return found
 
     def _push(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
