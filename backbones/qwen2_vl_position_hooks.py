@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,20 @@ class FillPositions:
         self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[()], dict[str, object]] | None:
         """Return the arguments with `position_ids`, or None when they have them."""
-        if kwargs.get("position_ids") is not None and not generates_behind_padding():
+        mends = generates_behind_padding()
+        if kwargs.get("position_ids") is not None and not mends:
             return None
         given = given_arguments(class_method(model), FORWARD, args, kwargs)
-        if (positions := given.get("position_ids")) is None:
+        text = given.get("position_ids")
+        if text is None:
             return (), {**given, "position_ids": self._positions(model, given)}
-        if generates_behind_padding() and len(positions) == 4 and cached_tokens(class_method(model), FORWARD, given):
-            return (), {**given, "position_ids": torch.cat([positions[:1], self._positions(model, given)])}  # text first
-        return None
+        of_generate = isinstance(text, Tensor) and len(text) == 4
+        if not (mends and of_generate and cached_tokens(class_method(model), FORWARD, given)):
+            return None
+        return (), {
+            **given,
+            "position_ids": torch.cat([cast("Tensor", text)[:1], self._positions(model, given)]),
+        }  # text first
 
     @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:

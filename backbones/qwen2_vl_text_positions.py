@@ -14,10 +14,8 @@ from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions, number_of
 
-# before transformers 4.52, the head computes positions itself
-HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-# of the clip that a model is asked about: the rules differ in where its text goes on, and when
-FRAMES, SECONDS = 4, 1.75
+HEADS = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")  # they count before 4.52
+FRAMES, SECONDS = 4, 1.75  # of the clip that a model is asked about, by which the rules differ
 UNKNOWN = "unknown"
 
 
