@@ -250,7 +250,7 @@ def test_a_static_cache_and_a_prompt_in_chunks(model):
     apply_videorope(model)
     batch = batch_of(*BATCHES["clips-and-images"])
     expected = model.generate(**batch, **GREEDY)
-    if transformers_version() >= (4, 53):  # before, the model takes no static cache
+    if transformers_version() >= (4, 54):  # before, the model takes no static cache, or gives no mask to count by
         found = model.generate(**batch, **GREEDY, cache_implementation="static", disable_compile=True)
         assert torch.equal(found, expected)
     if transformers_version() >= (5, 24):  # an untouched model fails until 5.18, and answers otherwise on 5.20
