@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sta_adapter.compatibility.calls import class_method, given_arguments
 from sta_adapter.compatibility.position_seams import GENERATION_METHOD, cached_tokens, generates_behind_padding
-from sta_adapter.compatibility.seams import uncompiled
+from sta_adapter.compatibility.seams import hook_table, uncompiled
 from sta_adapter.errors import LayoutError
 
 FORWARD = "Qwen2VLModel.forward"
@@ -59,6 +59,13 @@ class FillPositions:
         positions, more = model.get_rope_index(**new)
         model.rope_deltas = deltas + more
         return positions + past + deltas
+
+
+def forgets_padding(owner: nn.Module | None) -> bool:
+    """Whether what a model generates is numbered by the installed transformers alone, which forgets padding."""
+    if owner is None or not generates_behind_padding():
+        return False
+    return not any(isinstance(hook, FillPositions) for hook in hook_table(owner, "_forward_pre_hooks").values())
 
 
 class GenerationPositions:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sta_adapter.backbones.qwen2_vl_early_positions import fill_early, fills_early
+from sta_adapter.backbones.qwen2_vl_position_hooks import forgets_padding
 from sta_adapter.backbones.qwen2_vl_position_rules import RULES, OriginalPositions, Sequential
 from sta_adapter.backbones.qwen2_vl_positions import FAMILIES, find_owner, install, installed_rule, uninstall
 from sta_adapter.compatibility.calls import parameter_names
-from sta_adapter.compatibility.position_seams import ROPE_INDEX, generates_behind_padding
+from sta_adapter.compatibility.position_seams import ROPE_INDEX
 from sta_adapter.compatibility.releases import transformers_release
 from sta_adapter.errors import ConfigError
 from sta_adapter.injection.backbone import TextPositions, number_of
@@ -54,8 +55,7 @@ def rule_of_training(model: nn.Module) -> str | None:
 def use_rule(model: nn.Module, name: str | None) -> None:
     """Let a model compute by one of `RULES`, None for the installed transformers'; raises as `use_positions` does."""
     owner = _computing(model)
-    mends = owner is not None and installed_rule(owner) is None and generates_behind_padding()
-    if owner is None or (rule_in_use(model) == name and not mends):
+    if owner is None or (rule_in_use(model) == name and not forgets_padding(owner)):
         return
     if name is not None and name not in RULES:
         raise ConfigError(f"no rule for text positions {name!r}; expected one of {', '.join(RULES)}.")
@@ -64,8 +64,9 @@ def use_rule(model: nn.Module, name: str | None) -> None:
         return
     if isinstance(installed_rule(owner), OriginalPositions):
         uninstall(model)
-    if installed_rule(owner) is not None or (name is not None and (mends or _native_rule(owner) != name)):
-        install(model, RULES[name or Sequential.name].of(find_owner(model)))  # refuses VideoRoPE, for all of them
+    if installed_rule(owner) is None and (name is None or (_native_rule(owner) == name and not forgets_padding(owner))):
+        return
+    install(model, RULES[name or Sequential.name].of(find_owner(model)))  # refuses VideoRoPE, for all of them
 
 
 def _computing(model: nn.Module) -> nn.Module | None:
@@ -115,4 +116,4 @@ def _ask(owner: nn.Module) -> Tensor:
     return method(owner, **{name: value for name, value in known.items() if name in names})[0][:, 0]
 
 
-TEXT_POSITIONS = TextPositions(in_use=rule_in_use, of_training=rule_of_training, use=use_rule)
+TEXT_POSITIONS = TextPositions(rule_in_use, rule_of_training, use_rule, lambda m: forgets_padding(_computing(m)))

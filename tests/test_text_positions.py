@@ -26,6 +26,7 @@ from qwen2_vl_prompts import (
 from tiny_qwen import make_processor, save_base, write_samples
 
 from sta_adapter import inject_sta, load_sta
+from sta_adapter.backbones import qwen2_vl_position_hooks
 from sta_adapter.backbones.qwen2_vl_position_rules import OriginalPositions
 from sta_adapter.backbones.qwen2_vl_positions import find_owner, restore_original_positions
 from sta_adapter.backbones.qwen2_vl_rope_index import RopeIndex
@@ -359,3 +360,19 @@ def test_training_writes_the_rule_and_evaluation_takes_it(tmp_path, monkeypatch,
     done = CliRunner().invoke(cli, line, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert seen == [rule]
+
+
+@needs_seams
+@pytest.mark.skipif(NATIVE == "unknown", reason="there the rule itself is another one")
+def test_a_release_that_forgets_padding_when_it_generates_is_told_of(monkeypatch):
+    monkeypatch.setattr(qwen2_vl_position_hooks, "generates_behind_padding", lambda: True)
+    model = make_qwen2_vl()
+    model.config.text_positions = NATIVE
+    with pytest.warns(STAWarning, match=rf"forgets the padding .* To mend that: .*use_positions\(model, '{NATIVE}'\)"):
+        handle = inject_sta(model)
+    handle.remove()
+    use_positions(model, NATIVE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", STAWarning)
+        inject_sta(model)
+    assert rule_in_use(use_positions(model, "transformers")) == NATIVE

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 # Modules moved between releases of transformers: 4.52 put the parts of a video model into one `model`, and 5 took away the
-# `vision_model` of SigLIP and CLIP. Each rule is a step to one spelling for all of them.
+# `vision_model` of SigLIP and CLIP; 5.4 writes Qwen3.5's `visual` into the language model. Each rule is a step to one spelling for all of them.
 RENAMED = (
     (r"^model\.(?=(?:language_model|visual|vision_tower|vision_model|multi_modal_projector|projector|image_newline)\b)", ""),
+    (r"^language_model\.(?=visual\.)", ""),
     (r"^language_model\.model\.", "language_model."),
     (r"^language_model\.lm_head\b", "lm_head"),
     (r"^model\.", "language_model."),

@@ -87,11 +87,13 @@ class TextPositions:
         in_use: from a model to the name of the rule that it computes, or None where that can't be asked.
         of_training: from a model to the name of the rule that its base was trained by, or None likewise.
         use: lets a model compute by the rule of a name; None for that of the installed transformers.
+        forgets_padding: whether a model, as it is, leaves padding out of the positions of what it generates; `use` mends it.
     """
 
     in_use: Callable[[nn.Module], str | None]
     of_training: Callable[[nn.Module], str | None]
     use: Callable[[nn.Module, str | None], None]
+    forgets_padding: Callable[[nn.Module], bool] = lambda model: False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,21 +66,27 @@ def use_positions_of(model: nn.Module, choice: str | None, saved: object = None)
 
 
 def warn_of_other_rule(model: nn.Module, saved: object = None) -> None:
-    """Warn where a model computes another rule than the one it was trained with, or that its adapter has `saved`."""
-    found = _family(model)
-    if found is None:
+    """Warn where a model computes another rule than it was trained with, or its adapter has `saved`; or generates by another one."""
+    family = _family(model)
+    if family is None:
         return
-    rules, computed = found
+    rules, computed = family
     expected = saved if isinstance(saved, str) else rules.of_training(model)
-    if computed == expected:
-        return
     import transformers
 
-    what = "this adapter" if isinstance(saved, str) else f"the base of {type(model).__name__}"
+    release = f"transformers {transformers.__version__}"
+    if computed != expected:
+        what = "this adapter" if isinstance(saved, str) else f"the base of {type(model).__name__}"
+        found = (
+            f"this model numbers the text after a clip by the rule {computed!r} ({release}), and {what} was trained with "
+            f"{expected!r}, so that its answers differ. To use that"
+        )
+    elif rules.forgets_padding(model):
+        found = f"generate of {release} forgets the padding of a batch's shorter prompts, so that its answers to them differ. To mend that"
+    else:
+        return
     warnings.warn(
-        f"text positions: this model numbers the text after a clip by the rule {computed!r} (transformers "
-        f"{transformers.__version__}), and {what} was trained with {expected!r}, so that its answers differ. To use that: "
-        f"from sta_adapter.text_positions import use_positions; use_positions(model, {expected!r})",
+        f"text positions: {found}: from sta_adapter.text_positions import use_positions; use_positions(model, {expected!r})",
         STAWarning,
         stacklevel=_first_level_outside(),
     )
