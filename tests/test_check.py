@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import case_parameters, seeded
+from cases import all_cases, case_parameters, seeded
 from torch import nn
 
 from sta_adapter import Backbone, ClipLayout, STAConfig, get_sta, inject_sta, list_backbones
@@ -633,6 +633,32 @@ def test_a_built_in_backbone_that_can_not_run_is_logged_and_goes_on(case, caplog
     validate_target(site)
     assert "is not checked" in caplog.text
     assert "no kernel for this device" in caplog.text
+
+
+def _fails(encoder):
+    raise RuntimeError("no such file")
+
+
+@pytest.mark.parametrize(
+    ("dummy_inputs", "told"),
+    [
+        (_fails, "can't run on Backbone.dummy_inputs: RuntimeError: no such file"),
+        (lambda encoder: ((), {"pixel_valuez": torch.zeros(1, 3, 16, 16)}), "can't run on Backbone.dummy_inputs: "),
+        (
+            lambda encoder: (torch.zeros(1, 3, 16, 16), {}),
+            r"returns \(Tensor, dict\); expected the encoder's arguments",
+        ),
+        (lambda encoder: ([torch.zeros(1, 3, 16, 16)], None), r"returns \(list, NoneType\); expected"),
+    ],
+)
+def test_a_backbone_made_of_our_helpers_is_its_makers(dummy_inputs, told):
+    """What is wrong with it is told; it was taken for one of ours, and went on unchecked."""
+    from sta_adapter.injection.registry import get_backbone
+
+    case = next(case for case in all_cases() if case.id == "dinov2")
+    mine = dataclasses.replace(get_backbone("dinov2"), name="mine", dummy_inputs=dummy_inputs)
+    with pytest.raises(InjectionError, match=told):
+        inject_sta(seeded(case.make), backbone=mine)
 
 
 def _backbone(case):

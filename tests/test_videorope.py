@@ -239,6 +239,7 @@ def test_generation_goes_on_from_a_cache(model, rows):
     assert_near(torch.stack(second.scores, dim=1)[finite], logits[:, 3:][finite])
 
 
+@pytest.mark.skipif(transformers_version() == (5, 18), reason="an untouched model's beams of clips are wrong there")
 def test_beam_search_with_a_cache_equals_beam_search_without(model):
     apply_videorope(model)
     batch = batch_of(*BATCHES["clips-and-images"])

@@ -108,6 +108,12 @@ def unregister_backbone(name: str) -> None:
     del _REGISTRY[name]
 
 
+def is_built_in(spec: Backbone) -> bool:
+    """Whether it is one of ours, whose names no other is taken with."""
+    entries = metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return any(entry.name == spec.name and entry.value.startswith(OWN_MODULES) for entry in entries)
+
+
 def in_vllm(spec: Backbone) -> Backbone:
     """The same backbone as vLLM has it.
 

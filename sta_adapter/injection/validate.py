@@ -21,6 +21,7 @@ from sta_adapter.distributed import is_sharded
 from sta_adapter.errors import LayoutError
 from sta_adapter.injection.backbone import Backbone, DummyInputs, EncoderCall
 from sta_adapter.injection.hooks import RESIDUAL, block_input
+from sta_adapter.injection.registry import is_built_in
 from sta_adapter.injection.target import InjectionTarget, require_fit
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,12 @@ def _undisturbed(encoder: nn.Module) -> Iterator[None]:
 def _find_problems(target: InjectionTarget, dummy_inputs: DummyInputs) -> list[str]:
     spec = target.backbone
     try:
-        args, kwargs = dummy_inputs(target.encoder)
+        args, kwargs = found = dummy_inputs(target.encoder)
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+            kinds = ", ".join(type(part).__name__ for part in found)
+            return [
+                f"Backbone.dummy_inputs returns ({kinds}); expected the encoder's arguments, ((first, ...), {{name: ...}})"
+            ]
         call = _first_block_call(target, args, kwargs)
     except Exception as error:
         return _unable(spec, "the encoder can't run on Backbone.dummy_inputs", error)
@@ -132,7 +138,7 @@ def _problems_of_blocks(target: InjectionTarget, call: Arguments | None) -> list
 def _unable(spec: Backbone, what: str, error: Exception) -> list[str]:
     """A problem, or only a line in the log for a backbone of ours, whose spec is tested."""
     text = f"{what}: {type(error).__name__}: {error}"
-    if all(getattr(f, "__module__", "").startswith("sta_adapter.") for f in (spec.layout, spec.heads)):
+    if is_built_in(spec):
         logger.info("backbone %r is not checked: %s", spec.name, text)
         return []
     return [text]
