@@ -26,16 +26,14 @@ class FillPositions:
         if kwargs.get("position_ids") is not None and not mends:
             return None
         given = given_arguments(class_method(model), FORWARD, args, kwargs)
-        text = given.get("position_ids")
-        if text is None:
+        told = given.get("position_ids")
+        if told is None:
             return (), {**given, "position_ids": self._positions(model, given)}
-        of_generate = isinstance(text, Tensor) and len(text) == 4
+        of_generate = isinstance(told, Tensor) and len(told) == 4  # the text's own count, then these
         if not (mends and of_generate and cached_tokens(class_method(model), FORWARD, given)):
             return None
-        return (), {
-            **given,
-            "position_ids": torch.cat([cast("Tensor", text)[:1], self._positions(model, given)]),
-        }  # text first
+        positions = torch.cat([cast("Tensor", told)[:1], self._positions(model, given)])
+        return (), {**given, "position_ids": positions}
 
     @uncompiled
     def _positions(self, model: Any, given: dict[str, Any]) -> Tensor:

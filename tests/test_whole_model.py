@@ -418,9 +418,10 @@ def test_accelerate_goes_on_from_a_state_of_the_same_settings_alone(tmp_path):
         assert torch.equal(there, here)
     assert not first._save_model_state_pre_hook
     assert not second._load_model_state_pre_hook
-    (tmp_path / "sta_settings.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"sta_settings\.json"):
-        second.load_state(tmp_path)
+    for damaged in ("[]", '{"models": 1}', '{"models": [{"no": "such"}]}', '{"models": ["text"]}'):
+        (tmp_path / "sta_settings.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"sta_settings\.json"):
+            second.load_state(tmp_path)
     (tmp_path / "sta_settings.json").unlink()  # of an earlier release
     second.load_state(tmp_path)
 

@@ -124,7 +124,9 @@ def _compare_settings(accelerator: Accelerator, folder: Path) -> None:
         )
     for model, settings in zip(_models(accelerator), found, strict=False):
         handle = None if settings is None else get_sta(model)
-        if handle is not None and (differ := _difference(handle, STAConfig.from_dict(settings))):
+        if handle is None:
+            continue
+        if differ := _difference(handle, saved_config({"config": settings}, folder / SETTINGS)):
             raise ConfigError(f"the state in {folder} has STA with {differ}. Inject STA with the settings that it has.")
 
 
